@@ -1,0 +1,228 @@
+"""What a model is, as data: a list of blocks, each two subblocks, each named by a word.
+
+    gqa-8   swiglu-14336        attention with 8 KV heads, FFN 14,336 wide
+    noop    swiglu-14336        no attention at all
+
+The word is the key everywhere: search space, file name in the block library, row of the score
+and cost tables, variable of the integer program, entry of `config.json`. A parent is the
+architecture whose words are all equal. Sizes are answered from here, without building anything
+and without torch. Names are Hugging Face's, letter for letter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+
+class ConfigError(ValueError):
+    """A configuration that does not describe a model; the text says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class GQA:
+    """Grouped-query attention with this many key/value heads."""
+
+    num_key_value_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class SwiGLU:
+    """Gated FFN of this width: `down(silu(gate(x)) * up(x))`."""
+
+    intermediate_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One `hidden_size x hidden_size` matrix in the place of the subblock's operation."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoOp:
+    """Nothing: no operation, no norm, no parameters; the residual passes unchanged."""
+
+
+Attention = GQA | Linear | NoOp
+FFN = SwiGLU | Linear | NoOp
+Variant = GQA | SwiGLU | Linear | NoOp
+KINDS = ("attention", "ffn")
+
+_NUMBERED = re.compile(r"(gqa|swiglu)-([1-9][0-9]*)")
+
+
+def name(variant: Variant) -> str:
+    """The word of a variant; `parse` is its inverse."""
+    match variant:
+        case GQA(heads):
+            return f"gqa-{heads}"
+        case SwiGLU(width):
+            return f"swiglu-{width}"
+        case Linear():
+            return "linear"
+        case NoOp():
+            return "noop"
+
+
+def parse(word: str) -> Variant:
+    """The variant a word names.
+
+    Raises ConfigError for anything but `gqa-N`, `swiglu-N`, `linear`, `noop`.
+    """
+    if word == "linear":
+        return Linear()
+    if word == "noop":
+        return NoOp()
+    if match := _NUMBERED.fullmatch(word):
+        kind, number = match.groups()
+        return GQA(int(number)) if kind == "gqa" else SwiGLU(int(number))
+    near = difflib.get_close_matches(word, ["gqa-8", "swiglu-256", "linear", "noop"], 1, 0.5)
+    hint = f"; did you mean something like {near[0]!r}?" if near else ""
+    raise ConfigError(f"{word!r} names no subblock (gqa-N, swiglu-N, linear or noop){hint}")
+
+
+def parse_kind(kind: str, word: str) -> Variant:
+    """`parse`, refusing a word of the other kind (an FFN's word in an attention's place)."""
+    variant = parse(word)
+    wrong = SwiGLU if kind == "attention" else GQA
+    if isinstance(variant, wrong):
+        allowed = "gqa-N, linear or noop" if kind == "attention" else "swiglu-N, linear or noop"
+        raise ConfigError(f"{word!r} cannot stand for {kind}: allowed are {allowed}")
+    return variant
+
+
+@dataclass(frozen=True, slots=True)
+class BlockConfig:
+    """One layer: which attention, which FFN."""
+
+    attention: Attention
+    ffn: FFN
+
+    @property
+    def words(self) -> tuple[str, str]:
+        return name(self.attention), name(self.ffn)
+
+    def with_(self, kind: str, variant: Variant) -> BlockConfig:
+        return replace(self, **{kind: variant})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequencies stretched for long context: `linear` or Llama 3.x's `llama3`."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer of the Llama class, homogeneous or not.
+
+    `family` is the Hugging Face `model_type` it came from; what differs between families is
+    spelled out in fields (biases, QK norm, sliding window), so code asks for the property and
+    never for the family.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int
+    blocks: tuple[BlockConfig, ...]
+    family: str = "llama"
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
+        for layer, block in enumerate(self.blocks):
+            heads = getattr(block.attention, "num_key_value_heads", 1)
+            if self.num_attention_heads % heads:
+                raise ConfigError(
+                    f"layer {layer}: {name(block.attention)} does not divide the "
+                    f"{self.num_attention_heads} query heads; use a divisor of them"
+                )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def words(self) -> tuple[tuple[str, str], ...]:
+        return tuple(block.words for block in self.blocks)
+
+    @property
+    def homogeneous(self) -> bool:
+        """True when every layer has the same words, none of them `linear` or `noop`."""
+        first = self.blocks[0] if self.blocks else None
+        plain = isinstance(first, BlockConfig) and isinstance(first.attention, GQA)
+        return plain and isinstance(first.ffn, SwiGLU) and len(set(self.blocks)) == 1
+
+    def with_words(self, words: Iterable[Sequence[str]]) -> ModelConfig:
+        """This config with another architecture: one (attention, ffn) pair of words a layer."""
+        blocks = tuple(
+            BlockConfig(parse_kind("attention", a), parse_kind("ffn", f))  # type: ignore[arg-type]
+            for a, f in words
+        )
+        return replace(self, blocks=blocks)
+
+    def subblock_params(self, kind: str, variant: Variant) -> int:
+        """Parameters of one subblock, its norm included; 0 for `noop`."""
+        match variant:
+            case NoOp():
+                return 0
+            case Linear():
+                return self.hidden_size * (self.hidden_size + 1)
+            case SwiGLU(width):
+                bias = (2 * width + self.hidden_size) if self.mlp_bias else 0
+                return 3 * width * self.hidden_size + self.hidden_size + bias
+            case GQA(heads):
+                return self._attention_params(heads)
+
+    def _attention_params(self, num_key_value_heads: int) -> int:
+        q = self.num_attention_heads * self.head_dim
+        kv = num_key_value_heads * self.head_dim
+        weights = self.hidden_size * (2 * q + 2 * kv) + self.hidden_size
+        bias = (q + 2 * kv if self.qkv_bias else 0) + (self.hidden_size if self.o_bias else 0)
+        return weights + bias + (2 * self.head_dim if self.qk_norm else 0)
+
+    def num_params(self) -> int:
+        """Parameters of the whole model; a tied embedding counts once."""
+        tables = 1 if self.tie_word_embeddings else 2
+        outside = tables * self.vocab_size * self.hidden_size + self.hidden_size
+        return outside + sum(
+            self.subblock_params(kind, getattr(block, kind))
+            for block in self.blocks
+            for kind in KINDS
+        )
+
+    def kv_bytes(self, variant: Variant, bytes_per_value: float = 4) -> float:
+        """Bytes of KV cache one token adds in a layer with this attention."""
+        heads = variant.num_key_value_heads if isinstance(variant, GQA) else 0
+        return 2 * heads * self.head_dim * bytes_per_value
+
+    def kv_bytes_per_token(self, bytes_per_value: float = 4) -> float:
+        """Bytes of KV cache one token adds over all layers."""
+        return sum(self.kv_bytes(block.attention, bytes_per_value) for block in self.blocks)
+
+
+def uniform(attention: str, ffn: str, layers: int) -> tuple[BlockConfig, ...]:
+    """`layers` equal blocks of these words."""
+    block = BlockConfig(parse_kind("attention", attention), parse_kind("ffn", ffn))  # type: ignore[arg-type]
+    return (block,) * layers

@@ -1,0 +1,198 @@
+"""The operations inside a subblock, and `attend`, the only place that knows attention kernels.
+
+Shape letters, here and everywhere: B batch, T tokens, C hidden_size, H query heads, K key/value
+heads, D head_dim, F intermediate_size, V vocab_size, L layers.
+
+`Subblock` = norm + operation, and returns the residual *delta*: it is what block-wise local
+distillation trains, scoring swaps, the search chooses and fusion merges. RoPE is rotate-half,
+Hugging Face's convention, so importing a checkpoint renames tensors and never permutes numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessera.model.cache import LayerCache
+from tessera.model.config import GQA, Linear, ModelConfig, NoOp, SwiGLU, Variant
+from tessera.model.context import Context
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse frequencies `(D/2,)`, stretched as `rope_scaling` says.
+
+    `llama3` is Llama 3.1's rule: wavelengths beyond the original context are divided by
+    `factor`, short ones kept, the band between interpolated.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    inverse = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inverse
+    if scaling.rope_type == "linear":
+        return inverse / scaling.factor
+    span = scaling.original_max_position_embeddings * inverse / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((span - low) / (high - low)).clamp(0, 1)
+    return inverse * (keep + (1 - keep) / scaling.factor)
+
+
+def rope_tables(inverse_frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """`cos` and `sin` `(*positions.shape, 1, D)` of rotate-half RoPE, for `(…, heads, D)`."""
+    angles = positions[..., None].float() * inverse_frequencies
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` `(…, heads, D)` rotated by its positions' angles."""
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + rotated * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+    """Causal attention inside each document. q `(B,T,H,D)`, k and v `(B,T,K,D)` -> `(B,T,H,D)`.
+
+    Without a cache, packed rows are cut into their documents, which are grouped by length, so
+    the work grows with the documents' squared lengths and not with the row's. With one, the
+    new keys and values join it and every query sees the past of its own row.
+    """
+    if cache is not None:
+        return _attend_cached(q, cache.append(k, v, context.positions), context, cache)
+    if context.simple:
+        return _sdpa(q, k, v, context.sliding_mask(q.shape[1]))
+    return _attend_documents(q, k, v, context)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    plan = context.documents
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    parts = []
+    for index in plan.groups:  # (N, T_n): rows are documents, padded at the end
+        rows = (x[index.flatten()].unflatten(0, index.shape) for x in flat)
+        parts.append(_sdpa(*rows, context.sliding_mask(index.shape[1])).flatten(0, 1))
+    return torch.cat(parts)[plan.inverse].unflatten(0, q.shape[:2])
+
+
+def _attend_cached(q: Tensor, kv: tuple[Tensor, Tensor], context: Context, cache: LayerCache):
+    k, v = kv
+    seen = torch.arange(k.shape[1], device=q.device)
+    distance = context.positions[:, :, None] - seen  # (B, T, S)
+    allowed = distance >= 0
+    if context.sliding_window:
+        allowed &= distance < context.sliding_window
+    return _sdpa(q, k, v, allowed[:, None])
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE. x `(B,T,C)` -> `(B,T,C)`."""
+
+    def __init__(self, config: ModelConfig, variant: GQA) -> None:
+        super().__init__()
+        hidden, dim = config.hidden_size, config.head_dim
+        self.head_dim = dim
+        self.num_key_value_heads = variant.num_key_value_heads
+        q, kv = config.num_attention_heads * dim, variant.num_key_value_heads * dim
+        self.q_proj = nn.Linear(hidden, q, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q, hidden, bias=config.o_bias)
+        if config.qk_norm:  # Qwen3: normalise every head before RoPE
+            self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = context.rope
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return self.o_proj(attend(q, k, v, context, cache).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU. x `(B,T,C)` -> `(B,T,C)`."""
+
+    def __init__(self, config: ModelConfig, variant: SwiGLU) -> None:
+        super().__init__()
+        hidden, width, bias = config.hidden_size, variant.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, width, bias=bias)
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LinearMap(nn.Module):
+    """One matrix: the cheapest replacement that still reads its input. `(B,T,C)` -> `(B,T,C)`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Subblock(nn.Module):
+    """Norm and operation of one word; returns the residual delta `(B,T,C)`, or 0 for `noop`."""
+
+    def __init__(self, config: ModelConfig, variant: Variant) -> None:
+        super().__init__()
+        self.variant = variant
+        if isinstance(variant, NoOp):
+            return
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.op = _operation(config, variant)
+
+    def forward(
+        self, x: Tensor, context: Context, cache: LayerCache | None = None
+    ) -> Tensor | float:
+        if isinstance(self.variant, NoOp):
+            return 0.0
+        return self.op(self.norm(x), context, cache)
+
+
+def _operation(config: ModelConfig, variant: Variant) -> nn.Module:
+    match variant:
+        case GQA():
+            return Attention(config, variant)
+        case SwiGLU():
+            return FeedForward(config, variant)
+        case Linear():
+            return LinearMap(config)
+        case NoOp():
+            raise AssertionError("a noop has no operation")

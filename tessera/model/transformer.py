@@ -1,0 +1,120 @@
+"""The one model: parent, child, teacher, policy and reference are all this class.
+
+    h = embed(tokens);  h += attention(h);  h += ffn(h)  for every block;  norm(h)
+
+`forward` returns hidden states and `logits(hidden)` is separate, so that losses can run the
+head in chunks of tokens and never hold `(B, T, V)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessera.model.cache import KVCache, LayerCache
+from tessera.model.config import BlockConfig, ModelConfig
+from tessera.model.context import Context
+from tessera.model.layers import RMSNorm, Subblock, rope_frequencies
+
+
+class Block(nn.Module):
+    """One layer: two subblocks, each adding its delta to the residual stream."""
+
+    def __init__(self, config: ModelConfig, block: BlockConfig) -> None:
+        super().__init__()
+        self.attention = Subblock(config, block.attention)
+        self.ffn = Subblock(config, block.ffn)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(x, context, cache)
+        return x + self.ffn(x, context)
+
+    @property
+    def config(self) -> BlockConfig:
+        return BlockConfig(self.attention.variant, self.ffn.variant)  # type: ignore[arg-type]
+
+
+class Transformer(nn.Module):
+    """A decoder of the Llama class whose blocks may all differ."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, block) for block in config.blocks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("inverse_frequencies", rope_frequencies(config), persistent=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix `(V, C)`: the embedding itself when tied."""
+        tied = self.config.tie_word_embeddings
+        return self.embed_tokens.weight if tied else self.lm_head.weight
+
+    def prepare(self, context: Context) -> Context:
+        """The context with what this model adds to it: rotary frequencies, sliding window."""
+        context.inverse_frequencies = self.inverse_frequencies
+        context.sliding_window = self.config.sliding_window
+        return context
+
+    def forward(
+        self, tokens: Tensor, context: Context | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Final, normalised hidden states `(B,T,C)` of tokens `(B,T)`."""
+        *_, x = self.hidden_states(tokens, context, cache)
+        return self.norm(x)
+
+    def hidden_states(
+        self, tokens: Tensor, context: Context | None = None, cache: KVCache | None = None
+    ) -> Iterator[Tensor]:
+        """The residual stream `(B,T,C)` entering layer 0, 1, …, L-1, and leaving the last.
+
+        A generator: the layer runs when the next state is asked for.
+        """
+        context = self.prepare(Context.rows(tokens) if context is None else context)
+        x = self.embed_tokens(tokens)
+        yield x
+        for i, block in enumerate(self.layers):
+            x = block(x, context, cache.layers[i] if cache else None)
+            yield x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(…, V)` of normalised hidden states `(…, C)`."""
+        return F.linear(hidden, self.head)
+
+    def replace(self, layer: int, kind: str, subblock: Subblock) -> Subblock:
+        """Put `subblock` in a layer's place; returns the one that stood there."""
+        block = self.layers[layer]
+        old = getattr(block, kind)
+        setattr(block, kind, subblock)
+        blocks = list(self.config.blocks)
+        blocks[layer] = block.config
+        self.config = dataclasses.replace(self.config, blocks=tuple(blocks))
+        return old
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> Transformer:
+        """Fresh weights for training from scratch: normal, std 1/sqrt(fan_in).
+
+        Matrices that write into the residual stream are scaled by 1/sqrt(2L) (GPT-2), the
+        head is small so that the first loss is log V.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        depth = (2 * max(1, len(self.layers))) ** -0.5
+        for key, weight in self.named_parameters():
+            if weight.ndim < 2:
+                weight.fill_(0.0 if key.endswith("bias") else 1.0)
+                continue
+            std = weight.shape[1] ** -0.5
+            if key.endswith(("o_proj.weight", "down_proj.weight")):
+                std *= depth
+            if key.startswith(("embed_tokens", "lm_head")):
+                std = 0.02 if self.config.tie_word_embeddings or key[0] == "l" else 1.0
+            weight.normal_(0.0, std, generator=generator)
+        return self
