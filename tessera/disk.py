@@ -1,0 +1,143 @@
+"""Files that survive a crash: written whole or not at all, owned by one process, known by hash.
+
+`atomic_write` goes through a temporary file, fsync and rename; `Lock` is a flock, which the
+kernel releases however its holder dies; `fingerprint` is the hash of a value's canonical JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MEBIBYTE = 1 << 20
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used as asked; the text says what to do."""
+
+
+class WriteError(RunError):
+    """A file that could not be written (disk full, no permission); what was there is intact."""
+
+    exit_code = 1
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write into a WriteError that names the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        free = (
+            "; free some space and run the same command again"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else ""
+        )
+        raise WriteError(
+            f"could not write {path}: {reason}. What was there is intact{free}."
+        ) from (error)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Replaces a file so that a reader, or a crash, sees the old bytes or the new, never a mix.
+
+    Raises WriteError when the system refuses; the old file is then intact.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            _write_through(temporary, data)
+            os.replace(temporary, path)
+            _sync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON: key order and spacing do not matter."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_identity(path: Path) -> tuple[int, str]:
+    """Size and hash of the first and last MiB: hundreds of GB are told apart in milliseconds."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(MEBIBYTE))
+        if size > MEBIBYTE:
+            file.seek(max(MEBIBYTE, size - MEBIBYTE))
+            digest.update(file.read(MEBIBYTE))
+    return size, digest.hexdigest()
+
+
+class Lock:
+    """One process's hold on a directory, through a flock on its `.lock`.
+
+    Raises RunError naming the process that holds it already.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._descriptor, 32).decode() or "another"
+            os.close(self._descriptor)
+            raise RunError(
+                f"{directory} is in use by process {holder}; wait until it ends, or stop it"
+            ) from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        """Lets the next process in; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def remove_directory(directory: Path) -> None:
+    """Deletes a directory that nobody holds, leaving no half of it under its name.
+
+    Raises RunError naming the process that holds it.
+    """
+    lock = Lock(directory)
+    try:
+        trash = directory.with_name(f".{directory.name}.deleted-{os.getpid()}")
+        with writing(directory):
+            os.replace(directory, trash)
+            shutil.rmtree(trash)
+    finally:
+        lock.release()

@@ -1,0 +1,229 @@
+"""A recipe: one TOML file, one table a stage, in pipeline order.
+
+    name = "nano"                     # and `seed`: the only keys outside tables
+    [parent]                          # the key is the run's name ...
+    [kd-long]                         # ... and, up to its first "-", the stage: this one is `kd`
+    stage = "kd"                      # unless it says so itself
+    train.lr = 3e-4
+
+This file reads, overrides and checks; which stages exist is `pipeline.py`'s to say, and what a
+stage's table may hold is said by the config class beside the stage.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+Model = TypeVar("Model", bound=BaseModel)
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that does not say what to do; the text says what to change."""
+
+
+class Config(BaseModel):
+    """Base of every stage's config: frozen, and strict about keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One table of a recipe: the run's name, its stage, and the rest of the table."""
+
+    name: str
+    stage: str
+    table: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, read and overridden, its tables not yet checked against their configs."""
+
+    name: str
+    seed: int
+    stages: tuple[StageSpec, ...]
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """The end of an error message: the nearest allowed word, and all of them."""
+    words = list(allowed)
+    near = difflib.get_close_matches(given, words, 1, 0.6)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Allowed: {', '.join(words) or 'none'}"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies `KEY=VALUE` overrides. Raises RecipeError."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {file}{_recipes_near(file)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not a readable recipe: {error}") from None
+    return loads(text, overrides, name=file.stem)
+
+
+def _recipes_near(file: Path) -> str:
+    folders = {file.parent, Path("recipes")}
+    found = sorted(str(p) for folder in folders for p in folder.glob("*.toml"))
+    return f"; {nearest(str(file), found)}" if found else ""
+
+
+def loads(text: str, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
+    """`load` from a string; `name` is used where the text gives none."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(document, override)
+    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+    scalars = {key: value for key, value in document.items() if key not in tables}
+    for key in scalars.keys() - {"name", "seed"}:
+        raise RecipeError(
+            f"{key}: unknown key outside the tables; {nearest(key, ['name', 'seed', *tables])}"
+        )
+    recipe_name, seed = scalars.get("name", name), scalars.get("seed", 0)
+    if not isinstance(recipe_name, str) or not _RUN_NAME.fullmatch(recipe_name):
+        raise RecipeError(f"name: {recipe_name!r} names no directory; use letters, digits, - and _")
+    if type(seed) is not int or seed < 0:
+        raise RecipeError(f"seed: {seed!r} is no seed; give a whole number from 0 up")
+    if not tables:
+        raise RecipeError(f"{name}: holds no stage; a recipe is one [table] a stage")
+    return Recipe(recipe_name, seed, tuple(_spec(key, table) for key, table in tables.items()))
+
+
+def _spec(name: str, table: dict[str, Any]) -> StageSpec:
+    if not _RUN_NAME.fullmatch(name):
+        raise RecipeError(f"[{name}]: names no directory; use letters, digits, - and _")
+    stage = table.get("stage", name.partition("-")[0])
+    if not isinstance(stage, str):
+        raise RecipeError(f"{name}.stage: {stage!r} is no stage; give its name as a string")
+    return StageSpec(name, stage, {key: value for key, value in table.items() if key != "stage"})
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    """Sets one dotted key of a document: `kd.train.lr=3e-4`."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(
+            f"{override!r} is no override; write STAGE.KEY=VALUE, e.g. kd.train.lr=3e-4"
+        )
+    stages = [key for key, value in document.items() if isinstance(value, dict)]
+    if len(keys) == 1 and keys[0] not in ("name", "seed"):
+        raise RecipeError(
+            f"{override!r} names no key of a stage; {nearest(path, ['name', 'seed'])}"
+        )
+    if len(keys) > 1 and keys[0] not in stages:
+        raise RecipeError(
+            f"{path}: the recipe has no stage {keys[0]!r}; {nearest(keys[0], stages)}"
+        )
+    table = document
+    for depth, key in enumerate(keys[:-1]):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"{path}: {'.'.join(keys[: depth + 1])} is {table!r}, not a table")
+    table[keys[-1]] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    """An override's value: TOML where it parses as such, a bare string where it does not."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    plain = isinstance(parsed["value"], str | int | float | bool | list | dict)
+    return parsed["value"] if len(parsed) == 1 and plain else text
+
+
+def validate(model: type[Model], table: Mapping[str, Any], where: str) -> Model:
+    """The table as its config class. Raises RecipeError with a line for every wrong key.
+
+    Types are strict, as TOML's are: "3" is no number and 0.5 no count.
+    """
+    try:
+        return model.model_validate_json(json.dumps(dict(table), default=str), strict=True)
+    except ValidationError as error:
+        lines = [_explain(model, item, where) for item in error.errors(include_url=False)]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _explain(model: type[BaseModel], item: Mapping[str, Any], where: str) -> str:
+    """One pydantic error in the user's words."""
+    location = [str(part) for part in item["loc"]]
+    path = ".".join([where, *location])
+    given = item.get("input")
+    if item["type"] == "extra_forbidden":
+        allowed = list(_model_at(model, location[:-1]).model_fields)
+        return f"{path}: unknown key; {nearest(location[-1], allowed)}"
+    if item["type"] == "missing":
+        return f"{path}: missing; set it in the recipe, or on the command line with {path}=..."
+    if item["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        return f"{path}: {given!r} is not allowed; {nearest(str(given), allowed)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}: {message} (given: {_short(given)})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
+    """The model whose fields a location inside `model` lists; the nearest above, if none."""
+    for part in location:
+        if part in model.model_fields:
+            inner = list(_models_in(model.model_fields[part].annotation))
+            model = inner[0] if inner else model
+    return model
+
+
+def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict):
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+
+
+def dumps(table: Mapping[str, Any], name: str = "") -> str:
+    """A table as TOML, plain keys before sub-tables; a None, which TOML lacks, is left out."""
+    plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    lines = [f"[{name}]"] if name else []
+    lines += [f"{_key(k)} = {_literal(v)}" for k, v in plain.items() if v is not None]
+    text = "\n".join(lines) + "\n" if lines else ""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            inner = f"{name}.{_key(key)}" if name else _key(key)
+            text += ("\n" if text else "") + dumps(value, inner)
+    return text
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items() if v is not None)
+        return f"{{ {pairs} }}" if pairs else "{}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_literal(one) for one in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, int | float) else json.dumps(str(value))

@@ -1,0 +1,392 @@
+"""A run directory: everything one stage of one recipe made, and whether to believe it.
+
+    run.json       manifest: stage, status, resolved config, inputs and fingerprints, seed
+    recipe.toml    the stage's resolved table      metrics.jsonl  one object a logged step
+    log.txt        what was said                   tables/        NAME.jsonl, NAME.json
+    model/         Hugging Face layout             state/         for resuming, gone when done
+
+Done means `status = "done"`, written last, by rename; anything else is resumed or refused, never
+read. A run is known by its fingerprint: a hash of stage, resolved config, seed and the
+fingerprints of its inputs. What a stage computes is no business of this file.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import json
+import math
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from tessera import dist
+from tessera.disk import (
+    Lock,
+    RunError,
+    WriteError,
+    atomic_write,
+    file_identity,
+    fingerprint,
+    writing,
+)
+
+Status = Literal["running", "done", "failed", "interrupted"]
+InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The contents of `run.json`."""
+
+    name: str
+    stage: str
+    status: Status
+    fingerprint: str
+    seed: int
+    config: dict[str, Any]
+    inputs: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    finished: str | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+
+def fingerprint_path(path: Path) -> str:
+    """What stands for the contents of a path: a finished run's own fingerprint, otherwise names,
+    sizes and the first and last MiB of every file, so that hundreds of GB cost milliseconds.
+
+    Raises RunError for a run that is not done and for a path that does not exist.
+    """
+    if (path / "run.json").is_file():
+        manifest = read_manifest(path)
+        if manifest.status != "done":
+            raise RunError(
+                f"{path} is not finished (its status is {manifest.status}), so nothing may read "
+                "it; run its recipe again to finish it"
+            )
+        return manifest.fingerprint
+    if path.is_file():
+        return fingerprint([path.name, *file_identity(path)])
+    if not path.is_dir():
+        raise RunError(f"{path} does not exist; give a run, a model directory or a file")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return fingerprint([[str(p.relative_to(path)), *file_identity(p)] for p in files])
+
+
+def run_fingerprint(
+    stage: str, config: Mapping[str, Any], seed: int, inputs: Mapping[str, Any]
+) -> str:
+    """The identity of a run; `inputs` holds fingerprints, by need, None for an absent one."""
+    return fingerprint([stage, dict(config), seed, dict(inputs)])
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a run directory. Raises RunError when there is none or it is not one."""
+    file = path / "run.json"
+    try:
+        value = json.loads(file.read_text())
+        manifest = Manifest(**value)
+    except FileNotFoundError:
+        raise RunError(f"{path} is no run directory: it holds no run.json") from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise RunError(f"{file} is not a manifest of tessera's: {error}") from None
+    if manifest.status not in get_args(Status):
+        allowed = ", ".join(get_args(Status))
+        raise RunError(f"{file}: status {manifest.status!r} is none of {allowed}")
+    return manifest
+
+
+def is_done(path: Path) -> bool:
+    """True for a finished run; everything else may not be read."""
+    return (path / "run.json").is_file() and read_manifest(path).status == "done"
+
+
+def read_table(path: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of `tables/NAME.jsonl`. Raises RunError naming the tables there are."""
+    file = path / "tables" / f"{name}.jsonl"
+    if not file.is_file():
+        raise RunError(f"{path} has no table {name!r}; it has: {_tables_of(path)}")
+    return [json.loads(line) for line in file.read_text().splitlines() if line]
+
+
+def read_json(path: Path, name: str) -> Any:
+    """The value of `tables/NAME.json`. Raises RunError naming the tables there are."""
+    file = path / "tables" / f"{name}.json"
+    if not file.is_file():
+        raise RunError(f"{path} has no {name!r}; it has: {_tables_of(path)}")
+    return json.loads(file.read_text())
+
+
+def _tables_of(path: Path) -> str:
+    names = sorted(p.name for p in (path / "tables").glob("*.json*"))
+    return ", ".join(names) or "none"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run; a line that a crash tore in half is no step."""
+    file = path / "metrics.jsonl"
+    return _whole_lines(file)[0] if file.is_file() else []
+
+
+def _whole_lines(file: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The complete records, and whether the file ends in half of one."""
+    *lines, tail = file.read_bytes().split(b"\n")
+    try:
+        return [json.loads(line) for line in lines], tail != b""
+    except json.JSONDecodeError as error:
+        raise RunError(f"{file} holds a line that is not JSON ({error}); delete the run") from None
+
+
+def versions() -> dict[str, str]:
+    """Which software made a run."""
+    found = {"python": platform.python_version()}
+    for package in ("tessera", "torch", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> dt.datetime:
+    """The time in UTC."""
+    return dt.datetime.now(dt.UTC)
+
+
+class Run:
+    """One run directory, open for its stage; a context manager that records how it ended.
+
+    In a job of several processes only the main one writes; the others hold the same paths.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, lock: Lock | None, quiet: bool) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.name, self.stage = manifest.name, manifest.stage
+        self.seed, self.config = manifest.seed, manifest.config
+        self.model_path = path / "model"
+        self.state_path = path / "state"
+        self.tables = path / "tables"
+        self.quiet = quiet
+        self._lock = lock
+        self._writes = dist.is_main()
+        self._opened = time.monotonic()
+        self._spent = manifest.seconds
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        stage: str,
+        config: Mapping[str, Any],
+        inputs: InputPaths,
+        seed: int,
+        quiet: bool = False,
+    ) -> Run:
+        """Creates a run, or resumes one of the same fingerprint.
+
+        Raises RunError when it is finished, differs, belongs to another process, or when an
+        input is unfinished or missing.
+        """
+        path = Path(path)
+        lock = Lock(path) if dist.is_main() else None
+        try:
+            manifest = _begin(path, stage, dict(config), inputs, seed)
+            run = cls(path, manifest, lock, quiet)
+            run._save()
+            run._mend_metrics()
+        except BaseException:
+            if lock:
+                lock.release()
+            raise
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.interrupted()
+        elif error is not None:
+            self.fail(f"{type(error).__name__}: {error}")
+        self.close()
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Appends one step's numbers to `metrics.jsonl`; what is not finite becomes null."""
+        numbers = {key: _number(value) for key, value in metrics.items()}
+        self._append("metrics.jsonl", json.dumps({"step": step, **numbers}))
+
+    def rewind(self, step: int) -> None:
+        """Drops the steps after this one, so that a resumed run repeats no line."""
+        if self._writes and (self.path / "metrics.jsonl").is_file():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            atomic_write(self.path / "metrics.jsonl", _lines(kept))
+
+    def say(self, text: str) -> None:
+        """Prints a line for the user and keeps it in `log.txt`."""
+        if self._writes and not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+        self._append("log.txt", f"{now():%Y-%m-%d %H:%M:%S} {text}")
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes `tables/NAME.jsonl`, one object a row, whole or not at all.
+
+        Raises RunError for a number that is not finite: JSON has no word for it.
+        """
+        for index, row in enumerate(rows):
+            for column, value in row.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise RunError(f"table {name!r}: row {index} has {column} = {value}: {row}")
+        self.write_file(f"tables/{name}.jsonl", _lines(rows))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes `tables/NAME.json`, whole or not at all."""
+        text = json.dumps(value, indent=1, allow_nan=False, default=_plain)
+        self.write_file(f"tables/{name}.json", text + "\n")
+
+    def write_file(self, name: str, data: str | bytes) -> None:
+        """Writes a file of this run, whole or not at all; `name` is relative to it."""
+        file = self.path / name
+        if self._writes:
+            with writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, data)
+
+    def read_table(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one of this run's own tables."""
+        return read_table(self.path, name)
+
+    def finish(self) -> None:
+        """Declares the run done: the last thing written, after which nothing here changes."""
+        self._end("done")
+        if self._writes:
+            shutil.rmtree(self.state_path, ignore_errors=True)
+        self.close()
+
+    def fail(self, reason: str) -> None:
+        """Records that the stage stopped on an error; what it left stays for resuming."""
+        try:
+            self._append("log.txt", reason)
+            self._end("failed", reason)
+        except WriteError:
+            # On a full disk the manifest goes on saying "running", which is resumed just the same.
+            pass
+
+    def interrupted(self) -> None:
+        """Records that the user stopped the stage; what it left stays for resuming."""
+        self._end("interrupted")
+
+    def close(self) -> None:
+        """Lets another process open this directory."""
+        if self._lock:
+            self._lock.release()
+
+    def _end(self, status: Status, error: str | None = None) -> None:
+        if self.manifest.status == "done":  # A Ctrl-C that lands after the end does not undo it.
+            return
+        seconds = self._spent + time.monotonic() - self._opened
+        self.manifest = replace(
+            self.manifest,
+            status=status,
+            error=error,
+            finished=now().isoformat(timespec="seconds"),
+            seconds=round(seconds, 3),
+        )
+        self._save()
+
+    def _save(self) -> None:
+        text = json.dumps(asdict(self.manifest), indent=1, default=_plain)
+        self.write_file("run.json", text + "\n")
+
+    def _append(self, name: str, line: str) -> None:
+        if self._writes:
+            file = self.path / name
+            with writing(file), file.open("ab", buffering=0) as handle:
+                handle.write(line.encode() + b"\n")
+
+    def _mend_metrics(self) -> None:
+        file = self.path / "metrics.jsonl"
+        if self._writes and file.is_file():
+            rows, torn = _whole_lines(file)
+            if torn:
+                atomic_write(file, _lines(rows))
+
+
+def _begin(
+    path: Path, stage: str, config: dict[str, Any], inputs: InputPaths, seed: int
+) -> Manifest:
+    """The manifest to start or to go on with."""
+    references = {need: _reference(value, path.parent) for need, value in inputs.items()}
+    prints = {need: _print_of(value) for need, value in references.items()}
+    identity = run_fingerprint(stage, config, seed, prints)
+    if (path / "run.json").is_file():
+        return _go_on(path, read_manifest(path), identity)
+    foreign = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+    if foreign:
+        raise RunError(
+            f"{path} holds files ({', '.join(foreign[:3])}) but no run.json, so it is no run; "
+            "name another directory or empty this one"
+        )
+    return Manifest(
+        name=path.name,
+        stage=stage,
+        status="running",
+        fingerprint=identity,
+        seed=seed,
+        config=config,
+        inputs=references,
+        versions=versions(),
+        started=now().isoformat(timespec="seconds"),
+    )
+
+
+def _go_on(path: Path, manifest: Manifest, identity: str) -> Manifest:
+    if manifest.fingerprint != identity:
+        raise RunError(
+            f"{path} was begun with another config, seed or inputs; delete that directory to "
+            "begin again, or name another"
+        )
+    if manifest.status == "done":
+        raise RunError(
+            f"{path} is finished, and a finished run never changes; delete it to redo it"
+        )
+    return replace(manifest, status="running", finished=None, error=None)
+
+
+def _reference(value: Path | Sequence[Path] | None, near: Path) -> Any:
+    """How the manifest names an input: its path, relative where it is a sibling, and its hash."""
+    if value is None:
+        return None
+    if not isinstance(value, Path):
+        return [_reference(path, near) for path in value]
+    absolute, home = value.resolve(), near.resolve()
+    inside = absolute.is_relative_to(home)
+    shown = absolute.relative_to(home) if inside else absolute
+    return {"path": str(shown), "fingerprint": fingerprint_path(value)}
+
+
+def _print_of(reference: Any) -> Any:
+    if isinstance(reference, list):
+        return [_print_of(one) for one in reference]
+    return reference and reference["fingerprint"]
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, default=_plain) + "\n" for row in rows)
+
+
+def _number(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
