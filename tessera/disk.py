@@ -24,10 +24,14 @@ class RunError(ValueError):
     """A run directory that cannot be used as asked; the text says what to do."""
 
 
-class WriteError(RunError):
-    """A file that could not be written (disk full, no permission); what was there is intact."""
+class FailureError(RunError):
+    """The work went wrong, not the user's words (a loss that is not finite): exit code 1."""
 
     exit_code = 1
+
+
+class WriteError(FailureError):
+    """A file that could not be written (disk full, no permission); what was there is intact."""
 
 
 @contextmanager

@@ -215,7 +215,7 @@ def dumps(table: Mapping[str, Any], name: str = "") -> str:
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _literal(value: Any) -> str:
@@ -226,4 +226,8 @@ def _literal(value: Any) -> str:
         return "[" + ", ".join(_literal(one) for one in value) + "]"
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value) if isinstance(value, int | float) else json.dumps(str(value))
+    return (
+        repr(value)
+        if isinstance(value, int | float)
+        else json.dumps(str(value), ensure_ascii=False)
+    )

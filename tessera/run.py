@@ -12,152 +12,59 @@ fingerprints of its inputs. What a stage computes is no business of this file.
 
 from __future__ import annotations
 
-import datetime as dt
-import importlib.metadata
 import json
 import math
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 from tessera import dist
 from tessera.disk import (
+    FailureError,
     Lock,
     RunError,
     WriteError,
     atomic_write,
-    file_identity,
     fingerprint,
     writing,
 )
+from tessera.manifest import (
+    Manifest,
+    Status,
+    fingerprint_path,
+    is_done,
+    now,
+    read_json,
+    read_manifest,
+    read_metrics,
+    read_table,
+    run_fingerprint,
+    versions,
+    whole_lines,
+)
 
-Status = Literal["running", "done", "failed", "interrupted"]
+__all__ = [
+    "FailureError",
+    "Manifest",
+    "Run",
+    "RunError",
+    "WriteError",
+    "atomic_write",
+    "fingerprint",
+    "fingerprint_path",
+    "is_done",
+    "read_json",
+    "read_manifest",
+    "read_metrics",
+    "read_table",
+    "run_fingerprint",
+]
+
 InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """The contents of `run.json`."""
-
-    name: str
-    stage: str
-    status: Status
-    fingerprint: str
-    seed: int
-    config: dict[str, Any]
-    inputs: dict[str, Any]
-    versions: dict[str, str] = field(default_factory=dict)
-    started: str = ""
-    finished: str | None = None
-    seconds: float = 0.0
-    error: str | None = None
-
-
-def fingerprint_path(path: Path) -> str:
-    """What stands for the contents of a path: a finished run's own fingerprint, otherwise names,
-    sizes and the first and last MiB of every file, so that hundreds of GB cost milliseconds.
-
-    Raises RunError for a run that is not done and for a path that does not exist.
-    """
-    if (path / "run.json").is_file():
-        manifest = read_manifest(path)
-        if manifest.status != "done":
-            raise RunError(
-                f"{path} is not finished (its status is {manifest.status}), so nothing may read "
-                "it; run its recipe again to finish it"
-            )
-        return manifest.fingerprint
-    if path.is_file():
-        return fingerprint([path.name, *file_identity(path)])
-    if not path.is_dir():
-        raise RunError(f"{path} does not exist; give a run, a model directory or a file")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return fingerprint([[str(p.relative_to(path)), *file_identity(p)] for p in files])
-
-
-def run_fingerprint(
-    stage: str, config: Mapping[str, Any], seed: int, inputs: Mapping[str, Any]
-) -> str:
-    """The identity of a run; `inputs` holds fingerprints, by need, None for an absent one."""
-    return fingerprint([stage, dict(config), seed, dict(inputs)])
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a run directory. Raises RunError when there is none or it is not one."""
-    file = path / "run.json"
-    try:
-        value = json.loads(file.read_text())
-        manifest = Manifest(**value)
-    except FileNotFoundError:
-        raise RunError(f"{path} is no run directory: it holds no run.json") from None
-    except (json.JSONDecodeError, TypeError) as error:
-        raise RunError(f"{file} is not a manifest of tessera's: {error}") from None
-    if manifest.status not in get_args(Status):
-        allowed = ", ".join(get_args(Status))
-        raise RunError(f"{file}: status {manifest.status!r} is none of {allowed}")
-    return manifest
-
-
-def is_done(path: Path) -> bool:
-    """True for a finished run; everything else may not be read."""
-    return (path / "run.json").is_file() and read_manifest(path).status == "done"
-
-
-def read_table(path: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of `tables/NAME.jsonl`. Raises RunError naming the tables there are."""
-    file = path / "tables" / f"{name}.jsonl"
-    if not file.is_file():
-        raise RunError(f"{path} has no table {name!r}; it has: {_tables_of(path)}")
-    return [json.loads(line) for line in file.read_text().splitlines() if line]
-
-
-def read_json(path: Path, name: str) -> Any:
-    """The value of `tables/NAME.json`. Raises RunError naming the tables there are."""
-    file = path / "tables" / f"{name}.json"
-    if not file.is_file():
-        raise RunError(f"{path} has no {name!r}; it has: {_tables_of(path)}")
-    return json.loads(file.read_text())
-
-
-def _tables_of(path: Path) -> str:
-    names = sorted(p.name for p in (path / "tables").glob("*.json*"))
-    return ", ".join(names) or "none"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run; a line that a crash tore in half is no step."""
-    file = path / "metrics.jsonl"
-    return _whole_lines(file)[0] if file.is_file() else []
-
-
-def _whole_lines(file: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The complete records, and whether the file ends in half of one."""
-    *lines, tail = file.read_bytes().split(b"\n")
-    try:
-        return [json.loads(line) for line in lines], tail != b""
-    except json.JSONDecodeError as error:
-        raise RunError(f"{file} holds a line that is not JSON ({error}); delete the run") from None
-
-
-def versions() -> dict[str, str]:
-    """Which software made a run."""
-    found = {"python": platform.python_version()}
-    for package in ("tessera", "torch", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def now() -> dt.datetime:
-    """The time in UTC."""
-    return dt.datetime.now(dt.UTC)
 
 
 class Run:
@@ -260,6 +167,12 @@ class Run:
                 file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(file, data)
 
+    def inherit(self, source: Path, *names: str) -> None:
+        """Copies tables of the run this one was made from; what `source` lacks is left out."""
+        for name in names:
+            for file in (source / "tables").glob(f"{name}.json*"):
+                self.write_file(f"tables/{file.name}", file.read_bytes())
+
     def read_table(self, name: str) -> list[dict[str, Any]]:
         """The rows of one of this run's own tables."""
         return read_table(self.path, name)
@@ -315,7 +228,7 @@ class Run:
     def _mend_metrics(self) -> None:
         file = self.path / "metrics.jsonl"
         if self._writes and file.is_file():
-            rows, torn = _whole_lines(file)
+            rows, torn = whole_lines(file)
             if torn:
                 atomic_write(file, _lines(rows))
 

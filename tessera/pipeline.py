@@ -1,0 +1,155 @@
+"""Which stages there are, in the order of the paper, and how a recipe of them is run.
+
+A stage is a function at the bottom of a file, `stage(config, run, inputs)`. Before anything
+runs, the whole recipe is planned: every config checked, every input found, every fingerprint
+known. Then finished stages are skipped, unfinished ones resumed, and a stage that changed under
+an existing run stops everything with a diff. It is `make` for models.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tessera import dist
+from tessera.disk import remove_directory
+from tessera.progress import clock
+from tessera.recipe import Recipe, RecipeError, nearest
+from tessera.resolve import Stage, Step, explain_change, plan, table_text
+from tessera.run import Run, RunError
+
+_ROWS = (
+    Stage("data", "tessera.data.prepare", "DataConfig", ("model=",), "data", paths=("files",)),
+    Stage("parent", "tessera.objectives.lm", "ParentConfig", ("data?",), "model", paths=("path",)),
+    Stage("bld", "tessera.objectives.bld", "BLDConfig", ("parent", "data"), "library"),
+    Stage("score", "tessera.puzzle.score", "ScoreConfig", ("parent", "library", "data"), "scores"),
+    Stage("cost", "tessera.puzzle.cost", "CostConfig", ("parent",), "costs"),
+    Stage(
+        "search",
+        "tessera.puzzle.search",
+        "SearchConfig",
+        ("parent", "scores", "costs"),
+        "architecture",
+    ),
+    Stage(
+        "child",
+        "tessera.puzzle.library",
+        "ChildConfig",
+        ("parent", "library", "architecture"),
+        "model",
+    ),
+    Stage("kd", "tessera.objectives.kd", "KDConfig", ("model", "teacher", "data"), "model"),
+    Stage("cpt", "tessera.objectives.lm", "CPTConfig", ("model", "data"), "model", "cpt"),
+    Stage(
+        "compare", "tessera.eval.compare", "CompareConfig", ("parent", "models*", "data"), "table"
+    ),
+    Stage("export", "tessera.serve.export", "ExportConfig", ("model",), "directory"),
+)
+STAGES: dict[str, Stage] = {row.name: row for row in _ROWS}
+
+
+def run_recipe(
+    recipe: Recipe,
+    runs_dir: str | Path = "runs",
+    *,
+    only: Sequence[str] | None = None,
+    redo: Sequence[str] = (),
+    quiet: bool = False,
+    stages: Mapping[str, Stage] = STAGES,
+) -> list[Step]:
+    """Brings every stage of a recipe to `done`, or those named in `only`; returns the plan.
+
+    `redo` deletes the runs of the stages named, and of all that were made from them, first.
+    Raises RunError with a diff where a recipe changed under a run, before anything is run.
+    """
+    with dist.processes(), _sigterm_interrupts():
+        steps = dist.broadcast(plan(recipe, Path(runs_dir), redo, stages))
+        chosen = _choose(steps, only)
+        for step in chosen:
+            if step.action == "changed":
+                raise RunError(explain_change(step))
+        for step in chosen:
+            if step.action == "redo" and step.path.exists() and dist.is_main():
+                remove_directory(step.path)
+        dist.barrier()
+        for number, step in enumerate(chosen, 1):
+            _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
+            dist.barrier()
+    return steps
+
+
+def _choose(steps: Sequence[Step], only: Sequence[str] | None) -> list[Step]:
+    """The steps to bring about; every input from outside of them must be done already."""
+    if only is None:
+        return list(steps)
+    names = [step.name for step in steps]
+    for name in only:
+        if name not in names:
+            raise RecipeError(
+                f"--only {name}: the recipe has no such stage; {nearest(name, names)}"
+            )
+    chosen = [step for step in steps if step.name in only]
+    for step in chosen:
+        for other in steps:
+            if step.reads(other.path) and other not in chosen and other.action != "skip":
+                raise RunError(
+                    f"{step.name} needs {other.name}, which is not finished as the recipe says "
+                    f"now; run without --only, or with --only {other.name} too"
+                )
+    return chosen
+
+
+def _bring_about(step: Step, title: str, quiet: bool) -> None:
+    say = _quiet if quiet or not dist.is_main() else _loud
+    if step.action == "skip":
+        assert step.manifest is not None
+        say(f"{title}: done before, in {clock(step.manifest.seconds)}")
+        return
+    say(f"{title}: {'going on' if step.action == 'resume' else 'running'}")
+    begun = time.monotonic()
+    function = getattr(importlib.import_module(step.stage.module), step.stage.function)
+    inputs = {**step.inputs, **step.files}
+    with Run.open(
+        step.path,
+        stage=step.stage.name,
+        config=step.resolved,
+        inputs=inputs,
+        seed=step.seed,
+        quiet=quiet,
+    ) as run:
+        run.write_file("recipe.toml", table_text(step))
+        function(step.config, run, step.inputs)
+        run.finish()
+    say(f"{title}: done in {clock(time.monotonic() - begun)}")
+
+
+def _loud(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _quiet(text: str) -> None:
+    pass
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: recorded, its state kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
