@@ -1,0 +1,90 @@
+"""What a `MODEL` argument means: a finished run, a Hugging Face directory or a hub id. Torch-free.
+
+Files that are refused are refused here: pickle can run any code when it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tessera.model.config import ModelConfig
+from tessera.model.families import read_config
+from tessera.run import read_manifest
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit; the text says which file or tensor."""
+
+
+def load_config(source: str | Path) -> ModelConfig:
+    """The config of a run, a Hugging Face directory, a `config.json` or a hub id.
+
+    Raises CheckpointError where `resolve` does, ConfigError for what is not supported.
+    """
+    path = Path(source)
+    return read_config(path if path.is_file() and path.suffix == ".json" else resolve(source))
+
+
+def resolve(source: str | Path) -> Path:
+    """The directory that holds `config.json`: of a finished run, a model directory or a hub id.
+
+    Raises CheckpointError: no such thing, a run that is not done, a run that gives no model, a
+    file of weights instead of a directory, a hub that cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _model_of_run(path) if (path / "run.json").is_file() else path
+    if path.is_file():
+        return _directory_of(path)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
+        return _download(str(source))
+    raise CheckpointError(
+        f"{source} does not exist; give a run directory, a Hugging Face directory or a hub id "
+        "(owner/name)"
+    )
+
+
+def _model_of_run(run: Path) -> Path:
+    manifest = read_manifest(run)
+    if manifest.status != "done":
+        raise CheckpointError(
+            f"{run} is a run that is not done ({manifest.status}); finish it by running its "
+            "recipe again"
+        )
+    if not (run / "model" / "config.json").is_file():
+        raise CheckpointError(f"{run} is a run of stage {manifest.stage!r}, which gives no model")
+    return run / "model"
+
+
+def _directory_of(file: Path) -> Path:
+    if file.name == "config.json" or file.suffix == ".safetensors":
+        return file.parent
+    if file.suffix in PICKLES:
+        raise pickle_error(file)
+    raise CheckpointError(f"{file} is a file; give the directory that holds its config.json")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["model*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{name} is no directory here, and the Hugging Face hub did not give it: {reason} "
+            "Check the name and the network, or download it elsewhere and give the directory."
+        ) from error
+
+
+def pickle_error(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is a pickle, which can run any code when it is read, and is refused. Convert it "
+        "to safetensors where you trust it: AutoModelForCausalLM.from_pretrained(IN)"
+        ".save_pretrained(OUT), both of transformers"
+    )
