@@ -70,13 +70,14 @@ def load_model(
     source: str | Path,
     *,
     frozen: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Transformer:
     """A model of its own from a finished run, a Hugging Face directory or a hub id.
 
-    frozen: no gradients, evaluation mode (teachers and references). Nothing is shared with any
-    other load. Raises CheckpointError (files, tensors) or ConfigError (`config.json`).
+    frozen: no gradients, evaluation mode (teachers and references); dtype: None keeps what is
+    stored. Nothing is shared with any other load. Raises CheckpointError (files, tensors) or
+    ConfigError (`config.json`).
     """
     directory = resolve(source)
     config = read_config(directory)
@@ -89,7 +90,7 @@ def load_model(
     if config.tie_word_embeddings:
         _check_tied(stored)
     tensors = {
-        names[name]: tensor.to(device=device, dtype=dtype, copy=True)
+        names[name]: tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
         for name, tensor in _read({name: stored[name] for name in names})
     }
     module.load_state_dict(tensors, assign=True)
@@ -355,12 +356,12 @@ def _write_shard(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copy the tokenizer files, chat template and generation config of a model directory.
+    """Copy what there is of tokenizer files, chat template and generation config.
 
-    Raises CheckpointError where `source` has none of them.
+    Raises CheckpointError where `source` is no directory.
     """
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not files:
-        raise CheckpointError(f"{source} has no tokenizer files to copy (tokenizer.json, …)")
-    for file in files:
-        shutil.copyfile(file, directory / file.name)
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is no directory to copy a tokenizer from")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)

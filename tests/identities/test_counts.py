@@ -1,0 +1,70 @@
+"""Counted parameters and bytes = those of the built model (DESIGN §7, identity 12)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tessera.model.cache import KVCache
+from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, name, parse
+from tessera.model.families import parse_config, read_config
+from tessera.model.layers import Subblock
+from tessera.model.transformer import Transformer
+from tests import tiny
+
+ATTENTION = ["gqa-1", "gqa-2", "gqa-4", "linear", "noop"]
+FFN = ["swiglu-1", "swiglu-17", "linear", "noop"]
+words = st.lists(st.tuples(st.sampled_from(ATTENTION), st.sampled_from(FFN)), max_size=4)
+flags = st.fixed_dictionaries(
+    {
+        key: st.booleans()
+        for key in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tie_word_embeddings")
+    }
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(words, flags)
+def test_counted_is_built(words, flags):
+    config = tiny.config(words, **flags)
+    with torch.device("meta"):
+        module = Transformer(config)
+    assert config.num_params() == sum(p.numel() for p in module.parameters())
+    cache = KVCache(config, batch_size=3, max_length=7)
+    assert cache.num_bytes() == 3 * 7 * config.kv_bytes_per_token()
+
+
+@pytest.mark.parametrize("variant", [GQA(2), SwiGLU(12), Linear(), NoOp()], ids=name)
+def test_a_subblock_has_the_parameters_its_word_counts(variant):
+    config = tiny.config(qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
+    counts = [config.subblock_params(kind, variant) for kind in KINDS]
+    built = sum(p.numel() for p in Subblock(config, variant).parameters())
+    assert counts == [built, built]
+
+
+def test_absent_attention_costs_no_memory():
+    config = tiny.config([("noop", "swiglu-8"), ("linear", "noop")])
+    assert KVCache(config, 8, 100).num_bytes() == config.kv_bytes_per_token() == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "billions", "attention_layers"),
+    [("3-Nemotron-Super-49B-v1", 49.867, 49), ("1-Nemotron-Ultra-253B-v1", 253.401, 64)],
+)
+def test_released_puzzle_models_have_their_published_size(shared, file, billions, attention_layers):
+    config = read_config(shared / "data/nas_configs" / f"Llama-3_{file}.config.json")
+    assert round(config.num_params() / 1e9, 3) == billions
+    heads = [parse(attention) for attention, _ in config.words if attention != "noop"]
+    assert heads == [GQA(8)] * attention_layers
+
+
+def test_nemotron_51b_with_its_linear_layers_has_its_published_size(shared):
+    file = shared / "data/nas_configs/Llama-3_1-Nemotron-51B-Instruct.blocks.json"
+    values = json.loads(file.read_text()) | {"model_type": "nemotron-nas"}
+    config = parse_config(values)
+    assert round(config.num_params() / 1e9, 3) == 51.501
+    assert sum(attention == "linear" for attention, _ in config.words) == 18
