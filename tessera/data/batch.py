@@ -1,0 +1,158 @@
+"""The batch, the shift and the packing.
+
+A document is its ids d_0 … d_n and holds n predictions: tokens = d[:-1], labels = d[1:]. This file
+is the only one that shifts. Everywhere else index t of a per-token stream describes the
+prediction of `labels[t]`.
+
+Rows are filled best-fit-decreasing: the longest sample first, each into the row whose free space
+it leaves smallest. Samples never cross rows; one that is longer than a row was cut before, in
+chunks that share one id (the label of the first is the first token of the second), so that every
+prediction is made exactly once. Attention sees `segments` and stays inside a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ids = NDArray[np.integer[Any]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One microbatch; all tensors (B, T).
+
+    tokens, labels: ids, `labels[t]` is the token after `tokens[t]`.
+    weight: float ≥ 0 of each prediction; 0 = not trained.
+    positions: 0, 1, 2 … in every document.
+    segments: document number within the row, 0, 1, 2 …; -1 = padding.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    weight: Tensor
+    positions: Tensor
+    segments: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are not padding."""
+        return int((self.segments >= 0).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return Batch(**moved)
+
+
+class Source(Protocol):
+    """Where a trainer gets its batches.
+
+    `batches(step)` gives this rank's microbatches of one optimizer step. Every rank gets equally
+    many; a rank with less to do gets rows of weight 0.
+    """
+
+    def batches(self, step: int) -> list[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What stands in a row as one segment: three aligned (n,) arrays."""
+
+    tokens: Ids
+    labels: Ids
+    weight: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def shift(ids: Ids | Sequence[int], weight: Sequence[float] | None = None) -> Sample:
+    """The sample of n + 1 ids: n predictions.
+
+    weight: (n + 1,), one an id: how much the prediction *of* that id counts; the first is unused.
+    """
+    array = np.asarray(ids)
+    trained = np.ones(len(array), np.float32) if weight is None else np.asarray(weight, np.float32)
+    if len(trained) != len(array):
+        raise ValueError(f"{len(trained)} weights for {len(array)} ids; give one for each id")
+    return Sample(array[:-1], array[1:], trained[1:])
+
+
+def chunks(num_ids: int, sequence_length: int) -> list[tuple[int, int]]:
+    """Spans [start, stop) of ids whose shifted samples hold each prediction exactly once."""
+    starts = range(0, num_ids - 1, sequence_length)
+    return [(start, min(start + sequence_length + 1, num_ids)) for start in starts]
+
+
+def best_fit(lengths: Sequence[int] | Ids, sequence_length: int) -> list[list[int]]:
+    """Rows of sample indices, no row longer than `sequence_length`. Deterministic.
+
+    `free` has bit s set while a row with s free places exists, so the smallest sufficient space
+    is the lowest set bit at or above the sample's length.
+    """
+    rows: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(sequence_length + 1)]
+    free = 0
+    for index in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
+        length = int(lengths[index])
+        if not 0 < length <= sequence_length:
+            raise ValueError(
+                f"a sample of {length} tokens cannot stand in a row of {sequence_length}"
+            )
+        above = free >> length
+        if above:
+            space = length + (above & -above).bit_length() - 1
+            row = by_space[space].pop()
+            free &= ~(1 << space) if not by_space[space] else -1
+        else:
+            space, row = sequence_length, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        by_space[space - length].append(row)
+        free |= 1 << (space - length) if space > length else 0
+    return rows
+
+
+def fill(lengths: Sequence[int] | Ids, sequence_length: int) -> float:
+    """Share of a packing's positions that hold tokens, for samples of these lengths."""
+    rows = best_fit(lengths, sequence_length)
+    return float(np.sum(lengths)) / (len(rows) * sequence_length) if rows else 0.0
+
+
+def collate(rows: Sequence[Sequence[Sample]], sequence_length: int, pad_id: int) -> Batch:
+    """The batch of given rows: B = len(rows), T = sequence_length. An empty row is all padding."""
+    shape = (len(rows), sequence_length)
+    tokens, labels = np.full(shape, pad_id, np.int64), np.full(shape, pad_id, np.int64)
+    weight, segments = np.zeros(shape, np.float32), np.full(shape, -1, np.int64)
+    positions = np.zeros(shape, np.int64)
+    for b, row in enumerate(rows):
+        end = 0
+        for segment, sample in enumerate(row):
+            start, end = end, end + len(sample)
+            tokens[b, start:end], labels[b, start:end] = sample.tokens, sample.labels
+            weight[b, start:end], segments[b, start:end] = sample.weight, segment
+            positions[b, start:end] = np.arange(len(sample))
+        positions[b, end:] = np.arange(sequence_length - end)
+    return Batch(*map(torch.from_numpy, (tokens, labels, weight, positions, segments)))
+
+
+def pack(
+    documents: Iterable[Ids | Sequence[int]], sequence_length: int, *, pad_id: int = 0
+) -> Batch:
+    """All predictions of all documents in one batch, packed best-fit."""
+    samples = [
+        shift(np.asarray(document)[start:stop])
+        for document in documents
+        for start, stop in chunks(len(document), sequence_length)
+    ]
+    rows = best_fit([len(sample) for sample in samples], sequence_length)
+    return collate([[samples[i] for i in row] for row in rows], sequence_length, pad_id)

@@ -1,0 +1,212 @@
+"""Documents out of files: .txt, .jsonl and .parquet, each also as .gz (Parquet compresses itself).
+
+A reader yields `Text` and `Bad`, streaming; a broken record never stops it, and whoever reads
+decides how many are too many. What concerns a whole file (absent, unreadable, no such field) is a
+DataError. Documents of a text file are stripped of the white space around their separator; those
+of JSONL and Parquet are taken as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+Format = Literal["auto", "text", "jsonl", "parquet"]
+SUFFIXES: dict[str, Format] = {
+    ".txt": "text",
+    ".text": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+BLOCK = 1 << 20
+EXCERPT = 200
+
+
+class DataError(ValueError):
+    """Data that cannot be read, or settings that do not fit it; the text says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One document."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """One record that is no document."""
+
+    file: str
+    line: int
+    reason: str
+    excerpt: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+def expand(patterns: Sequence[str]) -> list[Path]:
+    """The files of a list of paths and globs, in the order given, each once."""
+    found: dict[Path, None] = {}
+    nothing = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        hits = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        files = [hit for hit in hits if hit.is_file()]
+        found.update(dict.fromkeys(files))
+        if not files:
+            nothing.append(f'"{pattern}" ({_why_nothing(path)})')
+    if nothing:
+        raise DataError(f"no data files at {'; '.join(nothing)}; correct `paths`")
+    return list(found)
+
+
+def _why_nothing(path: Path) -> str:
+    if path.is_dir():
+        return "a directory: name its files, for example " + str(path / "*.jsonl")
+    if glob.has_magic(str(path)):
+        return "the pattern matches no file"
+    if not path.parent.is_dir():
+        return f"there is no directory {path.parent}"
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    return f'no such file; nearest there: "{near[0]}"' if near else "no such file"
+
+
+def format_of(path: Path) -> Format:
+    """The format a file's name tells."""
+    suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
+    if not suffixes or suffixes[-1] not in SUFFIXES:
+        raise DataError(
+            f"{path}: the name does not tell the format (known: {', '.join(SUFFIXES)}, and .gz of "
+            'the first four); set format = "text", "jsonl" or "parquet"'
+        )
+    return SUFFIXES[suffixes[-1]]
+
+
+def read(
+    path: Path, *, format: Format = "auto", field: str = "text", separator: str = "<|endoftext|>"
+) -> Iterator[Text | Bad]:
+    """The documents of one file, and its broken records."""
+    kind = format_of(path) if format == "auto" else format
+    if kind == "parquet":
+        return read_parquet(path, field)
+    return read_jsonl(path, field) if kind == "jsonl" else read_text(path, separator)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked; whatever the system or gzip says against it is a DataError."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield cast(BinaryIO, file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def read_text(path: Path, separator: str) -> Iterator[Text | Bad]:
+    """The stretches between separators; an empty separator makes the file one document."""
+    line = 1
+    for data in _stretches(path, separator.encode()):
+        try:
+            text = data.decode().removeprefix("\ufeff").strip()
+            if text:
+                yield Text(text)
+        except UnicodeDecodeError as error:
+            at = line + data.count(b"\n", 0, error.start)
+            yield Bad(str(path), at, f"not UTF-8 ({error.reason})", _excerpt(data[error.start :]))
+        line += data.count(b"\n")
+
+
+def _stretches(path: Path, separator: bytes) -> Iterator[bytes]:
+    buffer = bytearray()
+    with _opened(path) as file:
+        while block := file.read(BLOCK):
+            searched = max(0, len(buffer) - len(separator) + 1)
+            buffer += block
+            while separator and (at := buffer.find(separator, searched)) >= 0:
+                yield bytes(buffer[:at])
+                del buffer[: at + len(separator)]
+                searched = 0
+    yield bytes(buffer)
+
+
+def read_jsonl(path: Path, field: str) -> Iterator[Text | Bad]:
+    """The string under `field` of each line's object."""
+    found = False
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            record = _field_of(line, field)
+            if isinstance(record, KeyError) and not found:
+                raise DataError(
+                    f'{path}:{number} has no field "{field}"; it has: {record.args[0]}. '
+                    "Set `field` to the one that holds the text"
+                )
+            if isinstance(record, Exception):
+                yield Bad(str(path), number, _reason(record, field), _excerpt(line))
+            else:
+                found = True
+                yield Text(record)
+
+
+def _field_of(line: bytes, field: str) -> str | Exception:
+    """The text, or what is wrong: ValueError (not JSON), KeyError (its fields), TypeError."""
+    try:
+        row = json.loads(line.decode())
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        return error
+    if not isinstance(row, dict):
+        return TypeError(f"a {type(row).__name__}, not an object")
+    if field not in row:
+        return KeyError(", ".join(row) or "none")
+    if not isinstance(row[field], str):
+        return TypeError(f'"{field}" is a {type(row[field]).__name__}, not text')
+    return row[field]
+
+
+def _reason(error: Exception, field: str) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 ({error.reason})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at column {error.colno})"
+    return f'no field "{field}"' if isinstance(error, KeyError) else str(error)
+
+
+def read_parquet(path: Path, field: str) -> Iterator[Text | Bad]:
+    """The string column `field`, row group by row group."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+    names = file.schema_arrow.names
+    if field not in names:
+        raise DataError(
+            f'{path} has no column "{field}"; it has: {", ".join(names)}. '
+            "Set `field` to the one that holds the text"
+        )
+    kind = file.schema_arrow.field(field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise DataError(f'{path}: column "{field}" holds {kind}, not text; choose another `field`')
+    number = 0
+    for batch in file.iter_batches(batch_size=1024, columns=[field]):
+        for value in batch.column(0).to_pylist():
+            number += 1
+            yield Bad(str(path), number, "null", "") if value is None else Text(value)
+
+
+def _excerpt(data: bytes) -> str:
+    return data[:EXCERPT].decode(errors="backslashreplace").rstrip("\n")

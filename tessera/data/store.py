@@ -1,0 +1,109 @@
+"""Token files: one flat array of ids and the offsets of its documents, memory-mapped to read.
+
+    tokens/train.npy          uint16 (uint32 above 65,536 ids): all documents, end to end
+    tokens/train.offsets.npy  int64 (documents + 1,): document i is ids[offsets[i]:offsets[i + 1]]
+
+Plain .npy files: `numpy.load` reads them. A writer streams into a temporary name and renames at
+the end, offsets last, so a pair that exists is whole.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tessera.data.readers import DataError
+from tessera.disk import atomic_write, writing
+
+HEADER_BYTES = 128
+BUFFER_IDS = 1 << 20
+
+
+def header(dtype: np.dtype[Any], length: int) -> bytes:
+    """A version 1.0 .npy header of fixed size, so that the length can be filled in at the end."""
+    fields = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
+    room = HEADER_BYTES - 10
+    return (
+        b"\x93NUMPY\x01\x00" + room.to_bytes(2, "little") + fields.ljust(room - 1).encode() + b"\n"
+    )
+
+
+class TokenWriter:
+    """Streams the documents of one split to disk; without `finish` it leaves nothing behind."""
+
+    def __init__(self, directory: Path, split: str, vocab_size: int) -> None:
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.path = directory / f"{split}.npy"
+        self.offsets_path = directory / f"{split}.offsets.npy"
+        self.lengths: list[int] = []
+        self._pending: list[int] = []
+        self._part = directory / f".{split}.npy.tmp"
+        with writing(self.path):
+            directory.mkdir(parents=True, exist_ok=True)
+            self.offsets_path.unlink(missing_ok=True)
+            self._file = self._part.open("wb")
+            self._file.write(header(self.dtype, 0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Appends one document."""
+        self.lengths.append(len(ids))
+        self._pending.extend(ids)
+        if len(self._pending) >= BUFFER_IDS:
+            self._flush()
+
+    def finish(self) -> NDArray[np.int64]:
+        """Makes the split visible and returns its offsets."""
+        self._flush()
+        offsets = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
+        with writing(self.path):
+            self._file.seek(0)
+            self._file.write(header(self.dtype, int(offsets[-1])))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.replace(self._part, self.path)
+        buffer = io.BytesIO()
+        np.save(buffer, offsets)
+        atomic_write(self.offsets_path, buffer.getvalue())
+        return offsets
+
+    def _flush(self) -> None:
+        with writing(self.path):
+            self._file.write(np.asarray(self._pending, self.dtype).tobytes())
+        self._pending.clear()
+
+
+def open_tokens(directory: Path, split: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The memory-mapped ids and the offsets of one split."""
+    paths = directory / f"{split}.npy", directory / f"{split}.offsets.npy"
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"{' and '.join(missing)} not there; run the data stage again")
+    try:
+        ids, offsets = np.load(paths[0], mmap_mode="r"), np.load(paths[1])
+    except ValueError as error:
+        raise DataError(f"{paths[0]} is damaged ({error}); delete the run and redo it") from error
+    if len(ids) != offsets[-1]:
+        raise DataError(
+            f"{paths[0]} holds {len(ids)} ids and its offsets say {offsets[-1]}; "
+            "delete the run and redo it"
+        )
+    return ids, offsets

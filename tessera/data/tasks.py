@@ -1,0 +1,149 @@
+"""Procedural documents with answers, for pipelines that must show an effect in minutes.
+
+    start 6 m+3 n*3 o-3 p-3 mod 10          the question: labelled register arithmetic (`calc`)
+    Work: m+3=9 n*3=7 o-3=4 p-3=1           the reasoning, left out of a quarter of the documents
+    Answer: 1
+
+`level` grades the difficulty: operations in `calc`, letters in `sort`, digits in `compare`.
+A small model cannot answer at higher levels without writing the work down first.
+
+A problem is a pure function of (name, seed, index, split), and the hash of its question alone
+decides its split: no held-out question is ever trained on, whatever the seeds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Split = Literal["train", "heldout"]
+HELDOUT_SHARE = 0.1
+WORK_SHARE = 0.75
+LETTERS = string.ascii_lowercase
+# Every operation that occurs: with ten register values, 120 facts to learn.
+OPERATIONS = [f"{sign}{d}" for sign in "+-" for d in range(1, 6)] + ["*2", "*3"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question with its reasoning and its answer."""
+
+    name: str
+    question: str
+    work: str
+    answer: str
+    level: int
+
+    @property
+    def split(self) -> Split:
+        """Where this question belongs, by the hash of its text."""
+        return split_of(self.question)
+
+    def text(self, work: bool = True) -> str:
+        """The document of this problem, with or without the reasoning."""
+        reasoning = f"Work: {self.work}\n" if work else ""
+        return f"{self.question}\n{reasoning}Answer: {self.answer}"
+
+
+def split_of(question: str) -> Split:
+    """ "heldout" for a tenth of all questions, for ever the same ones."""
+    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+    return "heldout" if int.from_bytes(digest, "big") < HELDOUT_SHARE * 2**64 else "train"
+
+
+def calc(rng: np.random.Generator, level: int) -> Problem:
+    """A register mod 10 through `level` operations labelled with consecutive letters."""
+    value = start = int(rng.integers(10))
+    first = int(rng.integers(26))
+    steps, work = [], []
+    for i in range(level):
+        label, operation = LETTERS[(first + i) % 26], OPERATIONS[int(rng.integers(12))]
+        sign, operand = operation[0], int(operation[1])
+        value = {"+": value + operand, "-": value - operand, "*": value * operand}[sign] % 10
+        steps.append(label + operation)
+        work.append(f"{label}{operation}={value}")
+    question = f"start {start} {' '.join(steps)} mod 10"
+    return Problem("calc", question, " ".join(work), str(value), level)
+
+
+def sort(rng: np.random.Generator, level: int) -> Problem:
+    """`level` distinct letters into alphabetical order, the work inserting one at a time."""
+    letters = [LETTERS[int(i)] for i in rng.choice(26, size=level, replace=False)]
+    grown = ["".join(sorted(letters[: i + 1])) for i in range(level)]
+    return Problem(
+        "sort", f"sort {' '.join(letters)}", " ".join(grown), " ".join(sorted(letters)), level
+    )
+
+
+def compare(rng: np.random.Generator, level: int) -> Problem:
+    """The greater of two numbers of `level` digits that share a random number of first digits."""
+    left = [int(rng.integers(1, 10)), *(int(d) for d in rng.integers(10, size=level - 1))]
+    same = int(rng.integers(level))
+    right = left[:same] + [int(d) for d in rng.integers(10, size=level - same)]
+    others = [d for d in range(same == 0, 10) if d != left[same]]  # no number begins with 0
+    right[same] = others[int(rng.integers(len(others)))]
+    signs = ["=" if a == b else "<" if a < b else ">" for a, b in zip(left, right, strict=True)]
+    work = " ".join(f"{left[i]}{signs[i]}{right[i]}" for i in range(same + 1))
+    a, b = ("".join(map(str, digits)) for digits in (left, right))
+    return Problem("compare", f"compare {a} and {b}", work, max(a, b), level)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How to draw a problem, and the levels (inclusive) documents are drawn from."""
+
+    draw: Callable[[np.random.Generator, int], Problem]
+    levels: tuple[int, int]
+
+
+TASKS: dict[str, Family] = {
+    "calc": Family(calc, (2, 6)),
+    "sort": Family(sort, (3, 7)),
+    "compare": Family(compare, (2, 6)),
+}
+
+
+def family(name: str) -> Family:
+    """The family of that name; a ValueError names the nearest one."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f'did you mean "{near[0]}"? ' if near else ""
+        raise ValueError(f'no task "{name}"; {hint}known: {", ".join(TASKS)}')
+    return TASKS[name]
+
+
+def problem(
+    name: str, seed: int, index: int, split: Split = "train", level: int | None = None
+) -> Problem:
+    """The problem with this index; `level` fixes the difficulty, which is else drawn uniformly."""
+    return _draw(name, _generator(name, seed, index, split), split, level)
+
+
+def document(name: str, seed: int, index: int, split: Split = "train") -> str:
+    """The document with this index: three in four show their work."""
+    rng = _generator(name, seed, index, split)
+    return _draw(name, rng, split, None).text(work=bool(rng.random() < WORK_SHARE))
+
+
+def _generator(name: str, seed: int, index: int, split: Split) -> np.random.Generator:
+    key = int.from_bytes(hashlib.blake2b(f"{name}/{split}".encode(), digest_size=4).digest(), "big")
+    return np.random.default_rng([seed, key, index])
+
+
+def _draw(name: str, rng: np.random.Generator, split: Split, level: int | None) -> Problem:
+    """Draws until the question is of this split: ten draws on average for a held-out one."""
+    drawn = family(name)
+    low, high = drawn.levels
+    if level is not None and level < 1:
+        raise ValueError(f"level {level} of {name}: give 1 or more")
+    while True:
+        chosen = int(rng.integers(low, high + 1)) if level is None else level
+        candidate = drawn.draw(rng, chosen)
+        if candidate.split == split:
+            return candidate
