@@ -1,5 +1,62 @@
-"""tessera: an open Llama-class checkpoint goes in, a faster one comes out."""
+"""tessera: an open Llama-class checkpoint goes in, a faster one comes out.
+
+The names below are the public ones. Each is imported when it is first asked for, so that
+`import tessera` costs nothing and brings no torch.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tessera.data.tokenizer import Tokenizer, load_tokenizer
+    from tessera.generate.engine import Completion, SamplingParams
+    from tessera.generate.torch_engine import TorchEngine
+    from tessera.model.config import ModelConfig
+    from tessera.model.transformer import Transformer
+    from tessera.model.weights import load_model, save_model
+    from tessera.pipeline import run_recipe
+    from tessera.run import Run
+    from tessera.serve.export import export_model
+    from tessera.train.engine import Trainer
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Completion",
+    "ModelConfig",
+    "Run",
+    "SamplingParams",
+    "Tokenizer",
+    "TorchEngine",
+    "Trainer",
+    "Transformer",
+    "export_model",
+    "load_model",
+    "load_tokenizer",
+    "run_recipe",
+    "save_model",
+]
+
+_HOMES = {
+    "Completion": "generate.engine",
+    "ModelConfig": "model.config",
+    "Run": "run",
+    "SamplingParams": "generate.engine",
+    "Tokenizer": "data.tokenizer",
+    "TorchEngine": "generate.torch_engine",
+    "Trainer": "train.engine",
+    "Transformer": "model.transformer",
+    "export_model": "serve.export",
+    "load_model": "model.weights",
+    "load_tokenizer": "data.tokenizer",
+    "run_recipe": "pipeline",
+    "save_model": "model.weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tessera' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tessera.{_HOMES[name]}"), name)

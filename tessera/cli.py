@@ -1,0 +1,260 @@
+"""The words on the command line, turned into calls.
+
+Exit codes: 0 done, 1 failed, 2 the user's words or files are off (the reason on stderr, no
+traceback), 130 interrupted. Every import that costs time is inside the command that needs it, so
+`tessera --help` answers in well under half a second, without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tessera.resolve import Step
+
+app = typer.Typer(
+    name="tessera",
+    help="Turns an open Llama-class checkpoint into an efficient reasoning model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MODEL = "a run directory, a Hugging Face directory or a hub id"
+Runs = Annotated[Path, typer.Option("--runs", help="Where run directories are.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. kd.train.lr=3e-4")
+]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file.")]
+
+
+def main() -> None:
+    """The entry point of the `tessera` command."""
+    app()
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The code for an error that tessera raised on purpose; None for a mistake in tessera."""
+    if not type(error).__module__.startswith("tessera."):
+        return None
+    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """A function as a command whose expected errors end in a sentence and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            _complain("interrupted; what was done is kept, the same command goes on from there")
+            raise typer.Exit(130) from None
+        except OSError as error:
+            _complain(f"error: {error}")
+            raise typer.Exit(1) from None
+        except Exception as error:
+            code = _exit_code(error)
+            if code is None:
+                raise
+            _complain(f"error: {error}")
+            raise typer.Exit(code) from None
+
+    return app.command()(guarded)
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1, default=str))
+
+
+@_command
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this stage alone; may be repeated.")
+    ] = None,
+    redo: Annotated[
+        list[str] | None,
+        typer.Option(help="Delete this stage's run, and all made from it, first; may be repeated."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only results.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: finished stages are skipped, unfinished ones go on where they stopped."""
+    from tessera import dist, pipeline, show, table
+    from tessera.recipe import load
+
+    plan = load(recipe, overrides or ())
+    steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
+    if not dist.is_main():
+        return
+    last = steps[-1]
+    tables = show.tables(last.path) if last.stage.gives == "table" else {}
+    if as_json:
+        _print_json({"runs": [str(step.path) for step in steps], "tables": tables})
+        return
+    for name, rows in tables.items():
+        print(f"{name}\n{table.render_table(rows)}\n")
+    _complain(f"The runs are in {runs / plan.name}; look at one with: tessera show {last.path}")
+
+
+@_command
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Resolve a recipe and say what running it would do; runs nothing."""
+    from tessera import pipeline, resolve
+    from tessera.recipe import load
+
+    steps = resolve.plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
+    if as_json:
+        _print_json([_step_values(step) for step in steps])
+        return
+    for step in steps:
+        print(f"# {step.name}: {_what_would_happen(step)}")
+        if counted := _num_params(step):
+            print(f"# {counted:,} parameters in {step.files['path']}")
+        print(resolve.table_text(step))
+
+
+def _step_values(step: Step) -> dict[str, Any]:
+    values = {"name": step.name, "stage": step.stage.name, "action": step.action}
+    inputs = {"inputs": step.inputs, "config": step.resolved}
+    return {**values, **inputs, "num_params": _num_params(step)}
+
+
+def _what_would_happen(step: Step) -> str:
+    from tessera.resolve import explain_change
+
+    if step.action == "changed":
+        return "the recipe has changed under this run\n# " + explain_change(step).replace(
+            "\n", "\n# "
+        )
+    return {
+        "run": "would run",
+        "resume": "would go on",
+        "skip": "is done",
+        "redo": "would be redone",
+    }[step.action]
+
+
+def _num_params(step: Step) -> int | None:
+    """Parameters of the checkpoint that a stage imports, where it can be read here."""
+    from tessera.show import model_config
+
+    path = step.files.get("path")
+    imports = step.stage.name == "parent" and isinstance(path, Path)
+    return model_config(path).num_params() if imports else None
+
+
+@_command
+def show(
+    path: Annotated[Path, typer.Argument(help="A run, a model directory or a config.json.")],
+    as_json: Json = False,
+) -> None:
+    """Print the mosaic, parameters, KV bytes a token, lineage and tables."""
+    from tessera import show as view
+    from tessera.run import RunError
+
+    found = view.describe(path)
+    if as_json:
+        _print_json(found)
+        return
+    try:
+        config = None if "runs" in found else view.model_config(path)
+    except RunError:
+        config = None
+    print(view.render(found, config))
+
+
+@_command
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run or a model directory.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Print where two architectures differ, layer by layer, and by how much in size."""
+    from tessera import show as view
+
+    found = view.diff(view.model_config(a), view.model_config(b))
+    if as_json:
+        _print_json(found)
+    else:
+        print(view.render_diff(found))
+
+
+@_command
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Print the text a model goes on with after a prompt."""
+    from tessera.data.tokenizer import load_tokenizer
+    from tessera.generate.engine import SamplingParams
+    from tessera.generate.torch_engine import TorchEngine
+    from tessera.model.weights import load_model, resolve
+
+    tokenizer = load_tokenizer(resolve(model))
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop_token_ids=tokenizer.eos_ids,
+        seed=seed,
+    )
+    ids = tokenizer.encode(prompt, bos=True)
+    completion = TorchEngine(load_model(model, frozen=True)).generate([ids], params)[0][0]
+    # Decoded together: a SentencePiece text's first space belongs to what stands before it.
+    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(prompt)
+    if as_json:
+        tokens = {"token_ids": completion.token_ids, "logprobs": completion.logprobs}
+        _print_json(
+            {"prompt": prompt, "text": text, "finish_reason": completion.finish_reason, **tokens}
+        )
+    else:
+        print(prompt + text)
+
+
+@_command
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    format: Annotated[str, typer.Option(help="decilm, hf or gguf.")] = "decilm",
+    check: Annotated[bool, typer.Option(help="Read it back and compare with the source.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a model as a directory that stock serving engines load."""
+    from tessera.serve.export import export_model
+
+    report = export_model(model, out, format, check=check)
+    if as_json:
+        _print_json(report.as_json())
+    else:
+        print("\n".join(report.lines()))
