@@ -1,0 +1,152 @@
+"""Next-token prediction on documents: a parent from scratch, or continued pretraining.
+
+    ℓ_t = -log π(y_t | tokens up to t),   w_t = 1 on every token of a document
+
+Stage `parent` imports a checkpoint or trains a small one; stage `cpt` continues any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from tessera.data.batch import Batch
+from tessera.data.documents import Documents
+from tessera.data.tokenizer import load_tokenizer
+from tessera.model.config import ModelConfig, uniform
+from tessera.model.context import Context
+from tessera.model.transformer import Transformer
+from tessera.model.weights import load_model, resolve, save_model
+from tessera.run import Run
+from tessera.train.engine import Stats, Trainer, one_group
+from tessera.train.losses import cross_entropy
+from tessera.train.optim import TrainConfig
+
+
+class LM:
+    """Cross-entropy of the next token."""
+
+    def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
+        assert isinstance(module, Transformer)
+        hidden = module(batch.tokens, Context(batch.positions, batch.segments))
+        flat = hidden.flatten(0, 1), module.head, batch.labels.flatten(), batch.weight.flatten()
+        yield cross_entropy(*flat), {}
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch.weight.sum()
+
+    def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
+        return one_group(module)
+
+
+def documents(data: Path, config: TrainConfig, seed: int, split: str = "train") -> Documents:
+    """The prepared documents of a data run, cut to a stage's training settings."""
+    return Documents(
+        data,
+        split=split,
+        sequence_length=config.sequence_length,
+        tokens_per_step=config.tokens_per_step,
+        microbatch_tokens=config.microbatch_tokens,
+        seed=seed,
+    )
+
+
+@torch.no_grad()
+def heldout_loss(module: Transformer, batches: Sequence[Batch]) -> float:
+    """Mean -log π(y_t) over the held-out batches, in nats a token."""
+    objective = LM()
+    total = sum(float(loss) for b in batches for loss, _ in objective.losses(module, b))
+    return total / sum(float(objective.weight(b)) for b in batches)
+
+
+class ArchitectureConfig(BaseModel):
+    """A homogeneous Llama to train from scratch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hidden_size: int = Field(128, ge=2)
+    num_hidden_layers: int = Field(6, ge=1)
+    num_attention_heads: int = Field(4, ge=1)
+    num_key_value_heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(384, ge=1)
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = False
+
+    def model(self, vocab_size: int, bos: int | None, eos: tuple[int, ...]) -> ModelConfig:
+        """The ModelConfig of this shape for a tokenizer's vocabulary."""
+        words = f"gqa-{self.num_key_value_heads}", f"swiglu-{self.intermediate_size}"
+        return ModelConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            blocks=uniform(*words, self.num_hidden_layers),
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=self.rope_theta,
+            tie_word_embeddings=self.tie_word_embeddings,
+            bos_token_id=bos,
+            eos_token_id=eos,
+        )
+
+
+class ParentConfig(BaseModel):
+    """Either `path` (a Hugging Face directory, a run or a hub id), or `architecture` and `train`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str | None = None
+    architecture: ArchitectureConfig | None = None
+    train: TrainConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ParentConfig:
+        scratch = self.architecture is not None and self.train is not None
+        if (self.path is None) != scratch:
+            raise ValueError(
+                'a parent is imported with `path = "…"` (on the command line: '
+                "parent.path=MODEL), or trained with both `architecture` and `train`"
+            )
+        return self
+
+
+class CPTConfig(BaseModel):
+    """Continued pretraining: the LM loss on more documents."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: TrainConfig
+
+
+def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> None:
+    """Stage `parent`: import a checkpoint, or train one from scratch."""
+    if config.path is not None:
+        save_model(load_model(config.path), run.model_path, tokenizer_from=resolve(config.path))
+        return
+    assert config.architecture is not None and config.train is not None
+    data = inputs["data"]
+    if data is None:
+        raise ValueError("a parent trained from scratch needs a [data] table before [parent]")
+    tokenizer = load_tokenizer(data)
+    shape = config.architecture.model(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids)
+    _train(Transformer(shape).init_weights(run.seed), config.train, run, data, data / "tokenizer")
+
+
+def cpt(config: CPTConfig, run: Run, inputs: dict[str, Path]) -> None:
+    """Stage `cpt`: continue `model` on `data`."""
+    model = inputs["model"]
+    _train(load_model(model), config.train, run, inputs["data"], resolve(model))
+
+
+def _train(module: Transformer, config: TrainConfig, run: Run, data: Path, tokenizer: Path) -> None:
+    source = documents(data, config, run.seed)
+    heldout = documents(data, config, run.seed, "heldout").heldout_batches()
+    Trainer(
+        module, LM(), source, config, run, lambda: {"heldout": heldout_loss(module, heldout)}
+    ).fit()
+    save_model(module, run.model_path, tokenizer_from=tokenizer)

@@ -1,0 +1,132 @@
+"""Cost tables read back, and budgets in the user's words made linear.
+
+    throughput = "1.25x"     at least 1.25 times the parent's tokens a second
+    bytes = "0.7x"           weights and KV cache at most 0.7 of the parent's
+    latency = 0.8            seconds for the whole scenario, absolute
+
+`throughput` >= T becomes seconds <= batch·new / T; every other column is a sum over words plus
+the base (embedding, head, sampling).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tessera.model.config import KINDS
+
+COUNTED = ("parameters", "bytes", "kv_bytes_per_token")
+MEASURED = ("prefill_seconds", "decode_seconds", "seconds")
+NAMES = (*COUNTED, "prefill_seconds", "decode_seconds", "latency", "throughput")
+
+Words = Sequence[Sequence[str]]
+
+
+class Scenario(BaseModel):
+    """The work a cost is quoted for: `batch` requests of `prompt` tokens, `new` tokens each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch: int = Field(8, ge=1)
+    prompt: int = Field(64, ge=1)
+    new: int = Field(128, ge=2)
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.batch * (self.prompt + self.new)
+
+
+class ConstraintError(ValueError):
+    """A budget that cannot be understood; the text says which are."""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Columns of each word and of the base, for one scenario.
+
+    `seconds` is the whole scenario for the batch: prefill, then `new - 1` decode steps (the
+    prefill yields the first token).
+    """
+
+    base: Mapping[str, float]
+    words: Mapping[tuple[str, str], Mapping[str, float]]
+    scenario: Scenario
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, object]], scenario: Scenario) -> CostTable:
+        table: dict[tuple[str, str], dict[str, float]] = {}
+        for row in rows:
+            columns = {k: float(v) for k, v in row.items() if k not in ("kind", "word")}  # type: ignore[arg-type]
+            if "decode_seconds" in columns:
+                decode = (scenario.new - 1) * columns["decode_seconds"]
+                columns["seconds"] = columns["prefill_seconds"] + decode
+            table[str(row["kind"]), str(row["word"])] = columns
+        return cls(table.pop(("base", "")), table, scenario)
+
+    @property
+    def measured(self) -> bool:
+        return "seconds" in self.base
+
+    def total(self, words: Words) -> dict[str, float]:
+        """Every column summed over an architecture, base included; and `throughput`, tokens/s."""
+        total = dict(self.base)
+        for pair in words:
+            for kind, word in zip(KINDS, pair, strict=True):
+                for column, value in self.words[kind, word].items():
+                    total[column] += value
+        if self.measured:
+            total["latency"] = total["seconds"]
+            total["throughput"] = self.scenario.batch * self.scenario.new / total["seconds"]
+        return total
+
+
+def budgets(
+    constraints: Mapping[str, float | str], costs: CostTable, parent: Words
+) -> dict[str, float]:
+    """Linear column -> most its words may sum to, the base already taken off."""
+    if not constraints:
+        raise ConstraintError(
+            "search.constraints is empty, so the parent itself is the answer. Give at least one "
+            f'of {", ".join(NAMES)}, for example constraints = {{ throughput = "1.5x" }}.'
+        )
+    own = costs.total(parent)
+    found = {}
+    for name, value in constraints.items():
+        _check_name(name, costs)
+        bound = _absolute(name, value, own[name])
+        if name == "throughput":
+            bound = costs.scenario.batch * costs.scenario.new / bound
+        column = "seconds" if name in ("throughput", "latency") else name
+        found[column] = min(bound - costs.base[column], found.get(column, float("inf")))
+    return found
+
+
+def _check_name(name: str, costs: CostTable) -> None:
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConstraintError(
+            f"search.constraints.{name} is no cost; allowed are {', '.join(NAMES)}.{hint}"
+        )
+    if name not in COUNTED and not costs.measured:
+        raise ConstraintError(
+            f"search.constraints.{name} needs measured seconds, and the cost stage ran with "
+            "measure = false. Set cost.measure = true, or constrain parameters or bytes."
+        )
+
+
+def _absolute(name: str, value: float | str, parent: float) -> float:
+    text = str(value).strip()
+    try:
+        number = float(text.removesuffix("x"))
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise ConstraintError(
+            f"search.constraints.{name} = {value!r}: give a positive number, or a share of the "
+            'parent such as "0.8x"'
+        )
+    return number * parent if text.endswith("x") else number

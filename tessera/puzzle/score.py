@@ -1,0 +1,146 @@
+"""Replace-one scoring: how much the parent suffers when one subblock is swapped (Puzzle §2.4).
+
+For every layer and word: swap that subblock alone, measure KL(parent ‖ model) and the rise of
+the LM loss on held-out tokens. The score of an architecture is the sum over its words, which
+is what makes the search a linear program.
+
+The hidden states below a replaced layer are the parent's own: they are computed once a batch
+and every variant starts from them, so a replacement at layer l costs L - l layers, not L.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from tessera.data.batch import Batch
+from tessera.data.documents import Documents
+from tessera.model.context import Context
+from tessera.model.layers import Subblock
+from tessera.model.transformer import Transformer
+from tessera.model.weights import load_model
+from tessera.progress import Progress
+from tessera.puzzle.library import load_unit
+from tessera.puzzle.space import Space
+from tessera.run import Run, atomic_write, read_json
+from tessera.train.losses import token_statistics
+
+METRICS = ("kl", "lm_loss", "agreement")
+
+
+class ScoreConfig(BaseModel):
+    """On how many held-out tokens each replacement is measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(16_384, ge=1)
+    microbatch_tokens: int = Field(4096, ge=1)
+    sequence_length: int = Field(256, ge=2)
+
+
+Units = dict[tuple[int, str, str], Subblock]
+
+
+@torch.no_grad()
+def score_batch(parent: Transformer, units: Units, batch: Batch) -> dict[tuple, dict[str, float]]:
+    """Σ w·metric of every unit put alone into the parent, on one batch.
+
+    The key `()` holds the parent's own numbers and the total weight.
+    """
+    context = parent.prepare(Context(batch.positions, batch.segments))
+    states = list(parent.hidden_states(batch.tokens, context))
+    log_p = parent.logits(parent.norm(states[-1]).flatten(0, 1))
+    sums = {(): _measure(parent, states[-1], log_p, batch)}
+    for (layer, kind, word), unit in units.items():
+        x = _replaced(parent, layer, kind, unit, states[layer], context)
+        for block in parent.layers[layer + 1 :]:
+            x = block(x, context)
+        sums[layer, kind, word] = _measure(parent, x, log_p, batch)
+    return sums
+
+
+def _replaced(
+    parent: Transformer, layer: int, kind: str, unit: Subblock, x: Tensor, context: Context
+) -> Tensor:
+    block = parent.layers[layer]
+    attention, ffn = (unit, block.ffn) if kind == "attention" else (block.attention, unit)
+    x = x + attention(x, context)
+    return x + ffn(x, context)
+
+
+def _measure(parent: Transformer, x: Tensor, logits: Tensor, batch: Batch) -> dict[str, float]:
+    hidden, weight = parent.norm(x).flatten(0, 1), batch.weight.flatten()
+    found = token_statistics(hidden, parent.head, logits.__getitem__, batch.labels.flatten())
+    sums = {key: float(values @ weight) for key, values in found.items()}
+    return sums | {"weight": float(weight.sum())}
+
+
+def load_units(library: Path, parent: Transformer, space: Space) -> Units:
+    """Every replacement of the space, trained; `noop` included."""
+    return {
+        key: load_unit(library, parent.config, *key).requires_grad_(False)
+        for key in space.replacements()
+    }
+
+
+def score_all(
+    parent: Transformer, units: Units, batches: Sequence[Batch], run: Run
+) -> list[dict[str, object]]:
+    """Rows {layer, kind, word, kl, lm_loss, agreement, tokens}; means over all tokens.
+
+    Finished batches are kept in the run's state, so a killed scoring goes on where it was.
+    """
+    totals: dict[tuple, dict[str, float]] = {}
+    with Progress(run.name, len(batches), "replacements") as bar:
+        for index, batch in enumerate(batches):
+            for key, sums in _scored(run.state_path / f"batch-{index}.json", parent, units, batch):
+                known = totals.setdefault(tuple(key), dict.fromkeys(sums, 0.0))
+                for metric, value in sums.items():
+                    known[metric] += value
+            bar.advance(1, len(units))
+    return _rows(totals)
+
+
+def _scored(done: Path, parent: Transformer, units: Units, batch: Batch) -> list:
+    if done.exists():
+        return json.loads(done.read_text())
+    sums = [[list(key), value] for key, value in score_batch(parent, units, batch).items()]
+    done.parent.mkdir(exist_ok=True)
+    atomic_write(done, json.dumps(sums))
+    return sums
+
+
+def _rows(totals: dict[tuple, dict[str, float]]) -> list[dict[str, object]]:
+    own = totals.pop(())
+    tokens = own["weight"]
+    rows = []
+    for (layer, kind, word), sums in totals.items():
+        means = {metric: sums[metric] / tokens for metric in METRICS}
+        means["lm_loss"] -= own["lm_loss"] / tokens
+        rows.append({"layer": layer, "kind": kind, "word": word, **means, "tokens": int(tokens)})
+    return rows
+
+
+def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
+    """Stage `score`: measure every word of the library alone in the parent."""
+    parent = load_model(inputs["parent"], frozen=True)
+    layers = read_json(inputs["library"], "space")
+    space = Space(tuple((tuple(a), tuple(f)) for a, f in layers))
+    units = load_units(inputs["library"] / "library", parent, space)
+    source = Documents(
+        inputs["data"],
+        split="heldout",
+        sequence_length=config.sequence_length,
+        tokens_per_step=config.tokens,
+        microbatch_tokens=config.microbatch_tokens,
+        seed=run.seed,
+    )
+    batches = source.heldout_batches(config.tokens)
+    run.write_table("scores", score_all(parent, units, batches, run))
+    run.write_json("space", layers)
+    run.write_json("block_influence", read_json(inputs["library"], "block_influence"))

@@ -1,0 +1,205 @@
+"""The integer program: the best architecture under what serving it may cost (Puzzle §2.6).
+
+    minimise   Σ_ij score_ij x_ij
+    subject to Σ_j x_ij = 1                         one word for each layer and kind
+               base_c + Σ_ij cost_cij x_ij <= budget_c      for each constrained cost c
+               x_ia + x_if <= 1                     pairs the serving engine cannot load
+
+Solved to proven optimality by HiGHS; the gap is reported. Throughput becomes linear by
+multiplying out: batch·new / seconds >= T  is  seconds <= batch·new / T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import highspy
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from tessera.model.config import KINDS, ModelConfig
+from tessera.model.weights import load_config
+from tessera.puzzle.baselines import dropped_layers, uniform_width
+from tessera.puzzle.constraints import CostTable, Scenario, budgets
+from tessera.puzzle.space import Space, forbidden_pairs
+from tessera.run import Run, read_json, read_table
+
+
+class Infeasible(ValueError):
+    """No architecture of the space meets the constraints; the text says by how much."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One word at one place: its score and its costs by column."""
+
+    layer: int
+    kind: str
+    word: str
+    score: float
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The chosen options in order, their summed score, and how well it is proved."""
+
+    options: tuple[Option, ...]
+    score: float
+    bound: float
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        return abs(self.score - self.bound) / max(1e-12, abs(self.score))
+
+
+def solve(
+    options: Sequence[Option],
+    budgets: Mapping[str, float],
+    forbidden: Sequence[tuple[int, str, str]] = (),
+    time_limit: float = 60.0,
+) -> Solution:
+    """The cheapest-scoring choice of one option a (layer, kind) within `budgets`.
+
+    budgets: cost column -> most that the chosen options may sum to (base already subtracted).
+    forbidden: (layer, attention word, FFN word) that may not stand together.
+    Raises Infeasible naming the tightest constraint.
+    """
+    _check_reachable(options, budgets)
+    places = {(o.layer, o.kind): None for o in options}
+    rows = [[i for i, o in enumerate(options) if (o.layer, o.kind) == p] for p in places]
+    solver = _program(options, rows, budgets, _pairs(options, forbidden))
+    solver.setOptionValue("time_limit", time_limit)
+    solver.setOptionValue("mip_rel_gap", 1e-9)
+    solver.run()
+    info = solver.getInfo()
+    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+        raise Infeasible(
+            "no architecture meets all constraints at once, though each alone can be met: "
+            + ", ".join(f"{c} <= {b:.6g}" for c, b in budgets.items())
+        )
+    values = np.array(solver.getSolution().col_value)
+    chosen = tuple(options[max(row, key=lambda i: values[i])] for row in rows)
+    score = sum(o.score for o in chosen)
+    return Solution(chosen, score, float(info.mip_dual_bound), solver.getRunTime())
+
+
+def _pairs(
+    options: Sequence[Option], forbidden: Sequence[tuple[int, str, str]]
+) -> list[tuple[int, int]]:
+    index = {(o.layer, o.kind, o.word): i for i, o in enumerate(options)}
+    keys = [((layer, "attention", a), (layer, "ffn", f)) for layer, a, f in forbidden]
+    return [(index[a], index[f]) for a, f in keys if a in index and f in index]
+
+
+def _program(
+    options: Sequence[Option],
+    rows: Sequence[Sequence[int]],
+    budgets: Mapping[str, float],
+    pairs: Sequence[tuple[int, int]],
+) -> highspy.Highs:
+    solver = highspy.Highs()
+    solver.silent()
+    count = len(options)
+    solver.addVars(count, np.zeros(count), np.ones(count))
+    solver.changeColsCost(count, np.arange(count), np.array([o.score for o in options]))
+    integer = np.full(count, highspy.HighsVarType.kInteger)
+    solver.changeColsIntegrality(count, np.arange(count), integer)
+    for row in rows:
+        solver.addRow(1.0, 1.0, len(row), np.array(row), np.ones(len(row)))
+    for column, budget in budgets.items():
+        costs = np.array([o.costs[column] for o in options])
+        unit = max(1e-30, float(np.abs(costs).max()))  # rows near 1 keep HiGHS' tolerances honest
+        solver.addRow(-highspy.kHighsInf, budget / unit, count, np.arange(count), costs / unit)
+    for pair in pairs:
+        solver.addRow(0.0, 1.0, 2, np.array(pair), np.ones(2))
+    return solver
+
+
+def _check_reachable(options: Sequence[Option], budgets: Mapping[str, float]) -> None:
+    for column, budget in budgets.items():
+        least: dict[tuple[int, str], float] = {}
+        for option in options:
+            place = option.layer, option.kind
+            least[place] = min(least.get(place, np.inf), option.costs[column])
+        if sum(least.values()) > budget * (1 + 1e-9) + 1e-15:
+            raise Infeasible(
+                f"{column} cannot get below {sum(least.values()):.6g} in this space "
+                f"(outside the base), and {budget:.6g} is asked. Relax the constraint, or add "
+                "cheaper words to bld.space."
+            )
+
+
+class SearchConfig(BaseModel):
+    """What to minimise, and what serving may cost.
+
+    `method`: the integer program, or one of the two baselines it is compared with, at the same
+    budget: one FFN width everywhere, or whole layers dropped by block influence.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    constraints: dict[str, float | str]
+    minimize: Literal["kl", "lm_loss"] = "kl"
+    servable: tuple[str, ...] = ()  # engines that must load the child: "vllm", "llama.cpp", …
+    method: Literal["mip", "uniform", "dropped"] = "mip"
+    time_limit: float = Field(60.0, gt=0)
+
+
+def options_of(
+    space: Space, scores: Sequence[Mapping], costs: CostTable, metric: str
+) -> list[Option]:
+    """Every word at every place; the parent's own words score 0."""
+    table = {(r["layer"], r["kind"], r["word"]): r[metric] for r in scores}
+    found = []
+    for layer in range(len(space.layers)):
+        for kind in KINDS:
+            for i, word in enumerate(space.words(layer, kind)):
+                score = 0.0 if i == 0 else float(table[layer, kind, word])
+                found.append(Option(layer, kind, word, score, costs.words[kind, word]))
+    return found
+
+
+def search(
+    config: SearchConfig,
+    parent: ModelConfig,
+    space: Space,
+    scores: Sequence[Mapping],
+    costs: CostTable,
+) -> tuple[list[tuple[str, ...]], Solution]:
+    """The words of the best architecture, and the solver's proof."""
+    limits = budgets(config.constraints, costs, parent.words)
+    pairs = forbidden_pairs(space, parent, config.servable)
+    forbidden = [(layer, a, f) for layer, found in enumerate(pairs) for a, f in found]
+    options = options_of(space, scores, costs, config.minimize)
+    solution = solve(options, limits, forbidden, config.time_limit)
+    chosen = {(o.layer, o.kind): o.word for o in solution.options}
+    depth = range(len(space.layers))
+    return [tuple(chosen[layer, kind] for kind in KINDS) for layer in depth], solution
+
+
+def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
+    """Stage `search`: write `tables/architecture.json`, the child's words and what is promised."""
+    parent = load_config(inputs["parent"])
+    layers = read_json(inputs["scores"], "space")
+    space = Space(tuple((tuple(a), tuple(f)) for a, f in layers))
+    scores = read_table(inputs["scores"], "scores")
+    scenario = Scenario(**read_json(inputs["costs"], "scenario"))
+    costs = CostTable.from_rows(read_table(inputs["costs"], "costs"), scenario)
+    result: dict[str, object] = {"method": config.method}
+    if config.method == "mip":
+        words, solution = search(config, parent, space, scores, costs)
+        result |= {"score": solution.score, "gap": solution.gap, "seconds": solution.seconds}
+        run.say(f"score {solution.score:.4f}, gap {solution.gap:.1e}, {solution.seconds:.2f} s")
+    elif config.method == "uniform":
+        words = uniform_width(config.constraints, parent, space, costs)
+    else:
+        influence = read_json(inputs["scores"], "block_influence")
+        words = dropped_layers(config.constraints, parent, influence, costs)
+    result |= {"words": words, "predicted": costs.total(words)}
+    result |= {"parent": costs.total(parent.words), "scenario": scenario.model_dump()}
+    run.write_json("architecture", result)

@@ -1,0 +1,174 @@
+"""The one loop.
+
+    loss of a step = Σ over microbatches and ranks of Σ_t w_t·ℓ_t, divided by Σ w_t
+
+An objective returns sums and the division by the *global* weight happens here, so
+accumulation and ranks change nothing (a mean of means is off by 9.5 % on ragged microbatches).
+There are no callbacks: what happens every so often is an `if` in `fit`.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tessera.data.batch import Batch, Source
+from tessera.progress import Progress
+from tessera.run import Run, RunError
+from tessera.train.checkpoint import load_state, save_state
+from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
+
+Stats = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What is learned. Several losses share the loop by being this."""
+
+    def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
+        """Parts of Σ w·ℓ of a microbatch (sums, never means) and statistics to log.
+
+        Each part is backpropagated before the next is asked for, so an objective with many
+        independent parts (block-wise distillation) never holds more than one graph.
+        """
+        ...
+
+    def weight(self, batch: Batch) -> Tensor:
+        """Σ w of a microbatch."""
+        ...
+
+    def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
+        """Parameters clipped together."""
+        ...
+
+
+class Trainer:
+    """Runs `config.steps` optimizer steps of `objective` on `module` over `source`.
+
+    `evaluate`, if given, is called with the module every `evaluate_every` steps and at the end;
+    its numbers join the step's line in metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        source: Source,
+        config: TrainConfig,
+        run: Run,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate_every: int = 0,
+    ) -> None:
+        self.module, self.objective, self.source = module, objective, source
+        self.config, self.run = config, run
+        self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        self.groups = objective.groups(module)
+        self.optimizer = build_optimizer(self.trainable.values(), config)
+
+    def fit(self) -> None:
+        """Train to the last step, from the last saved state if there is one.
+
+        Ctrl-C and SIGTERM finish the step, save, and raise KeyboardInterrupt.
+        """
+        start = load_state(self.run.state_path, self)
+        self.run.rewind(start)
+        if start:
+            self.run.say(f"resuming after step {start} of {self.config.steps}")
+        self.module.train()
+        saved = time.monotonic()
+        label = self.run.name
+        with _stop_signal() as stopped, Progress(label, self.config.steps, "tokens") as bar:
+            bar.advance(start, 0)
+            for step in range(start, self.config.steps):
+                metrics, tokens = self.train_step(step)
+                last = step + 1 == self.config.steps
+                if self.evaluate and (last or self._due(step + 1)):
+                    metrics |= self.evaluate()
+                self.run.log(step + 1, **metrics)
+                bar.advance(1, tokens, loss=metrics["loss"])
+                if stopped() or time.monotonic() - saved > self.config.save_seconds:
+                    save_state(self.run.state_path, step + 1, self)
+                    saved = time.monotonic()
+                if stopped():
+                    raise KeyboardInterrupt
+
+    def _due(self, step: int) -> bool:
+        return self.evaluate_every > 0 and step % self.evaluate_every == 0
+
+    def train_step(self, step: int) -> tuple[dict[str, float], int]:
+        """One optimizer step; returns its metrics and the number of tokens it read."""
+        batches = self.source.batches(step)
+        weight = sum(float(self.objective.weight(batch)) for batch in batches)
+        if weight <= 0:
+            raise RunError(f"step {step + 1} has no trained token; check the data's weights")
+        totals: dict[str, float] = {"loss": 0.0}
+        for batch in batches:
+            for loss, stats in self.objective.losses(self.module, batch):
+                (loss / weight).backward()
+                totals["loss"] += loss.item()
+                for key, value in stats.items():
+                    totals[key] = totals.get(key, 0.0) + float(value)
+        metrics = {key: value / weight for key, value in totals.items()}
+        metrics["grad_norm"] = self._clip()
+        self._check_finite(step, metrics)
+        metrics["lr"] = self._update(step)
+        return metrics, sum(int((batch.segments >= 0).sum()) for batch in batches)
+
+    def _clip(self) -> float:
+        """Clip each group on its own; returns the norm over all of them before clipping."""
+        norms = [
+            nn.utils.clip_grad_norm_(parameters, self.config.clip)
+            for parameters in self.groups.values()
+        ]
+        return float(torch.stack(norms).norm())
+
+    def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
+        bad = [key for key in ("loss", "grad_norm") if not math.isfinite(metrics[key])]
+        if bad:
+            raise RunError(
+                f"{' and '.join(bad)} not finite at step {step + 1}: "
+                f"{ {key: metrics[key] for key in bad} }. No update was made. Lower "
+                f"`train.lr` (now {self.config.lr}) or lengthen `train.warmup`, then run again."
+            )
+
+    def _update(self, step: int) -> float:
+        lr = self.config.lr * lr_factor(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return lr
+
+
+def one_group(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """All trainable parameters, clipped together: what most objectives want."""
+    return {"all": [p for p in module.parameters() if p.requires_grad]}
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM ask for a stop after the step; a second one interrupts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may handle signals
+        return
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

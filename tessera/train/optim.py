@@ -1,0 +1,68 @@
+"""AdamW and the learning-rate schedules.
+
+A schedule is a pure function of the step, so a resumed run needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+Schedule = Literal["cosine", "wsd", "constant"]
+
+
+class TrainConfig(BaseModel):
+    """How long, how fast, in what portions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(ge=1)
+    tokens_per_step: int = Field(8192, ge=1)  # positions an optimizer step, over all ranks
+    microbatch_tokens: int = Field(4096, ge=1)  # positions a forward pass
+    sequence_length: int = Field(256, ge=2)
+    lr: float = Field(1e-3, gt=0)
+    schedule: Schedule = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
+    decay: float = Field(0.2, gt=0, le=1)  # wsd: share of the steps spent decaying
+    min_lr: float = Field(0.1, ge=0, le=1)  # the schedule's floor, as a share of lr
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)  # on matrices only
+    clip: float = Field(1.0, gt=0)  # of each group's gradient norm
+    save_seconds: float = Field(60.0, gt=0)  # at least this long between resume states
+
+
+def lr_factor(config: TrainConfig, step: int) -> float:
+    """Share of `lr` used by 0-based `step`: linear warm-up, then the schedule.
+
+    `cosine` falls to `min_lr` over the rest; `wsd` (warm-up, stable, decay) stays at 1 and
+    falls linearly over the last `decay` of the steps; `constant` stays at 1.
+    """
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "cosine":
+        done = (step - warmup) / max(1, config.steps - warmup)
+        return config.min_lr + (1 - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    start = config.steps - round(config.decay * config.steps)
+    done = max(0, step - start) / max(1, config.steps - start)
+    return 1 - (1 - config.min_lr) * done
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only; one fused kernel a step."""
+    parameters = [p for p in parameters if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)

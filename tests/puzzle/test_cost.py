@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tessera.model.config import KINDS, parse_kind
+from tessera.puzzle.constraints import ConstraintError, CostTable, Scenario, budgets
+from tessera.puzzle.cost import CostConfig, _isotonic, cost_rows
+from tests.toy import toy_config
+
+SETTINGS = CostConfig(measure=False)
+WORDS = [(k, w) for k, pair in (("attention", ("gqa-4", "gqa-1", "linear", "noop")),
+         ("ffn", ("swiglu-48", "swiglu-12", "noop"))) for w in pair]  # fmt: skip
+
+
+def _table(**seconds: float) -> CostTable:
+    rows = cost_rows(toy_config(), WORDS, SETTINGS, "cost")
+    for row in rows:
+        if seconds:
+            row["prefill_seconds"] = row["decode_seconds"] = seconds.get(row["word"], 0.1)
+    return CostTable.from_rows(rows, SETTINGS.scenario)
+
+
+def test_counted_totals_are_the_models_own():
+    table = _table()
+    words = [("gqa-4", "swiglu-48"), ("noop", "swiglu-12"), ("linear", "noop")]
+    config = toy_config().with_words(words)
+    total = table.total(words)
+    assert total["parameters"] == config.num_params()
+    assert total["kv_bytes_per_token"] == config.kv_bytes_per_token()
+    cached = SETTINGS.scenario.cached_tokens
+    assert total["bytes"] == 4 * config.num_params() + cached * config.kv_bytes_per_token()
+
+
+def test_a_relative_budget_of_one_is_the_parent():
+    table, parent = _table(noop=0.0), toy_config().words
+    for name in ("parameters", "bytes", "latency", "throughput", "decode_seconds"):
+        ((column, limit),) = budgets({name: "1x"}, table, parent).items()
+        own = table.total(parent)[column] - table.base[column]
+        assert limit == pytest.approx(own)
+
+
+def test_throughput_and_latency_are_one_constraint():
+    table, parent = _table(noop=0.0), toy_config().words
+    work = SETTINGS.scenario.batch * SETTINGS.scenario.new
+    by_rate = budgets({"throughput": 10.0}, table, parent)
+    by_time = budgets({"latency": work / 10.0}, table, parent)
+    assert by_rate == pytest.approx(by_time)
+
+
+@pytest.mark.parametrize(
+    ("constraints", "text"),
+    [
+        ({}, "the parent itself"),
+        ({"throughputt": 1}, "Did you mean 'throughput'"),
+        ({"bytes": "fast"}, "positive number"),
+        ({"bytes": "-1x"}, "positive number"),
+        ({"latency": 1.0}, "measure = true"),
+    ],
+)
+def test_errors_say_what_is_allowed(constraints, text):
+    with pytest.raises(ConstraintError, match=text):
+        budgets(constraints, _table(), toy_config().words)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
+def test_isotonic_never_falls_and_keeps_the_sum(values):
+    found = _isotonic(values)
+    assert all(a <= b + 1e-9 for a, b in zip(found, found[1:], strict=False))
+    assert sum(found) == pytest.approx(sum(values), abs=1e-6)
+
+
+def test_counts_are_those_of_the_built_subblock():
+    from tessera.model.layers import Subblock
+
+    config = toy_config(qkv_bias=True)
+    for kind, word in WORDS:
+        unit = Subblock(config, parse_kind(kind, word))
+        counted = config.subblock_params(kind, unit.variant)
+        assert kind in KINDS and sum(p.numel() for p in unit.parameters()) == counted
+
+
+def test_measured_seconds_are_there_for_every_word():
+    settings = CostConfig(scenario=Scenario(batch=2, prompt=4, new=4), rounds=3, depth=1)
+    rows = cost_rows(toy_config(), WORDS, settings, "cost")
+    assert len(rows) == len(WORDS) + 1
+    assert all(row["decode_seconds"] >= 0 for row in rows)
+    assert next(r for r in rows if r["word"] == "")["decode_seconds"] > 0

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from tessera.model.config import ConfigError
+from tessera.puzzle.space import SpaceConfig, build_space, forbidden_pairs
+from tests.toy import toy_config
+
+
+def test_the_parents_words_come_first_and_words_do_not_repeat():
+    space = build_space(SpaceConfig(ffn=("100%", "50%", "swiglu-24", "noop")), toy_config())
+    assert space.words(0, "attention") == ("gqa-4", "gqa-2", "gqa-1", "linear", "noop")
+    assert space.words(2, "ffn") == ("swiglu-48", "swiglu-24", "noop")
+
+
+def test_widths_are_rounded_up_and_never_wider_than_the_parent():
+    config = SpaceConfig(attention=(), ffn=("10%", "swiglu-64"), width_multiple=16)
+    assert build_space(config, toy_config()).words(0, "ffn") == ("swiglu-48", "swiglu-16")
+
+
+def test_a_word_of_the_wrong_kind_is_refused():
+    with pytest.raises(ConfigError, match="cannot stand for ffn"):
+        build_space(SpaceConfig(ffn=("gqa-2",)), toy_config())
+
+
+def test_what_an_engine_cannot_load_is_left_out():
+    space = build_space(SpaceConfig(), toy_config(layers=3))
+    pairs = forbidden_pairs(space, toy_config(layers=3), ("vllm", "llama.cpp"))
+    assert {("noop", "swiglu-48"), ("gqa-4", "noop"), ("linear", "linear")} <= pairs[0]
+    assert ("noop", "swiglu-48") not in pairs[1]
+    assert ("noop", "noop") in pairs[2] and ("noop", "noop") not in pairs[1]

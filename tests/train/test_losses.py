@@ -1,0 +1,63 @@
+"""The chunked losses are the plain ones, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tessera.train import losses
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 7 * 11)
+
+
+def _inputs(seed: int = 0):
+    torch.manual_seed(seed)
+    hidden = torch.randn(23, 5, requires_grad=True)
+    head = torch.randn(11, 5, requires_grad=True)
+    return hidden, head, torch.randint(0, 11, (23,)), torch.rand(23)
+
+
+def _same(ours: torch.Tensor, plain: torch.Tensor, *inputs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, plain)
+    found = torch.autograd.grad(ours, inputs)
+    for ours_grad, plain_grad in zip(found, torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(ours_grad, plain_grad)
+
+
+def test_cross_entropy_is_the_plain_one():
+    hidden, head, labels, weight = _inputs()
+    plain = (F.cross_entropy(hidden @ head.T, labels, reduction="none") * weight).sum()
+    _same(losses.cross_entropy(hidden, head, labels, weight), plain, hidden, head)
+
+
+def test_kl_is_the_plain_one():
+    hidden, head, _, weight = _inputs()
+    parent, parent_head, *_ = _inputs(1)
+    log_p = F.log_softmax(parent.detach() @ parent_head.detach().T, -1)
+    log_q = F.log_softmax(hidden @ head.T, -1)
+    plain = (F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * weight).sum()
+    _same(losses.kl_divergence(hidden, head, parent, parent_head, weight), plain, hidden, head)
+
+
+def test_kl_of_self_is_zero_with_zero_gradient():
+    hidden, head, _, weight = _inputs()
+    loss = losses.kl_divergence(hidden, head, hidden, head, weight)
+    assert loss.item() == 0
+    assert all(not g.any() for g in torch.autograd.grad(loss, (hidden, head)))
+
+
+def test_token_statistics_agree_with_the_losses():
+    hidden, head, labels, weight = _inputs()
+    parent, parent_head, *_ = _inputs(1)
+    logits = parent.detach() @ parent_head.detach().T
+    found = losses.token_statistics(hidden, head, logits.__getitem__, labels)
+    ce = losses.cross_entropy(hidden, head, labels, weight)
+    kl = losses.kl_divergence(hidden, head, parent, parent_head, weight)
+    torch.testing.assert_close(found["lm_loss"] @ weight, ce.detach())
+    torch.testing.assert_close(found["kl"] @ weight, kl.detach())
+    agree = ((hidden @ head.T).argmax(-1) == logits.argmax(-1)).float()
+    assert torch.equal(found["agreement"], agree)
