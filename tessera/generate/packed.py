@@ -1,0 +1,257 @@
+"""The decode-time form of a Transformer: the same function in the fewest kernels.
+
+    h = x / |x|;   q k v = turn(h Wqkv);   x += attend(q, k, v) Wo
+    h = x / |x|;   g u = h Wgu;            x += (silu(g) u) Wd
+
+A small batch is bound by kernel launches, so whatever does not depend on the tokens is folded
+into the weights: RMSNorm's gain and sqrt(C), attention's 1/sqrt(D), q k v and gate up into one
+matrix each. Norm's epsilon is a constant column of the residual stream. Rows of q and k are
+permuted so that rotate-half RoPE is one complex product; their dot products are unchanged.
+A snapshot: it shares no memory with the module it was made from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.model.config import NoOp
+from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
+from tessera.model.transformer import Block, Transformer
+
+# oneDNN's call costs some 8 us more than MKL's; below this many multiply-adds it is not repaid.
+ONEDNN_FROM = 2**19
+
+
+class Turn:
+    """The rotation of a pass's rows `(R, D/2)`, widened once for every count of KV heads.
+
+    Queries and keys turn, values do not, so one contiguous product serves all three.
+    """
+
+    def __init__(self, angles: Tensor, query_heads: int) -> None:
+        self.turns = torch.polar(torch.ones_like(angles), angles)
+        self.query_heads = query_heads
+        self.wide: dict[int, Tensor] = {}
+
+    def __call__(self, kv_heads: int) -> Tensor:
+        """Complex `(R, (H + 2K) D/2)`."""
+        if kv_heads not in self.wide:
+            rows, half = self.turns.shape
+            turning = self.query_heads + kv_heads
+            wide = self.turns.new_ones(rows, turning + kv_heads, half)
+            wide[:, :turning] = self.turns[:, None]
+            self.wide[kv_heads] = wide.flatten(1)
+        return self.wide[kv_heads]
+
+
+class Pass(Protocol):
+    """What attention needs to know of a forward pass over N rows: where they stand, the past."""
+
+    turn: Turn
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """q `(N,K,G,D)`, already scaled, and kv `(N,2,K,D)` -> `(N, G*K*D)`."""
+        ...
+
+
+class Matrix:
+    """`x @ weight.T + bias`: x `(N,I)`, weight `(O,I)`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.bias = bias
+        self.transposed = weight.t()
+        self.onednn_rows = sys.maxsize
+        if prefers_onednn(weight):
+            self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self.onednn_rows = -(-ONEDNN_FROM // weight.numel())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] >= self.onednn_rows:
+            return self._onednn(x)
+        if self.bias is None:
+            return torch.mm(x, self.transposed)
+        return torch.addmm(self.bias, x, self.transposed)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """`residual += x @ weight.T + bias`, in place."""
+        if x.shape[0] >= self.onednn_rows:
+            residual.add_(self._onednn(x))
+            return
+        residual.addmm_(x, self.transposed)
+        if self.bias is not None:
+            residual.add_(self.bias)
+
+    def _onednn(self, x: Tensor) -> Tensor:
+        pointwise = torch.ops.mkldnn._linear_pointwise.default
+        return pointwise(x, self.blocked, self.bias, "none", [], "")
+
+
+def prefers_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN with a blocked weight beats `mm` for this weight, given rows enough.
+
+    With AVX-512 it is up to 2.3x faster (torch's MKL keeps other vendors' chips to AVX2);
+    without, the two are alike. A rule and no trial, so that equal machines give equal bits.
+    """
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return plain and wide and torch.backends.mkldnn.is_available()
+
+
+class PackedAttention:
+    """Grouped-query attention, its output matrix ordered by (query in group, KV head)."""
+
+    def __init__(self, op: Attention, gain: Tensor, layer: int) -> None:
+        self.layer, self.dim, self.kv = layer, op.head_dim, op.num_key_value_heads
+        self.heads = op.q_proj.out_features // self.dim
+        normed = hasattr(op, "q_norm")
+        scale = 1.0 if normed else self.dim**-0.5
+        q, k = (_interleave(p.weight, self.dim) for p in (op.q_proj, op.k_proj))
+        weight = torch.cat((q * scale, k, op.v_proj.weight)) * gain
+        self.qkv = Matrix(weight, _qkv_bias(op, scale))
+        group = self.heads // self.kv
+        out = op.o_proj.weight.unflatten(1, (self.kv, group, self.dim)).transpose(1, 2)
+        self.out = Matrix(out.flatten(1).clone(), _copy(op.o_proj.bias))
+        self.norm_gain = _head_gains(op, self.heads, self.kv) if normed else None
+        self.eps = op.q_norm.eps if normed else 0.0
+
+    def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
+        qkv = self.qkv(h)
+        if self.norm_gain is not None:
+            qk = qkv[:, : (self.heads + self.kv) * self.dim].unflatten(1, (-1, self.dim))
+            qk.copy_(F.rms_norm(qk, (self.dim,), None, self.eps).mul_(self.norm_gain))
+        heads = rotate(qkv, step.turn(self.kv)).view(-1, self.heads + 2 * self.kv, self.dim)
+        q = heads.narrow(1, 0, self.heads).view(-1, self.kv, self.heads // self.kv, self.dim)
+        kv = heads.narrow(1, self.heads, 2 * self.kv).view(-1, 2, self.kv, self.dim)
+        self.out.add_to(x, step.attend(self.layer, q, kv))
+
+
+class PackedFFN:
+    """SwiGLU."""
+
+    def __init__(self, op: FeedForward, gain: Tensor) -> None:
+        gate, up = op.gate_proj, op.up_proj
+        self.width = gate.out_features
+        bias = None if gate.bias is None else torch.cat((gate.bias, up.bias))
+        self.gate_up = Matrix(torch.cat((gate.weight, up.weight)) * gain, bias)
+        self.down = Matrix(op.down_proj.weight.clone(), _copy(op.down_proj.bias))
+
+    def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
+        gate_up = self.gate_up(h)
+        gate, up = gate_up.split(self.width, 1)
+        self.down.add_to(x, F.silu(gate).mul_(up))
+
+
+class PackedLinear:
+    """One matrix in a subblock's place."""
+
+    def __init__(self, op: LinearMap, gain: Tensor) -> None:
+        self.matrix = Matrix(op.weight * gain)
+
+    def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
+        self.matrix.add_to(x, h)
+
+
+PackedOp = PackedAttention | PackedFFN | PackedLinear
+
+
+class Packed:
+    """A snapshot of `module`, laid out for generation. Absent subblocks leave no trace."""
+
+    @torch.inference_mode()
+    def __init__(self, module: Transformer) -> None:
+        self.config = config = module.config
+        table = module.embed_tokens.weight
+        self.device, self.dtype = table.device, table.dtype
+        epsilon = (config.hidden_size * config.rms_norm_eps) ** 0.5
+        self.embedding = F.pad(table, (0, 1), value=epsilon)
+        self.root = config.hidden_size**0.5
+        self.ops = list(self._pack(module))
+        self.head = Matrix(module.head * (module.norm.weight * self.root))
+        self.frequencies = module.get_buffer("inverse_frequencies").clone()
+
+    def _pack(self, module: Transformer) -> Iterator[PackedOp]:
+        for layer, block in enumerate(module.layers):
+            assert isinstance(block, Block)
+            for subblock in (block.attention, block.ffn):
+                if not isinstance(subblock.variant, NoOp):
+                    yield _pack(subblock, subblock.norm.weight * self.root, layer)
+
+    def same_shape(self, other: Packed) -> bool:
+        """Whether a KV cache made for the other serves this one."""
+        ours, theirs = self.config, other.config
+        same = ours.blocks == theirs.blocks and ours.head_dim == theirs.head_dim
+        return same and (self.device, self.dtype) == (other.device, other.dtype)
+
+    def turn(self, positions: Tensor) -> Turn:
+        """The rotation of rows standing at `positions` `(R,)`."""
+        return Turn(positions[:, None] * self.frequencies, self.config.num_attention_heads)
+
+    def forward(self, tokens: Tensor, step: Pass) -> Tensor:
+        """Normalised hidden states `(N,C)` of tokens `(N,)`, for `logits`."""
+        stream = F.embedding(tokens, self.embedding)
+        x = stream.narrow(1, 0, self.config.hidden_size)
+        for op in self.ops:
+            op(unit(stream, x), x, step)
+        return unit(stream, x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(N,V)` of hidden states `(N,C)`."""
+        return self.head(hidden)
+
+
+def _pack(subblock: Subblock, gain: Tensor, layer: int) -> PackedOp:
+    match subblock.op:
+        case Attention() as op:
+            return PackedAttention(op, gain, layer)
+        case FeedForward() as op:
+            return PackedFFN(op, gain)
+        case op:
+            assert isinstance(op, LinearMap)
+            return PackedLinear(op, gain)
+
+
+def unit(stream: Tensor, x: Tensor) -> Tensor:
+    """RMSNorm but for gain and sqrt(C): x `(N,C)` over the length of stream `(N,C+1)`.
+
+    The last column of the stream is sqrt(C eps), so |stream|^2 = C (mean(x^2) + eps).
+    """
+    if x.dtype == torch.float32:
+        return x / torch.linalg.vector_norm(stream, 2, -1, True)
+    return (x / torch.linalg.vector_norm(stream, 2, -1, True, dtype=torch.float32)).to(x.dtype)
+
+
+def rotate(qkv: Tensor, turn: Tensor) -> Tensor:
+    """qkv `(N, M)`, neighbours being one complex number, times turn `(R, M/2)`; R divides N."""
+    real = qkv.float()  # no complex numbers below single precision
+    real.view(torch.complex64).view(-1, *turn.shape).mul_(turn)
+    return real.to(qkv.dtype)
+
+
+def _interleave(rows: Tensor, dim: int) -> Tensor:
+    """Each head's rows (0 … D/2 | D/2 … D) in the order 0, D/2, 1, D/2 + 1, …"""
+    return rows.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _qkv_bias(op: Attention, scale: float) -> Tensor | None:
+    if op.q_proj.bias is None:
+        return None
+    q, k = (_interleave(p.bias, op.head_dim) for p in (op.q_proj, op.k_proj))
+    return torch.cat((q * scale, k, op.v_proj.bias))
+
+
+def _head_gains(op: Attention, heads: int, kv: int) -> Tensor:
+    """Gains `(H + K, D)` of Qwen3's norms of q and k, attention's scale in the queries'."""
+    dim = op.head_dim
+    q = _interleave(op.q_norm.weight, dim) * dim**-0.5
+    k = _interleave(op.k_norm.weight, dim)
+    return torch.cat((q.expand(heads, dim), k.expand(kv, dim)))
+
+
+def _copy(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.clone()

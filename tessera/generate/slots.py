@@ -1,0 +1,203 @@
+"""Where generation remembers: a KV cache whose rows all end at the same column.
+
+    row 0   . . p p p p g g g |          p prompt, g generated, . nothing (masked)
+    row 1   . . . . . p p g g |          | the cursor: where every row writes next
+    row 2   p p p p p p p p g |
+
+Ending together, rows of any age write with one slice copy instead of a scatter, a sliding
+window is the same columns for all of them, and with equal starts no mask is needed. Live rows
+are a prefix of the slots. A layer without attention has no entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.generate.packed import Packed, Turn
+from tessera.model.config import GQA
+from tessera.model.context import Context
+
+
+@dataclass
+class Prefix:
+    """Prompts read but not yet placed: kv `(N,T,2,K,D)` a layer, and the logits `(N,V)` behind.
+
+    Prompts stand at the left; behind a shorter one is padding nobody reads.
+    """
+
+    lengths: list[int]
+    layers: dict[int, Tensor]
+    logits: Tensor
+
+    def take(self, row: int) -> Prefix:
+        """One prompt alone, in memory of its own."""
+        layers = {layer: kv[row : row + 1].clone() for layer, kv in self.layers.items()}
+        return Prefix([self.lengths[row]], layers, self.logits[row : row + 1].clone())
+
+
+class Prefill:
+    """A pass over whole sequences `(N,T)` from position 0; `keep` says whether to hold the KV."""
+
+    def __init__(self, packed: Packed, rows: int, length: int, keep: bool) -> None:
+        self.shape, self.keep = (rows, length), keep
+        positions = torch.arange(length, device=packed.device)
+        self.turn: Turn = packed.turn(positions)
+        context = Context(positions, sliding_window=packed.config.sliding_window)
+        self.mask = context.sliding_mask(length)
+        self.layers: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        kv = kv.unflatten(0, self.shape)
+        if self.keep:
+            self.layers[layer] = kv
+        k, v = kv.unbind(2)
+        out = F.scaled_dot_product_attention(
+            q.flatten(1, 2).unflatten(0, self.shape).transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=self.mask,
+            is_causal=self.mask is None,
+            scale=1.0,
+            enable_gqa=q.shape[2] > 1,
+        )
+        grouped = out.transpose(1, 2).unflatten(2, q.shape[1:3])  # (N, T, K, G, D)
+        return grouped.transpose(2, 3).reshape(q.shape[0], -1)
+
+
+class Decode:
+    """A pass over one token a live row, at the cursor."""
+
+    def __init__(self, slots: Slots, packed: Packed) -> None:
+        self.caches, self.rows, self.cursor = slots.caches, len(slots.starts), slots.cursor
+        window = packed.config.sliding_window or self.cursor + 1
+        self.low = max(min(slots.starts), self.cursor + 1 - window)
+        assert slots.row_starts is not None
+        self.turn: Turn = packed.turn(self.cursor - slots.row_starts)
+        self.mask = None
+        if slots.mask is not None:
+            self.mask = slots.mask[:, None, None, self.low : self.cursor + 1]
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        cache = self.caches[layer].narrow(0, 0, self.rows)
+        cache.select(3, self.cursor).copy_(kv)
+        k, v = cache.narrow(3, self.low, self.cursor + 1 - self.low).unbind(1)
+        # A group's queries stand where SDPA expects query positions: KV heads are not repeated.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=1.0)
+        return out.transpose(1, 2).reshape(self.rows, -1)
+
+
+class Slots:
+    """Caches `(slots, 2, K, columns, D)` of the layers with attention, and who lives in them."""
+
+    def __init__(self, packed: Packed) -> None:
+        config = packed.config
+        self.dim, self.dtype, self.device = config.head_dim, packed.dtype, packed.device
+        self.heads = {
+            layer: block.attention.num_key_value_heads
+            for layer, block in enumerate(config.blocks)
+            if isinstance(block.attention, GQA)
+        }
+        self.caches: dict[int, Tensor] = {}
+        self.rows = self.columns = self.cursor = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows; the memory stays for the next."""
+        self.cursor = 0
+        self.starts: list[int] = []
+        self._rows_changed()
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Room for this many empty rows and columns; never shrinks."""
+        assert not self.starts
+        if rows > self.rows or columns > self.columns:
+            self.caches.clear()
+            self._allocate(max(rows, self.rows), max(columns, self.columns), 0)
+
+    def num_bytes(self) -> int:
+        """Bytes held, over all layers."""
+        return sum(cache.numel() * cache.element_size() for cache in self.caches.values())
+
+    def place(self, prefix: Prefix, source: list[int]) -> None:
+        """New rows behind the live ones; row i gets prompt `source[i]` of `prefix`."""
+        lengths = [prefix.lengths[i] for i in source]
+        longest, first = max(lengths), len(self.starts)
+        if not first:
+            self.cursor = longest
+        assert longest <= self.cursor <= self.columns and first + len(source) <= self.rows
+        rows, columns = _right_aligned(lengths, source, self.device)
+        for layer, kv in prefix.layers.items():
+            target = self.caches[layer][first : first + len(source)]
+            target = target.narrow(3, self.cursor - longest, longest)
+            target.copy_(kv[rows, columns].permute(0, 2, 3, 1, 4))
+        self.starts += [self.cursor - length for length in lengths]
+        self._rows_changed()
+
+    def drop(self, row: int) -> None:
+        """Free a row; the last live one takes its place."""
+        last = len(self.starts) - 1
+        if row != last:
+            first = self.starts[last]
+            for cache in self.caches.values():
+                cache[row, :, :, first : self.cursor] = cache[last, :, :, first : self.cursor]
+            self.starts[row] = first
+        self.starts.pop()
+        self._rows_changed()
+
+    def step(self, packed: Packed) -> Decode:
+        """The pass that feeds the next token of every live row; moves the cursor."""
+        if self.cursor == self.columns:
+            self._make_room()
+        if self.row_starts is None:
+            self._prepare_rows()
+        decode = Decode(self, packed)
+        self.cursor += 1
+        return decode
+
+    def _rows_changed(self) -> None:
+        self.row_starts: Tensor | None = None
+        self.mask: Tensor | None = None
+
+    def _prepare_rows(self) -> None:
+        self.row_starts = torch.tensor(self.starts, device=self.device)
+        if min(self.starts) < max(self.starts):
+            past = torch.arange(self.columns, device=self.device) < self.row_starts[:, None]
+            mask = torch.zeros(past.shape, dtype=self.dtype, device=self.device)
+            self.mask = mask.masked_fill_(past, float("-inf"))
+
+    def _make_room(self) -> None:
+        """Move the rows left over columns nobody uses any more; grow where that frees little."""
+        low = min(self.starts)
+        if low >= self.columns // 8:
+            for cache in self.caches.values():
+                kept = cache[:, :, :, low : self.cursor].clone()
+                cache[:, :, :, : self.cursor - low] = kept
+        else:
+            self._allocate(self.rows, self.columns + self.columns // 2 + 16, low)
+        self.cursor -= low
+        self.starts = [start - low for start in self.starts]
+        self._rows_changed()
+
+    def _allocate(self, rows: int, columns: int, low: int) -> None:
+        """New caches, holding what the old ones have from column `low` on."""
+        for layer, heads in self.heads.items():
+            # Zeros: a masked column is multiplied by 0, which a stray NaN would survive.
+            shape = (rows, 2, heads, columns, self.dim)
+            fresh = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            if (old := self.caches.get(layer)) is not None:
+                fresh[:, :, :, : self.cursor - low] = old[:, :, :, low : self.cursor]
+            self.caches[layer] = fresh
+        self.rows, self.columns = rows, columns
+
+
+def _right_aligned(
+    lengths: list[int], source: list[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Indices of row and column that move prompts from the left of a `Prefix` to the right."""
+    behind = max(lengths) - torch.tensor(lengths, device=device)
+    columns = torch.arange(max(lengths), device=device) - behind[:, None]
+    return torch.tensor(source, device=device)[:, None], columns.clamp_(min=0)
