@@ -30,7 +30,7 @@ _ROWS = (
     Stage("parent", "tessera.objectives.lm", "ParentConfig", ("data?",), "model", paths=("path",)),
     Stage("bld", "tessera.objectives.bld", "BLDConfig", ("parent", "data"), "library"),
     Stage("score", "tessera.puzzle.score", "ScoreConfig", ("parent", "library", "data"), "scores"),
-    Stage("cost", "tessera.puzzle.cost", "CostConfig", ("parent",), "costs"),
+    Stage("cost", "tessera.puzzle.cost", "CostConfig", ("parent", "library"), "costs"),
     Stage(
         "search",
         "tessera.puzzle.search",

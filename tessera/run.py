@@ -210,7 +210,7 @@ class Run:
             self.manifest,
             status=status,
             error=error,
-            finished=now().isoformat(timespec="seconds"),
+            finished=now().isoformat(),
             seconds=round(seconds, 3),
         )
         self._save()
@@ -257,7 +257,7 @@ def _begin(
         config=config,
         inputs=references,
         versions=versions(),
-        started=now().isoformat(timespec="seconds"),
+        started=now().isoformat(),
     )
 
 

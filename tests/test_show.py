@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tessera.model.config import ModelConfig, uniform
+from tessera.model.families import config_dict, config_json
+from tessera.run import Run, RunError
+from tessera.show import describe, diff, lineage, model_config, mosaic, render, render_diff
+from tessera.table import cell, render_table
+
+PARENT = ModelConfig(
+    vocab_size=100,
+    hidden_size=64,
+    num_attention_heads=8,
+    head_dim=8,
+    blocks=uniform("gqa-8", "swiglu-96", 4),
+)
+WORDS = [["gqa-8", "swiglu-96"], ["noop", "swiglu-48"], ["gqa-2", "noop"], ["linear", "linear"]]
+CHILD = PARENT.with_words(WORDS)
+
+
+def write_model(directory: Path, config: ModelConfig) -> None:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(config_json(config_dict(config)))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A parent imported from a checkpoint, a search and the child it chose."""
+    home = tmp_path / "runs" / "nano"
+    write_model(tmp_path / "checkpoint", PARENT)
+
+    def make(name: str, inputs: dict[str, Path], config: ModelConfig | None = None) -> Path:
+        with Run.open(home / name, stage=name, config={}, inputs=inputs, seed=0, quiet=True) as run:
+            if config:
+                write_model(run.model_path, config)
+            else:
+                run.write_json("architecture", {"words": WORDS})
+                run.write_table("costs", [{"word": "gqa-8", "seconds": 0.25}] * 20)
+            run.finish()
+        return run.path
+
+    parent = make("parent", {"path": tmp_path / "checkpoint"}, PARENT)
+    search = make("search", {"parent": parent})
+    make("child", {"parent": parent, "architecture": search}, CHILD)
+    return home
+
+
+def test_mosaic_has_a_bar_for_each_word():
+    assert mosaic(CHILD).splitlines() == [
+        "layer  attention            ffn",
+        "    0  gqa-8      ████████  swiglu-96  ████████████████████████",
+        "    1  noop       ·         swiglu-48  ████████████",
+        "    2  gqa-2      ██        noop       ·",
+        "    3  linear     ─         linear     ─",
+    ]
+
+
+def test_any_place_that_holds_an_architecture_gives_the_same(runs: Path):
+    for place in ("child", "child/model", "child/model/config.json", "search"):
+        assert model_config(runs / place).words == CHILD.words
+
+
+def test_lineage_goes_back_to_the_checkpoint(runs: Path):
+    rows = lineage(runs / "child")
+    assert [Path(row["name"]).name for row in rows] == ["checkpoint", "parent", "search", "child"]
+    assert rows[-1]["inputs"] == {"parent": "parent", "architecture": "search"}
+
+
+def test_describe_is_json_and_render_says_it(runs: Path):
+    found = json.loads(json.dumps(describe(runs / "search")))
+    assert found["status"] == "done" and len(found["tables"]["costs"]) == 20
+    assert found["model"]["num_params"] == CHILD.num_params()
+    assert found["model"]["words"] == WORDS
+    text = render(found, model_config(runs / "search"))
+    assert f"{CHILD.num_params():,} parameters" in text
+    assert "8 more rows" in text and "search" in text and mosaic(CHILD) in text
+
+
+def test_describe_of_a_recipe_lists_its_runs(runs: Path):
+    found = describe(runs)
+    assert [row["name"] for row in found["runs"]] == ["parent", "search", "child"]
+    assert "child" in render(found, None)
+
+
+def test_diff_lists_the_layers_that_differ(runs: Path):
+    found = diff(PARENT, CHILD)
+    assert found["layers"] == [
+        {"layer": 1, "attention": "gqa-8 -> noop", "ffn": "swiglu-96 -> swiglu-48"},
+        {"layer": 2, "attention": "gqa-8 -> gqa-2", "ffn": "swiglu-96 -> noop"},
+        {"layer": 3, "attention": "gqa-8 -> linear", "ffn": "swiglu-96 -> linear"},
+    ]
+    assert found["sizes"][0]["B - A"] == CHILD.num_params() - PARENT.num_params()
+    assert "gqa-8 -> noop" in render_diff(found)
+    assert "the words are the same" in render_diff(diff(PARENT, PARENT))
+
+
+def test_what_is_not_ours_is_refused(tmp_path: Path):
+    (tmp_path / "kd").mkdir()
+    with pytest.raises(RunError, match="did you mean 'kd'"):
+        describe(tmp_path / "kdd")
+    with pytest.raises(RunError, match="is no run, no model directory"):
+        describe(tmp_path / "kd")
+
+
+def test_table_aligns_numbers_right_and_words_left():
+    rows = [{"word": "gqa-8", "n": 1234567}, {"word": "noop", "n": None, "kl": 0.012345}]
+    assert render_table(rows).splitlines() == [
+        "word           n       kl",
+        "-----  ---------  -------",
+        "gqa-8  1,234,567        -",
+        "noop           -  0.01235",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12345.6, "12,346"), (0.5, "0.5"), (True, "yes"), (["a", 1], "a 1"), (1e-9, "1e-09")],
+)
+def test_cells(value, text: str):
+    assert cell(value) == text
