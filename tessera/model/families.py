@@ -28,7 +28,6 @@ from tessera.model.config import (
     NoOp,
     RopeScaling,
     SwiGLU,
-    parse_kind,
 )
 
 Values = Mapping[str, Any]
@@ -312,19 +311,21 @@ def _nas_ffn(entry: Values, values: Values) -> FFN:
 def _parse_tessera(values: Values) -> ModelConfig:
     known = {f.name for f in dataclasses.fields(ModelConfig)} - {"blocks"}
     given = {key: value for key, value in values.items() if key in known}
-    if rope := given.get("rope_scaling"):
-        given["rope_scaling"] = RopeScaling(**rope)
+    given["rope_theta"], given["rope_scaling"] = _rope(values)
     given["eos_token_id"] = tuple(given.get("eos_token_id") or ())
     for key in ("vocab_size", "hidden_size", "num_attention_heads", "head_dim"):
         _whole(values, key)
-    words = values.get("blocks")
-    if not isinstance(words, list):
+    return ModelConfig(**given, blocks=()).with_words(_word_pairs(values.get("blocks")))
+
+
+def _word_pairs(blocks: Any) -> list[list[str]]:
+    if not isinstance(blocks, list):
         raise ConfigError("'blocks' is missing: a list of [attention, ffn] words, one a layer")
-    blocks = tuple(
-        BlockConfig(parse_kind("attention", a), parse_kind("ffn", f))  # type: ignore[arg-type]
-        for a, f in words
-    )
-    return ModelConfig(**given, blocks=blocks)
+    for layer, words in enumerate(blocks):
+        pair = isinstance(words, list) and len(words) == 2
+        if not pair or not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"blocks[{layer}] is {words!r}; it must be [attention, ffn] words")
+    return blocks
 
 
 def config_dict(config: ModelConfig) -> dict[str, Any]:

@@ -60,10 +60,10 @@ def rope_tables(inverse_frequencies: Tensor, positions: Tensor) -> tuple[Tensor,
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` `(…, heads, D)` rotated by its positions' angles."""
+    """`x` `(…, heads, D)` rotated by its positions' angles, in float32 and back in x's dtype."""
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + rotated * sin
+    return (x * cos + rotated * sin).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, cache: LayerCache | None) -> Tensor:

@@ -1,0 +1,96 @@
+"""Two real pretrained checkpoints: known greedy tokens and known losses, reproduced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from tessera.model.cache import KVCache
+from tessera.model.context import Context
+from tessera.model.transformer import Transformer
+from tessera.model.weights import load_model
+
+MODELS = ("stories260k", "tinystories-char-940k")
+STORIES = {"valid_5_stories": "valid_5_stories.txt", "train_head": "train_head_2316_stories.txt"}
+
+
+@torch.no_grad()
+def greedy(module: Transformer, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Each prompt and `new` tokens, all in one cache, every row at its own position."""
+    longest, rows = max(map(len, prompts)), [list(prompt) for prompt in prompts]
+    cache = KVCache(module.config, len(rows), longest + new)
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    last = torch.tensor([len(row) - 1 for row in rows])
+    hidden = module(tokens, Context.rows(tokens), cache)[torch.arange(len(rows)), last]
+    for step in range(1, new + 1):
+        best = module.logits(hidden).argmax(-1)
+        for row, token in zip(rows, best.tolist(), strict=True):
+            row.append(token)
+        hidden = module(best[:, None], Context((last + step)[:, None]), cache)[:, 0]
+    return rows
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_the_expected_ones(shared, name):
+    directory = shared / "models" / name
+    wanted = json.loads((directory / "expected_outputs.json").read_text())["greedy"]
+    module = load_model(directory, frozen=True)
+    new = max(len(case["greedy_ids"]) - len(case["prompt_ids"]) for case in wanted)
+    rows = greedy(module, [case["prompt_ids"] for case in wanted], new)
+    for row, case in zip(rows, wanted, strict=True):
+        assert row[: len(case["greedy_ids"])] == case["greedy_ids"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_first_logits_are_the_expected_ones(shared, name):
+    directory = shared / "models" / name
+    module = load_model(directory, frozen=True)
+    for case in json.loads((directory / "expected_outputs.json").read_text())["greedy"]:
+        logits = module.logits(module(torch.tensor([case["prompt_ids"]]))[0, -1])
+        for token, value in case["last_prompt_position_top5"]:
+            assert abs(float(logits[token]) - value) < 1e-4
+
+
+@torch.no_grad()
+def nll(module: Transformer, rows: list[list[int]]) -> tuple[float, int]:
+    """Mean loss and number of predicted tokens, each row a document."""
+    total, count = 0.0, 0
+    for first in range(0, len(rows), 20):
+        batch = rows[first : first + 20]
+        tokens = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+        labels = torch.full_like(tokens, -100)
+        for i, row in enumerate(batch):
+            tokens[i, : len(row)] = torch.tensor(row)
+            labels[i, : len(row) - 1] = torch.tensor(row[1:])
+        logits = module.logits(module(tokens))
+        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+        count += int((labels >= 0).sum())
+    return total / count, count
+
+
+def stories(shared: Path, file: str, limit: int) -> list[str]:
+    text = (shared / "data/tinystories" / file).read_text()
+    return [story.strip() for story in text.split("<|endoftext|>") if story.strip()][:limit]
+
+
+@pytest.mark.parametrize("part", STORIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_the_expected_ones(shared, name, part):
+    directory = shared / "models" / name
+    module = load_model(directory, frozen=True)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    expected = json.loads((directory / "expected_outputs.json").read_text())["mean_nll"]
+    wanted = next(value for key, value in expected.items() if key.startswith(part))
+    limit, bos = module.config.max_position_embeddings, module.config.bos_token_id
+    rows = [
+        [bos, *tokenizer.encode(story, add_special_tokens=False).ids][:limit]
+        for story in stories(shared, STORIES[part], 200)
+    ]
+    loss, count = nll(module, rows)
+    assert (round(loss, 4), count) == (wanted["nats_per_token"], wanted["tokens"])
