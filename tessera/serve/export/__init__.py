@@ -26,7 +26,7 @@ from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model, resolve
 from tessera.recipe import Config
 from tessera.run import Run
-from tessera.serve.export import card, decilm, gguf, hf, parity
+from tessera.serve.export import card, decilm, gguf, hf, padding, parity
 from tessera.serve.export.compat import (
     ENGINES,
     FORMATS,
@@ -129,7 +129,7 @@ def export_model(
             num_params=module.config.num_params(),
             num_bytes=sum(f.stat().st_size for f in partial.iterdir()),
             words=module.config.words,
-            refusals={engine: refusals(module.config, engine) for engine in READERS[form]},
+            refusals={engine: refusals(module.config, engine, form) for engine in READERS[form]},
             notes=notes,
             parity=result,
         )
@@ -153,9 +153,9 @@ def _refuse(config: ModelConfig, form: Format, engines: Sequence[str]) -> None:
     if reasons:
         raise ExportError(f"format {form} cannot hold this model: " + "; ".join(reasons))
     for engine in engines:
-        reasons = refusals(config, engine)
+        reasons = refusals(config, engine, form)
         if reasons:
-            others = [e for e in READERS[form] if not refusals(config, e)]
+            others = [e for e in READERS[form] if not refusals(config, e, form)]
             hint = f"; of its readers, {', '.join(others)} would (engines = [])" if others else ""
             raise ExportError(f"{ENGINES[engine]} cannot load it: {'; '.join(reasons)}{hint}")
 
@@ -195,7 +195,7 @@ def _write(
         notes.append("the source has no tokenizer, so the export has none: prompt it by token ids")
     match form:
         case "decilm":
-            notes += decilm.padding(module.config)
+            notes += padding.notes(module.config)
             decilm.write(module, partial, tokenizer_from=tokenizer)
         case "hf":
             hf.write(module, partial, tokenizer_from=tokenizer)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from tessera.model.config import GQA, Linear, ModelConfig, NoOp
+from tessera.serve.export.padding import VLLM_CPU_HEAD_SIZES, padded_head_dim, spans
 
 Format = Literal["decilm", "hf", "gguf"]
 FORMATS: tuple[Format, ...] = ("decilm", "hf", "gguf")
@@ -25,20 +26,21 @@ ENGINES: dict[str, str] = {
     "transformers": "transformers 5 (trust_remote_code)",
 }
 
-# vllm/v1/attention/backends/cpu_attn.py, CPUAttentionBackend.get_supported_head_sizes
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-
 
 class ExportError(ValueError):
     """A model that cannot be exported as asked; the text says why and what to do instead."""
 
 
-def refusals(config: ModelConfig, engine: str) -> list[str]:
-    """Reasons why `engine` cannot serve this model in any format we write; empty if it can.
+def refusals(config: ModelConfig, engine: str, format: str | None = None) -> list[str]:
+    """Reasons why `engine` cannot serve this model as `format`; empty if it can.
 
-    Raises ExportError for an engine we know nothing of.
+    format: None for the one that asks least of engines, a stock directory where the layers are
+    all equal. Raises ExportError for an engine or format we know nothing of.
     """
-    return list(_RULES[known(engine, _RULES, "engine")](config))
+    dialect = format == "decilm" or not config.homogeneous
+    if format is not None:
+        known(format, _FORMAT_RULES, "format")
+    return list(_RULES[known(engine, _RULES, "engine")](config, dialect))
 
 
 def format_refusals(config: ModelConfig, format: str) -> list[str]:
@@ -66,26 +68,29 @@ def first_difference(config: ModelConfig) -> tuple[int, str]:
     return 0, "there is no layer"
 
 
-def _vllm(config: ModelConfig) -> Iterator[str]:
-    if config.homogeneous:
+def _vllm(config: ModelConfig, dialect: bool) -> Iterator[str]:
+    if not dialect:
         return
     yield from _decilm(config)
     yield from _residual_starts_in_attention(config, "vLLM's nemotron_nas")
     yield from _linear(config, "vLLM's nemotron_nas ignores replace_with_linear")
 
 
-def _vllm_cpu(config: ModelConfig) -> Iterator[str]:
-    yield from _vllm(config)
-    if config.head_dim not in VLLM_CPU_HEAD_SIZES:
+def _vllm_cpu(config: ModelConfig, dialect: bool) -> Iterator[str]:
+    yield from _vllm(config, dialect)
+    size = padded_head_dim(config.head_dim) if dialect else config.head_dim
+    if size not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
+        padded = padded_head_dim(config.head_dim) in VLLM_CPU_HEAD_SIZES
+        hint = "; --format decilm pads it" if padded else ""
         yield (
-            f"head_dim is {config.head_dim}: the attention kernels of vLLM's CPU build "
-            f"know {sizes} (its GPU builds are not bound by this list)"
+            f"head_dim is {size}: the attention kernels of vLLM's CPU build know {sizes} "
+            f"(its GPU builds are not bound by this list){hint}"
         )
 
 
-def _sglang(config: ModelConfig) -> Iterator[str]:
-    if config.homogeneous:
+def _sglang(config: ModelConfig, dialect: bool) -> Iterator[str]:
+    if not dialect:
         return
     yield from _decilm(config)
     yield from _residual_starts_in_attention(config, "SGLang's nemotron_nas")
@@ -94,9 +99,13 @@ def _sglang(config: ModelConfig) -> Iterator[str]:
         yield "the FFN has biases: SGLang's nemotron_nas builds its MLP without"
 
 
-def _transformers(config: ModelConfig) -> Iterator[str]:
-    if not config.homogeneous:
+def _transformers(config: ModelConfig, dialect: bool) -> Iterator[str]:
+    if dialect:
         yield from _decilm(config)
+
+
+def _llama_cpp(config: ModelConfig, dialect: bool) -> Iterator[str]:
+    yield from _gguf(config)
 
 
 def _residual_starts_in_attention(config: ModelConfig, who: str) -> Iterator[str]:
@@ -181,18 +190,19 @@ def _where(config: ModelConfig, kind: str, variant: type) -> list[int]:
 
 
 def _layers(layers: list[int]) -> str:
-    if len(layers) == 1:
-        return f"layer {layers[0]} has"
-    shown = ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
-    return f"layers {shown} have"
+    return f"{spans(layers)} {'has' if len(layers) == 1 else 'have'}"
 
 
-Rule = Callable[[ModelConfig], Iterator[str]]
-_RULES: dict[str, Rule] = {
+# A rule of an engine also hears whether the model comes in the dialect or as a stock directory.
+_RULES: dict[str, Callable[[ModelConfig, bool], Iterator[str]]] = {
     "vllm": _vllm,
     "vllm-cpu": _vllm_cpu,
-    "llama.cpp": _gguf,
+    "llama.cpp": _llama_cpp,
     "sglang": _sglang,
     "transformers": _transformers,
 }
-_FORMAT_RULES: dict[str, Rule] = {"decilm": _decilm, "hf": _hf, "gguf": _gguf}
+_FORMAT_RULES: dict[str, Callable[[ModelConfig], Iterator[str]]] = {
+    "decilm": _decilm,
+    "hf": _hf,
+    "gguf": _gguf,
+}

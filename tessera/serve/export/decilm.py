@@ -3,37 +3,27 @@
     n_heads_in_group = query heads / KV heads        ffn_mult = 3 * width / (2 * hidden_size)
 
 Every reader takes the width back as `int(2 * ffn_mult * hidden_size / 3)`, rounded up to a
-multiple of 256, so only such widths exist: others are padded with zero channels, which add
-`silu(0) * 0` to every output. Biases come all or none: Qwen's missing output bias is a zero one.
-Tensor names are Hugging Face's; absent subblocks have neither tensors nor norm. The checkpoint
-carries the two Python files that stock engines and transformers need to read its config.
+multiple of 256, so only such widths exist; others, and biases that come all or none, are padded
+with zeros (`padding.py`). Tensor names are Hugging Face's; absent subblocks have neither tensors
+nor norm. The checkpoint carries two Python files: engines need the one to read the config,
+transformers the other to build the model.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
 from tessera.model.families import ffn_mult_width
-from tessera.model.layers import rope_frequencies
 from tessera.model.transformer import Transformer
 from tessera.model.weights import save_model
+from tessera.serve.export.padding import widen
 
-MULTIPLE = 256
 REMOTE_CODE = ("configuration_decilm.py", "modeling_decilm.py")
-
-
-def padded_width(width: int) -> int:
-    """The next width the dialect can say."""
-    return -(-width // MULTIPLE) * MULTIPLE
 
 
 def ffn_mult(width: int, hidden_size: int) -> float:
@@ -41,60 +31,6 @@ def ffn_mult(width: int, hidden_size: int) -> float:
     multiplier = round(3 * width / (2 * hidden_size), 6)
     assert ffn_mult_width(multiplier, hidden_size) == width, f"{width} does not survive"
     return multiplier
-
-
-def expressible(config: ModelConfig) -> ModelConfig:
-    """The nearest config the dialect can say: widths padded, an output bias beside Q, K, V's."""
-    blocks = tuple(
-        block.with_("ffn", SwiGLU(padded_width(block.ffn.intermediate_size)))
-        if isinstance(block.ffn, SwiGLU)
-        else block
-        for block in config.blocks
-    )
-    bias = config.qkv_bias or config.o_bias
-    return replace(config, blocks=blocks, qkv_bias=bias, o_bias=bias)
-
-
-def padding(config: ModelConfig) -> list[str]:
-    """What `expressible` adds, in words, for the reader of the model card."""
-    wide = expressible(config)
-    lines = [
-        f"layer {layer}: FFN width {old.intermediate_size} padded with zeros to "
-        f"{new.intermediate_size}"
-        for layer, (old, new) in enumerate(zip(_ffns(config), _ffns(wide), strict=True))
-        if isinstance(old, SwiGLU) and isinstance(new, SwiGLU) and old != new
-    ]
-    if wide.o_bias and not config.o_bias:
-        lines.append("a zero bias beside o_proj's weights: the dialect has one key for all four")
-    if wide.qkv_bias and not config.qkv_bias:
-        lines.append("zero biases beside q, k, v: the dialect has one key for all four")
-    return lines
-
-
-def widen(module: Transformer) -> Transformer:
-    """The same function as `module` with zero channels up to what the dialect can say.
-
-    Tensors that need no padding are shared with `module`, not copied.
-    """
-    config = expressible(module.config)
-    state = module.state_dict()
-    with torch.device("meta"):
-        wide = Transformer(config)
-    shapes = {key: value.shape for key, value in wide.state_dict().items()}
-    filled = {key: _pad(state.get(key), shape, module.head) for key, shape in shapes.items()}
-    wide.load_state_dict(filled, assign=True)
-    wide.inverse_frequencies = rope_frequencies(config).to(module.head.device)
-    return wide.requires_grad_(False)
-
-
-def _pad(value: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
-    """`value` with zeros at the end of every dimension up to `shape`; all zeros for None."""
-    if value is None:
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    if value.shape == shape:
-        return value
-    missing = [new - old for new, old in zip(shape, value.shape, strict=True)]
-    return F.pad(value, [n for size in reversed(missing) for n in (0, size)])
 
 
 def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -188,7 +124,3 @@ def write(module: Transformer, directory: Path, tokenizer_from: Path | None = No
     templates = resources.files("tessera.serve.export") / "remote"
     for file in REMOTE_CODE:
         (directory / file).write_text((templates / file).read_text())
-
-
-def _ffns(config: ModelConfig) -> list[Any]:
-    return [block.ffn for block in config.blocks]

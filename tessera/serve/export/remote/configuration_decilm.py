@@ -7,27 +7,29 @@ objects they came from. Written for tessera's exports; needs nothing but transfo
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import LlamaConfig
 
 
 class Section:
     """One JSON object as attributes; nested objects become sections too."""
 
-    def __init__(self, fields):
+    def __init__(self, fields: dict[str, Any]) -> None:
         for key, value in fields.items():
             setattr(self, key, Section(value) if isinstance(value, dict) else value)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {k: v.to_dict() if isinstance(v, Section) else v for k, v in vars(self).items()}
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Section) and vars(self) == vars(other)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Section({self.to_dict()})"
 
 
-def intermediate_size(ffn_mult, hidden_size):
+def intermediate_size(ffn_mult: float, hidden_size: int) -> int:
     """FFN width of a multiplier: two thirds of it, rounded up to a multiple of 256."""
     return -(-int(2 * ffn_mult * hidden_size / 3) // 256) * 256
 
@@ -41,8 +43,8 @@ class DeciLMConfig(LlamaConfig):
 
     model_type = "nemotron-nas"
 
-    def __init__(self, block_configs=None, **kwargs):
-        blocks = [Section(b) if isinstance(b, dict) else b for b in block_configs or []]
+    def __init__(self, block_configs: list[Any] | None = None, **kwargs: Any) -> None:
+        blocks: list[Any] = [Section(b) if isinstance(b, dict) else b for b in block_configs or []]
         heads = kwargs.get("num_attention_heads", 32)
         groups = [b.attention.n_heads_in_group for b in blocks if b.attention.n_heads_in_group]
         widths = [
@@ -57,7 +59,7 @@ class DeciLMConfig(LlamaConfig):
         super().__init__(**kwargs)
         self.block_configs = blocks
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         fields["block_configs"] = [b.to_dict() for b in self.block_configs]
         fields["num_key_value_heads"] = fields["intermediate_size"] = None

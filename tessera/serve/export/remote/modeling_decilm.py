@@ -9,8 +9,9 @@ which transformers reads the number of tokens seen. Written for tessera's export
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -26,26 +27,26 @@ from .configuration_decilm import DeciLMConfig, intermediate_size
 class LinearAttention(nn.Module):
     """One matrix in the place of attention."""
 
-    def __init__(self, hidden_size):
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, hidden_states, **_):
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         return self.linear_attn(hidden_states), None
 
 
 class LinearMLP(nn.Module):
     """One matrix in the place of the FFN."""
 
-    def __init__(self, hidden_size):
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.linear_mlp(hidden_states)
 
 
-def build_attention(config, section, place):
+def build_attention(config: DeciLMConfig, section: Any, place: int) -> nn.Module:
     if section.replace_with_linear:
         return LinearAttention(config.hidden_size)
     sizes = copy.copy(config)
@@ -55,7 +56,7 @@ def build_attention(config, section, place):
     return attention
 
 
-def build_ffn(config, section):
+def build_ffn(config: DeciLMConfig, section: Any) -> nn.Module:
     if section.replace_with_linear:
         return LinearMLP(config.hidden_size)
     sizes = copy.copy(config)
@@ -66,7 +67,7 @@ def build_ffn(config, section):
 class DeciLMDecoderLayer(LlamaDecoderLayer):
     """One layer; `place` is its index among the layers that keep keys and values."""
 
-    def __init__(self, config, block, place):
+    def __init__(self, config: DeciLMConfig, block: Any, place: int) -> None:
         super(LlamaDecoderLayer, self).__init__()
         self.hidden_size = config.hidden_size
         if not block.attention.no_op:
@@ -76,7 +77,7 @@ class DeciLMDecoderLayer(LlamaDecoderLayer):
             self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.mlp = build_ffn(config, block.ffn)
 
-    def forward(self, hidden_states, **kwargs):
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if hasattr(self, "self_attn"):
             delta, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
             hidden_states = hidden_states + delta
@@ -89,7 +90,7 @@ class DeciLMDecoderLayer(LlamaDecoderLayer):
 class DeciLMModel(LlamaModel):
     config_class = DeciLMConfig
 
-    def __init__(self, config):
+    def __init__(self, config: DeciLMConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -108,7 +109,7 @@ class DeciLMModel(LlamaModel):
 class DeciLMForCausalLM(LlamaForCausalLM):
     config_class = DeciLMConfig
 
-    def __init__(self, config):
+    def __init__(self, config: DeciLMConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)
         self.model = DeciLMModel(config)
         self.vocab_size = config.vocab_size
