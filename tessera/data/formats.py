@@ -111,7 +111,8 @@ class SentencePiece:
     def decode(self, ids: Sequence[int], special: bool) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]  # as `tokenizers` does
         if not special:
-            return cast(str, self.processor.Decode(known))
+            unknown = self.processor.unk_id()
+            return cast(str, self.processor.Decode([i for i in known if i != unknown]))
         return "".join(
             "".join(map(self.processor.IdToPiece, run))
             if control

@@ -48,8 +48,8 @@ class TokenWriter:
         with writing(self.path):
             directory.mkdir(parents=True, exist_ok=True)
             self.offsets_path.unlink(missing_ok=True)
-            self._file = self._part.open("wb")
-            self._file.write(header(self.dtype, 0))
+            self._file = self._part.open("wb", buffering=0)  # so that closing cannot fail
+            self._file.seek(HEADER_BYTES)
 
     def __enter__(self) -> Self:
         return self
@@ -76,8 +76,7 @@ class TokenWriter:
         offsets = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
         with writing(self.path):
             self._file.seek(0)
-            self._file.write(header(self.dtype, int(offsets[-1])))
-            self._file.flush()
+            self._write(header(self.dtype, int(offsets[-1])))
             os.fsync(self._file.fileno())
             os.replace(self._part, self.path)
         buffer = io.BytesIO()
@@ -86,9 +85,14 @@ class TokenWriter:
         return offsets
 
     def _flush(self) -> None:
-        with writing(self.path):
-            self._file.write(np.asarray(self._pending, self.dtype).tobytes())
+        self._write(np.asarray(self._pending, self.dtype).tobytes())
         self._pending.clear()
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        with writing(self.path):
+            while view:
+                view = view[self._file.write(view) :]
 
 
 def open_tokens(directory: Path, split: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
