@@ -301,8 +301,9 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
     """Stage `data`: writes tokens/, tokenizer/, tables/summary.jsonl and tables/data.json."""
     if not dist.is_main():
         return  # the others wait at the end of the stage
-    size = sum(path.stat().st_size for path in config.files if path.is_file())
-    run.say(f"reading {size / 1e6:,.1f} MB of files and {sum(config.tasks.values())} problems")
+    run.say(
+        f"reading {len(config.files)} files and drawing {sum(config.tasks.values()):,} problems"
+    )
     selection = Selection(config, run.seed)
     broken = quarantine(run, (selection.corpus, selection.own_heldout), config.max_bad)
     tokenizer = choose_tokenizer(config, inputs.get("model"), selection)
@@ -323,4 +324,7 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
     run.write_table("summary", rows)
     run.write_json("data", described)
     for row in rows:
-        run.say("  ".join(f"{key} {value}" for key, value in row.items()))
+        run.say(
+            f"{row['split']}: {row['documents']:,} documents, {row['tokens']:,} tokens of "
+            f"{row['bytes_per_token']:.2f} bytes, longest {row['longest']:,}"
+        )

@@ -32,7 +32,7 @@ from tessera.data.formats import (
     read_model_file,
     train_bpe_backend,
 )
-from tessera.run import atomic_write
+from tessera.disk import atomic_write, writing
 
 __all__ = ["Tokenizer", "TokenizerError", "byte_tokenizer", "load_tokenizer", "train_bpe"]
 
@@ -112,7 +112,8 @@ class Tokenizer:
     def save(self, directory: Path | str) -> None:
         """Writes Hugging Face tokenizer files; a generation_config.json already there is kept."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         for name in (*VOCABULARY_FILES, *SIDE_FILES):
             if self._home is not None and (self._home / name).is_file():
                 _copy(self._home / name, directory / name)
@@ -259,4 +260,5 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     if source.resolve() != target.resolve():
-        shutil.copyfile(source, target)
+        with writing(target):
+            shutil.copyfile(source, target)
