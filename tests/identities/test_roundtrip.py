@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tessera.model.transformer import Transformer
 from tessera.model.weights import load_config, load_model, save_model
 from tests import tiny
 
-FULL = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True}
+FULL: dict[str, Any] = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True}
 scalings = st.one_of(
     st.none(),
     st.builds(RopeScaling, rope_type=st.just("linear"), factor=st.floats(1, 64)),
