@@ -176,7 +176,8 @@ def _explain(model: type[BaseModel], item: Mapping[str, Any], where: str) -> str
         allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         return f"{path}: {given!r} is not allowed; {nearest(str(given), allowed)}"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{path}: {message} (given: {_short(given)})"
+    shown = "" if isinstance(given, dict) else f" (given: {_short(given)})"
+    return f"{path}: {message}{shown}"
 
 
 def _short(value: Any) -> str:

@@ -240,14 +240,10 @@ def _begin(
     references = {need: _reference(value, path.parent) for need, value in inputs.items()}
     prints = {need: _print_of(value) for need, value in references.items()}
     identity = run_fingerprint(stage, config, seed, prints)
-    if (path / "run.json").is_file():
-        return _go_on(path, read_manifest(path), identity)
-    foreign = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
-    if foreign:
-        raise RunError(
-            f"{path} holds files ({', '.join(foreign[:3])}) but no run.json, so it is no run; "
-            "name another directory or empty this one"
-        )
+    if dist.is_main():  # The others would see what this one is just writing.
+        if (path / "run.json").is_file():
+            return _go_on(path, read_manifest(path), identity)
+        _refuse_foreign(path)
     return Manifest(
         name=path.name,
         stage=stage,
@@ -259,6 +255,15 @@ def _begin(
         versions=versions(),
         started=now().isoformat(),
     )
+
+
+def _refuse_foreign(path: Path) -> None:
+    foreign = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+    if foreign:
+        raise RunError(
+            f"{path} holds files ({', '.join(foreign[:3])}) but no run.json, so it is no run; "
+            "name another directory or empty this one"
+        )
 
 
 def _go_on(path: Path, manifest: Manifest, identity: str) -> Manifest:

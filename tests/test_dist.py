@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tessera import dist
+from tessera.run import is_done, read_json
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_ranks(code: str, *words: str, world: int = 2) -> list[str]:
+    """What each of `world` processes prints, started as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            env={**os.environ, **shared, "RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world
+    return printed
+
+
+def test_one_process_is_a_no_op():
+    value = torch.tensor([1.0, 2.0])
+    with dist.processes():
+        assert dist.sum(value) is value and dist.max(value) is value
+        assert dist.broadcast("x") == "x" and dist.gather("x") == ["x"]
+        dist.barrier()
+    assert (dist.rank(), dist.world(), dist.is_main()) == (0, 1, True)
+
+
+def test_sums_are_the_same_everywhere():
+    code = (
+        "import torch; from tessera import dist\n"
+        "with dist.processes():\n"
+        "    mine = torch.tensor([dist.rank() + 1.0, -dist.rank()])\n"
+        "    print(dist.sum(mine).tolist(), dist.max(mine).tolist(), mine.tolist()[0],\n"
+        "          dist.broadcast(dist.rank()), dist.gather(dist.rank()))\n"
+    )
+    first, second = run_ranks(code)
+    assert first == "[3.0, -1.0] [2.0, 0.0] 1.0 0 [0, 1]\n"
+    assert second == "[3.0, -1.0] [2.0, 0.0] 2.0 0 [0, 1]\n"
+
+
+def test_a_recipe_in_two_processes_is_written_once(tmp_path: Path):
+    code = (
+        "import sys; from tessera import pipeline, recipe; from tests.pipeline_stages import *\n"
+        "steps = run_recipe(recipe.loads(sys.argv[2]), sys.argv[1], quiet=True, stages=STAGES)\n"
+        "print([step.action for step in steps])\n"
+    )
+    text = 'name = "r"\n[data]\n[parent]\n[child]\n'
+    assert run_ranks(code, str(tmp_path), text) == ["['run', 'run', 'run']\n"] * 2
+    assert all(is_done(tmp_path / "r" / name) for name in ("data", "parent", "child"))
+    assert read_json(tmp_path / "r" / "child", "value") == 3
+    assert run_ranks(code, str(tmp_path), text) == ["['skip', 'skip', 'skip']\n"] * 2
