@@ -161,8 +161,9 @@ def _num_params(step: Step) -> int | None:
     from tessera.show import model_config
 
     path = step.files.get("path")
-    imports = step.stage.name == "parent" and isinstance(path, Path)
-    return model_config(path).num_params() if imports else None
+    if step.stage.name != "parent" or not isinstance(path, Path):
+        return None
+    return model_config(path).num_params()
 
 
 @_command
