@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tessera.model.config import ConfigError
 from tessera.model.families import read_config
 from tessera.model.weights import load_model, save_model
 from tessera.run import Run, WriteError
@@ -108,7 +109,7 @@ def test_what_the_engine_cannot_load_is_refused_unless_told_otherwise(tmp_path):
 
 
 def test_engines_asked_for_are_heeded(child, tmp_path):
-    with pytest.raises(ExportError, match="did you mean 'vllm-cpu'"):
+    with pytest.raises(ConfigError, match="did you mean 'vllm-cpu'"):
         export_model(child, tmp_path / "out", "decilm", engines=["vllmcpu"])
     save_model(random_model(head_dim=144), tmp_path / "odd")
     with pytest.raises(ExportError, match="head_dim is 144"):
@@ -156,7 +157,7 @@ def test_a_full_disk_leaves_nothing_behind(child, tmp_path, monkeypatch):
 
 
 def test_unknown_format_is_answered_with_the_nearest(child, tmp_path):
-    with pytest.raises(ExportError, match="unknown format 'ggfu'; did you mean 'gguf'"):
+    with pytest.raises(ConfigError, match="unknown format 'ggfu'; did you mean 'gguf'"):
         export_model(child, tmp_path / "out", "ggfu")
 
 

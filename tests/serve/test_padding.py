@@ -7,7 +7,7 @@ import torch
 
 from tessera.model.families import ffn_mult_width
 from tessera.serve.export.decilm import ffn_mult
-from tessera.serve.export.padding import expressible, notes, padded_head_dim, spans, widen
+from tessera.serve.export.padding import expressible, notes, widen
 from tests.serve.interop import HETEROGENEOUS, random_model
 
 CASES = {
@@ -49,13 +49,3 @@ def test_padding_twice_is_padding_once():
 def test_the_readers_rule_gives_every_width_back(hidden_size):
     for width in range(256, 8 * hidden_size + 1, 256):
         assert ffn_mult_width(ffn_mult(width, hidden_size), hidden_size) == width
-
-
-def test_head_sizes_go_to_the_smallest_multiple_that_has_kernels():
-    sizes = {8: 32, 16: 32, 32: 32, 24: 96, 40: 80, 48: 96, 128: 128, 144: 144}
-    assert {size: padded_head_dim(size) for size in sizes} == sizes
-
-
-def test_spans():
-    assert spans([4]) == "layer 4"
-    assert spans([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8"

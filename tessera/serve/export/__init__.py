@@ -22,20 +22,20 @@ from typing import Any
 
 from tessera.disk import writing
 from tessera.model.config import ModelConfig
-from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model, resolve
-from tessera.recipe import Config
-from tessera.run import Run
-from tessera.serve.export import card, decilm, gguf, hf, padding, parity
-from tessera.serve.export.compat import (
+from tessera.model.servable import (
     ENGINES,
     FORMATS,
-    ExportError,
     Format,
     format_refusals,
     known,
     refusals,
 )
+from tessera.model.transformer import Transformer
+from tessera.model.weights import load_model, resolve
+from tessera.recipe import Config
+from tessera.run import Run
+from tessera.serve.export import card, decilm, gguf, hf, padding, parity
+from tessera.serve.export.errors import ExportError
 from tessera.serve.export.gguf_vocab import read_vocabulary
 from tessera.serve.export.parity import Parity
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tessera.model.config import ModelConfig
+from tessera.model.servable import ENGINES
 from tessera.run import RunError, read_manifest
-from tessera.serve.export.compat import ENGINES
 
 if TYPE_CHECKING:
     from tessera.serve.export import Report

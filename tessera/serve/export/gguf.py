@@ -22,7 +22,7 @@ from torch import Tensor
 from tessera.model.config import GQA, Linear, ModelConfig, SwiGLU
 from tessera.model.layers import Subblock, rope_frequencies
 from tessera.model.transformer import Transformer
-from tessera.serve.export.compat import ExportError
+from tessera.serve.export.errors import ExportError
 from tessera.serve.export.gguf_vocab import Vocabulary
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessera.data.formats import SentencePiece, read_gpt2_files, read_model_file
-from tessera.serve.export.compat import ExportError
+from tessera.serve.export.errors import ExportError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -30,6 +30,8 @@ PRE_TOKENIZERS = {
     _CONTRACTIONS + _WORDS + r"\p{N}" + _REST: "qwen2",
 }
 
+# llama.cpp insists on merges; no text has symbols of more than one character to join by this one.
+_NO_MERGE = "[none] [none]"
 _FOREIGN_SPLIT = (
     "llama.cpp has no code for this tokenizer's way of splitting text: prompt it by token ids; "
     "text it tokenises itself differs from training"
@@ -68,7 +70,7 @@ class Vocabulary:
             writer.add_token_scores(self.scores + [-1e4 for _ in surplus])
             writer.add_add_space_prefix(self.add_space_prefix)
         else:
-            writer.add_token_merges(self.merges)
+            writer.add_token_merges(self.merges or [_NO_MERGE])
         for role, token in self.special.items():
             writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token)
         writer.add_add_bos_token(self.add_bos)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tessera.model.families import FAMILIES, config_dict
 from tessera.model.transformer import Transformer
 from tessera.model.weights import save_model
-from tessera.serve.export.compat import ExportError
+from tessera.serve.export.errors import ExportError
 
 
 def write(module: Transformer, directory: Path, tokenizer_from: Path | None = None) -> None:

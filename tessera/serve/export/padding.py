@@ -16,23 +16,15 @@ from torch import Tensor
 
 from tessera.model.config import ModelConfig, SwiGLU
 from tessera.model.layers import rope_frequencies
+from tessera.model.servable import padded_head_dim, spans
 from tessera.model.transformer import Transformer
 
 MULTIPLE = 256  # the DeciLM dialect's widths
-
-# vllm/v1/attention/backends/cpu_attn.py, CPUAttentionBackend.get_supported_head_sizes
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def padded_width(width: int) -> int:
     """The next FFN width the DeciLM dialect can say."""
     return -(-width // MULTIPLE) * MULTIPLE
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The smallest multiple of `head_dim` that vLLM has CPU kernels for; itself if none is."""
-    fits = [size for size in VLLM_CPU_HEAD_SIZES if size % head_dim == 0]
-    return head_dim if head_dim in VLLM_CPU_HEAD_SIZES else min(fits, default=head_dim)
 
 
 def expressible(config: ModelConfig) -> ModelConfig:
@@ -67,18 +59,6 @@ def notes(config: ModelConfig) -> list[str]:
     if (wide.qkv_bias, wide.o_bias) != (config.qkv_bias, config.o_bias):
         lines.append("attention biases completed with zeros: the dialect has one key for all four")
     return lines
-
-
-def spans(layers: list[int]) -> str:
-    """Layer numbers as a person writes them: `layers 0-3, 7`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return ("layers " if len(layers) > 1 else "layer ") + ", ".join(parts)
 
 
 def widen(module: Transformer) -> Transformer:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tessera.model.transformer import Transformer
-from tessera.serve.export.compat import ExportError
+from tessera.serve.export.errors import ExportError
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 8, 16
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order stay well below

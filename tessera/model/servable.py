@@ -1,9 +1,10 @@
-"""Who can load which architecture, and why not: the serving engines' limits as code.
+"""Who can load which architecture, and why not: the serving engines' limits as code. Torch-free.
 
 Every rule was seen by running the engine or read in its source (versions in `ENGINES`). A
 heterogeneous model travels in the dialect of the released Llama-Nemotron models (`decilm`), or
 as llama.cpp's `deci` GGUF; a homogeneous one as a stock Hugging Face directory, which has none
-of these limits. Rules say what an engine refuses or gets wrong, never what is merely slow.
+of these limits. Rules say what an engine refuses or gets wrong, never what is merely slow. The
+search leaves out what they refuse; the exporter holds the result to them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
-from tessera.model.config import GQA, Linear, ModelConfig, NoOp
-from tessera.serve.export.padding import VLLM_CPU_HEAD_SIZES, padded_head_dim, spans
+from tessera.model.config import GQA, ConfigError, Linear, ModelConfig, NoOp
 
 Format = Literal["decilm", "hf", "gguf"]
 FORMATS: tuple[Format, ...] = ("decilm", "hf", "gguf")
@@ -27,15 +27,15 @@ ENGINES: dict[str, str] = {
 }
 
 
-class ExportError(ValueError):
-    """A model that cannot be exported as asked; the text says why and what to do instead."""
+# vllm/v1/attention/backends/cpu_attn.py, CPUAttentionBackend.get_supported_head_sizes
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def refusals(config: ModelConfig, engine: str, format: str | None = None) -> list[str]:
     """Reasons why `engine` cannot serve this model as `format`; empty if it can.
 
     format: None for the one that asks least of engines, a stock directory where the layers are
-    all equal. Raises ExportError for an engine or format we know nothing of.
+    all equal. Raises ConfigError for an engine or format we know nothing of.
     """
     dialect = format == "decilm" or not config.homogeneous
     if format is not None:
@@ -49,12 +49,12 @@ def format_refusals(config: ModelConfig, format: str) -> list[str]:
 
 
 def known(given: str, table: Mapping[str, object], what: str) -> str:
-    """`given` if the table has it; else ExportError with the nearest name and all of them."""
+    """`given` if the table has it; else ConfigError with the nearest name and all of them."""
     if given in table:
         return given
     near = difflib.get_close_matches(given, table, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ExportError(f"unknown {what} {given!r}{hint} (allowed: {', '.join(table)})")
+    raise ConfigError(f"unknown {what} {given!r}{hint} (allowed: {', '.join(table)})")
 
 
 def first_difference(config: ModelConfig) -> tuple[int, str]:
@@ -66,6 +66,24 @@ def first_difference(config: ModelConfig) -> tuple[int, str]:
         if words != first:
             return layer, f"{words[0]} {words[1]}, layer 0 is {first[0]} {first[1]}"
     return 0, "there is no layer"
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The smallest multiple of `head_dim` that vLLM has CPU kernels for; itself if none is."""
+    fits = [size for size in VLLM_CPU_HEAD_SIZES if size % head_dim == 0]
+    return head_dim if head_dim in VLLM_CPU_HEAD_SIZES else min(fits, default=head_dim)
+
+
+def spans(layers: list[int]) -> str:
+    """Layer numbers as a person writes them: `layers 0-3, 7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return ("layers " if len(layers) > 1 else "layer ") + ", ".join(parts)
 
 
 def _vllm(config: ModelConfig, dialect: bool) -> Iterator[str]:

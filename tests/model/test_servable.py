@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tessera.model.config import ModelConfig
-from tessera.serve.export import ENGINES, ExportError, format_refusals, refusals
+from tessera.model.config import ConfigError, ModelConfig
+from tessera.model.servable import ENGINES, format_refusals, padded_head_dim, refusals, spans
 from tests.serve.interop import EQUAL, HETEROGENEOUS
 
 FULL = ("gqa-4", "swiglu-256")
 
 
-def config(*words: tuple[str, str], **changes) -> ModelConfig:
-    fields = dict(vocab_size=320, hidden_size=256, num_attention_heads=8, head_dim=32, blocks=())
+def config(*words: tuple[str, str], **changes: Any) -> ModelConfig:
+    fields: dict[str, Any] = dict(
+        vocab_size=320, hidden_size=256, num_attention_heads=8, head_dim=32, blocks=()
+    )
     return ModelConfig(**(fields | changes)).with_words(words)
 
 
@@ -79,9 +83,19 @@ def test_vllm_on_a_cpu_knows_some_head_sizes():
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(ExportError, match="did you mean 'llama.cpp'"):
+    with pytest.raises(ConfigError, match="did you mean 'llama.cpp'"):
         refusals(config(FULL), "llama-cpp")
-    with pytest.raises(ExportError, match="allowed: " + ", ".join(ENGINES)):
+    with pytest.raises(ConfigError, match="allowed: " + ", ".join(ENGINES)):
         refusals(config(FULL), "mlx")
-    with pytest.raises(ExportError, match="unknown format"):
+    with pytest.raises(ConfigError, match="unknown format"):
         format_refusals(config(FULL), "onnx")
+
+
+def test_head_sizes_go_to_the_smallest_multiple_that_has_kernels():
+    sizes = {8: 32, 16: 32, 32: 32, 24: 96, 40: 80, 48: 96, 128: 128, 144: 144}
+    assert {size: padded_head_dim(size) for size in sizes} == sizes
+
+
+def test_spans():
+    assert spans([4]) == "layer 4"
+    assert spans([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8"

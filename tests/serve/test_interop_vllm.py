@@ -1,0 +1,86 @@
+"""Stock vLLM's CPU build says the same. Half a minute a model: `make interop`.
+
+vLLM lives in an environment of its own, `.venv-vllm`; when this one has none, that one's
+Python is called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tessera.model.transformer import Transformer
+from tessera.model.weights import load_model, save_model
+from tessera.serve.export import export_model
+from tests.serve.interop import EQUAL, HETEROGENEOUS, PROMPTS, greedy, random_model
+
+pytestmark = pytest.mark.vllm
+SCRIPT = Path(__file__).with_name("vllm_tokens.py")
+OTHER = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+NEW = 24
+
+CASES = {
+    "mixed": (HETEROGENEOUS, {}),
+    "tied, biases, head size 8 padded to 32": (
+        HETEROGENEOUS,
+        {"tie_word_embeddings": True, "qkv_bias": True, "mlp_bias": True, "head_dim": 8},
+    ),
+    "an empty layer 0, attention without FFN, also last": (
+        (("noop", "noop"), ("gqa-8", "noop"), ("gqa-2", "swiglu-128"), ("gqa-1", "noop")),
+        {},
+    ),
+}
+
+
+def python() -> str:
+    if importlib.util.find_spec("vllm"):
+        return sys.executable
+    if OTHER.is_file():
+        return str(OTHER)
+    pytest.skip("needs vLLM's CPU build: make venv-vllm")
+
+
+def assert_vllm_agrees(module: Transformer, directory: Path, prompts: list[list[int]]) -> None:
+    ran = subprocess.run(
+        [python(), str(SCRIPT), str(directory), json.dumps(prompts), str(NEW)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    answers = [line for line in ran.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert answers, ran.stderr[-3000:]
+    for prompt, (theirs, given) in zip(prompts, json.loads(answers[0][7:]), strict=True):
+        tokens, logprobs = greedy(module, prompt, NEW)
+        assert theirs == tokens
+        assert all(abs(x - y) < 2e-4 for x, y in zip(logprobs, given, strict=True))
+
+
+@pytest.mark.parametrize(("words", "changes"), CASES.values(), ids=CASES)
+def test_random_children_give_the_same_tokens(words, changes, tmp_path):
+    module = random_model(words, **changes)
+    save_model(module, tmp_path / "child")
+    export_model(tmp_path / "child", tmp_path / "out", "decilm", engines=["vllm-cpu"])
+    assert_vllm_agrees(module, tmp_path / "out", PROMPTS)
+
+
+def test_a_stock_directory_gives_the_same_tokens(tmp_path):
+    module = random_model(EQUAL)
+    save_model(module, tmp_path / "child")
+    export_model(tmp_path / "child", tmp_path / "out", "hf", engines=["vllm-cpu"])
+    assert_vllm_agrees(module, tmp_path / "out", PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["stories260k", "tinystories-char-940k"])
+def test_real_checkpoints_tell_their_stories(name, shared: Path, tmp_path):
+    source = shared / "models" / name
+    export_model(source, tmp_path / "out", "decilm", engines=["vllm-cpu"])
+    stories = json.loads((source / "expected_outputs.json").read_text())["greedy"]
+    prompts = [story["prompt_ids"] for story in stories]
+    assert_vllm_agrees(load_model(source), tmp_path / "out", prompts)
