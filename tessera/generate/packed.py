@@ -24,8 +24,10 @@ from tessera.model.config import NoOp
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.transformer import Block, Transformer
 
-# oneDNN's call costs some 8 us more than MKL's; below this many multiply-adds it is not repaid.
-ONEDNN_FROM = 2**19
+# oneDNN's call costs some 8 us more than MKL's: below this many multiply-adds it is not repaid,
+# and above this weight size it does not show, even for the single row that MKL reads fastest.
+ONEDNN_FROM = 2**18
+ONEDNN_ALWAYS = 2**20
 
 
 class Turn:
@@ -68,8 +70,11 @@ class Matrix:
         self.transposed = weight.t()
         self.onednn_rows = sys.maxsize
         if prefers_onednn(weight):
+            self.onednn_rows = onednn_rows(weight.numel())
             self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight)
-            self.onednn_rows = -(-ONEDNN_FROM // weight.numel())
+            # Left for few rows, if any; for those, (I, O) order streams faster than (O, I).
+            few = self.transposed[:, : weight.shape[0] if self.onednn_rows > 1 else 0]
+            self.transposed = few.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] >= self.onednn_rows:
@@ -101,6 +106,11 @@ def prefers_onednn(weight: Tensor) -> bool:
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return plain and wide and torch.backends.mkldnn.is_available()
+
+
+def onednn_rows(size: int) -> int:
+    """From how many rows on oneDNN multiplies a weight of `size` elements faster than MKL."""
+    return 1 if size >= ONEDNN_ALWAYS else max(2, -(-ONEDNN_FROM // size))
 
 
 class PackedAttention:
@@ -173,7 +183,7 @@ class Packed:
         self.root = config.hidden_size**0.5
         self.ops = list(self._pack(module))
         self.head = Matrix(module.head * (module.norm.weight * self.root))
-        self.frequencies = module.get_buffer("inverse_frequencies").clone()
+        self.frequencies = module.get_buffer("inverse_frequencies").float().clone()
 
     def _pack(self, module: Transformer) -> Iterator[PackedOp]:
         for layer, block in enumerate(module.layers):

@@ -21,7 +21,8 @@ def uniforms(seed: int, key: int, sample: int, count: int) -> list[float]:
 
     The identity of the sample is the high half of the counter, so streams never meet.
     """
-    generator = np.random.Philox(key=[seed, 0], counter=[0, 0, sample, key % 2**64])
+    counter = np.array([0, 0, sample, key % 2**64], dtype=np.uint64)
+    generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
     return ((generator.random_raw(count) >> np.uint64(11)) * 2.0**-53).tolist()
 
 

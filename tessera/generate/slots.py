@@ -129,11 +129,12 @@ class Slots:
         if not first:
             self.cursor = longest
         assert longest <= self.cursor <= self.columns and first + len(source) <= self.rows
-        rows, columns = _right_aligned(lengths, source, self.device)
+        moved = _right_aligned(lengths, source, max(prefix.lengths), self.device)
         for layer, kv in prefix.layers.items():
             target = self.caches[layer][first : first + len(source)]
             target = target.narrow(3, self.cursor - longest, longest)
-            target.copy_(kv[rows, columns].permute(0, 2, 3, 1, 4))
+            rows = kv.flatten(0, 1).index_select(0, moved).unflatten(0, (len(source), longest))
+            target.copy_(rows.permute(0, 2, 3, 1, 4))
         self.starts += [self.cursor - length for length in lengths]
         self._rows_changed()
 
@@ -195,9 +196,10 @@ class Slots:
 
 
 def _right_aligned(
-    lengths: list[int], source: list[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Indices of row and column that move prompts from the left of a `Prefix` to the right."""
+    lengths: list[int], source: list[int], width: int, device: torch.device
+) -> Tensor:
+    """Which of a `Prefix`'s `(N * width)` tokens stand where, once prompts end at the right."""
     behind = max(lengths) - torch.tensor(lengths, device=device)
     columns = torch.arange(max(lengths), device=device) - behind[:, None]
-    return torch.tensor(source, device=device)[:, None], columns.clamp_(min=0)
+    first = torch.tensor(source, device=device)[:, None] * width
+    return (first + columns.clamp_(min=0)).flatten()

@@ -197,7 +197,7 @@ class _Call:
 
     def run(self) -> list[list[Completion]]:
         while self.queue or self.live:
-            if self._worth_admitting():
+            while self._worth_admitting():
                 self._admit()
             if self.live:
                 self._decode()

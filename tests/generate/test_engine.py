@@ -1,0 +1,66 @@
+"""Requests an engine cannot serve are refused with what to change."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tessera.generate.engine import GenerationError, SamplingParams
+from tessera.generate.torch_engine import TorchEngine
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    "field, value, hint",
+    [
+        ("temperature", -0.5, "0 for greedy"),
+        ("temperature", math.nan, "0 for greedy"),
+        ("temperature", math.inf, "0 for greedy"),
+        ("top_p", 0.0, r"\(0, 1\]"),
+        ("top_p", 1.5, r"\(0, 1\]"),
+        ("top_k", -1, "0 for no limit"),
+        ("max_tokens", 0, "at least 1"),
+        ("n", 0, "at least 1"),
+        ("seed", -1, r"\[0, 2\*\*64\)"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(field, value, hint):
+    with pytest.raises(GenerationError, match=f"{field} is .*{hint}"):
+        SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "prompts, reason",
+    [
+        ([[1], []], "prompt 1 is empty"),
+        ([[1] * 64], "prompt 0 has 64 tokens.*room for 63"),
+        ([[1, 29]], "prompt 0 holds token id 29, but the vocabulary has 29"),
+        ([[-1]], "token id -1"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(prompts, reason):
+    with pytest.raises(GenerationError, match=reason):
+        TorchEngine(tiny.model()).generate(prompts, SamplingParams())
+
+
+def test_sequences_that_cannot_be_scored_are_refused():
+    engine = TorchEngine(tiny.model())
+    assert len(engine.score([[1] * 64])[0]) == 63
+    with pytest.raises(GenerationError, match="sequence 0 has 65 tokens"):
+        engine.score([[1] * 65])
+
+
+def test_one_key_a_prompt_is_demanded():
+    with pytest.raises(GenerationError, match="2 prompts, but 1 keys"):
+        TorchEngine(tiny.model()).generate([[1], [2]], SamplingParams(), keys=[7])
+
+
+def test_an_engine_without_rows_is_refused():
+    with pytest.raises(GenerationError, match="max_batch_size is 0"):
+        TorchEngine(tiny.model(), max_batch_size=0)
+
+
+def test_no_prompts_no_completions():
+    engine = TorchEngine(tiny.model())
+    assert engine.generate([], SamplingParams()) == [] and engine.score([]) == []

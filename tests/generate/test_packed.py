@@ -1,0 +1,73 @@
+"""The packed decoder is the module: same hidden states, whatever the family and the mix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tessera.generate.packed import Matrix, Packed, onednn_rows
+from tessera.generate.slots import Prefill
+from tests import tiny
+
+FAMILIES = [
+    {},
+    {"qkv_bias": True},
+    {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    {"qk_norm": True, "head_dim": 6},
+    {"sliding_window": 4},
+    {"tie_word_embeddings": True, "rope_theta": 100.0},
+    {"rms_norm_eps": 0.5},
+]
+
+
+@pytest.mark.parametrize("changes", FAMILIES, ids=lambda changes: "+".join(changes) or "llama")
+@torch.no_grad()
+def test_packed_logits_are_the_modules(changes):
+    module, tokens = tiny.model(**changes), tiny.tokens(29, 3, 11)
+    packed = Packed(module)
+    hidden = packed.forward(tokens.flatten(), Prefill(packed, 3, 11, keep=False))
+    expected = module.logits(module(tokens)).flatten(0, 1)
+    torch.testing.assert_close(packed.logits(hidden), expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_half_precision_is_as_near_as_its_rounding():
+    module, tokens = tiny.model(qk_norm=True), tiny.tokens(29, 2, 9)
+    packed = Packed(module.to(torch.bfloat16))
+    hidden = packed.forward(tokens.flatten(), Prefill(packed, 2, 9, keep=False))
+    assert hidden.dtype == torch.bfloat16
+    expected = module.float().logits(module(tokens)).flatten(0, 1)
+    found = packed.logits(hidden).float()
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_a_snapshot_does_not_follow_its_module():
+    module, tokens = tiny.model(), tiny.tokens(29, 1, 5)
+    packed = Packed(module)
+    step = Prefill(packed, 1, 5, keep=False)
+    before = packed.logits(packed.forward(tokens.flatten(), step))
+    tiny.randomise(module, seed=1)
+    assert torch.equal(before, packed.logits(packed.forward(tokens.flatten(), step)))
+
+
+@pytest.mark.parametrize("size", [(640, 512), (2048, 600)], ids=["kept twice", "kept once"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@torch.inference_mode()
+def test_every_count_of_rows_gives_the_same_product(size, bias):
+    weight, offset = torch.randn(size) * size[1] ** -0.5, torch.randn(size[0])
+    matrix = Matrix(weight, offset if bias else None)
+    for rows in (1, 2, 3, 33):
+        x = torch.randn(rows, size[1])
+        expected = torch.nn.functional.linear(x, weight, offset if bias else None)
+        torch.testing.assert_close(matrix(x), expected, atol=1e-5, rtol=1e-5)
+        residual = torch.randn(rows, size[0] + 1)[:, :-1]
+        total = residual + expected
+        matrix.add_to(residual, x)
+        torch.testing.assert_close(residual, total, atol=1e-5, rtol=1e-5)
+
+
+def test_small_products_stay_with_mm():
+    assert onednn_rows(2**20) == 1
+    assert onednn_rows(2**20 - 1) == onednn_rows(2**17) == 2
+    assert onednn_rows(2**10) == 2**8

@@ -1,0 +1,87 @@
+"""Drawing: frequencies are the softmax's, supports are the filters', noise is a pure function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tessera.generate.engine import SamplingParams
+from tessera.generate.sampling import choose, draw, nucleus, sample, uniforms
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -4.0])
+DRAWS = 20_000
+# The 99.9 % quantile of chi-square, by degrees of freedom.
+CHI_SQUARE = {2: 13.82, 5: 20.52}
+
+
+def counts(params: SamplingParams) -> torch.Tensor:
+    noise = torch.tensor(uniforms(0, 0, 0, DRAWS), dtype=torch.float64)
+    drawn = sample(LOGITS.expand(DRAWS, -1), params, noise)
+    return torch.bincount(drawn.flatten(), minlength=len(LOGITS)).double()
+
+
+@pytest.mark.parametrize(
+    "params, kept",
+    [
+        (SamplingParams(temperature=1.0), 6),
+        (SamplingParams(temperature=0.7), 6),
+        (SamplingParams(temperature=2.0), 6),
+        (SamplingParams(temperature=1.0, top_k=3), 3),
+        (SamplingParams(temperature=1.3, top_p=0.8), 3),
+        (SamplingParams(temperature=1.3, top_k=4, top_p=0.85), 3),
+    ],
+    ids=str,
+)
+def test_frequencies_are_those_of_the_filtered_softmax(params, kept):
+    weights = (LOGITS.double() / params.temperature).softmax(-1)
+    weights[kept:] = 0
+    expected = weights / weights.sum() * DRAWS
+    found = counts(params)
+    assert found[kept:].sum() == 0
+    statistic = ((found - expected)[:kept] ** 2 / expected[:kept]).sum()
+    assert statistic < CHI_SQUARE[kept - 1]
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass():
+    ranked = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.97, 0.01, 0.01, 0.01]])
+    assert (nucleus(ranked, 0.75) > 0).tolist() == [
+        [True, True, False, False],
+        [True] + [False] * 3,
+    ]
+    assert (nucleus(ranked, 1e-9) > 0).sum(-1).tolist() == [1, 1]
+    assert nucleus(ranked, 1.0) is ranked
+
+
+def test_top_k_of_one_is_greedy():
+    noise = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    drawn = sample(LOGITS.expand(3, -1), SamplingParams(top_k=1), noise)
+    assert drawn.flatten().tolist() == [0, 0, 0]
+
+
+def test_a_token_without_weight_is_never_drawn():
+    weights = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
+    noise = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(weights.expand(4, -1), noise).flatten().tolist() == [1, 3, 3, 3]
+
+
+def test_ties_in_top_k_keep_exactly_k():
+    noise = torch.tensor(uniforms(0, 0, 0, 200), dtype=torch.float64)
+    drawn = sample(torch.zeros(200, 9), SamplingParams(top_k=4), noise)
+    assert drawn.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_logprobs_are_those_of_the_raw_logits():
+    noise = torch.tensor([0.9], dtype=torch.float64)
+    for params in (SamplingParams(temperature=0), SamplingParams(temperature=3.0, top_k=2)):
+        tokens, logprobs = choose(LOGITS[None], params, noise)
+        assert logprobs[0] == LOGITS.log_softmax(-1)[tokens[0]]
+
+
+def test_noise_is_a_function_of_seed_key_sample_and_position():
+    stream = uniforms(1, 2, 3, 100)
+    assert uniforms(1, 2, 3, 10) == stream[:10]
+    others = [uniforms(*who, 100) for who in ((0, 2, 3), (1, 0, 3), (1, 2, 0), (1, -2, 3))]
+    assert not set(stream).intersection(*others)
+    assert 0 <= min(stream) and max(stream) < 1
+    # Written down: no release of numpy may change a completion.
+    assert uniforms(0, 0, 0, 2) == [0.011546754286331562, 0.24154919656271812]
