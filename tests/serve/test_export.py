@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,6 +157,17 @@ def test_a_full_disk_leaves_nothing_behind(child, tmp_path, monkeypatch):
     with pytest.raises(WriteError, match="No space left on device"):
         export_model(child, tmp_path / "out", "decilm")
     assert [p.name for p in tmp_path.iterdir()] == ["child"]
+
+
+def test_what_a_killed_export_left_is_removed_and_a_living_one_is_not(child, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, living = (tmp_path / f".out.{pid}.partial" for pid in (ended.pid, os.getppid()))
+    for partial in (dead, living):
+        partial.mkdir()
+        (partial / "model.safetensors").write_text("half")
+    export_model(child, tmp_path / "out", "decilm", check=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["child", "out", living.name])
 
 
 def test_unknown_format_is_answered_with_the_nearest(child, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from tessera.data.tokenizer import byte_tokenizer, load_tokenizer
 from tessera.model.config import RopeScaling
+from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model, save_model
 from tessera.serve.export import ExportError, export_model, gguf
 from tests.serve.interop import (
@@ -70,6 +71,20 @@ def test_real_checkpoints_tell_their_stories(name, shared: Path, tmp_path):
         assert known
         for story in known:
             assert server.tokenize(story) == tokenizer.encode(story, bos=True)
+
+
+def test_a_child_cut_from_a_real_checkpoint(shared: Path, tmp_path):
+    parent = load_model(shared / "models" / "stories260k", frozen=True)
+    words = [["gqa-4", "swiglu-172"] for _ in range(5)]
+    words[1][1], words[2][0] = "swiglu-100", "noop"
+    module = Transformer(parent.config.with_words(words)).requires_grad_(False)
+    for key, value in module.state_dict().items():  # the first 100 channels of layer 1's FFN
+        value.copy_(parent.state_dict()[key][tuple(slice(n) for n in value.shape)])
+    save_model(module, tmp_path / "child", tokenizer_from=shared / "models" / "stories260k")
+    export_model(tmp_path / "child", tmp_path / "out", "gguf")
+    with llama_cpp(tmp_path / "out" / gguf.FILE_NAME, tmp_path / "log") as server:
+        for prompt in ([1], [1, 403, 407, 261, 378]):
+            assert server.complete(prompt, 48)[0] == greedy(module, prompt, 48)[0]
 
 
 def test_a_byte_level_tokenizer_reads_text_as_llama_cpp_does(tmp_path):

@@ -84,3 +84,17 @@ def test_stock_families_need_no_code_of_ours(family, tmp_path):
     with torch.no_grad():
         difference = theirs(tokens).logits - module.logits(module(tokens))
     assert difference.abs().max() < 2e-4
+
+
+def test_a_real_checkpoint_tells_its_story_from_text(shared: Path, tmp_path):
+    source = shared / "models" / "stories260k"
+    export_model(source, tmp_path / "out", "decilm")
+    theirs = load(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for story in json.loads((source / "expected_outputs.json").read_text())["greedy"]:
+        asked = tokenizer(story["prompt"], return_tensors="pt", return_token_type_ids=False)
+        assert asked.input_ids[0].tolist() == story["prompt_ids"]
+        length = len(story["greedy_ids"])
+        answer = theirs.generate(**asked, max_length=length, do_sample=False)
+        assert answer[0].tolist() == story["greedy_ids"]
+        assert tokenizer.decode(answer[0], skip_special_tokens=True) == story["greedy_text"]

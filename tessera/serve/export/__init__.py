@@ -166,7 +166,7 @@ def _beside(place: Path) -> Iterator[Path]:
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_left_overs(place)
         try:
             yield partial
             for path in (*partial.iterdir(), partial):
@@ -175,6 +175,24 @@ def _beside(place: Path) -> Iterator[Path]:
             _sync(place.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_left_overs(place: Path) -> None:
+    """Delete what killed exports to this place left beside it; a living one keeps its own."""
+    for partial in place.parent.glob(f".{place.name}.*.partial"):
+        process = partial.name.split(".")[-2]
+        if process.isdigit() and (int(process) == os.getpid() or not _alive(int(process))):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -63,7 +63,7 @@ def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
-        "transformers_version": "4.48.3",
+        "transformers_version": "4.48.3",  # whose spelling of the rope keys this is
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }

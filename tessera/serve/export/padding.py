@@ -73,7 +73,6 @@ def widen(module: Transformer) -> Transformer:
     shapes = {key: value.shape for key, value in wide.state_dict().items()}
     padded = {key: _pad(state.get(key), shape, module.head) for key, shape in shapes.items()}
     wide.load_state_dict(padded, assign=True)
-    wide.inverse_frequencies = rope_frequencies(config).to(module.head.device)
     return wide.requires_grad_(False)
 
 
