@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.model.config import NoOp
-from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
+from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock, rope_frequencies
 from tessera.model.transformer import Block, Transformer
 
 # oneDNN's call costs some 8 us more than MKL's: below this many multiply-adds it is not repaid,
@@ -183,7 +183,7 @@ class Packed:
         self.root = config.hidden_size**0.5
         self.ops = list(self._pack(module))
         self.head = Matrix(module.head * (module.norm.weight * self.root))
-        self.frequencies = module.get_buffer("inverse_frequencies").float().clone()
+        self.frequencies = module.inverse_frequencies(self.device)
 
     def _pack(self, module: Transformer) -> Iterator[PackedOp]:
         for layer, block in enumerate(module.layers):
