@@ -9,11 +9,12 @@ ratios to the parent in the same round. `promised` is what the search predicted 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from tessera.data.batch import Batch
 from tessera.data.documents import Documents
@@ -50,14 +51,17 @@ def quality(parent: Transformer, module: Transformer, batches: Sequence[Batch]) 
             m(batch.tokens, Context(batch.positions, batch.segments)).flatten(0, 1)
             for m in (module, parent)
         )
-        found = token_statistics(
-            own, module.head, lambda part: parent.logits(theirs[part]), batch.labels.flatten()
-        )
+        labels = batch.labels.flatten()
+        found = token_statistics(own, module.head, _logits(parent, theirs), labels)
         weight = batch.weight.flatten()
         total += float(weight.sum())
         for key, values in found.items():
             sums[key] += float(values @ weight)
     return {key: value / total for key, value in sums.items()}
+
+
+def _logits(module: Transformer, hidden: Tensor) -> Callable[[slice], Tensor]:
+    return lambda part: module.logits(hidden[part])
 
 
 def speeds(models: dict[str, Transformer], config: CompareConfig, label: str) -> dict[str, dict]:
@@ -106,7 +110,8 @@ def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
         inputs["data"],
         split="heldout",
         sequence_length=config.sequence_length,
-        tokens_per_step=config.tokens,
+        row_length=config.microbatch_tokens,
+        tokens_per_step=config.microbatch_tokens,
         microbatch_tokens=config.microbatch_tokens,
         seed=run.seed,
     )

@@ -51,7 +51,10 @@ class Context:
         """True when a row is one document and padding behind it: plain causal order is right."""
         if self.segments is None:
             return True
-        return bool(((self.segments == self.segments[:, :1]) | (self.segments < 0)).all())
+        padding = self.segments < 0
+        one_document = (self.segments == self.segments[:, :1]) | padding
+        behind = padding[:, 1:] | ~padding[:, :-1]
+        return bool(one_document.all() and behind.all())
 
     def sliding_mask(self, length: int) -> Tensor | None:
         """`(T,T)` mask of Mistral's window, or None where causal order alone decides."""

@@ -49,7 +49,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("inverse_frequencies", rope_frequencies(config), persistent=False)
+        self._frequencies: Tensor | None = None
 
     @property
     def head(self) -> Tensor:
@@ -58,10 +58,22 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if tied else self.lm_head.weight
 
     def prepare(self, context: Context) -> Context:
-        """The context with what this model adds to it: rotary frequencies, sliding window."""
-        context.inverse_frequencies = self.inverse_frequencies
+        """The context with what this model adds to it: rotary frequencies, sliding window.
+
+        A context may serve several models only where both agree, as a parent and its child do.
+        """
+        frequencies = self.inverse_frequencies(context.positions.device)
+        known = context.inverse_frequencies
+        assert known is None or torch.equal(known, frequencies), "a context of another model"
+        context.inverse_frequencies = frequencies
         context.sliding_window = self.config.sliding_window
         return context
+
+    def inverse_frequencies(self, device: torch.device) -> Tensor:
+        """RoPE's `(D/2,)`, always float32: no buffer, so that `.to(bfloat16)` cannot round it."""
+        if self._frequencies is None or self._frequencies.device != device:
+            self._frequencies = rope_frequencies(self.config).to(device)
+        return self._frequencies
 
     def forward(
         self, tokens: Tensor, context: Context | None = None, cache: KVCache | None = None

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from tessera.disk import writing
 from tessera.model.families import config_dict, config_json, read_config
-from tessera.model.layers import rope_frequencies
 from tessera.model.names import hf_name
 from tessera.model.source import PICKLES, CheckpointError, load_config, pickle_error, resolve
 from tessera.model.transformer import Transformer
@@ -94,7 +93,6 @@ def load_model(
         for name, tensor in _read({name: stored[name] for name in names})
     }
     module.load_state_dict(tensors, assign=True)
-    module.inverse_frequencies = rope_frequencies(config).to(device)
     return module.requires_grad_(False).eval() if frozen else module
 
 

@@ -49,6 +49,7 @@ def documents(data: Path, config: TrainConfig, seed: int, split: str = "train") 
         data,
         split=split,
         sequence_length=config.sequence_length,
+        row_length=config.microbatch_tokens,
         tokens_per_step=config.tokens_per_step,
         microbatch_tokens=config.microbatch_tokens,
         seed=seed,
@@ -96,7 +97,7 @@ class ArchitectureConfig(BaseModel):
 
 
 class ParentConfig(BaseModel):
-    """Either `path` (a Hugging Face directory, a run or a hub id), or `architecture` and `train`."""
+    """Either `path` (Hugging Face directory, run or hub id), or `architecture` and `train`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

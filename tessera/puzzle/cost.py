@@ -144,9 +144,9 @@ def cost_rows(config: ModelConfig, words: list[tuple[str, str]], settings: CostC
 
 
 def stage(config: CostConfig, run: Run, inputs: dict[str, Path]) -> None:
-    """Stage `cost`: price every word that occurs in the scored space."""
+    """Stage `cost`: price every word the library offers."""
     parent = load_config(inputs["parent"])
-    layers = read_json(inputs["scores"], "space")
+    layers = read_json(inputs["library"], "space")
     words = list(
         dict.fromkeys(
             (kind, word)

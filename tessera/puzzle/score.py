@@ -136,7 +136,8 @@ def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
         inputs["data"],
         split="heldout",
         sequence_length=config.sequence_length,
-        tokens_per_step=config.tokens,
+        row_length=config.microbatch_tokens,
+        tokens_per_step=config.microbatch_tokens,
         microbatch_tokens=config.microbatch_tokens,
         seed=run.seed,
     )

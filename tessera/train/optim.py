@@ -23,8 +23,8 @@ class TrainConfig(BaseModel):
 
     steps: int = Field(ge=1)
     tokens_per_step: int = Field(8192, ge=1)  # positions an optimizer step, over all ranks
-    microbatch_tokens: int = Field(4096, ge=1)  # positions a forward pass
-    sequence_length: int = Field(256, ge=2)
+    microbatch_tokens: int = Field(4096, ge=1)  # positions of a packed row, one forward pass
+    sequence_length: int = Field(256, ge=2)  # longest piece of a document
     lr: float = Field(1e-3, gt=0)
     schedule: Schedule = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.model.config import ModelConfig, SwiGLU
-from tessera.model.layers import rope_frequencies
 from tessera.model.servable import padded_head_dim, spans
 from tessera.model.transformer import Transformer
 
