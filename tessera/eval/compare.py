@@ -92,13 +92,11 @@ def speeds(models: dict[str, Transformer], config: CompareConfig, label: str) ->
 
 
 def _promised(run: Path) -> float | None:
-    try:
-        found = read_json(run, "architecture")
-    except FileNotFoundError:
+    if not (run / "tables" / "architecture.json").is_file():
         return None
-    if "throughput" not in found["predicted"]:
-        return None
-    return found["predicted"]["throughput"] / found["parent"]["throughput"]
+    found = read_json(run, "architecture")
+    rates = [found[side].get("throughput") for side in ("predicted", "parent")]
+    return rates[0] / rates[1] if all(rates) else None
 
 
 def stage(config: CompareConfig, run: Run, inputs: dict) -> None:

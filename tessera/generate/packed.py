@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.model.config import NoOp
-from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock, rope_frequencies
+from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.transformer import Block, Transformer
 
 # oneDNN's call costs some 8 us more than MKL's: below this many multiply-adds it is not repaid,
@@ -58,7 +58,7 @@ class Pass(Protocol):
     turn: Turn
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """q `(N,K,G,D)`, already scaled, and kv `(N,2,K,D)` -> `(N, G*K*D)`."""
+        """q `(N,K,G,D)`, already scaled, and kv `(N,2,K,D)` -> `(N, H*D)`."""
         ...
 
 
@@ -114,7 +114,7 @@ def onednn_rows(size: int) -> int:
 
 
 class PackedAttention:
-    """Grouped-query attention, its output matrix ordered by (query in group, KV head)."""
+    """Grouped-query attention."""
 
     def __init__(self, op: Attention, gain: Tensor, layer: int) -> None:
         self.layer, self.dim, self.kv = layer, op.head_dim, op.num_key_value_heads
@@ -124,9 +124,7 @@ class PackedAttention:
         q, k = (_interleave(p.weight, self.dim) for p in (op.q_proj, op.k_proj))
         weight = torch.cat((q * scale, k, op.v_proj.weight)) * gain
         self.qkv = Matrix(weight, _qkv_bias(op, scale))
-        group = self.heads // self.kv
-        out = op.o_proj.weight.unflatten(1, (self.kv, group, self.dim)).transpose(1, 2)
-        self.out = Matrix(out.flatten(1).clone(), _copy(op.o_proj.bias))
+        self.out = Matrix(op.o_proj.weight.clone(), _copy(op.o_proj.bias))
         self.norm_gain = _head_gains(op, self.heads, self.kv) if normed else None
         self.eps = op.q_norm.eps if normed else 0.0
 

@@ -64,8 +64,7 @@ class Prefill:
             scale=1.0,
             enable_gqa=q.shape[2] > 1,
         )
-        grouped = out.transpose(1, 2).unflatten(2, q.shape[1:3])  # (N, T, K, G, D)
-        return grouped.transpose(2, 3).reshape(q.shape[0], -1)
+        return out.transpose(1, 2).reshape(q.shape[0], -1)
 
 
 class Decode:
@@ -87,7 +86,7 @@ class Decode:
         k, v = cache.narrow(3, self.low, self.cursor + 1 - self.low).unbind(1)
         # A group's queries stand where SDPA expects query positions: KV heads are not repeated.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=1.0)
-        return out.transpose(1, 2).reshape(self.rows, -1)
+        return out.reshape(self.rows, -1)
 
 
 class Slots:

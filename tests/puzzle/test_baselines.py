@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from tessera.puzzle.baselines import dropped_layers, uniform_width
+from tessera.puzzle.constraints import CostTable
+from tessera.puzzle.cost import CostConfig, cost_rows
+from tessera.puzzle.space import SpaceConfig, build_space
+from tests.toy import toy_config
+
+PARENT = toy_config(layers=4)
+SPACE = build_space(SpaceConfig(ffn=("50%", "25%", "noop")), PARENT)
+
+
+def _costs() -> CostTable:
+    settings = CostConfig(measure=False)
+    words = [(k, w) for k in ("attention", "ffn") for w in SPACE.words(0, k)]
+    return CostTable.from_rows(cost_rows(PARENT, words, settings, "cost"), settings.scenario)
+
+
+def test_the_widest_uniform_ffn_that_fits_is_taken():
+    costs = _costs()
+    for width, word in ((48, "swiglu-48"), (24, "swiglu-24"), (12, "swiglu-12")):
+        words = [("gqa-4", f"swiglu-{width}")] * 4
+        budget = {"parameters": costs.total(words)["parameters"] + 1}
+        fitting = uniform_width(budget, PARENT, SPACE, costs)
+        assert fitting == [("gqa-4", word)] * 4
+
+
+def test_the_least_influential_layers_go_first_and_no_more_than_needed():
+    costs = _costs()
+    kept = [("noop", "noop") if layer in (1, 2) else PARENT.words[layer] for layer in range(4)]
+    budget = {"parameters": costs.total(kept)["parameters"]}
+    assert dropped_layers(budget, PARENT, [0.9, 0.2, 0.1, 0.5], costs) == kept
+
+
+def test_what_cannot_be_reached_is_approached():
+    costs = _costs()
+    assert uniform_width({"parameters": "0.01x"}, PARENT, SPACE, costs)[0] == ("gqa-4", "swiglu-12")
