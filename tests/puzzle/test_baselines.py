@@ -16,13 +16,13 @@ def _costs() -> CostTable:
     return CostTable.from_rows(cost_rows(PARENT, words, settings, "cost"), settings.scenario)
 
 
-def test_the_widest_uniform_ffn_that_fits_is_taken():
+def test_the_uniform_width_nearest_to_the_budget_is_taken():
     costs = _costs()
     for width, word in ((48, "swiglu-48"), (24, "swiglu-24"), (12, "swiglu-12")):
         words = [("gqa-4", f"swiglu-{width}")] * 4
-        budget = {"parameters": costs.total(words)["parameters"] + 1}
-        fitting = uniform_width(budget, PARENT, SPACE, costs)
-        assert fitting == [("gqa-4", word)] * 4
+        for off in (0.98, 1.02):
+            budget = {"parameters": off * costs.total(words)["parameters"]}
+            assert uniform_width(budget, PARENT, SPACE, costs) == [("gqa-4", word)] * 4
 
 
 def test_the_least_influential_layers_go_first_and_no_more_than_needed():
