@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tessera.model.cache import LayerCache
 from tessera.model.config import GQA, Linear, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
+from tessera.model.matmul import Projection, linear
 
 
 class RMSNorm(nn.Module):
@@ -121,10 +122,10 @@ class Attention(nn.Module):
         self.head_dim = dim
         self.num_key_value_heads = variant.num_key_value_heads
         q, kv = config.num_attention_heads * dim, variant.num_key_value_heads * dim
-        self.q_proj = nn.Linear(hidden, q, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, kv, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, kv, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q, hidden, bias=config.o_bias)
+        self.q_proj = Projection(hidden, q, bias=config.qkv_bias)
+        self.k_proj = Projection(hidden, kv, bias=config.qkv_bias)
+        self.v_proj = Projection(hidden, kv, bias=config.qkv_bias)
+        self.o_proj = Projection(q, hidden, bias=config.o_bias)
         if config.qk_norm:  # Qwen3: normalise every head before RoPE
             self.q_norm = RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps)
@@ -147,9 +148,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, variant: SwiGLU) -> None:
         super().__init__()
         hidden, width, bias = config.hidden_size, variant.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, width, bias=bias)
-        self.up_proj = nn.Linear(hidden, width, bias=bias)
-        self.down_proj = nn.Linear(width, hidden, bias=bias)
+        self.gate_proj = Projection(hidden, width, bias=bias)
+        self.up_proj = Projection(hidden, width, bias=bias)
+        self.down_proj = Projection(width, hidden, bias=bias)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -164,7 +165,7 @@ class LinearMap(nn.Module):
         nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Subblock(nn.Module):

@@ -12,13 +12,13 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.model.cache import KVCache, LayerCache
 from tessera.model.config import BlockConfig, ModelConfig
 from tessera.model.context import Context
 from tessera.model.layers import RMSNorm, Subblock, rope_frequencies
+from tessera.model.matmul import linear
 
 
 class Block(nn.Module):
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(…, V)` of normalised hidden states `(…, C)`."""
-        return F.linear(hidden, self.head)
+        return linear(hidden, self.head)
 
     def replace(self, layer: int, kind: str, subblock: Subblock) -> Subblock:
         """Put `subblock` in a layer's place; returns the one that stood there."""

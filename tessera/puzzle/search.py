@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from tessera.model.config import KINDS, ModelConfig
+from tessera.model.servable import refusals
 from tessera.model.weights import load_config
 from tessera.puzzle.baselines import dropped_layers, uniform_width
 from tessera.puzzle.constraints import CostTable, Scenario, budgets
@@ -176,10 +177,29 @@ def search(
     pairs = forbidden_pairs(space, parent, config.servable)
     forbidden = [(layer, a, f) for layer, found in enumerate(pairs) for a, f in found]
     options = options_of(space, scores, costs, config.minimize)
-    solution = solve(options, limits, forbidden, config.time_limit)
-    chosen = {(o.layer, o.kind): o.word for o in solution.options}
-    depth = range(len(space.layers))
-    return [tuple(chosen[layer, kind] for kind in KINDS) for layer in depth], solution
+    while True:
+        solution = solve(options, limits, forbidden, config.time_limit)
+        chosen = {(o.layer, o.kind): o.word for o in solution.options}
+        words = [tuple(chosen[layer, kind] for kind in KINDS) for layer in range(len(space.layers))]
+        refused = _first_refused(parent.with_words(words), config.servable)
+        if refused is None:
+            return words, solution
+        forbidden.append((refused, *words[refused]))
+
+
+def _first_refused(config: ModelConfig, engines: Sequence[str]) -> int | None:
+    """Where to cut an architecture that an engine refuses as a whole, though no pair alone.
+
+    The one such rule known: in vLLM a run of empty layers may not end in a bare FFN, since the
+    residual starts in the first attention. Forbidding the first empty layer breaks the run.
+    """
+    reasons = [reason for engine in engines for reason in refusals(config, engine)]
+    if not reasons:
+        return None
+    empty = [layer for layer, words in enumerate(config.words) if words[0] == "noop"]
+    if not empty:
+        raise Infeasible(f"{', '.join(engines)} cannot load any child here: {reasons[0]}")
+    return empty[0]
 
 
 def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:

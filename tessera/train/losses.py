@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera.model.matmul import multiply
+
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MiB in float32
 
 
@@ -38,12 +40,12 @@ class _HeadLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.float32)
         for part in chunks(len(hidden), len(head)):
-            losses, slope = chunk_loss(hidden[part] @ head.T, part)
+            losses, slope = chunk_loss(multiply(hidden[part], head), part)
             total += losses @ weight[part]
             slope = slope.mul_(weight[part, None]).to(head.dtype)
-            torch.mm(slope, head, out=grad_hidden[part])
+            grad_hidden[part] = multiply(slope, head.t())
             if grad_head is not None:
-                grad_head.addmm_(slope.T, hidden[part])
+                grad_head += multiply(slope.t(), hidden[part].t())
         ctx.save_for_backward(grad_hidden, grad_head)
         return total
 
@@ -85,7 +87,7 @@ def kl_divergence(
 
     def loss(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         log_q = F.log_softmax(logits.float(), dim=-1)
-        log_p = F.log_softmax((parent_hidden[part] @ parent_head.T).float(), dim=-1)
+        log_p = F.log_softmax(multiply(parent_hidden[part], parent_head).float(), dim=-1)
         p = log_p.exp()
         losses = (p * (log_p - log_q)).sum(-1)
         return losses, log_q.exp_().sub_(p)
@@ -105,7 +107,7 @@ def token_statistics(
     """Per token `(N,)`: `lm_loss`, `kl` to the parent, `agreement` of the two top-1 tokens."""
     columns: dict[str, list[Tensor]] = {"lm_loss": [], "kl": [], "agreement": []}
     for part in chunks(len(hidden), len(head)):
-        log_q = F.log_softmax((hidden[part] @ head.T).float(), dim=-1)
+        log_q = F.log_softmax(multiply(hidden[part], head).float(), dim=-1)
         log_p = F.log_softmax(parent_logits(part).float(), dim=-1)
         columns["lm_loss"].append(-log_q.gather(1, labels[part, None]).squeeze(1))
         columns["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1))

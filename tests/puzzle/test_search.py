@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.puzzle.search import Infeasible, Option, solve
+from tessera.model.servable import refusals
+from tessera.puzzle.constraints import CostTable, Scenario
+from tessera.puzzle.search import Infeasible, Option, SearchConfig, search, solve
+from tessera.puzzle.space import Space
+from tests.toy import toy_config
 
 LAYERS, WORDS = 3, ("a", "b", "c")
 
@@ -72,3 +76,28 @@ def test_a_looser_budget_never_scores_worse(seed: int, budget: float, looser: fl
 def test_an_impossible_budget_names_the_constraint_and_the_least_possible():
     with pytest.raises(Infeasible, match=r"s cannot get below \d.*0.01 is asked"):
         solve(_instance(0), {"s": 0.01})
+
+
+def test_what_an_engine_refuses_as_a_whole_is_searched_again():
+    """Layers 0 and 1 empty, then a bare FFN: each pair is fine alone, vLLM refuses the run."""
+    parent = toy_config(layers=3)
+    space = Space((((("gqa-4", "noop")), ("swiglu-48", "noop")),) * 3)
+    scores = [
+        {"layer": i, "kind": k, "word": "noop", "kl": (9.0 if (i, k) == (1, "ffn") else 0.1)}
+        for i in range(3)
+        for k in ("attention", "ffn")
+    ]
+    scores[4]["kl"] = scores[5]["kl"] = 5.0
+    rows = [
+        {"kind": k, "word": w, "parameters": int(w != "noop"), "bytes": 0, "kv_bytes_per_token": 0}
+        for k, w in (("base", ""), ("attention", "gqa-4"), ("attention", "noop"),
+                     ("ffn", "swiglu-48"), ("ffn", "noop"))
+    ]  # fmt: skip
+    rows[0]["parameters"] = 0
+    costs = CostTable.from_rows(rows, Scenario())
+    free = SearchConfig(constraints={"parameters": 3})
+    bound = SearchConfig(constraints={"parameters": 3}, servable=("vllm",))
+    words, _ = search(free, parent, space, scores, costs)
+    assert words == [("noop", "noop"), ("noop", "swiglu-48"), ("gqa-4", "swiglu-48")]
+    words, _ = search(bound, parent, space, scores, costs)
+    assert not refusals(parent.with_words(words), "vllm")
