@@ -41,7 +41,9 @@ class BlockLibrary(nn.ModuleDict):
                 continue
             source = getattr(parent.layers[layer], kind)
             importance = statistics.channel_importance[layer] if kind == "ffn" else None
-            library[unit_key(layer, kind, word)] = cut(source, parent.config, variant, importance)
+            scale = statistics.linear_scale[kind][layer]
+            unit = cut(source, parent.config, variant, importance, scale)
+            library[unit_key(layer, kind, word)] = unit
         return library.requires_grad_()
 
     def units(self, layer: int, kind: str) -> Iterator[tuple[str, Subblock]]:

@@ -11,17 +11,17 @@ x_i is the input of `down_proj`. The norm is the parent's, kept also in front of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.data.batch import Batch
-from tessera.model.config import GQA, Linear, ModelConfig, NoOp, SwiGLU, Variant, name
+from tessera.model.config import GQA, KINDS, Linear, ModelConfig, NoOp, SwiGLU, Variant, name
 from tessera.model.context import Context
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Block, Transformer
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,15 @@ class ParentStatistics:
     """What calibration batches say about each of the parent's layers.
 
     channel_importance: `(F,)` a layer, the C_i above, None where the FFN is no SwiGLU.
+    linear_scale: per kind, the factor that brings a linear map of the paper's weights closest
+        (least squares) to the subblock's own output. Without it W_down·W_up, which takes the gate
+        for 1, starts so far off that training in a few hundred steps ends worse than a no-op.
     output_scale: mean over tokens of ‖block output‖².
     block_influence: 1 - cos(block input, block output), mean over tokens (ShortGPT's score).
     """
 
     channel_importance: list[Tensor | None]
+    linear_scale: dict[str, list[float]]
     output_scale: list[float]
     block_influence: list[float]
 
@@ -41,30 +45,67 @@ class ParentStatistics:
 @torch.no_grad()
 def collect_statistics(parent: Transformer, batches: Sequence[Batch]) -> ParentStatistics:
     """One pass of the parent over calibration batches."""
-    depth = len(parent.layers)
-    importance: list[Tensor | None] = [None] * depth
-    scale, influence, tokens = [0.0] * depth, [0.0] * depth, 0.0
+    layers = [_LayerSums() for _ in parent.layers]
+    tokens = 0.0
     for batch in batches:
         context = parent.prepare(Context(batch.positions, batch.segments))
         real = (batch.segments >= 0).float()
         tokens += float(real.sum())
         x = parent.embed_tokens(batch.tokens)
-        for layer, block in enumerate(parent.layers):
-            middle = x + block.attention(x, context)
-            if isinstance(block.ffn.variant, SwiGLU):
-                found = _channel_activity(block.ffn, middle, real)
-                known = importance[layer]
-                importance[layer] = found if known is None else known + found
-            out = middle + block.ffn(middle, context)
-            scale[layer] += float((out.square().sum(-1) * real).sum())
-            cosine = F.cosine_similarity(x, out, dim=-1)
-            influence[layer] += float(((1 - cosine) * real).sum())
-            x = out
+        for block, sums in zip(parent.layers, layers, strict=True):
+            x = sums.add(block, x, context, real)
     return ParentStatistics(
-        [None if c is None else c / tokens for c in importance],
-        [s / tokens for s in scale],
-        [i / tokens for i in influence],
+        [None if s.channels is None else s.channels / tokens for s in layers],
+        {kind: [s.linear[kind].slope for s in layers] for kind in KINDS},
+        [s.output / tokens for s in layers],
+        [s.influence / tokens for s in layers],
     )
+
+
+@dataclass
+class _Fit:
+    """Least squares of y on x through the origin: slope = Σxy / Σx²."""
+
+    xy: float = 0.0
+    xx: float = 0.0
+
+    @property
+    def slope(self) -> float:
+        return self.xy / self.xx if self.xx else 1.0
+
+
+@dataclass
+class _LayerSums:
+    """Sums over calibration tokens for one layer."""
+
+    channels: Tensor | None = None
+    output: float = 0.0
+    influence: float = 0.0
+    linear: dict[str, _Fit] = field(default_factory=lambda: {kind: _Fit() for kind in KINDS})
+
+    def add(self, block: Block, x: Tensor, context: Context, real: Tensor) -> Tensor:
+        """Count one batch x `(B,T,C)`; returns the block's output."""
+        attention = block.attention(x, context)
+        middle = x + attention
+        ffn = block.ffn(middle, context)
+        out = middle + ffn
+        self._fit("attention", block.attention, x, attention, real)
+        self._fit("ffn", block.ffn, middle, ffn, real)
+        if isinstance(block.ffn.variant, SwiGLU):
+            found = _channel_activity(block.ffn, middle, real)
+            self.channels = found if self.channels is None else self.channels + found
+        self.output += float((out.square().sum(-1) * real).sum())
+        self.influence += float(((1 - F.cosine_similarity(x, out, dim=-1)) * real).sum())
+        return out
+
+    def _fit(
+        self, kind: str, subblock: Subblock, x: Tensor, delta: Tensor | float, real: Tensor
+    ) -> None:
+        if not isinstance(subblock.variant, GQA | SwiGLU) or not isinstance(delta, Tensor):
+            return
+        linear = F.linear(subblock.norm(x), linear_weight(subblock.op))
+        self.linear[kind].xy += float(((linear * delta).sum(-1) * real).sum())
+        self.linear[kind].xx += float((linear.square().sum(-1) * real).sum())
 
 
 def _channel_activity(ffn: Subblock, x: Tensor, real: Tensor) -> Tensor:
@@ -78,12 +119,16 @@ def _channel_activity(ffn: Subblock, x: Tensor, real: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cut(
-    parent: Subblock, config: ModelConfig, variant: Variant, importance: Tensor | None = None
+    parent: Subblock,
+    config: ModelConfig,
+    variant: Variant,
+    importance: Tensor | None = None,
+    linear_scale: float = 1.0,
 ) -> Subblock:
     """A subblock of `variant` whose weights come from the parent's subblock.
 
     `importance` `(F,)` orders the parent's FFN channels, largest kept first; without it the
-    norm of down_proj's columns does.
+    norm of down_proj's columns does. `linear_scale` multiplies the weights of a linear map.
     """
     child = Subblock(config, variant)
     if isinstance(variant, NoOp):
@@ -92,12 +137,10 @@ def cut(
     match parent.op, variant:
         case Attention(), GQA():
             _pool_kv_heads(parent.op, child.op)
-        case Attention(), Linear():
-            child.op.weight.copy_(linear_from_attention(parent.op))
         case FeedForward(), SwiGLU():
             _keep_channels(parent.op, child.op, importance)
-        case FeedForward(), Linear():
-            child.op.weight.copy_(parent.op.down_proj.weight @ parent.op.up_proj.weight)
+        case Attention() | FeedForward(), Linear():
+            child.op.weight.copy_(linear_scale * linear_weight(parent.op))
         case LinearMap(), Linear():
             child.op.load_state_dict(parent.op.state_dict())
         case _:
@@ -119,8 +162,14 @@ def _pool_kv_heads(parent: Attention, child: Attention) -> None:
             new.bias.copy_(old.bias.view(heads, -1, parent.head_dim).mean(1).flatten())
 
 
-def linear_from_attention(op: Attention) -> Tensor:
-    """`(C, C)`: W_o · W_v with V's rows repeated for each query head of its group."""
+def linear_weight(op: nn.Module) -> Tensor:
+    """The paper's `(C, C)` matrix in an operation's place.
+
+    FFN: W_down · W_up. Attention: W_o · W_v, V's rows repeated for each query head of its group.
+    """
+    if isinstance(op, FeedForward):
+        return op.down_proj.weight @ op.up_proj.weight
+    assert isinstance(op, Attention)
     groups = op.q_proj.out_features // op.v_proj.out_features
     v = op.v_proj.weight.view(op.num_key_value_heads, 1, op.head_dim, -1)
     v = v.expand(-1, groups, -1, -1).reshape(op.q_proj.out_features, -1)

@@ -83,3 +83,20 @@ def test_statistics_do_not_depend_on_the_batching():
     parts = collect_statistics(model, [row for b in batches for row in split_rows(b)])
     torch.testing.assert_close(whole.output_scale, parts.output_scale)
     torch.testing.assert_close(whole.block_influence, parts.block_influence)
+
+
+def test_the_linear_scale_is_least_squares():
+    model, batch = toy_model(), toy_batch(4)
+    found = collect_statistics(model, [batch]).linear_scale["ffn"][0]
+    context = model.prepare(Context(batch.positions, batch.segments))
+    block, real = model.layers[0], batch.segments >= 0
+    with torch.no_grad():
+        x = model.embed_tokens(batch.tokens)
+        x = x + block.attention(x, context)
+        y = block.ffn(x, context)[real]
+        guess = cut(block.ffn, model.config, Linear())(x, context)[real]
+
+    def error(scale: float) -> float:
+        return float((y - scale * guess).square().sum())
+
+    assert error(found) < min(error(found * 0.99), error(found * 1.01), error(1.0))
