@@ -4,8 +4,8 @@ A document is its ids d_0 … d_n and holds n predictions: tokens = d[:-1], labe
 is the only one that shifts. Everywhere else index t of a per-token stream describes the
 prediction of `labels[t]`.
 
-Rows are filled best-fit-decreasing: the longest sample first, each into the row whose free space
-it leaves smallest. Samples never cross rows; one that is longer than a row was cut before, in
+Rows are filled best-fit: each sample into the row whose free space it leaves smallest, the longest
+first unless rows are much longer than samples. Samples never cross rows; one that is longer than a row was cut before, in
 chunks that share one id (the label of the first is the first token of the second), so that every
 prediction is made exactly once. Attention sees `segments` and stays inside a document.
 """
@@ -93,16 +93,21 @@ def chunks(num_ids: int, sequence_length: int) -> list[tuple[int, int]]:
     return [(start, min(start + sequence_length + 1, num_ids)) for start in starts]
 
 
-def best_fit(lengths: Sequence[int] | Ids, sequence_length: int) -> list[list[int]]:
+def best_fit(
+    lengths: Sequence[int] | Ids, sequence_length: int, longest_first: bool = True
+) -> list[list[int]]:
     """Rows of sample indices, no row longer than `sequence_length`. Deterministic.
 
+    `longest_first` fills best where samples are nearly as long as rows, and puts samples of one
+    length together; without it rows mix whatever the given order mixes.
     `free` has bit s set while a row with s free places exists, so the smallest sufficient space
     is the lowest set bit at or above the sample's length.
     """
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(sequence_length + 1)]
     free = 0
-    for index in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
+    order = -np.asarray(lengths, np.int64) if longest_first else np.zeros(len(lengths))
+    for index in np.argsort(order, kind="stable").tolist():
         length = int(lengths[index])
         if not 0 < length <= sequence_length:
             raise ValueError(

@@ -29,13 +29,18 @@ Row = list[Span]
 def plan_rows(
     offsets: NDArray[np.int64], documents: NDArray[np.int64], sequence_length: int, row_length: int
 ) -> list[Row]:
-    """Rows that hold all predictions of `documents`, in pieces of at most `sequence_length`."""
+    """Rows that hold all predictions of `documents`, in pieces of at most `sequence_length`.
+
+    Rows of many pieces take them in the given, random order: a row of only the longest ones
+    would be a batch of one kind of text.
+    """
     spans = [
         (int(offsets[i]) + start, int(offsets[i]) + stop)
         for i in documents
         for start, stop in chunks(int(offsets[i + 1] - offsets[i]), sequence_length)
     ]
-    rows = best_fit([stop - start - 1 for start, stop in spans], row_length)
+    lengths = [stop - start - 1 for start, stop in spans]
+    rows = best_fit(lengths, row_length, longest_first=row_length < 4 * sequence_length)
     return [[spans[i] for i in row] for row in rows]
 
 

@@ -126,7 +126,7 @@ def test_fill_of_real_stories(prepare: Any, shared: Path) -> None:
     sizes: dict[str, Any] = {"tokens_per_step": 2048, "microbatch_tokens": 2048, "seed": 0}
     source = Documents(run, sequence_length=512, row_length=2048, **sizes)
     batches = [batch for step in range(100) for batch in source.batches(step)]
-    assert sum(batch.num_tokens for batch in batches) > 0.995 * 2048 * 100
+    assert sum(batch.num_tokens for batch in batches) > 0.98 * 2048 * 100
 
 
 def test_broken_records_are_quarantined_up_to_a_share(prepare: Any, tmp_path: Path) -> None:
