@@ -98,19 +98,22 @@ def run(
     """Run a recipe: finished stages are skipped, unfinished ones go on where they stopped."""
     from tessera import dist, pipeline, show, table
     from tessera.recipe import load
+    from tessera.run import is_done
 
     plan = load(recipe, overrides or ())
     steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
     if not dist.is_main():
         return
-    last = steps[-1]
-    tables = show.tables(last.path) if last.stage.gives == "table" else {}
+    compared = [step.path for step in steps if step.stage.gives == "table" and is_done(step.path)]
+    tables = show.tables(compared[-1]) if compared else {}
     if as_json:
         _print_json({"runs": [str(step.path) for step in steps], "tables": tables})
         return
     for name, rows in tables.items():
         print(f"{name}\n{table.render_table(rows)}\n")
-    _complain(f"The runs are in {runs / plan.name}; look at one with: tessera show {last.path}")
+    _complain(
+        f"The runs are in {runs / plan.name}; look at one with: tessera show {steps[-1].path}"
+    )
 
 
 @_command

@@ -53,6 +53,7 @@ def test_run_prints_the_table_and_where_things_are(recipe: Path):
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-3:-1] == ["-----  -----", "child      6"]
     assert "[4/4] compare: done" in result.stderr and "runs/nano" in result.stderr
+    recipe.write_text(RECIPE + "[child-2]\n")  # the table need not come last
     again = tessera("run", recipe, "parent.value=4", "--json")
     assert json.loads(again.stdout)["tables"] == {"compare": [{"model": "child", "value": 6}]}
     assert "done before" in again.stderr
