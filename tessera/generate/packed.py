@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tessera.model.config import NoOp
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
+from tessera.model.matmul import prefers_onednn
 from tessera.model.transformer import Block, Transformer
 
 # oneDNN's call costs some 8 us more than MKL's: below this many multiply-adds it is not repaid,
@@ -95,17 +96,6 @@ class Matrix:
     def _onednn(self, x: Tensor) -> Tensor:
         pointwise = torch.ops.mkldnn._linear_pointwise.default
         return pointwise(x, self.blocked, self.bias, "none", [], "")
-
-
-def prefers_onednn(weight: Tensor) -> bool:
-    """Whether oneDNN with a blocked weight beats `mm` for this weight, given rows enough.
-
-    With AVX-512 it is up to 2.3x faster (torch's MKL keeps other vendors' chips to AVX2);
-    without, the two are alike. A rule and no trial, so that equal machines give equal bits.
-    """
-    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return plain and wide and torch.backends.mkldnn.is_available()
 
 
 def onednn_rows(size: int) -> int:
