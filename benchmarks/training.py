@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="timed optimizer steps")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps before them")
-    parser.add_argument("--microbatch", type=int, default=2048, help="ours: positions at once")
+    parser.add_argument("--microbatch", type=int, default=1024, help="ours: positions at once")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--side", choices=["both", "ours"], default="both")
     return parser.parse_args()
