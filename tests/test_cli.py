@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import resource
 import subprocess
 import sys
 import time
@@ -41,10 +42,11 @@ def test_help_is_quick_and_brings_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     seconds = []
-    for _ in range(5):
-        begun = time.perf_counter()
+    for _ in range(5):  # of CPU: on a busy machine the wall clock tells of the others
+        begun = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - begun)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime)
     assert min(seconds) < 0.5
 
 

@@ -5,9 +5,9 @@ is the only one that shifts. Everywhere else index t of a per-token stream descr
 prediction of `labels[t]`.
 
 Rows are filled best-fit: each sample into the row whose free space it leaves smallest, the longest
-first unless rows are much longer than samples. Samples never cross rows; one that is longer than a row was cut before, in
-chunks that share one id (the label of the first is the first token of the second), so that every
-prediction is made exactly once. Attention sees `segments` and stays inside a document.
+first unless rows are much longer than samples. Samples never cross rows; one that is longer than
+a row was cut before, in chunks that share one id (the label of the first is the first token of
+the second), so that every prediction is made exactly once. Attention stays inside a document.
 """
 
 from __future__ import annotations

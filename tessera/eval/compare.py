@@ -35,10 +35,10 @@ class CompareConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     scenario: Scenario = Scenario()
-    rounds: int = Field(9, ge=3)
-    tokens: int = Field(32_768, ge=1)
-    sequence_length: int = Field(256, ge=2)
-    microbatch_tokens: int = Field(4096, ge=1)
+    rounds: int = Field(default=9, ge=3)
+    tokens: int = Field(default=32_768, ge=1)
+    sequence_length: int = Field(default=256, ge=2)
+    microbatch_tokens: int = Field(default=4096, ge=1)
 
 
 @torch.no_grad()

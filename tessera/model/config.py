@@ -170,9 +170,9 @@ class ModelConfig:
     @property
     def homogeneous(self) -> bool:
         """True when every layer has the same words, none of them `linear` or `noop`."""
-        first = self.blocks[0] if self.blocks else None
-        plain = isinstance(first, BlockConfig) and isinstance(first.attention, GQA)
-        return plain and isinstance(first.ffn, SwiGLU) and len(set(self.blocks)) == 1
+        if len(set(self.blocks)) != 1:
+            return False
+        return isinstance(self.blocks[0].attention, GQA) and isinstance(self.blocks[0].ffn, SwiGLU)
 
     def with_words(self, words: Iterable[Sequence[str]]) -> ModelConfig:
         """This config with another architecture: one (attention, ffn) pair of words a layer."""

@@ -98,9 +98,9 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tens
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     parts = []
     for index in plan.groups:  # (N, T_n): rows are documents, padded at the end
-        rows = (x[index.flatten()].unflatten(0, index.shape) for x in flat)
-        parts.append(_sdpa(*rows, context.sliding_mask(index.shape[1])).flatten(0, 1))
-    return torch.cat(parts)[plan.inverse].unflatten(0, q.shape[:2])
+        q, k, v = (x[index.flatten()].unflatten(0, index.shape) for x in flat)
+        parts.append(_sdpa(q, k, v, context.sliding_mask(index.shape[1])).flatten(0, 1))
+    return torch.cat(parts)[plan.inverse].unflatten(0, context.positions.shape)
 
 
 def _attend_cached(q: Tensor, kv: tuple[Tensor, Tensor], context: Context, cache: LayerCache):

@@ -52,6 +52,11 @@ class Transformer(nn.Module):
         self._frequencies: Tensor | None = None
 
     @property
+    def blocks(self) -> list[Block]:
+        """The layers, with their type."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
+    @property
     def head(self) -> Tensor:
         """The output matrix `(V, C)`: the embedding itself when tied."""
         tied = self.config.tie_word_embeddings
@@ -92,7 +97,7 @@ class Transformer(nn.Module):
         context = self.prepare(Context.rows(tokens) if context is None else context)
         x = self.embed_tokens(tokens)
         yield x
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.blocks):
             x = block(x, context, cache.layers[i] if cache else None)
             yield x
 
@@ -102,7 +107,7 @@ class Transformer(nn.Module):
 
     def replace(self, layer: int, kind: str, subblock: Subblock) -> Subblock:
         """Put `subblock` in a layer's place; returns the one that stood there."""
-        block = self.layers[layer]
+        block = self.blocks[layer]
         old = getattr(block, kind)
         setattr(block, kind, subblock)
         blocks = list(self.config.blocks)

@@ -39,7 +39,7 @@ class BLDConfig(BaseModel):
 
     space: SpaceConfig = SpaceConfig()
     train: TrainConfig
-    calibration_tokens: int = Field(16_384, ge=1)  # for channel importance and loss scales
+    calibration_tokens: int = Field(default=16_384, ge=1)  # for channel importance and loss scales
 
 
 class BLD:
@@ -54,7 +54,7 @@ class BLD:
         context = self.parent.prepare(Context(batch.positions, batch.segments))
         with torch.no_grad():
             x = self.parent.embed_tokens(batch.tokens)
-        for layer, block in enumerate(self.parent.layers):
+        for layer, block in enumerate(self.parent.blocks):
             with torch.no_grad():
                 middle = x + block.attention(x, context)
                 out = middle + block.ffn(middle, context)

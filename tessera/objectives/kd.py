@@ -33,8 +33,8 @@ class KDConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: TrainConfig
-    cosine: float = Field(1.0, ge=0)  # α, on the sum over layers
-    lm: float = Field(0.0, ge=0)  # weight of the LM loss
+    cosine: float = Field(default=1.0, ge=0)  # α, on the sum over layers
+    lm: float = Field(default=0.0, ge=0)  # weight of the LM loss
 
 
 class KD:

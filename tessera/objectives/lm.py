@@ -21,7 +21,7 @@ from tessera.model.config import ModelConfig, uniform
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model, resolve, save_model
-from tessera.run import Run
+from tessera.run import Run, RunError
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.losses import cross_entropy
 from tessera.train.optim import TrainConfig
@@ -69,11 +69,11 @@ class ArchitectureConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    hidden_size: int = Field(128, ge=2)
-    num_hidden_layers: int = Field(6, ge=1)
-    num_attention_heads: int = Field(4, ge=1)
-    num_key_value_heads: int = Field(4, ge=1)
-    intermediate_size: int = Field(384, ge=1)
+    hidden_size: int = Field(default=128, ge=2)
+    num_hidden_layers: int = Field(default=6, ge=1)
+    num_attention_heads: int = Field(default=4, ge=1)
+    num_key_value_heads: int = Field(default=4, ge=1)
+    intermediate_size: int = Field(default=384, ge=1)
     head_dim: int | None = None
     max_position_embeddings: int = 2048
     rope_theta: float = 10_000.0
@@ -132,7 +132,7 @@ def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> Non
     assert config.architecture is not None and config.train is not None
     data = inputs["data"]
     if data is None:
-        raise ValueError("a parent trained from scratch needs a [data] table before [parent]")
+        raise RunError("a parent trained from scratch needs a [data] table before [parent]")
     tokenizer = load_tokenizer(data)
     shape = config.architecture.model(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids)
     _train(Transformer(shape).init_weights(run.seed), config.train, run, data, data / "tokenizer")

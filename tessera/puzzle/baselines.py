@@ -16,7 +16,7 @@ from tessera.model.config import ModelConfig
 from tessera.puzzle.constraints import CostTable, budgets
 from tessera.puzzle.space import Space
 
-Architecture = list[tuple[str, ...]]
+Architecture = list[tuple[str, str]]
 
 
 def uniform_width(

@@ -30,9 +30,9 @@ class Scenario(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    batch: int = Field(8, ge=1)
-    prompt: int = Field(64, ge=1)
-    new: int = Field(128, ge=2)
+    batch: int = Field(default=8, ge=1)
+    prompt: int = Field(default=64, ge=1)
+    new: int = Field(default=128, ge=2)
 
     @property
     def cached_tokens(self) -> int:

@@ -34,8 +34,8 @@ class CostConfig(BaseModel):
 
     scenario: Scenario = Scenario()
     measure: bool = True
-    rounds: int = Field(15, ge=3)
-    depth: int = Field(6, ge=1)  # layers of the models a word is measured in
+    rounds: int = Field(default=15, ge=3)
+    depth: int = Field(default=6, ge=1)  # layers of the models a word is measured in
     bytes_per_parameter: float = 4.0
     bytes_per_kv: float = 4.0
 

@@ -26,6 +26,10 @@ from tessera.puzzle.surgery import ParentStatistics, cut
 from tessera.run import Run, atomic_write, read_json
 
 
+class LibraryError(ValueError):
+    """A library that lacks what an architecture names; the text says what it holds."""
+
+
 class BlockLibrary(nn.ModuleDict):
     """Every trainable unit of a space, keyed `03/ffn/swiglu-256`."""
 
@@ -39,7 +43,7 @@ class BlockLibrary(nn.ModuleDict):
             variant = parse_kind(kind, word)
             if isinstance(variant, NoOp):
                 continue
-            source = getattr(parent.layers[layer], kind)
+            source = getattr(parent.blocks[layer], kind)
             importance = statistics.channel_importance[layer] if kind == "ffn" else None
             scale = statistics.linear_scale[kind][layer]
             unit = cut(source, parent.config, variant, importance, scale)
@@ -71,7 +75,7 @@ def save_library(library: BlockLibrary, directory: Path) -> None:
 def load_unit(directory: Path, config: ModelConfig, layer: int, kind: str, word: str) -> Subblock:
     """One subblock from a library directory; `noop` is made without a file.
 
-    Raises ValueError naming what the library does hold at that layer.
+    Raises LibraryError naming what the library does hold at that layer.
     """
     unit = Subblock(config, parse_kind(kind, word))
     if isinstance(unit.variant, NoOp):
@@ -79,7 +83,7 @@ def load_unit(directory: Path, config: ModelConfig, layer: int, kind: str, word:
     path = directory / f"{unit_key(layer, kind, word)}.safetensors"
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
-        raise ValueError(
+        raise LibraryError(
             f"the library {directory} has no {word} for layer {layer} ({kind}); it holds "
             f"{', '.join(known) or 'nothing there'}. Add the word to bld.space, or merge the "
             "library that holds it by copying its files."
@@ -91,13 +95,13 @@ def load_unit(directory: Path, config: ModelConfig, layer: int, kind: str, word:
 @torch.no_grad()
 def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]]) -> Transformer:
     """`parent` itself, changed in place to `words` (one (attention, ffn) pair a layer)."""
-    if len(words) != len(parent.layers):
-        raise ValueError(
-            f"the architecture has {len(words)} layers and the parent {len(parent.layers)}"
+    if len(words) != len(parent.blocks):
+        raise LibraryError(
+            f"the architecture has {len(words)} layers and the parent {len(parent.blocks)}"
         )
     for layer, pair in enumerate(words):
         for kind, word in zip(KINDS, pair, strict=True):
-            if word != name(getattr(parent.layers[layer], kind).variant):
+            if word != name(getattr(parent.blocks[layer], kind).variant):
                 unit = load_unit(directory, parent.config, layer, kind, word)
                 parent.replace(layer, kind, unit)
     return parent

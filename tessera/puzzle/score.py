@@ -38,9 +38,9 @@ class ScoreConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(16_384, ge=1)
-    microbatch_tokens: int = Field(4096, ge=1)
-    sequence_length: int = Field(256, ge=2)
+    tokens: int = Field(default=16_384, ge=1)
+    microbatch_tokens: int = Field(default=4096, ge=1)
+    sequence_length: int = Field(default=256, ge=2)
 
 
 Units = dict[tuple[int, str, str], Subblock]
@@ -55,10 +55,10 @@ def score_batch(parent: Transformer, units: Units, batch: Batch) -> dict[tuple, 
     context = parent.prepare(Context(batch.positions, batch.segments))
     states = list(parent.hidden_states(batch.tokens, context))
     log_p = parent.logits(parent.norm(states[-1]).flatten(0, 1))
-    sums = {(): _measure(parent, states[-1], log_p, batch)}
+    sums: dict[tuple, dict[str, float]] = {(): _measure(parent, states[-1], log_p, batch)}
     for (layer, kind, word), unit in units.items():
         x = _replaced(parent, layer, kind, unit, states[layer], context)
-        for block in parent.layers[layer + 1 :]:
+        for block in parent.blocks[layer + 1 :]:
             x = block(x, context)
         sums[layer, kind, word] = _measure(parent, x, log_p, batch)
     return sums
@@ -67,7 +67,7 @@ def score_batch(parent: Transformer, units: Units, batch: Batch) -> dict[tuple, 
 def _replaced(
     parent: Transformer, layer: int, kind: str, unit: Subblock, x: Tensor, context: Context
 ) -> Tensor:
-    block = parent.layers[layer]
+    block = parent.blocks[layer]
     attention, ffn = (unit, block.ffn) if kind == "attention" else (block.attention, unit)
     x = x + attention(x, context)
     return x + ffn(x, context)

@@ -148,7 +148,7 @@ class SearchConfig(BaseModel):
     minimize: Literal["kl", "lm_loss"] = "kl"
     servable: tuple[str, ...] = ()  # engines that must load the child: "vllm", "llama.cpp", …
     method: Literal["mip", "uniform", "dropped"] = "mip"
-    time_limit: float = Field(60.0, gt=0)
+    time_limit: float = Field(default=60.0, gt=0)
 
 
 def options_of(
@@ -171,7 +171,7 @@ def search(
     space: Space,
     scores: Sequence[Mapping],
     costs: CostTable,
-) -> tuple[list[tuple[str, ...]], Solution]:
+) -> tuple[list[tuple[str, str]], Solution]:
     """The words of the best architecture, and the solver's proof."""
     limits = budgets(config.constraints, costs, parent.words)
     pairs = forbidden_pairs(space, parent, config.servable)
@@ -180,7 +180,9 @@ def search(
     while True:
         solution = solve(options, limits, forbidden, config.time_limit)
         chosen = {(o.layer, o.kind): o.word for o in solution.options}
-        words = [tuple(chosen[layer, kind] for kind in KINDS) for layer in range(len(space.layers))]
+        words = [
+            (chosen[layer, "attention"], chosen[layer, "ffn"]) for layer in range(len(space.layers))
+        ]
         refused = _first_refused(parent.with_words(words), config.servable)
         if refused is None:
             return words, solution

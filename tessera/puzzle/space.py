@@ -30,7 +30,7 @@ class SpaceConfig(BaseModel):
 
     attention: tuple[str, ...] = ("divisors", "linear", "noop")
     ffn: tuple[str, ...] = ("75%", "50%", "25%", "10%", "linear", "noop")
-    width_multiple: int = Field(4, ge=1)  # percentages are rounded up to a multiple of this
+    width_multiple: int = Field(default=4, ge=1)  # percentages are rounded up to a multiple of this
 
 
 @dataclass(frozen=True)

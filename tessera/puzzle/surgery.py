@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.data.batch import Batch
-from tessera.model.config import GQA, KINDS, Linear, ModelConfig, NoOp, SwiGLU, Variant, name
+from tessera.model.config import GQA, KINDS, ModelConfig, NoOp, SwiGLU, Variant, name
 from tessera.model.context import Context
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.transformer import Block, Transformer
@@ -45,14 +45,14 @@ class ParentStatistics:
 @torch.no_grad()
 def collect_statistics(parent: Transformer, batches: Sequence[Batch]) -> ParentStatistics:
     """One pass of the parent over calibration batches."""
-    layers = [_LayerSums() for _ in parent.layers]
+    layers = [_LayerSums() for _ in parent.blocks]
     tokens = 0.0
     for batch in batches:
         context = parent.prepare(Context(batch.positions, batch.segments))
         real = (batch.segments >= 0).float()
         tokens += float(real.sum())
         x = parent.embed_tokens(batch.tokens)
-        for block, sums in zip(parent.layers, layers, strict=True):
+        for block, sums in zip(parent.blocks, layers, strict=True):
             x = sums.add(block, x, context, real)
     return ParentStatistics(
         [None if s.channels is None else s.channels / tokens for s in layers],
@@ -134,15 +134,15 @@ def cut(
     if isinstance(variant, NoOp):
         return child
     child.norm.load_state_dict(parent.norm.state_dict())
-    match parent.op, variant:
-        case Attention(), GQA():
-            _pool_kv_heads(parent.op, child.op)
-        case FeedForward(), SwiGLU():
-            _keep_channels(parent.op, child.op, importance)
-        case Attention() | FeedForward(), Linear():
-            child.op.weight.copy_(linear_scale * linear_weight(parent.op))
-        case LinearMap(), Linear():
-            child.op.load_state_dict(parent.op.state_dict())
+    match parent.op, child.op:
+        case Attention() as old, Attention() as new:
+            _pool_kv_heads(old, new)
+        case FeedForward() as old, FeedForward() as new:
+            _keep_channels(old, new, importance)
+        case LinearMap() as old, LinearMap() as new:
+            new.load_state_dict(old.state_dict())
+        case old, LinearMap() as new:
+            new.weight.copy_(linear_scale * linear_weight(old))
         case _:
             raise ValueError(f"{name(variant)} cannot be cut from {name(parent.variant)}")
     return child

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tessera.data.batch import Batch, Source
 from tessera.progress import Progress
-from tessera.run import Run, RunError
+from tessera.run import FailureError, Run
 from tessera.train.checkpoint import load_state, save_state
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
 
@@ -108,7 +108,7 @@ class Trainer:
         batches = self.source.batches(step)
         weight = sum(float(self.objective.weight(batch)) for batch in batches)
         if weight <= 0:
-            raise RunError(f"step {step + 1} has no trained token; check the data's weights")
+            raise FailureError(f"step {step + 1} has no trained token; check the data's weights")
         totals: dict[str, float] = {"loss": 0.0}
         for batch in batches:
             for loss, stats in self.objective.losses(self.module, batch):
@@ -133,7 +133,7 @@ class Trainer:
     def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
         bad = [key for key in ("loss", "grad_norm") if not math.isfinite(metrics[key])]
         if bad:
-            raise RunError(
+            raise FailureError(
                 f"{' and '.join(bad)} not finite at step {step + 1}: "
                 f"{ {key: metrics[key] for key in bad} }. No update was made. Lower "
                 f"`train.lr` (now {self.config.lr}) or lengthen `train.warmup`, then run again."

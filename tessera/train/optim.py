@@ -22,18 +22,20 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(ge=1)
-    tokens_per_step: int = Field(8192, ge=1)  # positions an optimizer step, over all ranks
-    microbatch_tokens: int = Field(4096, ge=1)  # positions of a packed row, one forward pass
-    sequence_length: int = Field(256, ge=2)  # longest piece of a document
-    lr: float = Field(1e-3, gt=0)
+    tokens_per_step: int = Field(default=8192, ge=1)  # positions an optimizer step, over all ranks
+    microbatch_tokens: int = Field(
+        default=4096, ge=1
+    )  # positions of one packed row
+    sequence_length: int = Field(default=256, ge=2)  # longest piece of a document
+    lr: float = Field(default=1e-3, gt=0)
     schedule: Schedule = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
-    decay: float = Field(0.2, gt=0, le=1)  # wsd: share of the steps spent decaying
-    min_lr: float = Field(0.1, ge=0, le=1)  # the schedule's floor, as a share of lr
+    warmup: float = Field(default=0.05, ge=0, lt=1)  # share of the steps
+    decay: float = Field(default=0.2, gt=0, le=1)  # wsd: share of the steps spent decaying
+    min_lr: float = Field(default=0.1, ge=0, le=1)  # the schedule's floor, as a share of lr
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)  # on matrices only
-    clip: float = Field(1.0, gt=0)  # of each group's gradient norm
-    save_seconds: float = Field(60.0, gt=0)  # at least this long between resume states
+    weight_decay: float = Field(default=0.0, ge=0)  # on matrices only
+    clip: float = Field(default=1.0, gt=0)  # of each group's gradient norm
+    save_seconds: float = Field(default=60.0, gt=0)  # at least this long between resume states
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:

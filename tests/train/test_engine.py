@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tessera.objectives.lm import LM
-from tessera.run import Run, RunError, read_metrics
+from tessera.run import FailureError, Run, read_metrics
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 from tests.toy import ToySource, toy_model
@@ -27,7 +27,7 @@ def test_a_non_finite_loss_stops_before_the_update(tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         model.norm.weight[0] = float("nan")
-    with _run(tmp_path / "r") as run, pytest.raises(RunError, match="not finite at step 1"):
+    with _run(tmp_path / "r") as run, pytest.raises(FailureError, match="not finite at step 1"):
         Trainer(model, LM(), ToySource(), CONFIG, run).fit()
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert changed == ["norm.weight"]
@@ -41,7 +41,7 @@ def test_nothing_to_train_on_is_an_error(tmp_path):
                 batch.weight.zero_()
             return batches
 
-    with _run(tmp_path / "r") as run, pytest.raises(RunError, match="no trained token"):
+    with _run(tmp_path / "r") as run, pytest.raises(FailureError, match="no trained token"):
         Trainer(toy_model(), LM(), Empty(), CONFIG, run).fit()
 
 
