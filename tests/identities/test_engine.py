@@ -161,6 +161,16 @@ def test_sync_takes_the_new_weights_and_their_version():
     assert {done.version for samples in after for done in samples} == {7}
 
 
+def test_half_precision_decodes_what_it_scores():
+    module = tiny.model(qk_norm=True, sliding_window=5).to(torch.bfloat16)
+    engine, given = TorchEngine(module, max_batch_size=3), prompts()
+    found = [samples[0] for samples in engine.generate(given, GREEDY)]
+    scores = engine.score([p + done.token_ids for p, done in zip(given, found, strict=True)])
+    for prompt, done, values in zip(given, found, scores, strict=True):
+        expected = torch.tensor(values[len(prompt) - 1 :])
+        torch.testing.assert_close(torch.tensor(done.logprobs), expected, atol=0.05, rtol=0)
+
+
 def test_generation_ends_at_the_last_position():
     found = TorchEngine(tiny.model()).generate(
         [[1] * 60, [1] * 63, [1]], SamplingParams(max_tokens=99)
