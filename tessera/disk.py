@@ -54,10 +54,12 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Replaces a file so that a reader, or a crash, sees the old bytes or the new, never a mix.
 
+    One writer at a time, as a run's lock sees to: the temporary name is fixed, so that what a
+    killed process left is replaced by the next one instead of piling up.
     Raises WriteError when the system refuses; the old file is then intact.
     """
     data = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
             _write_through(temporary, data)

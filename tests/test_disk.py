@@ -56,6 +56,20 @@ def test_a_partial_write_is_continued(tmp_path: Path, monkeypatch):
     assert (tmp_path / "a").read_text() == "0123456789"
 
 
+def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path: Path):
+    code = (
+        "import os, signal, sys, pathlib; from tessera import disk; "
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL); "
+        "disk.atomic_write(pathlib.Path(sys.argv[1]), 'new')"
+    )
+    file = tmp_path / "a"
+    atomic_write(file, "old")
+    subprocess.run([sys.executable, "-c", code, str(file)], check=False)
+    assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    atomic_write(file, "newer")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "newer"}
+
+
 def test_fingerprint_ignores_key_order_and_nothing_else():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert len({fingerprint(v) for v in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, [1], None)}) == 6
