@@ -44,7 +44,8 @@ def load_state(directory: Path, trainer: Trainer) -> int:
         return 0
     with safe_open(path, framework="pt") as file:
         header: dict[str, Any] = json.loads(file.metadata()["state"])
-        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        # Copies: a tensor that maps the file would hold its space after the next state replaces it.
+        saved = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     torch.set_rng_state(saved.pop("rng"))
     for key, parameter in trainer.trainable.items():
         with torch.no_grad():
