@@ -69,7 +69,7 @@ def speeds(models: dict[str, Transformer], config: CompareConfig, label: str) ->
     engines = {key: TorchEngine(module) for key, module in models.items()}
     scenario = config.scenario
     rounds: dict[str, list[tuple[float, float]]] = {key: [] for key in engines}
-    with Progress(label, config.rounds, "generations") as bar:
+    with Progress(label, config.rounds + 1, "generations") as bar:
         for index in range(config.rounds + 1):
             for key, engine in engines.items():
                 vocab = models[key].config.vocab_size

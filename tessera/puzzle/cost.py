@@ -4,7 +4,8 @@ A word is measured where it will run: a model of L equal layers of it goes throu
 own prefill and decode in the scenario, beside the same model with no layers at all, and the
 difference is divided by L. Weights are random, which costs the same as trained. Rounds are
 interleaved over all words and the lower quartile is kept, because noise on a shared machine
-only ever adds. The model with no layers is the `base`: embedding, head, sampling, scheduling.
+only ever adds; with one torch thread on a CPU, seconds are the thread's own (`clock` of the torch
+engine). The model with no layers is the `base`: embedding, head, sampling, scheduling.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def measure(
         if not isinstance(variant, NoOp):
             engines[kind, word] = _probe(config, kind, variant, depth)
     samples: dict[tuple[str, str], list[tuple]] = {key: [] for key in engines}
-    with Progress(name, settings.rounds, "probes") as bar:
+    with Progress(name, settings.rounds + 1, "probes") as bar:
         for _ in range(settings.rounds + 1):  # the first round warms up
             for key, engine in engines.items():
                 samples[key].append(

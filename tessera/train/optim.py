@@ -23,9 +23,7 @@ class TrainConfig(BaseModel):
 
     steps: int = Field(ge=1)
     tokens_per_step: int = Field(default=8192, ge=1)  # positions an optimizer step, over all ranks
-    microbatch_tokens: int = Field(
-        default=4096, ge=1
-    )  # positions of one packed row
+    microbatch_tokens: int = Field(default=4096, ge=1)  # positions of one packed row
     sequence_length: int = Field(default=256, ge=2)  # longest piece of a document
     lr: float = Field(default=1e-3, gt=0)
     schedule: Schedule = "cosine"
