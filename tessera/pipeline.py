@@ -39,6 +39,13 @@ _ROWS = (
         "architecture",
     ),
     Stage(
+        "race",
+        "tessera.eval.race",
+        "RaceConfig",
+        ("parent", "library", "searches*", "data"),
+        "architecture",
+    ),
+    Stage(
         "child",
         "tessera.puzzle.library",
         "ChildConfig",

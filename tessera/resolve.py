@@ -19,7 +19,7 @@ from tessera.run import Manifest, fingerprint_path, read_manifest, run_fingerpri
 
 Input = Path | list[Path] | None
 Action = Literal["run", "resume", "skip", "redo", "changed"]
-_KINDS = {"parent": "model", "teacher": "model", "models": "model"}
+_KINDS = {"parent": "model", "teacher": "model", "models": "model", "searches": "architecture"}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import resource
+import signal
 import subprocess
 import sys
 import time

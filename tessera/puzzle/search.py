@@ -4,6 +4,7 @@
     subject to Σ_j x_ij = 1                         one word for each layer and kind
                base_c + Σ_ij cost_cij x_ij <= budget_c      for each constrained cost c
                x_ia + x_if <= 1                     pairs the serving engine cannot load
+               Σ_ij y_ij x_ij <= α·places           for each earlier solution y
 
 Solved to proven optimality by HiGHS; the gap is reported. Throughput becomes linear by
 multiplying out: batch·new / seconds >= T  is  seconds <= batch·new / T.
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tessera.model.config import KINDS, ModelConfig
 from tessera.model.servable import refusals
 from tessera.model.weights import load_config
-from tessera.puzzle.baselines import dropped_layers, uniform_width
+from tessera.puzzle.baselines import Architecture, dropped_layers, uniform_width
 from tessera.puzzle.constraints import CostTable, Scenario, budgets
 from tessera.puzzle.space import Space, forbidden_pairs
 from tessera.run import Run, read_json, read_table
@@ -63,17 +64,23 @@ def solve(
     budgets: Mapping[str, float],
     forbidden: Sequence[tuple[int, str, str]] = (),
     time_limit: float = 60.0,
+    earlier: Sequence[Solution] = (),
+    overlap: float = 0.8,
 ) -> Solution:
     """The cheapest-scoring choice of one option a (layer, kind) within `budgets`.
 
     budgets: cost column -> most that the chosen options may sum to (base already subtracted).
     forbidden: (layer, attention word, FFN word) that may not stand together.
+    earlier: solutions to differ from: at most `overlap` of the places may agree (Puzzle's α).
     Raises Infeasible naming the tightest constraint.
     """
     _check_reachable(options, budgets)
     places = {(o.layer, o.kind): None for o in options}
     rows = [[i for i, o in enumerate(options) if (o.layer, o.kind) == p] for p in places]
     solver = _program(options, rows, budgets, _pairs(options, forbidden))
+    for solution in earlier:
+        same = np.array([i for i, o in enumerate(options) if o in solution.options])
+        solver.addRow(0.0, np.floor(overlap * len(rows)), len(same), same, np.ones(len(same)))
     solver.setOptionValue("time_limit", time_limit)
     solver.setOptionValue("mip_rel_gap", 1e-9)
     solver.run()
@@ -149,6 +156,8 @@ class SearchConfig(BaseModel):
     servable: tuple[str, ...] = ()  # engines that must load the child: "vllm", "llama.cpp", …
     method: Literal["mip", "uniform", "dropped"] = "mip"
     time_limit: float = Field(default=60.0, gt=0)
+    solutions: int = Field(default=1, ge=1)  # how many diverse ones, for a race to choose from
+    overlap: float = Field(default=0.8, gt=0, lt=1)  # share of places two of them may agree in
 
 
 def options_of(
@@ -171,22 +180,32 @@ def search(
     space: Space,
     scores: Sequence[Mapping],
     costs: CostTable,
-) -> tuple[list[tuple[str, str]], Solution]:
-    """The words of the best architecture, and the solver's proof."""
+) -> list[tuple[Architecture, Solution]]:
+    """The best architectures, best first: words, and the solver's proof.
+
+    Fewer than `config.solutions` where the space holds no more that differ enough.
+    """
     limits = budgets(config.constraints, costs, parent.words)
     pairs = forbidden_pairs(space, parent, config.servable)
     forbidden = [(layer, a, f) for layer, found in enumerate(pairs) for a, f in found]
     options = options_of(space, scores, costs, config.minimize)
-    while True:
-        solution = solve(options, limits, forbidden, config.time_limit)
+    found: list[tuple[Architecture, Solution]] = []
+    while len(found) < config.solutions:
+        earlier = [solution for _, solution in found]
+        try:
+            solution = solve(options, limits, forbidden, config.time_limit, earlier, config.overlap)
+        except Infeasible:
+            if not found:
+                raise
+            break
         chosen = {(o.layer, o.kind): o.word for o in solution.options}
-        words = [
-            (chosen[layer, "attention"], chosen[layer, "ffn"]) for layer in range(len(space.layers))
-        ]
+        words = [(chosen[i, "attention"], chosen[i, "ffn"]) for i in range(len(space.layers))]
         refused = _first_refused(parent.with_words(words), config.servable)
         if refused is None:
-            return words, solution
-        forbidden.append((refused, *words[refused]))
+            found.append((words, solution))
+        else:
+            forbidden.append((refused, *words[refused]))
+    return found
 
 
 def _first_refused(config: ModelConfig, engines: Sequence[str]) -> int | None:
@@ -212,16 +231,26 @@ def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
     scores = read_table(inputs["scores"], "scores")
     scenario = Scenario(**read_json(inputs["costs"], "scenario"))
     costs = CostTable.from_rows(read_table(inputs["costs"], "costs"), scenario)
-    result: dict[str, object] = {"method": config.method}
     if config.method == "mip":
-        words, solution = search(config, parent, space, scores, costs)
-        result |= {"score": solution.score, "gap": solution.gap, "seconds": solution.seconds}
-        run.say(f"score {solution.score:.4f}, gap {solution.gap:.1e}, {solution.seconds:.2f} s")
+        found = search(config, parent, space, scores, costs)
+        for _, solution in found:
+            told = f"score {solution.score:.4f}, gap {solution.gap:.1e}, {solution.seconds:.2f} s"
+            run.say(told)
     elif config.method == "uniform":
-        words = uniform_width(config.constraints, parent, space, costs)
+        found = [(uniform_width(config.constraints, parent, space, costs), None)]
     else:
         influence = read_json(inputs["scores"], "block_influence")
-        words = dropped_layers(config.constraints, parent, influence, costs)
-    result |= {"words": words, "predicted": costs.total(words)}
-    result |= {"parent": costs.total(parent.words), "scenario": scenario.model_dump()}
-    run.write_json("architecture", result)
+        found = [(dropped_layers(config.constraints, parent, influence, costs), None)]
+    common = {"parent": costs.total(parent.words), "scenario": scenario.model_dump()}
+    results = [
+        {
+            "method": config.method,
+            "words": words,
+            "predicted": costs.total(words),
+            **({"score": solution.score, "gap": solution.gap} if solution else {}),
+            **common,
+        }
+        for words, solution in found
+    ]
+    run.write_json("architecture", results[0])
+    run.write_json("architectures", results)

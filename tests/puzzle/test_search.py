@@ -97,7 +97,19 @@ def test_what_an_engine_refuses_as_a_whole_is_searched_again():
     costs = CostTable.from_rows(rows, Scenario())
     free = SearchConfig(constraints={"parameters": 3})
     bound = SearchConfig(constraints={"parameters": 3}, servable=("vllm",))
-    words, _ = search(free, parent, space, scores, costs)
+    ((words, _),) = search(free, parent, space, scores, costs)
     assert words == [("noop", "noop"), ("noop", "swiglu-48"), ("gqa-4", "swiglu-48")]
-    words, _ = search(bound, parent, space, scores, costs)
+    ((words, _),) = search(bound, parent, space, scores, costs)
     assert not refusals(parent.with_words(words), "vllm")
+
+
+def test_solutions_differ_and_come_best_first():
+    options = _instance(7)
+    found = [solve(options, {"s": 3.0})]
+    for _ in range(3):
+        found.append(solve(options, {"s": 3.0}, earlier=found, overlap=0.7))
+    scores = [solution.score for solution in found]
+    assert scores == sorted(scores)
+    for i, a in enumerate(found):
+        for b in found[:i]:
+            assert sum(x in b.options for x in a.options) <= 0.7 * 2 * LAYERS
