@@ -1,6 +1,6 @@
 """The block library: all units in one pass over the parent, against each unit trained alone.
 
-    python benchmarks/bld.py --model PATH --data TEXT [--steps 20] [--every 3] [--threads 1]
+    python benchmarks/bld.py [--model PATH] [--data TEXT] [--steps 20] [--every 3] [--threads 1]
 
 Both go through the real Trainer with the recipe's space, batches and optimizer. A unit alone
 needs the parent only up to its own layer, and gets no more; every third unit is trained alone
@@ -31,6 +31,8 @@ from tessera.puzzle.surgery import ParentStatistics, collect_statistics
 from tessera.run import Run
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
+
+SHARED = Path(__file__).parents[2] / "shared"
 
 
 class Work:
@@ -83,6 +85,9 @@ class Work:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    if not options.model.exists():
+        print(f"skipped: {options.model} is not here (--model, --data)")
+        return
     with tempfile.TemporaryDirectory() as folder:
         work = Work(options, Path(folder))
         keys = list(work.library())
@@ -96,8 +101,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
-    parser.add_argument("--data", type=Path, required=True, help="a text file")
+    model, text = SHARED / "models/stories260k", SHARED / "data/tinystories/train_head*.txt"
+    parser.add_argument("--model", type=Path, default=model, help="a Hugging Face directory")
+    parser.add_argument("--data", type=Path, default=text, help="text files")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--every", type=int, default=3, help="train every n-th unit alone")
     parser.add_argument("--threads", type=int, default=1)

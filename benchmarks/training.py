@@ -1,8 +1,8 @@
 """Training speed: the LM objective on packed documents against TRL's SFTTrainer, in one run.
 
-    python benchmarks/training.py --baselines DIR [--peer PYTHON] [--rounds 3] [--steps 10]
+    python benchmarks/training.py [--baselines DIR] [--peer PYTHON] [--rounds 3] [--steps 10]
 
-DIR holds trl_sft.py and _trl_common.py: a random Llama of 6M parameters, conversations of
+DIR (../shared/baselines) holds trl_sft.py and _trl_common.py: a random Llama of 6M parameters, conversations of
 arithmetic, steps of 4096 positions, AdamW at a constant 1e-3, float32. Both sides read the same
 conversations through the same tokenizer. TRL runs at its best setting (one row of 512 at a
 time) and at its obvious one (8 rows at once); pairs of ours and TRL's alternate, each in a
@@ -39,6 +39,7 @@ from tessera.run import Run, read_metrics
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 
+ROOT = Path(__file__).parents[1]
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS = 320, 256, 688, 8, 4, 2
 ROW, STEP_TOKENS, MEAN_CHARS = 512, 4096, 150
 SETTINGS = {"best (1 row x 8)": ("1", "8"), "obvious (8 rows)": ("8", "1")}
@@ -94,6 +95,10 @@ def main() -> None:
     if options.side == "ours":
         print(json.dumps(train_ours(options)))
         return
+    for needed in (options.baselines / "trl_sft.py", Path(options.peer)):
+        if not needed.exists():
+            print(f"skipped: {needed} is not here (--baselines, --peer; make venv-trl)")
+            return
     peaks, rounds = [], []
     for _ in range(options.rounds):
         for name, setting in SETTINGS.items():
@@ -106,8 +111,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--baselines", type=Path, required=True, help="folder of trl_sft.py")
-    parser.add_argument("--peer", default=".venv-trl/bin/python", help="Python that has TRL")
+    parser.add_argument("--baselines", type=Path, default=ROOT.parent / "shared" / "baselines")
+    parser.add_argument("--peer", default=str(ROOT / ".venv-trl/bin/python"), help="has TRL")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="timed optimizer steps")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps before them")
