@@ -96,7 +96,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe: finished stages are skipped, unfinished ones go on where they stopped."""
-    from tessera import dist, pipeline, show, table
+    from tessera import dist, pipeline, show
     from tessera.recipe import load
     from tessera.run import is_done
 
@@ -110,7 +110,7 @@ def run(
         _print_json({"runs": [str(step.path) for step in steps], "tables": tables})
         return
     for name, rows in tables.items():
-        print(f"{name}\n{table.render_table(rows)}\n")
+        print(f"{show.render_named(name, rows)}\n")
     _complain(
         f"The runs are in {runs / plan.name}; look at one with: tessera show {steps[-1].path}"
     )

@@ -20,10 +20,11 @@ from tessera.model.config import FFN, GQA, Attention, BlockConfig, Linear, Model
 from tessera.progress import clock
 from tessera.recipe import nearest
 from tessera.run import RunError, read_json, read_table
-from tessera.table import render_table
+from tessera.table import VIEWS, render_table, terminal_width
 
 ATTENTION_BAR, FFN_BAR = 8, 24
 TABLE_ROWS = 12
+WHOLE = ("compare", "race")  # tables shown to their last row
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -141,9 +142,14 @@ def render(found: dict[str, Any], config: ModelConfig | None) -> str:
         parts.append(_render_lineage(found["lineage"]))
     if config:
         parts.append(f"{_sizes(config)}\n{mosaic(config)}")
-    for table, rows in found.get("tables", {}).items():
-        parts.append(f"{table}\n{render_table(rows, TABLE_ROWS)}")
+    parts += [render_named(name, rows) for name, rows in found.get("tables", {}).items()]
     return "\n\n".join(parts)
+
+
+def render_named(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A table of a run under its name, as wide as the terminal allows."""
+    limit = None if name in WHOLE else TABLE_ROWS
+    return f"{name}\n{render_table(rows, limit, VIEWS.get(name, ()), terminal_width())}"
 
 
 def _render_lineage(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,25 +1,90 @@
-"""Rows of numbers as text for a person: aligned columns, digits grouped, nothing cut silently."""
+"""Rows of numbers as text for a person: aligned columns, digits grouped, nothing cut silently.
+
+A table that people read often has a view: its columns in the order they are asked for, under
+short headings with units. Rows keep their full keys, and `--json` prints those.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]
+GAP = 2
 
 
-def render_table(rows: Sequence[Row], limit: int | None = None) -> str:
-    """The rows as aligned text under their column names; the last line counts those left out."""
+@dataclass(frozen=True)
+class Column:
+    """One key of the rows: the heading it stands under, line by line, and its value as text."""
+
+    key: str
+    heading: tuple[str, ...]
+    text: Callable[[Any], str]
+
+
+def render_table(
+    rows: Sequence[Row],
+    limit: int | None = None,
+    view: Sequence[Column] = (),
+    width: int | None = None,
+) -> str:
+    """The rows as aligned text under their headings; the last line tells what was left out.
+
+    view: how known keys are shown; the others follow under their own names. width: the last
+    columns that do not fit into so many characters are left out; the first always stands.
+    """
     shown = list(rows if limit is None else rows[:limit])
-    columns = list(dict.fromkeys(key for row in shown for key in row))
-    cells = [[cell(row.get(column)) for column in columns] for row in shown]
-    numeric = [all(_is_number(row.get(column)) for row in shown) for column in columns]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    lines = [_line(columns, widths, numeric), _line(["-" * w for w in widths], widths, numeric)]
-    lines += [_line(row, widths, numeric) for row in cells]
-    if len(shown) < len(rows):
-        lines.append(f"... and {len(rows) - len(shown)} more rows (--json prints all)")
+    keys = list(dict.fromkeys(key for row in shown for key in row))
+    columns = [one for one in view if one.key in keys]
+    known = {one.key for one in columns}
+    columns += [Column(key, (key,), cell) for key in keys if key not in known]
+    texts = [_column_lines(column, shown) for column in columns]
+    fitting = _fitting([len(lines[0]) for lines in texts], width)
+    lines = ["".join(parts).rstrip() for parts in zip(*_spaced(texts[:fitting]), strict=True)]
+    left_out = [" ".join(column.heading) for column in columns[fitting:]]
+    hidden = len(rows) - len(shown)
+    left_out += [f"{hidden} more row{'s' * (hidden > 1)}"] if hidden else []
+    lines += [f"... and {', '.join(left_out)} (--json prints all)"] if left_out else []
     return "\n".join(lines)
+
+
+def _column_lines(column: Column, rows: Sequence[Row]) -> list[str]:
+    """Heading, rule and cells of one column, all of one width; numbers to the right."""
+    values = [row.get(column.key) for row in rows]
+    cells = [cell(None) if value is None else column.text(value) for value in values]
+    width = max(map(len, (*column.heading, *cells)))
+    align = str.rjust if all(map(_is_number, values)) else str.ljust
+    padded = [align(text, width) for text in (*column.heading, *cells)]
+    padded.insert(len(column.heading), "-" * width)
+    return padded
+
+
+def _fitting(widths: Sequence[int], limit: int | None) -> int:
+    """How many columns from the left fit, at least one."""
+    used, count = -GAP, 0
+    for width in widths:
+        used += GAP + width
+        if limit is not None and used > limit:
+            break
+        count += 1
+    return max(1, count)
+
+
+def _spaced(columns: Sequence[list[str]]) -> list[list[str]]:
+    """Columns of equal height, short headings moved down, a gap between them."""
+    height = max(map(len, columns))
+    return [
+        [" " * (len(lines[0]) + GAP)] * (height - len(lines)) + [text + " " * GAP for text in lines]
+        for lines in columns
+    ]
+
+
+def terminal_width() -> int | None:
+    """The width of the terminal that stdout is; None for a file or a pipe, which have none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def cell(value: Any) -> str:
@@ -37,13 +102,66 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def count(value: float) -> str:
+    """A count: every digit while that is short, then `8.03 B`."""
+    for size, name in ((1e12, "T"), (1e9, "B")):
+        if value >= size:
+            return f"{value / size:.4g} {name}"
+    return f"{value:,.0f}"
+
+
+def seconds(value: float) -> str:
+    """A short time: `123 µs`, `4.56 ms`, `7.89 s`."""
+    for size, name in ((1.0, "s"), (1e-3, "ms")):
+        if value >= size:
+            return f"{value / size:.3g} {name}"
+    return f"{value * 1e6:.3g} µs"
+
+
 def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, int | float)
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
-    padded = [
-        text.rjust(width) if to_right else text.ljust(width)
-        for text, width, to_right in zip(cells, widths, right, strict=True)
-    ]
-    return "  ".join(padded).rstrip()
+def _nats(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+VIEWS: dict[str, tuple[Column, ...]] = {
+    "compare": (
+        Column("model", ("model",), cell),
+        Column("heldout_loss", ("loss", "(nats)"), _nats),
+        Column("agreement", ("agree-", "ment"), _percent),
+        Column("speedup", ("speed-", "up"), _times),
+        Column("promised", ("promised",), _times),
+        Column("parameters", ("params",), count),
+        Column("kv_bytes_per_token", ("KV bytes", "a token"), count),
+        Column("decode_tokens_per_second", ("decode", "tok/s"), count),
+        Column("prefill_tokens_per_second", ("prefill", "tok/s"), count),
+        Column("kl", ("KL", "(nats)"), _nats),
+    ),
+    "race": (
+        Column("candidate", ("candidate",), cell),
+        Column("kl_before", ("KL before", "(nats)"), _nats),
+        Column("kl", ("KL after", "(nats)"), _nats),
+        Column("lm_loss", ("loss", "(nats)"), _nats),
+        Column("agreement", ("agree-", "ment"), _percent),
+        Column("promised", ("promised",), _times),
+    ),
+    "costs": (
+        Column("kind", ("kind",), cell),
+        Column("word", ("word",), cell),
+        Column("parameters", ("params",), count),
+        Column("kv_bytes_per_token", ("KV bytes", "a token"), count),
+        Column("bytes", ("bytes in", "scenario"), count),
+        Column("prefill_seconds", ("prefill", "a batch"), seconds),
+        Column("decode_seconds", ("decode", "a step"), seconds),
+    ),
+}

@@ -9,7 +9,7 @@ from tessera.model.config import ModelConfig, uniform
 from tessera.model.families import config_dict, config_json
 from tessera.run import Run, RunError
 from tessera.show import describe, diff, lineage, model_config, mosaic, render, render_diff
-from tessera.table import cell, render_table
+from tessera.table import VIEWS, Column, cell, count, render_table, seconds
 
 PARENT = ModelConfig(
     vocab_size=100,
@@ -122,3 +122,50 @@ def test_table_aligns_numbers_right_and_words_left():
 )
 def test_cells(value, text: str):
     assert cell(value) == text
+
+
+def test_a_view_picks_orders_and_names_columns_and_a_narrow_page_drops_the_last():
+    rows = [{"kl": 0.5, "model": "parent", "speedup": None}, {"kl": 0, "model": "kd", "n": 1}]
+    view = (
+        Column("model", ("model",), cell),
+        Column("speedup", ("speed-", "up"), cell),
+        Column("absent", ("absent",), cell),
+        Column("kl", ("KL", "(nats)"), lambda kl: f"{kl:.3f}"),
+    )
+    assert render_table(rows, view=view).splitlines() == [
+        "        speed-      KL",
+        "model       up  (nats)  n",
+        "------  ------  ------  -",
+        "parent       -   0.500  -",
+        "kd           -   0.000  1",
+    ]
+    narrow = render_table(rows, 1, view, width=15).splitlines()
+    assert narrow[-2:] == [
+        "parent       -",
+        "... and KL (nats), 1 more row (--json prints all)",
+    ]
+
+
+def test_the_comparison_fits_a_terminal_of_100_columns():
+    row = {
+        "model": "child-uniform-125",
+        "heldout_loss": 1.4861,
+        "kl": 0.3609,
+        "agreement": 0.6584,
+        "parameters": 1_903_104,
+        "kv_bytes_per_token": 1280.0,
+        "prefill_tokens_per_second": 122740.0,
+        "decode_tokens_per_second": 12194.0,
+        "speedup": 1.2512,
+        "promised": 1.2501,
+    }
+    lines = render_table([row], view=VIEWS["compare"]).splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert lines[-1].split()[:6] == [
+        *("child-uniform-125", "1.486", "65.8%", "1.25x", "1.25x", "1,903,104")
+    ]
+
+
+def test_counts_and_times_are_short():
+    assert [count(n) for n in (260_032, 8_030_261_248)] == ["260,032", "8.03 B"]
+    assert [seconds(s) for s in (1.234e-5, 0.0456, 7.89)] == ["12.3 µs", "45.6 ms", "7.89 s"]
