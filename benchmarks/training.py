@@ -2,11 +2,11 @@
 
     python benchmarks/training.py [--baselines DIR] [--peer PYTHON] [--rounds 3] [--steps 10]
 
-DIR (../shared/baselines) holds trl_sft.py and _trl_common.py: a random Llama of 6M parameters, conversations of
-arithmetic, steps of 4096 positions, AdamW at a constant 1e-3, float32. Both sides read the same
-conversations through the same tokenizer. TRL runs at its best setting (one row of 512 at a
-time) and at its obvious one (8 rows at once); pairs of ours and TRL's alternate, each in a
-fresh process. A rate counts predictions: positions with a label, which both sides share.
+DIR (../shared/baselines) holds trl_sft.py and _trl_common.py: a random Llama of 6M parameters,
+conversations of arithmetic, steps of 4096 positions, AdamW at a constant 1e-3, float32. Both
+sides read the same conversations through the same tokenizer. TRL runs at its best setting (one
+row of 512 at a time) and at its obvious one (8 rows at once); pairs of ours and TRL's alternate,
+each in a fresh process. A rate counts predictions: positions with a label, which both share.
 """
 
 from __future__ import annotations
