@@ -71,9 +71,10 @@ def run_recipe(
     quiet: bool = False,
     stages: Mapping[str, Stage] = STAGES,
 ) -> list[Step]:
-    """Brings every stage of a recipe to `done`, or those named in `only`; returns the plan.
+    """Brings every stage of a recipe to `done`, or those named in `only`; returns their steps.
 
-    `redo` deletes the runs of the stages named, and of all that were made from them, first.
+    `redo` deletes the runs of the stages named, and of all that were made from them, first; a
+    run of another config that stopped before it made anything is deleted without being named.
     Raises RunError with a diff where a recipe changed under a run, before anything is run.
     """
     with dist.processes(), _sigterm_interrupts():
@@ -83,13 +84,14 @@ def run_recipe(
             if step.action == "changed":
                 raise RunError(explain_change(step))
         for step in chosen:
-            if step.action == "redo" and step.path.exists() and dist.is_main():
+            stale = step.manifest if step.action == "run" else step.action == "redo"
+            if stale and step.path.exists() and dist.is_main():
                 remove_directory(step.path)
         dist.barrier()
         for number, step in enumerate(chosen, 1):
             _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
             dist.barrier()
-    return steps
+    return chosen
 
 
 def _choose(steps: Sequence[Step], only: Sequence[str] | None) -> list[Step]:

@@ -19,6 +19,7 @@ from tessera.run import Manifest, fingerprint_path, read_manifest, run_fingerpri
 
 Input = Path | list[Path] | None
 Action = Literal["run", "resume", "skip", "redo", "changed"]
+_NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock"}
 _KINDS = {"parent": "model", "teacher": "model", "models": "model", "searches": "architecture"}
 
 
@@ -128,15 +129,21 @@ def _resolve(
     again = spec.name in redo or any(
         one.action == "redo" and step.reads(one.path) for one in before
     )
-    return replace(step, action=_action(manifest, identity, again))
+    return replace(step, action=_action(step, again))
 
 
-def _action(manifest: Manifest | None, identity: str, again: bool) -> Action:
+def _action(step: Step, again: bool) -> Action:
+    manifest = step.manifest
     if again or manifest is None:
         return "redo" if again else "run"
-    if manifest.fingerprint != identity:
-        return "changed"
-    return "skip" if manifest.status == "done" else "resume"
+    if manifest.fingerprint == step.fingerprint:
+        return "skip" if manifest.status == "done" else "resume"
+    return "run" if manifest.status != "done" and _holds_no_work(step.path) else "changed"
+
+
+def _holds_no_work(path: Path) -> bool:
+    """True for a run that stopped before it made anything: a mistake put right begins anew."""
+    return {file.name for file in path.iterdir()} <= _NO_WORK
 
 
 def _outside(value: Any) -> Input:
@@ -246,7 +253,7 @@ def explain_change(step: Step) -> str:
         lines.append(f"  stage: {manifest.stage} -> {step.stage.name}")
     if manifest.seed != step.seed:
         lines.append(f"  seed: {manifest.seed} -> {step.seed}")
-    lines += _diff(manifest.config, step.resolved)
+    lines += _diff(manifest.config, step.resolved, f"{step.name}.")
     if not lines:
         lines.append("  the config is the same, and what it is made from is not")
     return (

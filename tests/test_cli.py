@@ -64,7 +64,7 @@ def test_run_prints_the_table_and_where_things_are(recipe: Path):
 def test_run_quiet_prints_only_results(recipe: Path):
     result = tessera("run", recipe, "--quiet", "--only", "data")
     assert (result.exit_code, result.stdout) == (0, "")
-    assert "[1/1]" not in result.stderr
+    assert "[1/1]" not in result.stderr and "show runs/nano/data" in result.stderr
 
 
 def test_check_resolves_and_runs_nothing(recipe: Path):

@@ -81,6 +81,21 @@ def test_a_failed_stage_stops_the_recipe_and_is_resumed(tmp_path: Path):
     assert not (tmp_path / "r" / "kd").exists()
 
 
+def test_a_run_that_failed_before_it_made_anything_begins_anew_when_put_right(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="as asked"):
+        run(tmp_path, RECIPE, "child.fail=true")
+    assert actions(tmp_path)["child"] == "run"
+    run(tmp_path)
+    assert read_json(tmp_path / "r" / "child", "value") == 3
+
+
+def test_a_run_that_holds_work_is_not_deleted_by_a_change(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, RECIPE, "kd.stop_at=2")
+    with pytest.raises(RunError, match=r"(?s)kd is interrupted.*kd\.steps: 5 -> 6.*--redo kd"):
+        run(tmp_path, RECIPE, "kd.stop_at=2", "kd.steps=6")
+
+
 def test_a_changed_stage_is_refused_with_a_diff_before_anything_runs(tmp_path: Path):
     run(tmp_path, RECIPE, only=["data", "parent", "child"])
     text = RECIPE + "[child-2]\nvalue = 9\n"
@@ -230,8 +245,10 @@ def test_a_second_process_on_the_same_runs_is_refused(tmp_path: Path):
 
 def test_the_real_table_is_in_order_and_its_needs_are_given():
     given = {"data?", "model="}
+    kinds = {"parent": "model", "teacher": "model", "models*": "model", "searches*": "architecture"}
     for stage in REAL_STAGES.values():
         for need in stage.needs:
-            kind = {"parent": "model", "teacher": "model", "models*": "model"}.get(need, need)
-            assert kind in given, f"{stage.name} needs {need} before anything gives it"
+            assert kinds.get(need, need) in given, (
+                f"{stage.name} needs {need} before anything gives it"
+            )
         given.add(stage.gives)
