@@ -10,13 +10,13 @@ the base (embedding, head, sampling).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tessera.model.config import KINDS
+from tessera.recipe import nearest
 
 COUNTED = ("parameters", "bytes", "kv_bytes_per_token")
 MEASURED = ("prefill_seconds", "decode_seconds", "seconds")
@@ -83,39 +83,46 @@ class CostTable:
         return total
 
 
+def column_of(name: str) -> str:
+    """The linear column that a constraint's name bounds."""
+    return "seconds" if name in ("throughput", "latency") else name
+
+
+def check(constraints: Mapping[str, float | str]) -> None:
+    """Raise ConstraintError for names and values that no cost table could make sense of."""
+    if not constraints:
+        raise ConstraintError(
+            f"empty, so the parent itself is the answer; give at least one of {', '.join(NAMES)}, "
+            'for example constraints = { throughput = "1.5x" }'
+        )
+    for name, value in constraints.items():
+        if name not in NAMES:
+            raise ConstraintError(f"{name!r} is no cost; {nearest(name, NAMES)}")
+        _absolute(name, value, 1.0)
+
+
 def budgets(
     constraints: Mapping[str, float | str], costs: CostTable, parent: Words
 ) -> dict[str, float]:
-    """Linear column -> most its words may sum to, the base already taken off."""
-    if not constraints:
-        raise ConstraintError(
-            "search.constraints is empty, so the parent itself is the answer. Give at least one "
-            f'of {", ".join(NAMES)}, for example constraints = {{ throughput = "1.5x" }}.'
-        )
+    """Linear column -> most its words may sum to, the base already taken off.
+
+    Raises ConstraintError for what `check` refuses, and for seconds that were not measured.
+    """
+    check(constraints)
     own = costs.total(parent)
     found = {}
     for name, value in constraints.items():
-        _check_name(name, costs)
+        if name not in COUNTED and not costs.measured:
+            raise ConstraintError(
+                f"the constraint {name} needs measured seconds, and the cost stage ran with "
+                "measure = false; set cost.measure = true, or constrain parameters or bytes"
+            )
         bound = _absolute(name, value, own[name])
         if name == "throughput":
             bound = costs.scenario.batch * costs.scenario.new / bound
-        column = "seconds" if name in ("throughput", "latency") else name
+        column = column_of(name)
         found[column] = min(bound - costs.base[column], found.get(column, float("inf")))
     return found
-
-
-def _check_name(name: str, costs: CostTable) -> None:
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConstraintError(
-            f"search.constraints.{name} is no cost; allowed are {', '.join(NAMES)}.{hint}"
-        )
-    if name not in COUNTED and not costs.measured:
-        raise ConstraintError(
-            f"search.constraints.{name} needs measured seconds, and the cost stage ran with "
-            "measure = false. Set cost.measure = true, or constrain parameters or bytes."
-        )
 
 
 def _absolute(name: str, value: float | str, parent: float) -> float:
@@ -126,7 +133,6 @@ def _absolute(name: str, value: float | str, parent: float) -> float:
         number = -1.0
     if not 0 < number < float("inf"):
         raise ConstraintError(
-            f"search.constraints.{name} = {value!r}: give a positive number, or a share of the "
-            'parent such as "0.8x"'
+            f'{name} = {value!r}: give a positive number, or a share of the parent such as "0.8x"'
         )
     return number * parent if text.endswith("x") else number

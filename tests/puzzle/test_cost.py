@@ -53,7 +53,7 @@ def test_throughput_and_latency_are_one_constraint():
     ("constraints", "text"),
     [
         ({}, "the parent itself"),
-        ({"throughputt": 1}, "Did you mean 'throughput'"),
+        ({"throughputt": 1}, "did you mean 'throughput'"),
         ({"bytes": "fast"}, "positive number"),
         ({"bytes": "-1x"}, "positive number"),
         ({"latency": 1.0}, "measure = true"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from tessera.model.servable import refusals
 from tessera.puzzle.constraints import CostTable, Scenario
+from tessera.puzzle.cost import CostConfig, cost_rows
 from tessera.puzzle.search import Infeasible, Option, SearchConfig, search, solve
-from tessera.puzzle.space import Space
+from tessera.puzzle.space import Space, SpaceConfig, build_space
 from tests.toy import toy_config
 
 LAYERS, WORDS = 3, ("a", "b", "c")
@@ -73,9 +75,42 @@ def test_a_looser_budget_never_scores_worse(seed: int, budget: float, looser: fl
     assert solve(options, {"s": budget * looser}).score <= tight + 1e-9
 
 
-def test_an_impossible_budget_names_the_constraint_and_the_least_possible():
-    with pytest.raises(Infeasible, match=r"s cannot get below \d.*0.01 is asked"):
-        solve(_instance(0), {"s": 0.01})
+def _counted(parent, space) -> tuple[list[dict], CostTable]:
+    """Equal scores, and counted costs, of every word of a space."""
+    settings = CostConfig(measure=False)
+    words = [(kind, word) for kind in ("attention", "ffn") for word in space.words(0, kind)]
+    costs = CostTable.from_rows(cost_rows(parent, words, settings, "cost"), settings.scenario)
+    places = space.replacements()
+    return [{"layer": i, "kind": k, "word": w, "kl": 1.0} for i, k, w in places], costs
+
+
+def test_an_impossible_constraint_is_named_with_the_nearest_that_can_be_met():
+    parent = toy_config(layers=3)
+    space = build_space(SpaceConfig(attention=("gqa-2",), ffn=("50%",)), parent)
+    scores, costs = _counted(parent, space)
+
+    def found(**constraints: float | str):
+        return search(SearchConfig(constraints=constraints), parent, space, scores, costs)
+
+    with pytest.raises(Infeasible, match='parameters = "0.1x": at least "0.*x" is needed') as told:
+        found(parameters="0.1x", kv_bytes_per_token="0.9x")
+    assert "kv_bytes_per_token" not in str(told.value)
+    nearest = re.findall(r'"([0-9.]+x)" is needed', str(told.value))[0]
+    assert found(parameters=nearest)
+    slightly_less = f"{float(nearest.removesuffix('x')) - 0.002}x"
+    with pytest.raises(Infeasible, match=f'at least "{nearest}" is needed in this space'):
+        found(parameters=slightly_less)
+
+
+def test_what_an_engine_refuses_is_among_the_reasons():
+    parent = toy_config(layers=1)
+    space = Space(((("gqa-4", "noop"), ("swiglu-48", "swiglu-24")),))
+    scores, costs = _counted(parent, space)
+    clash = SearchConfig(
+        constraints={"parameters": "0.9x", "kv_bytes_per_token": "0.5x"}, servable=("llama.cpp",)
+    )
+    with pytest.raises(Infeasible, match="kv_bytes_per_token"):  # layer 0 needs attention there
+        search(clash, parent, space, scores, costs)
 
 
 def test_what_an_engine_refuses_as_a_whole_is_searched_again():
