@@ -36,15 +36,31 @@ def resolve(source: str | Path) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        return _model_of_run(path) if (path / "run.json").is_file() else path
+        return _model_in(path)
     if path.is_file():
         return _directory_of(path)
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
+    if is_hub_id(source):
         return _download(str(source))
     raise CheckpointError(
         f"{source} does not exist; give a run directory, a Hugging Face directory or a hub id "
         "(owner/name)"
     )
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """True for `owner/name` where nothing here has that name."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source))
+    return named is not None and not Path(source).exists()
+
+
+def _model_in(directory: Path) -> Path:
+    if (directory / "run.json").is_file():
+        return _model_of_run(directory)
+    if (directory / "config.json").is_file():
+        return directory
+    runs = sorted(file.parent.name for file in directory.glob("*/run.json"))
+    hint = f"; it holds the runs {', '.join(runs)}: name one" if runs else ""
+    raise CheckpointError(f"{directory} holds no config.json, so it is no model directory{hint}")
 
 
 def _model_of_run(run: Path) -> Path:
@@ -75,9 +91,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].removeprefix("Got: ").rstrip(".")
         raise CheckpointError(
-            f"{name} is no directory here, and the Hugging Face hub did not give it: {reason} "
+            f"{name} is no directory here, and the Hugging Face hub did not give it: {reason}. "
             "Check the name and the network, or download it elsewhere and give the directory."
         ) from error
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from tessera.data.batch import Batch
@@ -19,8 +19,9 @@ from tessera.data.documents import Documents
 from tessera.data.tokenizer import load_tokenizer
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.context import Context
+from tessera.model.source import is_hub_id
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model, resolve, save_model
+from tessera.model.weights import find_tensors, load_config, load_model, resolve, save_model
 from tessera.run import Run, RunError
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.losses import cross_entropy
@@ -104,6 +105,15 @@ class ParentConfig(BaseModel):
     path: str | None = None
     architecture: ArchitectureConfig | None = None
     train: TrainConfig | None = None
+
+    @field_validator("path")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        """What can be known before anything runs: config and weights' headers, unless far away."""
+        if value is not None and not is_hub_id(value):
+            load_config(value)
+            find_tensors(resolve(value))
+        return value
 
     @model_validator(mode="after")
     def _one_of(self) -> ParentConfig:

@@ -8,12 +8,12 @@ to the space. `servable` leaves out what a named engine cannot load.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from tessera.model.config import GQA, KINDS, ModelConfig, SwiGLU, name, parse_kind
+from tessera.model.config import GQA, KINDS, ConfigError, ModelConfig, SwiGLU, name, parse_kind
 from tessera.model.servable import refusals
 
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
@@ -31,6 +31,32 @@ class SpaceConfig(BaseModel):
     attention: tuple[str, ...] = ("divisors", "linear", "noop")
     ffn: tuple[str, ...] = ("75%", "50%", "25%", "10%", "linear", "noop")
     width_multiple: int = Field(default=4, ge=1)  # percentages are rounded up to a multiple of this
+
+    @field_validator("attention")
+    @classmethod
+    def _attention(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        for word in words:
+            if word != "divisors":
+                _parsed("attention", word, '"divisors"')
+        return words
+
+    @field_validator("ffn")
+    @classmethod
+    def _ffn(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        for word in words:
+            match = _PERCENT.fullmatch(word)
+            if not match:
+                _parsed("ffn", word, 'a share of the parent\'s width such as "50%"')
+            elif not 0 < float(match[1]) <= 100:
+                raise ValueError(f"{word!r}: give a share above 0% and up to 100%")
+        return words
+
+
+def _parsed(kind: str, word: str, shorthand: str) -> None:
+    try:
+        parse_kind(kind, word)
+    except ConfigError as error:
+        raise ValueError(f"{error}. Allowed too: {shorthand}") from None
 
 
 @dataclass(frozen=True)
@@ -57,7 +83,19 @@ def build_space(config: SpaceConfig, parent: ModelConfig) -> Space:
         attention = _attention_words(config.attention, block.attention)
         ffn = _ffn_words(config, block.ffn)
         layers.append((attention, ffn))
+    _check_used(config, parent, {word for layer in layers for words in layer for word in words})
     return Space(tuple(layers))
+
+
+def _check_used(config: SpaceConfig, parent: ModelConfig, used: Collection[str]) -> None:
+    """A word that fits nowhere is a mistake; one that fits at some layers is not."""
+    own = ", ".join(sorted({word for pair in parent.words for word in pair}))
+    for word in (*config.attention, *config.ffn):
+        if word != "divisors" and not _PERCENT.fullmatch(word) and word not in used:
+            raise ConfigError(
+                f"the space offers {word}, which fits no layer of this parent ({own}): KV heads "
+                "must divide the parent's, and an FFN is never wider than the parent's"
+            )
 
 
 def _attention_words(wanted: tuple[str, ...], own: object) -> tuple[str, ...]:

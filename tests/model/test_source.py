@@ -64,6 +64,13 @@ def test_other_files_are_refused(tmp_path):
         resolve(tmp_path / "notes.md")
 
 
+def test_a_directory_of_runs_names_them(tmp_path):
+    (tmp_path / "kd").mkdir()
+    (tmp_path / "kd" / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no config\.json.*holds the runs kd"):
+        resolve(tmp_path)
+
+
 def test_a_hub_that_cannot_be_reached_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="hub did not give it: .*give the directory"):

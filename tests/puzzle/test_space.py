@@ -4,6 +4,7 @@ import pytest
 
 from tessera.model.config import ConfigError
 from tessera.puzzle.space import SpaceConfig, build_space, forbidden_pairs
+from tessera.recipe import RecipeError, validate
 from tests.toy import toy_config
 
 
@@ -14,13 +15,29 @@ def test_the_parents_words_come_first_and_words_do_not_repeat():
 
 
 def test_widths_are_rounded_up_and_never_wider_than_the_parent():
-    config = SpaceConfig(attention=(), ffn=("10%", "swiglu-64"), width_multiple=16)
+    config = SpaceConfig(attention=(), ffn=("10%", "100%"), width_multiple=16)
     assert build_space(config, toy_config()).words(0, "ffn") == ("swiglu-48", "swiglu-16")
+    with pytest.raises(ConfigError, match="swiglu-64, which fits no layer"):
+        build_space(SpaceConfig(ffn=("swiglu-64",)), toy_config())
+    with pytest.raises(ConfigError, match="gqa-3, which fits no layer"):
+        build_space(SpaceConfig(attention=("gqa-3",)), toy_config())
 
 
-def test_a_word_of_the_wrong_kind_is_refused():
-    with pytest.raises(ConfigError, match="cannot stand for ffn"):
-        build_space(SpaceConfig(ffn=("gqa-2",)), toy_config())
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"ffn": ["gqa-2"]}, "cannot stand for ffn"),
+        (
+            {"ffn": ["swiglu_24"]},
+            "names no subblock.*share of the parent's width",
+        ),
+        ({"ffn": ["140%"]}, "above 0% and up to 100%"),
+        ({"attention": ["divisor"]}, 'names no subblock.*too: "divisors"'),
+    ],
+)
+def test_a_word_that_is_none_is_refused_before_anything_runs(table, message: str):
+    with pytest.raises(RecipeError, match=message):
+        validate(SpaceConfig, table, "bld.space")
 
 
 def test_what_an_engine_cannot_load_is_left_out():

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import field_validator
+
 from tessera.disk import writing
 from tessera.model.config import ModelConfig
 from tessera.model.servable import (
@@ -244,6 +246,11 @@ class ExportConfig(Config):
     """Read the files back and compare with the source."""
     engines: list[str] | None = None
     """Refuse unless these can load it; left out, the engine the format is written for."""
+
+    @field_validator("engines")
+    @classmethod
+    def _known(cls, value: list[str] | None) -> list[str] | None:
+        return value and [known(engine, ENGINES, "engine") for engine in value]
 
 
 def stage(config: ExportConfig, run: Run, inputs: dict[str, Any]) -> None:
