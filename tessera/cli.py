@@ -8,6 +8,7 @@ traceback), 130 interrupted. Every import that costs time is inside the command 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="tessera",
     help="Turns an open Llama-class checkpoint into an efficient reasoning model.",
+    epilog="Begin with: tessera run recipes/quickstart.toml. "
+    "Exit codes: 0 done, 1 failed, 2 the words or files given are off, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,9 +33,15 @@ MODEL = "a run directory, a Hugging Face directory or a hub id"
 Runs = Annotated[Path, typer.Option("--runs", help="Where run directories are.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. kd.train.lr=3e-4")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Instead of what the recipe says, e.g. parent.path=MODEL kd.train.lr=3e-4",
+    ),
 ]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A TOML file with one table a stage.")
+]
 
 
 def main() -> None:
@@ -57,6 +66,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             _complain("interrupted; what was done is kept, the same command goes on from there")
             raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
             _complain(f"error: {error}")
             raise typer.Exit(1) from None
@@ -68,6 +79,24 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(code) from None
 
     return app.command()(guarded)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"tessera {version('tessera')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    pass
 
 
 def _complain(text: str) -> None:
@@ -95,7 +124,10 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only results.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe: finished stages are skipped, unfinished ones go on where they stopped."""
+    """Run a recipe: finished stages are skipped, unfinished ones go on where they stopped.
+
+    A recipe that changed under a finished run is refused with a diff; --redo says which to redo.
+    """
     from tessera import dist, pipeline, show
     from tessera.recipe import load
     from tessera.run import is_done
@@ -123,7 +155,10 @@ def check(
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Resolve a recipe and say what running it would do; runs nothing."""
+    """Resolve a recipe and say what running it would do; runs nothing.
+
+    What it prints is a recipe too, every default spelled out.
+    """
     from tessera import pipeline, resolve
     from tessera.recipe import load
 
@@ -171,7 +206,12 @@ def _num_params(step: Step) -> int | None:
 
 @_command
 def show(
-    path: Annotated[Path, typer.Argument(help="A run, a model directory or a config.json.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A run, a recipe's runs, a model directory or a config.json."
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Print the mosaic, parameters, KV bytes a token, lineage and tables."""
@@ -250,14 +290,27 @@ def generate(
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
-    format: Annotated[str, typer.Option(help="decilm, hf or gguf.")] = "decilm",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="decilm (any mixture of layers, for vLLM), gguf (for llama.cpp) or hf (stock "
+            "Llama, Mistral or Qwen, for models whose layers are all equal)."
+        ),
+    ] = "decilm",
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Refuse unless this engine can load it, instead of the one the format is for; "
+            "may be repeated. vllm, vllm-cpu, llama.cpp, sglang or transformers."
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option(help="Read it back and compare with the source.")] = True,
     as_json: Json = False,
 ) -> None:
     """Write a model as a directory that stock serving engines load."""
     from tessera.serve.export import export_model
 
-    report = export_model(model, out, format, check=check)
+    report = export_model(model, out, format, check=check, engines=engine)
     if as_json:
         _print_json(report.as_json())
     else:

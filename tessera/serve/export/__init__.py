@@ -153,13 +153,24 @@ def _free(out: Path, form: Format) -> Path:
 def _refuse(config: ModelConfig, form: Format, engines: Sequence[str]) -> None:
     reasons = format_refusals(config, form)
     if reasons:
-        raise ExportError(f"format {form} cannot hold this model: " + "; ".join(reasons))
+        hint = _search_hint(config, TARGETS[form])
+        raise ExportError(f"format {form} cannot hold this model: {'; '.join(reasons)}{hint}")
     for engine in engines:
-        reasons = refusals(config, engine, form)
+        reasons = refusals(config, known(engine, ENGINES, "engine"), form)
         if reasons:
             others = [e for e in READERS[form] if not refusals(config, e, form)]
-            hint = f"; of its readers, {', '.join(others)} would (engines = [])" if others else ""
+            hint = f". For {others[0]} alone: --engine {others[0]}" if others else ""
+            hint += _search_hint(config, (engine,))
             raise ExportError(f"{ENGINES[engine]} cannot load it: {'; '.join(reasons)}{hint}")
+
+
+def _search_hint(config: ModelConfig, engines: Sequence[str]) -> str:
+    """What to do where it is the mixture of layers that is refused, and not the family."""
+    equal = config.with_words([("gqa-1", "swiglu-1")] * len(config.words))
+    if not engines or any(refusals(equal, engine) for engine in engines):
+        return ""
+    names = ", ".join(f'"{engine}"' for engine in engines)
+    return f". A search keeps to what loads with servable = [{names}]"
 
 
 @contextmanager
