@@ -50,6 +50,11 @@ def test_help_is_quick_and_brings_no_torch():
     assert min(seconds) < 0.5
 
 
+def test_version_and_what_a_bare_word_teaches():
+    assert tessera("--version").stdout.startswith("tessera ")
+    assert "recipes/quickstart.toml" in tessera().output
+
+
 def test_run_prints_the_table_and_where_things_are(recipe: Path):
     result = tessera("run", recipe, "parent.value=4")
     assert result.exit_code == 0, result.output

@@ -103,7 +103,9 @@ def test_what_no_stock_family_has_is_refused(tmp_path):
 def test_what_the_engine_cannot_load_is_refused_unless_told_otherwise(tmp_path):
     words = (("noop", "swiglu-256"), ("gqa-4", "swiglu-256"), ("linear", "linear"))
     save_model(random_model(words), tmp_path / "child")
-    with pytest.raises(ExportError, match="layer 0 has an FFN and no attention.*transformers"):
+    with pytest.raises(
+        ExportError, match="layer 0 has an FFN and no attention.*--engine transformers"
+    ):
         export_model(tmp_path / "child", tmp_path / "out", "decilm")
     report = export_model(tmp_path / "child", tmp_path / "out", "decilm", engines=())
     assert len(report.refusals["vllm"]) == 3 and report.refusals["transformers"] == []
