@@ -33,10 +33,12 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if (path / "run.json").is_file():
         return _describe_run(path)
-    runs = sorted(p.parent for p in path.glob("*/run.json")) if path.is_dir() else []
-    if runs:
-        manifests = sorted((read_manifest(run) for run in runs), key=lambda one: one.started)
-        return {"path": str(path), "runs": [_summary(manifest) for manifest in manifests]}
+    for depth in ("*", "*/*"):  # the runs of a recipe, those of several
+        runs = [file.parent for file in path.glob(f"{depth}/run.json")] if path.is_dir() else []
+        if runs:
+            manifests = sorted(((read_manifest(run), run) for run in runs), key=_began)
+            found = [_summary(one) | {"name": str(run.relative_to(path))} for one, run in manifests]
+            return {"path": str(path), "runs": found}
     return {"path": str(path), "model": describe_model(model_config(path))}
 
 
@@ -74,6 +76,10 @@ def _describe_run(path: Path) -> dict[str, Any]:
         found["model"] = None
     found["tables"] = tables(path)
     return found
+
+
+def _began(pair: tuple[Manifest, Path]) -> tuple[str, str]:
+    return str(pair[1].parent), pair[0].started
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
@@ -132,8 +138,9 @@ def describe_model(config: ModelConfig) -> dict[str, Any]:
 def render(found: dict[str, Any], config: ModelConfig | None) -> str:
     """`describe`'s answer, and the architecture where there is one, as text."""
     if "runs" in found:
-        columns = ("name", "stage", "status", "seconds")
-        return render_table([{key: run[key] for key in columns} for run in found["runs"]])
+        rows = [{key: run[key] for key in ("name", "stage", "status")} for run in found["runs"]]
+        times = [clock(r["seconds"]) if r["status"] == "done" else "-" for r in found["runs"]]
+        return render_table([row | {"took": t} for row, t in zip(rows, times, strict=True)])
     parts = []
     if "status" in found:
         took = f", {clock(found['seconds'])}" if found["status"] == "done" else ""
@@ -153,13 +160,13 @@ def render_named(name: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _render_lineage(rows: Sequence[dict[str, Any]]) -> str:
-    width = max(len(row["name"]) for row in rows)
+    width = max((len(row["name"]) for row in rows if row["inputs"]), default=0)
     lines = ["made from"]
     for row in rows:
         made = ", ".join(
             word if word == need else f"{need} {word}" for need, word in row["inputs"].items()
         )
-        lines.append(f"  {row['name']:{width}}  {'<- ' + made if made else ''}".rstrip())
+        lines.append(f"  {row['name']:{width}}  <- {made}" if made else f"  {row['name']}")
     return "\n".join(lines)
 
 

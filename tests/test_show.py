@@ -84,6 +84,8 @@ def test_describe_of_a_recipe_lists_its_runs(runs: Path):
     found = describe(runs)
     assert [row["name"] for row in found["runs"]] == ["parent", "search", "child"]
     assert "child" in render(found, None)
+    above = describe(runs.parent)
+    assert [row["name"] for row in above["runs"]] == ["nano/parent", "nano/search", "nano/child"]
 
 
 def test_diff_lists_the_layers_that_differ(runs: Path):
