@@ -38,10 +38,14 @@ Answer = tuple[list[int], list[float | None]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    model = ROOT.parent / "shared" / "models" / "stories260k"
+    parser.add_argument("model", nargs="?", default=str(model), help="a run or a model directory")
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
     options = parser.parse_args()
+    if options.model == str(model) and not model.is_dir():
+        print("skipped: no model given, and none beside the repository")
+        return
     module = load_model(options.model, frozen=True)
     tokenizer = load_tokenizer(resolve(options.model))
     prompts = [tokenizer.encode(text, bos=True) for text in TEXTS]
