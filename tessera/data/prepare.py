@@ -8,6 +8,7 @@ documents never stand on both sides. The second pass tokenises. Tasks bring thei
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -153,13 +154,18 @@ class Selection:
         self.config, self.seed = config, seed
         self.corpus = Corpus(config, config.paths, config.limit)
         self.own_heldout = Corpus(config, config.heldout_paths, None)
-        apart = len(self.own_heldout) > 0
-        self.cut = -1 if apart else _cut(self.corpus.keys, config.num_heldout(len(self.corpus)))
         self.tasks = [
             (name, split, count)
             for name, train in config.tasks.items()
             for split, count in zip(SPLITS, (train, config.num_heldout(train)), strict=True)
         ]
+
+    @functools.cached_property
+    def cut(self) -> int:
+        """The highest hash held out; found when asked for, after what is broken is told."""
+        if len(self.own_heldout):
+            return -1
+        return _cut(self.corpus.keys, self.config.num_heldout(len(self.corpus)))
 
     def __len__(self) -> int:
         drawn = sum(count for _, _, count in self.tasks)
@@ -301,9 +307,9 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
     """Stage `data`: writes tokens/, tokenizer/, tables/summary.jsonl and tables/data.json."""
     if not dist.is_main():
         return  # the others wait at the end of the stage
-    run.say(
-        f"reading {len(config.files)} files and drawing {sum(config.tasks.values()):,} problems"
-    )
+    files, drawn = len(config.files), sum(config.tasks.values())
+    what = [f"reading {files} file{'s' * (files > 1)}"] if files else []
+    run.say(" and ".join(what + ([f"drawing {drawn:,} problems"] if drawn else [])))
     selection = Selection(config, run.seed)
     broken = quarantine(run, (selection.corpus, selection.own_heldout), config.max_bad)
     tokenizer = choose_tokenizer(config, inputs.get("model"), selection)

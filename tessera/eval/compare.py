@@ -64,12 +64,14 @@ def _logits(module: Transformer, hidden: Tensor) -> Callable[[slice], Tensor]:
     return lambda part: module.logits(hidden[part])
 
 
-def speeds(models: dict[str, Transformer], config: CompareConfig, label: str) -> dict[str, dict]:
+def speeds(
+    models: dict[str, Transformer], config: CompareConfig, label: str, quiet: bool = False
+) -> dict[str, dict]:
     """Prefill and decode tokens a second of every model, and its speed-up over the first."""
     engines = {key: TorchEngine(module) for key, module in models.items()}
     scenario = config.scenario
     rounds: dict[str, list[tuple[float, float]]] = {key: [] for key in engines}
-    with Progress(label, config.rounds + 1, "generations") as bar:
+    with Progress(label, config.rounds + 1, "generations", quiet=quiet) as bar:
         for index in range(config.rounds + 1):
             for key, engine in engines.items():
                 vocab = models[key].config.vocab_size
@@ -114,7 +116,7 @@ def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
         seed=run.seed,
     )
     batches = source.heldout_batches(config.tokens)
-    timed = speeds(models, config, run.name)
+    timed = speeds(models, config, run.name, run.quiet)
     rows = []
     for key, module in models.items():
         found = quality(parent, module, batches)

@@ -105,6 +105,8 @@ def _refuse_unsupported(values: Values) -> None:
             f"{architecture} (model_type {model_type!r}) is a mixture of experts, which is not "
             f"supported; dense models of {SUPPORTED} are"
         )
+    if model_type is None:
+        raise ConfigError("names no model_type, so it is not the config.json of a model")
     if model_type not in known:
         raise ConfigError(
             f"unsupported architecture {architecture} (model_type {model_type!r}); "

@@ -71,7 +71,11 @@ def probe_config(config: ModelConfig, kind: str, variant: Variant, depth: int) -
 
 
 def measure(
-    config: ModelConfig, words: Iterable[tuple[str, str]], settings: CostConfig, name: str
+    config: ModelConfig,
+    words: Iterable[tuple[str, str]],
+    settings: CostConfig,
+    name: str,
+    quiet: bool = False,
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Seconds of (prefill, one decode step) each word adds, and of the base under ("base", "")."""
     depth = settings.depth
@@ -81,7 +85,7 @@ def measure(
         if not isinstance(variant, NoOp):
             engines[kind, word] = _probe(config, kind, variant, depth)
     samples: dict[tuple[str, str], list[tuple]] = {key: [] for key in engines}
-    with Progress(name, settings.rounds + 1, "probes") as bar:
+    with Progress(name, settings.rounds + 1, "probes", quiet=quiet) as bar:
         for _ in range(settings.rounds + 1):  # the first round warms up
             for key, engine in engines.items():
                 samples[key].append(
@@ -123,9 +127,16 @@ def _isotonic(values: list[float]) -> list[float]:
     return [float(np.mean(pool)) for pool in pools for _ in pool]
 
 
-def cost_rows(config: ModelConfig, words: list[tuple[str, str]], settings: CostConfig, name: str):
+def cost_rows(
+    config: ModelConfig,
+    words: list[tuple[str, str]],
+    settings: CostConfig,
+    name: str,
+    quiet: bool = False,
+) -> list[dict]:
     """One row a word and one `base` row: counted columns, and seconds when measured."""
-    seconds = monotone(measure(config, words, settings, name)) if settings.measure else {}
+    measured = measure(config, words, settings, name, quiet) if settings.measure else {}
+    seconds = monotone(measured)
     outside = config.num_params() - sum(
         config.subblock_params(kind, getattr(block, kind))
         for block in config.blocks
@@ -157,5 +168,5 @@ def stage(config: CostConfig, run: Run, inputs: dict[str, Path]) -> None:
         )
     )
     torch.manual_seed(run.seed)
-    run.write_table("costs", cost_rows(parent, words, config, run.name))
+    run.write_table("costs", cost_rows(parent, words, config, run.name, run.quiet))
     run.write_json("scenario", config.scenario.model_dump())

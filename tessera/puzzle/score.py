@@ -11,7 +11,7 @@ and every variant starts from them, so a replacement at layer l costs L - l laye
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,8 +47,10 @@ Units = dict[tuple[int, str, str], Subblock]
 
 
 @torch.no_grad()
-def score_batch(parent: Transformer, units: Units, batch: Batch) -> dict[tuple, dict[str, float]]:
-    """Σ w·metric of every unit put alone into the parent, on one batch.
+def score_batch(
+    parent: Transformer, units: Units, batch: Batch, tell: Callable[[], None] = lambda: None
+) -> dict[tuple, dict[str, float]]:
+    """Σ w·metric of every unit put alone into the parent, on one batch; `tell` after each.
 
     The key `()` holds the parent's own numbers and the total weight.
     """
@@ -61,6 +63,7 @@ def score_batch(parent: Transformer, units: Units, batch: Batch) -> dict[tuple, 
         for block in parent.blocks[layer + 1 :]:
             x = block(x, context)
         sums[layer, kind, word] = _measure(parent, x, log_p, batch)
+        tell()
     return sums
 
 
@@ -96,23 +99,24 @@ def score_all(
     Finished batches are kept in the run's state, so a killed scoring goes on where it was.
     """
     totals: dict[tuple, dict[str, float]] = {}
-    with Progress(run.name, len(batches), "replacements") as bar:
+    with Progress(run.name, len(batches) * len(units), "replacements", quiet=run.quiet) as bar:
         for index, batch in enumerate(batches):
-            for key, sums in _scored(run.state_path / f"batch-{index}.json", parent, units, batch):
+            done = run.state_path / f"batch-{index}.json"
+            if done.exists():
+                bar.advance(len(units), 0)
+            else:
+                _score(done, parent, units, batch, bar)
+            for key, sums in json.loads(done.read_text()):
                 known = totals.setdefault(tuple(key), dict.fromkeys(sums, 0.0))
                 for metric, value in sums.items():
                     known[metric] += value
-            bar.advance(1, len(units))
     return _rows(totals)
 
 
-def _scored(done: Path, parent: Transformer, units: Units, batch: Batch) -> list:
-    if done.exists():
-        return json.loads(done.read_text())
-    sums = [[list(key), value] for key, value in score_batch(parent, units, batch).items()]
+def _score(done: Path, parent: Transformer, units: Units, batch: Batch, bar: Progress) -> None:
+    found = score_batch(parent, units, batch, bar.advance)
     done.parent.mkdir(exist_ok=True)
-    atomic_write(done, json.dumps(sums))
-    return sums
+    atomic_write(done, json.dumps([[list(key), value] for key, value in found.items()]))
 
 
 def _rows(totals: dict[tuple, dict[str, float]]) -> list[dict[str, object]]:

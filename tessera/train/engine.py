@@ -84,8 +84,8 @@ class Trainer:
             self.run.say(f"resuming after step {start} of {self.config.steps}")
         self.module.train()
         saved = time.monotonic()
-        label = self.run.name
-        with _stop_signal() as stopped, Progress(label, self.config.steps, "tokens") as bar:
+        bar = Progress(self.run.name, self.config.steps, "tokens", quiet=self.run.quiet)
+        with _stop_signal() as stopped, bar:
             bar.advance(start, 0)
             for step in range(start, self.config.steps):
                 metrics, tokens = self.train_step(step)

@@ -139,6 +139,9 @@ def test_broken_records_are_quarantined_up_to_a_share(prepare: Any, tmp_path: Pa
     assert read_json(run, "data")["quarantined"] == 1
     with pytest.raises(DataError, match=r"(?s)1 of 100 records.*a\.jsonl:51: not JSON"):
         prepare("strict", paths=str(file), tokenizer="byte", max_bad=0.001)
+    file.write_text("\n".join([rows[0], '{"text": '] * 5))  # told before that all are alike
+    with pytest.raises(DataError, match="5 of 10 records are broken"):
+        prepare("alike", paths=str(file), tokenizer="byte")
 
 
 @pytest.mark.parametrize(

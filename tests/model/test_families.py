@@ -158,7 +158,7 @@ REFUSED = {
         "unsupported architecture GPT2LMHeadModel .*'gpt2'.*supported are llama, mistral, qwen2, "
         "qwen3, nemotron-nas and tessera",
     ),
-    "no model_type": ({"model_type": None}, "unsupported architecture .*model_type None"),
+    "no model_type": ({"model_type": None}, "names no model_type"),
     "classifier": (
         {"architectures": ["LlamaForSequenceClassification"]},
         "unsupported architecture LlamaForSequenceClassification: only language models",
