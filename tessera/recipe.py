@@ -73,7 +73,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"there is no recipe {file}{_recipes_near(file)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} is not a readable recipe: {error}") from None
-    return loads(text, overrides, name=file.stem)
+    return loads(text, overrides, name=file.stem, where=str(file))
 
 
 def _recipes_near(file: Path) -> str:
@@ -82,12 +82,14 @@ def _recipes_near(file: Path) -> str:
     return f"; {nearest(str(file), found)}" if found else ""
 
 
-def loads(text: str, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
-    """`load` from a string; `name` is used where the text gives none."""
+def loads(
+    text: str, overrides: Sequence[str] = (), *, name: str = "recipe", where: str = "recipe"
+) -> Recipe:
+    """`load` from a string; `name` is used where the text gives none, `where` in errors."""
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{name}: not valid TOML: {error}") from None
+        raise RecipeError(f"{where}: not valid TOML: {error}{_line_of(error, text)}") from None
     for override in overrides:
         _apply(document, override)
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
@@ -104,6 +106,13 @@ def loads(text: str, overrides: Sequence[str] = (), *, name: str = "recipe") -> 
     if not tables:
         raise RecipeError(f"{name}: holds no stage; a recipe is one [table] a stage")
     return Recipe(recipe_name, seed, tuple(_spec(key, table) for key, table in tables.items()))
+
+
+def _line_of(error: tomllib.TOMLDecodeError, text: str) -> str:
+    """The line that an error of TOML names, below it."""
+    named = re.search(r"at line (\d+)", str(error))
+    lines = text.split("\n")
+    return f"\n  {lines[int(named[1]) - 1].strip()}" if named else ""
 
 
 def _spec(name: str, table: dict[str, Any]) -> StageSpec:

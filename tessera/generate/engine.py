@@ -114,8 +114,8 @@ def check_sequences(
             raise GenerationError(f"{what} {i} is empty; give at least one token (bos will do)")
         if len(tokens) > longest:
             raise GenerationError(
-                f"{what} {i} has {len(tokens)} tokens; with max_position_embeddings "
-                f"there is room for {longest}"
+                f"{what} {i} has {len(tokens)} tokens; the model's max_position_embeddings leaves "
+                f"room for {longest}"
             )
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             bad = next(t for t in tokens if not 0 <= t < vocab_size)
