@@ -1,9 +1,10 @@
 """The race: candidates are ranked after a short distillation, not before it.
 
 Summed replace-one scores rank what was never trained together: on stories260k an architecture of
-score 0.34 and a dropped layer of score 0.78 both ended 60 steps at KL 0.24. So several diverse solutions of the search, and the simple methods beside them,
-are distilled for a few steps on the same tokens; the one with the lowest held-out KL is the
-child. It then starts again from the library, so the race gives it no head start.
+score 0.34 and a dropped layer of score 0.78 both ended 60 steps at KL 0.24. So several diverse
+solutions of the search, and the simple methods beside them, are distilled for a few steps on the
+same tokens; the one with the lowest held-out KL is the child. It then starts again from the
+library, so the race gives it no head start.
 """
 
 from __future__ import annotations
