@@ -83,8 +83,10 @@ def run_recipe(
         for step in chosen:
             if step.action == "changed":
                 raise RunError(explain_change(step))
-        for step in chosen:
-            stale = step.manifest if step.action == "run" else step.action == "redo"
+        for step in steps:
+            abandoned = step in chosen and step.action == "run" and step.manifest is not None
+            # Also what is not run now: made from a measurement that is gone, it would look done.
+            stale = abandoned or step.action == "redo"
             if stale and step.path.exists() and dist.is_main():
                 remove_directory(step.path)
         dist.barrier()
