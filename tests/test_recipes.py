@@ -1,0 +1,28 @@
+"""Every recipe in the house resolves, given the checkpoint and the text it asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tessera.pipeline import STAGES
+from tessera.recipe import load
+from tessera.resolve import plan
+from tests import tiny
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_resolves(recipe: Path, tmp_path: Path):
+    text = tmp_path / "stories.txt"
+    text.write_text("Once upon a time.<|endoftext|>The end.")
+    overrides = []
+    if "# path: on the command line" in recipe.read_text():
+        tiny.saved(tmp_path / "model")
+        overrides.append(f"parent.path={tmp_path / 'model'}")
+    if "tasks" not in recipe.read_text() or "data.paths" in recipe.read_text():
+        overrides.append(f'data.paths=["{text}"]')
+    steps = plan(load(recipe, overrides), tmp_path / "runs", (), STAGES)
+    assert [step.action for step in steps] == ["run"] * len(steps)
