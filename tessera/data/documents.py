@@ -207,6 +207,25 @@ class Documents:
         return shift(self.ids[span[0] : span[1]])
 
 
+def heldout(
+    path: Path, *, sequence_length: int, microbatch_tokens: int, tokens: int
+) -> list[Batch]:
+    """The first held-out documents of a data run, at most `tokens` predictions: always the same.
+
+    Rows of `microbatch_tokens` positions, pieces of at most `sequence_length`.
+    """
+    source = Documents(
+        path,
+        split="heldout",
+        sequence_length=sequence_length,
+        row_length=microbatch_tokens,
+        tokens_per_step=microbatch_tokens,
+        microbatch_tokens=microbatch_tokens,
+        seed=0,
+    )
+    return source.heldout_batches(tokens)
+
+
 def _open(path: Path, split: str) -> tuple[NDArray[Any], NDArray[np.int64], int]:
     status = read_manifest(path).status
     if status != "done":

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tessera.data.batch import Batch
-from tessera.data.documents import Documents
+from tessera.data.documents import heldout
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
@@ -106,16 +106,12 @@ def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
     paths: dict[str, Path] = {p.name: p for p in (inputs["parent"], *inputs["models"])}
     models = {key: load_model(path, frozen=True) for key, path in paths.items()}
     parent = models[inputs["parent"].name]
-    source = Documents(
+    batches = heldout(
         inputs["data"],
-        split="heldout",
         sequence_length=config.sequence_length,
-        row_length=config.microbatch_tokens,
-        tokens_per_step=config.microbatch_tokens,
         microbatch_tokens=config.microbatch_tokens,
-        seed=run.seed,
+        tokens=config.tokens,
     )
-    batches = source.heldout_batches(config.tokens)
     timed = speeds(models, config, run.name, run.quiet)
     rows = []
     for key, module in models.items():

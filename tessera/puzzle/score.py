@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tessera.data.batch import Batch
-from tessera.data.documents import Documents
+from tessera.data.documents import heldout
 from tessera.model.context import Context
 from tessera.model.layers import Subblock
 from tessera.model.transformer import Transformer
@@ -136,16 +136,12 @@ def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
     layers = read_json(inputs["library"], "space")
     space = Space(tuple((tuple(a), tuple(f)) for a, f in layers))
     units = load_units(inputs["library"] / "library", parent, space)
-    source = Documents(
+    batches = heldout(
         inputs["data"],
-        split="heldout",
         sequence_length=config.sequence_length,
-        row_length=config.microbatch_tokens,
-        tokens_per_step=config.microbatch_tokens,
         microbatch_tokens=config.microbatch_tokens,
-        seed=run.seed,
+        tokens=config.tokens,
     )
-    batches = source.heldout_batches(config.tokens)
     run.write_table("scores", score_all(parent, units, batches, run))
     run.write_json("space", layers)
     run.write_json("block_influence", read_json(inputs["library"], "block_influence"))
