@@ -64,7 +64,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         try:
             _write_through(temporary, data)
             os.replace(temporary, path)
-            _sync_directory(path.parent)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -80,12 +80,14 @@ def _write_through(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(*paths: Path) -> None:
+    """Files and directories put through to the disk; a rename holds once its directory is."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def fingerprint(value: Any) -> str:

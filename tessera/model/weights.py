@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tessera.disk import writing
+from tessera.disk import sync, writing
 from tessera.model.families import config_dict, config_json, read_config
 from tessera.model.names import hf_name
 from tessera.model.source import PICKLES, CheckpointError, load_config, pickle_error, resolve
@@ -285,11 +285,11 @@ def replacing(directory: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            _sync(*temporary.iterdir(), temporary)
+            sync(*temporary.iterdir(), temporary)
             if directory.exists():
                 os.replace(directory, old)
             os.replace(temporary, directory)
-            _sync(directory.parent)
+            sync(directory.parent)
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -303,15 +303,6 @@ def _refuse_foreign(directory: Path) -> None:
             f"{directory} holds what is no model's ({_some(foreign or [e.name for e in entries])}) "
             "and would be replaced; choose another directory"
         )
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_tensors(

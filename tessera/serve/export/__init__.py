@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import field_validator
 
-from tessera.disk import writing
+from tessera.disk import sync, writing
 from tessera.model.config import ModelConfig
 from tessera.model.servable import (
     ENGINES,
@@ -183,9 +183,9 @@ def _beside(place: Path) -> Iterator[Path]:
         try:
             yield partial
             for path in (*partial.iterdir(), partial):
-                _sync(path)
+                sync(path)
             os.replace(partial, place)
-            _sync(place.parent)
+            sync(place.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -206,14 +206,6 @@ def _alive(process: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(
