@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import highspy
 import numpy as np
 
-from tessera.puzzle.search import Option, Solution, solve
+from tessera.puzzle.program import Option, Solution, solve
 
 COLUMNS = ("seconds", "bytes")
 # layers, words of each place of a layer

@@ -36,7 +36,7 @@ LEVELS = {
 # Where each heavy library may be imported: a file, or a folder with everything in it.
 CONFINED = {
     "gguf": ["serve/export"],
-    "highspy": ["puzzle/search.py"],
+    "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
     "pyarrow": ["data"],
     "rich": ["progress.py"],

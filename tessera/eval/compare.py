@@ -23,8 +23,8 @@ from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model
 from tessera.progress import Progress
-from tessera.puzzle.constraints import Scenario
 from tessera.puzzle.cost import generation_seconds
+from tessera.puzzle.cost_table import Scenario
 from tessera.run import Run, read_json
 from tessera.train.losses import token_statistics
 

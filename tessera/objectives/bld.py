@@ -25,7 +25,7 @@ from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model
 from tessera.objectives.lm import documents
 from tessera.puzzle.library import BlockLibrary, save_library
-from tessera.puzzle.space import SpaceConfig, build_space
+from tessera.puzzle.space import SpaceConfig, build_space, write_space
 from tessera.puzzle.surgery import ParentStatistics, collect_statistics
 from tessera.run import Run
 from tessera.train.engine import Stats, Trainer
@@ -93,5 +93,5 @@ def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     run.say(f"{len(library)} units in {parent.config.num_hidden_layers} layers")
     Trainer(library, BLD(parent, statistics), source, config.train, run).fit()
     save_library(library, run.path / "library")
-    run.write_json("space", [[list(words) for words in layer] for layer in space.layers])
+    write_space(space, run)
     run.write_json("block_influence", statistics.block_influence)

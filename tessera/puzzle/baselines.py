@@ -13,7 +13,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tessera.model.config import ModelConfig
-from tessera.puzzle.constraints import CostTable, budgets
+from tessera.puzzle.constraints import budgets
+from tessera.puzzle.cost_table import CostTable
 from tessera.puzzle.space import Space
 
 Architecture = list[tuple[str, str]]

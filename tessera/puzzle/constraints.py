@@ -1,4 +1,4 @@
-"""Cost tables read back, and budgets in the user's words made linear.
+"""Budgets in the user's words made linear.
 
     throughput = "1.25x"     at least 1.25 times the parent's tokens a second
     bytes = "0.7x"           weights and KV cache at most 0.7 of the parent's
@@ -10,77 +10,18 @@ the base (embedding, head, sampling).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from tessera.model.config import KINDS
+from tessera.puzzle.cost_table import CostTable, Words
 from tessera.recipe import nearest
 
 COUNTED = ("parameters", "bytes", "kv_bytes_per_token")
 MEASURED = ("prefill_seconds", "decode_seconds", "seconds")
 NAMES = (*COUNTED, "prefill_seconds", "decode_seconds", "latency", "throughput")
 
-Words = Sequence[Sequence[str]]
-
-
-class Scenario(BaseModel):
-    """The work a cost is quoted for: `batch` requests of `prompt` tokens, `new` tokens each."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    batch: int = Field(default=8, ge=1)
-    prompt: int = Field(default=64, ge=1)
-    new: int = Field(default=128, ge=2)
-
-    @property
-    def cached_tokens(self) -> int:
-        return self.batch * (self.prompt + self.new)
-
 
 class ConstraintError(ValueError):
     """A budget that cannot be understood; the text says which are."""
-
-
-@dataclass(frozen=True)
-class CostTable:
-    """Columns of each word and of the base, for one scenario.
-
-    `seconds` is the whole scenario for the batch: prefill, then `new - 1` decode steps (the
-    prefill yields the first token).
-    """
-
-    base: Mapping[str, float]
-    words: Mapping[tuple[str, str], Mapping[str, float]]
-    scenario: Scenario
-
-    @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, object]], scenario: Scenario) -> CostTable:
-        table: dict[tuple[str, str], dict[str, float]] = {}
-        for row in rows:
-            columns = {k: float(v) for k, v in row.items() if k not in ("kind", "word")}  # type: ignore[arg-type]
-            if "decode_seconds" in columns:
-                decode = (scenario.new - 1) * columns["decode_seconds"]
-                columns["seconds"] = columns["prefill_seconds"] + decode
-            table[str(row["kind"]), str(row["word"])] = columns
-        return cls(table.pop(("base", "")), table, scenario)
-
-    @property
-    def measured(self) -> bool:
-        return "seconds" in self.base
-
-    def total(self, words: Words) -> dict[str, float]:
-        """Every column summed over an architecture, base included; and `throughput`, tokens/s."""
-        total = dict(self.base)
-        for pair in words:
-            for kind, word in zip(KINDS, pair, strict=True):
-                for column, value in self.words[kind, word].items():
-                    total[column] += value
-        if self.measured:
-            total["latency"] = total["seconds"]
-            total["throughput"] = self.scenario.batch * self.scenario.new / total["seconds"]
-        return total
 
 
 def column_of(name: str) -> str:

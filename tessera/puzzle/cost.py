@@ -24,7 +24,7 @@ from tessera.model.config import GQA, KINDS, BlockConfig, ModelConfig, NoOp, Var
 from tessera.model.transformer import Transformer
 from tessera.model.weights import load_config
 from tessera.progress import Progress
-from tessera.puzzle.constraints import Scenario
+from tessera.puzzle.cost_table import DEFAULT, Scenario
 from tessera.run import Run, read_json
 
 
@@ -168,5 +168,9 @@ def stage(config: CostConfig, run: Run, inputs: dict[str, Path]) -> None:
         )
     )
     torch.manual_seed(run.seed)
-    run.write_table("costs", cost_rows(parent, words, config, run.name, run.quiet))
-    run.write_json("scenario", config.scenario.model_dump())
+    key = {"scenario": DEFAULT, "batch": config.scenario.batch}
+    rows = cost_rows(parent, words, config, run.name, run.quiet)
+    run.write_table("costs", [key | row for row in rows])
+    told = {"scenarios": {DEFAULT: config.scenario.model_dump()}, "batches": []}
+    source = "measured" if config.measure else "counted"
+    run.write_json("scenarios", told | {"source": source, "device": None})

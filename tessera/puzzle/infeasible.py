@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from tessera.puzzle.constraints import CostTable, Words, column_of
+from tessera.puzzle.constraints import column_of
+from tessera.puzzle.cost_table import CostTable, Words
 
 Least = Callable[[str, Mapping[str, float]], float | None]
 

@@ -26,7 +26,7 @@ from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model
 from tessera.progress import Progress
 from tessera.puzzle.library import load_unit
-from tessera.puzzle.space import Space
+from tessera.puzzle.space import Space, read_space, write_space
 from tessera.run import Run, atomic_write, read_json
 from tessera.train.losses import token_statistics
 
@@ -133,8 +133,7 @@ def _rows(totals: dict[tuple, dict[str, float]]) -> list[dict[str, object]]:
 def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `score`: measure every word of the library alone in the parent."""
     parent = load_model(inputs["parent"], frozen=True)
-    layers = read_json(inputs["library"], "space")
-    space = Space(tuple((tuple(a), tuple(f)) for a, f in layers))
+    space = read_space(inputs["library"])
     units = load_units(inputs["library"] / "library", parent, space)
     batches = heldout(
         inputs["data"],
@@ -143,5 +142,5 @@ def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
         tokens=config.tokens,
     )
     run.write_table("scores", score_all(parent, units, batches, run))
-    run.write_json("space", layers)
+    write_space(space, run)
     run.write_json("block_influence", read_json(inputs["library"], "block_influence"))

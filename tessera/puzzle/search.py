@@ -1,136 +1,29 @@
-"""The integer program: the best architecture under what serving it may cost (Puzzle §2.6).
+"""The search: the best architectures under what serving them may cost (Puzzle §2.6).
 
-    minimise   Σ_ij score_ij x_ij
-    subject to Σ_j x_ij = 1                         one word for each layer and kind
-               base_c + Σ_ij cost_cij x_ij <= budget_c      for each constrained cost c
-               x_ia + x_if <= 1                     pairs the serving engine cannot load
-               Σ_ij y_ij x_ij <= α·places           for each earlier solution y
-
-Solved to proven optimality by HiGHS; the gap is reported. Throughput becomes linear by
-multiplying out: batch·new / seconds >= T  is  seconds <= batch·new / T.
+The integer program is in `program.py`, what the user's constraints mean in `constraints.py`.
+Throughput is linear by multiplying out: batch·new / seconds >= T  is  seconds <= batch·new / T.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import highspy
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tessera.model.config import KINDS, ModelConfig
 from tessera.model.servable import ENGINES, known, refusals
 from tessera.model.weights import load_config
 from tessera.puzzle.baselines import Architecture, dropped_layers, uniform_width
-from tessera.puzzle.constraints import NAMES, CostTable, Scenario, budgets, check
+from tessera.puzzle.constraints import NAMES, budgets, check
+from tessera.puzzle.cost_table import CostTable, read_costs
 from tessera.puzzle.infeasible import explain
-from tessera.puzzle.space import Space, forbidden_pairs
+from tessera.puzzle.program import Infeasible, Option, SearchError, Solution, solve
+from tessera.puzzle.space import Space, forbidden_pairs, read_space
 from tessera.run import Run, read_json, read_table
-
-
-class SearchError(ValueError):
-    """A search that found nothing; the text says what to change."""
-
-
-class Infeasible(SearchError):
-    """No architecture of the space meets the constraints; the text says by how much."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """One word at one place: its score and its costs by column."""
-
-    layer: int
-    kind: str
-    word: str
-    score: float
-    costs: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The chosen options in order, their summed score, and how well it is proved."""
-
-    options: tuple[Option, ...]
-    score: float
-    bound: float
-    seconds: float
-
-    @property
-    def gap(self) -> float:
-        return abs(self.score - self.bound) / max(1e-12, abs(self.score))
-
-
-def solve(
-    options: Sequence[Option],
-    budgets: Mapping[str, float],
-    forbidden: Sequence[tuple[int, str, str]] = (),
-    time_limit: float = 60.0,
-    earlier: Sequence[Solution] = (),
-    overlap: float = 0.8,
-) -> Solution:
-    """The cheapest-scoring choice of one option a (layer, kind) within `budgets`.
-
-    budgets: cost column -> most that the chosen options may sum to (base already subtracted).
-    forbidden: (layer, attention word, FFN word) that may not stand together.
-    earlier: solutions to differ from: at most `overlap` of the places may agree (Puzzle's α).
-    Raises Infeasible where there is none, SearchError where the time did not do to find one.
-    """
-    places = {(o.layer, o.kind): None for o in options}
-    rows = [[i for i, o in enumerate(options) if (o.layer, o.kind) == p] for p in places]
-    solver = _program(options, rows, budgets, _pairs(options, forbidden))
-    for solution in earlier:
-        same = np.array([i for i, o in enumerate(options) if o in solution.options])
-        solver.addRow(0.0, np.floor(overlap * len(rows)), len(same), same, np.ones(len(same)))
-    solver.setOptionValue("time_limit", time_limit)
-    solver.setOptionValue("mip_rel_gap", 1e-9)
-    solver.run()
-    info = solver.getInfo()
-    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        if solver.getModelStatus() == highspy.HighsModelStatus.kTimeLimit:
-            raise SearchError(f"no architecture found in {time_limit:g} s; raise search.time_limit")
-        told = ", ".join(f"{column} <= {budget:.6g}" for column, budget in budgets.items())
-        raise Infeasible(f"no architecture meets all of {told}")
-    values = np.array(solver.getSolution().col_value)
-    chosen = tuple(options[max(row, key=lambda i: values[i])] for row in rows)
-    score = sum(o.score for o in chosen)
-    return Solution(chosen, score, float(info.mip_dual_bound), solver.getRunTime())
-
-
-def _pairs(
-    options: Sequence[Option], forbidden: Sequence[tuple[int, str, str]]
-) -> list[tuple[int, int]]:
-    index = {(o.layer, o.kind, o.word): i for i, o in enumerate(options)}
-    keys = [((layer, "attention", a), (layer, "ffn", f)) for layer, a, f in forbidden]
-    return [(index[a], index[f]) for a, f in keys if a in index and f in index]
-
-
-def _program(
-    options: Sequence[Option],
-    rows: Sequence[Sequence[int]],
-    budgets: Mapping[str, float],
-    pairs: Sequence[tuple[int, int]],
-) -> highspy.Highs:
-    solver = highspy.Highs()
-    solver.silent()
-    count = len(options)
-    solver.addVars(count, np.zeros(count), np.ones(count))
-    solver.changeColsCost(count, np.arange(count), np.array([o.score for o in options]))
-    integer = np.full(count, highspy.HighsVarType.kInteger)
-    solver.changeColsIntegrality(count, np.arange(count), integer)
-    for row in rows:
-        solver.addRow(1.0, 1.0, len(row), np.array(row), np.ones(len(row)))
-    for column, budget in budgets.items():
-        costs = np.array([o.costs[column] for o in options])
-        unit = max(1e-30, float(np.abs(costs).max()))  # rows near 1 keep HiGHS' tolerances honest
-        solver.addRow(-highspy.kHighsInf, budget / unit, count, np.arange(count), costs / unit)
-    for pair in pairs:
-        solver.addRow(0.0, 1.0, 2, np.array(pair), np.ones(2))
-    return solver
 
 
 class SearchConfig(BaseModel):
@@ -256,11 +149,10 @@ def _told(own: Mapping[str, float], parent: Mapping[str, float], solution: Solut
 def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `search`: write `tables/architecture.json`, the child's words and what is promised."""
     parent = load_config(inputs["parent"])
-    layers = read_json(inputs["scores"], "space")
-    space = Space(tuple((tuple(a), tuple(f)) for a, f in layers))
+    space = read_space(inputs["scores"])
     scores = read_table(inputs["scores"], "scores")
-    scenario = Scenario(**read_json(inputs["costs"], "scenario"))
-    costs = CostTable.from_rows(read_table(inputs["costs"], "costs"), scenario)
+    (costs,) = read_costs(inputs["costs"]).at(None).values()
+    scenario = costs.scenario
     if config.method == "mip":
         found = search(config, parent, space, scores, costs)
     elif config.method == "uniform":

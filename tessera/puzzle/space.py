@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tessera.model.config import GQA, KINDS, ConfigError, ModelConfig, SwiGLU, name, parse_kind
 from tessera.model.servable import refusals
+from tessera.run import Run, read_json
 
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
@@ -61,19 +63,47 @@ def _parsed(kind: str, word: str, shorthand: str) -> None:
 
 @dataclass(frozen=True)
 class Space:
-    """`layers[i]` is (attention words, FFN words) of layer i, the parent's first."""
+    """`layers[i]` is (attention words, FFN words) of layer i, the parent's first.
+
+    `pairs` are (layer, attention, FFN) that the library holds trained together: where a pair is
+    here, those two words at that layer mean the coupled weights, in scores as in models.
+    """
 
     layers: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    pairs: tuple[tuple[int, str, str], ...] = ()
 
     def words(self, layer: int, kind: str) -> tuple[str, ...]:
         return self.layers[layer][KINDS.index(kind)]
 
     def replacements(self) -> Iterator[tuple[int, str, str]]:
-        """(layer, kind, word) of everything that is not the parent's own."""
+        """(layer, kind, word) of every subblock that is not the parent's own."""
         for layer in range(len(self.layers)):
             for kind in KINDS:
                 for word in self.words(layer, kind)[1:]:
                     yield layer, kind, word
+
+
+def join(attention: str, ffn: str) -> str:
+    """The word of a pair trained together: `gqa-2+swiglu-256`."""
+    return f"{attention}+{ffn}"
+
+
+def split(word: str) -> tuple[str, str]:
+    """(attention, FFN) of a pair's word."""
+    attention, _, ffn = word.partition("+")
+    return attention, ffn
+
+
+def write_space(space: Space, run: Run) -> None:
+    """Leave a space in a run's tables: `space.json`, and `pairs.json`."""
+    run.write_json("space", [[list(words) for words in layer] for layer in space.layers])
+    run.write_json("pairs", [list(pair) for pair in space.pairs])
+
+
+def read_space(directory: Path) -> Space:
+    """The space of a finished library or score run."""
+    layers = tuple((tuple(a), tuple(f)) for a, f in read_json(directory, "space"))
+    return Space(layers, tuple((i, a, f) for i, a, f in read_json(directory, "pairs")))
 
 
 def build_space(config: SpaceConfig, parent: ModelConfig) -> Space:

@@ -5,7 +5,7 @@ import torch
 
 from tessera.eval.compare import CompareConfig, quality, speeds
 from tessera.objectives.lm import heldout_loss
-from tessera.puzzle.constraints import Scenario
+from tessera.puzzle.cost_table import Scenario
 from tests.toy import toy_batch, toy_model
 
 BATCHES = [toy_batch(i) for i in range(3)]

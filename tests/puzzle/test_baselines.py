@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from tessera.puzzle.baselines import dropped_layers, uniform_width
-from tessera.puzzle.constraints import CostTable
 from tessera.puzzle.cost import CostConfig, cost_rows
+from tessera.puzzle.cost_table import CostTable
 from tessera.puzzle.space import SpaceConfig, build_space
 from tests.toy import toy_config
 

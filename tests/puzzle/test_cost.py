@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.model.config import KINDS, parse_kind
-from tessera.puzzle.constraints import ConstraintError, CostTable, Scenario, budgets
+from tessera.puzzle.constraints import ConstraintError, budgets
 from tessera.puzzle.cost import CostConfig, _isotonic, cost_rows
+from tessera.puzzle.cost_table import CostTable, Scenario
 from tests.toy import toy_config
 
 SETTINGS = CostConfig(measure=False)

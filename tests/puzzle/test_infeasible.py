@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tessera.puzzle.constraints import CostTable, Scenario, budgets
+from tessera.puzzle.constraints import budgets
+from tessera.puzzle.cost_table import CostTable, Scenario
 from tessera.puzzle.infeasible import explain
 
 SCENARIO = Scenario(batch=2, prompt=4, new=10)

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.model.servable import refusals
-from tessera.puzzle.constraints import CostTable, Scenario
 from tessera.puzzle.cost import CostConfig, cost_rows
-from tessera.puzzle.search import Infeasible, Option, SearchConfig, search, solve
+from tessera.puzzle.cost_table import CostTable, Scenario
+from tessera.puzzle.program import Infeasible, Option, solve
+from tessera.puzzle.search import SearchConfig, search
 from tessera.puzzle.space import Space, SpaceConfig, build_space
 from tests.toy import toy_config
 
