@@ -3,7 +3,8 @@
 Held-out loss, top-1 agreement with the parent and KL come from the same held-out tokens for
 every row. Speed is generation through the engine: the rows take turns, round by round, so that
 whatever else the machine does falls on all of them, and a row's speed-up is the median of its
-ratios to the parent in the same round. `promised` is what the search predicted from its table.
+ratios to the parent in the same round. `promised` is what the search predicted from its table,
+and `promise_error` is promised / measured - 1.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from tessera.puzzle.cost import generation_seconds
 from tessera.puzzle.cost_table import Scenario
 from tessera.run import Run, read_json
 from tessera.train.losses import token_statistics
+
+PROMISE_TOLERANCE = 0.10  # beyond it the run says so
 
 
 class CompareConfig(BaseModel):
@@ -101,6 +104,11 @@ def _promised(run: Path) -> float | None:
     return rates[0] / rates[1] if all(rates) else None
 
 
+def promise_error(promised: float | None, measured: float) -> float | None:
+    """promised / measured - 1: above zero, the search promised too much; None without a promise."""
+    return None if promised is None else promised / measured - 1
+
+
 def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
     """Stage `compare`: write `tables/compare.jsonl`, one row a model, the parent first."""
     paths: dict[str, Path] = {p.name: p for p in (inputs["parent"], *inputs["models"])}
@@ -116,6 +124,11 @@ def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
     rows = []
     for key, module in models.items():
         found = quality(parent, module, batches)
+        promised = _promised(paths[key])
+        error = promise_error(promised, timed[key]["speedup"])
+        if error is not None and abs(error) > PROMISE_TOLERANCE:
+            speedup = timed[key]["speedup"]
+            run.say(f"{key}: promised {promised:.2f}x, measured {speedup:.2f}x ({error:+.0%})")
         rows.append(
             {
                 "model": key,
@@ -125,7 +138,8 @@ def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
                 "parameters": module.config.num_params(),
                 "kv_bytes_per_token": module.config.kv_bytes_per_token(),
                 **timed[key],
-                "promised": _promised(paths[key]),
+                "promised": promised,
+                "promise_error": error,
             }
         )
     run.write_table("compare", rows)

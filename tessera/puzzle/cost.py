@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
@@ -29,16 +29,31 @@ from tessera.run import Run, read_json
 
 
 class CostConfig(BaseModel):
-    """Scenario, and whether seconds are measured; without, only the counted columns exist."""
+    """Scenarios, and whether seconds are measured; without, only the counted columns exist."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     scenario: Scenario = Scenario()
+    scenarios: dict[str, Scenario] = {}  # by name; when given, they replace `scenario`
+    batches: list[PositiveInt] = []  # price every scenario at each; empty: at its own
     measure: bool = True
     rounds: int = Field(default=15, ge=3)
     depth: int = Field(default=6, ge=1)  # layers of the models a word is measured in
     bytes_per_parameter: float = 4.0
     bytes_per_kv: float = 4.0
+
+    @property
+    def named(self) -> dict[str, Scenario]:
+        """The scenarios to price, by name."""
+        return dict(self.scenarios) or {DEFAULT: self.scenario}
+
+    def priced(self) -> list[tuple[str, Scenario]]:
+        """(name, scenario) of every table to write: each scenario at each batch."""
+        return [
+            (name, scenario.model_copy(update={"batch": batch}))
+            for name, scenario in self.named.items()
+            for batch in dict.fromkeys(self.batches or [scenario.batch])
+        ]
 
 
 def count(config: ModelConfig, kind: str, variant: Variant, settings: CostConfig) -> dict:
@@ -168,9 +183,19 @@ def stage(config: CostConfig, run: Run, inputs: dict[str, Path]) -> None:
         )
     )
     torch.manual_seed(run.seed)
-    key = {"scenario": DEFAULT, "batch": config.scenario.batch}
-    rows = cost_rows(parent, words, config, run.name, run.quiet)
-    run.write_table("costs", [key | row for row in rows])
-    told = {"scenarios": {DEFAULT: config.scenario.model_dump()}, "batches": []}
-    source = "measured" if config.measure else "counted"
-    run.write_json("scenarios", told | {"source": source, "device": None})
+    rows = []
+    for name, scenario in config.priced():
+        key = {"scenario": name, "batch": scenario.batch}
+        settings = config.model_copy(update={"scenario": scenario})
+        found = cost_rows(parent, words, settings, run.name, run.quiet)
+        rows += [key | row for row in found]
+    run.write_table("costs", rows)
+    told = {
+        "scenarios": {name: one.model_dump() for name, one in config.named.items()},
+        "batches": list(dict.fromkeys(config.batches)),
+        "source": "measured" if config.measure else "counted",
+        "device": None,
+        "bytes_per_parameter": config.bytes_per_parameter,
+        "bytes_per_kv": config.bytes_per_kv,
+    }
+    run.write_json("scenarios", told)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tessera.eval.compare import CompareConfig, quality, speeds
+from tessera.eval.compare import CompareConfig, promise_error, quality, speeds
 from tessera.objectives.lm import heldout_loss
 from tessera.puzzle.cost_table import Scenario
 from tests.toy import toy_batch, toy_model
@@ -30,3 +30,9 @@ def test_speeds_are_ratios_to_the_first_model():
     rows = speeds({k: m.requires_grad_(False) for k, m in models.items()}, config, "compare")
     assert rows["parent"]["speedup"] == 1
     assert torch.tensor([rows["child"][k] for k in rows["child"]]).gt(0).all()
+
+
+def test_a_promise_kept_has_no_error():
+    assert promise_error(2.0, 2.0) == 0
+    assert promise_error(1.5, 1.2) == pytest.approx(0.25)
+    assert promise_error(None, 1.2) is None

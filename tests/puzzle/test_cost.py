@@ -88,3 +88,14 @@ def test_measured_seconds_are_there_for_every_word():
     assert len(rows) == len(WORDS) + 1
     assert all(row["decode_seconds"] >= 0 for row in rows)
     assert next(r for r in rows if r["word"] == "")["decode_seconds"] > 0
+
+
+def test_every_scenario_is_priced_at_every_batch():
+    chat, long = Scenario(batch=2), Scenario(batch=3, prompt=512)
+    assert CostConfig(scenario=chat).priced() == [("default", chat)]
+    own = CostConfig(scenarios={"chat": chat, "long": long})
+    assert own.priced() == [("chat", chat), ("long", long)]
+    swept = CostConfig(scenarios={"chat": chat, "long": long}, batches=[1, 8, 8])
+    assert [(n, s.batch) for n, s in swept.priced()] == [
+        ("chat", 1), ("chat", 8), ("long", 1), ("long", 8)]  # fmt: skip
+    assert swept.priced()[2][1].prompt == 512
