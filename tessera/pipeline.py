@@ -52,6 +52,7 @@ _ROWS = (
         ("parent", "library", "architecture"),
         "model",
     ),
+    Stage("fuse", "tessera.puzzle.fuse", "FuseConfig", ("model", "data"), "model"),
     Stage("kd", "tessera.objectives.kd", "KDConfig", ("model", "teacher", "data"), "model"),
     Stage("cpt", "tessera.objectives.lm", "CPTConfig", ("model", "data"), "model", "cpt"),
     Stage(
