@@ -41,7 +41,8 @@ def explain(
     what = "\n".join(lines) or "  no two words that the engines can load fit together"
     return (
         f"no architecture meets the constraints:\n{what}\n"
-        "Relax one, or offer cheaper words in the space of the [bld] table"
+        "Relax one, or offer cheaper words in the space of the [bld] table. One attention and one "
+        "FFN always stay"
     )
 
 

@@ -22,7 +22,7 @@ from tessera.puzzle.constraints import NAMES, budgets, check
 from tessera.puzzle.cost_table import CostTable, read_costs
 from tessera.puzzle.infeasible import explain
 from tessera.puzzle.program import Infeasible, Option, SearchError, Solution, solve
-from tessera.puzzle.space import Space, forbidden_pairs, read_space
+from tessera.puzzle.space import Space, forbidden_pairs, join, read_space, split
 from tessera.run import Run, read_json, read_table
 
 
@@ -55,18 +55,47 @@ class SearchConfig(BaseModel):
         return tuple(known(engine, ENGINES, "engine") for engine in value)
 
 
+# What a model cannot do without, as limits: at least one attention and one FFN must stay.
+KEEP = {"attention left": -1.0, "FFNs left": -1.0}
+_KEPT = {"attention left": ("attention", "gqa-"), "FFNs left": ("ffn", "swiglu-")}
+
+
 def options_of(
     space: Space, scores: Sequence[Mapping], costs: CostTable, metric: str
 ) -> list[Option]:
-    """Every word at every place; the parent's own words score 0."""
+    """Every word at every place, and every pair trained together; the parent's own score 0."""
     table = {(r["layer"], r["kind"], r["word"]): r[metric] for r in scores}
     found = []
     for layer in range(len(space.layers)):
         for kind in KINDS:
             for i, word in enumerate(space.words(layer, kind)):
                 score = 0.0 if i == 0 else float(table[layer, kind, word])
-                found.append(Option(layer, kind, word, score, costs.words[kind, word]))
+                found.append(Option(layer, kind, word, score, _costs(costs, {kind: word})))
+    for layer, attention, ffn in space.pairs:
+        word, both = join(attention, ffn), {"attention": attention, "ffn": ffn}
+        score = float(table[layer, "block", word])
+        found.append(Option(layer, "block", word, score, _costs(costs, both)))
     return found
+
+
+def _costs(costs: CostTable, words: Mapping[str, str]) -> dict[str, float]:
+    """Columns summed over a place's words, or a pair's; what `KEEP` counts is negative."""
+    total: dict[str, float] = {}
+    for key in words.items():
+        for column, value in costs.words[key].items():
+            total[column] = total.get(column, 0.0) + value
+    for name, (kind, prefix) in _KEPT.items():
+        total[name] = -1.0 if words.get(kind, "").startswith(prefix) else 0.0
+    return total
+
+
+def words_of(solution: Solution, layers: int) -> Architecture:
+    """The (attention, FFN) words of every layer that a solution chose."""
+    chosen: dict[tuple[int, str], str] = {}
+    for option in solution.options:
+        parts = split(option.word) if option.kind == "block" else (option.word,)
+        chosen |= dict(zip(option.places, parts, strict=True))
+    return [(chosen[i, "attention"], chosen[i, "ffn"]) for i in range(layers)]
 
 
 def search(
@@ -82,26 +111,35 @@ def search(
     """
     limits = budgets(config.constraints, costs, parent.words)
     pairs = forbidden_pairs(space, parent, config.servable)
-    forbidden = [(layer, a, f) for layer, found in enumerate(pairs) for a, f in found]
-    options = options_of(space, scores, costs, config.minimize)
+    refused_pairs = {(layer, a, f) for layer, found in enumerate(pairs) for a, f in found}
+    # Two words that were trained together are never those two trained apart.
+    forbidden = [*refused_pairs, *space.pairs]
+    options = [
+        option
+        for option in options_of(space, scores, costs, config.minimize)
+        if option.kind != "block" or (option.layer, *split(option.word)) not in refused_pairs
+    ]
     found: list[tuple[Architecture, Solution]] = []
     while len(found) < config.solutions:
         earlier = [solution for _, solution in found]
         try:
-            solution = solve(options, limits, forbidden, config.time_limit, earlier, config.overlap)
+            solution = solve(
+                options, limits | KEEP, forbidden, config.time_limit, earlier, config.overlap
+            )
         except Infeasible:
             if found:
                 break
             least = functools.partial(_least, options, forbidden, config.time_limit)
             told = explain(config.constraints, limits, costs, parent.words, least)
             raise Infeasible(told) from None
-        chosen = {(o.layer, o.kind): o.word for o in solution.options}
-        words = [(chosen[i, "attention"], chosen[i, "ffn"]) for i in range(len(space.layers))]
+        words = words_of(solution, len(space.layers))
         refused = _first_refused(parent.with_words(words), config.servable)
         if refused is None:
             found.append((words, solution))
         else:
             forbidden.append((refused, *words[refused]))
+            whole = (refused, "block", join(*words[refused]))
+            options = [o for o in options if (o.layer, o.kind, o.word) != whole]
     return found
 
 
@@ -112,11 +150,14 @@ def _least(
     column: str,
     budgets: Mapping[str, float],
 ) -> float | None:
-    """The smallest sum of a column within the budgets; None where nothing is within them."""
+    """The smallest sum of a column within the budgets; None where nothing is within them.
+
+    An architecture that keeps no attention, or no FFN, is none.
+    """
     unit = max(1e-30, *(option.costs[column] for option in options))
     priced = [replace(option, score=option.costs[column] / unit) for option in options]
     try:
-        return solve(priced, budgets, forbidden, time_limit).score * unit
+        return solve(priced, {**budgets, **KEEP}, forbidden, time_limit).score * unit
     except SearchError:
         return None
 
