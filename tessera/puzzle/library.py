@@ -1,10 +1,11 @@
 """The block library: trained subblocks on disk, one safetensors file a word, and a model from them.
 
     library/03/ffn/swiglu-256.safetensors
+    library/03/block/gqa-2+swiglu-256.safetensors       two words trained together
 
 A library can be trained by layer range on several machines and merged by copying files. Words
 of the parent and `noop` have no file. `assemble` builds any architecture; one of parent words
-is the parent, bit for bit.
+is the parent, bit for bit. Where a library holds a pair, those two words mean its weights.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save
 from torch import nn
 
-from tessera.model.config import KINDS, ModelConfig, NoOp, name, parse_kind
+from tessera.model.config import KINDS, BlockConfig, ModelConfig, NoOp, name, parse_kind
 from tessera.model.layers import Subblock
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model, resolve, save_model
-from tessera.puzzle.space import Space
+from tessera.puzzle.space import Space, join
 from tessera.puzzle.surgery import ParentStatistics, cut
 from tessera.run import Run, atomic_write, read_json
 
@@ -92,6 +93,25 @@ def load_unit(directory: Path, config: ModelConfig, layer: int, kind: str, word:
     return unit
 
 
+def load_pair(directory: Path, config: ModelConfig, layer: int, attention: str, ffn: str) -> Block:
+    """The block of two words that were trained together. Raises LibraryError where it is not."""
+    path = pair_path(directory, layer, attention, ffn)
+    if not path.exists():
+        known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
+        raise LibraryError(
+            f"the library {directory} has no pair {path.stem} for layer {layer}; it holds "
+            f"{', '.join(known) or 'none there'}"
+        )
+    variants = parse_kind("attention", attention), parse_kind("ffn", ffn)
+    block = Block(config, BlockConfig(*variants))  # type: ignore[arg-type]
+    block.load_state_dict(load_file(path))
+    return block
+
+
+def pair_path(directory: Path, layer: int, attention: str, ffn: str) -> Path:
+    return directory / f"{unit_key(layer, 'block', join(attention, ffn))}.safetensors"
+
+
 @torch.no_grad()
 def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]]) -> Transformer:
     """`parent` itself, changed in place to `words` (one (attention, ffn) pair a layer)."""
@@ -99,8 +119,13 @@ def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]
         raise LibraryError(
             f"the architecture has {len(words)} layers and the parent {len(parent.blocks)}"
         )
-    for layer, pair in enumerate(words):
-        for kind, word in zip(KINDS, pair, strict=True):
+    for layer, (attention, ffn) in enumerate(words):
+        if pair_path(directory, layer, attention, ffn).exists():
+            block = load_pair(directory, parent.config, layer, attention, ffn)
+            parent.replace(layer, "attention", block.attention)
+            parent.replace(layer, "ffn", block.ffn)
+            continue
+        for kind, word in zip(KINDS, (attention, ffn), strict=True):
             if word != name(getattr(parent.blocks[layer], kind).variant):
                 unit = load_unit(directory, parent.config, layer, kind, word)
                 parent.replace(layer, kind, unit)

@@ -1,20 +1,24 @@
 """Replace-one scoring: how much the parent suffers when one subblock is swapped (Puzzle §2.4).
 
-For every layer and word: swap that subblock alone, measure KL(parent ‖ model) and the rise of
-the LM loss on held-out tokens. The score of an architecture is the sum over its words, which
-is what makes the search a linear program.
+For every layer and word: swap that subblock alone, measure KL(parent ‖ model), the rise of the LM
+loss, the cosine distance of the last hidden states and top-1 agreement on held-out tokens. The
+score of an architecture is the sum over its words, which is what makes the search a linear program.
 
 The hidden states below a replaced layer are the parent's own: they are computed once a batch
 and every variant starts from them, so a replacement at layer l costs L - l layers, not L.
+`score_given` does the same around any architecture: scores given what is gone already.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -22,15 +26,16 @@ from tessera.data.batch import Batch
 from tessera.data.documents import heldout
 from tessera.model.context import Context
 from tessera.model.layers import Subblock
-from tessera.model.transformer import Transformer
+from tessera.model.matmul import multiply
+from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model
 from tessera.progress import Progress
-from tessera.puzzle.library import load_unit
-from tessera.puzzle.space import Space, read_space, write_space
+from tessera.puzzle.library import load_pair, load_unit
+from tessera.puzzle.space import Space, join, read_space, write_space
 from tessera.run import Run, atomic_write, read_json
-from tessera.train.losses import token_statistics
+from tessera.train.losses import chunks
 
-METRICS = ("kl", "lm_loss", "agreement")
+METRICS = ("kl", "lm_loss", "cosine", "agreement")
 
 
 class ScoreConfig(BaseModel):
@@ -43,57 +48,143 @@ class ScoreConfig(BaseModel):
     sequence_length: int = Field(default=256, ge=2)
 
 
-Units = dict[tuple[int, str, str], Subblock]
+Units = dict[tuple[int, str, str], Subblock | Block]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What every variant of one batch is held against, computed once from the parent.
+
+    With p the parent's distribution, W the head and h a variant's hidden state,
+
+        KL(p ‖ q) = Σ p log p - h·(p W) + log Σ exp(h W),
+
+    so p is needed once, and a variant costs one product with the head and one log-sum-exp.
+    """
+
+    module: Transformer
+    hidden: Tensor  # (N, C), normalised
+    negentropy: Tensor  # (N,): Σ p log p
+    mean_head: Tensor  # (N, C): Σ p W
+    top: Tensor  # (N,): the parent's first choice
+    labels: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, parent: Transformer, x: Tensor, batch: Batch) -> Target:
+        """The parent's side of one batch; x `(B,T,C)` leaves its last layer."""
+        hidden = parent.norm(x).flatten(0, 1)
+        negentropy, mean_head, top = [], [], []
+        for part in chunks(len(hidden), len(parent.head)):
+            log_p = F.log_softmax(multiply(hidden[part], parent.head).float(), dim=-1)
+            p = log_p.exp()
+            negentropy.append((p * log_p).sum(-1))
+            mean_head.append(multiply(p.to(parent.head.dtype), parent.head.t()).float())
+            top.append(log_p.argmax(-1))
+        entropy, mean, first = map(torch.cat, (negentropy, mean_head, top))
+        labels, weight = batch.labels.flatten(), batch.weight.flatten()
+        return cls(parent, hidden, entropy, mean, first, labels, weight)
+
+    def measure(self, x: Tensor) -> dict[str, float]:
+        """Σ w·metric, and Σ w, of a variant whose last layer x `(B,T,C)` leaves."""
+        hidden, head = self.module.norm(x).flatten(0, 1), self.module.head
+        sums: dict[str, float] = dict.fromkeys(METRICS, 0.0)
+        for part in chunks(len(hidden), len(head)):
+            own, weight = hidden[part], self.weight[part]
+            logits = multiply(own, head).float()
+            level = logits.logsumexp(-1)
+            kl = self.negentropy[part] - (own.float() * self.mean_head[part]).sum(-1) + level
+            label = logits.gather(1, self.labels[part, None]).squeeze(1)
+            same = (logits.argmax(-1) == self.top[part]).float()
+            cosine = 1 - F.cosine_similarity(own.float(), self.hidden[part].float(), dim=-1)
+            found = {"kl": kl, "lm_loss": level - label, "cosine": cosine, "agreement": same}
+            for metric, values in found.items():
+                sums[metric] += float(values @ weight)
+        return sums | {"weight": float(self.weight.sum())}
 
 
 @torch.no_grad()
 def score_batch(
-    parent: Transformer, units: Units, batch: Batch, tell: Callable[[], None] = lambda: None
+    parent: Transformer,
+    units: Units,
+    batch: Batch,
+    tell: Callable[[], None] = lambda: None,
+    current: Transformer | None = None,
 ) -> dict[tuple, dict[str, float]]:
-    """Σ w·metric of every unit put alone into the parent, on one batch; `tell` after each.
+    """Σ w·metric of every unit put alone into `current`, on one batch; `tell` after each.
 
-    The key `()` holds the parent's own numbers and the total weight.
+    `current` is the parent itself unless given; metrics are always against the parent. The key
+    `()` holds `current`'s own numbers and the total weight.
     """
+    current = current or parent
     context = parent.prepare(Context(batch.positions, batch.segments))
-    states = list(parent.hidden_states(batch.tokens, context))
-    log_p = parent.logits(parent.norm(states[-1]).flatten(0, 1))
-    sums: dict[tuple, dict[str, float]] = {(): _measure(parent, states[-1], log_p, batch)}
+    states, middles = _states(current, batch, context)
+    last = states[-1] if current is parent else _states(parent, batch, context)[0][-1]
+    target = Target.of(parent, last, batch)
+    sums: dict[tuple, dict[str, float]] = {(): target.measure(states[-1])}
     for (layer, kind, word), unit in units.items():
-        x = _replaced(parent, layer, kind, unit, states[layer], context)
-        for block in parent.blocks[layer + 1 :]:
+        x = _replaced(current.blocks[layer], kind, unit, states[layer], middles[layer], context)
+        for block in current.blocks[layer + 1 :]:
             x = block(x, context)
-        sums[layer, kind, word] = _measure(parent, x, log_p, batch)
+        sums[layer, kind, word] = target.measure(x)
         tell()
     return sums
 
 
+def _states(module: Transformer, batch: Batch, context: Context) -> tuple[list, list]:
+    """The residual stream before each layer and after the last, and between its subblocks."""
+    states, middles = [module.embed_tokens(batch.tokens)], []
+    for block in module.blocks:
+        middles.append(states[-1] + block.attention(states[-1], context))
+        states.append(middles[-1] + block.ffn(middles[-1], context))
+    return states, middles
+
+
 def _replaced(
-    parent: Transformer, layer: int, kind: str, unit: Subblock, x: Tensor, context: Context
+    block: Block, kind: str, unit: Subblock | Block, x: Tensor, middle: Tensor, context: Context
 ) -> Tensor:
-    block = parent.blocks[layer]
-    attention, ffn = (unit, block.ffn) if kind == "attention" else (block.attention, unit)
-    x = x + attention(x, context)
-    return x + ffn(x, context)
-
-
-def _measure(parent: Transformer, x: Tensor, logits: Tensor, batch: Batch) -> dict[str, float]:
-    hidden, weight = parent.norm(x).flatten(0, 1), batch.weight.flatten()
-    found = token_statistics(hidden, parent.head, logits.__getitem__, batch.labels.flatten())
-    sums = {key: float(values @ weight) for key, values in found.items()}
-    return sums | {"weight": float(weight.sum())}
+    if kind == "block":
+        return unit(x, context)
+    if kind == "attention":
+        middle = x + unit(x, context)
+        return middle + block.ffn(middle, context)
+    return middle + unit(middle, context)
 
 
 def load_units(library: Path, parent: Transformer, space: Space) -> Units:
-    """Every replacement of the space, trained; `noop` included."""
-    return {
+    """Every replacement of the space, trained; `noop` included, and pairs trained together."""
+    units: Units = {
         key: load_unit(library, parent.config, *key).requires_grad_(False)
         for key in space.replacements()
     }
+    for layer, attention, ffn in space.pairs:
+        block = load_pair(library, parent.config, layer, attention, ffn)
+        units[layer, "block", join(attention, ffn)] = block.requires_grad_(False)
+    return units
+
+
+def score_given(
+    parent: Transformer,
+    current: Transformer,
+    units: Units,
+    batches: Sequence[Batch],
+    tell: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """(`current`'s own metrics against the parent, the change that each unit alone makes to them).
+
+    The rows are those of `score_all` where `current` is the parent. What stands in a place
+    already changes nothing, so a unit that is there needs no row.
+    """
+    totals: dict[tuple, dict[str, float]] = {}
+    for batch in batches:
+        _accumulate(totals, score_batch(parent, units, batch, tell, current).items())
+    own = {metric: totals[()][metric] / totals[()]["weight"] for metric in METRICS}
+    return own, _rows(totals)
 
 
 def score_all(
     parent: Transformer, units: Units, batches: Sequence[Batch], run: Run
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Rows {layer, kind, word, kl, lm_loss, agreement, tokens}; means over all tokens.
 
     Finished batches are kept in the run's state, so a killed scoring goes on where it was.
@@ -106,11 +197,15 @@ def score_all(
                 bar.advance(len(units), 0)
             else:
                 _score(done, parent, units, batch, bar)
-            for key, sums in json.loads(done.read_text()):
-                known = totals.setdefault(tuple(key), dict.fromkeys(sums, 0.0))
-                for metric, value in sums.items():
-                    known[metric] += value
+            _accumulate(totals, ((tuple(k), v) for k, v in json.loads(done.read_text())))
     return _rows(totals)
+
+
+def _accumulate(totals: dict[tuple, dict[str, float]], found: Iterable[tuple]) -> None:
+    for key, sums in found:
+        known = totals.setdefault(key, dict.fromkeys(sums, 0.0))
+        for metric, value in sums.items():
+            known[metric] += value
 
 
 def _score(done: Path, parent: Transformer, units: Units, batch: Batch, bar: Progress) -> None:
@@ -119,14 +214,18 @@ def _score(done: Path, parent: Transformer, units: Units, batch: Batch, bar: Pro
     atomic_write(done, json.dumps([[list(key), value] for key, value in found.items()]))
 
 
-def _rows(totals: dict[tuple, dict[str, float]]) -> list[dict[str, object]]:
-    own = totals.pop(())
+def _rows(totals: dict[tuple, dict[str, float]]) -> list[dict[str, Any]]:
+    own = totals[()]
     tokens = own["weight"]
     rows = []
-    for (layer, kind, word), sums in totals.items():
-        means = {metric: sums[metric] / tokens for metric in METRICS}
-        means["lm_loss"] -= own["lm_loss"] / tokens
-        rows.append({"layer": layer, "kind": kind, "word": word, **means, "tokens": int(tokens)})
+    for key, sums in totals.items():
+        if key:
+            # The parent's own agreement is 1; all else is told as a change.
+            less = {**own, "agreement": 0.0}
+            means = {metric: (sums[metric] - less[metric]) / tokens for metric in METRICS}
+            layer, kind, word = key
+            place = {"layer": layer, "kind": kind, "word": word}
+            rows.append({**place, **means, "tokens": int(tokens)})
     return rows
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from tessera.model.config import KINDS
 from tessera.model.context import Context
-from tessera.puzzle.library import BlockLibrary, assemble, load_unit, save_library
-from tessera.puzzle.score import load_units, score_batch
-from tessera.puzzle.space import SpaceConfig, build_space
+from tessera.puzzle.library import BlockLibrary, assemble, load_unit, pair_path, save_library
+from tessera.puzzle.score import load_units, score_batch, score_given
+from tessera.puzzle.space import SpaceConfig, build_space, join
 from tessera.puzzle.surgery import collect_statistics
 from tests.toy import toy_batch, toy_model
 
@@ -35,7 +39,63 @@ def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
             log_q = F.log_softmax(swapped.logits(swapped(batch.tokens, context())), -1)
         kl = ((log_p.exp() * (log_p - log_q)).sum(-1) * batch.weight).sum()
         torch.testing.assert_close(found[layer, kind, word]["kl"], kl.item(), rtol=1e-4, atol=1e-5)
-    assert found[()]["kl"] == 0
+        cosine = 1 - F.cosine_similarity(
+            swapped(batch.tokens, context()), parent(batch.tokens, context()), dim=-1
+        )
+        own = (cosine * batch.weight).sum().item()
+        torch.testing.assert_close(found[layer, kind, word]["cosine"], own, rtol=1e-4, atol=1e-5)
+        loss = -log_q.gather(-1, batch.labels[..., None]).squeeze(-1)
+        own = (loss * batch.weight).sum().item()
+        torch.testing.assert_close(found[layer, kind, word]["lm_loss"], own, rtol=1e-4, atol=1e-5)
+    assert abs(found[()]["kl"]) < 1e-5 * found[()]["weight"]
+    assert found[()]["agreement"] == found[()]["weight"]
+
+
+def test_scores_given_an_architecture_are_changes_to_it(tmp_path):
+    parent, space, library = _library(tmp_path)
+    units, batches = load_units(library, parent, space), [toy_batch(2), toy_batch(3)]
+    words = [("gqa-2", "noop"), ("noop", "swiglu-24"), parent.config.words[2]]
+    current = assemble(toy_model(), library, words).requires_grad_(False)
+    own, rows = score_given(parent, current, units, batches)
+    assert own["kl"] > 0
+    table = {(row["layer"], row["kind"], row["word"]): row for row in rows}
+    assert abs(table[1, "ffn", "swiglu-24"]["kl"]) < 1e-6  # it stands there already
+    words[2] = ("linear", words[2][1])
+    after = assemble(toy_model(), library, words).requires_grad_(False)
+    change = score_given(parent, after, {}, batches)[0]["kl"] - own["kl"]
+    assert abs(table[2, "attention", "linear"]["kl"] - change) < 1e-5
+
+
+def test_scores_given_the_parent_are_replace_one_scores(tmp_path):
+    parent, space, library = _library(tmp_path)
+    units, batch = load_units(library, parent, space), toy_batch(2)
+    _, rows = score_given(parent, parent, units, [batch])
+    found = score_batch(parent, units, batch)
+    for row in rows:
+        sums = found[row["layer"], row["kind"], row["word"]]
+        assert abs(row["kl"] - sums["kl"] / sums["weight"]) < 1e-6
+        assert row["agreement"] == sums["agreement"] / sums["weight"]
+
+
+def test_a_pair_stands_for_both_words(tmp_path):
+    """A pair saved from the two trained words scores, and assembles, as those two together."""
+    parent, space, library = _library(tmp_path)
+    words = ("gqa-1", "swiglu-24")
+    block = copy.deepcopy(parent.blocks[1])
+    for kind, word in zip(KINDS, words, strict=True):
+        setattr(block, kind, load_unit(library, parent.config, 1, kind, word))
+    path = pair_path(library, 1, *words)
+    path.parent.mkdir(parents=True)
+    save_file(block.state_dict(), path)
+    paired = replace(space, pairs=((1, *words),))
+    batch = toy_batch(2)
+    found = score_batch(parent, load_units(library, parent, paired), batch)
+    architecture = list(parent.config.words)
+    architecture[1] = words
+    child = assemble(toy_model(), library, architecture).requires_grad_(False)
+    whole = score_batch(parent, {}, batch, current=child)[()]
+    for metric, value in whole.items():
+        assert abs(found[1, "block", join(*words)][metric] - value) < 1e-3
 
 
 def test_an_architecture_of_parent_words_is_the_parent_bit_for_bit(tmp_path):
