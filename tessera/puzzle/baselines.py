@@ -1,9 +1,10 @@
-"""The two simple methods a search has to beat, at the same budget.
+"""The three simple methods a search has to beat, at the same budget.
 
 `uniform_width`: every FFN cut to one width (Minitron's width pruning without its head cuts).
 `dropped_layers`: whole layers removed, least block influence first (ShortGPT; Minitron §depth).
+`dropped_attention`: attention removed, least replace-one damage first; every FFN stays.
 
-Both are coarse: a layer of five is a fifth of the model. Each returns the architecture nearest to
+All are coarse: a layer of five is a fifth of the model. Each returns the architecture nearest to
 the budget, which may lie on either side of it; the comparison measures the speed it has.
 """
 
@@ -36,17 +37,30 @@ def dropped_layers(
     costs: CostTable,
 ) -> Architecture:
     """The parent without its n least influential layers, n nearest to the constraints."""
-    order = sorted(range(len(influence)), key=influence.__getitem__)
+    return _nearest(_dropped(parent, influence, ("noop", "noop")), constraints, parent, costs)
 
-    def candidates() -> Iterator[Architecture]:
-        for count in range(len(order)):
-            gone = set(order[:count])
-            yield [
-                ("noop", "noop") if layer in gone else words
-                for layer, words in enumerate(parent.words)
-            ]
 
-    return _nearest(candidates(), constraints, parent, costs)
+def dropped_attention(
+    constraints: Mapping[str, float | str],
+    parent: ModelConfig,
+    damage: Sequence[float],
+    costs: CostTable,
+) -> Architecture:
+    """The parent without the n attentions whose removal does least damage, n as above."""
+    return _nearest(_dropped(parent, damage, ("noop", None)), constraints, parent, costs)
+
+
+def _dropped(
+    parent: ModelConfig, ranking: Sequence[float], left: tuple[str | None, str | None]
+) -> Iterator[Architecture]:
+    """The parent's words with `left` in its n lowest-ranking layers; None keeps what is there."""
+    order = sorted(range(len(ranking)), key=ranking.__getitem__)
+    for count in range(len(order)):
+        gone = set(order[:count])
+        yield [
+            (left[0] or words[0], left[1] or words[1]) if layer in gone else words
+            for layer, words in enumerate(parent.words)
+        ]
 
 
 def _nearest(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from tessera.model.config import KINDS, ModelConfig
 from tessera.model.servable import ENGINES, known, refusals
 from tessera.model.weights import load_config
-from tessera.puzzle.baselines import Architecture, dropped_layers, uniform_width
+from tessera.puzzle.baselines import Architecture, dropped_attention, dropped_layers, uniform_width
 from tessera.puzzle.constraints import NAMES, budgets, check
 from tessera.puzzle.cost_table import CostTable, read_costs
 from tessera.puzzle.infeasible import explain
@@ -29,8 +29,9 @@ from tessera.run import Run, read_json, read_table
 class SearchConfig(BaseModel):
     """What to minimise, and what serving may cost.
 
-    `method`: the integer program, or one of the two baselines it is compared with, at the same
-    budget: one FFN width everywhere, or whole layers dropped by block influence.
+    `method`: the integer program, or one of the baselines it is compared with, at the same budget:
+    one FFN width everywhere, whole layers dropped by block influence, or attention dropped by the
+    score of its removal.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,7 +39,7 @@ class SearchConfig(BaseModel):
     constraints: dict[str, float | str]
     minimize: Literal["kl", "lm_loss"] = "kl"
     servable: tuple[str, ...] = ()  # engines that must load the child: "vllm", "llama.cpp", …
-    method: Literal["mip", "uniform", "dropped"] = "mip"
+    method: Literal["mip", "uniform", "dropped", "dropped-attention"] = "mip"
     time_limit: float = Field(default=60.0, gt=0)
     solutions: int = Field(default=1, ge=1)  # how many diverse ones, for a race to choose from
     overlap: float = Field(default=0.8, gt=0, lt=1)  # share of places two of them may agree in
@@ -187,6 +188,18 @@ def _told(own: Mapping[str, float], parent: Mapping[str, float], solution: Solut
     return f"{told}; score {solution.score:.4f}, gap {solution.gap:.1e}, {solution.seconds:.2f} s"
 
 
+def removal_scores(scores: Sequence[Mapping], layers: int, metric: str) -> list[float]:
+    """The score of removing each layer's attention; SearchError where the space has no `noop`."""
+    found = {r["layer"]: float(r[metric]) for r in scores if r["kind"] == "attention"
+             and r["word"] == "noop"}  # fmt: skip
+    if len(found) < layers:
+        raise SearchError(
+            'method = "dropped-attention" needs the word noop for the attention of every layer; '
+            "add it to the space of the [bld] table"
+        )
+    return [found[layer] for layer in range(layers)]
+
+
 def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `search`: write `tables/architecture.json`, the child's words and what is promised."""
     parent = load_config(inputs["parent"])
@@ -198,6 +211,9 @@ def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
         found = search(config, parent, space, scores, costs)
     elif config.method == "uniform":
         found = [(uniform_width(config.constraints, parent, space, costs), None)]
+    elif config.method == "dropped-attention":
+        damage = removal_scores(scores, len(space.layers), config.minimize)
+        found = [(dropped_attention(config.constraints, parent, damage, costs), None)]
     else:
         influence = read_json(inputs["scores"], "block_influence")
         found = [(dropped_layers(config.constraints, parent, influence, costs), None)]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from tessera.puzzle.baselines import dropped_layers, uniform_width
+from tessera.puzzle.baselines import dropped_attention, dropped_layers, uniform_width
 from tessera.puzzle.cost import CostConfig, cost_rows
 from tessera.puzzle.cost_table import CostTable
 from tessera.puzzle.space import SpaceConfig, build_space
@@ -30,6 +30,14 @@ def test_the_least_influential_layers_go_first_and_no_more_than_needed():
     kept = [("noop", "noop") if layer in (1, 2) else PARENT.words[layer] for layer in range(4)]
     budget = {"parameters": costs.total(kept)["parameters"]}
     assert dropped_layers(budget, PARENT, [0.9, 0.2, 0.1, 0.5], costs) == kept
+
+
+def test_the_attentions_that_matter_least_go_first_and_every_ffn_stays():
+    costs = _costs()
+    gone = (0, 2)
+    kept = [("noop" if layer in gone else a, f) for layer, (a, f) in enumerate(PARENT.words)]
+    budget = {"kv_bytes_per_token": costs.total(kept)["kv_bytes_per_token"]}
+    assert dropped_attention(budget, PARENT, [0.1, 0.9, 0.2, 0.5], costs) == kept
 
 
 def test_what_cannot_be_reached_is_approached():
