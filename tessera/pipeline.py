@@ -35,7 +35,7 @@ _ROWS = (
         "search",
         "tessera.puzzle.search",
         "SearchConfig",
-        ("parent", "scores", "costs"),
+        ("parent", "scores", "costs", "library?", "data?"),
         "architecture",
     ),
     Stage(

@@ -18,6 +18,7 @@ from tessera.model.config import KINDS, ModelConfig
 from tessera.model.servable import ENGINES, known, refusals
 from tessera.model.weights import load_config
 from tessera.puzzle.baselines import Architecture, dropped_attention, dropped_layers, uniform_width
+from tessera.puzzle.conditional import ConditionalConfig, Rescorer, tighten
 from tessera.puzzle.constraints import NAMES, budgets, check
 from tessera.puzzle.cost_table import CostTable, read_costs
 from tessera.puzzle.infeasible import explain
@@ -40,6 +41,7 @@ class SearchConfig(BaseModel):
     minimize: Literal["kl", "lm_loss"] = "kl"
     servable: tuple[str, ...] = ()  # engines that must load the child: "vllm", "llama.cpp", …
     method: Literal["mip", "uniform", "dropped", "dropped-attention"] = "mip"
+    conditional: ConditionalConfig | None = None  # one more architecture, by scores that follow it
     time_limit: float = Field(default=60.0, gt=0)
     solutions: int = Field(default=1, ge=1)  # how many diverse ones, for a race to choose from
     overlap: float = Field(default=0.8, gt=0, lt=1)  # share of places two of them may agree in
@@ -64,13 +66,17 @@ _KEPT = {"attention left": ("attention", "gqa-"), "FFNs left": ("ffn", "swiglu-"
 def options_of(
     space: Space, scores: Sequence[Mapping], costs: CostTable, metric: str
 ) -> list[Option]:
-    """Every word at every place, and every pair trained together; the parent's own score 0."""
+    """Every word at every place, and every pair trained together.
+
+    The parent's own words score 0 where `scores` have no row of theirs.
+    """
     table = {(r["layer"], r["kind"], r["word"]): r[metric] for r in scores}
     found = []
     for layer in range(len(space.layers)):
         for kind in KINDS:
             for i, word in enumerate(space.words(layer, kind)):
-                score = 0.0 if i == 0 else float(table[layer, kind, word])
+                key = (layer, kind, word)
+                score = float(table.get(key, 0.0) if i == 0 else table[key])
                 found.append(Option(layer, kind, word, score, _costs(costs, {kind: word})))
     for layer, attention, ffn in space.pairs:
         word, both = join(attention, ffn), {"attention": attention, "ffn": ffn}
@@ -105,12 +111,18 @@ def search(
     space: Space,
     scores: Sequence[Mapping],
     costs: CostTable,
+    share: float = 1.0,
 ) -> list[tuple[Architecture, Solution]]:
     """The best architectures, best first: words, and the solver's proof.
 
-    Fewer than `config.solutions` where the space holds no more that differ enough.
+    Fewer than `config.solutions` where the space holds no more that differ enough. `share` below 1
+    holds them only to limits that far on the way from the parent's own cost to what was asked.
     """
     limits = budgets(config.constraints, costs, parent.words)
+    if share < 1:
+        own = costs.total(parent.words)
+        spent = {column: own[column] - costs.base[column] for column in limits}
+        limits = {c: spent[c] + share * (most - spent[c]) for c, most in limits.items()}
     pairs = forbidden_pairs(space, parent, config.servable)
     refused_pairs = {(layer, a, f) for layer, found in enumerate(pairs) for a, f in found}
     # Two words that were trained together are never those two trained apart.
@@ -188,6 +200,27 @@ def _told(own: Mapping[str, float], parent: Mapping[str, float], solution: Solut
     return f"{told}; score {solution.score:.4f}, gap {solution.gap:.1e}, {solution.seconds:.2f} s"
 
 
+def conditional_search(
+    config: SearchConfig, space: Space, scores: Sequence[Mapping], costs: CostTable, inputs: dict
+) -> Architecture:
+    """One architecture, by scores measured anew around what each step of it left."""
+    assert config.conditional is not None
+    for need in ("library", "data"):
+        if inputs[need] is None:
+            raise SearchError(f"search.conditional assembles what it scores: it needs a {need} run")
+    rescore = Rescorer.load(
+        config.conditional, inputs["parent"], inputs["library"], inputs["data"], space
+    )
+    single = config.model_copy(update={"solutions": 1})
+    parent = rescore.parent.config
+
+    def solve_at(rows: Sequence[Mapping], share: float) -> Architecture:
+        return search(single, parent, space, rows, costs, share)[0][0]
+
+    *_, words = tighten(config.conditional.rounds, scores, solve_at, rescore)
+    return [(attention, ffn) for attention, ffn in words]
+
+
 def removal_scores(scores: Sequence[Mapping], layers: int, metric: str) -> list[float]:
     """The score of removing each layer's attention; SearchError where the space has no `noop`."""
     found = {r["layer"]: float(r[metric]) for r in scores if r["kind"] == "attention"
@@ -208,7 +241,10 @@ def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
     (costs,) = read_costs(inputs["costs"]).at(None).values()
     scenario = costs.scenario
     if config.method == "mip":
-        found = search(config, parent, space, scores, costs)
+        found: list[tuple[Architecture, Solution | None]] = []
+        found += search(config, parent, space, scores, costs)
+        if config.conditional:
+            found.append((conditional_search(config, space, scores, costs, inputs), None))
     elif config.method == "uniform":
         found = [(uniform_width(config.constraints, parent, space, costs), None)]
     elif config.method == "dropped-attention":
@@ -222,7 +258,7 @@ def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
     common = {"parent": costs.total(parent.words), "scenario": scenario.model_dump()}
     results = [
         {
-            "method": config.method,
+            "method": "conditional" if config.method == "mip" and not solution else config.method,
             "words": words,
             "predicted": costs.total(words),
             **({"score": solution.score, "gap": solution.gap} if solution else {}),

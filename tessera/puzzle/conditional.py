@@ -1,0 +1,118 @@
+"""Scores given what is gone already: a sequence of small searches instead of one large one.
+
+    for r = 1 … R:   c_w = KL(architecture with w alone swapped in) - KL(architecture)
+                     architecture = the integer program's answer under limits r/R of the way
+
+Replace-one scores add up only while few blocks change: layers that are each dispensable alone
+may not be together. So the limits are tightened in R steps from the parent's own cost to what was
+asked, and every word is scored anew around what the step before left. A word that was taken may
+be given back. R = 1 is the plain search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tessera.data.batch import Batch
+from tessera.data.documents import heldout
+from tessera.model.config import KINDS
+from tessera.model.transformer import Transformer
+from tessera.model.weights import load_model
+from tessera.puzzle.library import assemble
+from tessera.puzzle.score import Units, load_units, score_given
+from tessera.puzzle.space import Space, join
+
+Words = Sequence[tuple[str, str]]
+Rows = Sequence[Mapping]
+
+
+class ConditionalConfig(BaseModel):
+    """In how many steps the limits are tightened, and on how many tokens each is scored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rounds: int = Field(default=4, ge=1)
+    tokens: int = Field(default=4096, ge=1)
+    microbatch_tokens: int = Field(default=2048, ge=1)
+    sequence_length: int = Field(default=256, ge=2)
+
+
+def tighten(
+    rounds: int,
+    rows: Rows,
+    solve_at: Callable[[Rows, float], Words],
+    rescore: Callable[[Words], Rows],
+) -> list[Words]:
+    """The architecture after each round; the last meets the limits.
+
+    rows: scores around the parent. solve_at(rows, share): the best words under limits that are
+    `share` of the way from the parent's cost. rescore(words): scores around that architecture.
+    """
+    found: list[Words] = []
+    for number in range(1, rounds + 1):
+        rows = rescore(found[-1]) if found else rows
+        found.append(solve_at(rows, number / rounds))
+    return found
+
+
+@dataclass(frozen=True)
+class Rescorer:
+    """Scores of a whole library around any architecture of its space."""
+
+    path: Path
+    library: Path
+    space: Space
+    parent: Transformer
+    units: Units
+    batches: Sequence[Batch]
+
+    @classmethod
+    def load(
+        cls, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
+    ) -> Rescorer:
+        """parent, library and data: finished runs (parent may be a model directory)."""
+        module = load_model(parent, frozen=True)
+        units = load_units(library / "library", module, space)
+        for layer, block in enumerate(module.blocks):  # what was taken may be given back
+            for kind in KINDS:
+                units[layer, kind, space.words(layer, kind)[0]] = getattr(block, kind)
+        batches = heldout(
+            data,
+            sequence_length=config.sequence_length,
+            microbatch_tokens=config.microbatch_tokens,
+            tokens=config.tokens,
+        )
+        return cls(parent, library / "library", space, module, units, batches)
+
+    def __call__(self, words: Words) -> Rows:
+        """Rows like those of `scores.jsonl`, the parent's own words among them."""
+        _, rows = self.measure(words)
+        return rows
+
+    def measure(self, words: Words) -> tuple[dict[str, float], Rows]:
+        """(the assembled architecture's own metrics, the change each word makes to them)."""
+        module = load_model(self.path, frozen=True)
+        current = assemble(module, self.library, words).requires_grad_(False)
+        standing = {(layer, kind, word) for layer, kind, word in _places(words, self.space)}
+        swaps = {key: unit for key, unit in self.units.items() if key not in standing}
+        own, rows = score_given(self.parent, current, swaps, self.batches)
+        still = [
+            {"layer": layer, "kind": kind, "word": word, **dict.fromkeys(own, 0.0)}
+            for layer, kind, word in standing
+        ]
+        return own, [*rows, *still]
+
+
+def _places(words: Words, space: Space) -> list[tuple[int, str, str]]:
+    """What an architecture holds in each place; a pair trained together is one thing."""
+    found = []
+    for layer, pair in enumerate(words):
+        if (layer, *pair) in space.pairs:
+            found.append((layer, "block", join(*pair)))
+        else:
+            found += [(layer, kind, word) for kind, word in zip(KINDS, pair, strict=True)]
+    return found
