@@ -29,6 +29,7 @@ _ROWS = (
     Stage("data", "tessera.data.prepare", "DataConfig", ("model=",), "data", paths=("files",)),
     Stage("parent", "tessera.objectives.lm", "ParentConfig", ("data?",), "model", paths=("path",)),
     Stage("bld", "tessera.objectives.bld", "BLDConfig", ("parent", "data"), "library"),
+    Stage("merge", "tessera.puzzle.library", "MergeConfig", ("libraries*",), "library", "merge"),
     Stage("score", "tessera.puzzle.score", "ScoreConfig", ("parent", "library", "data"), "scores"),
     Stage("cost", "tessera.puzzle.cost", "CostConfig", ("parent", "library"), "costs"),
     Stage(

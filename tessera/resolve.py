@@ -20,7 +20,13 @@ from tessera.run import Manifest, fingerprint_path, read_manifest, run_fingerpri
 Input = Path | list[Path] | None
 Action = Literal["run", "resume", "skip", "redo", "changed"]
 _NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock"}
-_KINDS = {"parent": "model", "teacher": "model", "models": "model", "searches": "architecture"}
+KINDS = {
+    "parent": "model",
+    "teacher": "model",
+    "models": "model",
+    "searches": "architecture",
+    "libraries": "library",
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def resolve_inputs(
     inputs: dict[str, Input] = {}
     for mark in stage.needs:
         need = mark.rstrip("?=*")
-        kind = _KINDS.get(need, need)
+        kind = KINDS.get(need, need)
         given = spec.table.get(need)
         where = f"{spec.name}.{need}"
         if mark.endswith("*"):

@@ -1,16 +1,18 @@
 """The block library: trained subblocks on disk, one safetensors file a word, and a model from them.
 
     library/03/ffn/swiglu-256.safetensors
-    library/03/block/gqa-2+swiglu-256.safetensors       two words trained together
+    library/03/block/gqa-2+swiglu-256.safetensors      two subblocks trained together
 
-A library can be trained by layer range on several machines and merged by copying files. Words
-of the parent and `noop` have no file. `assemble` builds any architecture; one of parent words
-is the parent, bit for bit. Where a library holds a pair, those two words mean its weights.
+Words of the parent and `noop` have no file. `assemble` builds any architecture; one of parent
+words is the parent, bit for bit. Where the library holds a pair, those two words at that layer
+mean the pair's weights. Libraries of several layer ranges merge by copying files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import filecmp
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,13 +20,15 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save
 from torch import nn
 
-from tessera.model.config import KINDS, BlockConfig, ModelConfig, NoOp, name, parse_kind
+from tessera.model.config import KINDS, BlockConfig, ModelConfig, name, parse_kind
 from tessera.model.layers import Subblock
 from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model, resolve, save_model
-from tessera.puzzle.space import Space, join
+from tessera.puzzle.space import Space, join, read_space, split, write_space
 from tessera.puzzle.surgery import ParentStatistics, cut
-from tessera.run import Run, atomic_write, read_json
+from tessera.run import Run, atomic_write, read_json, read_manifest
+
+Key = tuple[int, str, str]  # layer; attention, ffn or block; word
 
 
 class LibraryError(ValueError):
@@ -32,36 +36,51 @@ class LibraryError(ValueError):
 
 
 class BlockLibrary(nn.ModuleDict):
-    """Every trainable unit of a space, keyed `03/ffn/swiglu-256`."""
+    """Trainable units of a space, keyed `03/ffn/swiglu-256`; pairs are of kind `block`."""
 
     @classmethod
     def from_parent(
-        cls, parent: Transformer, space: Space, statistics: ParentStatistics
+        cls,
+        parent: Transformer,
+        space: Space,
+        statistics: ParentStatistics,
+        only: Collection[Key] | None = None,
     ) -> BlockLibrary:
-        """All units with weights cut from the parent; `noop` needs none and has none."""
+        """All units (or `only` these) with weights cut from the parent; `noop` has none."""
         library = cls()
-        for layer, kind, word in space.replacements():
-            variant = parse_kind(kind, word)
-            if isinstance(variant, NoOp):
-                continue
+        for layer, kind, word in trainable_units(space) if only is None else only:
             source = getattr(parent.blocks[layer], kind)
             importance = statistics.channel_importance[layer] if kind == "ffn" else None
             scale = statistics.linear_scale[kind][layer]
-            unit = cut(source, parent.config, variant, importance, scale)
+            unit = cut(source, parent.config, parse_kind(kind, word), importance, scale)
             library[unit_key(layer, kind, word)] = unit
         return library.requires_grad_()
 
-    def units(self, layer: int, kind: str) -> Iterator[tuple[str, Subblock]]:
-        """(word, subblock) of one layer and kind."""
+    @property
+    def last_layer(self) -> int:
+        """The deepest layer that has a unit here; -1 where there is none."""
+        return max((int(key.split("/")[0]) for key in self), default=-1)
+
+    def units(self, layer: int, kind: str) -> Iterator[tuple[str, nn.Module]]:
+        """(word, Subblock, or Block for kind `block`) of one layer and kind."""
         prefix = unit_key(layer, kind, "")
         for key, unit in self.items():
             if key.startswith(prefix):
-                assert isinstance(unit, Subblock)
                 yield key.removeprefix(prefix), unit
+
+
+def trainable_units(space: Space) -> list[Key]:
+    """(layer, kind, word) of every replacement that has weights, by layer."""
+    return [key for key in space.replacements() if key[2] != "noop"]
 
 
 def unit_key(layer: int, kind: str, word: str) -> str:
     return f"{layer:02d}/{kind}/{word}"
+
+
+def unit_file(directory: Path, key: Key) -> Path:
+    """Where a library directory keeps a unit."""
+    return directory / f"{unit_key(*key)}.safetensors"
 
 
 def save_library(library: BlockLibrary, directory: Path) -> None:
@@ -73,43 +92,53 @@ def save_library(library: BlockLibrary, directory: Path) -> None:
         atomic_write(path, save(tensors))
 
 
-def load_unit(directory: Path, config: ModelConfig, layer: int, kind: str, word: str) -> Subblock:
-    """One subblock from a library directory; `noop` is made without a file.
+def load_unit(
+    directory: Path, config: ModelConfig, layer: int, kind: str, word: str
+) -> Subblock | Block:
+    """One unit from a library directory: a Subblock, or a Block for kind `block`.
 
-    Raises LibraryError naming what the library does hold at that layer.
+    A `noop` is made without a file. Raises LibraryError naming what the library holds there.
     """
-    unit = Subblock(config, parse_kind(kind, word))
-    if isinstance(unit.variant, NoOp):
+    unit = _empty(config, kind, word)
+    if word == "noop":
         return unit
-    path = directory / f"{unit_key(layer, kind, word)}.safetensors"
+    path = unit_file(directory, (layer, kind, word))
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
         raise LibraryError(
             f"the library {directory} has no {word} for layer {layer} ({kind}); it holds "
             f"{', '.join(known) or 'nothing there'}. Add the word to bld.space, or merge the "
-            "library that holds it by copying its files."
+            "library that holds it: [merge] libraries = [...]."
         )
     unit.load_state_dict(load_file(path))
     return unit
 
 
-def load_pair(directory: Path, config: ModelConfig, layer: int, attention: str, ffn: str) -> Block:
-    """The block of two words that were trained together. Raises LibraryError where it is not."""
-    path = pair_path(directory, layer, attention, ffn)
-    if not path.exists():
-        known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
-        raise LibraryError(
-            f"the library {directory} has no pair {path.stem} for layer {layer}; it holds "
-            f"{', '.join(known) or 'none there'}"
-        )
+def _empty(config: ModelConfig, kind: str, word: str) -> Subblock | Block:
+    if kind != "block":
+        return Subblock(config, parse_kind(kind, word))
+    attention, ffn = split(word)
     variants = parse_kind("attention", attention), parse_kind("ffn", ffn)
-    block = Block(config, BlockConfig(*variants))  # type: ignore[arg-type]
-    block.load_state_dict(load_file(path))
-    return block
+    return Block(config, BlockConfig(*variants))  # type: ignore[arg-type]
 
 
-def pair_path(directory: Path, layer: int, attention: str, ffn: str) -> Path:
-    return directory / f"{unit_key(layer, 'block', join(attention, ffn))}.safetensors"
+def load_pair(
+    parent: Transformer, directory: Path, layer: int, words: Sequence[str]
+) -> dict[str, Subblock]:
+    """What changes in one layer, by kind: of the pair where the library has it, else of each word.
+
+    The parent's own word changes only where it was trained together with the other.
+    """
+    word = join(*words)
+    if unit_file(directory, (layer, "block", word)).exists():
+        block = load_unit(directory, parent.config, layer, "block", word)
+        assert isinstance(block, Block)
+        return {"attention": block.attention, "ffn": block.ffn}
+    found = {}
+    for kind, word in zip(KINDS, words, strict=True):
+        if word != name(getattr(parent.blocks[layer], kind).variant):
+            found[kind] = load_unit(directory, parent.config, layer, kind, word)
+    return found
 
 
 @torch.no_grad()
@@ -119,16 +148,9 @@ def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]
         raise LibraryError(
             f"the architecture has {len(words)} layers and the parent {len(parent.blocks)}"
         )
-    for layer, (attention, ffn) in enumerate(words):
-        if pair_path(directory, layer, attention, ffn).exists():
-            block = load_pair(directory, parent.config, layer, attention, ffn)
-            parent.replace(layer, "attention", block.attention)
-            parent.replace(layer, "ffn", block.ffn)
-            continue
-        for kind, word in zip(KINDS, (attention, ffn), strict=True):
-            if word != name(getattr(parent.blocks[layer], kind).variant):
-                unit = load_unit(directory, parent.config, layer, kind, word)
-                parent.replace(layer, kind, unit)
+    for layer, pair in enumerate(words):
+        for kind, unit in load_pair(parent, directory, layer, pair).items():
+            parent.replace(layer, kind, unit)
     return parent
 
 
@@ -145,3 +167,63 @@ def stage(config: ChildConfig, run: Run, inputs: dict[str, Path]) -> None:
     child = assemble(parent, inputs["library"] / "library", architecture["words"])
     save_model(child, run.model_path, tokenizer_from=resolve(inputs["parent"]))
     run.write_json("architecture", architecture)
+
+
+class MergeConfig(BaseModel):
+    """Nothing to set: `libraries` names the runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def merge(config: MergeConfig, run: Run, inputs: dict[str, list[Path]]) -> None:
+    """Stage `merge`: one library of several of the same parent, their files linked, not copied."""
+    libraries = inputs["libraries"]
+    _check_one_parent(libraries)
+    for library in libraries:
+        link_library(library / "library", run.path / "library")
+    write_space(union(read_space(library) for library in libraries), run)
+    run.inherit(libraries[0], "block_influence")
+
+
+def union(spaces: Iterable[Space]) -> Space:
+    """Every word and pair of several spaces of one parent, in the order they come."""
+    first, *others = spaces
+    layers = [[dict.fromkeys(words) for words in layer] for layer in first.layers]
+    pairs = dict.fromkeys(first.pairs)
+    for other in others:
+        for mine, theirs in zip(layers, other.layers, strict=True):
+            for own, words in zip(mine, theirs, strict=True):
+                own |= dict.fromkeys(words)
+        pairs |= dict.fromkeys(other.pairs)
+    return Space(tuple((tuple(a), tuple(f)) for a, f in layers), tuple(pairs))
+
+
+def _check_one_parent(libraries: Sequence[Path]) -> None:
+    parents = {path: read_manifest(path).inputs["parent"]["fingerprint"] for path in libraries}
+    strangers = [path.name for path in libraries if parents[path] != parents[libraries[0]]]
+    if strangers:
+        raise LibraryError(
+            f"{', '.join(strangers)} and {libraries[0].name} are made from different parents; "
+            "merge libraries of one parent"
+        )
+
+
+def link_library(source: Path, target: Path) -> None:
+    """Every unit of a library directory under `target` too, as a hard link, or as a copy.
+
+    Raises LibraryError where `target` holds other weights under the same name.
+    """
+    for file in sorted(source.rglob("*.safetensors")):
+        path = target / file.relative_to(source)
+        if path.exists():
+            if not filecmp.cmp(file, path, shallow=False):
+                raise LibraryError(
+                    f"{file} differs from {path}: two libraries trained the same word; give them "
+                    "layer ranges that do not overlap"
+                )
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, path)
+        except OSError:  # another file system, or one without hard links
+            atomic_write(path, file.read_bytes())

@@ -30,7 +30,7 @@ from tessera.model.matmul import multiply
 from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model
 from tessera.progress import Progress
-from tessera.puzzle.library import load_pair, load_unit
+from tessera.puzzle.library import load_unit
 from tessera.puzzle.space import Space, join, read_space, write_space
 from tessera.run import Run, atomic_write, read_json
 from tessera.train.losses import chunks
@@ -158,8 +158,8 @@ def load_units(library: Path, parent: Transformer, space: Space) -> Units:
         for key in space.replacements()
     }
     for layer, attention, ffn in space.pairs:
-        block = load_pair(library, parent.config, layer, attention, ffn)
-        units[layer, "block", join(attention, ffn)] = block.requires_grad_(False)
+        key = (layer, "block", join(attention, ffn))
+        units[key] = load_unit(library, parent.config, *key).requires_grad_(False)
     return units
 
 

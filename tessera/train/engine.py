@@ -53,7 +53,8 @@ class Trainer:
     """Runs `config.steps` optimizer steps of `objective` on `module` over `source`.
 
     `evaluate`, if given, is called with the module every `evaluate_every` steps and at the end;
-    its numbers join the step's line in metrics.jsonl.
+    its numbers join the step's line in metrics.jsonl. `part` = (i, n): the i-th of n trainings in
+    one run; its logged steps go on from those before, and its resume state is its own.
     """
 
     def __init__(
@@ -65,10 +66,14 @@ class Trainer:
         run: Run,
         evaluate: Callable[[], dict[str, float]] | None = None,
         evaluate_every: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.module, self.objective, self.source = module, objective, source
         self.config, self.run = config, run
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.before, self.steps_of_run = part[0] * config.steps, part[1] * config.steps
+        own = run.state_path / f"part-{part[0]}"
+        self.state_path = own if part[1] > 1 else run.state_path
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.groups = objective.groups(module)
         self.optimizer = build_optimizer(self.trainable.values(), config)
@@ -78,24 +83,24 @@ class Trainer:
 
         Ctrl-C and SIGTERM finish the step, save, and raise KeyboardInterrupt.
         """
-        start = load_state(self.run.state_path, self)
-        self.run.rewind(start)
+        start = load_state(self.state_path, self)
+        self.run.rewind(self.before + start)
         if start:
-            self.run.say(f"resuming after step {start} of {self.config.steps}")
+            self.run.say(f"resuming after step {self.before + start} of {self.steps_of_run}")
         self.module.train()
         saved = time.monotonic()
-        bar = Progress(self.run.name, self.config.steps, "tokens", quiet=self.run.quiet)
+        bar = Progress(self.run.name, self.steps_of_run, "tokens", quiet=self.run.quiet)
         with _stop_signal() as stopped, bar:
-            bar.advance(start, 0)
+            bar.advance(self.before + start, 0)
             for step in range(start, self.config.steps):
                 metrics, tokens = self.train_step(step)
                 last = step + 1 == self.config.steps
                 if self.evaluate and (last or self._due(step + 1)):
                     metrics |= self.evaluate()
-                self.run.log(step + 1, **metrics)
+                self.run.log(self.before + step + 1, **metrics)
                 bar.advance(1, tokens, loss=metrics["loss"])
                 if stopped() or time.monotonic() - saved > self.config.save_seconds:
-                    save_state(self.run.state_path, step + 1, self)
+                    save_state(self.state_path, step + 1, self)
                     saved = time.monotonic()
                 if stopped():
                     raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tessera.model.config import KINDS
 from tessera.model.context import Context
-from tessera.puzzle.library import BlockLibrary, assemble, load_unit, pair_path, save_library
+from tessera.puzzle.library import BlockLibrary, assemble, load_unit, save_library, unit_file
 from tessera.puzzle.score import load_units, score_batch, score_given
 from tessera.puzzle.space import SpaceConfig, build_space, join
 from tessera.puzzle.surgery import collect_statistics
@@ -84,7 +84,7 @@ def test_a_pair_stands_for_both_words(tmp_path):
     block = copy.deepcopy(parent.blocks[1])
     for kind, word in zip(KINDS, words, strict=True):
         setattr(block, kind, load_unit(library, parent.config, 1, kind, word))
-    path = pair_path(library, 1, *words)
+    path = unit_file(library, (1, "block", join(*words)))
     path.parent.mkdir(parents=True)
     save_file(block.state_dict(), path)
     paired = replace(space, pairs=((1, *words),))
