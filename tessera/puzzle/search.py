@@ -7,10 +7,10 @@ Throughput is linear by multiplying out: batch·new / seconds >= T  is  seconds 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -233,8 +233,15 @@ def removal_scores(scores: Sequence[Mapping], layers: int, metric: str) -> list[
     return [found[layer] for layer in range(layers)]
 
 
-def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
-    """Stage `search`: write `tables/architecture.json`, the child's words and what is promised."""
+def find(
+    config: SearchConfig, inputs: dict, say: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Every architecture that a search gives, best first, as rows of `tables/architectures.json`.
+
+    inputs: paths of the runs parent, scores, costs, and library and data or None. A row has
+    method, words, predicted and parent (every cost column, summed), scenario; score and gap
+    where the integer program gave it.
+    """
     parent = load_config(inputs["parent"])
     space = read_space(inputs["scores"])
     scores = read_table(inputs["scores"], "scores")
@@ -254,9 +261,9 @@ def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
         influence = read_json(inputs["scores"], "block_influence")
         found = [(dropped_layers(config.constraints, parent, influence, costs), None)]
     for words, solution in found:
-        run.say(_told(costs.total(words), costs.total(parent.words), solution))
+        say(_told(costs.total(words), costs.total(parent.words), solution))
     common = {"parent": costs.total(parent.words), "scenario": scenario.model_dump()}
-    results = [
+    return [
         {
             "method": "conditional" if config.method == "mip" and not solution else config.method,
             "words": words,
@@ -266,5 +273,10 @@ def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
         }
         for words, solution in found
     ]
+
+
+def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
+    """Stage `search`: write `tables/architecture.json`, the child's words and what is promised."""
+    results = find(config, inputs, run.say)
     run.write_json("architecture", results[0])
     run.write_json("architectures", results)
