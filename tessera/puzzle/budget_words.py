@@ -59,8 +59,8 @@ class Amount:
         """Another number in this unit, as a recipe would have it: `"34 ms"`, `12,400`."""
         if not self.unit:
             return f"{number:,.6g}"
-        space = "" if self.unit in ("x", *UNITS["count"]) else " "
-        return f'"{number:.6g}{space}{self.unit}"'
+        closed = self.unit == "x" or (self.unit in UNITS["count"] and self.factor > 1)  # B: bytes
+        return f'"{number:,.6g}{"" if closed else " "}{self.unit}"'
 
 
 def read_amount(name: str, given: float | str, dimension: str) -> Amount:

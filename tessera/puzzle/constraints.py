@@ -102,8 +102,8 @@ def check(constraints: Mapping[str, Asked]) -> None:
     for name, value in constraints.items():
         if name not in NAMES:
             raise ConstraintError(f"{name!r} is no cost; {nearest(name, NAMES)}")
-        if isinstance(value, bool):
-            raise ConstraintError(f"{name} = {value!r}: give a number or words, no truth value")
+        if isinstance(value, bool) or not isinstance(value, float | int | str):
+            raise ConstraintError(f"{name} = {value!r}: give a number, or words in quotes")
         read_fits(value) if name == "fits" else read_amount(name, value, COLUMNS[name][1])
 
 

@@ -56,9 +56,9 @@ def _way_out(case: Case, slack: Mapping[str, float]) -> str:
 
 def _change(one: Limit, share: float) -> str:
     """`13 % more`; of a rate, by how much it falls."""
-    if one.inverse:
-        return f"{100 * share / (1 + share):.2g} % less"
-    return f"{100 * share:.2g} % more"
+    percent = 100 * (share / (1 + share) if one.inverse else share)
+    told = f"{percent:,.0f}" if percent >= 10 else f"{percent:.2g}"
+    return f"{told} % {'less' if one.inverse else 'more'}"
 
 
 def nearest(one: Limit, total: float) -> str:

@@ -1,13 +1,15 @@
 """What a little more of each budget would buy: shadow prices, by solving again.
 
-Every budget is loosened and tightened by one percent and the search solved anew, over every batch:
-words are whole, so the honest price is a difference of two optima, and zero is an answer. The dual
-of the linear relaxation stands beside it as the price on average, with no steps in it.
+Every budget is loosened and tightened by one percent, and by ten where one changes nothing, and the
+search solved anew over every batch: words are whole, so the honest price is a difference of two
+optima, and zero is an answer. The dual of the linear relaxation stands beside it as the price on
+average, with no steps in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tessera.puzzle.candidates import KEEP, Candidates
@@ -16,7 +18,7 @@ from tessera.puzzle.constraints import Limit
 from tessera.puzzle.program import Infeasible, TimedOut, duals
 from tessera.puzzle.sweep import Effort, Found, best_of
 
-STEP = 0.01  # of a bound
+STEPS = (0.01, 0.1)  # of a bound
 _PROVED = 1e-6
 
 
@@ -25,59 +27,79 @@ def shadow_prices(
 ) -> list[dict[str, Any]]:
     """One row a budget of the recipe: what was asked and used, and what a step either way does.
 
-    `gain` is what a looser budget lowers the score by and `loss` what a tighter one raises it by;
-    None where the optimum was not proved, and for the loss where nothing meets the tighter one.
-    `step` and `price` (score a unit, of the relaxation) are in the unit of the budget.
+    `gain` is what a budget looser by `looser_by` lowers the score by, `loss` what one tighter by
+    `tighter_by` raises it by; None where an optimum was not proved, and for the loss where nothing
+    meets the tighter budget. Steps and `price` (score a unit, of the relaxation) are in the unit
+    of the budget.
     """
     dual = duals(candidates.options(found.case), found.case.room() | KEEP, candidates.forbidden(()))
     budgets = dict.fromkeys(one.budget for one in found.case.limits)
-    return [_row(candidates, cases, found, effort, budget, dual) for budget in budgets]
+    solver = _Again(candidates, cases, found, effort)
+    return [_row(solver, budget, dual) for budget in budgets]
 
 
-def _row(
-    candidates: Candidates,
-    cases: Sequence[Case],
-    found: Found,
-    effort: Effort,
-    budget: str,
-    dual: dict[str, float],
-) -> dict[str, Any]:
-    assert found.solution is not None
+@dataclass(frozen=True)
+class _Again:
+    """The search, to be solved again under another budget."""
+
+    candidates: Candidates
+    cases: Sequence[Case]
+    found: Found
+    effort: Effort
+
+    def change(self, budget: str, sign: int) -> tuple[float, float | None, bool]:
+        """(relative step, how the score changes, whether anything meets it): the first step that
+        matters, else the last."""
+        change: float | None = None
+        for step in STEPS:
+            scaled = [case.scaled(budget, 1 + sign * step) for case in self.cases]
+            change, possible = self._score(scaled)
+            if change is None or abs(change) > _PROVED:
+                return step, change, possible
+        return STEPS[-1], change, True
+
+    def _score(self, scaled: Sequence[Case]) -> tuple[float | None, bool]:
+        """(change of the optimum, if both are proved; whether there is any)."""
+        own = self.found.solution
+        assert own is not None
+        try:
+            solution = best_of(self.candidates, scaled, self.effort, set()).solution
+        except Infeasible:
+            return None, False
+        except TimedOut:
+            return None, True
+        assert solution is not None
+        proved = max(own.gap, solution.gap) < _PROVED
+        return (solution.score - own.score if proved else None), True
+
+
+def _row(solver: _Again, budget: str, dual: Mapping[str, float]) -> dict[str, Any]:
+    found = solver.found
     totals = found.case.totals(found.words)
     bounds = [one for one in found.case.limits if one.budget == budget]
     tight = max(bounds, key=lambda one: one.total(totals) / one.most)
-    score = found.solution.score if found.solution.gap < _PROVED else None
-    looser, _ = _score(candidates, cases, effort, budget, 1 + STEP)
-    tighter, possible = _score(candidates, cases, effort, budget, 1 - STEP)
+    up, gain, _ = solver.change(budget, 1)
+    down, loss, possible = solver.change(budget, -1)
     row = {
         "budget": budget,
         "asked": tight.asked,
         "unit": tight.amount.unit,
         "used": tight.number(tight.total(totals)),
-        "step": abs(tight.number(tight.most * (1 + STEP)) - tight.number(tight.most)),
-        "gain": None if score is None or looser is None else max(0.0, score - looser),
-        "loss": None if score is None or tighter is None else max(0.0, tighter - score),
+        "looser_by": _step(tight, 1 + up),
+        "gain": None if gain is None else max(0.0, -gain),
+        "tighter_by": _step(tight, 1 - down),
+        "loss": None if loss is None else max(0.0, loss),
         "tighter_possible": possible,
         "price": sum(dual[one.key] * _slope(one) for one in bounds),
     }
-    binds = not possible or any((row[side] or 0.0) > _PROVED for side in ("gain", "loss"))
-    row["binds"] = binds
+    matters = any(row[side] is None or row[side] > _PROVED for side in ("gain", "loss"))
+    row["binds"] = matters
     return row | {"told": _told(row, tight)}
 
 
-def _score(
-    candidates: Candidates, cases: Sequence[Case], effort: Effort, budget: str, factor: float
-) -> tuple[float | None, bool]:
-    """(the optimum under a budget scaled by a factor, if proved; whether there is any)."""
-    scaled = [case.scaled(budget, factor) for case in cases]
-    try:
-        solution = best_of(candidates, scaled, effort, set()).solution
-    except Infeasible:
-        return None, False
-    except TimedOut:
-        return None, True
-    assert solution is not None
-    return (solution.score if solution.gap < _PROVED else None), True
+def _step(one: Limit, factor: float) -> float:
+    """A relative step of the bound, in the unit of what the user wrote."""
+    return abs(one.number(one.most * factor) - one.number(one.most))
 
 
 def _slope(one: Limit) -> float:
@@ -86,29 +108,35 @@ def _slope(one: Limit) -> float:
     return one.unit / number**2 if one.inverse else one.unit
 
 
-def _told(row: dict[str, Any], one: Limit) -> str:
-    """`latency = "30 ms": 0.3 ms more would lower the score by 0.012; …`."""
+def _told(row: Mapping[str, Any], one: Limit) -> str:
+    """`latency = "30 ms" (29.1 ms used): 0.3 ms more would lower the score by 0.012; …`."""
     more, less = ("less", "more") if one.inverse else ("more", "less")
-    step = one.amount.told(float(f"{row['step']:.3g}")).strip('"')
+    used = "reached" if one.inverse else "used"
     asked = f'"{one.asked}"' if isinstance(one.asked, str) else f"{one.asked:,.6g}"
-    used = one.amount.told(float(f"{row['used']:.4g}")).strip('"')
-    head = f"{row['budget']} = {asked} ({used} used)"
+    head = f"{row['budget']} = {asked} ({_plain(one, row['used'])} {used})"
+    up, down = (_plain(one, row[side]) for side in ("looser_by", "tighter_by"))
     if not row["binds"]:
-        return f"{head}: does not bind; {step} {more} buys nothing, {step} {less} costs nothing"
-    return f"{head}: {step} {more} {_gain(row)}; {step} {less} {_loss(row)}"
+        return f"{head}: does not bind; {up} {more} buys nothing, {down} {less} costs nothing"
+    return f"{head}: {up} {more} {_gain(row)}, {down} {less} {_loss(row)}"
 
 
-def _gain(row: dict[str, Any]) -> str:
+def _plain(one: Limit, number: float) -> str:
+    """`0.3 ms`: three digits and the unit, no quotes."""
+    return one.amount.told(float(f"{number:.3g}")).strip('"')
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    price = f"{row['price']:.2g} per {row['unit'] or 'unit'}"
     if row["gain"] is None:
-        return f"was not solved in time (the relaxation's price: {row['price']:.3g} a unit)"
+        return f"was not solved in time (by the relaxation, {price})"
     if row["gain"] > _PROVED:
         return f"would lower the score by {row['gain']:.3g}"
-    return f"buys nothing yet (words are whole; {row['price']:.3g} a unit on average)"
+    return f"buys nothing (words are whole; on average {price})"
 
 
-def _loss(row: dict[str, Any]) -> str:
+def _loss(row: Mapping[str, Any]) -> str:
     if not row["tighter_possible"]:
         return "cannot be met"
     if row["loss"] is None:
         return "was not solved in time"
-    return f"would cost {row['loss']:.3g}" if row["loss"] > _PROVED else "would cost nothing"
+    return f"would cost {row['loss']:.3g}" if row["loss"] > _PROVED else "costs nothing"

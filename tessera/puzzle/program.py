@@ -76,7 +76,7 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        return abs(self.score - self.bound) / max(1e-12, abs(self.score))
+        return abs(self.score - self.bound) / max(1e-9, abs(self.score))
 
 
 def solve(
@@ -157,6 +157,7 @@ def _solved(solver: highspy.Highs, limits: Mapping[str, float], time_limit: floa
     """The values of a program's columns. Raises Infeasible, TimedOut."""
     solver.setOptionValue("time_limit", time_limit)
     solver.setOptionValue("mip_rel_gap", 1e-9)
+    solver.setOptionValue("mip_abs_gap", 1e-9)
     solver.run()
     info = solver.getInfo()
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:

@@ -42,10 +42,10 @@ class ScenarioBudget(BaseModel):
     weight: float = Field(default=1.0, gt=0)
     constraints: dict[str, float | str] = {}  # each replaces the one of that name for all
 
-    @field_validator("constraints")
+    @field_validator("constraints", mode="before")
     @classmethod
-    def _understood(cls, value: dict[str, float | str]) -> dict[str, float | str]:
-        if value:
+    def _understood(cls, value: Any) -> Any:
+        if value and isinstance(value, dict):
             check(value)
         return value
 
@@ -71,13 +71,11 @@ class SearchConfig(BaseModel):
     overlap: float = Field(default=0.8, gt=0, lt=1)  # share of places two of them may agree in
     prices: bool = True  # solve again at budgets one percent looser and tighter
 
-    @field_validator("constraints")
+    @field_validator("constraints", mode="before")
     @classmethod
-    def _understood(
-        cls, value: dict[str, float | str], info: ValidationInfo
-    ) -> dict[str, float | str]:
+    def _understood(cls, value: Any, info: ValidationInfo) -> Any:
         own = info.data.get("scenarios", {})
-        if value or not any(one.constraints for one in own.values()):
+        if isinstance(value, dict) and (value or not any(o.constraints for o in own.values())):
             check(value)
         return value
 

@@ -26,6 +26,7 @@ from tessera.puzzle.devices import DEVICES
         (0.5, "time", 0.5),
         ("2 min", "time", 120),
         ("60 GiB", "bytes", 60 * 2**30),
+        ("200 B", "bytes", 200),
         ("80 GB", "bytes", 80e9),
         ("80 gb", "bytes", 80e9),
         ("49B", "count", 49e9),
