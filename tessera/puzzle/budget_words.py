@@ -92,6 +92,13 @@ def _unit(name: str, given: float | str, unit: str, known: Mapping[str, float]) 
     return word, known[word]
 
 
+def in_bytes(value: float) -> str:
+    """`60.1 GiB`: the largest unit of which there is one."""
+    units = [(unit, UNITS["bytes"][unit]) for unit in ("TiB", "GiB", "MiB", "KiB")]
+    unit, factor = next(((u, f) for u, f in units if value >= f), ("B", 1.0))
+    return f"{value / factor:.3g} {unit}"
+
+
 @dataclass(frozen=True)
 class Fits:
     """Devices, and what they must hold beside the weights; None: as the scenario has it."""

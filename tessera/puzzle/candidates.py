@@ -6,9 +6,9 @@ together (Puzzle §2.4). Column names of `scores.jsonl` are looked up here; cost
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from tessera.model.config import KINDS, ModelConfig
 from tessera.model.servable import refusals
@@ -81,13 +81,15 @@ class Candidates:
                 found += self.score(layer, "attention", attention) + self.score(layer, "ffn", ffn)
         return found
 
-    @cached_property
+    @functools.cached_property
     def pairs(self) -> frozenset[Cut]:
         return frozenset(self.space.pairs)
 
-    @cached_property
+    @functools.cached_property
     def refused(self) -> frozenset[Cut]:
         """The (layer, attention, FFN) that an engine cannot load whatever is around them."""
+        if not self.engines:
+            return frozenset()
         found = forbidden_pairs(self.space, self.parent, self.engines)
         return frozenset((layer, a, f) for layer, pairs in enumerate(found) for a, f in pairs)
 
@@ -98,19 +100,20 @@ class Candidates:
 
     def options(self, case: Case, cuts: Collection[Cut] = ()) -> list[Option]:
         """Every word at every place, and every pair trained together that may be served."""
+        costs = functools.cache(lambda *words: _costs(case, dict(words)))  # equal in every layer
         found = []
         for layer in range(len(self.space.layers)):
             for kind in KINDS:
                 for word in self.space.words(layer, kind):
                     score = self.score(layer, kind, word)
-                    found.append(Option(layer, kind, word, score, _costs(case, {kind: word})))
+                    found.append(Option(layer, kind, word, score, costs((kind, word))))
         for pair in self.space.pairs:
             if pair in self.refused or pair in cuts:
                 continue
             layer, attention, ffn = pair
-            word, both = join(attention, ffn), {"attention": attention, "ffn": ffn}
+            word, both = join(attention, ffn), (("attention", attention), ("ffn", ffn))
             score = self.score(layer, "block", word)
-            found.append(Option(layer, "block", word, score, _costs(case, both)))
+            found.append(Option(layer, "block", word, score, costs(*both)))
         return found
 
     def refuses(self, words: Words) -> bool:

@@ -20,6 +20,7 @@ from tessera.puzzle.budget_words import (
     Amount,
     ConstraintError,
     Fits,
+    in_bytes,
     read_amount,
     read_fits,
 )
@@ -127,10 +128,13 @@ class Setting:
         if table is None and column in _EVERYWHERE:
             table = self.tables[scenario]
         if table is None:
+            here = self.tables[scenario]
             raise ConstraintError(
                 f"{name} is asked as a share of the parent's, but the parent meets the memory "
-                "asked for at none of the batches that the cost stage priced; give it in units "
-                f'("{EXAMPLES[COLUMNS[name][1]]}"), or price smaller batches in cost.batches'
+                "asked for at none of the batches that the cost stage priced (at batch "
+                f"{here.scenario.batch} it takes {in_bytes(here.total(self.parent)['bytes'])}); "
+                f'give it in units ("{EXAMPLES[COLUMNS[name][1]]}"), allow more memory, or price '
+                "smaller batches in cost.batches"
             )
         return table.total(self.parent)[column]
 

@@ -15,7 +15,7 @@ from typing import Any
 from tessera.puzzle.candidates import KEEP, Candidates
 from tessera.puzzle.cases import Case
 from tessera.puzzle.constraints import Limit
-from tessera.puzzle.program import Infeasible, TimedOut, duals
+from tessera.puzzle.program import Infeasible, TimedOut, divisible
 from tessera.puzzle.sweep import Effort, Found, best_of
 
 STEPS = (0.01, 0.1)  # of a bound
@@ -32,7 +32,8 @@ def shadow_prices(
     meets the tighter budget. Steps and `price` (score a unit, of the relaxation) are in the unit
     of the budget.
     """
-    dual = duals(candidates.options(found.case), found.case.room() | KEEP, candidates.forbidden(()))
+    options = candidates.options(found.case)
+    _, dual = divisible(options, found.case.room() | KEEP, candidates.forbidden(()))
     budgets = dict.fromkeys(one.budget for one in found.case.limits)
     solver = _Again(candidates, cases, found, effort)
     return [_row(solver, budget, dual) for budget in budgets]

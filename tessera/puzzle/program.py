@@ -8,7 +8,7 @@
 
 An option covers one place, or both places of a layer (a pair trained together). Solved to proven
 optimality by HiGHS; the gap is reported. `relax` minimises Σ_c slack_c / scale_c instead, with
-cost <= most + slack; `duals` prices the limits in the program without its integers.
+cost <= most + slack; `divisible` is the program without its integers.
 """
 
 from __future__ import annotations
@@ -132,25 +132,26 @@ def relax(
     }
 
 
-def duals(
+def divisible(
     options: Sequence[Option],
     limits: Mapping[str, float],
     forbidden: Sequence[tuple[int, str, str]] = (),
-) -> dict[str, float]:
-    """Name -> by how much one unit more of a limit would lower the score, were words divisible.
+) -> tuple[float, dict[str, float]]:
+    """(the best score were words divisible, by how much one unit more of each limit lowers it).
 
-    The duals of the linear relaxation: the slope of a lower bound, never negative.
+    The linear relaxation: its score is a bound that no choice of words goes below, and its duals,
+    never negative, are that bound's slopes. Raises Infeasible.
     """
     solver = _program(options, limits, forbidden)
     continuous = np.full(len(options), highspy.HighsVarType.kContinuous)
     solver.changeColsIntegrality(len(options), np.arange(len(options)), continuous)
     _solved(solver, limits, highspy.kHighsInf)
-    prices = solver.getSolution().row_dual
+    duals = solver.getSolution().row_dual
     first = len(_places(options))
-    return {
-        name: max(0.0, -prices[row]) / _unit(options, name)
-        for row, name in enumerate(limits, first)
+    prices = {
+        name: max(0.0, -duals[row]) / _unit(options, name) for row, name in enumerate(limits, first)
     }
+    return float(solver.getInfo().objective_function_value), prices
 
 
 def _solved(solver: highspy.Highs, limits: Mapping[str, float], time_limit: float) -> np.ndarray:
