@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from tessera.model.config import KINDS
 from tessera.puzzle.candidates import Architecture, Candidates, keeps
 from tessera.puzzle.cases import Case
 from tessera.puzzle.program import SearchError
@@ -32,7 +33,11 @@ def uniform(candidates: Candidates, cases: Sequence[Case]) -> Found:
 def dropped_layers(
     candidates: Candidates, cases: Sequence[Case], influence: Sequence[float]
 ) -> Found:
-    """The parent without its least influential layers, as few as meet the constraints."""
+    """The parent without its least influential layers, as few as meet the constraints.
+
+    Raises SearchError where the space has no `noop`, which nothing was priced for then.
+    """
+    _needs_noop(candidates, "dropped", KINDS)
     return _first(candidates, cases, _dropped(candidates, influence, ("noop", "noop")))
 
 
@@ -57,13 +62,20 @@ def greedy(candidates: Candidates, cases: Sequence[Case]) -> Found:
 
 def removal_scores(candidates: Candidates) -> list[float]:
     """The score of removing each layer's attention; SearchError where the space has no `noop`."""
+    _needs_noop(candidates, "dropped-attention", ("attention",))
     layers = range(len(candidates.space.layers))
-    if not all("noop" in candidates.space.words(layer, "attention") for layer in layers):
-        raise SearchError(
-            'method = "dropped-attention" needs the word noop for the attention of every layer; '
-            "add it to the space of the [bld] table"
-        )
     return [candidates.score(layer, "attention", "noop") for layer in layers]
+
+
+def _needs_noop(candidates: Candidates, method: str, kinds: Sequence[str]) -> None:
+    """Raise SearchError where a layer's space has no word for its removal."""
+    layers = range(len(candidates.space.layers))
+    for kind in kinds:
+        if not all("noop" in candidates.space.words(layer, kind) for layer in layers):
+            raise SearchError(
+                f'method = "{method}" needs the word noop for the {kind} of every layer; '
+                "add it to the space of the [bld] table"
+            )
 
 
 def _everywhere(candidates: Candidates, kind: str, prefix: str) -> list[list[str]]:

@@ -104,7 +104,8 @@ def solve(
     values = _solved(solver, limits, time_limit)
     chosen = tuple(o for o, value in zip(options, values, strict=True) if value > 0.5)
     score = sum(o.score for o in chosen)
-    return Solution(chosen, score, float(solver.getInfo().mip_dual_bound), solver.getRunTime())
+    bound = max(float(solver.getInfo().mip_dual_bound), _floor(options))
+    return Solution(chosen, score, bound, solver.getRunTime())
 
 
 def relax(
@@ -168,6 +169,16 @@ def _solved(solver: highspy.Highs, limits: Mapping[str, float], time_limit: floa
         told = ", ".join(f"{name} <= {most:.6g}" for name, most in limits.items())
         raise Infeasible(f"no architecture meets all of {told}")
     return np.array(solver.getSolution().col_value)
+
+
+def _floor(options: Sequence[Option]) -> float:
+    """What no choice scores below: HiGHS knows no bound at all where time ends at once."""
+    least: dict[Place, float] = {}
+    for option in options:
+        for place in option.places:
+            share = option.score / len(option.places)
+            least[place] = min(share, least.get(place, share))
+    return sum(least.values())
 
 
 def _places(options: Sequence[Option]) -> list[Place]:

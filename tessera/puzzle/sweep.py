@@ -84,6 +84,7 @@ def best_of(
             found.append(_best(candidates, case, effort, cuts, [s for s in earlier if s]))
         except TimedOut as error:
             timed_out.append(error)
+            bounds.append(max(bound, error.bound))
         except Infeasible:
             continue
     if not found and timed_out:
@@ -93,7 +94,6 @@ def best_of(
     best = min(found, key=_order)
     assert best.solution is not None
     bounds += [one.solution.bound for one in found if one.solution]
-    bounds += [error.bound for error in timed_out]
     seconds = sum(one.solution.seconds for one in found if one.solution)
     return replace(best, solution=replace(best.solution, bound=min(bounds), seconds=seconds))
 
@@ -103,8 +103,7 @@ def _hopeful(
 ) -> list[tuple[float, Case]]:
     """(a bound on its score, case), the best bound first, those without any answer left out.
 
-    The bound is the linear relaxation's, a hundred times cheaper than the program's answer and
-    close to it, so that most cases need no answer.
+    The bound is the linear relaxation's: cheap, and so close that most cases need no answer.
     """
     if len(cases) == 1:
         return [(-float("inf"), cases[0])]

@@ -101,7 +101,10 @@ def test_greedy_meets_the_budget_and_never_beats_the_program():
         assert words.total(found.words) >= best.solution.score - 1e-9
 
 
-def test_dropping_attention_needs_its_removal_scored():
+def test_dropping_needs_the_word_for_it():
     space = build_space(SpaceConfig(attention=("gqa-1",), ffn=("50%",)), PARENT)
-    with pytest.raises(SearchError, match="needs the word noop"):
-        removal_scores(Candidates(PARENT, space, (), {}))
+    words = Candidates(PARENT, space, (), {})
+    with pytest.raises(SearchError, match='"dropped-attention" needs the word noop'):
+        removal_scores(words)
+    with pytest.raises(SearchError, match='"dropped" needs the word noop for the attention'):
+        dropped_layers(words, _cases(parameters="0.5x"), [0.1, 0.2, 0.3, 0.4])

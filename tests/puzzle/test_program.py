@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.puzzle.program import Infeasible, Option, relax, solve
+from tessera.puzzle.candidates import KEEP
+from tessera.puzzle.program import Infeasible, Option, TimedOut, relax, solve
 from tessera.puzzle.search import SearchConfig, search
 from tests.searching import (
     LAYERS,
@@ -71,3 +72,14 @@ def test_what_gives_way_is_the_limit_where_that_costs_least():
     )
     with pytest.raises(Infeasible):
         relax(options, limits, limits, {"left": -1.0})
+
+
+def test_however_short_the_time_a_gap_is_a_number():
+    (case,) = cases_of({"parameters": 20.5}, priced(table(2)))
+    for time_limit in (1e-9, 1e-3, 10.0):
+        try:
+            found = solve(candidates(2).options(case), case.room() | KEEP, (), time_limit)
+        except TimedOut as error:
+            assert "raise search.time_limit" in str(error)
+        else:
+            assert found.bound > -float("inf") and found.gap < float("inf")
