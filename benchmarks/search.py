@@ -2,16 +2,17 @@
 
     python benchmarks/search.py [--seeds 5] [--share 0.6] [--time-limit 300]
 
-80 layers x 54 options and 126 layers x 200 options a layer, each in two forms: two places a
-layer whose words multiply to that number (attention x FFN, what tessera searches), and one
-place with that many words (what a search over whole blocks has). A wider word costs more and
-hurts less, with noise on both, which makes trade-offs close and proofs hard. Latency and memory
-are each held to a share of the parent's.
+80 layers x 54 options up to 126 layers x 200 options a layer, in three forms: two places a layer
+whose words multiply to that number (attention x FFN, what tessera searches), the same with pairs
+trained together among them, and one place with that many words (a search over whole blocks). A
+wider word costs more and hurts less, with noise on both, which makes trade-offs close and proofs
+hard. Latency and memory are each held to a share of the parent's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator
 
@@ -21,24 +22,30 @@ import numpy as np
 from tessera.puzzle.program import Option, Solution, solve
 
 COLUMNS = ("seconds", "bytes")
-# layers, words of each place of a layer
+# layers, words of each place of a layer, and how many of each place's are also trained in pairs
 SPACES = {
-    "80 layers x 54 (6 attention x 9 FFN)": (80, {"attention": 6, "ffn": 9}),
-    "80 layers x 54 whole blocks": (80, {"ffn": 54}),
-    "126 layers x 200 (10 attention x 20 FFN)": (126, {"attention": 10, "ffn": 20}),
-    "126 layers x 200 whole blocks": (126, {"ffn": 200}),
+    "80 layers x 54 (6 attention x 9 FFN)": (80, {"attention": 6, "ffn": 9}, (0, 0)),
+    "80 layers x 54, 12 of them pairs": (80, {"attention": 6, "ffn": 9}, (4, 3)),
+    "80 layers x 54 whole blocks": (80, {"ffn": 54}, (0, 0)),
+    "126 layers x 54 (6 attention x 9 FFN)": (126, {"attention": 6, "ffn": 9}, (0, 0)),
+    "126 layers x 54, 12 of them pairs": (126, {"attention": 6, "ffn": 9}, (4, 3)),
+    "126 layers x 200 (10 attention x 20 FFN)": (126, {"attention": 10, "ffn": 20}, (0, 0)),
+    "126 layers x 200 whole blocks": (126, {"ffn": 200}, (0, 0)),
 }
 
 
 def main() -> None:
     options = parse()
     rows = []
-    for name, (layers, places) in SPACES.items():
+    for name, (layers, places, paired) in SPACES.items():
         found = []
         for seed in range(options.seeds):
             words = instance(seed, layers, places)
+            pairs = list(pairs_of(seed, words, layers, *paired))
             limits = {c: options.share * parent_cost(words, c) for c in COLUMNS}
-            solution = solve(words, limits, time_limit=options.time_limit)
+            apart = [(pair.layer, *pair.word.split("+")) for pair in pairs]
+            words += pairs
+            solution = solve(words, limits, apart, time_limit=options.time_limit)
             check(solution, limits, layers * len(places))
             found.append(solution)
         rows.append(line(name, found, len(words)))
@@ -78,13 +85,28 @@ def words_of(rng: np.random.Generator, layer: int, kind: str, count: int) -> Ite
         yield Option(layer, kind, f"{kind}-{i}", score, costs)
 
 
+def pairs_of(
+    seed: int, options: list[Option], layers: int, attentions: int, ffns: int
+) -> Iterator[Option]:
+    """Words 1 to n of either place trained together: the same cost, less hurt than apart."""
+    rng = np.random.default_rng(seed + 1000)
+    table = {option.key: option for option in options}
+    for layer in range(layers):
+        for i, j in itertools.product(range(1, attentions + 1), range(1, ffns + 1)):
+            a = table[layer, "attention", f"attention-{i}"]
+            f = table[layer, "ffn", f"ffn-{j}"]
+            score = (a.score + f.score) * rng.uniform(0.6, 1.0)
+            costs = {c: a.costs[c] + f.costs[c] for c in COLUMNS}
+            yield Option(layer, "block", f"{a.word}+{f.word}", score, costs)
+
+
 def parent_cost(options: list[Option], column: str) -> float:
     return sum(o.costs[column] for o in options if o.word.endswith("-0"))
 
 
 def check(solution: Solution, limits: dict[str, float], places: int) -> None:
     """The solver's word is not taken for it: every place has a word and every budget holds."""
-    assert len(solution.options) == places
+    assert sum(len(option.places) for option in solution.options) == places
     for column, limit in limits.items():
         assert sum(o.costs[column] for o in solution.options) <= limit * (1 + 1e-6)
 

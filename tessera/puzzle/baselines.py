@@ -1,80 +1,172 @@
-"""The three simple methods a search has to beat, at the same budget.
+"""The simple methods a search has to beat, at the same budget and for the same engines.
 
-`uniform_width`: every FFN cut to one width (Minitron's width pruning without its head cuts).
-`dropped_layers`: whole layers removed, least block influence first (ShortGPT; Minitron §depth).
-`dropped_attention`: attention removed, least replace-one damage first; every FFN stays.
+`uniform`: one attention word and one FFN width in every layer (Minitron's width pruning, on the
+library's own words). `dropped`: whole layers removed, least block influence first (ShortGPT).
+`dropped_attention`: attention removed, least replace-one damage first. `greedy`: Puzzle's own
+baseline, an equal budget a layer, what a layer leaves over rolled to the next.
 
-All are coarse: a layer of five is a fifth of the model. Each returns the architecture nearest to
-the budget, which may lie on either side of it; the comparison measures the speed it has.
+Each takes the best it has among those that meet the constraints; the coarse ones, for which a
+layer of five is a fifth of the model, may have none, and then give the nearest and say so.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from tessera.model.config import ModelConfig
-from tessera.puzzle.constraints import budgets
-from tessera.puzzle.cost_table import CostTable
-from tessera.puzzle.space import Space
+from tessera.model.config import KINDS
+from tessera.puzzle.candidates import Architecture, Candidates, keeps
+from tessera.puzzle.cases import Case
+from tessera.puzzle.program import SearchError
+from tessera.puzzle.space import join
+from tessera.puzzle.sweep import Found
 
-Architecture = list[tuple[str, str]]
 
-
-def uniform_width(
-    constraints: Mapping[str, float | str], parent: ModelConfig, space: Space, costs: CostTable
-) -> Architecture:
-    """The single FFN width nearest to the constraints."""
-    offered = [word for word in space.words(0, "ffn") if word.startswith("swiglu-")]
-    candidates = ([(attention, word) for attention, _ in parent.words] for word in offered)
-    return _nearest(candidates, constraints, parent, costs)
+def uniform(candidates: Candidates, cases: Sequence[Case]) -> Found:
+    """The same two words everywhere: of those that meet the constraints, the least damaging."""
+    attention = _everywhere(candidates, "attention", "gqa-")
+    ffn = _everywhere(candidates, "ffn", "swiglu-")
+    offered = [list(zip(a, f, strict=True)) for a in attention for f in ffn]
+    offered.sort(key=candidates.total)
+    return _first(candidates, cases, offered)
 
 
 def dropped_layers(
-    constraints: Mapping[str, float | str],
-    parent: ModelConfig,
-    influence: Sequence[float],
-    costs: CostTable,
-) -> Architecture:
-    """The parent without its n least influential layers, n nearest to the constraints."""
-    return _nearest(_dropped(parent, influence, ("noop", "noop")), constraints, parent, costs)
+    candidates: Candidates, cases: Sequence[Case], influence: Sequence[float]
+) -> Found:
+    """The parent without its least influential layers, as few as meet the constraints.
+
+    Raises SearchError where the space has no `noop`, which nothing was priced for then.
+    """
+    _needs_noop(candidates, "dropped", KINDS)
+    return _first(candidates, cases, _dropped(candidates, influence, ("noop", "noop")))
 
 
 def dropped_attention(
-    constraints: Mapping[str, float | str],
-    parent: ModelConfig,
-    damage: Sequence[float],
-    costs: CostTable,
-) -> Architecture:
-    """The parent without the n attentions whose removal does least damage, n as above."""
-    return _nearest(_dropped(parent, damage, ("noop", None)), constraints, parent, costs)
+    candidates: Candidates, cases: Sequence[Case], damage: Sequence[float]
+) -> Found:
+    """The parent without the attentions whose removal does least damage, as few as that."""
+    return _first(candidates, cases, _dropped(candidates, damage, ("noop", None)))
+
+
+def greedy(candidates: Candidates, cases: Sequence[Case]) -> Found:
+    """Layer by layer, the least harmful first, the best block that its share of the budget buys."""
+    found = [_place(candidates, [case], _greedy(candidates, case)) for case in cases]
+    able = [one for one in found if not candidates.refuses(one.words) and keeps(one.words)]
+    if not able:
+        raise SearchError(
+            f'method = "greedy": {", ".join(candidates.engines) or "nothing"} cannot load what it '
+            "chose, and it never looks back; take another method, or a looser budget"
+        )
+    return min(able, key=lambda one: (not one.meets, candidates.total(one.words)))
+
+
+def removal_scores(candidates: Candidates) -> list[float]:
+    """The score of removing each layer's attention; SearchError where the space has no `noop`."""
+    _needs_noop(candidates, "dropped-attention", ("attention",))
+    layers = range(len(candidates.space.layers))
+    return [candidates.score(layer, "attention", "noop") for layer in layers]
+
+
+def _needs_noop(candidates: Candidates, method: str, kinds: Sequence[str]) -> None:
+    """Raise SearchError where a layer's space has no word for its removal."""
+    layers = range(len(candidates.space.layers))
+    for kind in kinds:
+        if not all("noop" in candidates.space.words(layer, kind) for layer in layers):
+            raise SearchError(
+                f'method = "{method}" needs the word noop for the {kind} of every layer; '
+                "add it to the space of the [bld] table"
+            )
+
+
+def _everywhere(candidates: Candidates, kind: str, prefix: str) -> list[list[str]]:
+    """Each layer's own words of a kind, and every single word that all the layers offer."""
+    offered = [candidates.space.words(i, kind) for i in range(len(candidates.space.layers))]
+    shared = [w for w in offered[0] if w.startswith(prefix) and all(w in o for o in offered)]
+    own = [words[0] for words in offered]
+    lists = [own, *([word] * len(offered) for word in shared)]
+    return [words for i, words in enumerate(lists) if words not in lists[:i]]
 
 
 def _dropped(
-    parent: ModelConfig, ranking: Sequence[float], left: tuple[str | None, str | None]
+    candidates: Candidates, ranking: Sequence[float], left: tuple[str | None, str | None]
 ) -> Iterator[Architecture]:
-    """The parent's words with `left` in its n lowest-ranking layers; None keeps what is there."""
-    order = sorted(range(len(ranking)), key=ranking.__getitem__)
-    for count in range(len(order)):
-        gone = set(order[:count])
-        yield [
-            (left[0] or words[0], left[1] or words[1]) if layer in gone else words
-            for layer, words in enumerate(parent.words)
-        ]
+    """The parent, then with `left` in one more of its lowest-ranking layers at a time.
+
+    None keeps what is there. A layer that an engine cannot do without is passed over.
+    """
+    words = list(candidates.parent.words)
+    yield words
+    for layer in sorted(range(len(ranking)), key=ranking.__getitem__):
+        attention, ffn = words[layer]
+        gone = (left[0] or attention, left[1] or ffn)
+        fewer = [*words[:layer], gone, *words[layer + 1 :]]
+        if keeps(fewer) and not candidates.refuses(fewer):
+            words = fewer
+            yield words
 
 
-def _nearest(
-    candidates: Iterable[Architecture],
-    constraints: Mapping[str, float | str],
-    parent: ModelConfig,
-    costs: CostTable,
-) -> Architecture:
-    """The candidate whose tightest constraint is nearest to its budget, on either side."""
-    limits = budgets(constraints, costs, parent.words)
+def _first(candidates: Candidates, cases: Sequence[Case], offered: Iterable[Architecture]) -> Found:
+    """The first architecture that meets the constraints somewhere, else the one nearest to that."""
+    missed: list[Found] = []
+    for words in offered:
+        if candidates.refuses(words):
+            continue
+        found = _place(candidates, cases, words)
+        if found.meets:
+            return found
+        missed.append(found)
+    if not missed:
+        raise SearchError(
+            f"{', '.join(candidates.engines)} cannot load the parent itself, nor anything like it; "
+            "`tessera show` says why"
+        )
+    return min(missed, key=lambda one: one.case.excess(one.words))
 
-    def distance(words: Architecture) -> float:
-        total = costs.total(words)
-        shares = [total[c] / (limit + costs.base[c]) for c, limit in limits.items()]
-        return abs(math.log(max(shares)))
 
-    return min(candidates, key=distance)
+def _place(candidates: Candidates, cases: Sequence[Case], words: Architecture) -> Found:
+    """An architecture in the fastest case that it meets, else in the nearest."""
+    fits = [case for case in cases if case.excess(words) <= 1 + 1e-9]
+    if fits:
+        return Found(words, min(fits, key=lambda case: case.seconds_per_token(words)))
+    return Found(words, min(cases, key=lambda case: case.excess(words)), meets=False)
+
+
+def _greedy(candidates: Candidates, case: Case) -> Architecture:
+    """Puzzle's greedy choice: layers by ascending mean score, leftovers rolled over."""
+    layers = range(len(candidates.space.layers))
+    blocks = {layer: _blocks(candidates, case, layer) for layer in layers}
+    share = {key: most / len(layers) for key, most in case.room().items()}
+    spare = dict.fromkeys(share, 0.0)
+    chosen: dict[int, tuple[str, str]] = {}
+
+    def mean(layer: int) -> float:
+        return sum(score for score, _, _ in blocks[layer]) / len(blocks[layer])
+
+    for layer in sorted(layers, key=mean):
+        most = {key: share[key] + spare[key] for key in share}
+
+        def over(costs: dict[str, float], most: dict[str, float] = most) -> float:
+            unit = {one.key: one.most for one in case.limits}
+            return max(0.0, *((costs[key] - most[key]) / unit[key] for key in most))
+
+        _, words, costs = min(blocks[layer], key=lambda block: (over(block[2]), block[0]))
+        chosen[layer] = words
+        spare = {key: most[key] - costs[key] for key in share}
+    return [chosen[layer] for layer in layers]
+
+
+def _blocks(candidates: Candidates, case: Case, layer: int) -> list[tuple]:
+    """(score, words, costs) of every block that may stand in a layer."""
+    found = []
+    for attention in candidates.space.words(layer, "attention"):
+        for ffn in candidates.space.words(layer, "ffn"):
+            if (layer, attention, ffn) in candidates.refused:
+                continue
+            if (layer, attention, ffn) in candidates.pairs:
+                score = candidates.score(layer, "block", join(attention, ffn))
+            else:
+                score = candidates.score(layer, "attention", attention)
+                score += candidates.score(layer, "ffn", ffn)
+            costs = case.costs({"attention": attention, "ffn": ffn})
+            found.append((score, (attention, ffn), costs))
+    return found

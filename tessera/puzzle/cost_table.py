@@ -78,7 +78,8 @@ class Costs:
     """Every table of a cost stage, by (scenario, batch), and where its seconds come from.
 
     `tables/scenarios.json` holds {scenarios: {name: {batch, prompt, new}}, batches, source,
-    device}; rows of `tables/costs.jsonl` say which scenario and batch they belong to.
+    device, bytes_per_parameter, bytes_per_kv}; rows of `tables/costs.jsonl` say which scenario and
+    batch they belong to.
     """
 
     tables: Mapping[tuple[str, int], CostTable]
@@ -86,6 +87,8 @@ class Costs:
     batches: tuple[int, ...]  # to choose from; empty: every scenario at its own
     source: str
     device: str | None
+    bytes_per_parameter: float
+    bytes_per_kv: float
 
     def at(self, batch: int | None) -> dict[str, CostTable]:
         """Scenario -> its table at this batch, or at the scenario's own."""
@@ -109,4 +112,12 @@ def read_costs(directory: Path) -> Costs:
         )
         for (name, batch), found in rows.items()
     }
-    return Costs(tables, scenarios, tuple(told["batches"]), told["source"], told["device"])
+    return Costs(
+        tables,
+        scenarios,
+        tuple(told["batches"]),
+        told["source"],
+        told["device"],
+        told["bytes_per_parameter"],
+        told["bytes_per_kv"],
+    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tessera.puzzle.conditional import tighten
-from tessera.puzzle.cost_table import CostTable, Scenario
+from tessera.puzzle.cost_table import Costs, CostTable, Scenario
 from tessera.puzzle.search import SearchConfig, search
 from tessera.puzzle.space import Space
+from tests.searching import priced
 from tests.toy import toy_config
 
 LAYERS = 4
@@ -15,7 +16,7 @@ CONFIG = SearchConfig(constraints={"parameters": 2.5})
 HARM = (0.2, 0.21, 0.3, 0.9)  # of each FFN's removal alone
 
 
-def _costs() -> CostTable:
+def _costs() -> Costs:
     counts = {
         ("base", ""): 0,
         ("attention", "gqa-4"): 0,
@@ -26,7 +27,7 @@ def _costs() -> CostTable:
         {"kind": k, "word": w, "parameters": n, "bytes": n, "kv_bytes_per_token": 0}
         for (k, w), n in counts.items()
     ]
-    return CostTable.from_rows(rows, Scenario())
+    return priced(CostTable.from_rows(rows, Scenario()))
 
 
 def _kl(words) -> float:
@@ -46,11 +47,11 @@ def _rescore(words) -> list[dict]:
 
 
 def _solve_at(rows, share: float):
-    return search(CONFIG, PARENT, SPACE, rows, _costs(), share)[0][0]
+    return search(CONFIG, PARENT, SPACE, rows, _costs(), share)[0].words
 
 
 def test_one_round_is_the_plain_search():
-    plain = search(CONFIG, PARENT, SPACE, _rescore(PARENT.words), _costs())[0][0]
+    plain = search(CONFIG, PARENT, SPACE, _rescore(PARENT.words), _costs())[0].words
     assert tighten(1, _rescore(PARENT.words), _solve_at, _rescore) == [plain]
 
 

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.model.config import KINDS, parse_kind
-from tessera.puzzle.constraints import ConstraintError, budgets
 from tessera.puzzle.cost import CostConfig, _isotonic, cost_rows
 from tessera.puzzle.cost_table import CostTable, Scenario
 from tests.toy import toy_config
@@ -32,37 +31,6 @@ def test_counted_totals_are_the_models_own():
     assert total["kv_bytes_per_token"] == config.kv_bytes_per_token()
     cached = SETTINGS.scenario.cached_tokens
     assert total["bytes"] == 4 * config.num_params() + cached * config.kv_bytes_per_token()
-
-
-def test_a_relative_budget_of_one_is_the_parent():
-    table, parent = _table(noop=0.0), toy_config().words
-    for name in ("parameters", "bytes", "latency", "throughput", "decode_seconds"):
-        ((column, limit),) = budgets({name: "1x"}, table, parent).items()
-        own = table.total(parent)[column] - table.base[column]
-        assert limit == pytest.approx(own)
-
-
-def test_throughput_and_latency_are_one_constraint():
-    table, parent = _table(noop=0.0), toy_config().words
-    work = SETTINGS.scenario.batch * SETTINGS.scenario.new
-    by_rate = budgets({"throughput": 10.0}, table, parent)
-    by_time = budgets({"latency": work / 10.0}, table, parent)
-    assert by_rate == pytest.approx(by_time)
-
-
-@pytest.mark.parametrize(
-    ("constraints", "text"),
-    [
-        ({}, "the parent itself"),
-        ({"throughputt": 1}, "did you mean 'throughput'"),
-        ({"bytes": "fast"}, "positive number"),
-        ({"bytes": "-1x"}, "positive number"),
-        ({"latency": 1.0}, "measure = true"),
-    ],
-)
-def test_errors_say_what_is_allowed(constraints, text):
-    with pytest.raises(ConstraintError, match=text):
-        budgets(constraints, _table(), toy_config().words)
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))

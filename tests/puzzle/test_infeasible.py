@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from tessera.puzzle.constraints import budgets
+import re
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tessera.puzzle.cases import Demand, cases
 from tessera.puzzle.cost_table import CostTable, Scenario
 from tessera.puzzle.infeasible import explain
+from tessera.puzzle.program import Infeasible
+from tessera.puzzle.sweep import Effort, relaxation, search_cases
+from tests.searching import brute_force, candidates, cases_of, priced, table
 
 SCENARIO = Scenario(batch=2, prompt=4, new=10)
 WORD = {"parameters": 100, "bytes": 400, "kv_bytes_per_token": 8}
@@ -16,28 +25,101 @@ COSTS = CostTable.from_rows(ROWS, SCENARIO)  # the parent: 1.5 s and 300 paramet
 PARENT = [("gqa-2", "swiglu-8")]
 
 
-def told(constraints, least) -> list[str]:
-    limits = budgets(constraints, COSTS, PARENT)
-    return explain(constraints, limits, COSTS, PARENT, least).splitlines()[1:-1]
+def told(constraints, least, **slack: float) -> list[str]:
+    (case,) = cases(Demand(constraints, {}, {}), priced(COSTS), PARENT)
+    given = dict.fromkeys(constraints, 0.0) | slack
+    return explain(case, given, least).splitlines()[1:-1]
 
 
 def test_a_constraint_that_binds_alone_is_told_alone():
     constraints = {"throughput": "4x", "parameters": 150}
-    lines = told(constraints, lambda column, others: {"seconds": 0.2, "parameters": 10}[column])
-    assert lines == ['  throughput = "4x": at most "2.14x" can be reached in this space']
-
-
-def test_constraints_that_clash_are_told_with_the_others_as_asked():
-    alone, beside = {"seconds": 0.0, "parameters": 10}, {"seconds": 0.2, "parameters": 123.4}
-    lines = told(
-        {"latency": 0.6, "parameters": 150},
-        lambda column, others: beside[column] if others else alone[column],
-    )
+    least = {"throughput": 0.2, "parameters": 10}
+    lines = told(constraints, lambda key, others: least[key], throughput=0.2 + 0.5 - 1.5 / 4)
     assert lines == [
-        "  latency = 0.6: at least 0.7 is needed with the others as asked",
-        "  parameters = 150: at least 224 is needed with the others as asked",
+        '  throughput = "4x": at most "2.14x" can be reached in this space',
+        'The cheapest way out: throughput = "2.14x" (46 % less), the others as asked',
     ]
 
 
+def test_constraints_that_clash_are_told_with_the_others_as_asked():
+    alone, beside = {"latency": 0.0, "parameters": 10}, {"latency": 0.2, "parameters": 123.4}
+    lines = told(
+        {"latency": "600 ms", "parameters": 150},
+        lambda key, others: beside[key] if others else alone[key],
+        latency=0.06,
+        parameters=15.0,
+    )
+    assert lines == [
+        '  latency = "600 ms": at least "700 ms" is needed with the others as asked',
+        "  parameters = 150: at least 224 is needed with the others as asked",
+        'The cheapest way out: latency = "660 ms" (10 % more), parameters = 165 (10 % more)',
+    ]
+
+
+def test_what_devices_hold_is_told_in_gib():
+    lines = told({"fits": "1x H100"}, lambda key, others: 100e9, fits=28e9)
+    needed = '"93.2 GiB" is needed, of the "67.1 GiB" that there are'
+    assert lines[0] == f'  fits = "1x H100": at least {needed} in this space'
+    assert lines[1].startswith('The cheapest way out: fits in "93.2 GiB" (39 % more)')
+
+
 def test_what_no_relaxing_helps_is_told_too():
-    assert "engines" in told({"parameters": 150}, lambda column, others: None)[0]
+    words = candidates(0, ("llama.cpp",))
+    bare = words.space.__class__(((("noop",), ("swiglu-48",)),) * 2)
+    stuck = words.__class__(words.parent, bare, (), {})
+    with pytest.raises(Infeasible, match="no two words"):
+        search_cases(stuck, cases_of({"parameters": 9}, priced(table(0))), Effort())
+
+
+def _limits(parameters: int, seconds: int):
+    # Whole costs and limits between whole numbers: nothing hangs on the last bit.
+    return {"parameters": parameters + 0.5, "time_to_first_token": f"{seconds}.5 s"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 30), st.integers(2, 30))
+def test_the_nearest_can_be_met_and_a_little_less_cannot(seed: int, parameters: int, seconds: int):
+    words, costs = candidates(seed), priced(table(seed, measured=True))
+    asked = _limits(parameters, seconds)
+    try:
+        search_cases(words, cases_of(asked, costs), Effort())
+    except Infeasible as error:
+        message = str(error)
+    else:
+        assume(False)
+        return
+    lines = re.findall(r'  (\w+) = .*: at least "?([\d.,]+)( s)?"? is needed (.*)', message)
+    assert lines or "not all of them together" in message
+    for name, number, unit, when in lines:
+        nearest = float(number.replace(",", ""))
+        rest = {} if "space" in when else {k: v for k, v in asked.items() if k != name}
+        met = {**rest, name: f"{nearest}{unit}" if unit else nearest}
+        assert brute_force(words, cases_of(met, costs)) is not None
+        less = f"{nearest * 0.985 - 1e-3}{unit}" if unit else nearest * 0.985 - 1e-3
+        assert brute_force(words, cases_of({**rest, name: less}, costs)) is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 30), st.integers(2, 30))
+def test_the_cheapest_way_out_can_be_gone_and_is_the_cheapest(seed, parameters, seconds):
+    from tests.searching import architectures
+
+    words, costs = candidates(seed), priced(table(seed, measured=True))
+    (case,) = cases_of(_limits(parameters, seconds), costs)
+    slack = relaxation(words, case, Effort())
+    assert slack is not None
+
+    def way(architecture) -> float:
+        totals = case.totals(architecture)
+        return sum(max(0.0, one.total(totals) - one.most) / one.most for one in case.limits)
+
+    least = min(way(a) for a in architectures() if not words.refuses(a))
+    assert sum(slack[one.key] / one.most for one in case.limits) == pytest.approx(least, abs=1e-6)
+    if least == 0:
+        return
+    with pytest.raises(Infeasible) as error:
+        search_cases(words, (case,), Effort())
+    (line,) = [x for x in str(error.value).splitlines() if x.startswith("The cheapest way out")]
+    changed = dict(re.findall(r'(\w+) = "?([\d.,]+(?: s)?)"? \(', line))
+    loosened = _limits(parameters, seconds) | {k: v.replace(",", "") for k, v in changed.items()}
+    assert changed and search_cases(words, cases_of(loosened, costs), Effort())

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from tessera.model.servable import refusals
 from tessera.puzzle.cost import CostConfig, cost_rows
-from tessera.puzzle.cost_table import CostTable, Scenario
+from tessera.puzzle.cost_table import Costs, CostTable, Scenario
 from tessera.puzzle.program import Infeasible, Option, solve
 from tessera.puzzle.search import SearchConfig, search
 from tessera.puzzle.space import Space, SpaceConfig, build_space
+from tests.searching import priced
 from tests.toy import toy_config
 
 LAYERS, WORDS = 3, ("a", "b", "c")
@@ -76,13 +77,14 @@ def test_a_looser_budget_never_scores_worse(seed: int, budget: float, looser: fl
     assert solve(options, {"s": budget * looser}).score <= tight + 1e-9
 
 
-def _counted(parent, space) -> tuple[list[dict], CostTable]:
+def _counted(parent, space) -> tuple[list[dict], Costs]:
     """Equal scores, and counted costs, of every word of a space."""
     settings = CostConfig(measure=False)
     words = [(kind, word) for kind in ("attention", "ffn") for word in space.words(0, kind)]
     costs = CostTable.from_rows(cost_rows(parent, words, settings, "cost"), settings.scenario)
     places = space.replacements()
-    return [{"layer": i, "kind": k, "word": w, "kl": 1.0} for i, k, w in places], costs
+    rows = [{"layer": i, "kind": k, "word": w, "kl": 1.0} for i, k, w in places]
+    return rows, priced(costs)
 
 
 def test_an_impossible_constraint_is_named_with_the_nearest_that_can_be_met():
@@ -130,13 +132,13 @@ def test_what_an_engine_refuses_as_a_whole_is_searched_again():
                      ("ffn", "swiglu-48"), ("ffn", "noop"))
     ]  # fmt: skip
     rows[0]["parameters"] = 0
-    costs = CostTable.from_rows(rows, Scenario())
+    costs = priced(CostTable.from_rows(rows, Scenario()))
     free = SearchConfig(constraints={"parameters": 3})
     bound = SearchConfig(constraints={"parameters": 3}, servable=("vllm",))
-    ((words, _),) = search(free, parent, space, scores, costs)
-    assert words == [("noop", "noop"), ("noop", "swiglu-48"), ("gqa-4", "swiglu-48")]
-    ((words, _),) = search(bound, parent, space, scores, costs)
-    assert not refusals(parent.with_words(words), "vllm")
+    (found,) = search(free, parent, space, scores, costs)
+    assert found.words == [("noop", "noop"), ("noop", "swiglu-48"), ("gqa-4", "swiglu-48")]
+    (found,) = search(bound, parent, space, scores, costs)
+    assert not refusals(parent.with_words(found.words), "vllm")
 
 
 def test_solutions_differ_and_come_best_first():

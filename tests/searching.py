@@ -1,0 +1,88 @@
+"""Small search problems for tests: random whole-number costs, scores, scenarios, batches, pairs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tessera.puzzle.candidates import Architecture, Candidates, keeps
+from tessera.puzzle.cases import Case, Demand, cases
+from tessera.puzzle.cost_table import DEFAULT, Costs, CostTable, Scenario
+from tessera.puzzle.space import Space, join
+from tests.toy import toy_config
+
+ATTENTION, FFN = ("gqa-4", "gqa-1", "noop"), ("swiglu-48", "swiglu-12", "noop")
+PAIRS = ((0, "gqa-1", "swiglu-12"), (1, "noop", "swiglu-12"), (1, "noop", "swiglu-48"))
+LAYERS = 2
+SPACE = Space(((ATTENTION, FFN),) * LAYERS, PAIRS)
+PARENT = toy_config(layers=LAYERS)
+COUNTS = ("parameters", "bytes", "kv_bytes_per_token")
+
+
+def priced(*tables: CostTable, names: tuple[str, ...] = (DEFAULT,), batches=()) -> Costs:
+    """What a cost stage would have left: a table a scenario and batch, a byte a parameter."""
+    order = itertools.product(names, batches or (None,))
+    found = {
+        (name, batch or table.scenario.batch): table
+        for (name, batch), table in zip(order, tables, strict=True)
+    }
+    scenarios = {name: table.scenario for (name, _), table in found.items()}
+    return Costs(found, scenarios, tuple(batches), "measured", None, 1.0, 1.0)
+
+
+def table(seed: int, scenario: Scenario | None = None, measured: bool = False) -> CostTable:
+    """Whole-number costs, the parent's the largest, a fixed base of 1."""
+    rng = np.random.default_rng(seed)
+    columns = COUNTS + (("prefill_seconds", "decode_seconds") if measured else ())
+    rows: list[dict[str, Any]] = [{"kind": "base", "word": "", **{c: 1.0 for c in columns}}]
+    for kind, words in (("attention", ATTENTION), ("ffn", FFN)):
+        for i, word in enumerate(words):
+            top = (9, 5, 0)[i]
+            costs = {c: float(rng.integers(0, top + 1) + top) for c in columns}
+            rows.append({"kind": kind, "word": word, **costs})
+    return CostTable.from_rows(rows, scenario or Scenario())
+
+
+def scores(seed: int) -> list[dict]:
+    """A random damage of every word and pair."""
+    rng = np.random.default_rng(seed)
+    found = [
+        {"layer": layer, "kind": kind, "word": word, "kl": float(rng.uniform(0, 5))}
+        for layer, kind, word in SPACE.replacements()
+    ]
+    return found + [
+        {"layer": layer, "kind": "block", "word": join(a, f), "kl": float(rng.uniform(0, 5))}
+        for layer, a, f in PAIRS
+    ]
+
+
+def candidates(seed: int, engines: tuple[str, ...] = ()) -> Candidates:
+    return Candidates.of(PARENT, SPACE, engines, scores(seed), "kl")
+
+
+def demand(constraints: Mapping, own: Mapping = {}, **weights: float) -> Demand:  # noqa: B006
+    return Demand(constraints, own, weights)
+
+
+def cases_of(constraints: Mapping, costs: Costs, own: Mapping = {}, **weights: float):  # noqa: B006
+    return cases(demand(constraints, own, **weights), costs, PARENT.words)
+
+
+def architectures() -> Iterator[Architecture]:
+    """Every one of the small space that keeps an attention and an FFN."""
+    for words in itertools.product(itertools.product(ATTENTION, FFN), repeat=LAYERS):
+        if keeps(words):
+            yield list(words)
+
+
+def brute_force(space: Candidates, choices: tuple[Case, ...]) -> float | None:
+    """The least score of what meets every limit of some case."""
+    found = [
+        space.total(words)
+        for words in architectures()
+        if not space.refuses(words) and any(case.excess(words) <= 1 + 1e-9 for case in choices)
+    ]
+    return min(found, default=None)
