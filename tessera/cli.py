@@ -136,7 +136,8 @@ def run(
     steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
     if not dist.is_main():
         return
-    compared = [step.path for step in steps if step.stage.gives == "table" and is_done(step.path)]
+    shown = ("table", "frontier")
+    compared = [step.path for step in steps if step.stage.gives in shown and is_done(step.path)]
     tables = show.tables(compared[-1]) if compared else {}
     if as_json:
         _print_json({"runs": [str(step.path) for step in steps], "tables": tables})

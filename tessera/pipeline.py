@@ -54,6 +54,13 @@ _ROWS = (
         "architecture",
     ),
     Stage(
+        "frontier",
+        "tessera.eval.frontier",
+        "FrontierConfig",
+        ("parent", "library", "scores", "costs", "data"),
+        "frontier",
+    ),
+    Stage(
         "child",
         "tessera.puzzle.library",
         "ChildConfig",

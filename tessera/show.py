@@ -24,7 +24,7 @@ from tessera.table import VIEWS, render_table, terminal_width
 
 ATTENTION_BAR, FFN_BAR = 8, 24
 TABLE_ROWS = 12
-WHOLE = ("compare", "race")  # tables shown to their last row
+WHOLE = ("compare", "race", "frontier")  # tables shown to their last row
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 

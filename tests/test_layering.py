@@ -15,6 +15,7 @@ LEVELS = {
     "disk": 0,
     "dist": 0,
     "manifest": 0,
+    "plot": 0,
     "progress": 0,
     "recipe": 0,
     "run": 0,
