@@ -12,6 +12,7 @@ plain values for `--json`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from tessera.lineage import lineage, model_config
 from tessera.manifest import Manifest, read_manifest
 from tessera.model.config import FFN, GQA, Attention, Linear, ModelConfig, NoOp, SwiGLU
 from tessera.progress import clock
-from tessera.run import RunError, read_table
+from tessera.run import RunError, read_json, read_table
 from tessera.table import VIEWS, render_table, terminal_width
 
 ATTENTION_BAR, FFN_BAR = 8, 24
 TABLE_ROWS = 12
 WHOLE = ("compare", "race", "frontier")  # tables shown to their last row
 _EIGHTHS = " ▏▎▍▌▋▊▉"
+_SHADES, _LEAST = "·░▒▓█", -9  # below 2^-9, then two powers of two a shade
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -60,6 +62,8 @@ def _describe_run(path: Path) -> dict[str, Any]:
         found["model"] = None
     found["taken"] = explain(path)
     found["tables"] = tables(path)
+    if (path / "tables" / "dependency.json").is_file():
+        found["dependency"] = read_json(path, "dependency")
     return found
 
 
@@ -106,6 +110,8 @@ def render(found: dict[str, Any], config: ModelConfig | None) -> str:
         parts.append(f"{_sizes(config)}\n{mosaic(config, _parent(found))}")
     if found.get("taken"):
         parts.append(f"{headline(found['taken'])}\n{render_changes(found['taken'])}")
+    if "dependency" in found:
+        parts.append(dependency_map(found["dependency"]))
     parts += [render_named(name, rows) for name, rows in found.get("tables", {}).items()]
     return "\n\n".join(parts)
 
@@ -169,6 +175,28 @@ def _bar(variant: Attention | FFN, parent: Attention | FFN, full: int, width: in
     if isinstance(variant, NoOp) and not isinstance(parent, NoOp):
         return "░" * (taken + len(bar))  # nothing is left to draw
     return bar + "░" * taken
+
+
+def dependency_map(matrix: Sequence[Sequence[float]]) -> str:
+    """How much each block reads each earlier one (FFN Fusion §3.2), shaded by powers of two.
+
+    Line i, column j: the cosine distance that removing block i makes to what block j adds.
+    """
+    told = [f"{_SHADES[0]} below 2^{_LEAST}"]
+    told += [f"{s} from 2^{_LEAST + 2 * i}" for i, s in enumerate(_SHADES[1:])]
+    lines = [f"dependency of later blocks on each: {', '.join(told)}"]
+    tens = "".join(f"{j:<10}" for j in range(0, len(matrix), 10))
+    lines.append(f"layer  {tens}".rstrip())
+    for i, row in enumerate(matrix):
+        cells = "".join(_shade(value) if j > i else " " for j, value in enumerate(row))
+        lines.append(f"{i:5}  {cells}".rstrip())
+    return "\n".join(lines)
+
+
+def _shade(value: float) -> str:
+    if value < 2.0**_LEAST:
+        return _SHADES[0]
+    return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log2(value) - _LEAST) // 2)]
 
 
 def _solid(variant: Attention | FFN, full: int, width: int) -> str:

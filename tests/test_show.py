@@ -9,7 +9,7 @@ from tessera.lineage import lineage, model_config
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.families import config_dict, config_json
 from tessera.run import Run, RunError
-from tessera.show import describe, mosaic, render
+from tessera.show import dependency_map, describe, mosaic, render
 from tessera.table import VIEWS, Column, cell, count, render_table, seconds
 
 PARENT = ModelConfig(
@@ -69,6 +69,20 @@ def test_the_mosaic_shades_what_was_taken_from_the_parent():
         "    3  linear     ─░░░░░░░  linear     ─░░░░░░░░░░░░░░░░░░░░░░░",
     ]
     assert mosaic(PARENT, PARENT) == mosaic(PARENT)
+
+
+def test_dependency_is_shaded_by_powers_of_two(runs: Path):
+    matrix = [[0.0, 2.0**-10, 2.0**-9, 0.03], [0, 0, 2.0**-5, 0.13], [0, 0, 0, 1.5], [0] * 4]
+    lines = dependency_map(matrix).splitlines()
+    assert "· below 2^-9, ░ from 2^-9, ▒ from 2^-7, ▓ from 2^-5, █ from 2^-3" in lines[0]
+    assert lines[1:] == ["layer  0", "    0   ·░▒", "    1    ▓█", "    2     █", "    3"]
+    fused = {"parent": runs / "parent"}
+    with Run.open(runs / "fuse", stage="fuse", config={}, inputs=fused, seed=0, quiet=True) as run:
+        write_model(run.model_path, CHILD)
+        run.write_json("dependency", matrix)
+        run.finish()
+    found = describe(runs / "fuse")
+    assert found["dependency"] == matrix and lines[2] in render(found, CHILD)
 
 
 def test_any_place_that_holds_an_architecture_gives_the_same(runs: Path):
