@@ -50,7 +50,7 @@ class Prices:
         if pair is not None:
             return pair
         apart = [self.kl(parent, layer, *one) for one in zip(KINDS, words, strict=True)]
-        return None if None in apart else _sum(apart)
+        return _sum(apart)
 
     def cost(self, column: str, kind: str, word: str) -> float | None:
         """One column of a word; None for one that was not priced."""
@@ -116,67 +116,64 @@ def _common(a: Path, b: Path) -> tuple[ModelConfig | None, Prices]:
 def changes(before: ModelConfig, after: ModelConfig, parent: ModelConfig, prices: Prices) -> Row:
     """{layers: a row for each layer that differs, total, of: the sums of `before`, scenario}.
 
-    A row holds `attention` and `ffn` as "before -> after", and for each the KL it added and the
-    parameters, KV bytes, bytes and seconds it saved; `pair_kl` for two words trained together.
+    A row holds `attention` and `ffn` as "before -> after", and for each that changed the KL it
+    added and the parameters, KV bytes, bytes and seconds it saved; `pair_kl` for two words trained
+    together. A total is None where one of its words has no price.
     """
-    rows = []
-    for layer in range(max(len(before.words), len(after.words))):
-        pair = [_words(config, layer) for config in (before, after)]
-        if pair[0] != pair[1]:
-            rows.append(_layer(layer, pair[0], pair[1], before, parent, prices))
+    sides = _Sides(before, after, parent, prices)
+    rows = [
+        sides.layer(layer)
+        for layer in range(max(len(before.words), len(after.words)))
+        if _words(before, layer) != _words(after, layer)
+    ]
     columns = dict.fromkeys(key for row in rows for key in row if "_" in key)
     return {
         "layers": rows,
-        "total": {key: _sum(row.get(key) for row in rows) for key in columns},
+        "total": {key: _sum([row[key] for row in rows if key in row]) for key in columns},
         "of": _whole(before, prices),
         "scenario": prices.scenario.model_dump() if prices.scenario else None,
     }
 
 
+@dataclass(frozen=True)
+class _Sides:
+    """Two architectures, the parent that their scores are changes to, and the prices."""
+
+    before: ModelConfig
+    after: ModelConfig
+    parent: ModelConfig
+    prices: Prices
+
+    def layer(self, layer: int) -> Row:
+        old, new = _words(self.before, layer), _words(self.after, layer)
+        row: Row = {"layer": layer}
+        together = any((layer, "block", join(*pair)) in self.prices.scores for pair in (old, new))
+        for kind, was, now in zip(KINDS, old, new, strict=True):
+            row[kind] = was if was == now else f"{was} -> {now}"
+            if was != now:
+                row |= self._saved(kind, was, now)
+                if self.prices.scores and not together:
+                    harm = [self.prices.kl(self.parent, layer, kind, w) for w in (was, now)]
+                    row[f"{kind}_kl"] = _less(harm[1], harm[0])
+        if together:  # the words' own scores are those of words trained apart
+            harm = [self.prices.layer_kl(self.parent, layer, pair) for pair in (old, new)]
+            row["pair_kl"] = _less(harm[1], harm[0])
+        return row
+
+    def _saved(self, kind: str, was: str, now: str) -> Row:
+        row: Row = {}
+        for column in COUNTED:
+            counts = [_counted(self.before, column, kind, was)]
+            counts += [_counted(self.after, column, kind, now)]
+            row[f"{kind}_{column}"] = int(counts[0] - counts[1])
+        for column in PRICED if self.prices.costs else ():
+            costs = [self.prices.cost(column, kind, word) for word in (was, now)]
+            row[f"{kind}_{column}"] = _less(costs[0], costs[1])
+        return row
+
+
 def _words(config: ModelConfig, layer: int) -> tuple[str, str]:
     return config.words[layer] if layer < len(config.words) else ("absent", "absent")
-
-
-def _layer(
-    layer: int,
-    old: tuple[str, str],
-    new: tuple[str, str],
-    config: ModelConfig,
-    parent: ModelConfig,
-    prices: Prices,
-) -> Row:
-    row: Row = {"layer": layer}
-    for kind, before, after in zip(KINDS, old, new, strict=True):
-        row[kind] = before if before == after else f"{before} -> {after}"
-        if before != after:
-            row |= _subblock(layer, kind, before, after, config, parent, prices)
-    if any((layer, "block", join(*words)) in prices.scores for words in (old, new)):
-        row |= {f"{kind}_kl": None for kind in KINDS}  # those of the words trained apart
-        harm = [prices.layer_kl(parent, layer, words) for words in (old, new)]
-        row["pair_kl"] = _less(harm[1], harm[0])
-    return row
-
-
-def _subblock(
-    layer: int,
-    kind: str,
-    before: str,
-    after: str,
-    config: ModelConfig,
-    parent: ModelConfig,
-    prices: Prices,
-) -> Row:
-    row: Row = {}
-    if prices.scores:
-        harm = [prices.kl(parent, layer, kind, word) for word in (before, after)]
-        row[f"{kind}_kl"] = _less(harm[1], harm[0])
-    for column in COUNTED:
-        counts = [_counted(config, column, kind, word) for word in (before, after)]
-        row[f"{kind}_{column}"] = int(counts[0] - counts[1])
-    for column in PRICED if prices.costs else ():
-        costs = [prices.cost(column, kind, word) for word in (before, after)]
-        row[f"{kind}_{column}"] = _less(costs[0], costs[1])
-    return row
 
 
 def _counted(config: ModelConfig, column: str, kind: str, word: str) -> float:
@@ -192,11 +189,8 @@ def _whole(config: ModelConfig, prices: Prices) -> Row:
     """What all of `before` costs, to set what was saved against."""
     found: Row = {"parameters": config.num_params()}
     found["kv_bytes_per_token"] = int(config.kv_bytes_per_token(4))
-    if prices.costs and all(
-        (kind, word) in prices.costs.words
-        for pair in config.words
-        for kind, word in zip(KINDS, pair, strict=True)
-    ):
+    places = [place for pair in config.words for place in zip(KINDS, pair, strict=True)]
+    if prices.costs and all(place in prices.costs.words for place in places):
         total = prices.costs.total(config.words)
         found |= {column: total[column] for column in PRICED if column in total}
     return found
@@ -206,9 +200,10 @@ def _less(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def _sum(values: Any) -> float | None:
+def _sum(values: Sequence[float | None]) -> float | None:
+    """The sum; None where it would leave something out, and where there is nothing to add."""
     known = [value for value in values if value is not None]
-    return sum(known) if known else None
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def _size_row(what: str, a: float, b: float) -> Row:
@@ -238,10 +233,10 @@ def headline(found: Row) -> str:
     units = {"parameters": " parameters", "kv_bytes_per_token": " of KV cache a token"}
     parts = []
     for column, text in columns.items():
-        saved = _sum(total.get(f"{kind}_{column}") for kind in KINDS)
+        saved = _sum([total[key] for kind in KINDS if (key := f"{kind}_{column}") in total])
         if saved is not None and whole.get(column):
             parts.append(f"{text(saved)} of {text(whole[column])}{units.get(column, '')}")
-    harm = _sum(total.get(key) for key in ("attention_kl", "ffn_kl", "pair_kl"))
+    harm = _sum([value for key, value in total.items() if key.endswith("_kl")])
     parts += [f"for a summed KL of {harm:.4f}"] if harm is not None else []
     where = f" (batch {one['batch']}, {one['prompt']} + {one['new']} tokens)" if one else ""
     return f"taken{where}: {', '.join(parts)}"
