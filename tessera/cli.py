@@ -136,7 +136,8 @@ def run(
     steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
     if not dist.is_main():
         return
-    compared = [step.path for step in steps if step.stage.gives == "table" and is_done(step.path)]
+    shown = ("table", "frontier")
+    compared = [step.path for step in steps if step.stage.gives in shown and is_done(step.path)]
     tables = show.tables(compared[-1]) if compared else {}
     if as_json:
         _print_json({"runs": [str(step.path) for step in steps], "tables": tables})
@@ -235,14 +236,14 @@ def diff(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     as_json: Json = False,
 ) -> None:
-    """Print where two architectures differ, layer by layer, and by how much in size."""
-    from tessera import show as view
+    """Print where two architectures differ, layer by layer, and by how much in size and cost."""
+    from tessera import explain
 
-    found = view.diff(view.model_config(a), view.model_config(b))
+    found = explain.diff(a, b)
     if as_json:
         _print_json(found)
     else:
-        print(view.render_diff(found))
+        print(explain.render_diff(found))
 
 
 @_command

@@ -30,7 +30,14 @@ _ROWS = (
     Stage("parent", "tessera.objectives.lm", "ParentConfig", ("data?",), "model", paths=("path",)),
     Stage("bld", "tessera.objectives.bld", "BLDConfig", ("parent", "data"), "library"),
     Stage("merge", "tessera.puzzle.library", "MergeConfig", ("libraries*",), "library", "merge"),
-    Stage("score", "tessera.puzzle.score", "ScoreConfig", ("parent", "library", "data"), "scores"),
+    Stage(
+        "score",
+        "tessera.puzzle.score",
+        "ScoreConfig",
+        ("parent", "library", "data"),
+        "scores",
+        paths=("files",),
+    ),
     Stage("cost", "tessera.puzzle.cost", "CostConfig", ("parent", "library"), "costs"),
     Stage(
         "search",
@@ -45,6 +52,13 @@ _ROWS = (
         "RaceConfig",
         ("parent", "library", "searches*", "data"),
         "architecture",
+    ),
+    Stage(
+        "frontier",
+        "tessera.eval.frontier",
+        "FrontierConfig",
+        ("parent", "library", "scores", "costs", "data"),
+        "frontier",
     ),
     Stage(
         "child",

@@ -27,6 +27,8 @@ KINDS = {
     "searches": "architecture",
     "libraries": "library",
 }
+# What a table may also name for a kind, though nothing takes it unnamed.
+ALSO = {("frontier", "architecture")}
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _named(
     steps = {step.name: step for step in before}
     if given in steps:
         step = steps[given]
-        if step.stage.gives != kind:
+        if not _fits(step.stage.gives, kind):
             raise RecipeError(f"{where}: [{given}] gives {step.stage.gives}, and this needs {kind}")
         return step.path
     if given in later:
@@ -228,9 +230,13 @@ def _named(
         )
     if (path / "run.json").is_file():
         made = stages.get(read_manifest(path).stage)
-        if made and made.gives != kind:
+        if made and not _fits(made.gives, kind):
             raise RecipeError(f"{where}: the run {given} gives {made.gives}, and this needs {kind}")
     return path
+
+
+def _fits(given: str, kind: str) -> bool:
+    return given == kind or (given, kind) in ALSO
 
 
 def table_text(step: Step) -> str:

@@ -2,30 +2,34 @@
 
     layer  attention            ffn
         0  gqa-8  ████████      swiglu-14336  ████████████████████████
-        1  noop   ·             swiglu-7168   ████████████
+        1  noop   ░░░░░░░░      swiglu-7168   ████████████░░░░░░░░░░░░
 
-A bar is KV heads out of the most, FFN width out of the widest. With it: parameters, KV
-bytes a token, what the run was made from, and its tables. `describe` gives all of that as plain
-values for `--json`.
+A bar is KV heads out of the most, FFN width out of the widest; its shaded part is what was taken
+from the parent. With it: parameters, KV bytes a token, what the run was made from, what each word
+that was taken cost and saved (`explain.py`), and its tables. `describe` gives all of that as
+plain values for `--json`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tessera.explain import explain, headline, render_changes
+from tessera.lineage import lineage, model_config
 from tessera.manifest import Manifest, read_manifest
-from tessera.model.config import FFN, GQA, Attention, BlockConfig, Linear, ModelConfig, SwiGLU
+from tessera.model.config import FFN, GQA, Attention, Linear, ModelConfig, NoOp, SwiGLU
 from tessera.progress import clock
-from tessera.recipe import nearest
 from tessera.run import RunError, read_json, read_table
 from tessera.table import VIEWS, render_table, terminal_width
 
 ATTENTION_BAR, FFN_BAR = 8, 24
 TABLE_ROWS = 12
-WHOLE = ("compare", "race")  # tables shown to their last row
+WHOLE = ("compare", "race", "frontier")  # tables shown to their last row
 _EIGHTHS = " ▏▎▍▌▋▊▉"
+_SHADES, _LEAST = "·░▒▓█", -9  # below 2^-9, then two powers of two a shade
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -42,24 +46,6 @@ def describe(path: str | Path) -> dict[str, Any]:
     return {"path": str(path), "model": describe_model(model_config(path))}
 
 
-def model_config(path: str | Path) -> ModelConfig:
-    """The architecture of a run (its model, or the one its search chose), a model directory or a
-    config.json. Raises RunError where there is none."""
-    from tessera.model.families import read_config
-
-    path = Path(path)
-    for file in (path, path / "config.json", path / "model" / "config.json"):
-        if file.is_file():
-            return read_config(file)
-    if (path / "tables" / "architecture.json").is_file():
-        parent = _lineage_path(path, read_manifest(path).inputs["parent"]["path"])
-        return model_config(parent).with_words(read_json(path, "architecture")["words"])
-    if not path.exists():
-        siblings = sorted(p.name for p in path.parent.glob("*") if not p.name.startswith("."))
-        raise RunError(f"there is no {path}; {nearest(path.name, siblings)}")
-    raise RunError(f"{path} is no run, no model directory and no config.json")
-
-
 def tables(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Every table of a run, by name."""
     files = sorted((path / "tables").glob("*.jsonl"))
@@ -74,7 +60,10 @@ def _describe_run(path: Path) -> dict[str, Any]:
         found["model"] = describe_model(model_config(path))
     except RunError:
         found["model"] = None
+    found["taken"] = explain(path)
     found["tables"] = tables(path)
+    if (path / "tables" / "dependency.json").is_file():
+        found["dependency"] = read_json(path, "dependency")
     return found
 
 
@@ -85,36 +74,6 @@ def _began(pair: tuple[Manifest, Path]) -> tuple[str, str]:
 def _summary(manifest: Manifest) -> dict[str, Any]:
     keys = ("name", "stage", "status", "seconds", "started", "seed", "versions")
     return {key: getattr(manifest, key) for key in keys}
-
-
-def lineage(path: Path) -> list[dict[str, Any]]:
-    """The runs and directories a run was made from, ancestors first, itself last."""
-    found: dict[Path, dict[str, Any]] = {}
-    _trace(path, found)
-    return list(found.values())
-
-
-def _trace(path: Path, found: dict[Path, dict[str, Any]]) -> None:
-    key = path.resolve()
-    if key in found:
-        return
-    if not (path / "run.json").is_file():
-        found[key] = {"name": str(path), "stage": None, "inputs": {}}
-        return
-    manifest = read_manifest(path)
-    inputs: dict[str, Any] = {}
-    for need, reference in manifest.inputs.items():
-        references = reference if isinstance(reference, list) else [reference]
-        given = [one["path"] for one in references if one]
-        inputs |= {need: ", ".join(given)} if given else {}
-        for one in given:
-            _trace(_lineage_path(path, one), found)
-    found[key] = {"name": manifest.name, "stage": manifest.stage, "inputs": inputs}
-
-
-def _lineage_path(run: Path, recorded: str) -> Path:
-    """An input as its manifest names it: relative to the directory that holds the run."""
-    return run.parent / recorded
 
 
 def describe_model(config: ModelConfig) -> dict[str, Any]:
@@ -148,9 +107,17 @@ def render(found: dict[str, Any], config: ModelConfig | None) -> str:
         parts += [found["error"]] if found["error"] else []
         parts.append(_render_lineage(found["lineage"]))
     if config:
-        parts.append(f"{_sizes(config)}\n{mosaic(config)}")
+        parts.append(f"{_sizes(config)}\n{mosaic(config, _parent(found))}")
+    if found.get("taken"):
+        parts.append(f"{headline(found['taken'])}\n{render_changes(found['taken'])}")
+    if "dependency" in found:
+        parts.append(dependency_map(found["dependency"]))
     parts += [render_named(name, rows) for name, rows in found.get("tables", {}).items()]
     return "\n\n".join(parts)
+
+
+def _parent(found: dict[str, Any]) -> ModelConfig | None:
+    return model_config(found["taken"]["against"]) if found.get("taken") else None
 
 
 def render_named(name: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -179,30 +146,60 @@ def _sizes(config: ModelConfig) -> str:
     )
 
 
-def mosaic(config: ModelConfig) -> str:
-    """The architecture, one line a layer: its words, and a bar for each."""
-    wide = max(
-        (b.ffn.intermediate_size for b in config.blocks if isinstance(b.ffn, SwiGLU)), default=1
-    )
+def mosaic(config: ModelConfig, parent: ModelConfig | None = None) -> str:
+    """The architecture, one line a layer: its words, and a bar for each.
+
+    What the parent had there and the model has not is shaded.
+    """
+    blocks = [*config.blocks, *(parent.blocks if parent else ())]
+    wide = max((b.ffn.intermediate_size for b in blocks if isinstance(b.ffn, SwiGLU)), default=1)
     heads = max(
-        (b.attention.num_key_value_heads for b in config.blocks if isinstance(b.attention, GQA)),
-        default=1,
+        (b.attention.num_key_value_heads for b in blocks if isinstance(b.attention, GQA)), default=1
     )
     first = max(len(words[0]) for words in [*config.words, ("attention", "")])
     second = max(len(words[1]) for words in config.words)
     lines = [f"layer  {'attention':{first + 2 + ATTENTION_BAR}}  ffn"]
     for layer, block in enumerate(config.blocks):
-        lines.append(f"{layer:5}  {_tile_pair(block, first, second, heads, wide)}".rstrip())
+        own = parent.blocks[layer] if parent and layer < len(parent.blocks) else block
+        left = _bar(block.attention, own.attention, heads, ATTENTION_BAR)
+        right = _bar(block.ffn, own.ffn, wide, FFN_BAR)
+        attention, ffn = block.words
+        tiles = f"{attention:{first}}  {left:{ATTENTION_BAR}}  {ffn:{second}}  {right}"
+        lines.append(f"{layer:5}  {tiles}".rstrip())
     return "\n".join(lines)
 
 
-def _tile_pair(block: BlockConfig, first: int, second: int, heads: int, wide: int) -> str:
-    attention, ffn = block.words
-    left = f"{attention:{first}}  {_bar(block.attention, heads, ATTENTION_BAR):{ATTENTION_BAR}}"
-    return f"{left}  {ffn:{second}}  {_bar(block.ffn, wide, FFN_BAR)}"
+def _bar(variant: Attention | FFN, parent: Attention | FFN, full: int, width: int) -> str:
+    bar = _solid(variant, full, width)
+    taken = len(_solid(parent, full, width)) - len(bar)
+    if isinstance(variant, NoOp) and not isinstance(parent, NoOp):
+        return "░" * (taken + len(bar))  # nothing is left to draw
+    return bar + "░" * taken
 
 
-def _bar(variant: Attention | FFN, full: int, width: int) -> str:
+def dependency_map(matrix: Sequence[Sequence[float]]) -> str:
+    """How much each block reads each earlier one (FFN Fusion §3.2), shaded by powers of two.
+
+    Line i, column j: the cosine distance that removing block i makes to what block j adds.
+    """
+    told = [f"{_SHADES[0]} below 2^{_LEAST}"]
+    told += [f"{s} from 2^{_LEAST + 2 * i}" for i, s in enumerate(_SHADES[1:])]
+    lines = [f"dependency of later blocks on each: {', '.join(told)}"]
+    tens = "".join(f"{j:<10}" for j in range(0, len(matrix), 10))
+    lines.append(f"layer  {tens}".rstrip())
+    for i, row in enumerate(matrix):
+        cells = "".join(_shade(value) if j > i else " " for j, value in enumerate(row))
+        lines.append(f"{i:5}  {cells}".rstrip())
+    return "\n".join(lines)
+
+
+def _shade(value: float) -> str:
+    if value < 2.0**_LEAST:
+        return _SHADES[0]
+    return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log2(value) - _LEAST) // 2)]
+
+
+def _solid(variant: Attention | FFN, full: int, width: int) -> str:
     match variant:
         case GQA(size) | SwiGLU(size):
             eighths = max(1, round(8 * width * size / full))
@@ -211,38 +208,3 @@ def _bar(variant: Attention | FFN, full: int, width: int) -> str:
             return "─"
         case _:
             return "·"
-
-
-def diff(a: ModelConfig, b: ModelConfig) -> dict[str, Any]:
-    """Where two architectures differ, layer by layer, and by how much in size."""
-    layers = []
-    for layer in range(max(len(a.words), len(b.words))):
-        before = a.words[layer] if layer < len(a.words) else ("absent", "absent")
-        after = b.words[layer] if layer < len(b.words) else ("absent", "absent")
-        if before != after:
-            layers.append(
-                {"layer": layer, "attention": _change(before[0], after[0])}
-                | {"ffn": _change(before[1], after[1])}
-            )
-    sizes = [
-        _size_row("parameters", a.num_params(), b.num_params()),
-        _size_row("KV bytes a token", a.kv_bytes_per_token(4), b.kv_bytes_per_token(4)),
-    ]
-    for field in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        before, after = getattr(a, field), getattr(b, field)
-        sizes += [_size_row(field, before, after)] if before != after else []
-    return {"layers": layers, "sizes": sizes}
-
-
-def _change(before: str, after: str) -> str:
-    return before if before == after else f"{before} -> {after}"
-
-
-def _size_row(what: str, a: float, b: float) -> dict[str, Any]:
-    return {"": what, "A": int(a), "B": int(b), "B - A": int(b - a), "B / A": b / a if a else None}
-
-
-def render_diff(found: dict[str, Any]) -> str:
-    """`diff`'s answer as text."""
-    layers = render_table(found["layers"]) if found["layers"] else "the words are the same"
-    return f"{layers}\n\n{render_table(found['sizes'])}"

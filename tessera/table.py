@@ -112,10 +112,18 @@ def count(value: float) -> str:
 
 def seconds(value: float) -> str:
     """A short time: `123 µs`, `4.56 ms`, `7.89 s`."""
-    for size, name in ((1.0, "s"), (1e-3, "ms")):
-        if value >= size:
-            return f"{value / size:.3g} {name}"
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g} {name}"
     return f"{value * 1e6:.3g} µs"
+
+
+def size(value: float) -> str:
+    """Bytes: `512 B`, `1.5 KiB`, `2.33 GiB`."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:.3g} B"
 
 
 def _is_number(value: Any) -> bool:
@@ -134,6 +142,17 @@ def _times(value: float) -> str:
     return f"{value:.2f}x"
 
 
+def _taken(kind: str) -> tuple[Column, ...]:
+    return (
+        Column(kind, (kind,), cell),
+        Column(f"{kind}_kl", ("KL", "(nats)"), _nats),
+        Column(f"{kind}_parameters", ("params", "saved"), count),
+        Column(f"{kind}_kv_bytes_per_token", ("KV bytes", "saved"), count),
+        Column(f"{kind}_bytes", ("bytes", "saved"), size),
+        Column(f"{kind}_seconds", ("time", "saved"), seconds),
+    )
+
+
 VIEWS: dict[str, tuple[Column, ...]] = {
     "compare": (
         Column("model", ("model",), cell),
@@ -148,12 +167,39 @@ VIEWS: dict[str, tuple[Column, ...]] = {
         Column("kl", ("KL", "(nats)"), _nats),
     ),
     "race": (
+        Column("rung", ("rung",), cell),
+        Column("place", ("place",), cell),
         Column("candidate", ("candidate",), cell),
+        Column("lr", ("lr",), cell),
         Column("kl_before", ("KL before", "(nats)"), _nats),
         Column("kl", ("KL after", "(nats)"), _nats),
-        Column("lm_loss", ("loss", "(nats)"), _nats),
         Column("agreement", ("agree-", "ment"), _percent),
         Column("promised", ("promised",), _times),
+        Column("meets", ("meets",), cell),
+        Column("tokens", ("tokens",), count),
+        Column("lm_loss", ("loss", "(nats)"), _nats),
+        Column("method", ("method",), cell),
+    ),
+    "frontier": (
+        Column("method", ("method",), cell),
+        Column("point", ("point",), _times),
+        Column("share", ("share",), _times),
+        Column("promised", ("promised", "speed"), _times),
+        Column("speedup", ("measured", "speed"), _times),
+        Column("meets", ("meets",), cell),
+        Column("score", ("summed", "score"), _nats),
+        Column("kl_before", ("KL before", "(nats)"), _nats),
+        Column("kl", ("KL after", "(nats)"), _nats),
+        Column("agreement", ("agree-", "ment"), _percent),
+        Column("parameters", ("params",), _times),
+        Column("lr", ("lr",), cell),
+        Column("lm_loss", ("loss", "(nats)"), _nats),
+    ),
+    "taken": (
+        Column("layer", ("layer",), cell),
+        *_taken("attention"),
+        *_taken("ffn"),
+        Column("pair_kl", ("pair's KL", "(nats)"), _nats),
     ),
     "costs": (
         Column("kind", ("kind",), cell),

@@ -15,6 +15,7 @@ LEVELS = {
     "disk": 0,
     "dist": 0,
     "manifest": 0,
+    "plot": 0,
     "progress": 0,
     "recipe": 0,
     "run": 0,
@@ -29,6 +30,8 @@ LEVELS = {
     "eval": 5,
     "serve": 5,
     "cli": 6,
+    "explain": 6,
+    "lineage": 6,
     "pipeline": 6,
     "resolve": 6,
     "show": 6,
@@ -94,7 +97,18 @@ def test_heavy_libraries_stay_in_their_files(library: str):
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".cli", ".run", ".recipe", ".resolve", ".pipeline", ".show", ".model.families"],
+    [
+        "",
+        ".cli",
+        ".run",
+        ".recipe",
+        ".resolve",
+        ".pipeline",
+        ".show",
+        ".explain",
+        ".plot",
+        ".model.families",
+    ],
 )
 def test_torch_is_not_imported_with(module: str):
     code = f"import sys, tessera{module}; sys.exit('torch' in sys.modules)"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tessera.lineage import lineage, model_config
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.families import config_dict, config_json
 from tessera.run import Run, RunError
-from tessera.show import describe, diff, lineage, model_config, mosaic, render, render_diff
+from tessera.show import dependency_map, describe, mosaic, render
 from tessera.table import VIEWS, Column, cell, count, render_table, seconds
 
 PARENT = ModelConfig(
@@ -59,6 +60,31 @@ def test_mosaic_has_a_bar_for_each_word():
     ]
 
 
+def test_the_mosaic_shades_what_was_taken_from_the_parent():
+    assert mosaic(CHILD, PARENT).splitlines() == [
+        "layer  attention            ffn",
+        "    0  gqa-8      ████████  swiglu-96  ████████████████████████",
+        "    1  noop       ░░░░░░░░  swiglu-48  ████████████░░░░░░░░░░░░",
+        "    2  gqa-2      ██░░░░░░  noop       ░░░░░░░░░░░░░░░░░░░░░░░░",
+        "    3  linear     ─░░░░░░░  linear     ─░░░░░░░░░░░░░░░░░░░░░░░",
+    ]
+    assert mosaic(PARENT, PARENT) == mosaic(PARENT)
+
+
+def test_dependency_is_shaded_by_powers_of_two(runs: Path):
+    matrix = [[0.0, 2.0**-10, 2.0**-9, 0.03], [0, 0, 2.0**-5, 0.13], [0, 0, 0, 1.5], [0] * 4]
+    lines = dependency_map(matrix).splitlines()
+    assert "· below 2^-9, ░ from 2^-9, ▒ from 2^-7, ▓ from 2^-5, █ from 2^-3" in lines[0]
+    assert lines[1:] == ["layer  0", "    0   ·░▒", "    1    ▓█", "    2     █", "    3"]
+    fused = {"parent": runs / "parent"}
+    with Run.open(runs / "fuse", stage="fuse", config={}, inputs=fused, seed=0, quiet=True) as run:
+        write_model(run.model_path, CHILD)
+        run.write_json("dependency", matrix)
+        run.finish()
+    found = describe(runs / "fuse")
+    assert found["dependency"] == matrix and lines[2] in render(found, CHILD)
+
+
 def test_any_place_that_holds_an_architecture_gives_the_same(runs: Path):
     for place in ("child", "child/model", "child/model/config.json", "search"):
         assert model_config(runs / place).words == CHILD.words
@@ -77,7 +103,7 @@ def test_describe_is_json_and_render_says_it(runs: Path):
     assert found["model"]["words"] == WORDS
     text = render(found, model_config(runs / "search"))
     assert f"{CHILD.num_params():,} parameters" in text
-    assert "8 more rows" in text and "search" in text and mosaic(CHILD) in text
+    assert "8 more rows" in text and "search" in text and mosaic(CHILD, PARENT) in text
 
 
 def test_describe_of_a_recipe_lists_its_runs(runs: Path):
@@ -86,18 +112,6 @@ def test_describe_of_a_recipe_lists_its_runs(runs: Path):
     assert "child" in render(found, None)
     above = describe(runs.parent)
     assert [row["name"] for row in above["runs"]] == ["nano/parent", "nano/search", "nano/child"]
-
-
-def test_diff_lists_the_layers_that_differ(runs: Path):
-    found = diff(PARENT, CHILD)
-    assert found["layers"] == [
-        {"layer": 1, "attention": "gqa-8 -> noop", "ffn": "swiglu-96 -> swiglu-48"},
-        {"layer": 2, "attention": "gqa-8 -> gqa-2", "ffn": "swiglu-96 -> noop"},
-        {"layer": 3, "attention": "gqa-8 -> linear", "ffn": "swiglu-96 -> linear"},
-    ]
-    assert found["sizes"][0]["B - A"] == CHILD.num_params() - PARENT.num_params()
-    assert "gqa-8 -> noop" in render_diff(found)
-    assert "the words are the same" in render_diff(diff(PARENT, PARENT))
 
 
 def test_what_is_not_ours_is_refused(tmp_path: Path):

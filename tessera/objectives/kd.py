@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,20 +22,24 @@ from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model, resolve, save_model
 from tessera.objectives.lm import documents, heldout_loss
-from tessera.run import Run
+from tessera.run import Run, RunError, read_json
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence
 from tessera.train.optim import TrainConfig
 
 
 class KDConfig(BaseModel):
-    """Weights of the three parts, and how to train."""
+    """Weights of the three parts, and how to train.
+
+    lr_from = "race": at the learning rate that the model's architecture won its race with.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: TrainConfig
     cosine: float = Field(default=1.0, ge=0)  # α, on the sum over layers
     lm: float = Field(default=0.0, ge=0)  # weight of the LM loss
+    lr_from: Literal["race"] | None = None  # instead of train.lr
 
 
 class KD:
@@ -74,8 +79,26 @@ def _context(batch: Batch) -> Context:
     return Context(batch.positions, batch.segments)
 
 
+def raced(config: KDConfig, model: Path) -> KDConfig:
+    """The config with the learning rate of the race that chose `model`, where it asks for that.
+
+    Raises RunError where the model's lineage holds no race.
+    """
+    if config.lr_from is None:
+        return config
+    told = model / "tables" / "architecture.json"
+    lr = read_json(model, "architecture").get("lr") if told.is_file() else None
+    if lr is None:
+        raise RunError(
+            f'lr_from = "race": the architecture of {model} was chosen by no race; set train.lr, '
+            'or build the child of one: [child] architecture = "race"'
+        )
+    return config.model_copy(update={"train": config.train.model_copy(update={"lr": lr})})
+
+
 def stage(config: KDConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `kd`: distil `teacher` into `model` on `data`."""
+    config = raced(config, inputs["model"])
     child = load_model(inputs["model"])
     parent = load_model(inputs["teacher"], frozen=True)
     source = documents(inputs["data"], config.train, run.seed)

@@ -14,6 +14,7 @@ import filecmp
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -155,14 +156,31 @@ def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]
 
 
 class ChildConfig(BaseModel):
-    """Nothing to set: the library and the architecture say it all."""
+    """The library and the architecture say it all; of a frontier, which `point` of it to build."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    point: str | None = None  # METHOD-SHARE, as "mip-1.5"
+
+
+def chosen(directory: Path, point: str | None) -> dict[str, Any]:
+    """The architecture of a finished search or race, or that of a frontier's named point.
+
+    Raises LibraryError naming the points there are.
+    """
+    single = (directory / "tables" / "architecture.json").is_file()
+    if single and point is None:
+        return read_json(directory, "architecture")
+    found = {row.get("name"): row for row in read_json(directory, "architectures")}
+    if single or point not in found:
+        names = "none, for it is no frontier" if single else ", ".join(map(str, found))
+        raise LibraryError(f"child.point = {point!r}: the points of {directory} are {names}")
+    return found[point]
 
 
 def stage(config: ChildConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `child`: assemble the architecture the search chose."""
-    architecture = read_json(inputs["architecture"], "architecture")
+    architecture = chosen(inputs["architecture"], config.point)
     parent = load_model(inputs["parent"])
     child = assemble(parent, inputs["library"] / "library", architecture["words"])
     save_model(child, run.model_path, tokenizer_from=resolve(inputs["parent"]))

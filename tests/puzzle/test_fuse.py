@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ import torch.nn.functional as F
 
 from tessera.model.context import Context
 from tessera.model.servable import refusals
+from tessera.model.weights import load_model, save_model
 from tessera.puzzle.dependency import dependency_matrix
 from tessera.puzzle.fuse import fusable_runs, fuse, fuse_ffns
+from tessera.serve.export import export_model
 from tests import tiny
+from tests.serve.interop import random_model, write_byte_tokenizer
 from tests.toy import toy_batch, toy_model
 
 RUN = (
@@ -64,6 +68,35 @@ def test_runs_keep_their_last_and_respect_the_width():
 def test_engines_load_what_was_fused():
     fused = fuse(tiny.model(RUN), [[1, 3]])
     assert not refusals(fused.config, "vllm") and not refusals(fused.config, "llama.cpp")
+
+
+WIDE_RUN = (
+    ("gqa-4", "swiglu-256"),
+    ("noop", "swiglu-128"),
+    ("noop", "swiglu-256"),
+    ("noop", "swiglu-64"),
+    ("noop", "swiglu-128"),
+    ("gqa-8", "swiglu-256"),
+)
+
+
+@pytest.mark.parametrize("form", ["decilm", "gguf"])
+def test_a_fused_model_is_exported_as_ordinary_layers(form: str, tmp_path: Path):
+    """No engine refuses it, and the exported files read back compute the same."""
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    model = random_model(WIDE_RUN)
+    fused = fuse(model, fusable_runs(model.config))
+    assert fused.config.words[1] == ("noop", "swiglu-448")
+    save_model(fused, tmp_path / "fused")
+    write_byte_tokenizer(tmp_path / "fused")
+    report = export_model(tmp_path / "fused", tmp_path / "out", form)
+    assert not any(report.refusals.values()) and report.words == fused.config.words
+    assert report.parity is not None and report.parity.tokens_equal == report.parity.tokens
+    if form == "decilm":
+        ids = tiny.tokens(320, 2, 9)
+        back = load_model(tmp_path / "out", frozen=True)
+        torch.testing.assert_close(back.logits(back(ids)), fused.logits(fused(ids)))
 
 
 def test_dependency_is_what_removing_each_block_does():
