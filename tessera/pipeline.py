@@ -33,6 +33,13 @@ _ROWS = (
     Stage("score", "tessera.puzzle.score", "ScoreConfig", ("parent", "library", "data"), "scores"),
     Stage("cost", "tessera.puzzle.cost", "CostConfig", ("parent", "library"), "costs"),
     Stage(
+        "cost_vllm",
+        "tessera.serve.vllm_cost",
+        "VLLMCostConfig",
+        ("parent", "library"),
+        "costs",
+    ),
+    Stage(
         "search",
         "tessera.puzzle.search",
         "SearchConfig",

@@ -75,11 +75,15 @@ def options_of(
     for layer in range(len(space.layers)):
         for kind in KINDS:
             for i, word in enumerate(space.words(layer, kind)):
+                if (kind, word) not in costs.words:  # its engine cannot load it
+                    continue
                 key = (layer, kind, word)
                 score = float(table.get(key, 0.0) if i == 0 else table[key])
                 found.append(Option(layer, kind, word, score, _costs(costs, {kind: word})))
     for layer, attention, ffn in space.pairs:
         word, both = join(attention, ffn), {"attention": attention, "ffn": ffn}
+        if not both.items() <= costs.words.keys():
+            continue
         score = float(table[layer, "block", word])
         found.append(Option(layer, "block", word, score, _costs(costs, both)))
     return found
