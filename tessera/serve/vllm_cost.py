@@ -132,11 +132,14 @@ def unloadable(config: ModelConfig, words: Sequence[Key]) -> dict[Key, str]:
     if reasons := refusals(probe(config, first, BASE, 0), "vllm", "decilm"):
         raise RunError(f"vLLM can load no child of this parent: {'; '.join(reasons)}")
     found = {key: refusals(probe(config, first, key, 1), "vllm", "decilm") for key in words}
-    dropped = {key: reasons[0] for key, reasons in found.items() if reasons}
+    # Without its place, which is that in the probe: "layer 1 has linear attention: REASON".
+    dropped = {key: r[0].partition(": ")[2] or r[0] for key, r in found.items() if r}
     for layer, pair in enumerate(config.words):
         for key in zip(KINDS, pair, strict=True):
             if key in dropped:
-                raise RunError(f"vLLM cannot load the parent's layer {layer}: {dropped[key]}")
+                raise RunError(
+                    f"vLLM cannot load layer {layer} of the parent, {key[1]}: {dropped[key]}"
+                )
     return dropped
 
 

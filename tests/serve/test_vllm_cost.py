@@ -180,7 +180,7 @@ def test_a_family_that_vllm_cannot_load_is_refused_before_anything_runs():
     with pytest.raises(RunError, match="no child of this parent: QK norm"):
         unloadable(tiny.config(PARENT, qk_norm=True), words)
     mixed = tiny.config((*PARENT, ("gqa-4", "linear")))
-    with pytest.raises(RunError, match="the parent's layer 3: .* linear ffn"):
+    with pytest.raises(RunError, match="layer 3 of the parent, linear: .* replace_with_linear"):
         unloadable(mixed, [*words, ("ffn", "linear")])
 
 
@@ -209,3 +209,25 @@ def test_keys_that_the_stage_sets_are_refused_as_arguments():
     table = {"arguments": {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5}}
     assert validate(VLLMCostConfig, table, "cost_vllm").arguments["tensor_parallel_size"] == 2
     assert STAGES["cost_vllm"].gives == STAGES["cost"].gives
+
+
+@pytest.mark.vllm
+def test_the_real_engine_prices_every_word(inputs, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH")
+    try:
+        python = find_python(None)
+    except RunError:
+        pytest.skip("needs vLLM's CPU build: make venv-vllm")
+    with opened(tmp_path / "small") as run:
+        write_space(Space(((("gqa-4", "noop"), ("swiglu-600", "noop")),) * 3), run)
+        run.finish()
+    needed = inputs | {"library": tmp_path / "small"}
+    options = {"python": python, "enforce_eager": True, "threads": 1}
+    path = priced(tmp_path / "costs", needed, **options)
+    told = read_json(path, "scenarios")
+    assert told["engine"].startswith("vLLM 0.") and told["clock"] == "process"
+    (table,) = read_costs(path).at(None).values()
+    assert table.base["prefill_seconds"] > 0 and table.base["decode_seconds"] > 0
+    assert table.words["attention", "gqa-4"]["seconds"] > 0
+    assert table.words["ffn", "swiglu-600"]["seconds"] > 0
+    assert table.words["ffn", "noop"]["seconds"] == 0
