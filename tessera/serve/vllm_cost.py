@@ -60,7 +60,8 @@ class VLLMCostConfig(Config):
     scenario: Scenario = Scenario()
     scenarios: dict[str, Scenario] = {}
     batches: list[PositiveInt] = []
-    rounds: int = Field(default=10, ge=3)
+    rounds: int = Field(default=10, ge=3)  # of one start
+    starts: int = Field(default=1, ge=1)  # of each probe, in turn: more where the machine is shared
     depth: int = Field(default=10, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     enforce_eager: bool = (
@@ -146,9 +147,9 @@ def unloadable(config: ModelConfig, words: Sequence[Key]) -> dict[Key, str]:
 def seconds_of(rounds: Sequence[Seconds], new: int) -> Seconds:
     """(prefill, one decode step) of rounds of (seconds to the first token, to all `new`).
 
-    Medians of both, and not of their differences, whose noise is that of two measurements.
+    Lower quartiles of both, for noise only ever adds to a time; to their differences it would not.
     """
-    first, whole = np.median(np.array(rounds), axis=0)
+    first, whole = np.quantile(np.array(rounds), 0.25, axis=0)
     return float(first), float((whole - first) / (new - 1))
 
 
@@ -259,27 +260,32 @@ def drive(python: str, asked: Job, threads: int | None, kv_bytes: float = 0.0) -
 
 def measure(
     config: VLLMCostConfig, run: Run, probes: Mapping[Key, ModelConfig], python: str
-) -> dict[Key, dict]:
-    """The driver's answer for every probe; those that an interrupted run left are not asked again.
+) -> dict[Key, list[dict]]:
+    """The driver's answers for every probe, one a start; an interrupted run's are not asked anew.
 
-    probes: expressible configs. A start of vLLM is most of a probe's time.
+    probes: expressible configs. Starting vLLM is most of a probe's time, so that probes cannot
+    alternate round by round; on a shared machine several starts make them alternate nevertheless.
     """
-    answers: dict[Key, dict] = {}
-    with Progress(run.name, len(probes), "probes", quiet=run.quiet) as bar:
-        for key, model in probes.items():
-            kept = run.state_path / f"{'-'.join(key)}.json"
-            known = kept.is_file()
-            if not known:
-                place = run.state_path / "probe"
-                place.mkdir(parents=True, exist_ok=True)
-                write_config(model, place)
-                asked = job(config, place, model.vocab_size)
-                asked["arguments"]["load_format"] = "dummy"  # random weights, none on disk
-                answer = drive(python, asked, config.threads, cache_bytes(config, model))
-                run.write_file(f"state/{kept.name}", json.dumps(answer))
-            answers[key] = json.loads(kept.read_text())
-            bar.advance(1, 0 if known else 1)
+    answers: dict[Key, list[dict]] = {key: [] for key in probes}
+    with Progress(run.name, config.starts * len(probes), "starts", quiet=run.quiet) as bar:
+        for start in range(config.starts):
+            for key, model in probes.items():
+                kept = run.state_path / f"{'-'.join((*key, str(start)))}.json"
+                known = kept.is_file()
+                if not known:
+                    answer = _asked(config, model, run.state_path / "probe", python)
+                    run.write_file(f"state/{kept.name}", json.dumps(answer))
+                answers[key].append(json.loads(kept.read_text()))
+                bar.advance(1, 0 if known else 1)
     return answers
+
+
+def _asked(config: VLLMCostConfig, model: ModelConfig, place: Path, python: str) -> dict:
+    place.mkdir(parents=True, exist_ok=True)
+    write_config(model, place)
+    asked = job(config, place, model.vocab_size)
+    asked["arguments"]["load_format"] = "dummy"  # random weights, none on disk
+    return drive(python, asked, config.threads, cache_bytes(config, model))
 
 
 def cache_bytes(config: VLLMCostConfig, model: ModelConfig) -> float:
@@ -305,13 +311,13 @@ def tables(
     config: VLLMCostConfig,
     parent: ModelConfig,
     words: Sequence[Key],
-    answers: Mapping[Key, Mapping],
+    answers: Mapping[Key, Sequence[Mapping]],
 ) -> list[dict]:
     """Rows of `tables/costs.jsonl`: those of every scenario at every batch."""
     first = base_word(words)
     rows = []
     for number, (label, scenario) in enumerate(config.settings.priced()):
-        rounds = {key: answer["seconds"][number] for key, answer in answers.items()}
+        rounds = {k: sum((a["seconds"][number] for a in v), []) for k, v in answers.items()}
         found = {key: seconds_of(value, scenario.new) for key, value in rounds.items()}
         seconds = split(found, first, config.depth)
         settings = config.settings.model_copy(update={"scenario": scenario})
@@ -332,7 +338,7 @@ def stage(config: VLLMCostConfig, run: Run, inputs: dict[str, Path]) -> None:
     answers = measure(config, run, probes_of(config, parent, words), python)
     run.write_table("costs", tables(config, parent, words, answers))
     run.write_json("probes", {" ".join(key): answer for key, answer in answers.items()})
-    run.write_json("scenarios", _told(config, answers[BASE], dropped))
+    run.write_json("scenarios", _told(config, answers[BASE][0], dropped))
 
 
 def _told(config: VLLMCostConfig, answer: Mapping, dropped: Mapping[Key, str]) -> dict:

@@ -16,7 +16,8 @@ from tessera.puzzle.space import Space, write_space
 from tessera.recipe import RecipeError, validate
 from tessera.run import FailureError, Run, RunError, read_json, read_table
 from tessera.serve import vllm_cost
-from tessera.serve.vllm_cost import VLLMCostConfig, find_python, served, unloadable
+from tessera.serve.export.padding import expressible
+from tessera.serve.vllm_cost import VLLMCostConfig, find_python, seconds_of, served, unloadable
 from tests import tiny
 
 PARENT = (("gqa-4", "swiglu-600"),) * 3
@@ -109,9 +110,23 @@ def test_an_engine_whose_layers_add_up_gives_back_its_parts(inputs, tmp_path):
     words = [("gqa-4", "swiglu-600"), ("noop", "swiglu-300"), ("gqa-1", "noop")]
     total = table.total(words)
     assert total["parameters"] == config.with_words(words).num_params()
-    assert total["seconds"] == pytest.approx(
-        2 + 0.7 + 0.3 + 0.2 + 0.4 + 8 * (1 + 0.5 + 0.21 + 0.425)
-    )
+    seconds = 2 + 0.7 + 0.3 + 0.2 + 0.4 + 8 * (1 + 0.5 + 0.21 + 0.125 + 0.3)
+    assert total["seconds"] == pytest.approx(seconds)
+
+
+def test_counted_bytes_are_those_of_the_exported_model(inputs, tmp_path):
+    (table,) = read_costs(priced(tmp_path / "costs", inputs)).at(None).values()
+    words = [("gqa-4", "swiglu-600"), ("noop", "swiglu-300"), ("gqa-1", "noop")]
+    total, exported = table.total(words), expressible(tiny.config(words))
+    assert total["kv_bytes_per_token"] == exported.kv_bytes_per_token()
+    cache = table.scenario.cached_tokens * exported.kv_bytes_per_token()
+    assert total["bytes"] == 4 * exported.num_params() + cache
+
+
+def test_noise_only_adds_so_that_a_quiet_start_among_loud_ones_decides():
+    quiet, loud = [(1.0, 9.0)] * 10, [(1.7, 13.0)] * 10
+    assert seconds_of(quiet, 9) == (1.0, 1.0) == seconds_of(loud + quiet, 9)
+    assert seconds_of(loud, 9)[1] > 1.4
 
 
 def test_what_vllm_cannot_load_has_no_row_and_is_in_no_architecture(inputs, tmp_path):
@@ -169,8 +184,8 @@ def test_every_scenario_and_batch_is_measured_in_the_same_processes(inputs, tmp_
     drive = vllm_cost.drive
     monkeypatch.setattr(vllm_cost, "drive", lambda *given: asked.append(given) or drive(*given))
     scenarios = {"chat": SCENARIO, "long": {"batch": 1, "prompt": 90, "new": 3}}
-    path = priced(tmp_path / "costs", inputs, scenarios=scenarios, batches=[1, 4])
-    assert len(asked) == 5
+    path = priced(tmp_path / "costs", inputs, scenarios=scenarios, batches=[1, 4], starts=2)
+    assert len(asked) == 2 * 5
     assert asked[0][1]["arguments"]["max_model_len"] == 93  # beyond the parent's context of 64
     assert sorted(read_costs(path).tables) == [("chat", 1), ("chat", 4), ("long", 1), ("long", 4)]
 
