@@ -255,7 +255,15 @@ def drive(python: str, asked: Job, threads: int | None, kv_bytes: float = 0.0) -
     if ran.returncode or not answers:
         told = "\n".join(ran.stderr.splitlines()[-12:])
         raise FailureError(f"vLLM ({python}) ended with code {ran.returncode}:\n{told}")
-    return json.loads(answers[-1].removeprefix("SECONDS "))
+    answer = json.loads(answers[-1].removeprefix("SECONDS "))
+    needed = max(one["batch"] * (one["prompt"] + one["new"]) for one in asked["scenarios"])
+    if (answer["cache_tokens"] or needed) < needed:
+        raise FailureError(
+            f"vLLM's KV cache holds {answer['cache_tokens']:,} tokens and a scenario needs "
+            f"{needed:,}: it would wait instead of computing; give it a larger "
+            "arguments.gpu_memory_utilization, or the scenario a smaller batch"
+        )
+    return answer
 
 
 def measure(

@@ -3,9 +3,12 @@
     python vllm_driver.py JOB_JSON
 
 The job is {model: directory, arguments: those of vllm.LLM, vocab_size, rounds, scenarios: a list of
-{batch, prompt, new}}. One line is printed, `SECONDS {version, device, clock, seconds}`; vLLM prints
-much besides. seconds[scenario][round] is [of one new token, of all of them]. It imports nothing of
-tessera, which that environment need not hold.
+{batch, prompt, new}}. vLLM prints much; one line of it is the answer,
+
+    SECONDS {version, device, clock, cache_tokens, seconds}
+
+where seconds[scenario][round] is [of one new token, of all of them]. It imports nothing of tessera,
+which that environment need not hold.
 """
 
 import json
@@ -43,8 +46,10 @@ def main(job: dict) -> dict:
             pair = [_timed(vllm, llm, prompts, new, clock) for new in (1, scenario["new"])]
             if number:
                 found.append((pair[0], pair[1]))
+    cache = llm.llm_engine.vllm_config.cache_config
     return {
         "version": vllm.__version__,
+        "cache_tokens": getattr(cache, "kv_cache_size_tokens", None),  # unknown to older ones
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "clock": "process" if alone else "wall",
         "seconds": seconds,

@@ -44,6 +44,8 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, model, load_format, **rest):
+        cache = SimpleNamespace(kv_cache_size_tokens=rest.get("gpu_memory_utilization", 1000))
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
         config = json.load(open(model + "/config.json"))
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         self.layers = [AROUND]
@@ -216,6 +218,11 @@ def test_an_engine_that_does_not_start_is_an_error_with_its_last_words(inputs, t
     (tmp_path / "engine" / "vllm.py").write_text("raise ImportError('no kernels here')")
     with pytest.raises(FailureError, match="no kernels here"):
         priced(tmp_path / "costs", inputs)
+
+
+def test_a_scenario_that_does_not_fit_the_cache_is_refused_rather_than_timed(inputs, tmp_path):
+    with pytest.raises(FailureError, match="holds 27 tokens and a scenario needs 28"):
+        priced(tmp_path / "costs", inputs, arguments={"gpu_memory_utilization": 27})
 
 
 def test_keys_that_the_stage_sets_are_refused_as_arguments():
