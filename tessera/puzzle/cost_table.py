@@ -110,3 +110,9 @@ def read_costs(directory: Path) -> Costs:
         for (name, batch), found in rows.items()
     }
     return Costs(tables, scenarios, tuple(told["batches"]), told["source"], told["device"])
+
+
+def unavailable(directory: Path) -> set[tuple[str, str]]:
+    """The (kind, word) that a finished cost stage gave no price, as its engine cannot load them."""
+    told = read_json(directory, "scenarios").get("unavailable", [])
+    return {(one["kind"], one["word"]) for one in told}

@@ -20,7 +20,7 @@ from tessera.model.weights import load_config
 from tessera.puzzle.baselines import Architecture, dropped_attention, dropped_layers, uniform_width
 from tessera.puzzle.conditional import ConditionalConfig, Rescorer, tighten
 from tessera.puzzle.constraints import NAMES, budgets, check
-from tessera.puzzle.cost_table import CostTable, read_costs
+from tessera.puzzle.cost_table import CostTable, read_costs, unavailable
 from tessera.puzzle.infeasible import explain
 from tessera.puzzle.program import Infeasible, Option, SearchError, Solution, solve
 from tessera.puzzle.space import Space, forbidden_pairs, join, read_space, split
@@ -75,15 +75,11 @@ def options_of(
     for layer in range(len(space.layers)):
         for kind in KINDS:
             for i, word in enumerate(space.words(layer, kind)):
-                if (kind, word) not in costs.words:  # its engine cannot load it
-                    continue
                 key = (layer, kind, word)
                 score = float(table.get(key, 0.0) if i == 0 else table[key])
                 found.append(Option(layer, kind, word, score, _costs(costs, {kind: word})))
     for layer, attention, ffn in space.pairs:
         word, both = join(attention, ffn), {"attention": attention, "ffn": ffn}
-        if not both.items() <= costs.words.keys():
-            continue
         score = float(table[layer, "block", word])
         found.append(Option(layer, "block", word, score, _costs(costs, both)))
     return found
@@ -247,7 +243,7 @@ def find(
     where the integer program gave it.
     """
     parent = load_config(inputs["parent"])
-    space = read_space(inputs["scores"])
+    space = read_space(inputs["scores"]).without(unavailable(inputs["costs"]))
     scores = read_table(inputs["scores"], "scores")
     (costs,) = read_costs(inputs["costs"]).at(None).values()
     scenario = costs.scenario

@@ -64,9 +64,7 @@ class VLLMCostConfig(Config):
     starts: int = Field(default=1, ge=1)  # of each probe, in turn: more where the machine is shared
     depth: int = Field(default=10, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    enforce_eager: bool = (
-        False  # true: no compilation nor CUDA graphs, and a start in half the time
-    )
+    enforce_eager: bool = False  # true: neither compiled nor CUDA graphs; a start takes half
     threads: PositiveInt | None = None  # of the CPU build; left out: its own choice
     arguments: dict[str, bool | int | float | str] = {}
     python: str | None = None
