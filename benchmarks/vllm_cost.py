@@ -34,6 +34,9 @@ from tessera.serve.vllm_cost import (
 
 def main() -> None:
     options = parse()
+    if not options.models:
+        print("skipped: give a finished run of stage cost_vllm, its parent, and children")
+        return
     config = VLLMCostConfig.model_validate(read_manifest(options.costs).config)
     told = read_json(options.costs, "scenarios")
     label, scenario = config.settings.priced()[0]
@@ -58,9 +61,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("costs", type=Path, help="a finished run of stage cost_vllm")
-    parser.add_argument("parent", type=Path)
-    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("costs", type=Path, nargs="?", help="a finished run of stage cost_vllm")
+    parser.add_argument("parent", type=Path, nargs="?")
+    parser.add_argument("models", type=Path, nargs="*")
     parser.add_argument("--starts", type=int, default=3, help="processes a model is timed in")
     return parser.parse_args()
 
