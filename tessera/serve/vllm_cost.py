@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -47,7 +47,6 @@ OURS = {"model", "load_format", "dtype", "enforce_eager", "enable_prefix_caching
 Key = tuple[str, str]  # (kind, word)
 Seconds = tuple[float, float]  # (prefill, one decode step)
 Job = dict  # see vllm_driver.py, as for the answer
-Drive = Callable[[Job], dict]
 
 
 class VLLMCostConfig(Config):
