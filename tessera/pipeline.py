@@ -40,6 +40,13 @@ _ROWS = (
     ),
     Stage("cost", "tessera.puzzle.cost", "CostConfig", ("parent", "library"), "costs"),
     Stage(
+        "cost_vllm",
+        "tessera.serve.vllm_cost",
+        "VLLMCostConfig",
+        ("parent", "library"),
+        "costs",
+    ),
+    Stage(
         "search",
         "tessera.puzzle.search",
         "SearchConfig",

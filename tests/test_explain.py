@@ -70,6 +70,7 @@ def home(request, tmp_path: Path) -> Path:
     def priced(run: Run) -> None:
         run.write_table("costs", costs())
         told = {"scenarios": {"default": SCENARIO}, "batches": [], "source": "counted"}
+        told |= {"bytes_per_parameter": 4.0, "bytes_per_kv": 4.0}
         run.write_json("scenarios", {**told, "device": None})
 
     parent = make("parent", {}, lambda run: write_model(run.model_path, PARENT))

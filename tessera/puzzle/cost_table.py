@@ -121,3 +121,9 @@ def read_costs(directory: Path) -> Costs:
         told["bytes_per_parameter"],
         told["bytes_per_kv"],
     )
+
+
+def unavailable(directory: Path) -> set[tuple[str, str]]:
+    """The (kind, word) that a finished cost stage gave no price, as its engine cannot load them."""
+    told = read_json(directory, "scenarios").get("unavailable", [])
+    return {(one["kind"], one["word"]) for one in told}

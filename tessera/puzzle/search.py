@@ -22,7 +22,7 @@ from tessera.puzzle.candidates import Architecture, Candidates
 from tessera.puzzle.cases import Case, Demand, cases
 from tessera.puzzle.conditional import ConditionalConfig, Rescorer, tighten
 from tessera.puzzle.constraints import check
-from tessera.puzzle.cost_table import Costs, read_costs
+from tessera.puzzle.cost_table import Costs, read_costs, unavailable
 from tessera.puzzle.prices import shadow_prices
 from tessera.puzzle.program import SearchError
 from tessera.puzzle.promises import promised, told
@@ -130,7 +130,7 @@ class Problem:
     def read(cls, config: SearchConfig, inputs: Mapping) -> Problem:
         """inputs: paths of the runs parent, scores and costs."""
         parent = load_config(inputs["parent"])
-        space = read_space(inputs["scores"])
+        space = read_space(inputs["scores"]).without(unavailable(inputs["costs"]))
         scores = read_table(inputs["scores"], "scores")
         costs = read_costs(inputs["costs"])
         candidates = Candidates.of(parent, space, config.servable, scores, config.minimize)

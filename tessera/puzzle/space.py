@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -81,6 +81,18 @@ class Space:
             for kind in KINDS:
                 for word in self.words(layer, kind)[1:]:
                     yield layer, kind, word
+
+    def without(self, words: Collection[tuple[str, str]]) -> Space:
+        """The space less these (kind, word), and less the pairs that hold one of them."""
+        layers = tuple(
+            (
+                tuple(word for word in attention if ("attention", word) not in words),
+                tuple(word for word in ffn if ("ffn", word) not in words),
+            )
+            for attention, ffn in self.layers
+        )
+        kept = [p for p in self.pairs if not set(zip(KINDS, p[1:], strict=True)) & set(words)]
+        return replace(self, layers=layers, pairs=tuple(kept))
 
 
 def join(attention: str, ffn: str) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tessera.model.config import ConfigError
-from tessera.puzzle.space import SpaceConfig, build_space, forbidden_pairs
+from tessera.puzzle.space import Space, SpaceConfig, build_space, forbidden_pairs
 from tessera.recipe import RecipeError, validate
 from tests.toy import toy_config
 
@@ -46,3 +46,12 @@ def test_what_an_engine_cannot_load_is_left_out():
     assert {("noop", "swiglu-48"), ("gqa-4", "noop"), ("linear", "linear")} <= pairs[0]
     assert ("noop", "swiglu-48") not in pairs[1]
     assert ("noop", "noop") in pairs[2] and ("noop", "noop") not in pairs[1]
+
+
+def test_a_space_without_some_words_is_without_the_pairs_that_hold_them():
+    layers = ((("gqa-4", "linear"), ("swiglu-48", "linear")),) * 2
+    space = Space(layers, ((0, "linear", "swiglu-48"), (1, "gqa-4", "linear")))
+    left = space.without({("attention", "linear")})
+    assert left.layers == ((("gqa-4",), ("swiglu-48", "linear")),) * 2
+    assert left.pairs == ((1, "gqa-4", "linear"),)
+    assert space.without(set()) == space

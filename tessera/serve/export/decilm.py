@@ -119,7 +119,12 @@ def write(module: Transformer, directory: Path, tokenizer_from: Path | None = No
     """Write weights, config, remote code and tokenizer into `directory`, which must not exist."""
     wide = widen(module)
     save_model(wide, directory, tokenizer_from=tokenizer_from)
-    text = json.dumps(config_dict(wide.config), indent=2) + "\n"
+    write_config(wide.config, directory)
+
+
+def write_config(config: ModelConfig, directory: Path) -> None:
+    """Write what is not weights, `config.json` and the remote code, of an expressible config."""
+    text = json.dumps(config_dict(config), indent=2) + "\n"
     (directory / "config.json").write_text(text)
     templates = resources.files("tessera.serve.export") / "remote"
     for file in REMOTE_CODE:
