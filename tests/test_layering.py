@@ -29,6 +29,7 @@ LEVELS = {
     "eval": 5,
     "serve": 5,
     "cli": 6,
+    "estimate": 6,
     "pipeline": 6,
     "resolve": 6,
     "show": 6,

@@ -21,14 +21,23 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from tessera.data.batch import Batch
+from tessera.model.config import ModelConfig
 from tessera.model.context import Context
 from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model
 from tessera.objectives.lm import documents
 from tessera.puzzle.importance import Importance
 from tessera.puzzle.layer_numbers import layer_numbers, layers_of
-from tessera.puzzle.library import BlockLibrary, Key, save_library, trainable_units, unit_file
+from tessera.puzzle.library import (
+    BlockLibrary,
+    Key,
+    layer_groups,
+    save_library,
+    trainable_units,
+    unit_file,
+)
 from tessera.puzzle.space import (
+    Space,
     SpaceConfig,
     build_space,
     restrict,
@@ -151,24 +160,22 @@ def train_units(
         shutil.rmtree(trainer.state_path, ignore_errors=True)
 
 
-def layer_groups(keys: Sequence[Key], layers_at_once: int | None) -> list[list[Key]]:
-    """Keys by layer, `layers_at_once` layers that have any together; all of them for None."""
-    layers = sorted({layer for layer, _, _ in keys})
-    step = layers_at_once or max(1, len(layers))
-    chosen = [set(layers[i : i + step]) for i in range(0, len(layers), step)]
-    return [[key for key in keys if key[0] in group] for group in chosen]
+def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, list[Key]]:
+    """The space that a run of this config covers, and its trainable units."""
+    layers = layers_of(config.layers, parent, f"{run}.layers")
+    space = restrict(build_space(config.space, parent), layers)
+    return space, trainable_units(space)
 
 
 def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `bld`: prune and pool the parent into every word, then train them all at once."""
     parent = load_model(inputs["parent"], frozen=True)
-    layers = layers_of(config.layers, parent.config, f"{run.name}.layers")
-    space = restrict(build_space(config.space, parent.config), layers)
-    keys = trainable_units(space)
+    space, keys = units_of(config, parent.config, run.name)
+    layers = {layer for layer, _, _ in keys}
     heldout = documents(inputs["data"], config.train, run.seed)
     batches = heldout.heldout_batches(config.calibration_tokens)
     statistics = collect_statistics(parent, batches, config.importance, layers)
-    run.say(f"{len(keys)} units in {len({layer for layer, _, _ in keys})} layers")
+    run.say(f"{len(keys)} units in {len(layers)} layers")
 
     def make(group: Sequence[Key]) -> BlockLibrary:
         return BlockLibrary.from_parent(parent, space, statistics, group)

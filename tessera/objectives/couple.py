@@ -11,6 +11,7 @@ links to the library they came from; where a pair is, it is what its two words m
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -19,17 +20,19 @@ from pydantic import Field
 
 from tessera.model.config import KINDS, ModelConfig
 from tessera.model.weights import load_model
-from tessera.objectives.bld import BLD, LocalConfig, layer_groups, train_units
+from tessera.objectives.bld import BLD, LocalConfig, train_units
 from tessera.objectives.lm import documents
 from tessera.puzzle.layer_numbers import layers_of
 from tessera.puzzle.library import (
     BlockLibrary,
     Key,
     LibraryError,
+    layer_groups,
     link_library,
     load_library,
     pair_keys,
 )
+from tessera.puzzle.memory import unit_params
 from tessera.puzzle.space import (
     Pair,
     Space,
@@ -93,6 +96,20 @@ def choose_pairs(
                 known = (layer, a, f) in space.pairs
                 if wanted and not (trivial or known or (a, f) in refused[layer]):
                     found.append((layer, a, f))
+    return found
+
+
+def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: str) -> list[Pair]:
+    """The pairs of the words of most parameters: no search can choose more to train at once."""
+    found = []
+    for layer in layers_of(config.layers, parent, f"{run}.layers"):
+        largest = [
+            sorted(words, key=lambda word, kind=kind: -unit_params(parent, kind, word))
+            for kind, words in zip(KINDS, space.layers[layer], strict=True)
+        ]
+        kept = zip(largest, (config.attention, config.ffn), strict=True)
+        product = itertools.product(*(words[:most] for words, most in kept))
+        found += [(layer, a, f) for a, f in product if (a, f) != parent.words[layer]]
     return found
 
 

@@ -95,6 +95,14 @@ def pair_keys(pairs: Iterable[Pair]) -> list[Key]:
     return [(layer, "block", join(attention, ffn)) for layer, attention, ffn in pairs]
 
 
+def layer_groups(keys: Sequence[Key], layers_at_once: int | None) -> list[list[Key]]:
+    """Keys by layer, `layers_at_once` layers that have any together; all of them for None."""
+    layers = sorted({layer for layer, _, _ in keys})
+    step = layers_at_once or max(1, len(layers))
+    chosen = [set(layers[i : i + step]) for i in range(0, len(layers), step)]
+    return [[key for key in keys if key[0] in group] for group in chosen]
+
+
 def unit_key(layer: int, kind: str, word: str) -> str:
     return f"{layer:02d}/{kind}/{word}"
 
