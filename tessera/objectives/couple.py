@@ -100,7 +100,10 @@ def choose_pairs(
 
 
 def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: str) -> list[Pair]:
-    """The pairs of the words of most parameters: no search can choose more to train at once."""
+    """The pairs of the words of most parameters: no search can choose more to train.
+
+    The parent's own pair is among them, because a search may choose words that have it not.
+    """
     found = []
     for layer in layers_of(config.layers, parent, f"{run}.layers"):
         largest = [
@@ -109,7 +112,7 @@ def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: 
         ]
         kept = zip(largest, (config.attention, config.ffn), strict=True)
         product = itertools.product(*(words[:most] for words, most in kept))
-        found += [(layer, a, f) for a, f in product if (a, f) != parent.words[layer]]
+        found += [(layer, a, f) for a, f in product]
     return found
 
 

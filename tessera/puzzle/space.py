@@ -95,7 +95,9 @@ class SpaceConfig(LayerWords):
     @field_validator("servable", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        """One name or a list; a tuple already, which is what strict validation asks for here."""
+        given = [value] if isinstance(value, str) else value
+        return tuple(given) if isinstance(given, list) else given
 
     @field_validator("servable")
     @classmethod
@@ -243,11 +245,10 @@ def _check_used(offers: Iterable[_Offer], space: Space, parent: ModelConfig) -> 
     for one in offers:
         for word in one.chosen if one.layers else ():
             if not any(word in space.words(layer, one.kind) for layer in one.layers):
-                where = (
-                    "" if len(one.layers) == len(space.layers) else f" of {spans([*one.layers])}"
-                )
+                everywhere = len(one.layers) == len(space.layers)
+                fits = "fits no layer" if everywhere else f"does not fit {spans([*one.layers])}"
                 raise ConfigError(
-                    f"{one.where} offers {word}, which fits no layer{where} of this parent "
+                    f"{one.where} offers {word}, which {fits} of this parent "
                     f"({own}): KV heads must divide the parent's, and an FFN is never wider than "
                     "the parent's"
                 )
