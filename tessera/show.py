@@ -89,6 +89,7 @@ def describe_model(config: ModelConfig) -> dict[str, Any]:
         "kv_bytes_per_token": {
             "float32": config.kv_bytes_per_token(4),
             "bfloat16": config.kv_bytes_per_token(2),
+            "float8": config.kv_bytes_per_token(1),
         },
         "words": [list(words) for words in config.words],
     }
@@ -138,11 +139,11 @@ def _render_lineage(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _sizes(config: ModelConfig) -> str:
-    full, half = config.kv_bytes_per_token(4), config.kv_bytes_per_token(2)
+    full, half, quarter = (config.kv_bytes_per_token(size) for size in (4, 2, 1))
     return (
         f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"{config.num_params():,} parameters, "
-        f"{full:,.0f} KV bytes a token in float32 ({half:,.0f} in bfloat16)"
+        f"{full:,.0f} KV bytes a token in float32 ({half:,.0f} in bfloat16, {quarter:,.0f} in FP8)"
     )
 
 

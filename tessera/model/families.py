@@ -1,8 +1,8 @@
 """Hugging Face's `config.json`, read and written. Torch-free.
 
 Four dialects are read: the stock families (`llama`, `mistral`, `qwen2`, `qwen3`), the released
-Puzzle models' `nemotron-nas` (`block_configs`; arXiv 2505.00949), and our own `tessera`, which
-spells every field out and the architecture in words. Two are written: the stock one where it says
+Puzzle models' `nemotron-nas` (`nas.py`; arXiv 2505.00949), and our own `tessera`, which spells
+every field out and the architecture in words. Two are written: the stock one where it says
 everything there is to say, so that stock software loads the directory, and `tessera` otherwise.
 Reading back what was written gives the same `ModelConfig`.
 """
@@ -11,26 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tessera.model.config import (
-    FFN,
     GQA,
-    Attention,
     BlockConfig,
     ConfigError,
-    Linear,
     ModelConfig,
-    NoOp,
     RopeScaling,
     SwiGLU,
 )
-
-Values = Mapping[str, Any]
+from tessera.model.nas import BARE_DEFAULTS, nas_blocks
+from tessera.model.values import Values, number, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +82,8 @@ def parse_config(values: Values) -> ModelConfig:
 
     Raises ConfigError for what we cannot run, naming it and what is supported.
     """
+    if values.get("model_type") is None and "block_configs" in values:
+        values = {**BARE_DEFAULTS, **values, "model_type": "nemotron-nas"}
     model_type = values.get("model_type")
     _refuse_unsupported(values)
     if model_type == "tessera":
@@ -127,35 +123,35 @@ def _refuse_unsupported(values: Values) -> None:
 def _parse_stock(values: Values) -> ModelConfig:
     family = values["model_type"]
     values = {**FAMILIES[family].defaults, **values}
-    heads = _whole(values, "num_attention_heads")
-    key_value = _whole(values, "num_key_value_heads", heads)
-    block = BlockConfig(GQA(key_value), SwiGLU(_whole(values, "intermediate_size")))
+    heads = whole(values, "num_attention_heads")
+    key_value = whole(values, "num_key_value_heads", heads)
+    block = BlockConfig(GQA(key_value), SwiGLU(whole(values, "intermediate_size")))
     return ModelConfig(
         **_common(values),
         **_family_fields(family, values),
         family=family,
-        blocks=(block,) * _whole(values, "num_hidden_layers"),
+        blocks=(block,) * whole(values, "num_hidden_layers"),
         sliding_window=_sliding_window(family, values),
     )
 
 
 def _common(values: Values) -> dict[str, Any]:
     """The fields that stock files and `nemotron-nas` share."""
-    hidden, heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
+    hidden, heads = whole(values, "hidden_size"), whole(values, "num_attention_heads")
     if values.get("head_dim") is None and hidden % heads:
         raise ConfigError(
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give head_dim"
         )
     theta, scaling = _rope(values)
     return {
-        "vocab_size": _whole(values, "vocab_size"),
+        "vocab_size": whole(values, "vocab_size"),
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "head_dim": _whole(values, "head_dim", hidden // heads),
-        "rms_norm_eps": _number(values, "rms_norm_eps", 1e-6),
+        "head_dim": whole(values, "head_dim", hidden // heads),
+        "rms_norm_eps": number(values, "rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "max_position_embeddings": _whole(values, "max_position_embeddings", 2048),
+        "max_position_embeddings": whole(values, "max_position_embeddings", 2048),
         "tie_word_embeddings": bool(values.get("tie_word_embeddings", False)),
         **_token_ids(values),
     }
@@ -202,7 +198,7 @@ def _sliding_window(family: str, values: Values) -> int | None:
             "layers with and without a sliding window in one model are not supported "
             f"(sliding_window {window} on {kinds.count('sliding_attention')} of {layers} layers)"
         )
-    return _whole(values, "sliding_window") if "sliding_attention" in kinds else None
+    return whole(values, "sliding_window") if "sliding_attention" in kinds else None
 
 
 def _rope(values: Values) -> tuple[float, RopeScaling | None]:
@@ -210,7 +206,7 @@ def _rope(values: Values) -> tuple[float, RopeScaling | None]:
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError("rope_parameters that differ between kinds of layers are not supported")
-    theta = _number(rope, "rope_theta", _number(values, "rope_theta", 10_000.0))
+    theta = number(rope, "rope_theta", number(values, "rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
@@ -219,92 +215,26 @@ def _rope(values: Values) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind not in ("linear", "llama3"):
         raise ConfigError(f"rope type {kind!r} is not supported; default, linear and llama3 are")
-    scaling = RopeScaling(rope_type=kind, factor=_number(rope, "factor"))
+    scaling = RopeScaling(rope_type=kind, factor=number(rope, "factor"))
     if kind == "linear":
         return theta, scaling
-    limit = _whole(values, "max_position_embeddings", 2048)
+    limit = whole(values, "max_position_embeddings", 2048)
     return theta, dataclasses.replace(
         scaling,
-        low_freq_factor=_number(rope, "low_freq_factor", 1.0),
-        high_freq_factor=_number(rope, "high_freq_factor", 4.0),
-        original_max_position_embeddings=_whole(rope, "original_max_position_embeddings", limit),
+        low_freq_factor=number(rope, "low_freq_factor", 1.0),
+        high_freq_factor=number(rope, "high_freq_factor", 4.0),
+        original_max_position_embeddings=whole(rope, "original_max_position_embeddings", limit),
     )
-
-
-def _whole(values: Values, key: str, default: int | None = None) -> int:
-    value = default if values.get(key) is None else values[key]
-    if value is None:
-        raise ConfigError(f"{key!r} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key} is {value!r}; it must be a whole number above 0")
-    return value
-
-
-def _number(values: Values, key: str, default: float | None = None) -> float:
-    value = default if values.get(key) is None else values[key]
-    if value is None:
-        raise ConfigError(f"{key!r} is missing")
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{key} is {value!r}; it must be a number above 0")
-    return float(value)
 
 
 # The released Puzzle models: `nemotron-nas`.
 
 
-def ffn_mult_width(ffn_mult: float, hidden_size: int) -> int:
-    """The FFN width a DeciLM `ffn_mult` stands for: `2/3 * mult * C`, up to a multiple of 256."""
-    return math.ceil(int(2 * ffn_mult * hidden_size / 3) / 256) * 256
-
-
 def _parse_nemotron_nas(values: Values) -> ModelConfig:
-    entries = values.get("block_configs")
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError("'block_configs' is missing; a nemotron-nas config holds one a layer")
-    blocks = []
-    for layer, entry in enumerate(entries):
-        try:
-            blocks.append(_nas_block(entry, values))
-        except (ConfigError, KeyError) as error:
-            raise ConfigError(f"block_configs[{layer}]: {error}") from None
+    blocks = nas_blocks(values)
     values = {**FAMILIES["llama"].defaults, **values}
     fields = _family_fields("llama", values)
-    return ModelConfig(**_common(values), **fields, family="llama", blocks=tuple(blocks))
-
-
-def _nas_block(entry: Values, values: Values) -> BlockConfig:
-    attention, ffn = entry["attention"], entry["ffn"]
-    for part, key in [
-        *((attention, key) for key in ("window_length", "num_sink_tokens", "sparsify", "mamba")),
-        *((ffn, key) for key in ("sparsify", "moe")),
-        (entry, "parallel_blocks"),
-    ]:
-        if part.get(key):
-            raise ConfigError(f"{key} is not supported")
-    return BlockConfig(_nas_attention(attention, values), _nas_ffn(ffn, values))
-
-
-def _nas_attention(entry: Values, values: Values) -> Attention:
-    if entry.get("no_op"):
-        return NoOp()
-    if entry.get("replace_with_linear"):
-        return Linear()
-    if entry.get("num_key_value_heads"):
-        return GQA(_whole(entry, "num_key_value_heads"))
-    group, heads = _whole(entry, "n_heads_in_group"), _whole(values, "num_attention_heads")
-    if heads % group:
-        raise ConfigError(f"n_heads_in_group {group} does not divide the {heads} query heads")
-    return GQA(heads // group)
-
-
-def _nas_ffn(entry: Values, values: Values) -> FFN:
-    if entry.get("no_op"):
-        return NoOp()
-    if entry.get("replace_with_linear"):
-        return Linear()
-    if entry.get("intermediate_size"):
-        return SwiGLU(_whole(entry, "intermediate_size"))
-    return SwiGLU(ffn_mult_width(_number(entry, "ffn_mult"), _whole(values, "hidden_size")))
+    return ModelConfig(**_common(values), **fields, family="llama", blocks=blocks)
 
 
 # Our own dialect, and writing.
@@ -316,7 +246,7 @@ def _parse_tessera(values: Values) -> ModelConfig:
     given["rope_theta"], given["rope_scaling"] = _rope(values)
     given["eos_token_id"] = tuple(given.get("eos_token_id") or ())
     for key in ("vocab_size", "hidden_size", "num_attention_heads", "head_dim"):
-        _whole(values, key)
+        whole(values, key)
     return ModelConfig(**given, blocks=()).with_words(_word_pairs(values.get("blocks")))
 
 

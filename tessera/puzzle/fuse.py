@@ -29,9 +29,9 @@ from tessera.model.layers import FeedForward, Subblock
 from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model, resolve, save_model
 from tessera.progress import Progress
-from tessera.puzzle.cost import generation_seconds
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.dependency import dependency_matrix
+from tessera.puzzle.measure import generation_seconds
 from tessera.run import Run
 from tessera.train.losses import token_statistics
 

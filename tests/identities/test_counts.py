@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 
 from tessera.model.cache import KVCache
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, name, parse
-from tessera.model.families import parse_config, read_config
+from tessera.model.families import read_config
 from tessera.model.layers import Subblock
 from tessera.model.transformer import Transformer
 from tests import tiny
@@ -52,19 +50,27 @@ def test_absent_attention_costs_no_memory():
 
 
 @pytest.mark.parametrize(
-    ("file", "billions", "attention_layers"),
-    [("3-Nemotron-Super-49B-v1", 49.867, 49), ("1-Nemotron-Ultra-253B-v1", 253.401, 64)],
+    ("file", "billions", "attention_layers", "fp8"),
+    [
+        ("3-Nemotron-Super-49B-v1", 49.867, 49, 100_352),
+        ("1-Nemotron-Ultra-253B-v1", 253.401, 64, 131_072),
+    ],
 )
-def test_released_puzzle_models_have_their_published_size(shared, file, billions, attention_layers):
+def test_released_puzzle_models_have_their_published_size(
+    shared, file, billions, attention_layers, fp8
+):
     config = read_config(shared / "data/nas_configs" / f"Llama-3_{file}.config.json")
     assert round(config.num_params() / 1e9, 3) == billions
     heads = [parse(attention) for attention, _ in config.words if attention != "noop"]
     assert heads == [GQA(8)] * attention_layers
+    assert config.kv_bytes_per_token(1) == fp8
 
 
 def test_nemotron_51b_with_its_linear_layers_has_its_published_size(shared):
     file = shared / "data/nas_configs/Llama-3_1-Nemotron-51B-Instruct.blocks.json"
-    values = json.loads(file.read_text()) | {"model_type": "nemotron-nas"}
-    config = parse_config(values)
+    config = read_config(file)
     assert round(config.num_params() / 1e9, 3) == 51.501
     assert sum(attention == "linear" for attention, _ in config.words) == 18
+    cached = [a for a, _ in config.words if a.startswith("gqa-")]
+    heads = sum(int(word.removeprefix("gqa-")) for word in cached)
+    assert config.kv_bytes_per_token(1) == 2 * 128 * heads  # linear attention caches nothing

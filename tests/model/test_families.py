@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tessera.model.config import ConfigError, RopeScaling
-from tessera.model.families import config_dict, ffn_mult_width, parse_config, read_config
+from tessera.model.families import config_dict, parse_config, read_config
+from tessera.model.nas import ffn_mult_width
 from tests import tiny
 
 LLAMA: dict[str, Any] = {
@@ -137,6 +138,17 @@ def test_nemotron_nas_words():
         ("linear", "noop"),
         ("gqa-4", "swiglu-100"),
     )
+
+
+def test_a_bare_list_of_blocks_is_a_child_of_llama_3():
+    """No `model_type`: the words are the file's, and the rest is Llama 3.1's."""
+    values = nas({"attention": ATTENTION, "ffn": FFN}, {"attention": {"no_op": True}, "ffn": FFN})
+    bare = {key: values[key] for key in ("vocab_size", "hidden_size", "num_attention_heads")}
+    config = parse_config(bare | {"block_configs": values["block_configs"]})
+    assert config.words == parse_config(values).words
+    assert config.num_params() == parse_config(values).num_params()
+    assert (config.rope_theta, config.max_position_embeddings) == (500000.0, 131072)
+    assert config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3"
 
 
 def test_a_homogeneous_model_is_written_as_its_family():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tessera.model.families import ffn_mult_width
+from tessera.model.nas import ffn_mult_width
 from tessera.serve.export.decilm import ffn_mult
 from tessera.serve.export.padding import expressible, notes, widen
 from tests.serve.interop import HETEROGENEOUS, random_model

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
-from tessera.model.families import ffn_mult_width
+from tessera.model.nas import ffn_mult_width
 from tessera.model.transformer import Transformer
 from tessera.model.weights import save_model
 from tessera.serve.export.padding import widen

@@ -1,0 +1,262 @@
+"""Seconds of words and models on a device that is not here, from its data sheet. Torch-free.
+
+    seconds of a product = max(operations / (peak · share), bytes / (bandwidth · share))
+
+A subblock is its products, its attention over the past, its elementwise passes, its kernels, and
+under tensor parallelism one all-reduce; prefill of the whole batch and one decode step at the mean
+length of the cache are priced apart. Weights are read once a pass and the KV cache once a step.
+Q, K, V, gate and up are split by columns, their partners by rows, KV heads copied where there are
+fewer of them than devices. A linear subblock is held whole by every device, so that it, like a
+no-op, needs no exchange. Constants and where they come from are in `devices.py`. Not modelled:
+wave quantisation, schedulers, paging, speculative decoding, overlap of exchange and compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from tessera.model.config import GQA, KINDS, Linear, ModelConfig, NoOp, SwiGLU, Variant, parse_kind
+from tessera.puzzle.cost_table import Scenario
+from tessera.puzzle.devices import DTYPES, Device, find_device
+
+# Kernels of one pass, elementwise ones fused into what an inference engine fuses them into.
+ATTENTION_KERNELS = 5  # norm with the residual; QKV; RoPE and cache write; attention; output
+FFN_KERNELS = 4  # norm with the residual; gate and up; SiLU times up; down
+LINEAR_KERNELS = 2  # norm with the residual; the product
+BASE_KERNELS = 4  # embedding; last norm; head; choice of a token
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What serves: `tensor_parallel` devices, the data type of products, bytes a stored number.
+
+    Activations and attention stay in bf16 where products are FP8.
+    """
+
+    device: Device
+    dtype: str
+    tensor_parallel: int = 1
+    bytes_per_parameter: float = 0.0  # 0: as many as dtype has
+    bytes_per_kv: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.device.flops(self.dtype)  # refuses what the device lacks
+        own = DTYPES[self.dtype]
+        object.__setattr__(self, "bytes_per_parameter", self.bytes_per_parameter or own)
+        object.__setattr__(self, "bytes_per_kv", self.bytes_per_kv or own)
+
+    @property
+    def wide(self) -> str:
+        """The data type of activations and attention."""
+        return "bf16" if self.dtype == "fp8" else self.dtype
+
+    def share(self, heads: int) -> int:
+        """Heads on the fullest device; one at least, so few KV heads are copied."""
+        return math.ceil(heads / self.tensor_parallel)
+
+    def work(self, flops: float, moved: float, dtype: str | None = None) -> float:
+        """Seconds of one kernel's work: operations and bytes overlap, and the slower counts."""
+        device = self.device
+        return max(flops / device.flops(dtype or self.dtype), moved / device.rate())
+
+    def exchange(self, rows: int, width: int) -> float:
+        """Seconds of an all-reduce of `rows` x `width` activations, by the faster of two ways.
+
+        One shot: every device reads all peers, one hop. Two shots: reduce-scatter and all-gather,
+        two hops and less traffic.
+        """
+        n, device = self.tensor_parallel, self.device
+        if n == 1:
+            return 0.0
+        size = rows * width * DTYPES[self.wide]
+        one = device.hop + (n - 1) * size / device.link
+        two = 2 * device.hop + 2 * (n - 1) / n * size / device.link
+        return min(one, two)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: rows through the products, (query, key) pairs, cached tokens read."""
+
+    rows: int
+    pairs: float
+    cached: float
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The two passes a scenario consists of: prefill of the batch, and the mean decode step."""
+
+    scenario: Scenario
+    sliding_window: int | None
+
+    @cached_property
+    def prefill(self) -> Pass:
+        batch, length = self.scenario.batch, self.scenario.prompt
+        window = min(self.sliding_window or length, length)
+        pairs = length * window - window * (window - 1) / 2  # causal: the first rows see fewer
+        return Pass(batch * length, batch * pairs, batch * length)
+
+    @cached_property
+    def decode(self) -> Pass:
+        batch, length = self.scenario.batch, self.scenario.prompt + self.scenario.new / 2
+        seen = min(self.sliding_window or length, length)
+        return Pass(batch, batch * seen, batch * seen)
+
+
+def word_seconds(
+    config: ModelConfig, kind: str, variant: Variant, scenario: Scenario, serving: Serving
+) -> tuple[float, float]:
+    """Seconds of (prefill, one decode step) that one word adds."""
+    passes = Passes(scenario, config.sliding_window)
+    prefill, decode = (
+        _subblock(config, variant, p, serving) for p in (passes.prefill, passes.decode)
+    )
+    return prefill, decode
+
+
+def _subblock(config: ModelConfig, variant: Variant, step: Pass, serving: Serving) -> float:
+    match variant:
+        case NoOp():
+            return 0.0
+        case Linear():
+            return _linear(config, step, serving)
+        case SwiGLU(width):
+            return _ffn(config, width, step, serving)
+        case GQA(heads):
+            return _attention(config, heads, step, serving)
+
+
+def _linear(config: ModelConfig, step: Pass, serving: Serving) -> float:
+    size = config.hidden_size
+    product = _product(step.rows, size, size, serving)
+    return product + _norm(config, step, serving) + LINEAR_KERNELS * serving.device.kernel
+
+
+def _ffn(config: ModelConfig, width: int, step: Pass, serving: Serving) -> float:
+    hidden, own = config.hidden_size, math.ceil(width / serving.tensor_parallel)
+    products = _product(step.rows, hidden, 2 * own, serving) + _product(
+        step.rows, own, hidden, serving
+    )
+    gate = _moved(3 * own * step.rows, serving)  # reads gate and up, writes their product
+    around = _norm(config, step, serving) + serving.exchange(step.rows, hidden)
+    return products + gate + around + FFN_KERNELS * serving.device.kernel
+
+
+def _attention(config: ModelConfig, kv_heads: int, step: Pass, serving: Serving) -> float:
+    hidden, dim = config.hidden_size, config.head_dim
+    q, kv = serving.share(config.num_attention_heads), serving.share(kv_heads)
+    qkv = (q + 2 * kv) * dim
+    products = _product(step.rows, hidden, qkv, serving) + _product(
+        step.rows, q * dim, hidden, serving
+    )
+    flops = 4 * step.pairs * q * dim  # QK^T and PV, a multiply and an add each
+    past = serving.work(flops, step.cached * 2 * kv * dim * serving.bytes_per_kv, serving.wide)
+    turn = _moved(2 * qkv * step.rows, serving)
+    around = _norm(config, step, serving) + serving.exchange(step.rows, hidden)
+    return products + past + turn + around + ATTENTION_KERNELS * serving.device.kernel
+
+
+def _product(rows: int, inputs: int, outputs: int, serving: Serving) -> float:
+    """Activations `(rows, inputs)` times weights `(inputs, outputs)`, which are read once."""
+    activations = rows * (inputs + outputs) * DTYPES[serving.wide]
+    weights = inputs * outputs * serving.bytes_per_parameter
+    return serving.work(2.0 * rows * inputs * outputs, weights + activations)
+
+
+def _norm(config: ModelConfig, step: Pass, serving: Serving) -> float:
+    """Residual and delta read, their sum and its norm written."""
+    return _moved(4 * config.hidden_size * step.rows, serving)
+
+
+def _moved(numbers: float, serving: Serving) -> float:
+    return numbers * DTYPES[serving.wide] / serving.device.rate()
+
+
+def base_seconds(config: ModelConfig, scenario: Scenario, serving: Serving) -> tuple[float, float]:
+    """Seconds of (prefill, one decode step) outside all blocks: embedding, last norm, head.
+
+    The head sees the last token of each prompt; it is split by vocabulary, and its answer gathered.
+    """
+    own = math.ceil(config.vocab_size / serving.tensor_parallel)
+    head = _product(scenario.batch, config.hidden_size, own, serving)
+    head += serving.exchange(scenario.batch, own)
+    fixed = head + BASE_KERNELS * serving.device.kernel
+    rows = (scenario.batch * scenario.prompt, scenario.batch)
+    prefill, decode = (fixed + _moved(2 * config.hidden_size * n, serving) for n in rows)
+    return prefill, decode
+
+
+def seconds_of(
+    config: ModelConfig, words: Iterable[tuple[str, str]], scenario: Scenario, serving: Serving
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Seconds of (prefill, one decode step) of each (kind, word), and of the base ("base", "")."""
+    found = {("base", ""): base_seconds(config, scenario, serving)}
+    for kind, word in words:
+        variant = parse_kind(kind, word)
+        found[kind, word] = word_seconds(config, kind, variant, scenario, serving)
+    return found
+
+
+def predict(
+    config: ModelConfig,
+    device: str | Device,
+    dtype: str,
+    scenario: Scenario,
+    tensor_parallel: int = 1,
+) -> dict[str, float]:
+    """What a whole model does on `tensor_parallel` devices: the sum of its words and the base.
+
+    prefill_seconds, decode_seconds (a step), seconds (the scenario), throughput (tokens/s of all
+    devices together), bytes (on each device). Raises DeviceError.
+    """
+    found = find_device(device) if isinstance(device, str) else device
+    serving = Serving(found, dtype, tensor_parallel)
+    pairs = [base_seconds(config, scenario, serving)]
+    pairs += [
+        word_seconds(config, kind, getattr(block, kind), scenario, serving)
+        for block in config.blocks
+        for kind in KINDS
+    ]
+    prefill, decode = (math.fsum(column) for column in zip(*pairs, strict=True))
+    seconds = prefill + (scenario.new - 1) * decode
+    return {
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
+        "seconds": seconds,
+        "throughput": scenario.batch * scenario.new / seconds,
+        "bytes": device_bytes(config, scenario, serving),
+    }
+
+
+def device_bytes(config: ModelConfig, scenario: Scenario, serving: Serving) -> float:
+    """Bytes of weights and KV cache on the fullest device at the end of the scenario."""
+    n = serving.tensor_parallel
+    whole = sum(
+        config.subblock_params(kind, getattr(block, kind))
+        for block in config.blocks
+        for kind in KINDS
+        if isinstance(getattr(block, kind), Linear)
+    )
+    split = (config.num_params() - whole) / n
+    heads = (
+        serving.share(block.attention.num_key_value_heads)
+        for block in config.blocks
+        if isinstance(block.attention, GQA)
+    )
+    cached = scenario.cached_tokens * 2 * config.head_dim * serving.bytes_per_kv * sum(heads)
+    return (whole + split) * serving.bytes_per_parameter + cached
+
+
+def largest_batch(
+    config: ModelConfig, scenario: Scenario, serving: Serving, share: float = 0.9
+) -> int:
+    """The most requests whose weights and cache fit `share` of a device's memory; 0 for none."""
+    one = scenario.model_copy(update={"batch": 1})
+    first = device_bytes(config, one, serving)
+    two = device_bytes(config, one.model_copy(update={"batch": 2}), serving)
+    room, each = share * serving.device.memory - (2 * first - two), two - first
+    return max(0, int(room // each)) if each else 2**31
