@@ -23,6 +23,7 @@ Cut = tuple[int, str, str]  # layer, attention word, FFN word
 
 # What a model cannot do without, as limits: at least one attention and one FFN must stay.
 KEEP = {"attention left": -1.0, "FFNs left": -1.0}
+CHANGED = "words changed"  # from `near`, where a search is to stay close to an architecture
 _KEPT = {"attention left": ("attention", "gqa-"), "FFNs left": ("ffn", "swiglu-")}
 _NO_DAMAGE = ("layer", "kind", "word", "tokens", "agreement")
 
@@ -38,12 +39,14 @@ class Candidates:
     """A space of words with their scores, for a parent and the engines that must load the child.
 
     scores: (layer, kind, word) -> damage; the parent's own words score 0 where they have none.
+    near: an architecture, and how many places may hold another word than it does.
     """
 
     parent: ModelConfig
     space: Space
     engines: tuple[str, ...]
     scores: Mapping[tuple[int, str, str], float]
+    near: tuple[Architecture, int] | None = None
 
     @classmethod
     def of(
@@ -81,6 +84,11 @@ class Candidates:
                 found += self.score(layer, "attention", attention) + self.score(layer, "ffn", ffn)
         return found
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """What holds whatever the budget: `KEEP`, and staying near."""
+        return KEEP | ({CHANGED: self.near[1]} if self.near else {})
+
     @functools.cached_property
     def pairs(self) -> frozenset[Cut]:
         return frozenset(self.space.pairs)
@@ -106,15 +114,23 @@ class Candidates:
             for kind in KINDS:
                 for word in self.space.words(layer, kind):
                     score = self.score(layer, kind, word)
-                    found.append(Option(layer, kind, word, score, costs((kind, word))))
+                    cost = costs((kind, word)) | self._changed(layer, {kind: word})
+                    found.append(Option(layer, kind, word, score, cost))
         for pair in self.space.pairs:
             if pair in self.refused or pair in cuts:
                 continue
             layer, attention, ffn = pair
             word, both = join(attention, ffn), (("attention", attention), ("ffn", ffn))
             score = self.score(layer, "block", word)
-            found.append(Option(layer, "block", word, score, costs(*both)))
+            cost = costs(*both) | self._changed(layer, dict(both))
+            found.append(Option(layer, "block", word, score, cost))
         return found
+
+    def _changed(self, layer: int, words: Mapping[str, str]) -> dict[str, float]:
+        if self.near is None:
+            return {}
+        own = set(zip(KINDS, self.near[0][layer], strict=True))
+        return {CHANGED: float(len(set(words.items()) - own))}
 
     def refuses(self, words: Words) -> bool:
         """Whether one of the engines cannot load an architecture."""

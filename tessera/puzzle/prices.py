@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tessera.puzzle.candidates import KEEP, Candidates
+from tessera.puzzle.candidates import Candidates
 from tessera.puzzle.cases import Case
 from tessera.puzzle.constraints import Limit
 from tessera.puzzle.program import Infeasible, TimedOut, divisible
@@ -33,7 +33,7 @@ def shadow_prices(
     of the budget.
     """
     options = candidates.options(found.case)
-    _, dual = divisible(options, found.case.room() | KEEP, candidates.forbidden(()))
+    _, dual = divisible(options, found.case.room() | candidates.limits, candidates.forbidden(()))
     budgets = dict.fromkeys(one.budget for one in found.case.limits)
     solver = _Again(candidates, cases, found, effort)
     return [_row(solver, budget, dual) for budget in budgets]

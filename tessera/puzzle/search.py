@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from tessera.model.config import ModelConfig
+from tessera.model.config import KINDS, ModelConfig
 from tessera.model.servable import engines_of
 from tessera.model.weights import load_config
 from tessera.puzzle import baselines
 from tessera.puzzle.candidates import Architecture, Candidates
 from tessera.puzzle.cases import Case, Demand, cases
-from tessera.puzzle.conditional import ConditionalConfig, Rescorer, tighten
+from tessera.puzzle.conditional import ConditionalConfig, Rescorer, Words, polish, tighten
 from tessera.puzzle.constraints import check
 from tessera.puzzle.cost_table import Costs, read_costs, unavailable
 from tessera.puzzle.prices import shadow_prices
@@ -103,13 +103,16 @@ def search(
     scores: Sequence[Mapping],
     costs: Costs,
     share: float = 1.0,
+    near: tuple[Architecture, int] | None = None,
 ) -> list[Found]:
     """The best architectures of the integer program, best first.
 
     Fewer than `config.solutions` where the space holds no more that differ enough. `share` below 1
     holds them only to limits that far on the way from the parent's own cost to what was asked.
+    near: an architecture, and how many places may hold another word.
     """
     candidates = Candidates.of(parent, space, config.servable, scores, config.minimize)
+    candidates = replace(candidates, near=near)
     choices = cases(config.demand, costs, parent.words)
     if share < 1:
         choices = [case.towards(parent.words, share) for case in choices]
@@ -156,14 +159,26 @@ def conditional_search(problem: Problem, inputs: Mapping) -> Found:
         config.conditional, inputs["parent"], inputs["library"], inputs["data"], problem.space
     )
     single = config.model_copy(update={"solutions": 1})
-    found: list[Found] = []
+    found: dict[tuple, Found] = {}
 
-    def solve_at(rows: Sequence[Mapping], share: float) -> Architecture:
-        found[:] = search(single, problem.parent, problem.space, rows, problem.costs, share)
-        return found[0].words
+    def solve_at(rows: Sequence[Mapping], share: float, **near: Any) -> Architecture:
+        args = single, problem.parent, problem.space, rows, problem.costs, share
+        one = search(*args, **near)[0]
+        found[tuple(one.words)] = one
+        return one.words
 
-    tighten(config.conditional.rounds, problem.scores, solve_at, rescore)
-    return replace(found[0], solution=None)  # its score is of another table
+    def solve_near(rows: Sequence[Mapping], words: Words, changes: int) -> Architecture:
+        return solve_at(rows, 1.0, near=(list(words), changes))
+
+    def measure(words: Words) -> tuple[float, Sequence[Mapping]]:
+        own, rows = rescore.measure(words)
+        return own[config.minimize], rows
+
+    conditional = config.conditional
+    *_, words = tighten(conditional.rounds, problem.scores, solve_at, rescore)
+    changes = max(1, round(conditional.changes * len(KINDS) * len(words)))
+    words = polish(conditional.polish, words, changes, solve_near, measure)
+    return replace(found[tuple(words)], solution=None)  # its score is of another table
 
 
 def _architectures(problem: Problem, inputs: Mapping) -> list[tuple[str, Found]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tessera.model.config import ModelConfig
 from tessera.model.servable import refusals
-from tessera.puzzle.candidates import KEEP, Architecture, Candidates, Cut, words_of
+from tessera.puzzle.candidates import Architecture, Candidates, Cut, words_of
 from tessera.puzzle.cases import Case
 from tessera.puzzle.infeasible import explain
 from tessera.puzzle.program import (
@@ -111,7 +111,7 @@ def _hopeful(
     for case in cases:
         options, forbidden = candidates.options(case, cuts), candidates.forbidden(cuts)
         try:
-            found.append((divisible(options, case.room() | KEEP, forbidden)[0], case))
+            found.append((divisible(options, case.room() | candidates.limits, forbidden)[0], case))
         except Infeasible:
             continue
     return sorted(found, key=lambda pair: pair[0])
@@ -126,7 +126,7 @@ def _best(
     candidates: Candidates, case: Case, effort: Effort, cuts: set[Cut], earlier: Sequence[Solution]
 ) -> Found:
     """The best architecture of a case that the engines can load."""
-    limits = case.room() | KEEP
+    limits = case.room() | candidates.limits
     while True:
         solution = solve(
             candidates.options(case, cuts),
@@ -192,7 +192,7 @@ def relaxation(
     scales = {one.key: one.most for one in case.limits}
     options, forbidden = candidates.options(case, cuts), candidates.forbidden(cuts)
     try:
-        return relax(options, case.room(), scales, KEEP, forbidden, effort.time_limit)
+        return relax(options, case.room(), scales, candidates.limits, forbidden, effort.time_limit)
     except SearchError:
         return None
 
@@ -213,7 +213,9 @@ def _least(
     unit = max(abs(option.costs[key]) for option in options) or 1.0
     priced = [replace(option, score=option.costs[key] / unit) for option in options]
     try:
-        found = solve(priced, {**room, **KEEP}, candidates.forbidden(cuts), effort.time_limit)
+        found = solve(
+            priced, {**room, **candidates.limits}, candidates.forbidden(cuts), effort.time_limit
+        )
     except SearchError:
         return None
     return found.score * unit

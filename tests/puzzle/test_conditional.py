@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tessera.puzzle.conditional import tighten
+from tessera.puzzle.conditional import polish, tighten
 from tessera.puzzle.cost_table import Costs, CostTable, Scenario
 from tessera.puzzle.search import SearchConfig, search
 from tessera.puzzle.space import Space
@@ -62,3 +62,25 @@ def test_scores_that_follow_see_what_blocks_do_together():
     assert [ffn for _, ffn in first].count("noop") == 1
     assert _kl(plain) == 0.41 + 5.0
     assert _kl(last) == 0.5  # the least that two removals can do
+
+
+def test_polishing_finds_what_sums_chose_wrongly_and_never_does_harm():
+    def solve_near(rows, words, changes: int):
+        return search(CONFIG, PARENT, SPACE, rows, _costs(), near=(list(words), changes))[0].words
+
+    def measure(words):
+        return _kl(words), _rescore(words)
+
+    plain = _solve_at(_rescore(PARENT.words), 1.0)
+    assert _kl(polish(0, plain, 2, solve_near, measure)) == _kl(plain) == 5.41
+    assert _kl(polish(1, plain, 2, solve_near, measure)) == 0.5
+    assert _kl(polish(9, plain, 4, solve_near, measure)) == 0.5
+
+
+def test_near_an_architecture_no_more_places_change_than_are_allowed():
+    words = [("gqa-4", "noop"), ("gqa-4", "noop"), ("gqa-4", "swiglu-48"), ("gqa-4", "swiglu-48")]
+    rows = _rescore(PARENT.words)
+    for changes in range(5):
+        found = search(CONFIG, PARENT, SPACE, rows, _costs(), near=(words, changes))[0].words
+        assert sum(a != b for a, b in zip(found, words, strict=True)) <= changes
+    assert search(CONFIG, PARENT, SPACE, rows, _costs(), near=(words, 0))[0].words == words
