@@ -160,17 +160,22 @@ def check(
 
     What it prints is a recipe too, every default spelled out.
     """
-    from tessera import pipeline, resolve
+    from tessera import estimate, pipeline, resolve
     from tessera.recipe import load
 
     steps = resolve.plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
     if as_json:
-        _print_json([_step_values(step) for step in steps])
+        needs = [estimate.memory(step, steps) for step in steps]
+        memory = [needed.as_json() if needed else None for needed in needs]
+        found = zip(steps, memory, strict=True)
+        _print_json([{**_step_values(step), "memory": bytes_} for step, bytes_ in found])
         return
     for step in steps:
         print(f"# {step.name}: {_what_would_happen(step)}")
         if counted := _num_params(step):
             print(f"# {counted:,} parameters in {step.files['path']}")
+        if needed := estimate.memory(step, steps):
+            print(f"# {needed.told()}")
         print(resolve.table_text(step))
 
 

@@ -54,6 +54,13 @@ _ROWS = (
         "architecture",
     ),
     Stage(
+        "couple",
+        "tessera.objectives.couple",
+        "CoupleConfig",
+        ("parent", "library", "searches*", "data"),
+        "library",
+    ),
+    Stage(
         "race",
         "tessera.eval.race",
         "RaceConfig",

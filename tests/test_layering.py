@@ -32,6 +32,7 @@ LEVELS = {
     "cli": 6,
     "explain": 6,
     "lineage": 6,
+    "estimate": 6,
     "pipeline": 6,
     "resolve": 6,
     "show": 6,

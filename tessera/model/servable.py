@@ -10,7 +10,7 @@ search leaves out what they refuse; the exporter holds the result to them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 from tessera.model.config import GQA, ConfigError, Linear, ModelConfig, NoOp
@@ -24,6 +24,13 @@ ENGINES: dict[str, str] = {
     "llama.cpp": "llama.cpp (deci, xllamacpp 2026.10)",
     "sglang": "SGLang (nemotron_nas; read, not run)",
     "transformers": "transformers 5 (trust_remote_code)",
+}
+
+# Names for several engines, or for what an engine is reached by. No stock Hugging Face class builds
+# layers that differ, so "hf" is transformers with the remote code that the exporter writes.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "hf": ("transformers",),
+    "any": ("vllm", "llama.cpp", "sglang", "transformers"),
 }
 
 
@@ -55,6 +62,16 @@ def known(given: str, table: Mapping[str, object], what: str) -> str:
     near = difflib.get_close_matches(given, table, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"unknown {what} {given!r}{hint} (allowed: {', '.join(table)})")
+
+
+def engines_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The engines that these names, presets among them, stand for, each once.
+
+    Raises ConfigError for a name that is neither.
+    """
+    table = {**{engine: (engine,) for engine in ENGINES}, **PRESETS}
+    engines = [engine for name in names for engine in table[known(name, table, "engine")]]
+    return tuple(dict.fromkeys(engines))
 
 
 def first_difference(config: ModelConfig) -> tuple[int, str]:

@@ -60,7 +60,7 @@ class Candidates:
             why = "higher is better there" if metric == "agreement" else "scores.jsonl has none"
             raise SearchError(f"search.minimize = {metric!r}: {why}; {nearest(metric, columns)}")
         # An engine that the library was made for binds whatever is chosen from it.
-        bound = (*engines, *getattr(space, "servable", ()))
+        bound = (*engines, *space.servable)
         table = {(r["layer"], r["kind"], r["word"]): float(r[metric]) for r in rows}
         return cls(parent, space, tuple(dict.fromkeys(bound)), table)
 

@@ -25,7 +25,7 @@ from tessera.model.config import KINDS, BlockConfig, ModelConfig, name, parse_ki
 from tessera.model.layers import Subblock
 from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model, resolve, save_model
-from tessera.puzzle.space import Space, join, read_space, split, write_space
+from tessera.puzzle.space import Pair, Space, join, read_space, split, write_space
 from tessera.puzzle.surgery import ParentStatistics, cut
 from tessera.run import Run, atomic_write, read_json, read_manifest
 
@@ -57,6 +57,22 @@ class BlockLibrary(nn.ModuleDict):
             library[unit_key(layer, kind, word)] = unit
         return library.requires_grad_()
 
+    @classmethod
+    def from_pairs(
+        cls, parent: Transformer, directory: Path, pairs: Iterable[Pair]
+    ) -> BlockLibrary:
+        """A block a (layer, attention, FFN), its weights those that a library trained apart."""
+        library = cls()
+        for layer, *words in pairs:
+            unit = _empty(parent.config, "block", join(*words))
+            for kind, word in zip(KINDS, words, strict=True):
+                source = getattr(parent.blocks[layer], kind)
+                if word != name(source.variant):
+                    source = load_unit(directory, parent.config, layer, kind, word)
+                getattr(unit, kind).load_state_dict(source.state_dict())
+            library[unit_key(layer, "block", join(*words))] = unit
+        return library.requires_grad_()
+
     @property
     def last_layer(self) -> int:
         """The deepest layer that has a unit here; -1 where there is none."""
@@ -75,6 +91,19 @@ def trainable_units(space: Space) -> list[Key]:
     return [key for key in space.replacements() if key[2] != "noop"]
 
 
+def pair_keys(pairs: Iterable[Pair]) -> list[Key]:
+    """The keys of pairs' units."""
+    return [(layer, "block", join(attention, ffn)) for layer, attention, ffn in pairs]
+
+
+def layer_groups(keys: Sequence[Key], layers_at_once: int | None) -> list[list[Key]]:
+    """Keys by layer, `layers_at_once` layers that have any together; all of them for None."""
+    layers = sorted({layer for layer, _, _ in keys})
+    step = layers_at_once or max(1, len(layers))
+    chosen = [set(layers[i : i + step]) for i in range(0, len(layers), step)]
+    return [[key for key in keys if key[0] in group] for group in chosen]
+
+
 def unit_key(layer: int, kind: str, word: str) -> str:
     return f"{layer:02d}/{kind}/{word}"
 
@@ -91,6 +120,14 @@ def save_library(library: BlockLibrary, directory: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().contiguous() for k, v in unit.state_dict().items()}
         atomic_write(path, save(tensors))
+
+
+def load_library(directory: Path, config: ModelConfig, keys: Iterable[Key]) -> BlockLibrary:
+    """The trained units of these keys. Raises LibraryError for one that is not there."""
+    library = BlockLibrary()
+    for key in keys:
+        library[unit_key(*key)] = load_unit(directory, config, *key)
+    return library
 
 
 def load_unit(
@@ -204,8 +241,12 @@ def merge(config: MergeConfig, run: Run, inputs: dict[str, list[Path]]) -> None:
 
 
 def union(spaces: Iterable[Space]) -> Space:
-    """Every word and pair of several spaces of one parent, in the order they come."""
+    """Every word and pair of several spaces of one parent, in the order they come.
+
+    What any of them was made to be served by, the whole has to be served by.
+    """
     first, *others = spaces
+    engines = dict.fromkeys(first.servable)
     layers = [[dict.fromkeys(words) for words in layer] for layer in first.layers]
     pairs = dict.fromkeys(first.pairs)
     for other in others:
@@ -213,17 +254,26 @@ def union(spaces: Iterable[Space]) -> Space:
             for own, words in zip(mine, theirs, strict=True):
                 own |= dict.fromkeys(words)
         pairs |= dict.fromkeys(other.pairs)
-    return Space(tuple((tuple(a), tuple(f)) for a, f in layers), tuple(pairs))
+        engines |= dict.fromkeys(other.servable)
+    return Space(tuple((tuple(a), tuple(f)) for a, f in layers), tuple(pairs), tuple(engines))
 
 
 def _check_one_parent(libraries: Sequence[Path]) -> None:
-    parents = {path: read_manifest(path).inputs["parent"]["fingerprint"] for path in libraries}
+    parents = {path: _parent_print(path) for path in libraries}
     strangers = [path.name for path in libraries if parents[path] != parents[libraries[0]]]
     if strangers:
         raise LibraryError(
             f"{', '.join(strangers)} and {libraries[0].name} are made from different parents; "
             "merge libraries of one parent"
         )
+
+
+def _parent_print(library: Path) -> str:
+    """The fingerprint of the parent that a library run, merged ones too, was made from."""
+    inputs = read_manifest(library).inputs
+    if "parent" in inputs:
+        return inputs["parent"]["fingerprint"]
+    return _parent_print(library.parent / inputs["libraries"][0]["path"])
 
 
 def link_library(source: Path, target: Path) -> None:

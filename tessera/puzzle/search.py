@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tessera.model.config import ModelConfig
-from tessera.model.servable import ENGINES, known
+from tessera.model.servable import engines_of
 from tessera.model.weights import load_config
 from tessera.puzzle import baselines
 from tessera.puzzle.candidates import Architecture, Candidates
@@ -63,7 +63,7 @@ class SearchConfig(BaseModel):
     scenarios: dict[str, ScenarioBudget] = {}  # of the cost stage, where one differs
     constraints: dict[str, float | str] = Field(default={}, validate_default=True)
     minimize: str = "kl"  # a column of scores.jsonl where lower is better
-    servable: tuple[str, ...] = ()  # engines that must load the child: "vllm", "llama.cpp", …
+    servable: tuple[str, ...] = ()  # engines that must load the child, or a preset such as "any"
     method: Method = "mip"
     conditional: ConditionalConfig | None = None  # one more architecture, by scores that follow it
     time_limit: float = Field(default=60.0, gt=0)
@@ -79,10 +79,12 @@ class SearchConfig(BaseModel):
             check(value)
         return value
 
-    @field_validator("servable")
+    @field_validator("servable", mode="before")
     @classmethod
-    def _engines(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(known(engine, ENGINES, "engine") for engine in value)
+    def _engines(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        return engines_of(names) if listed else value
 
     @property
     def demand(self) -> Demand:

@@ -2,56 +2,116 @@
 
 Attention: every divisor of the parent's KV heads, `linear`, `noop`. FFN: a list of widths, as
 words or as percentages of the parent's, `linear`, `noop`. The parent's own words always belong
-to the space. `servable` leaves out what a named engine cannot load.
+to the space. `layers` gives some layers lists of their own; `servable` leaves out the words that
+a named engine cannot load at a layer, whatever stands beside them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tessera.model.config import GQA, KINDS, ConfigError, ModelConfig, SwiGLU, name, parse_kind
-from tessera.model.servable import refusals
+from tessera.model.config import (
+    GQA,
+    KINDS,
+    BlockConfig,
+    ConfigError,
+    ModelConfig,
+    SwiGLU,
+    name,
+    parse_kind,
+)
+from tessera.model.servable import engines_of, refusals, spans
+from tessera.puzzle.layer_numbers import layer_numbers, layers_of
 from tessera.run import Run, read_json
 
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
+Pair = tuple[int, str, str]  # layer, attention word, FFN word
+ATTENTION = ("divisors", "linear", "noop")
+FFN = ("75%", "50%", "25%", "10%", "linear", "noop")
 
 
-class SpaceConfig(BaseModel):
-    """The words on offer, the same at every layer.
-
-    `attention` holds words (`gqa-2`, `linear`, `noop`), or "divisors" for every divisor of the
-    parent's KV heads; `ffn` holds words or percentages of the parent's width (`"50%"`).
-    """
+class LayerWords(BaseModel):
+    """Lists for some layers in place of the general ones; a kind that is not named keeps those."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    attention: tuple[str, ...] = ("divisors", "linear", "noop")
-    ffn: tuple[str, ...] = ("75%", "50%", "25%", "10%", "linear", "noop")
-    width_multiple: int = Field(default=4, ge=1)  # percentages are rounded up to a multiple of this
+    attention: tuple[str, ...] | None = None
+    ffn: tuple[str, ...] | None = None
 
     @field_validator("attention")
     @classmethod
-    def _attention(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        for word in words:
+    def _attention(cls, words: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for word in words or ():
             if word != "divisors":
                 _parsed("attention", word, '"divisors"')
         return words
 
     @field_validator("ffn")
     @classmethod
-    def _ffn(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        for word in words:
+    def _ffn(cls, words: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for word in words or ():
             match = _PERCENT.fullmatch(word)
             if not match:
                 _parsed("ffn", word, 'a share of the parent\'s width such as "50%"')
             elif not 0 < float(match[1]) <= 100:
                 raise ValueError(f"{word!r}: give a share above 0% and up to 100%")
         return words
+
+    @model_validator(mode="after")
+    def _says_something(self) -> LayerWords:
+        if self.attention is None and self.ffn is None:
+            raise ValueError("names neither attention nor ffn words")
+        return self
+
+
+class SpaceConfig(LayerWords):
+    """The words on offer.
+
+    `attention` holds words (`gqa-2`, `linear`, `noop`), or "divisors" for every divisor of the
+    parent's KV heads; `ffn` holds words or percentages of the parent's width (`"50%"`). The
+    default lists lose what an engine of `servable` cannot load; a word of a list of one's own that
+    is of no use at any of its layers is a mistake.
+    """
+
+    attention: tuple[str, ...] = ATTENTION  # type: ignore[assignment]
+    ffn: tuple[str, ...] = FFN  # type: ignore[assignment]
+    layers: dict[str, LayerWords] = {}  # by layer, "0-3, 7"; later entries override earlier ones
+    servable: tuple[str, ...] = ()  # "vllm", "llama.cpp", "hf", or "any" for all of them
+    width_multiple: int = Field(default=4, ge=1)  # percentages are rounded up to a multiple of this
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: dict[str, LayerWords]) -> dict[str, LayerWords]:
+        for spec in value:
+            _as_value_error(layer_numbers, spec)
+        return value
+
+    @field_validator("servable", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """One name or a list; a tuple already, which is what strict validation asks for here."""
+        given = [value] if isinstance(value, str) else value
+        return tuple(given) if isinstance(given, list) else given
+
+    @field_validator("servable")
+    @classmethod
+    def _engines(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        _as_value_error(engines_of, value)
+        return value
+
+
+def _as_value_error(function: Any, value: Any) -> None:
+    """pydantic shows a ValueError of any class; it is raised anew to lose our class's name."""
+    try:
+        function(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 def _parsed(kind: str, word: str, shorthand: str) -> None:
@@ -67,10 +127,12 @@ class Space:
 
     `pairs` are (layer, attention, FFN) that the library holds trained together: where a pair is
     here, those two words at that layer mean the coupled weights, in scores as in models.
+    `servable`: the engines that this space was made for, which must load what is chosen from it.
     """
 
     layers: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
-    pairs: tuple[tuple[int, str, str], ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    servable: tuple[str, ...] = ()
 
     def words(self, layer: int, kind: str) -> tuple[str, ...]:
         return self.layers[layer][KINDS.index(kind)]
@@ -95,6 +157,11 @@ class Space:
         return replace(self, layers=layers, pairs=tuple(kept))
 
 
+def with_pairs(space: Space, pairs: Iterable[Pair]) -> Space:
+    """The space with these pairs too, by layer."""
+    return replace(space, pairs=tuple(sorted({*space.pairs, *pairs})))
+
+
 def join(attention: str, ffn: str) -> str:
     """The word of a pair trained together: `gqa-2+swiglu-256`."""
     return f"{attention}+{ffn}"
@@ -107,37 +174,136 @@ def split(word: str) -> tuple[str, str]:
 
 
 def write_space(space: Space, run: Run) -> None:
-    """Leave a space in a run's tables: `space.json`, and `pairs.json`."""
+    """Leave a space in a run's tables: `space.json`, `pairs.json` and `servable.json`."""
     run.write_json("space", [[list(words) for words in layer] for layer in space.layers])
     run.write_json("pairs", [list(pair) for pair in space.pairs])
+    run.write_json("servable", list(space.servable))
 
 
 def read_space(directory: Path) -> Space:
     """The space of a finished library or score run."""
     layers = tuple((tuple(a), tuple(f)) for a, f in read_json(directory, "space"))
-    return Space(layers, tuple((i, a, f) for i, a, f in read_json(directory, "pairs")))
+    pairs = tuple((i, a, f) for i, a, f in read_json(directory, "pairs"))
+    return Space(layers, pairs, tuple(read_json(directory, "servable")))
+
+
+def restrict(space: Space, layers: Collection[int]) -> Space:
+    """The part of a space that lies in `layers`; elsewhere only the parent's own words are left."""
+    kept = tuple(
+        words if layer in layers else (words[0][:1], words[1][:1])
+        for layer, words in enumerate(space.layers)
+    )
+    return replace(space, layers=kept, pairs=tuple(p for p in space.pairs if p[0] in layers))
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """One list of words of the config, and the layers where it stands."""
+
+    where: str  # its key in the recipe
+    kind: str
+    words: tuple[str, ...]
+    layers: tuple[int, ...]
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The words that someone wrote down: neither a default nor a shorthand for several."""
+        if self.words == {"attention": ATTENTION, "ffn": FFN}[self.kind]:
+            return ()
+        return tuple(w for w in self.words if w != "divisors" and not _PERCENT.fullmatch(w))
 
 
 def build_space(config: SpaceConfig, parent: ModelConfig) -> Space:
-    """The space of this parent: its own word first, then the others without repetition."""
+    """The space of this parent: its own word first, then the others without repetition.
+
+    Raises ConfigError for layers it has not, and for words that are of no use anywhere.
+    """
+    offers = _offers(config, parent)
+    lists = {(layer, one.kind): one.words for one in offers for layer in one.layers}
     layers = []
-    for block in parent.blocks:
-        attention = _attention_words(config.attention, block.attention)
-        ffn = _ffn_words(config, block.ffn)
+    for layer, block in enumerate(parent.blocks):
+        attention = _attention_words(lists[layer, "attention"], block.attention)
+        ffn = _ffn_words(lists[layer, "ffn"], config.width_multiple, block.ffn)
         layers.append((attention, ffn))
-    _check_used(config, parent, {word for layer in layers for words in layer for word in words})
-    return Space(tuple(layers))
+    space = Space(tuple(layers), servable=engines_of(config.servable))
+    _check_used(offers, space, parent)
+    return _servable_part(space, parent, offers) if space.servable else space
 
 
-def _check_used(config: SpaceConfig, parent: ModelConfig, used: Collection[str]) -> None:
+def _offers(config: SpaceConfig, parent: ModelConfig) -> list[_Offer]:
+    """Every list, with the layers that no later one takes from it."""
+    everywhere = range(parent.num_hidden_layers)
+    standing = {(layer, kind): f"space.{kind}" for layer in everywhere for kind in KINDS}
+    lists = {f"space.{kind}": (kind, getattr(config, kind)) for kind in KINDS}
+    for spec, own in config.layers.items():
+        for kind in KINDS:
+            if (words := getattr(own, kind)) is not None:
+                where = f'space.layers."{spec}".{kind}'
+                lists[where] = kind, words
+                standing |= {(i, kind): where for i in layers_of(spec, parent, where)}
+    offers = [
+        _Offer(where, kind, words, tuple(i for i in everywhere if standing[i, kind] == where))
+        for where, (kind, words) in lists.items()
+    ]
+    for one in offers:
+        if not one.layers and one.where.startswith("space.layers"):
+            raise ConfigError(f"{one.where}: later entries override it at every one of its layers")
+    return offers
+
+
+def _check_used(offers: Iterable[_Offer], space: Space, parent: ModelConfig) -> None:
     """A word that fits nowhere is a mistake; one that fits at some layers is not."""
     own = ", ".join(sorted({word for pair in parent.words for word in pair}))
-    for word in (*config.attention, *config.ffn):
-        if word != "divisors" and not _PERCENT.fullmatch(word) and word not in used:
-            raise ConfigError(
-                f"the space offers {word}, which fits no layer of this parent ({own}): KV heads "
-                "must divide the parent's, and an FFN is never wider than the parent's"
-            )
+    for one in offers:
+        for word in one.chosen if one.layers else ():
+            if not any(word in space.words(layer, one.kind) for layer in one.layers):
+                everywhere = len(one.layers) == len(space.layers)
+                fits = "fits no layer" if everywhere else f"does not fit {spans([*one.layers])}"
+                raise ConfigError(
+                    f"{one.where} offers {word}, which {fits} of this parent "
+                    f"({own}): KV heads must divide the parent's, and an FFN is never wider than "
+                    "the parent's"
+                )
+
+
+def _servable_part(space: Space, parent: ModelConfig, offers: Iterable[_Offer]) -> Space:
+    """The space without words that an engine loads beside no word of the other kind.
+
+    The parent's own words stay. Raises ConfigError where nothing else is left, or where a word
+    that someone wrote down is left at none of its layers.
+    """
+    layers = []
+    refused = forbidden_pairs(space, parent, space.servable)
+    for (attention, ffn), pairs in zip(space.layers, refused, strict=True):
+        fine = {(a, f) for a in attention for f in ffn} - pairs
+        layers.append((_kept(attention, {a for a, _ in fine}), _kept(ffn, {f for _, f in fine})))
+    part = replace(space, layers=tuple(layers))
+    if not list(part.replacements()) and (first := next(space.replacements(), None)):
+        raise ConfigError(
+            f"space.servable leaves no word but the parent's own: {_reason(space, parent, *first)}"
+        )
+    for one in offers:
+        for word in one.chosen:
+            if not any(word in part.words(layer, one.kind) for layer in one.layers):
+                reason = _reason(space, parent, one.layers[0], one.kind, word)
+                raise ConfigError(
+                    f"{one.where} offers {word}, and space.servable leaves it out at "
+                    f"{spans([*one.layers])}: {reason}. Take out the word, or the engine"
+                )
+    return part
+
+
+def _kept(words: tuple[str, ...], fits: set[str]) -> tuple[str, ...]:
+    return words[:1] + tuple(word for word in words[1:] if word in fits)
+
+
+def _reason(space: Space, parent: ModelConfig, layer: int, kind: str, word: str) -> str:
+    """Which engine refuses a word in an otherwise untouched parent, and why."""
+    words = {k: space.words(layer, k)[0] for k in KINDS} | {kind: word}
+    candidate = _with_pair(parent, layer, (words["attention"], words["ffn"]))
+    told = ((engine, reason) for engine in space.servable for reason in refusals(candidate, engine))
+    engine, reason = next(told)
+    return f"{engine} cannot load {word} in layer {layer}: {reason}"
 
 
 def _attention_words(wanted: tuple[str, ...], own: object) -> tuple[str, ...]:
@@ -154,12 +320,12 @@ def _attention_words(wanted: tuple[str, ...], own: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def _ffn_words(config: SpaceConfig, own: object) -> tuple[str, ...]:
+def _ffn_words(wanted: tuple[str, ...], multiple: int, own: object) -> tuple[str, ...]:
     words = [name(own)]  # type: ignore[arg-type]
     width = own.intermediate_size if isinstance(own, SwiGLU) else 0
-    for word in config.ffn:
+    for word in wanted:
         if match := _PERCENT.fullmatch(word):
-            word = f"swiglu-{_round_up(width * float(match[1]) / 100, config.width_multiple)}"
+            word = f"swiglu-{_round_up(width * float(match[1]) / 100, multiple)}"
         variant = parse_kind("ffn", word)
         if isinstance(variant, SwiGLU) and variant.intermediate_size >= width:
             continue  # channels are taken from the parent: a unit is never wider
@@ -187,7 +353,12 @@ def forbidden_pairs(space: Space, parent: ModelConfig, engines: tuple[str, ...])
 def _refused(
     parent: ModelConfig, layer: int, words: tuple[str, str], engines: tuple[str, ...]
 ) -> bool:
-    architecture = list(parent.words)
-    architecture[layer] = words
-    candidate = parent.with_words(architecture)
+    candidate = _with_pair(parent, layer, words)
     return any(refusals(candidate, engine) for engine in engines)
+
+
+def _with_pair(parent: ModelConfig, layer: int, words: tuple[str, str]) -> ModelConfig:
+    blocks = list(parent.blocks)
+    variants = (parse_kind(kind, word) for kind, word in zip(KINDS, words, strict=True))
+    blocks[layer] = BlockConfig(*variants)  # type: ignore[arg-type]
+    return replace(parent, blocks=tuple(blocks))

@@ -1,16 +1,16 @@
 """A variant's first weights, taken from the parent (Puzzle App. A).
 
-    narrower FFN   keep the channels with the largest C_i = mean|x_i| · ‖W_down[:, i]‖₂
+    narrower FFN   keep the channels of the largest importance (importance.py)
     fewer KV heads mean of the K and V projections of the heads that merge
     linear FFN     W_down · W_up                (the gate is left out)
     linear attn    W_o · W_v, V rows repeated over the query groups (each token attends to itself)
 
-x_i is the input of `down_proj`. The norm is the parent's, kept also in front of a linear map.
+The norm is the parent's, kept also in front of a linear map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,13 +22,14 @@ from tessera.model.config import GQA, KINDS, ModelConfig, NoOp, SwiGLU, Variant,
 from tessera.model.context import Context
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.transformer import Block, Transformer
+from tessera.puzzle.importance import Importance, channels, iterative_importance
 
 
 @dataclass(frozen=True)
 class ParentStatistics:
     """What calibration batches say about each of the parent's layers.
 
-    channel_importance: `(F,)` a layer, the C_i above, None where the FFN is no SwiGLU.
+    channel_importance: `(F,)` a layer, larger is kept first, None where the FFN is no SwiGLU.
     linear_scale: per kind, the factor that brings a linear map of the paper's weights closest
         (least squares) to the subblock's own output. Without it W_down·W_up, which takes the gate
         for 1, starts so far off that training in a few hundred steps ends worse than a no-op.
@@ -43,22 +44,36 @@ class ParentStatistics:
 
 
 @torch.no_grad()
-def collect_statistics(parent: Transformer, batches: Sequence[Batch]) -> ParentStatistics:
-    """One pass of the parent over calibration batches."""
-    layers = [_LayerSums() for _ in parent.blocks]
+def collect_statistics(
+    parent: Transformer,
+    batches: Sequence[Batch],
+    importance: Importance = "independent",
+    layers: Collection[int] | None = None,
+) -> ParentStatistics:
+    """One pass of the parent over calibration batches.
+
+    `iterative` importance takes a second pass, and some of each FFN of `layers` (None: all); the
+    FFNs of other layers keep the independent one.
+    """
+    found = [_LayerSums() for _ in parent.blocks]
     tokens = 0.0
     for batch in batches:
         context = parent.prepare(Context(batch.positions, batch.segments))
         real = (batch.segments >= 0).float()
         tokens += float(real.sum())
         x = parent.embed_tokens(batch.tokens)
-        for block, sums in zip(parent.blocks, layers, strict=True):
+        for block, sums in zip(parent.blocks, found, strict=True):
             x = sums.add(block, x, context, real)
+    ranks: dict[int, Tensor] = {}
+    if importance == "iterative":
+        chosen = range(len(found)) if layers is None else layers
+        ranks = iterative_importance(parent, batches, chosen)
+    independent = [None if s.channels is None else s.channels / tokens for s in found]
     return ParentStatistics(
-        [None if s.channels is None else s.channels / tokens for s in layers],
-        {kind: [s.linear[kind].slope for s in layers] for kind in KINDS},
-        [s.output / tokens for s in layers],
-        [s.influence / tokens for s in layers],
+        [ranks.get(layer, own) for layer, own in enumerate(independent)],
+        {kind: [s.linear[kind].slope for s in found] for kind in KINDS},
+        [s.output / tokens for s in found],
+        [s.influence / tokens for s in found],
     )
 
 
@@ -111,9 +126,7 @@ class _LayerSums:
 def _channel_activity(ffn: Subblock, x: Tensor, real: Tensor) -> Tensor:
     op = ffn.op
     assert isinstance(op, FeedForward)
-    normed = ffn.norm(x)
-    inner = F.silu(op.gate_proj(normed)) * op.up_proj(normed)
-    activity = torch.einsum("btf,bt->f", inner.abs(), real)
+    activity = torch.einsum("btf,bt->f", channels(ffn, ffn.norm(x)).abs(), real)
     return activity * op.down_proj.weight.norm(dim=0)
 
 

@@ -36,6 +36,7 @@ def _inputs(folder: Path, scenarios: dict[str, Scenario], batches: tuple[int, ..
     _written(folder / "score", "scores", [row | extra | {"task.calc": 1.0} for row in scores(3)])
     _written(folder / "score", "space", [[list(words) for words in pair] for pair in SPACE.layers])
     _written(folder / "score", "pairs", [list(pair) for pair in PAIRS])
+    _written(folder / "score", "servable", [])
     _written(folder / "score", "block_influence", [0.2, 0.1])
     rows = []
     for number, (name, scenario) in enumerate(scenarios.items()):

@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 
 from tessera.model.config import ConfigError
-from tessera.puzzle.space import Space, SpaceConfig, build_space, forbidden_pairs
+from tessera.puzzle.layer_numbers import layer_numbers
+from tessera.puzzle.library import union
+from tessera.puzzle.space import (
+    SpaceConfig,
+    build_space,
+    forbidden_pairs,
+    restrict,
+    with_pairs,
+)
 from tessera.recipe import RecipeError, validate
 from tests.toy import toy_config
 
@@ -48,10 +56,100 @@ def test_what_an_engine_cannot_load_is_left_out():
     assert ("noop", "noop") in pairs[2] and ("noop", "noop") not in pairs[1]
 
 
-def test_a_space_without_some_words_is_without_the_pairs_that_hold_them():
-    layers = ((("gqa-4", "linear"), ("swiglu-48", "linear")),) * 2
-    space = Space(layers, ((0, "linear", "swiglu-48"), (1, "gqa-4", "linear")))
-    left = space.without({("attention", "linear")})
-    assert left.layers == ((("gqa-4",), ("swiglu-48", "linear")),) * 2
-    assert left.pairs == ((1, "gqa-4", "linear"),)
-    assert space.without(set()) == space
+def _words(kind: str, **table) -> list[tuple[str, ...]]:
+    """The words of a kind by layer, of a space whose table is read as a recipe's."""
+    space = build_space(validate(SpaceConfig, table, "bld.space"), toy_config(layers=5))
+    return [space.words(layer, kind) for layer in range(5)]
+
+
+def test_layers_take_lists_of_their_own():
+    table = {
+        "attention": ["gqa-2"],
+        "ffn": ["50%"],
+        "layers": {"0-3": {"attention": ["gqa-1"]}, "1, 3": {"ffn": ["noop"], "attention": []}},
+    }
+    plain, one, none = ("gqa-4", "gqa-2"), ("gqa-4", "gqa-1"), ("gqa-4",)
+    assert _words("attention", **table) == [one, none, one, none, plain]
+    half, gone = ("swiglu-48", "swiglu-24"), ("swiglu-48", "noop")
+    assert _words("ffn", **table) == [half, gone, half, gone, half]
+
+
+def test_layers_are_numbers_and_spans():
+    assert layer_numbers("7, 0-3") == (0, 1, 2, 3, 7) and layer_numbers("5") == (5,)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"0-": {"ffn": ["noop"]}}, "names no layers; write numbers and spans"),
+        ({"": {"ffn": ["noop"]}}, "names no layers"),
+        ({"3-1": {"ffn": ["noop"]}}, "runs backwards; write 1-3"),
+        ({"0-3, 2": {"ffn": ["noop"]}}, "names layer 2 twice"),
+        ({"0": {}}, "names neither attention nor ffn"),
+        ({"0": {"atention": ["noop"]}}, "did you mean 'attention'"),
+        ({"0": {"ffn": ["gqa-2"]}}, "cannot stand for ffn"),
+    ],
+)
+def test_layers_that_make_no_sense_are_refused_before_anything_runs(layers, message: str):
+    with pytest.raises(RecipeError, match=message):
+        validate(SpaceConfig, {"layers": layers}, "bld.space")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"2-5": {"ffn": ["noop"]}}, "names layer 5, and the parent has layers 0-4"),
+        ({"0": {"ffn": ["noop"]}, "0-1": {"ffn": []}}, '"0".ffn: later entries override it'),
+        ({"1": {"ffn": ["swiglu-64"]}}, "offers swiglu-64, which does not fit layer 1 of"),
+    ],
+)
+def test_layers_that_do_not_fit_the_parent_are_refused(layers, message: str):
+    with pytest.raises(ConfigError, match=message):
+        _words("ffn", layers=layers)
+
+
+def test_a_servable_space_holds_what_the_engine_loads_at_each_layer():
+    noop = ["noop" in words for words in _words("attention", servable="vllm", ffn=["50%"])]
+    assert noop == [False, True, True, True, True]  # the residual starts in layer 0's attention
+    assert all("linear" not in words for words in _words("ffn", servable="vllm"))
+    bare = _words("ffn", servable="llama.cpp", attention=["gqa-2"])
+    assert all("noop" not in words for words in bare)  # it needs a layer without attention too
+    both = ["noop" in words for words in _words("ffn", servable="llama.cpp")]
+    assert both == [False, True, True, True, False]
+    assert "linear" in _words("ffn", servable="hf")[0]
+    everywhere = _words("ffn", servable="any")
+    assert everywhere == _words("ffn", servable=["vllm", "llama.cpp", "sglang", "hf"])
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp", "sglang", "hf"])
+def test_every_word_of_a_servable_space_stands_in_a_model_that_loads(engine: str):
+    parent = toy_config(layers=3)
+    space = build_space(SpaceConfig(servable=(engine,)), parent)
+    assert space.servable == (("transformers",) if engine == "hf" else (engine,))
+    refused = forbidden_pairs(space, parent, space.servable)
+    for layer, (attention, ffn) in enumerate(space.layers):
+        fine = {(a, f) for a in attention for f in ffn} - refused[layer]
+        assert {a for a, _ in fine} == {*attention} and {f for _, f in fine} == {*ffn}
+
+
+def test_a_word_asked_for_that_no_layer_can_have_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"space.ffn offers linear.*layers 0-4.*vllm cannot load"):
+        _words("ffn", servable="vllm", ffn=["50%", "linear"])
+    with pytest.raises(ConfigError, match=r'"0".attention offers noop.*layer 0 has an FFN and no'):
+        _words("attention", servable="vllm", layers={"0": {"attention": ["noop"]}}, ffn=["50%"])
+    with pytest.raises(RecipeError, match="unknown engine 'vlm'; did you mean 'vllm'"):
+        validate(SpaceConfig, {"servable": "vlm"}, "bld.space")
+
+
+def test_a_parent_whose_changes_an_engine_cannot_load_has_no_servable_space():
+    parent = toy_config(layers=2, qk_norm=True)
+    with pytest.raises(ConfigError, match="leaves no word but the parent's own: vllm.*QK norm"):
+        build_space(SpaceConfig(servable=("vllm",)), parent)
+
+
+def test_the_parts_of_a_space_make_the_whole():
+    whole = build_space(SpaceConfig(servable=("vllm",)), toy_config(layers=5))
+    whole = with_pairs(whole, [(3, "gqa-2", "swiglu-24"), (0, "gqa-1", "noop")])
+    first, second = restrict(whole, [0, 1]), restrict(whole, [2, 3, 4])
+    assert not [key for key in first.replacements() if key[0] > 1]
+    assert union([first, second]) == whole
