@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.model.config import KINDS, parse_kind
-from tessera.puzzle.cost import CostConfig, _isotonic, cost_rows
+from tessera.puzzle.calibrate import _isotonic
+from tessera.puzzle.cost import CostConfig, cost_rows
 from tessera.puzzle.cost_table import CostTable, Scenario
 from tests.toy import toy_config
 
