@@ -87,10 +87,8 @@ def speeds(
             alone += timed[0]
             if len(keys) == 2:
                 rounds[keys[1]] = timed[1]
-                ratios[keys[1]] = _speedup(*timed, config.scenario.new - 1)
-    return {
-        key: _rates(rounds[key], config.scenario) | {"speedup": ratios[key]} for key in models
-    }
+                ratios[keys[1]] = _speedup(timed[0], timed[1], config.scenario.new - 1)
+    return {key: _rates(rounds[key], config.scenario) | {"speedup": ratios[key]} for key in models}
 
 
 def _in_turn(

@@ -2,14 +2,14 @@
 
 A word repeated in a model of its own is not what it is between others: its weights and its cache
 push out what the next one needs, and six alike keep theirs nearer. So the parent and a few
-architectures of the space are timed beside the words, and each price p gets a factor f by ridge
-regression on relative errors,
+architectures of the space are timed beside the words. First all prices are scaled by s, the median
+of measured / promised; then each price p gets a factor f by ridge regression on relative errors,
 
     min over f of  sum over models (sum of f·p / measured - 1)^2 / NOISE^2
-                 + sum over words (f - 1)^2 / TRUST^2
+                 + sum over words (f - s)^2 / TRUST^2
 
-which leaves a price alone where no model speaks about it. What that is worth is told by models
-left out of the fit in turn.
+which leaves a price at the scale where no model speaks about it. What that is worth is told by
+models left out of the fit in turn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Prices = Mapping[Key, Seconds]
 Timed = Sequence[tuple[Words, Seconds]]
 
 NOISE = 0.05  # how far, relatively, a model is from the sum of right prices
-TRUST = 0.30  # how far, relatively, a price measured alone is from the right one
+TRUST = 0.30  # how far, relatively, a scaled price is from the right one
 FASTEST = 0.2  # no factor is below
 
 
@@ -72,8 +72,9 @@ def calibrate(prices: Prices, timed: Timed) -> dict[Key, Seconds]:
 def _factors(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """rows `(models, words)`, what each word contributes to each model -> factors `(words,)`."""
     count = rows.shape[1]
+    scale = float(np.median(seconds / rows.sum(1)))
     a = np.concatenate([rows / seconds[:, None] / NOISE, np.eye(count) / TRUST])
-    b = np.concatenate([np.full(len(rows), 1 / NOISE), np.full(count, 1 / TRUST)])
+    b = np.concatenate([np.full(len(rows), 1 / NOISE), np.full(count, scale / TRUST)])
     return np.maximum(FASTEST, np.linalg.lstsq(a, b, rcond=None)[0])
 
 

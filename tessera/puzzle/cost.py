@@ -53,9 +53,9 @@ class CostConfig(BaseModel):
     batches: list[PositiveInt] = []  # price every scenario at each; empty: at its own
     source: Literal["measured", "counted", "roofline"] = "measured"
     measure: bool = True
-    rounds: int = Field(default=12, ge=3)
+    rounds: int = Field(default=8, ge=3)
     depth: int = Field(default=6, ge=1)  # layers of the models a word is measured in
-    wholes: int = Field(default=6, ge=0)  # architectures beside the parent to calibrate by; 0: none
+    wholes: int = Field(default=8, ge=0)  # architectures beside the parent to calibrate by; 0: none
     device: str | None = None
     dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
     tensor_parallel: PositiveInt = 1
