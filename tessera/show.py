@@ -123,6 +123,8 @@ def _parent(found: dict[str, Any]) -> ModelConfig | None:
 
 def render_named(name: str, rows: Sequence[dict[str, Any]]) -> str:
     """A table of a run under its name, as wide as the terminal allows."""
+    if rows and all("told" in row for row in rows):  # rows that say themselves what they mean
+        return "\n".join([name, *(f"  {row['told']}" for row in rows)])
     limit = None if name in WHOLE else TABLE_ROWS
     return f"{name}\n{render_table(rows, limit, VIEWS.get(name, ()), terminal_width())}"
 

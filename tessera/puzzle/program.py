@@ -13,7 +13,10 @@ cost <= most + slack; `divisible` is the program without its integers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import highspy
@@ -198,13 +201,29 @@ def _pairs(
     return [(index[a], index[f]) for a, f in keys if a in index and f in index]
 
 
+@contextmanager
+def _no_banner() -> Iterator[None]:
+    """HiGHS greets on the process's own stdout, before a solver can be told to be silent."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _program(
     options: Sequence[Option],
     limits: Mapping[str, float],
     forbidden: Sequence[tuple[int, str, str]],
 ) -> highspy.Highs:
     """Rows in order: one a place, one a limit, one a pair that is forbidden."""
-    solver = highspy.Highs()
+    with _no_banner():
+        solver = highspy.Highs()
     solver.silent()
     count = len(options)
     solver.addVars(count, np.zeros(count), np.ones(count))

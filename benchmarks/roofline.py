@@ -1,0 +1,157 @@
+"""The roofline beside published speeds of Llama-Nemotron's models and their parents.
+
+    python benchmarks/roofline.py
+
+Nothing is measured here: every prediction comes from the layer maps of the released configs, the
+device's data sheet and the four constants of `puzzle/devices.py`, none of which was fitted to these
+figures. Published: Puzzle's throughput table (H100, FP8, TensorRT-LLM, tokens a second and GPU),
+FFN Fusion's latencies (8 H100, FP8, one user), Llama-Nemotron's ratios. A batch is the largest that
+fits, by TensorRT-LLM's rule (the cache takes 0.9 of what the weights leave), and at most the
+published best one: 256 for the children on one GPU, 384 for Llama-70B on four.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tessera.model.config import BlockConfig, ModelConfig, NoOp, RopeScaling, SwiGLU, uniform
+from tessera.model.families import read_config
+from tessera.puzzle.cost_table import Scenario
+from tessera.puzzle.devices import DEVICES
+from tessera.puzzle.roofline import Serving, device_bytes, predict
+from tessera.table import render_table
+
+CONFIGS = Path(__file__).parents[2] / "shared" / "data" / "nas_configs"
+CACHE_SHARE = 0.9  # of the memory that weights leave, what TensorRT-LLM gives the KV cache
+FUSED = {399360: 8, 425984: 12, 343040: 15, 301056: 14}  # width of Ultra's fused FFNs -> how many
+# Published tokens a second and GPU: 51B on one, Llama-70B on four (per GPU) and on one.
+PUZZLE = (
+    (128, 128, 5478, 2645, None),
+    (128, 1024, 6472, 2975, 1274),
+    (128, 2048, 4910, 2786, None),
+    (128, 4096, 3855, 1828, None),
+    (2048, 128, 653, 339, 301),
+    (2048, 2048, 2622, 1336, None),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what the roofline says, and what was published."""
+
+    what: str
+    predicted: float
+    published: float
+
+    def shown(self) -> dict[str, object]:
+        """As a table's row; the gap is relative to what was published."""
+        gap = self.predicted / self.published - 1
+        form = ",.0f" if self.published > 100 else ",.2f"
+        cells = {"predicted": f"{self.predicted:{form}}", "published": f"{self.published:{form}}"}
+        return {"figure": self.what, **cells, "gap": f"{gap:+.0%}"}
+
+
+def llama(hidden: int, layers: int, heads: int, width: int) -> ModelConfig:
+    """A dense Llama 3.x of this size: head size 128, 8 KV heads, vocabulary 128,256."""
+    return ModelConfig(
+        vocab_size=128_256,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        head_dim=128,
+        blocks=uniform("gqa-8", f"swiglu-{width}", layers),
+        rope_scaling=RopeScaling(rope_type="llama3", factor=8.0),
+    )
+
+
+def unfused(ultra: ModelConfig) -> ModelConfig:
+    """Ultra as the search left it: each fused FFN is a run of FFN-only layers again.
+
+    Their own widths were not published; they are taken as equal.
+    """
+    blocks: list[BlockConfig] = []
+    for block in ultra.blocks:
+        width = getattr(block.ffn, "intermediate_size", 0)
+        count = FUSED.get(width, 1)
+        parts = BlockConfig(NoOp(), SwiGLU(width // count)) if count > 1 else block
+        blocks += [parts] * count
+    return replace(ultra, blocks=tuple(blocks))
+
+
+def fitting(config: ModelConfig, scenario: Scenario, tensor_parallel: int, most: int) -> int:
+    """The largest batch whose cache fits beside the weights on H100s, and at most `most`."""
+    serving = Serving(DEVICES["H100"], "fp8", tensor_parallel)
+    one, two = (
+        device_bytes(config, scenario.model_copy(update={"batch": batch}), serving)
+        for batch in (1, 2)
+    )
+    room = CACHE_SHARE * (serving.device.memory - (2 * one - two))
+    return max(1, min(most, math.floor(room / (two - one))))
+
+
+def per_gpu(config: ModelConfig, prompt: int, new: int, tensor_parallel: int, most: int) -> float:
+    """Tokens a second and GPU of H100s in FP8 at the largest batch that fits."""
+    scenario = Scenario(batch=1, prompt=prompt, new=new)
+    batch = fitting(config, scenario, tensor_parallel, most)
+    found = predict(
+        config, "H100", "fp8", scenario.model_copy(update={"batch": batch}), tensor_parallel
+    )
+    return found["throughput"] / tensor_parallel
+
+
+def puzzle_rows(child: ModelConfig, parent: ModelConfig) -> Iterator[Row]:
+    """Puzzle's table: Nemotron-51B on one GPU, Llama-70B on four and on one."""
+    for prompt, new, ours, on_four, on_one in PUZZLE:
+        at = f"{prompt}/{new}"
+        small = per_gpu(child, prompt, new, 1, 256)
+        yield Row(f"51B, {at}, tokens/s", small, ours)
+        for devices, published in ((4, on_four), (1, on_one)):
+            if published is not None:
+                large = per_gpu(parent, prompt, new, devices, 384)
+                yield Row(f"Llama-70B TP{devices}, {at}, tokens/s and GPU", large, published)
+                yield Row(f"51B / 70B TP{devices}, {at}", small / large, ours / published)
+
+
+def super_rows(child: ModelConfig, parent: ModelConfig) -> Iterator[Row]:
+    """Llama-Nemotron §2: Super at batch 256 against Llama-70B on the same GPU, and on four."""
+    small = per_gpu(child, 128, 1024, 1, 256)
+    yield Row("Super / 70B TP1, 128/1024", small / per_gpu(parent, 128, 1024, 1, 256), 5.0)
+    yield Row("Super / 70B TP4, 128/1024", small / per_gpu(parent, 128, 1024, 4, 384), 2.17)
+
+
+def ultra_rows(ultra: ModelConfig, dense: ModelConfig, small: ModelConfig) -> Iterator[Row]:
+    """FFN Fusion's table: tokens a second of one user on 8 H100 in FP8."""
+    one = Scenario(batch=1, prompt=128, new=1024)
+    models = {"Llama-405B": dense, "before fusion": unfused(ultra), "Ultra": ultra}
+    models["Llama-70B"] = small
+    rate = {name: predict(c, "H100", "fp8", one, 8)["throughput"] for name, c in models.items()}
+    published = {"Llama-405B": 41.44, "before fusion": 63.38, "Ultra": 70.92, "Llama-70B": 94.03}
+    for name, value in published.items():
+        yield Row(f"{name}, TP8, one user, tokens/s", rate[name], value)
+    for name in ("before fusion", "Ultra"):
+        ratio = published[name] / published["Llama-405B"]
+        yield Row(f"{name} / Llama-405B", rate[name] / rate["Llama-405B"], ratio)
+    yield Row("Ultra / before fusion", rate["Ultra"] / rate["before fusion"], 70.92 / 63.38)
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    print(f"\n{title}\n{render_table([row.shown() for row in rows])}")
+
+
+def main() -> None:
+    if not CONFIGS.is_dir():
+        print("skipped: needs the released layer maps of ../shared/data/nas_configs")
+        return
+    small, dense = llama(8192, 80, 64, 28672), llama(16384, 126, 128, 53248)
+    puzzle = read_config(CONFIGS / "Llama-3_1-Nemotron-51B-Instruct.blocks.json")
+    child = read_config(CONFIGS / "Llama-3_3-Nemotron-Super-49B-v1.config.json")
+    ultra = read_config(CONFIGS / "Llama-3_1-Nemotron-Ultra-253B-v1.config.json")
+    show("Llama-Nemotron: throughput on an H100, FP8", list(super_rows(child, small)))
+    show("Puzzle: throughput on H100s, FP8", list(puzzle_rows(puzzle, small)))
+    show("FFN Fusion: latency on 8 H100, FP8", list(ultra_rows(ultra, dense, small)))
+
+
+if __name__ == "__main__":
+    main()
