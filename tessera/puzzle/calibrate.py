@@ -88,7 +88,7 @@ def monotone(seconds: Prices) -> dict[Key, Seconds]:
         keys = [key for key in seconds if key[0] == kind and key[1].startswith(prefix)]
         keys.sort(key=lambda key: int(key[1].removeprefix(prefix)))
         columns = [_isotonic([seconds[key][i] for key in keys]) for i in range(2)]
-        smoothed |= {key: pair for key, *pair in zip(keys, *columns, strict=True)}
+        smoothed |= {key: pair for key, pair in zip(keys, zip(*columns, strict=True), strict=True)}
     return smoothed
 
 

@@ -54,7 +54,7 @@ class CostConfig(BaseModel):
     source: Literal["measured", "counted", "roofline"] = "measured"
     measure: bool = True
     rounds: int = Field(default=8, ge=3)
-    depth: int = Field(default=6, ge=1)  # layers of the models a word is measured in
+    depth: PositiveInt | None = None  # layers a word is measured in; None: the parent's
     wholes: int = Field(default=8, ge=0)  # architectures beside the parent to calibrate by; 0: none
     device: str | None = None
     dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
@@ -196,7 +196,7 @@ def _measured(
         wholes,
         scenario,
         rounds=settings.rounds,
-        depth=settings.depth,
+        depth=settings.depth or len(config.blocks),
         label=name,
         quiet=quiet,
     )

@@ -1,11 +1,13 @@
 """Seconds of words and of whole models, on the engine they will run on (Puzzle §2.5).
 
 A word is measured in a model of `depth` equal layers of it, beside the same model with no layers
-at all; the difference is divided by `depth`. Whole architectures take turns with them, which is
-what `calibrate.py` needs. Weights are random, which costs the same as trained. A neighbour on the
-machine only ever adds, and for a while, so each decode step keeps its least time over all rounds:
-on two busy cores that repeats to 0.8-2.8 %, the least mean of a round to 2.7-3.3 %. With one torch
-thread on a CPU, seconds are the thread's own (`clock` of the torch engine).
+at all; the difference is divided by `depth`. As many layers as the parent has fill caches as it
+does: of a parent of 12 layers, probes of 6 promise two thirds of the time, probes of 12 promise
+seven eighths. Whole architectures take turns with them, for `calibrate.py`. Weights are random,
+which costs the same as trained. A neighbour on the machine only ever adds, and for a while, so
+each decode step keeps its least time over all rounds: on two busy cores that repeats to 0.8-2.8 %,
+the least mean of a round to 2.7-3.3 %. On a CPU with one torch thread, seconds are the thread's
+own (`clock` of the torch engine).
 """
 
 from __future__ import annotations
