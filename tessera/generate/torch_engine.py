@@ -46,13 +46,17 @@ def clock(device: torch.device) -> float:
 
 @dataclass(slots=True)
 class Stats:
-    """What an engine did since it was made or `reset`, seconds by `clock`; a prompt counts once."""
+    """What an engine did since it was made or `reset`, seconds by `clock`; a prompt counts once.
+
+    each_step: gathers the seconds of every decode step, where it is a list.
+    """
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_steps: int = 0
     decode_seconds: float = 0.0
+    each_step: list[float] | None = None
 
 
 @dataclass(slots=True)
@@ -263,7 +267,10 @@ class _Call:
         stats.decode_tokens += len(self.live)
         logits = packed.logits(packed.forward(tokens, self.engine.slots.step(packed)))
         self._accept(0, logits)
-        stats.decode_seconds += clock(self.engine.packed.device) - start
+        seconds = clock(self.engine.packed.device) - start
+        stats.decode_seconds += seconds
+        if stats.each_step is not None:
+            stats.each_step.append(seconds)
 
     def _accept(self, first: int, logits: Tensor) -> None:
         """Choose a token from each row of logits; rows from `first` on; retire what ends."""

@@ -2,14 +2,14 @@
 
 A word repeated in a model of its own is not what it is between others: its weights and its cache
 push out what the next one needs, and six alike keep theirs nearer. So the parent and a few
-architectures of the space are timed beside the words, and each price p gets a factor f by ridge
-regression on relative errors,
+architectures of the space are timed beside the words. First all prices are scaled by s, the median
+of measured / promised; then each price p gets a factor f by ridge regression on relative errors,
 
     min over f of  sum over models (sum of f·p / measured - 1)^2 / NOISE^2
-                 + sum over words (f - 1)^2 / TRUST^2
+                 + sum over words (f - s)^2 / TRUST^2
 
-which leaves a price alone where no model speaks about it. What that is worth is told by models
-left out of the fit in turn.
+which leaves a price at the scale where no model speaks about it. What that is worth is told by
+models left out of the fit in turn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Prices = Mapping[Key, Seconds]
 Timed = Sequence[tuple[Words, Seconds]]
 
 NOISE = 0.05  # how far, relatively, a model is from the sum of right prices
-TRUST = 0.30  # how far, relatively, a price measured alone is from the right one
+TRUST = 0.30  # how far, relatively, a scaled price is from the right one
 FASTEST = 0.2  # no factor is below
 
 
@@ -56,9 +56,9 @@ def architectures(parent: Words, words: Sequence[Key], count: int, seed: int = 0
 
 
 def calibrate(prices: Prices, timed: Timed) -> dict[Key, Seconds]:
-    """The prices, prefill and decode each corrected by the models timed."""
+    """The prices, prefill and decode each corrected by the models timed, and made `monotone`."""
     if not timed:
-        return dict(prices)
+        return monotone(prices)
     keys = list(prices)
     columns = []
     for column in range(2):
@@ -66,15 +66,40 @@ def calibrate(prices: Prices, timed: Timed) -> dict[Key, Seconds]:
         rows = np.array([_counts(words, keys) for words, _ in timed]) * alone
         seconds = np.array([pair[column] for _, pair in timed])
         columns.append(alone * _factors(rows, seconds))
-    return {key: (float(p), float(d)) for key, p, d in zip(keys, *columns, strict=True)}
+    return monotone({key: (float(p), float(d)) for key, p, d in zip(keys, *columns, strict=True)})
 
 
 def _factors(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """rows `(models, words)`, what each word contributes to each model -> factors `(words,)`."""
     count = rows.shape[1]
+    scale = float(np.median(seconds / rows.sum(1)))
     a = np.concatenate([rows / seconds[:, None] / NOISE, np.eye(count) / TRUST])
-    b = np.concatenate([np.full(len(rows), 1 / NOISE), np.full(count, 1 / TRUST)])
+    b = np.concatenate([np.full(len(rows), 1 / NOISE), np.full(count, scale / TRUST)])
     return np.maximum(FASTEST, np.linalg.lstsq(a, b, rcond=None)[0])
+
+
+def monotone(seconds: Prices) -> dict[Key, Seconds]:
+    """A narrower word never costs more than a wider one: noise is averaged away (isotonic).
+
+    Without this the search may pick a wide word for being measured faster by luck.
+    """
+    smoothed = dict(seconds)
+    for kind, prefix in (("attention", "gqa-"), ("ffn", "swiglu-")):
+        keys = [key for key in seconds if key[0] == kind and key[1].startswith(prefix)]
+        keys.sort(key=lambda key: int(key[1].removeprefix(prefix)))
+        columns = [_isotonic([seconds[key][i] for key in keys]) for i in range(2)]
+        smoothed |= {key: pair for key, pair in zip(keys, zip(*columns, strict=True), strict=True)}
+    return smoothed
+
+
+def _isotonic(values: list[float]) -> list[float]:
+    """The closest non-decreasing sequence (pool adjacent violators)."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [float(np.mean(pool)) for pool in pools for _ in pool]
 
 
 def _counts(words: Words, keys: Sequence[Key]) -> list[int]:

@@ -21,7 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from tessera.model.config import GQA, KINDS, ModelConfig, Variant, parse_kind
 from tessera.model.weights import load_config
-from tessera.puzzle.calibrate import Key, Seconds, architectures, calibrate, held_out
+from tessera.puzzle.calibrate import (
+    Key,
+    Seconds,
+    architectures,
+    calibrate,
+    held_out,
+    monotone,
+)
 from tessera.puzzle.cost_table import DEFAULT, Scenario
 from tessera.puzzle.devices import CPU, DTYPES, Device, DeviceError, find_device
 from tessera.puzzle.measure import generation_seconds, measure
@@ -46,9 +53,9 @@ class CostConfig(BaseModel):
     batches: list[PositiveInt] = []  # price every scenario at each; empty: at its own
     source: Literal["measured", "counted", "roofline"] = "measured"
     measure: bool = True
-    rounds: int = Field(default=12, ge=3)
-    depth: int = Field(default=6, ge=1)  # layers of the models a word is measured in
-    wholes: int = Field(default=6, ge=0)  # architectures beside the parent to calibrate by; 0: none
+    rounds: int = Field(default=8, ge=3)
+    depth: PositiveInt | None = None  # layers a word is measured in; None: the parent's
+    wholes: int = Field(default=8, ge=0)  # architectures beside the parent to calibrate by; 0: none
     device: str | None = None
     dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
     tensor_parallel: PositiveInt = 1
@@ -117,30 +124,6 @@ def count(config: ModelConfig, kind: str, variant: Variant, settings: CostConfig
     kv = config.kv_bytes(variant, settings.bytes_per_kv) if isinstance(variant, GQA) else 0.0
     memory = parameters * settings.bytes_per_parameter + kv * settings.scenario.cached_tokens
     return {"parameters": parameters, "kv_bytes_per_token": kv, "bytes": memory}
-
-
-def monotone(seconds: dict[tuple[str, str], tuple[float, float]]) -> dict:
-    """A narrower word never costs more than a wider one: noise is averaged away (isotonic).
-
-    Without this the search may pick a wide word for being measured faster by luck.
-    """
-    smoothed = dict(seconds)
-    for kind, prefix in (("attention", "gqa-"), ("ffn", "swiglu-")):
-        keys = [key for key in seconds if key[0] == kind and key[1].startswith(prefix)]
-        keys.sort(key=lambda key: int(key[1].removeprefix(prefix)))
-        columns = [_isotonic([seconds[key][i] for key in keys]) for i in range(2)]
-        smoothed |= {key: pair for key, *pair in zip(keys, *columns, strict=True)}
-    return smoothed
-
-
-def _isotonic(values: list[float]) -> list[float]:
-    """The closest non-decreasing sequence (pool adjacent violators)."""
-    pools: list[list[float]] = []
-    for value in values:
-        pools.append([value])
-        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    return [float(np.mean(pool)) for pool in pools for _ in pool]
 
 
 @dataclass(frozen=True)
@@ -213,12 +196,12 @@ def _measured(
         wholes,
         scenario,
         rounds=settings.rounds,
-        depth=settings.depth,
+        depth=settings.depth or len(config.blocks),
         label=name,
         quiet=quiet,
     )
     told = held_out(found.words, found.wholes, scenario)
-    return monotone(calibrate(found.words, found.wholes)), told
+    return calibrate(found.words, found.wholes), told
 
 
 def serving_of(settings: CostConfig, device: Device | None = None) -> Serving:

@@ -1,15 +1,18 @@
 """Seconds of words and of whole models, on the engine they will run on (Puzzle §2.5).
 
 A word is measured in a model of `depth` equal layers of it, beside the same model with no layers
-at all; the difference is divided by `depth`. Whole architectures take turns with them, which is
-what `calibrate.py` needs. Weights are random, which costs the same as trained. The least of all
-rounds is kept: a neighbour on the machine only ever adds (the least repeats to 4 %, the lower
-quartile to 5-9 %, where four others keep two cores busy). With one torch thread on a CPU, seconds
-are the thread's own (`clock` of the torch engine).
+at all; the difference is divided by `depth`. As many layers as the parent has fill caches as it
+does: of a parent of 12 layers, probes of 6 promise two thirds of the time, probes of 12 promise
+seven eighths. Whole architectures take turns with them, for `calibrate.py`. Weights are random,
+which costs the same as trained. A neighbour on the machine only ever adds, and for a while, so
+each decode step keeps its least time over all rounds: on two busy cores that repeats to 0.8-2.8 %,
+the least mean of a round to 2.7-3.3 %. On a CPU with one torch thread, seconds are the thread's
+own (`clock` of the torch engine).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,24 +27,16 @@ from tessera.puzzle.cost_table import Scenario, Words
 
 Seconds = tuple[float, float]  # of prefill, of one decode step
 BASE = ("base", "")
-PREFILLS = 4  # for one run of decode steps; a scenario has one, which alone would be noisy
+PREFILLS = 3  # a round has as many, for one run of decode steps, of which there are many
 
 
-def generation_seconds(
-    engine: TorchEngine, vocab_size: int, scenario: Scenario, prefills: int = 1
-) -> Seconds:
-    """Seconds of (prefill, one decode step) for the scenario's requests, all of equal length.
-
-    prefills: how often to read the prompts; the least time of them is the answer.
-    """
+def generation_seconds(engine: TorchEngine, vocab_size: int, scenario: Scenario) -> Seconds:
+    """Seconds of (prefill, one decode step) for the scenario's requests, all of equal length."""
     prompts = prompts_of(scenario, vocab_size)
-    times = []
-    for new in (*(1,) * (prefills - 1), scenario.new):
-        engine.reset_stats()
-        engine.generate(prompts, SamplingParams(max_tokens=new, temperature=0.0))
-        times.append(engine.stats.prefill_seconds)
+    engine.reset_stats()
+    engine.generate(prompts, SamplingParams(max_tokens=scenario.new, temperature=0.0))
     stats = engine.stats
-    return min(times), stats.decode_seconds / max(1, stats.decode_steps)
+    return stats.prefill_seconds, stats.decode_seconds / max(1, stats.decode_steps)
 
 
 def prompts_of(scenario: Scenario, vocab_size: int) -> list[list[int]]:
@@ -100,18 +95,39 @@ def least_seconds(
     label: str,
     quiet: bool = False,
 ) -> dict[Hashable, np.ndarray]:
-    """The least (prefill, decode step) of each model; they take turns, round by round."""
-    engines = {key: random_engine(shape) for key, shape in shapes.items()}
-    samples: dict[Hashable, list[Seconds]] = {key: [] for key in engines}
+    """The least (prefill, decode step) of each model, `(2,)`; they take turns, round by round."""
+    least = {key: _Least(random_engine(shape), scenario) for key, shape in shapes.items()}
     with Progress(label, rounds + 1, "probes", quiet=quiet) as bar:
-        for _ in range(rounds + 1):  # the first round warms up
-            for key, engine in engines.items():
-                vocab = shapes[key].vocab_size
-                samples[key].append(generation_seconds(engine, vocab, scenario, PREFILLS))
-            bar.advance(1, len(engines))
-    for engine in engines.values():
-        engine.close()
-    return {key: np.array(values[1:]).min(axis=0) for key, values in samples.items()}
+        for index in range(rounds + 1):
+            for one in least.values():
+                one.generate(counts=index > 0)  # the first round warms up
+            bar.advance(1, len(least))
+    for one in least.values():
+        one.engine.close()
+    return {key: one.seconds() for key, one in least.items()}
+
+
+class _Least:
+    """An engine, and the least time over its generations of the prefill and of each step."""
+
+    def __init__(self, engine: TorchEngine, scenario: Scenario) -> None:
+        self.engine, self.scenario = engine, scenario
+        self.prompts = prompts_of(scenario, engine.packed.config.vocab_size)
+        self.prefill = math.inf
+        self.steps: np.ndarray | float = math.inf
+
+    def generate(self, counts: bool) -> None:
+        for new in (*(1,) * (PREFILLS - 1), self.scenario.new):
+            self.engine.reset_stats()
+            self.engine.stats.each_step = steps = []
+            self.engine.generate(self.prompts, SamplingParams(max_tokens=new, temperature=0.0))
+            if counts:
+                self.prefill = min(self.prefill, self.engine.stats.prefill_seconds)
+        if counts:
+            self.steps = np.minimum(self.steps, steps)
+
+    def seconds(self) -> np.ndarray:
+        return np.array([self.prefill, np.mean(self.steps) if np.size(self.steps) else 0.0])
 
 
 def random_engine(config: ModelConfig) -> TorchEngine:
