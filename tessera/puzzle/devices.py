@@ -12,7 +12,8 @@ software gets out of them is four numbers, the same for every accelerator unless
     HOP               seconds of one exchange between devices: a flag written and seen over NVLink,
                       with the kernel around it, 7-10 us for 8 devices.
 
-Round numbers of common knowledge; `benchmarks/roofline.py` holds them against published speeds.
+Round numbers, taken from no source that could be cited, the latencies with one published speed in
+view (a 405B on 8 H100); `benchmarks/results/roofline.md` says what predictions owe to each.
 """
 
 from __future__ import annotations
