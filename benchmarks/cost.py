@@ -108,7 +108,7 @@ def report(name: str, parent: ModelConfig, rounds: int, seed: int) -> None:
         print(f"| {what}, absolute | | {' | '.join(cells)} |", flush=True)
     own = 1000 * total(found.wholes[0][1])
     print(
-        f"\nThe parent took {own:.0f} ms beside the words, and {min(alone):.0f} to {max(alone):.0f} "
+        f"\nThe parent took {own:.0f} ms beside words, and {min(alone):.0f} to {max(alone):.0f} "
         "beside each of these: seconds cannot be promised closer than that.",
         flush=True,
     )

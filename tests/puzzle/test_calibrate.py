@@ -14,7 +14,6 @@ from tessera.puzzle.calibrate import (
     calibrate,
     compared,
     held_out,
-    monotone,
     promised,
 )
 from tessera.puzzle.cost_table import CostTable, Scenario
