@@ -5,7 +5,8 @@
 Each parent's space is priced by what the cost stage runs (`measure`, `calibrate`). Fresh random
 architectures, another seed than the calibration's, and two like a search's then take turns with
 the parent, two engines at a time: `speeds` gives the speed-up that `compare` would show, and
-`least_seconds` the seconds that a table is about. Parents are the checkpoints beside the repository
+`least_seconds` the seconds that a table is about. How far the parent's own seconds spread is how
+far the machine drifts. Parents are the checkpoints beside the repository
 where they are, and one of 12 layers with random weights.
 """
 
@@ -90,6 +91,7 @@ def report(name: str, parent: ModelConfig, rounds: int, seed: int) -> None:
     print(f"\n{name}: {len(words)} words and {len(found.wholes)} models in {spent:.0f} CPU s\n")
     print(f"| architecture | measured | {' | '.join(COLUMNS)} |\n|---|--:|--:|--:|--:|--:|")
     errors: list[list[dict[str, float]]] = [[], []]
+    alone: list[float] = []
     for label, child in children(parent, words, seed).items():
         timed = in_turn(label, parent, child, rounds)
         both = [errors_of(prices, parent, timed) for prices in tables]
@@ -97,12 +99,19 @@ def report(name: str, parent: ModelConfig, rounds: int, seed: int) -> None:
         print(f"| {label} | {timed.speedup:.2f}x | {' | '.join(cells)} |", flush=True)
         for kept, one in zip(errors, both, strict=True):
             kept.append(one)
+        alone.append(1000 * total(timed.parent))
     for what, over in (("largest", max), ("median", statistics.median)):
         cells = []
         for column in COLUMNS:
             pair = [over(abs(one[column]) for one in kept) for kept in errors]
             cells.append(f"{pair[0]:.1%} ({pair[1]:.1%})")
         print(f"| {what}, absolute | | {' | '.join(cells)} |", flush=True)
+    own = 1000 * total(found.wholes[0][1])
+    print(
+        f"\nThe parent took {own:.0f} ms beside words, and {min(alone):.0f} to {max(alone):.0f} "
+        "beside each of these: seconds cannot be promised closer than that.",
+        flush=True,
+    )
 
 
 def offered(parent: ModelConfig) -> list[Key]:

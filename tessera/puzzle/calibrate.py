@@ -29,7 +29,7 @@ Prices = Mapping[Key, Seconds]
 Timed = Sequence[tuple[Words, Seconds]]
 
 NOISE = 0.05  # how far, relatively, a model is from the sum of right prices
-TRUST = 0.30  # how far, relatively, a scaled price is from the right one
+TRUST = 0.10  # how far, relatively, a scaled price is from the right one
 FASTEST = 0.2  # no factor is below
 
 

@@ -14,7 +14,6 @@ from tessera.puzzle.calibrate import (
     calibrate,
     compared,
     held_out,
-    monotone,
     promised,
 )
 from tessera.puzzle.cost_table import CostTable, Scenario
@@ -80,18 +79,20 @@ def test_one_factor_on_all_words_is_recovered_from_one_model(factor, count):
         assert found[key] == pytest.approx(pair, rel=1e-6)
 
 
-@given(st.floats(0.7, 1.4), st.floats(0.7, 1.4))
-def test_words_off_by_their_own_factors_are_promised_right_in_models_unseen(attention, ffn):
+@pytest.mark.parametrize(("attention", "ffn"), [(1.3, 0.8), (0.8, 1.3), (1.2, 1.2), (1.0, 0.7)])
+def test_words_off_by_their_own_factors_come_right_with_models(attention: float, ffn: float):
     truth = scaled(1.1, **{"gqa-4": attention, "swiglu-48": ffn, "swiglu-24": ffn})
-    found = calibrate(monotone(PRICES), timed(truth, 12))
-    before, after = [], []
-    for words in architectures(PARENT, WORDS, 20, seed=7):
-        right = promised(truth, words)
-        for kept, prices in ((before, PRICES), (after, found)):
-            own = promised(prices, words)
-            kept += [abs(a / b - 1) for a, b in zip(own, right, strict=True)]
-    assert max(after) < 0.08
-    assert sum(after) <= sum(before) / 2 + 0.2
+
+    def worst(count: int) -> float:
+        """The largest error about models that were not fitted to."""
+        found = calibrate(PRICES, timed(truth, count))
+        return max(
+            abs(own / right - 1)
+            for words in architectures(PARENT, WORDS, 20, seed=7)
+            for own, right in zip(promised(found, words), promised(truth, words), strict=True)
+        )
+
+    assert worst(8) < worst(0) and worst(200) < 0.02
 
 
 def test_a_price_stays_where_no_model_speaks_about_it():
