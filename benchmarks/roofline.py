@@ -3,27 +3,26 @@
     python benchmarks/roofline.py
 
 Nothing is measured here: every prediction comes from the layer maps of the released configs, the
-device's data sheet and the four constants of `puzzle/devices.py`. None was fitted, but the 405B's
-published 41.44 tokens/s was in view when the two latencies were chosen, so that row tests nothing.
-What the ratios owe to each choice is the last table. Published: Puzzle's throughput table (H100,
-FP8, TensorRT-LLM, tokens a second and GPU), FFN Fusion's latencies (8 H100, FP8, one user),
-Llama-Nemotron's ratios. A batch is the largest that fits, by TensorRT-LLM's rule (the cache takes
-0.9 of what the weights leave), and at most the published best one: 256 for the children on one GPU,
-384 for Llama-70B on four.
+device's data sheet and the four constants of `puzzle/devices.py`. Published: Puzzle's throughput
+table (H100, FP8, TensorRT-LLM, tokens a second and GPU), FFN Fusion's latencies (8 H100, FP8, one
+user), Llama-Nemotron's ratios, and, for dense models alone, TensorRT-LLM's own table. A batch is
+the largest whose cache fits by that engine's default (0.9 of what the weights leave) and at most
+the published best one: 256 for the children on one GPU, 384 for Llama-70B on four. What the ratios
+owe to each choice, the batch rule among them, is the last table.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from tessera.model.config import BlockConfig, ModelConfig, NoOp, RopeScaling, SwiGLU, uniform
 from tessera.model.families import read_config
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.devices import DEVICES, Device
-from tessera.puzzle.roofline import Serving, device_bytes, largest_batch, predict
+from tessera.puzzle.roofline import Serving, largest_batch, predict
 from tessera.table import render_table
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "data" / "nas_configs"
@@ -38,6 +37,14 @@ PUZZLE = (
     (2048, 128, 653, 339, 301),
     (2048, 2048, 2622, 1336, None),
 )
+# TensorRT-LLM's `perf-overview.md` at v1.0: tokens a second of all GPUs, H100 SXM, FP8.
+SETTINGS = ((128, 128), (128, 2048), (128, 4096), (2048, 128), (2048, 2048), (500, 2000))
+ENGINE = {
+    "Llama-8B": (1, (28312, 22714, 14325, 3450, 9305, 17660)),
+    "Llama-70B": (2, (6378, 6651, 4199, 762, 3082, 5222)),
+    "Llama-405B": (8, (3627, 4340, 3116, 453, 2296, 3994)),
+}
+ENGINE_MOST = 2048  # requests at once, its `max_batch_size` unless told
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,12 @@ class Choice:
     """What a prediction rests on besides the data sheet: the device's constants, the batch rule.
 
     whole: the cache gets 0.9 of the device less the weights, not 0.9 of what the weights leave.
+    grown: a request holds its mean length (pages, requests of all ages), not its whole one.
     """
 
     device: Device = DEVICES["H100"]
     whole: bool = False
+    grown: bool = False
 
 
 AS_IS = Choice()
@@ -85,14 +94,17 @@ def llama(hidden: int, layers: int, heads: int, width: int) -> ModelConfig:
 def unfused(ultra: ModelConfig) -> ModelConfig:
     """Ultra as the search left it: each fused FFN is a run of FFN-only layers again.
 
-    Their own widths were not published; they are taken as equal.
+    Their own widths were not published; they are taken as equal, to a channel.
     """
     blocks: list[BlockConfig] = []
     for block in ultra.blocks:
         width = getattr(block.ffn, "intermediate_size", 0)
-        count = FUSED.get(width, 1)
-        parts = BlockConfig(NoOp(), SwiGLU(width // count)) if count > 1 else block
-        blocks += [parts] * count
+        count = FUSED.get(width, 0)
+        if not count:
+            blocks.append(block)
+        for part in range(count):
+            own = (width + part) // count  # these sum to the width
+            blocks.append(BlockConfig(NoOp(), SwiGLU(own)))
     return replace(ultra, blocks=tuple(blocks))
 
 
@@ -101,14 +113,11 @@ def fitting(
 ) -> int:
     """The largest batch whose cache fits beside the weights on H100s, and at most `most`."""
     serving = Serving(choice.device, "fp8", tensor_parallel)
-    if choice.whole:
-        return max(1, min(most, largest_batch(config, scenario, serving, CACHE_SHARE)))
-    one, two = (
-        device_bytes(config, scenario.model_copy(update={"batch": batch}), serving)
-        for batch in (1, 2)
-    )
-    room = CACHE_SHARE * (serving.device.memory - (2 * one - two))
-    return max(1, min(most, math.floor(room / (two - one))))
+    held = scenario.new // 2 if choice.grown else scenario.new
+    asked = scenario.model_copy(update={"new": held})
+    fits = largest_batch(config, asked, serving, CACHE_SHARE, of_free=not choice.whole)
+    assert fits, f"not one request of {scenario.prompt}/{scenario.new} fits"
+    return min(most, fits)
 
 
 def per_gpu(
@@ -162,6 +171,14 @@ def ultra_rows(
     yield Row("Ultra / before fusion", rate["Ultra"] / rate["before fusion"], 70.92 / 63.38)
 
 
+def engine_rows(models: dict[str, ModelConfig], choice: Choice = AS_IS) -> Iterator[Row]:
+    """TensorRT-LLM's own table: dense models, so that no choice of words is in it."""
+    for name, (devices, rates) in ENGINE.items():
+        for (prompt, new), rate in zip(SETTINGS, rates, strict=True):
+            found = per_gpu(models[name], prompt, new, devices, ENGINE_MOST, choice)
+            yield Row(f"{name} TP{devices}, {prompt}/{new}, tokens/s", devices * found, rate)
+
+
 def choices() -> dict[str, Choice]:
     """One choice changed at a time."""
     own = AS_IS.device
@@ -169,10 +186,13 @@ def choices() -> dict[str, Choice]:
         "as above": AS_IS,
         "both latencies halved": Choice(replace(own, kernel=own.kernel / 2, hop=own.hop / 2)),
         "both latencies doubled": Choice(replace(own, kernel=own.kernel * 2, hop=own.hop * 2)),
-        "0.9 of the bandwidth, not 0.8": Choice(replace(own, memory_share=0.9)),
-        "0.5 of the peak, not 0.6": Choice(replace(own, compute=0.5)),
-        "0.7 of the peak, not 0.6": Choice(replace(own, compute=0.7)),
+        "0.9 of the bandwidth, not 0.78": Choice(replace(own, memory_share=0.9)),
+        "0.6 of the peak, not 0.73": Choice(replace(own, compute=0.6)),
+        "0.5 of the peak, not 0.73": Choice(replace(own, compute=0.5)),
+        "0.3 of the link, not all": Choice(replace(own, link=0.3 * own.link)),
+        "80 GiB of memory, not 80 GB": Choice(replace(own, memory=80 * 2**30)),
         "batch: 0.9 of the whole memory": Choice(whole=True),
+        "batch: requests half grown": Choice(grown=True),
     }
 
 
@@ -193,6 +213,18 @@ def followed(what: str, rows: Sequence[Row], side: str) -> dict[str, object]:
     return {"choice": what} | {head: f"{value:.2f}" for head, value in cells.items()}
 
 
+def gaps(table: str, what: str, rows: Sequence[Row]) -> Mapping[str, object]:
+    """How far the speeds of a table are off, ratios of speeds aside."""
+    found = [row.predicted / row.published - 1 for row in rows if "tokens/s" in row.what]
+    return {
+        "table": table,
+        "reserved": what,
+        "median |gap|": f"{median(map(abs, found)):.0%}",
+        "lowest": f"{min(found):+.0%}",
+        "highest": f"{max(found):+.0%}",
+    }
+
+
 def show(title: str, rows: Sequence[Row]) -> None:
     print(f"\n{title}\n{render_table([row.shown() for row in rows])}")
 
@@ -202,12 +234,24 @@ def main() -> None:
         print("skipped: needs the released layer maps of ../shared/data/nas_configs")
         return
     small, dense = llama(8192, 80, 64, 28672), llama(16384, 126, 128, 53248)
+    tiny = llama(4096, 32, 32, 14336)
     puzzle = read_config(CONFIGS / "Llama-3_1-Nemotron-51B-Instruct.blocks.json")
     child = read_config(CONFIGS / "Llama-3_3-Nemotron-Super-49B-v1.config.json")
     ultra = read_config(CONFIGS / "Llama-3_1-Nemotron-Ultra-253B-v1.config.json")
     show("Llama-Nemotron: throughput on an H100, FP8", list(super_rows(child, small)))
     show("Puzzle: throughput on H100s, FP8", list(puzzle_rows(puzzle, small)))
     show("FFN Fusion: latency on 8 H100, FP8", list(ultra_rows(ultra, dense, small)))
+    models = {"Llama-8B": tiny, "Llama-70B": small, "Llama-405B": dense}
+    show("TensorRT-LLM: dense models on H100s, FP8", list(engine_rows(models)))
+    told = [
+        gaps(table, what, list(rows(choice)))
+        for table, rows in (
+            ("Puzzle", lambda choice: puzzle_rows(puzzle, small, choice)),
+            ("TensorRT-LLM", lambda choice: engine_rows(models, choice)),
+        )
+        for what, choice in (("whole length", AS_IS), ("half grown", Choice(grown=True)))
+    ]
+    print(f"\nWhat a request reserves: tokens/s, predicted against published\n{render_table(told)}")
     lines = []
     for what, choice in choices().items():
         rows = [

@@ -1,19 +1,13 @@
-"""The accelerators we know by name: memory, bandwidth, peak arithmetic, link.
+"""The accelerators we know by name: memory, bandwidth, peak arithmetic, link. Torch-free.
 
-Dense (not sparse) peaks of the makers' data sheets, SXM boards where there is a choice; torch-free.
-`link` is what one device sends in one direction to its peers, which bounds an all-reduce. What
-software gets out of them is four numbers, the same for every accelerator unless it says otherwise:
+Dense (not sparse) peaks of the makers' data sheets, SXM boards where there is a choice. `link` is
+what one device sends in one direction to its peers, which bounds an all-reduce. What software gets
+out of them is four numbers, the same for every accelerator unless it says otherwise, each from a
+measurement published on H100s or H200s that is none of those `benchmarks/roofline.py` predicts:
 
-    COMPUTE, MEMORY   the share of the peak that large products and long reads reach. Dense FP8 and
-                      bf16 products on an H100 run at 60-70 % of its data sheet (power limits the
-                      clock), reads of weights at 80-90 % of its bandwidth.
-    KERNEL            seconds from one kernel's start to its dependent's, beyond its work: launch,
-                      ramp and tail inside a CUDA graph, 2-3 us.
-    HOP               seconds of one exchange between devices: a flag written and seen over NVLink,
-                      with the kernel around it, 7-10 us for 8 devices.
-
-Round numbers, taken from no source that could be cited, the latencies with one published speed in
-view (a 405B on 8 H100); `benchmarks/results/roofline.md` says what predictions owe to each.
+    COMPUTE, MEMORY   the share of the peak and of the bandwidth that software reaches
+    KERNEL            seconds from one kernel's start to its dependent's, beyond its work
+    HOP               seconds of one exchange between devices, the kernel around it included
 """
 
 from __future__ import annotations
@@ -24,8 +18,18 @@ from dataclasses import dataclass
 from tessera.recipe import nearest
 
 GB, TB, TFLOPS = 1e9, 1e12, 1e12
-COMPUTE, MEMORY = 0.6, 0.8
-KERNEL, HOP = 2.5e-6, 8e-6
+# Best FP8 product found on an H200 (the same die): 1453 of 1979 TFLOPS; bf16 reaches 0.80 (Bekman,
+# ml-engineering, "maximum achievable matmul FLOPS"). A model's products are at most as good.
+COMPUTE = 0.73
+# Llama-3.2-1B decoded in bf16 by one persistent kernel on an H100: 78 % of the bandwidth (Spector
+# et al., "Look Ma, No Bubbles!", 2025).
+MEMORY = 0.78
+# Engines that launch kernel by kernel reach "at most 50 %" there: 0.53 ms more for the 148 kernels
+# that we count. That holds the gaps of their hosts, too; a lean engine has less.
+KERNEL = 3.6e-6
+# All-reduce of up to 32 KB on 8 H100: 6-8 us by one kernel, 9-12 us by another (SGLang, pull
+# request 2904). Over PCIe it is longer.
+HOP = 8e-6
 DTYPES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}  # bytes of a weight, and of a cached value
 CPU = "cpu"  # the name of the machine at hand, which `probe.probe_cpu` measures
 

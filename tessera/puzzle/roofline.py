@@ -8,7 +8,7 @@ length of the cache are priced apart. Weights are read once a pass and the KV ca
 Q, K, V, gate and up are split by columns, their partners by rows, KV heads copied where there are
 fewer of them than devices. A linear subblock is held whole by every device, so that it, like a
 no-op, needs no exchange. Constants and where they come from are in `devices.py`. Not modelled:
-wave quantisation, schedulers, paging, speculative decoding, overlap of exchange and compute.
+wave quantisation, schedulers, paging, an embedding or head kept wider than the rest, overlap.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import cached_property
 
 from tessera.model.config import GQA, KINDS, Linear, ModelConfig, NoOp, SwiGLU, Variant, parse_kind
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.devices import DTYPES, Device, find_device
+from tessera.puzzle.devices import DTYPES, Device, DeviceError, find_device
 
 # Kernels of one pass, elementwise ones fused into what an inference engine fuses them into.
 ATTENTION_KERNELS = 5  # norm with the residual; QKV; RoPE and cache write; attention; output
@@ -44,6 +44,10 @@ class Serving:
 
     def __post_init__(self) -> None:
         self.device.flops(self.dtype)  # refuses what the device lacks
+        if self.tensor_parallel < 1:
+            raise DeviceError(
+                f"tensor_parallel is {self.tensor_parallel}; it counts devices, from 1"
+            )
         own = DTYPES[self.dtype]
         object.__setattr__(self, "bytes_per_parameter", self.bytes_per_parameter or own)
         object.__setattr__(self, "bytes_per_kv", self.bytes_per_kv or own)
@@ -75,6 +79,13 @@ class Serving:
         one = device.hop + (n - 1) * size / device.link
         two = 2 * device.hop + 2 * (n - 1) / n * size / device.link
         return min(one, two)
+
+    def gather(self, rows: int, width: int) -> float:
+        """Seconds until every device has the `rows` x `width` activations of each."""
+        n, device = self.tensor_parallel, self.device
+        if n == 1:
+            return 0.0
+        return device.hop + (n - 1) * rows * width * DTYPES[self.wide] / device.link
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Passes:
 
 
 def word_seconds(
-    config: ModelConfig, kind: str, variant: Variant, scenario: Scenario, serving: Serving
+    config: ModelConfig, variant: Variant, scenario: Scenario, serving: Serving
 ) -> tuple[float, float]:
     """Seconds of (prefill, one decode step) that one word adds."""
     passes = Passes(scenario, config.sliding_window)
@@ -179,14 +190,19 @@ def _moved(numbers: float, serving: Serving) -> float:
 def base_seconds(config: ModelConfig, scenario: Scenario, serving: Serving) -> tuple[float, float]:
     """Seconds of (prefill, one decode step) outside all blocks: embedding, last norm, head.
 
-    The head sees the last token of each prompt; it is split by vocabulary, and its answer gathered.
+    The head sees the last token of each prompt. Embedding and head are split by vocabulary, so the
+    one's rows are summed over devices and the other's answers gathered.
     """
     own = math.ceil(config.vocab_size / serving.tensor_parallel)
     head = _product(scenario.batch, config.hidden_size, own, serving)
-    head += serving.exchange(scenario.batch, own)
+    head += serving.gather(scenario.batch, own)
     fixed = head + BASE_KERNELS * serving.device.kernel
-    rows = (scenario.batch * scenario.prompt, scenario.batch)
-    prefill, decode = (fixed + _moved(2 * config.hidden_size * n, serving) for n in rows)
+    prefill, decode = (
+        fixed
+        + _moved(2 * config.hidden_size * rows, serving)
+        + serving.exchange(rows, config.hidden_size)
+        for rows in (scenario.batch * scenario.prompt, scenario.batch)
+    )
     return prefill, decode
 
 
@@ -197,7 +213,7 @@ def seconds_of(
     found = {("base", ""): base_seconds(config, scenario, serving)}
     for kind, word in words:
         variant = parse_kind(kind, word)
-        found[kind, word] = word_seconds(config, kind, variant, scenario, serving)
+        found[kind, word] = word_seconds(config, variant, scenario, serving)
     return found
 
 
@@ -217,7 +233,7 @@ def predict(
     serving = Serving(found, dtype, tensor_parallel)
     pairs = [base_seconds(config, scenario, serving)]
     pairs += [
-        word_seconds(config, kind, getattr(block, kind), scenario, serving)
+        word_seconds(config, getattr(block, kind), scenario, serving)
         for block in config.blocks
         for kind in KINDS
     ]
@@ -252,11 +268,22 @@ def device_bytes(config: ModelConfig, scenario: Scenario, serving: Serving) -> f
 
 
 def largest_batch(
-    config: ModelConfig, scenario: Scenario, serving: Serving, share: float = 0.9
-) -> int:
-    """The most requests whose weights and cache fit `share` of a device's memory; 0 for none."""
-    one = scenario.model_copy(update={"batch": 1})
-    first = device_bytes(config, one, serving)
-    two = device_bytes(config, one.model_copy(update={"batch": 2}), serving)
-    room, each = share * serving.device.memory - (2 * first - two), two - first
-    return max(0, int(room // each)) if each else 2**31
+    config: ModelConfig,
+    scenario: Scenario,
+    serving: Serving,
+    share: float = 0.9,
+    of_free: bool = False,
+) -> int | None:
+    """The most requests that fit: 0 where not one does, None where nothing is cached.
+
+    share: of a device's memory for weights and cache (vLLM's rule) or, with `of_free`, of what the
+    weights leave for the cache (TensorRT-LLM's).
+    """
+    one, two = (
+        device_bytes(config, scenario.model_copy(update={"batch": batch}), serving)
+        for batch in (1, 2)
+    )
+    each, memory = two - one, serving.device.memory
+    weights = one - each
+    room = share * (memory - weights) if of_free else share * memory - weights
+    return max(0, math.floor(room / each)) if each else None
