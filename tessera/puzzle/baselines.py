@@ -11,7 +11,7 @@ layer of five is a fifth of the model, may have none, and then give the nearest 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tessera.model.config import KINDS
 from tessera.puzzle.candidates import Architecture, Candidates, keeps
@@ -35,14 +35,15 @@ def dropped_layers(
 ) -> Found:
     """The parent without its least influential layers, as few as meet the constraints.
 
-    Raises SearchError where the space has no `noop`, which nothing was priced for then.
+    A layer whose space has no `noop` stays. Raises SearchError where none has.
     """
-    _needs_noop(candidates, "dropped", KINDS)
-    return _first(candidates, cases, _dropped(candidates, influence, ("noop", "noop")))
+    able = _removable(candidates, "dropped", KINDS)
+    ranking = {layer: influence[layer] for layer in able}
+    return _first(candidates, cases, _dropped(candidates, ranking, ("noop", "noop")))
 
 
 def dropped_attention(
-    candidates: Candidates, cases: Sequence[Case], damage: Sequence[float]
+    candidates: Candidates, cases: Sequence[Case], damage: Mapping[int, float]
 ) -> Found:
     """The parent without the attentions whose removal does least damage, as few as that."""
     return _first(candidates, cases, _dropped(candidates, damage, ("noop", None)))
@@ -60,22 +61,23 @@ def greedy(candidates: Candidates, cases: Sequence[Case]) -> Found:
     return min(able, key=lambda one: (not one.meets, candidates.total(one.words)))
 
 
-def removal_scores(candidates: Candidates) -> list[float]:
-    """The score of removing each layer's attention; SearchError where the space has no `noop`."""
-    _needs_noop(candidates, "dropped-attention", ("attention",))
-    layers = range(len(candidates.space.layers))
-    return [candidates.score(layer, "attention", "noop") for layer in layers]
+def removal_scores(candidates: Candidates) -> dict[int, float]:
+    """Layer -> the score of removing its attention, where the space can; SearchError if nowhere."""
+    able = _removable(candidates, "dropped-attention", ("attention",))
+    return {layer: candidates.score(layer, "attention", "noop") for layer in able}
 
 
-def _needs_noop(candidates: Candidates, method: str, kinds: Sequence[str]) -> None:
-    """Raise SearchError where a layer's space has no word for its removal."""
-    layers = range(len(candidates.space.layers))
-    for kind in kinds:
-        if not all("noop" in candidates.space.words(layer, kind) for layer in layers):
-            raise SearchError(
-                f'method = "{method}" needs the word noop for the {kind} of every layer; '
-                "add it to the space of the [bld] table"
-            )
+def _removable(candidates: Candidates, method: str, kinds: Sequence[str]) -> list[int]:
+    """Layers whose space has `noop` for all of these kinds; SearchError where there is none."""
+    space = candidates.space
+    layers = range(len(space.layers))
+    able = [i for i in layers if all("noop" in space.words(i, kind) for kind in kinds)]
+    if not able:
+        raise SearchError(
+            f'method = "{method}" needs the word noop for the {" and the ".join(kinds)} of some '
+            "layer; add it to the space of the [bld] table"
+        )
+    return able
 
 
 def _everywhere(candidates: Candidates, kind: str, prefix: str) -> list[list[str]]:
@@ -88,7 +90,7 @@ def _everywhere(candidates: Candidates, kind: str, prefix: str) -> list[list[str
 
 
 def _dropped(
-    candidates: Candidates, ranking: Sequence[float], left: tuple[str | None, str | None]
+    candidates: Candidates, ranking: Mapping[int, float], left: tuple[str | None, str | None]
 ) -> Iterator[Architecture]:
     """The parent, then with `left` in one more of its lowest-ranking layers at a time.
 
@@ -96,7 +98,7 @@ def _dropped(
     """
     words = list(candidates.parent.words)
     yield words
-    for layer in sorted(range(len(ranking)), key=ranking.__getitem__):
+    for layer in sorted(ranking, key=ranking.__getitem__):
         attention, ffn = words[layer]
         gone = (left[0] or attention, left[1] or ffn)
         fewer = [*words[:layer], gone, *words[layer + 1 :]]

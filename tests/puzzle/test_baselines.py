@@ -69,7 +69,7 @@ def test_the_attentions_that_matter_least_go_first_and_every_ffn_stays():
     gone = (0, 2)
     kept = [("noop" if layer in gone else a, f) for layer, (a, f) in enumerate(PARENT.words)]
     choices = _cases(kv_bytes_per_token=COSTS.total(kept)["kv_bytes_per_token"])
-    found = dropped_attention(_candidates(), choices, [0.1, 0.9, 0.2, 0.5])
+    found = dropped_attention(_candidates(), choices, dict(enumerate([0.1, 0.9, 0.2, 0.5])))
     assert found.words == kept and found.meets
 
 
@@ -84,7 +84,7 @@ def test_engines_bind_the_baselines_too():
     """llama.cpp needs attention in layer 0, and an FFN in the last; vLLM a first attention."""
     choices = _cases(kv_bytes_per_token="0.5x")
     for engine in ("llama.cpp", "vllm"):
-        found = dropped_attention(_candidates(engine), choices, [0.1, 0.2, 0.3, 0.4])
+        found = dropped_attention(_candidates(engine), choices, dict(enumerate([0.1, 0.2, 0.3, 0.4])))
         gone = [layer for layer, words in enumerate(found.words) if words[0] == "noop"]
         assert gone == [1, 2] and found.meets
     found = dropped_layers(_candidates("llama.cpp"), choices, [0.1, 0.2, 0.3, 0.05])
@@ -108,3 +108,9 @@ def test_dropping_needs_the_word_for_it():
         removal_scores(words)
     with pytest.raises(SearchError, match='"dropped" needs the word noop for the attention'):
         dropped_layers(words, _cases(parameters="0.5x"), [0.1, 0.2, 0.3, 0.4])
+
+
+def test_a_layer_without_the_word_stays():
+    space = build_space(SpaceConfig(layers={"1-3": {"attention": ["gqa-1"]}}), PARENT)
+    rows = [{"layer": 0, "kind": "attention", "word": "noop", "kl": 0.1}]
+    assert removal_scores(Candidates.of(PARENT, space, (), rows, "kl")) == {0: 0.1}
