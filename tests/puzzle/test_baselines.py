@@ -84,7 +84,9 @@ def test_engines_bind_the_baselines_too():
     """llama.cpp needs attention in layer 0, and an FFN in the last; vLLM a first attention."""
     choices = _cases(kv_bytes_per_token="0.5x")
     for engine in ("llama.cpp", "vllm"):
-        found = dropped_attention(_candidates(engine), choices, dict(enumerate([0.1, 0.2, 0.3, 0.4])))
+        found = dropped_attention(
+            _candidates(engine), choices, dict(enumerate([0.1, 0.2, 0.3, 0.4]))
+        )
         gone = [layer for layer, words in enumerate(found.words) if words[0] == "noop"]
         assert gone == [1, 2] and found.meets
     found = dropped_layers(_candidates("llama.cpp"), choices, [0.1, 0.2, 0.3, 0.05])
