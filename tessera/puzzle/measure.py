@@ -5,8 +5,8 @@ at all; the difference is divided by `depth`. As many layers as the parent has f
 does: of a parent of 12 layers, probes of 6 promise two thirds of the time, probes of 12 promise
 seven eighths. Whole architectures take turns with them, for `calibrate.py`. Weights are random,
 which costs the same as trained. A neighbour on the machine only ever adds, and for a while, so
-each decode step keeps its least time over all rounds: on two busy cores that repeats to 0.8-2.8 %,
-the least mean of a round to 2.7-3.3 %. On a CPU with one torch thread, seconds are the thread's
+each decode step keeps its least time over all rounds: on two busy cores that repeats to 0.8-4.7 %,
+the least mean of a round to 2.7-5.3 %. On a CPU with one torch thread, seconds are the thread's
 own (`clock` of the torch engine).
 """
 
