@@ -3,7 +3,7 @@
     python benchmarks/roofline.py
 
 Nothing is measured here: every prediction comes from the layer maps of the released configs, the
-device's data sheet and the four constants of `puzzle/devices.py`. Published: Puzzle's throughput
+device's data sheet and the four constants of `devices.py`. Published: Puzzle's throughput
 table (H100, FP8, TensorRT-LLM, tokens a second and GPU), FFN Fusion's latencies (8 H100, FP8, one
 user), Llama-Nemotron's ratios, and, for dense models alone, TensorRT-LLM's own table. A batch is
 the largest whose cache fits by that engine's default (0.9 of what the weights leave) and at most
@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+from tessera.devices import DEVICES, Device
 from tessera.model.config import BlockConfig, ModelConfig, NoOp, RopeScaling, SwiGLU, uniform
 from tessera.model.families import read_config
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.devices import DEVICES, Device
 from tessera.puzzle.roofline import Serving, largest_batch, predict
 from tessera.table import render_table
 

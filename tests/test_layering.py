@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "tessera"
 LEVELS = {
+    "devices": 0,
     "disk": 0,
     "dist": 0,
     "manifest": 0,

@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tessera.devices import Device, DeviceError, find_device
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.devices import Device, DeviceError, find_device
 from tessera.recipe import nearest
 
 UTILISATION = 0.9  # share of a device's memory that serving engines fill; vLLM's default

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from tessera.devices import CPU, DTYPES, Device, DeviceError, find_device
 from tessera.model.config import GQA, KINDS, ModelConfig, Variant, parse_kind
 from tessera.model.weights import load_config
 from tessera.puzzle.calibrate import (
@@ -30,7 +31,6 @@ from tessera.puzzle.calibrate import (
     monotone,
 )
 from tessera.puzzle.cost_table import DEFAULT, Scenario
-from tessera.puzzle.devices import CPU, DTYPES, Device, DeviceError, find_device
 from tessera.puzzle.measure import generation_seconds, measure
 from tessera.puzzle.probe import probe_cpu
 from tessera.puzzle.roofline import Serving, seconds_of

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from tessera.devices import DTYPES, Device, DeviceError, find_device
 from tessera.model.config import GQA, KINDS, Linear, ModelConfig, NoOp, SwiGLU, Variant, parse_kind
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.devices import DTYPES, Device, DeviceError, find_device
 
 # Kernels of one pass, elementwise ones fused into what an inference engine fuses them into.
 ATTENTION_KERNELS = 5  # norm with the residual; QKV; RoPE and cache write; attention; output

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tessera.devices import DEVICES
 from tessera.puzzle.budget_words import (
     UNITS,
     ConstraintError,
@@ -14,7 +15,6 @@ from tessera.puzzle.budget_words import (
     read_fits,
 )
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.devices import DEVICES
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tessera.devices import DEVICES
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, uniform
 from tessera.model.weights import save_model
 from tessera.puzzle import cost
 from tessera.puzzle.cost import CostConfig, cost_rows
 from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
-from tessera.puzzle.devices import DEVICES
 from tessera.puzzle.probe import probe_cpu
 from tessera.puzzle.roofline import (
     Serving,

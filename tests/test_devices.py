@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tessera.puzzle.devices import CPU, DEVICES, DTYPES, DeviceError, find_device
+from tessera.devices import CPU, DEVICES, DTYPES, DeviceError, find_device
 from tessera.puzzle.roofline import Serving
 
 
