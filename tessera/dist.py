@@ -7,14 +7,19 @@ that need it, never with this module.
 
 from __future__ import annotations
 
+import datetime as dt
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
+
+PATIENCE = dt.timedelta(days=30)  # the others wait this long for what only one process does
 
 
 def rank() -> int:
@@ -37,6 +42,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def device() -> torch.device:
+    """Where this process computes: its own GPU, or the CPU."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @contextmanager
 def processes() -> Iterator[None]:
     """The process group of this job while the body runs: NCCL with GPUs, gloo without."""
@@ -49,10 +61,51 @@ def processes() -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(local_rank())
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    for make in (_patient, saving_group):  # here, because everybody has to, in the same order
+        make()
     try:
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+@functools.cache
+def _patient() -> torch.distributed.ProcessGroup:
+    """A group of all processes for waiting, which no collective of training's joins or delays."""
+    import torch.distributed
+
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[return-value]
+
+
+@functools.cache
+def saving_group() -> torch.distributed.ProcessGroup | None:
+    """A group of all processes for the thread that saves, which runs beside training's collectives.
+
+    None with one process.
+    """
+    if world() == 1:
+        return None
+    import torch.distributed
+
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[return-value]
+
+
+def saving_barrier() -> None:
+    """`barrier` for the thread that saves."""
+    if world() > 1:
+        import torch.distributed
+
+        torch.distributed.barrier(saving_group())
+
+
+def lost_peer(error: BaseException) -> bool:
+    """True for the error of a collective whose other side has died or fallen silent."""
+    if world() == 1 or not isinstance(error, RuntimeError):
+        return False
+    import torch.distributed
+
+    known = isinstance(error, torch.distributed.DistError)
+    return known or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))
 
 
 def sum(value: Tensor) -> Tensor:
@@ -98,17 +151,21 @@ def gather(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Returns when every process has called it."""
+    """Returns when every process has called it, however long one of them takes."""
     if world() > 1:
         import torch.distributed
 
-        torch.distributed.barrier()
+        torch.distributed.barrier(_patient())
 
 
 def mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """A grid of all processes, for `fully_shard` and DTensor."""
-    import torch
+    """A grid of all processes, for `fully_shard` and DTensor; one process is a grid, too."""
+    import torch.distributed
     from torch.distributed.device_mesh import init_device_mesh
 
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device().type
+    if world() == 1 and not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     return init_device_mesh(kind, shape, mesh_dim_names=names)

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from tessera.disk import RunError, file_identity, fingerprint
 
 Status = Literal["running", "done", "failed", "interrupted"]
+EXECUTION = {"parallel", "save_seconds", "save_total_limit"}  # of a `train` table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +65,19 @@ def fingerprint_path(path: Path) -> str:
 def run_fingerprint(
     stage: str, config: Mapping[str, Any], seed: int, inputs: Mapping[str, Any]
 ) -> str:
-    """The identity of a run; `inputs` holds fingerprints, by need, None for an absent one."""
-    return fingerprint([stage, dict(config), seed, dict(inputs)])
+    """The identity of a run; `inputs` holds fingerprints, by need, None for an absent one.
+
+    How a training is carried out (`EXECUTION`) is no part of it: it may go on on other machines.
+    """
+    return fingerprint([stage, what_is_made(config), seed, dict(inputs)])
+
+
+def what_is_made(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the keys of its `train` table that change how, and not what."""
+    train = config.get("train")
+    if not isinstance(train, Mapping):
+        return dict(config)
+    return {**config, "train": {k: v for k, v in train.items() if k not in EXECUTION}}
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -23,12 +23,22 @@ from tessera.disk import remove_directory
 from tessera.progress import clock
 from tessera.recipe import Recipe, RecipeError, nearest
 from tessera.resolve import Stage, Step, explain_change, plan, table_text
-from tessera.run import Run, RunError
+from tessera.run import FailureError, Run, RunError
 
 _ROWS = (
     Stage("data", "tessera.data.prepare", "DataConfig", ("model=",), "data", paths=("files",)),
-    Stage("parent", "tessera.objectives.lm", "ParentConfig", ("data?",), "model", paths=("path",)),
-    Stage("bld", "tessera.objectives.bld", "BLDConfig", ("parent", "data"), "library"),
+    Stage(
+        "parent",
+        "tessera.objectives.lm",
+        "ParentConfig",
+        ("data?",),
+        "model",
+        paths=("path",),
+        together=True,
+    ),
+    Stage(
+        "bld", "tessera.objectives.bld", "BLDConfig", ("parent", "data"), "library", together=True
+    ),
     Stage("merge", "tessera.puzzle.library", "MergeConfig", ("libraries*",), "library", "merge"),
     Stage(
         "score",
@@ -59,6 +69,7 @@ _ROWS = (
         "CoupleConfig",
         ("parent", "library", "searches*", "data"),
         "library",
+        together=True,
     ),
     Stage(
         "race",
@@ -66,6 +77,7 @@ _ROWS = (
         "RaceConfig",
         ("parent", "library", "searches*", "data"),
         "architecture",
+        together=True,
     ),
     Stage(
         "frontier",
@@ -82,8 +94,23 @@ _ROWS = (
         "model",
     ),
     Stage("fuse", "tessera.puzzle.fuse", "FuseConfig", ("model", "data"), "model"),
-    Stage("kd", "tessera.objectives.kd", "KDConfig", ("model", "teacher", "data"), "model"),
-    Stage("cpt", "tessera.objectives.lm", "CPTConfig", ("model", "data"), "model", "cpt"),
+    Stage(
+        "kd",
+        "tessera.objectives.kd",
+        "KDConfig",
+        ("model", "teacher", "data"),
+        "model",
+        together=True,
+    ),
+    Stage(
+        "cpt",
+        "tessera.objectives.lm",
+        "CPTConfig",
+        ("model", "data"),
+        "model",
+        "cpt",
+        together=True,
+    ),
     Stage(
         "compare", "tessera.eval.compare", "CompareConfig", ("parent", "models*", "data"), "table"
     ),
@@ -166,9 +193,27 @@ def _bring_about(step: Step, title: str, quiet: bool) -> None:
         quiet=quiet,
     ) as run:
         run.write_file("recipe.toml", table_text(step))
-        function(step.config, run, step.inputs)
+        with _peers_alive(step.name):
+            if step.stage.together or dist.is_main():
+                function(step.config, run, step.inputs)
+            dist.barrier()
         run.finish()
     say(f"{title}: done in {clock(time.monotonic() - begun)}")
+
+
+@contextmanager
+def _peers_alive(name: str) -> Iterator[None]:
+    """Turns the error of a collective whose other side is gone into a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.lost_peer(error):
+            raise
+        raise FailureError(
+            f"{name}: process {dist.rank()} of {dist.world()} lost another one "
+            f"({str(error).splitlines()[0]}). What ended that one is said by it, or by torchrun; "
+            "the same command again goes on from the last state saved"
+        ) from error
 
 
 def _loud(text: str) -> None:

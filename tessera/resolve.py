@@ -39,6 +39,7 @@ class Stage:
     `model=` is taken only where the table names it; `models*` is a list in the table. `parent`
     and `teacher` are models made by a `parent` stage.
     paths: config keys that may name files outside; what those hold is part of the fingerprint.
+    together: every process of the job works on it; otherwise the main one, and the others wait.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Stage:
     gives: str
     function: str = "stage"
     paths: tuple[str, ...] = ()
+    together: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def run_ranks(code: str, *words: str, world: int = 2) -> list[str]:
         )
         for rank in range(world)
     ]
-    printed = [process.communicate(timeout=120)[0] for process in processes]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * world
     return printed
 

@@ -46,10 +46,10 @@ CONFINED = {
     "pyarrow": ["data"],
     "rich": ["progress.py"],
     "safetensors": [
+        "model/saving.py",
         "model/weights.py",
         "puzzle/library.py",
         "serve/export",
-        "train/checkpoint.py",
     ],
     "sentencepiece": ["data", "serve/export"],
     "tokenizers": ["data"],

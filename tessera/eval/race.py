@@ -20,12 +20,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from tessera import dist
 from tessera.eval.compare import quality
 from tessera.model.weights import load_model
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import documents
 from tessera.puzzle.library import assemble
-from tessera.run import FailureError, Run, is_done, read_json, read_table
+from tessera.run import FailureError, Run, WriteError, is_done, read_json, read_table
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 
@@ -84,7 +85,7 @@ def heat(path: Path, words: Sequence, config: HeatConfig, run: Run, inputs: dict
     It is a run of its own at `path`, so what is killed goes on where it was, and what is done is
     read back. A number that is not finite is None; so is all that follows a diverged training.
     """
-    if not is_done(path):
+    if not dist.broadcast(is_done(path)):
         settings = {"words": words, **config.model_dump()}
         near = {need: inputs[need] for need in ("parent", "library", "data")}
         with Run.open(
@@ -94,21 +95,26 @@ def heat(path: Path, words: Sequence, config: HeatConfig, run: Run, inputs: dict
             finite = {k: v if math.isfinite(v) else None for k, v in found.items()}
             own.write_table("heat", [finite])
             own.finish()
+        dist.barrier()
     return read_table(path, "heat")[0]
 
 
 def _distil(
     words: Sequence, config: HeatConfig, run: Run, inputs: dict[str, Any]
 ) -> dict[str, float]:
-    parent = load_model(inputs["parent"], frozen=True)
-    child = assemble(load_model(inputs["parent"]), inputs["library"] / "library", words)
-    heldout = documents(inputs["data"], config.train, run.seed, "heldout")
-    batches = heldout.heldout_batches(config.tokens)
+    spread = config.train.spread
+    parent = spread.load(inputs["parent"], frozen=True)
+    whole = load_model(inputs["parent"], device=dist.device())
+    child = spread.transformer(assemble(whole, inputs["library"] / "library", words))
+    heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
+    batches = [batch.to(dist.device()) for batch in heldout.heldout_batches(config.tokens)]
     before = quality(parent, child, batches)
     objective = KD(parent, KDConfig(train=config.train, cosine=config.cosine))
     source = documents(inputs["data"], config.train, run.seed)
     try:
         Trainer(child, objective, source, config.train, run).fit()
+    except WriteError:
+        raise
     except FailureError as error:  # at its rate it cannot be trained: that is a result, too
         run.say(str(error))
         after = dict.fromkeys(before, math.nan)

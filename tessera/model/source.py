@@ -104,3 +104,9 @@ def pickle_error(file: Path) -> CheckpointError:
         "to safetensors where you trust it: AutoModelForCausalLM.from_pretrained(IN)"
         ".save_pretrained(OUT), both of transformers"
     )
+
+
+def some(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

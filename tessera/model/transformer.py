@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tessera.model.cache import KVCache, LayerCache
 from tessera.model.config import BlockConfig, ModelConfig
@@ -24,12 +25,19 @@ from tessera.model.matmul import linear
 class Block(nn.Module):
     """One layer: two subblocks, each adding its delta to the residual stream."""
 
+    gradient_checkpointing = False  # keep the input alone and run again in the backward pass
+
     def __init__(self, config: ModelConfig, block: BlockConfig) -> None:
         super().__init__()
         self.attention = Subblock(config, block.attention)
         self.ffn = Subblock(config, block.ffn)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run, x, context, use_reentrant=False)  # type: ignore[return-value]
+        return self._run(x, context, cache)
+
+    def _run(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attention(x, context, cache)
         return x + self.ffn(x, context)
 
@@ -57,6 +65,11 @@ class Transformer(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embed_tokens.weight.device
+
+    @property
     def head(self) -> Tensor:
         """The output matrix `(V, C)`: the embedding itself when tied."""
         tied = self.config.tie_word_embeddings
@@ -81,11 +94,25 @@ class Transformer(nn.Module):
         return self._frequencies
 
     def forward(
-        self, tokens: Tensor, context: Context | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        """Final, normalised hidden states `(B,T,C)` of tokens `(B,T)`."""
-        *_, x = self.hidden_states(tokens, context, cache)
-        return self.norm(x)
+        self,
+        tokens: Tensor,
+        context: Context | None = None,
+        cache: KVCache | None = None,
+        *,
+        output_hidden_states: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Final, normalised hidden states `(B,T,C)` of tokens `(B,T)`.
+
+        output_hidden_states: those, and the whole residual stream as `hidden_states` gives it.
+        A module whose parameters are sharded is to be called, so that they are gathered: its
+        `head` holds afterwards until the backward pass is over.
+        """
+        states = self.hidden_states(tokens, context, cache)
+        if output_hidden_states:
+            kept = list(states)
+            return self.norm(kept[-1]), kept
+        *_, last = states
+        return self.norm(last)
 
     def hidden_states(
         self, tokens: Tensor, context: Context | None = None, cache: KVCache | None = None

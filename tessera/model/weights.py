@@ -1,31 +1,41 @@
-"""Checkpoints in and out: sharded safetensors in Hugging Face's layout, never pickle.
+"""Checkpoints in: sharded safetensors in Hugging Face's layout, never pickle. Out: `saving.py`.
 
 Everything is checked against `config.json` from the files' headers before a weight is read: shards
 present and whole, names, shapes. Loading builds the module on the meta device and assigns tensors,
-so a model is in memory once. Saving writes a sibling directory and renames it into place.
+so a model is in memory once, and of one that is spread over processes each reads its own part.
 Quantized checkpoints are not read.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tessera.disk import sync, writing
-from tessera.model.families import config_dict, config_json, read_config
+from tessera.model.families import read_config
 from tessera.model.names import hf_name
-from tessera.model.source import PICKLES, CheckpointError, load_config, pickle_error, resolve
+from tessera.model.saving import (
+    INDEX,
+    SINGLE,
+    copy_tokenizer,
+    replacing,
+    save_model,
+    write_tensors,
+)
+from tessera.model.sharded import place
+from tessera.model.source import (
+    PICKLES,
+    CheckpointError,
+    load_config,
+    pickle_error,
+    resolve,
+    some,
+)
 from tessera.model.transformer import Transformer
 
 __all__ = [
@@ -40,20 +50,6 @@ __all__ = [
     "write_tensors",
 ]
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-MAX_SHARD_BYTES = 5_000_000_000
-_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py", ".md")
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -71,29 +67,36 @@ def load_model(
     frozen: bool = False,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
+    prepare: Callable[[Transformer], object] | None = None,
 ) -> Transformer:
     """A model of its own from a finished run, a Hugging Face directory or a hub id.
 
     frozen: no gradients, evaluation mode (teachers and references); dtype: None keeps what is
-    stored. Nothing is shared with any other load. Raises CheckpointError (files, tensors) or
-    ConfigError (`config.json`).
+    stored. prepare: called with the module while it has no memory yet; it may spread parameters
+    over processes. Nothing is shared with any other load. Raises CheckpointError (files, tensors)
+    or ConfigError (`config.json`).
     """
     directory = resolve(source)
     config = read_config(directory)
     stored = find_tensors(directory)
     with torch.device("meta"):
         module = Transformer(config)
+    if frozen:
+        module.requires_grad_(False).eval()
+    if prepare is not None:
+        prepare(module)
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     names = {hf_name(key): key for key in shapes}
     _check({name: shapes[key] for name, key in names.items()}, stored, directory)
     if config.tie_word_embeddings:
         _check_tied(stored)
+    likes, device = module.state_dict(), torch.device(device)
     tensors = {
-        names[name]: tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        names[name]: place(tensor, likes[names[name]], dtype, device)
         for name, tensor in _read({name: stored[name] for name in names})
     }
     module.load_state_dict(tensors, assign=True)
-    return module.requires_grad_(False).eval() if frozen else module
+    return module
 
 
 def find_tensors(directory: Path) -> dict[str, Stored]:
@@ -119,7 +122,7 @@ def _find_sharded(directory: Path) -> dict[str, Stored]:
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise CheckpointError(
-            f"{directory} lacks {_some(missing)}, {len(missing)} of the {len(shards)} shards that "
+            f"{directory} lacks {some(missing)}, {len(missing)} of the {len(shards)} shards that "
             f"{INDEX} lists; copy or download again"
         )
     headers = {shard: read_header(directory / shard) for shard in shards}
@@ -190,7 +193,7 @@ def _check(
         if missing == ["lm_head.weight"]:
             hint = "; if the model ties them, set tie_word_embeddings to true in config.json"
         raise CheckpointError(
-            f"{directory} lacks {_some(missing)}, which config.json asks for{hint}"
+            f"{directory} lacks {some(missing)}, which config.json asks for{hint}"
         )
     for name, shape in expected.items():
         if stored[name].shape != shape:
@@ -201,7 +204,7 @@ def _check(
     unexpected = [name for name in stored if name not in expected and not _ignored(name)]
     if unexpected and unexpected != ["lm_head.weight"]:
         raise CheckpointError(
-            f"{directory} holds {_some(unexpected)}, for which config.json has no place; is it "
+            f"{directory} holds {some(unexpected)}, for which config.json has no place; is it "
             "the config of another model?"
         )
 
@@ -224,10 +227,10 @@ def _check_tied(stored: Mapping[str, Stored]) -> None:
 
 def _read(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """The tensors, shard by shard; each is a view of its file until it is copied."""
-    for file in sorted({place.file for place in stored.values()}):
+    for file in sorted({where.file for where in stored.values()}):
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in (name for name, place in stored.items() if place.file == file):
+                for name in (name for name, where in stored.items() if where.file == file):
                     tensor = shard.get_tensor(name)
                     if not tensor.is_floating_point():
                         raise CheckpointError(
@@ -237,120 +240,3 @@ def _read(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
                     yield name, tensor
         except SafetensorError as error:
             raise CheckpointError(f"{file} is corrupt: {error}") from None
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def save_model(
-    module: Transformer,
-    directory: str | Path,
-    *,
-    tokenizer_from: str | Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a model directory, whole or not at all, replacing the model that was there.
-
-    tokenizer_from: a directory whose tokenizer files are copied beside the weights. Stock
-    software loads the directory of a homogeneous model. Raises WriteError (disk full) with the
-    old directory intact, CheckpointError where the directory is not a model's.
-    """
-    values = config_dict(module.config)
-    values["torch_dtype"] = str(module.head.dtype).removeprefix("torch.")
-    with replacing(Path(directory)) as temporary:
-        (temporary / "config.json").write_text(config_json(values), encoding="utf-8")
-        tensors = {hf_name(key): tensor for key, tensor in module.state_dict().items()}
-        write_tensors(tensors, temporary, max_shard_bytes)
-        if tokenizer_from is not None:
-            copy_tokenizer(Path(tokenizer_from), temporary)
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """An empty sibling directory that takes the place of `directory` when the block succeeds.
-
-    Raises WriteError when the system refuses a write; what stood there is then intact.
-    Raises CheckpointError before anything is written where `directory` holds what is no model's.
-    """
-    directory = directory.resolve()
-    temporary, old = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
-    with writing(directory):
-        if old.exists() and not directory.exists():  # killed between the two renames below
-            os.replace(old, directory)
-        _refuse_foreign(directory)
-        for left_over in (temporary, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            sync(*temporary.iterdir(), temporary)
-            if directory.exists():
-                os.replace(directory, old)
-            os.replace(temporary, directory)
-            sync(directory.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _refuse_foreign(directory: Path) -> None:
-    entries = sorted(directory.iterdir()) if directory.exists() else []
-    foreign = [e.name for e in entries if e.is_dir() or e.suffix not in _MODEL_SUFFIXES]
-    if entries and (foreign or not (directory / "config.json").is_file()):
-        raise CheckpointError(
-            f"{directory} holds what is no model's ({_some(foreign or [e.name for e in entries])}) "
-            "and would be replaced; choose another directory"
-        )
-
-
-def write_tensors(
-    tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write tensors as `model.safetensors`, or as shards and their index when they are larger.
-
-    Raises OSError when the system refuses, which `replacing` turns into a WriteError.
-    """
-    shards: list[dict[str, Tensor]] = [{}]
-    room = max_shard_bytes
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        _write_shard(shards[0], directory / SINGLE)
-        return
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        file = directory / f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(shard, file)
-        places |= dict.fromkeys(shard, file.name)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_shard(tensors: Mapping[str, Tensor], file: Path) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # carries the system's error as text only
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-
-
-def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copy what there is of tokenizer files, chat template and generation config.
-
-    Raises CheckpointError where `source` is no directory.
-    """
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is no directory to copy a tokenizer from")
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)

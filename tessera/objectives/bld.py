@@ -24,7 +24,6 @@ from tessera.data.batch import Batch
 from tessera.model.config import ModelConfig
 from tessera.model.context import Context
 from tessera.model.transformer import Block, Transformer
-from tessera.model.weights import load_model
 from tessera.objectives.lm import documents
 from tessera.puzzle.importance import Importance
 from tessera.puzzle.layer_numbers import layer_numbers, layers_of
@@ -47,6 +46,7 @@ from tessera.puzzle.surgery import ParentStatistics, collect_statistics
 from tessera.run import Run
 from tessera.train.engine import Stats, Trainer
 from tessera.train.optim import TrainConfig
+from tessera.train.parallel import gathered
 
 
 class LocalConfig(BaseModel):
@@ -88,19 +88,20 @@ class BLD:
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, BlockLibrary)
         context = self.parent.prepare(Context(batch.positions, batch.segments))
-        with torch.no_grad():
+        with torch.no_grad(), gathered(self.parent):
             x = self.parent.embed_tokens(batch.tokens)
         for layer, block in enumerate(self.parent.blocks[: module.last_layer + 1]):
-            with torch.no_grad():
-                middle = x + block.attention(x, context)
-                out = middle + block.ffn(middle, context)
-            weight = batch.weight / self.scales[layer]
-            total, stats = x.new_zeros(()), {}
-            for key, found in _outputs(module, layer, block, x, middle, context):
-                loss = ((found - out).square().sum(-1) * weight).sum()
-                total, stats[f"bld/{layer:02d}.{key}"] = total + loss, loss.detach()
-            if stats:
-                yield total, stats
+            with gathered(block):  # also while its units' losses are backpropagated through it
+                with torch.no_grad():
+                    middle = x + block.attention(x, context)
+                    out = middle + block.ffn(middle, context)
+                weight = batch.weight / self.scales[layer]
+                total, stats = x.new_zeros((), dtype=torch.float32), {}
+                for key, found in _outputs(module, layer, block, x, middle, context):
+                    loss = ((found - out).float().square().sum(-1) * weight).sum()
+                    total, stats[f"bld/{layer:02d}.{key}"] = total + loss, loss.detach()
+                if stats:
+                    yield total, stats
             x = out
 
     def weight(self, batch: Batch) -> Tensor:
@@ -152,12 +153,19 @@ def train_units(
         if all(unit_file(run.path / "library", key).exists() for key in group):
             continue
         library = make(group)
+        config.train.spread.units(library.values())
         source = documents(data, config.train, run.seed)
         part = number, len(groups)
         trainer = Trainer(library, objective, source, config.train, run, part=part)
         trainer.fit()
         save_library(library, run.path / "library")
         shutil.rmtree(trainer.state_path, ignore_errors=True)
+
+
+def calibration(config: LocalConfig, data: Path, seed: int, device: torch.device) -> list[Batch]:
+    """The batches that statistics are taken over: the same in every process."""
+    source = documents(data, config.train, seed, alike=True)
+    return [batch.to(device) for batch in source.heldout_batches(config.calibration_tokens)]
 
 
 def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, list[Key]]:
@@ -169,11 +177,10 @@ def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, l
 
 def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `bld`: prune and pool the parent into every word, then train them all at once."""
-    parent = load_model(inputs["parent"], frozen=True)
+    parent = config.train.spread.load(inputs["parent"], frozen=True)
     space, keys = units_of(config, parent.config, run.name)
     layers = {layer for layer, _, _ in keys}
-    heldout = documents(inputs["data"], config.train, run.seed)
-    batches = heldout.heldout_batches(config.calibration_tokens)
+    batches = calibration(config, inputs["data"], run.seed, parent.device)
     statistics = collect_statistics(parent, batches, config.importance, layers)
     run.say(f"{len(keys)} units in {len(layers)} layers")
 

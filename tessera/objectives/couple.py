@@ -18,10 +18,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tessera import dist
 from tessera.model.config import KINDS, ModelConfig
-from tessera.model.weights import load_model
-from tessera.objectives.bld import BLD, LocalConfig, train_units
-from tessera.objectives.lm import documents
+from tessera.objectives.bld import BLD, LocalConfig, calibration, train_units
 from tessera.puzzle.layer_numbers import layers_of
 from tessera.puzzle.library import (
     BlockLibrary,
@@ -118,7 +117,7 @@ def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: 
 
 def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     """Stage `couple`: a library with the searches' pairs trained jointly, all else linked."""
-    parent = load_model(inputs["parent"], frozen=True)
+    parent = config.train.spread.load(inputs["parent"], frozen=True)
     source = inputs["library"] / "library"
     space = read_space(inputs["library"])
     layers = layers_of(config.layers, parent.config, f"{run.name}.layers")
@@ -130,8 +129,7 @@ def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
             f"{config.attention}) or ffn (now {config.ffn}), or search under tighter constraints"
         )
     run.say(f"{len(pairs)} pairs in {len({layer for layer, _, _ in pairs})} layers")
-    heldout = documents(inputs["data"], config.train, run.seed)
-    batches = heldout.heldout_batches(config.calibration_tokens)
+    batches = calibration(config, inputs["data"], run.seed, parent.device)
     objective = BLD(parent, collect_statistics(parent, batches))
 
     def apart(group: Sequence[Key]) -> BlockLibrary:
@@ -139,10 +137,12 @@ def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
         return BlockLibrary.from_pairs(parent, source, wanted)
 
     train_units(pair_keys(pairs), apart, objective, config, run, inputs["data"])
-    link_library(source, run.path / "library")
+    if dist.is_main():
+        link_library(source, run.path / "library")
+    dist.barrier()
     rows: list[dict[str, Any]] = []
     for group in layer_groups(pair_keys(pairs), config.layers_at_once):
-        joint = load_library(run.path / "library", parent.config, group)
+        joint = load_library(run.path / "library", parent.config, group).to(parent.device)
         before, after = (objective.measure(m, batches) for m in (apart(group), joint))
         rows += _rows(group, before, after)
     run.write_table("pairs", rows)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tessera.data.batch import Batch
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model, resolve, save_model
-from tessera.objectives.lm import documents, heldout_loss
+from tessera.model.weights import resolve, save_model
+from tessera.objectives.lm import Heldout, documents
 from tessera.run import Run, RunError, read_json
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence
@@ -51,14 +51,15 @@ class KD:
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, Transformer)
         with torch.no_grad():
-            states = list(self.parent.hidden_states(batch.tokens, _context(batch)))
-            parent = self.parent.norm(states[-1])
+            parent, theirs = self.parent(batch.tokens, _context(batch), output_hidden_states=True)
+        hidden, ours = module(batch.tokens, _context(batch), output_hidden_states=True)
         weight = batch.weight
         cosine = weight.new_zeros(())
-        for layer, child in enumerate(module.hidden_states(batch.tokens, _context(batch))):
-            if layer and self.config.cosine:
-                cosine = cosine + hidden_cosine(child, states[layer], weight)
-        hidden, flat = module.norm(child).flatten(0, 1), weight.flatten()
+        if self.config.cosine:
+            for state, target in zip(ours[1:], theirs[1:], strict=True):
+                cosine = cosine + hidden_cosine(state, target, weight)
+        del ours, theirs
+        hidden, flat = hidden.flatten(0, 1), weight.flatten()
         kl = kl_divergence(hidden, module.head, parent.flatten(0, 1), self.parent.head, flat)
         loss, stats = kl + self.config.cosine * cosine, {"kl": kl.detach()}
         if self.config.cosine:
@@ -99,14 +100,10 @@ def raced(config: KDConfig, model: Path) -> KDConfig:
 def stage(config: KDConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `kd`: distil `teacher` into `model` on `data`."""
     config = raced(config, inputs["model"])
-    child = load_model(inputs["model"])
-    parent = load_model(inputs["teacher"], frozen=True)
+    child = config.train.spread.load(inputs["model"])
+    parent = config.train.spread.load(inputs["teacher"], frozen=True)
     source = documents(inputs["data"], config.train, run.seed)
-    heldout = documents(inputs["data"], config.train, run.seed, "heldout").heldout_batches()
-
-    def evaluate() -> dict[str, float]:
-        return {"heldout": heldout_loss(child, heldout)}
-
-    Trainer(child, KD(parent, config), source, config.train, run, evaluate).fit()
+    heldout = Heldout(child, inputs["data"], config.train, run.seed)
+    Trainer(child, KD(parent, config), source, config.train, run, heldout).fit()
     save_model(child, run.model_path, tokenizer_from=resolve(inputs["model"]))
     run.inherit(inputs["model"], "architecture")

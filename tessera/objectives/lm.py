@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.documents import Documents
 from tessera.data.tokenizer import load_tokenizer
@@ -26,6 +27,7 @@ from tessera.run import Run, RunError
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.losses import cross_entropy
 from tessera.train.optim import TrainConfig
+from tessera.train.parallel import Layout
 
 
 class LM:
@@ -44,8 +46,14 @@ class LM:
         return one_group(module)
 
 
-def documents(data: Path, config: TrainConfig, seed: int, split: str = "train") -> Documents:
-    """The prepared documents of a data run, cut to a stage's training settings."""
+def documents(
+    data: Path, config: TrainConfig, seed: int, split: str = "train", *, alike: bool = False
+) -> Documents:
+    """The prepared documents of a data run, cut to a stage's training settings.
+
+    alike: every process reads all rows, for what each has to know whole; otherwise its share.
+    """
+    layout = config.spread.layout
     return Documents(
         data,
         split=split,
@@ -54,15 +62,39 @@ def documents(data: Path, config: TrainConfig, seed: int, split: str = "train") 
         tokens_per_step=config.tokens_per_step,
         microbatch_tokens=config.microbatch_tokens,
         seed=seed,
+        rank=0 if alike else layout.data_rank,
+        world=1 if alike else layout.data_world,
     )
 
 
+class Heldout:
+    """The mean loss on held-out documents, over the rows of all processes.
+
+    Called after a step, so that what FSDP gathers for it is not what the next step starts with.
+    """
+
+    def __init__(self, module: Transformer, data: Path, config: TrainConfig, seed: int) -> None:
+        self.module, self.layout = module, config.spread.layout
+        self.batches = documents(data, config, seed, "heldout").heldout_batches()
+
+    def __call__(self) -> dict[str, float]:
+        """{"heldout": mean -log π(y_t), in nats a token}."""
+        return {"heldout": heldout_loss(self.module, self.batches, self.layout)}
+
+
 @torch.no_grad()
-def heldout_loss(module: Transformer, batches: Sequence[Batch]) -> float:
+def heldout_loss(
+    module: Transformer, batches: Sequence[Batch], layout: Layout | None = None
+) -> float:
     """Mean -log π(y_t) over the held-out batches, in nats a token."""
-    objective = LM()
-    total = sum(float(loss) for b in batches for loss, _ in objective.losses(module, b))
-    return total / sum(float(objective.weight(b)) for b in batches)
+    objective, sums = LM(), torch.zeros(2, dtype=torch.float64, device=module.device)
+    for batch in batches:
+        batch = batch.to(module.device)
+        for loss, _ in objective.losses(module, batch):
+            sums[0] += loss.double()
+        sums[1] += objective.weight(batch).double()
+    total, weight = (layout.sum(sums) if layout else sums).tolist()
+    return total / weight
 
 
 class ArchitectureConfig(BaseModel):
@@ -137,7 +169,8 @@ class CPTConfig(BaseModel):
 def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> None:
     """Stage `parent`: import a checkpoint, or train one from scratch."""
     if config.path is not None:
-        save_model(load_model(config.path), run.model_path, tokenizer_from=resolve(config.path))
+        if dist.is_main():
+            save_model(load_model(config.path), run.model_path, tokenizer_from=resolve(config.path))
         return
     assert config.architecture is not None and config.train is not None
     data = inputs["data"]
@@ -145,19 +178,19 @@ def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> Non
         raise RunError("a parent trained from scratch needs a [data] table before [parent]")
     tokenizer = load_tokenizer(data)
     shape = config.architecture.model(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids)
-    _train(Transformer(shape).init_weights(run.seed), config.train, run, data, data / "tokenizer")
+    module = Transformer(shape).init_weights(run.seed).to(dist.device())
+    _train(config.train.spread.transformer(module), config.train, run, data, data / "tokenizer")
 
 
 def cpt(config: CPTConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `cpt`: continue `model` on `data`."""
     model = inputs["model"]
-    _train(load_model(model), config.train, run, inputs["data"], resolve(model))
+    module = config.train.spread.load(model)
+    _train(module, config.train, run, inputs["data"], resolve(model))
 
 
 def _train(module: Transformer, config: TrainConfig, run: Run, data: Path, tokenizer: Path) -> None:
     source = documents(data, config, run.seed)
-    heldout = documents(data, config, run.seed, "heldout").heldout_batches()
-    Trainer(
-        module, LM(), source, config, run, lambda: {"heldout": heldout_loss(module, heldout)}
-    ).fit()
+    heldout = Heldout(module, data, config, run.seed)
+    Trainer(module, LM(), source, config, run, heldout).fit()
     save_model(module, run.model_path, tokenizer_from=tokenizer)

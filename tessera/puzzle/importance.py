@@ -24,6 +24,7 @@ from tessera.model.context import Context
 from tessera.model.layers import FeedForward, Subblock
 from tessera.model.transformer import Transformer
 from tessera.train.losses import chunks
+from tessera.train.parallel import gathered
 
 Importance = Literal["iterative", "independent"]
 ROUNDS = 16  # passes over the calibration tokens a layer
@@ -39,14 +40,16 @@ def iterative_importance(
     never `(N, F)`; layers above the last one asked for do not run.
     """
     contexts = [parent.prepare(Context(b.positions, b.segments)) for b in batches]
-    states = [parent.embed_tokens(batch.tokens) for batch in batches]
+    with gathered(parent):
+        states = [parent.embed_tokens(batch.tokens) for batch in batches]
     found: dict[int, Tensor] = {}
     for layer, block in enumerate(parent.blocks[: max(layers, default=-1) + 1]):
-        middles = [x + block.attention(x, c) for x, c in zip(states, contexts, strict=True)]
-        if layer in layers and isinstance(block.ffn.variant, SwiGLU):
-            real = [x[b.segments >= 0] for x, b in zip(middles, batches, strict=True)]
-            found[layer] = removal_order(block.ffn, torch.cat(real))
-        states = [x + block.ffn(x, c) for x, c in zip(middles, contexts, strict=True)]
+        with gathered(block):
+            middles = [x + block.attention(x, c) for x, c in zip(states, contexts, strict=True)]
+            if layer in layers and isinstance(block.ffn.variant, SwiGLU):
+                real = [x[b.segments >= 0] for x, b in zip(middles, batches, strict=True)]
+                found[layer] = removal_order(block.ffn, torch.cat(real))
+            states = [x + block.ffn(x, c) for x, c in zip(middles, contexts, strict=True)]
     return found
 
 

@@ -21,13 +21,16 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save
 from torch import nn
 
+from tessera import dist
 from tessera.model.config import KINDS, BlockConfig, ModelConfig, name, parse_kind
 from tessera.model.layers import Subblock
+from tessera.model.sharded import whole
 from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model, resolve, save_model
 from tessera.puzzle.space import Pair, Space, join, read_space, split, write_space
-from tessera.puzzle.surgery import ParentStatistics, cut
+from tessera.puzzle.surgery import ParentStatistics, copy_parameters, cut
 from tessera.run import Run, atomic_write, read_json, read_manifest
+from tessera.train.parallel import gathered
 
 Key = tuple[int, str, str]  # layer; attention, ffn or block; word
 
@@ -53,9 +56,10 @@ class BlockLibrary(nn.ModuleDict):
             source = getattr(parent.blocks[layer], kind)
             importance = statistics.channel_importance[layer] if kind == "ffn" else None
             scale = statistics.linear_scale[kind][layer]
-            unit = cut(source, parent.config, parse_kind(kind, word), importance, scale)
+            with gathered(parent.blocks[layer]):
+                unit = cut(source, parent.config, parse_kind(kind, word), importance, scale)
             library[unit_key(layer, kind, word)] = unit
-        return library.requires_grad_()
+        return library.to(parent.device).requires_grad_()
 
     @classmethod
     def from_pairs(
@@ -69,9 +73,10 @@ class BlockLibrary(nn.ModuleDict):
                 source = getattr(parent.blocks[layer], kind)
                 if word != name(source.variant):
                     source = load_unit(directory, parent.config, layer, kind, word)
-                getattr(unit, kind).load_state_dict(source.state_dict())
+                with gathered(parent.blocks[layer]):
+                    copy_parameters(source, getattr(unit, kind))
             library[unit_key(layer, "block", join(*words))] = unit
-        return library.requires_grad_()
+        return library.to(parent.device).requires_grad_()
 
     @property
     def last_layer(self) -> int:
@@ -114,12 +119,14 @@ def unit_file(directory: Path, key: Key) -> Path:
 
 
 def save_library(library: BlockLibrary, directory: Path) -> None:
-    """One file a unit, each replaced atomically."""
+    """One file a unit, each replaced atomically. All processes call this; the main one writes."""
     for key, unit in library.items():
-        path = directory / f"{key}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().contiguous() for k, v in unit.state_dict().items()}
-        atomic_write(path, save(tensors))
+        tensors = {k: whole(v.detach()).contiguous() for k, v in unit.state_dict().items()}
+        if dist.is_main():
+            path = directory / f"{key}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, save(tensors))
+    dist.barrier()
 
 
 def load_library(directory: Path, config: ModelConfig, keys: Iterable[Key]) -> BlockLibrary:

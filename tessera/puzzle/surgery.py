@@ -23,6 +23,7 @@ from tessera.model.context import Context
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.transformer import Block, Transformer
 from tessera.puzzle.importance import Importance, channels, iterative_importance
+from tessera.train.parallel import gathered
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,11 @@ def collect_statistics(
         context = parent.prepare(Context(batch.positions, batch.segments))
         real = (batch.segments >= 0).float()
         tokens += float(real.sum())
-        x = parent.embed_tokens(batch.tokens)
+        with gathered(parent):
+            x = parent.embed_tokens(batch.tokens)
         for block, sums in zip(parent.blocks, found, strict=True):
-            x = sums.add(block, x, context, real)
+            with gathered(block):
+                x = sums.add(block, x, context, real)
     ranks: dict[int, Tensor] = {}
     if importance == "iterative":
         chosen = range(len(found)) if layers is None else layers
@@ -146,14 +149,14 @@ def cut(
     child = Subblock(config, variant)
     if isinstance(variant, NoOp):
         return child
-    child.norm.load_state_dict(parent.norm.state_dict())
+    copy_parameters(parent.norm, child.norm)
     match parent.op, child.op:
         case Attention() as old, Attention() as new:
             _pool_kv_heads(old, new)
         case FeedForward() as old, FeedForward() as new:
             _keep_channels(old, new, importance)
         case LinearMap() as old, LinearMap() as new:
-            new.load_state_dict(old.state_dict())
+            copy_parameters(old, new)
         case old, LinearMap() as new:
             new.weight.copy_(linear_scale * linear_weight(old))
         case _:
@@ -161,12 +164,22 @@ def cut(
     return child
 
 
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Every parameter of one module into the other's of that name.
+
+    `state_dict` would not do: it takes parameters that are gathered apart again.
+    """
+    for key, parameter in source.named_parameters():
+        target.get_parameter(key).copy_(parameter)
+
+
 def _pool_kv_heads(parent: Attention, child: Attention) -> None:
-    child.q_proj.load_state_dict(parent.q_proj.state_dict())
-    child.o_proj.load_state_dict(parent.o_proj.state_dict())
+    copy_parameters(parent.q_proj, child.q_proj)
+    copy_parameters(parent.o_proj, child.o_proj)
     if hasattr(parent, "q_norm"):
-        child.q_norm.load_state_dict(parent.q_norm.state_dict())
-        child.k_norm.load_state_dict(parent.k_norm.state_dict())
+        copy_parameters(parent.q_norm, child.q_norm)
+        copy_parameters(parent.k_norm, child.k_norm)
     heads = child.num_key_value_heads
     for old, new in ((parent.k_proj, child.k_proj), (parent.v_proj, child.v_proj)):
         pooled = old.weight.view(heads, -1, parent.head_dim, old.in_features).mean(1)

@@ -4,7 +4,8 @@
 
 An objective returns sums and the division by the *global* weight happens here, so
 accumulation and ranks change nothing (a mean of means is off by 9.5 % on ragged microbatches).
-There are no callbacks: what happens every so often is an `if` in `fit`.
+Processes agree once a step on what it came to and on whether to save or to stop, so none of them
+goes on alone. There are no callbacks: what happens every so often is an `if` in `fit`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from tessera import dist
 from tessera.data.batch import Batch, Source
 from tessera.progress import Progress
 from tessera.run import FailureError, Run
-from tessera.train.checkpoint import load_state, save_state
+from tessera.train.checkpoint import Saver, load_state
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
+from tessera.train.parallel import clip
 
 Stats = dict[str, Tensor]
 
@@ -74,14 +78,17 @@ class Trainer:
         self.before, self.steps_of_run = part[0] * config.steps, part[1] * config.steps
         own = run.state_path / f"part-{part[0]}"
         self.state_path = own if part[1] > 1 else run.state_path
+        self.layout = config.spread.layout
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
+        assert dist.world() == 1 or not plain, f"not spread over the processes: {plain[:3]}"
         self.groups = objective.groups(module)
         self.optimizer = build_optimizer(self.trainable.values(), config)
 
     def fit(self) -> None:
         """Train to the last step, from the last saved state if there is one.
 
-        Ctrl-C and SIGTERM finish the step, save, and raise KeyboardInterrupt.
+        Ctrl-C and SIGTERM, in any process, finish the step, save, and raise KeyboardInterrupt.
         """
         start = load_state(self.state_path, self)
         self.run.rewind(self.before + start)
@@ -90,7 +97,8 @@ class Trainer:
         self.module.train()
         saved = time.monotonic()
         bar = Progress(self.run.name, self.steps_of_run, "tokens", quiet=self.run.quiet)
-        with _stop_signal() as stopped, bar:
+        saver = Saver(self.state_path, self.config.save_total_limit)
+        with _stop_signal() as stopped, bar, saver:
             bar.advance(self.before + start, 0)
             for step in range(start, self.config.steps):
                 metrics, tokens = self.train_step(step)
@@ -99,40 +107,47 @@ class Trainer:
                     metrics |= self.evaluate()
                 self.run.log(self.before + step + 1, **metrics)
                 bar.advance(1, tokens, loss=metrics["loss"])
-                if stopped() or time.monotonic() - saved > self.config.save_seconds:
-                    save_state(self.state_path, step + 1, self)
+                late = time.monotonic() - saved > self.config.save_seconds
+                stop, save = _anywhere(stopped(), late)
+                if stop or save:
+                    saver.save(step + 1, self)
                     saved = time.monotonic()
-                if stopped():
+                if stop:
+                    saver.wait()
                     raise KeyboardInterrupt
 
     def _due(self, step: int) -> bool:
         return self.evaluate_every > 0 and step % self.evaluate_every == 0
 
     def train_step(self, step: int) -> tuple[dict[str, float], int]:
-        """One optimizer step; returns its metrics and the number of tokens it read."""
-        batches = self.source.batches(step)
-        weight = sum(float(self.objective.weight(batch)) for batch in batches)
+        """One optimizer step; returns its metrics and the tokens that all processes read."""
+        batches = [batch.to(dist.device()) for batch in self.source.batches(step)]
+        weight = self._total(sum(self.objective.weight(batch).double() for batch in batches))
         if weight <= 0:
             raise FailureError(f"step {step + 1} has no trained token; check the data's weights")
-        totals: dict[str, float] = {"loss": 0.0}
+        totals: dict[str, Tensor] = {}
         for batch in batches:
+            _add(totals, "tokens", (batch.segments >= 0).sum())
             for loss, stats in self.objective.losses(self.module, batch):
                 (loss / weight).backward()
-                totals["loss"] += loss.item()
+                _add(totals, "loss", loss.detach())
                 for key, value in stats.items():
-                    totals[key] = totals.get(key, 0.0) + float(value)
-        metrics = {key: value / weight for key, value in totals.items()}
+                    _add(totals, key, value)
+        summed = self.layout.sum(torch.stack(list(totals.values()))).tolist()
+        sums = dict(zip(totals, summed, strict=True))
+        tokens = round(sums.pop("tokens"))
+        metrics = {key: value / weight for key, value in sums.items()}
         metrics["grad_norm"] = self._clip()
         self._check_finite(step, metrics)
         metrics["lr"] = self._update(step)
-        return metrics, sum(int((batch.segments >= 0).sum()) for batch in batches)
+        return metrics, tokens
+
+    def _total(self, value: Tensor | int) -> float:
+        return float(self.layout.sum(torch.as_tensor(value)))
 
     def _clip(self) -> float:
         """Clip each group on its own; returns the norm over all of them before clipping."""
-        norms = [
-            nn.utils.clip_grad_norm_(parameters, self.config.clip)
-            for parameters in self.groups.values()
-        ]
+        norms = [clip(parameters, self.config.clip) for parameters in self.groups.values()]
         return float(torch.stack(norms).norm())
 
     def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
@@ -156,6 +171,20 @@ class Trainer:
 def one_group(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     """All trainable parameters, clipped together: what most objectives want."""
     return {"all": [p for p in module.parameters() if p.requires_grad]}
+
+
+def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
+    """Sums in float64, where the value is: reading it here would wait for the device."""
+    value = value.detach().double()
+    totals[key] = totals[key] + value if key in totals else value
+
+
+def _anywhere(*flags: bool) -> list[bool]:
+    """Which of these are set in any process, the same answer in all of them."""
+    if dist.world() == 1:
+        return list(flags)
+    found = dist.max(torch.tensor(flags, dtype=torch.int32, device=dist.device()))
+    return [bool(flag) for flag in found.tolist()]
 
 
 @contextmanager

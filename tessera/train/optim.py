@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+
+from tessera.train.parallel import DTYPES, ParallelConfig, Spread, mesh_of
 
 Schedule = Literal["cosine", "wsd", "constant"]
 
@@ -33,7 +35,15 @@ class TrainConfig(BaseModel):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)  # on matrices only
     clip: float = Field(default=1.0, gt=0)  # of each group's gradient norm
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights stay float32
+    parallel: ParallelConfig = ParallelConfig()
     save_seconds: float = Field(default=60.0, gt=0)  # at least this long between resume states
+    save_total_limit: int = Field(default=1, ge=1)  # resume states kept
+
+    @property
+    def spread(self) -> Spread:
+        """How modules are spread over the processes, and in what they compute."""
+        return Spread(self.parallel, DTYPES[self.dtype])
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:
@@ -57,12 +67,11 @@ def lr_factor(config: TrainConfig, step: int) -> float:
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only; one fused kernel a step."""
-    parameters = [p for p in parameters if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    groups: dict[tuple[Any, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            # One kernel takes the tensors of one grid of processes.
+            groups.setdefault((mesh_of(parameter), decay), []).append(parameter)
+    listed = [{"params": params, "weight_decay": decay} for (_, decay), params in groups.items()]
+    return torch.optim.AdamW(listed, lr=config.lr, betas=config.betas, fused=True)

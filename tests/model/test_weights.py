@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tessera.disk import WriteError
-from tessera.model import weights
+from tessera.model import saving
 from tessera.model.weights import CheckpointError, load_model, save_model
 from tests import tiny
 
@@ -224,7 +224,7 @@ def test_a_full_disk_leaves_the_old_model(single, monkeypatch):
             )
         saved.append(save_file(tensors, file, metadata))
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(saving, "save_file", full)
     with pytest.raises(WriteError, match="No space left on device.*intact; free some space"):
         save_model(tiny.model(seed=1), single, max_shard_bytes=2000)
     assert saved and {file.name: file.read_bytes() for file in single.iterdir()} == before

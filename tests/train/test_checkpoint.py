@@ -1,28 +1,95 @@
-"""A resumed trainer holds nothing of the file it was resumed from."""
+"""Resume states: whole or absent, the last N of them, of the step they were asked for."""
 
 from __future__ import annotations
 
+import errno
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from tessera.objectives.lm import LM
-from tessera.run import Run
-from tessera.train.checkpoint import FILE, load_state, save_state
+from tessera.run import Run, WriteError
+from tessera.train import checkpoint
+from tessera.train.checkpoint import META, Saver, load_state, states
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 from tests.toy import ToySource, toy_model
 
-MAPS = Path("/proc/self/maps")
 
-
-@pytest.mark.skipif(not MAPS.exists(), reason="needs /proc")
-def test_a_replaced_state_file_gives_its_space_back(tmp_path):
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
     with Run.open(tmp_path, stage="parent", config={}, inputs={}, seed=0, quiet=True) as run:
-        config = TrainConfig(steps=2)
-        trainer = Trainer(toy_model(), LM(), ToySource(), config, run)
-        trainer.train_step(0)
-        save_state(run.state_path, 1, trainer)
-        other = Trainer(toy_model(), LM(), ToySource(), config, run)
-        assert load_state(run.state_path, other) == 1
-        assert str(run.state_path / FILE) not in MAPS.read_text()
+        yield run
+
+
+def _trainer(run: Run, seed: int = 0) -> Trainer:
+    return Trainer(toy_model(seed=seed), LM(), ToySource(), TrainConfig(steps=9, lr=1e-2), run)
+
+
+def test_a_state_is_that_of_its_step_whatever_follows(run: Run):
+    trainer = _trainer(run)
+    trainer.train_step(0)
+    wanted = [p.detach().clone() for p in trainer.trainable.values()]
+    saver = Saver(run.state_path)
+    saver.save(1, trainer)
+    trainer.train_step(1)  # while it is being written
+    saver.wait()
+    other = _trainer(run, seed=1)
+    assert load_state(run.state_path, other) == 1
+    for a, b in zip(wanted, other.trainable.values(), strict=True):
+        assert torch.equal(a, b)
+    other.train_step(1)
+    for a, b in zip(trainer.trainable.values(), other.trainable.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_last_states_are_kept(run: Run):
+    trainer = _trainer(run)
+    with Saver(run.state_path, keep=2) as saver:
+        for step in range(4):
+            trainer.train_step(step)
+            saver.save(step + 1, trainer)
+    assert [path.name for path in states(run.state_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_half_a_state_is_none(run: Run):
+    trainer = _trainer(run)
+    trainer.train_step(0)
+    with Saver(run.state_path) as saver:
+        saver.save(1, trainer)
+    (run.state_path / "step-00000002").mkdir()
+    (run.state_path / ".step-00000003.tmp").mkdir()
+    (run.state_path / ".step-00000003.tmp" / META).write_text(json.dumps({"step": 3}))
+    assert load_state(run.state_path, _trainer(run)) == 1
+
+
+def test_a_full_disk_is_told_and_leaves_the_state_before(run: Run, monkeypatch):
+    trainer = _trainer(run)
+    trainer.train_step(0)
+    saver = Saver(run.state_path)
+    saver.save(1, trainer)
+    saver.wait()
+
+    class Full(FileSystemWriter):
+        def write_data(self, plan, planner):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "FileSystemWriter", Full)
+    saver.save(2, trainer)
+    with pytest.raises(WriteError, match="No space left on device.*intact.*free some space"):
+        saver.wait()
+    assert [path.name for path in run.state_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_state_holds_no_more_than_the_next_step_needs(run: Run):
+    trainer = _trainer(run)
+    trainer.train_step(0)
+    with Saver(run.state_path) as saver:
+        saver.save(1, trainer)
+    kept = sum(file.stat().st_size for file in states(run.state_path)[0].iterdir())
+    needed = 3 * sum(p.nbytes for p in trainer.trainable.values())  # and Adam's two moments
+    assert needed < kept < 1.5 * needed + 100_000

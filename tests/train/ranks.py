@@ -1,0 +1,102 @@
+"""Trainings of the identities in as many processes as there are, for test_parallel.py.
+
+python -m tests.train.ranks JOBS      a JSON list of jobs, each the keywords of `train`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from tessera import dist
+from tessera.data.batch import Batch
+from tessera.model.sharded import whole
+from tessera.objectives.bld import BLD
+from tessera.objectives.kd import KD, KDConfig
+from tessera.objectives.lm import LM
+from tessera.puzzle.library import BlockLibrary
+from tessera.puzzle.space import SpaceConfig, build_space
+from tessera.puzzle.surgery import collect_statistics
+from tessera.run import Run
+from tessera.train.engine import Objective, Trainer
+from tessera.train.optim import TrainConfig
+from tests import tiny
+from tests.toy import ToySource, split_rows, toy_batch, toy_config, toy_model
+
+WORDS = (("gqa-4", "swiglu-48"), ("noop", "swiglu-10"), ("gqa-2", "noop"), ("linear", "linear"))
+
+
+class Ranks(ToySource):
+    """Rows of a step dealt to the data ranks, equally many each."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        layout = config.spread.layout
+        self.rank, self.world = layout.data_rank, layout.data_world
+
+    def batches(self, step: int) -> list[Batch]:
+        rows = split_rows(toy_batch(step, rows=4))
+        return rows[self.rank :: self.world]
+
+
+def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
+    child = tiny.randomise(toy_model(4)).config
+    module = tiny.model(child.with_words(WORDS))
+    return config.spread.transformer(module), LM()
+
+
+def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
+    child, _ = lm(config)
+    teacher = tiny.model(toy_config(4), seed=1).requires_grad_(False)
+    settings = KDConfig(train=config, cosine=0.5, lm=0.1)
+    return child, KD(config.spread.transformer(teacher), settings)
+
+
+def bld(config: TrainConfig) -> tuple[nn.Module, Objective]:
+    parent = config.spread.transformer(tiny.model(toy_config(3)).requires_grad_(False))
+    statistics = collect_statistics(parent, [toy_batch(99)])
+    space = build_space(SpaceConfig(ffn=("50%", "25%", "linear")), parent.config)
+    library = BlockLibrary.from_parent(parent, space, statistics)
+    config.spread.units(library.values())
+    return library, BLD(parent, statistics)
+
+
+def train(objective: str, run: str, out: str, stop: int | None = None, **settings: Any) -> None:
+    """Train in run directory `run` and write the final weights, whole, to `out`.
+
+    settings: those of TrainConfig; `stop`: the run is interrupted before that step (from 0).
+    """
+    config = TrainConfig(**{"steps": 6, "lr": 3e-3, "save_seconds": 1e-9, **settings})
+    module, loss = {"lm": lm, "kd": kd, "bld": bld}[objective](config)
+    source = Ranks(config)
+    plain = source.batches
+
+    def stopping(step: int) -> list[Batch]:
+        if step == stop:
+            raise KeyboardInterrupt
+        return plain(step)
+
+    source.batches = stopping  # type: ignore[method-assign]
+    opened = Run.open(Path(run), stage="kd", config={}, inputs={}, seed=0, quiet=True)
+    with contextlib.suppress(KeyboardInterrupt), opened:
+        Trainer(module, loss, source, config, opened).fit()
+    tensors = {k: whole(v.detach()).contiguous() for k, v in module.named_parameters()}
+    if dist.is_main():
+        save_file(tensors, out)
+    dist.barrier()
+
+
+def main() -> None:
+    with dist.processes():
+        for job in json.loads(sys.argv[1]):
+            train(**job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Ranks change nothing (DESIGN identity 6), nor does going on in another number of them (7).
+
+Every objective and layout trains in real processes over gloo, started as torchrun would; what one
+process gives is computed here. Two launches serve all tests, for a process takes seconds to start.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tessera.run import read_metrics
+from tessera.train.parallel import Layout, LayoutError, ParallelConfig
+from tests.test_dist import run_ranks
+from tests.train.ranks import train
+
+CODE = "from tests.train.ranks import main; main()"
+NAMES = ("lm", "kd", "bld")
+OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
+TENSOR, REPLICAS = {"parallel": {"tensor": 2}}, {"parallel": {"shard": 2}}
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def _job(home: Path, name: str, objective: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "objective": objective,
+        "run": str(home / name),
+        "out": str(home / f"{name}.safetensors"),
+        **settings,
+    }
+
+
+def _result(home: Path, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    return load_file(home / f"{name}.safetensors"), read_metrics(home / name)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one process, of two, and of four, under names `WORLD-OBJECTIVE-WHAT`."""
+    home = tmp_path_factory.mktemp("ranks")
+    for name in NAMES:
+        train(**_job(home, f"1-{name}", name))
+        train(**_job(home, f"12-{name}", name, stop=3))
+    two = [_job(home, f"2-{name}-tensor", name, **TENSOR) for name in ("lm", "kd")]
+    for name in NAMES:
+        two.append(_job(home, f"2-{name}", name))
+        two += [_job(home, f"2-{name}-resumed", name, stop=stop) for stop in (3, None)]
+        two.append(_job(home, f"21-{name}", name, stop=3))
+        two.append(_job(home, f"12-{name}", name))
+    run_ranks(CODE, json.dumps(two))
+    four = [_job(home, "4-kd-tensor", "kd", **TENSOR), _job(home, "4-kd-shard", "kd", **REPLICAS)]
+    run_ranks(CODE, json.dumps(four), world=4)
+    for name in NAMES:
+        train(**_job(home, f"21-{name}", name))
+    return home
+
+
+def _assert_close(home: Path, name: str, other: str) -> None:
+    (weights, metrics), (others, rows) = _result(home, name), _result(home, other)
+    torch.testing.assert_close(weights, others, **TOLERANCE)
+    for row, same in zip(metrics, rows, strict=True):
+        assert row == pytest.approx(same, rel=1e-4, abs=1e-6)
+
+
+def _assert_equal(home: Path, name: str, other: str) -> None:
+    (weights, metrics), (others, rows) = _result(home, name), _result(home, other)
+    assert metrics == rows
+    assert all(torch.equal(value, others[key]) for key, value in weights.items())
+
+
+@OBJECTIVES
+def test_two_processes_are_one(objective: str, home: Path):
+    _assert_close(home, f"2-{objective}", f"1-{objective}")
+
+
+@pytest.mark.parametrize("name", ["2-lm-tensor", "2-kd-tensor", "4-kd-tensor", "4-kd-shard"])
+def test_every_layout_is_one_process(name: str, home: Path):
+    _assert_close(home, name, "1-" + name.split("-")[1])
+
+
+@OBJECTIVES
+def test_resuming_on_the_same_processes_is_bit_for_bit(objective: str, home: Path):
+    _assert_equal(home, f"2-{objective}-resumed", f"2-{objective}")
+
+
+@OBJECTIVES
+@pytest.mark.parametrize("worlds", ["12", "21"])
+def test_a_run_goes_on_in_another_number_of_processes(objective: str, worlds: str, home: Path):
+    _assert_close(home, f"{worlds}-{objective}", f"1-{objective}")
+
+
+def test_recomputed_blocks_give_the_same_bits(home: Path):
+    train(**_job(home, "1-kd-again", "kd", parallel={"gradient_checkpointing": True}))
+    _assert_equal(home, "1-kd-again", "1-kd")
+
+
+def test_a_layout_that_does_not_divide_is_told_with_those_that_do(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(LayoutError, match="parallel.tensor = 4 .* 6 processes .* 1, 2, 3, 6"):
+        Layout.of(ParallelConfig(tensor=4))
+    with pytest.raises(LayoutError, match="parallel.shard = 2 .* 3 processes .* 1, 3"):
+        Layout.of(ParallelConfig(tensor=2, shard=2))
