@@ -30,6 +30,7 @@ from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.measure import Seconds, generation_seconds
 from tessera.run import Run, read_json
 from tessera.train.losses import token_statistics
+from tessera.train.parallel import gathered
 
 PROMISE_TOLERANCE = 0.10  # beyond it the run says so
 
@@ -51,17 +52,18 @@ def quality(parent: Transformer, module: Transformer, batches: Sequence[Batch]) 
     """Mean held-out `loss` (nats a token), `kl` and top-1 `agreement` with the parent."""
     sums: dict[str, float] = {"lm_loss": 0.0, "kl": 0.0, "agreement": 0.0}
     total = 0.0
-    for batch in batches:
-        own, theirs = (
-            m(batch.tokens, Context(batch.positions, batch.segments)).flatten(0, 1)
-            for m in (module, parent)
-        )
-        labels = batch.labels.flatten()
-        found = token_statistics(own, module.head, _logits(parent, theirs), labels)
-        weight = batch.weight.flatten()
-        total += float(weight.sum())
-        for key, values in found.items():
-            sums[key] += float(values @ weight)
+    with gathered(parent, module):
+        for batch in batches:
+            own, theirs = (
+                m(batch.tokens, Context(batch.positions, batch.segments)).flatten(0, 1)
+                for m in (module, parent)
+            )
+            labels = batch.labels.flatten()
+            found = token_statistics(own, module.head, _logits(parent, theirs), labels)
+            weight = batch.weight.flatten()
+            total += float(weight.sum())
+            for key, values in found.items():
+                sums[key] += float(values @ weight)
     return {key: value / total for key, value in sums.items()}
 
 

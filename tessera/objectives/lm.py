@@ -27,7 +27,7 @@ from tessera.run import Run, RunError
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.losses import cross_entropy
 from tessera.train.optim import TrainConfig
-from tessera.train.parallel import Layout
+from tessera.train.parallel import Layout, gathered
 
 
 class LM:
@@ -68,10 +68,7 @@ def documents(
 
 
 class Heldout:
-    """The mean loss on held-out documents, over the rows of all processes.
-
-    Called after a step, so that what FSDP gathers for it is not what the next step starts with.
-    """
+    """The mean loss on held-out documents, over the rows of all processes."""
 
     def __init__(self, module: Transformer, data: Path, config: TrainConfig, seed: int) -> None:
         self.module, self.layout = module, config.spread.layout
@@ -88,11 +85,11 @@ def heldout_loss(
 ) -> float:
     """Mean -log π(y_t) over the held-out batches, in nats a token."""
     objective, sums = LM(), torch.zeros(2, dtype=torch.float64, device=module.device)
-    for batch in batches:
-        batch = batch.to(module.device)
-        for loss, _ in objective.losses(module, batch):
-            sums[0] += loss.double()
-        sums[1] += objective.weight(batch).double()
+    with gathered(module):
+        for batch in (batch.to(module.device) for batch in batches):
+            for loss, _ in objective.losses(module, batch):
+                sums[0] += loss.double()
+            sums[1] += objective.weight(batch).double()
     total, weight = (layout.sum(sums) if layout else sums).tolist()
     return total / weight
 
