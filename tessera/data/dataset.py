@@ -83,6 +83,13 @@ def dataset_identity(part: DatasetPart) -> list[Any]:
     return [*which, part.name, builder.config.name, builder.hash]
 
 
+def dataset_stamp(part: DatasetPart) -> list[Any]:
+    """Sizes and times of a directory's files; what a commit of the hub holds does not change."""
+    home = local_dataset(part.name)
+    files = sorted(path for path in home.rglob("*") if path.is_file()) if home else []
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
 def read_dataset(part: DatasetPart) -> Iterator[Text | Bad]:
     """The texts of a split in order, and its rows without one, numbered from 1."""
     rows = _opened(part)
@@ -128,8 +135,8 @@ def _opened(part: DatasetPart) -> Dataset | IterableDataset:
 
 
 def _saved(part: DatasetPart, saved: Any) -> Dataset:
-    """The split of what `save_to_disk` wrote: one dataset, or several by split."""
-    here = saved if isinstance(saved, dict) else {str(saved.split or part.split): saved}
+    """The split of what `save_to_disk` wrote: several by name, or one, `train` if without."""
+    here = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if part.split not in here:
         raise DataError(
             f'{part.name} has no split "{part.split}"; it has: {", ".join(here)}. Set `split`'

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tessera.data.cache import TokenCache
 from tessera.data.config import Reading, as_list
-from tessera.data.dataset import DatasetPart, dataset_identity, read_dataset
+from tessera.data.dataset import DatasetPart, dataset_identity, dataset_stamp, read_dataset
 from tessera.data.readers import Bad, DataError, Text, content_hash, expand, format_of, read
 from tessera.data.tasks import document
 
@@ -152,7 +152,12 @@ def dataset_units(reading: Reading, split: str | None) -> list[Unit]:
         stream=reading.limit is not None,
     )  # fmt: skip
     return [
-        Unit(part.label, lambda: read_dataset(part), lambda: ["dataset", dataset_identity(part)])
+        Unit(
+            part.label,
+            lambda: read_dataset(part),
+            lambda: ["dataset", dataset_identity(part)],
+            lambda: dataset_stamp(part),
+        )
     ]
 
 
