@@ -58,7 +58,7 @@ class Documents:
     sequence_length: the most tokens that attend to each other; longer documents are cut.
     row_length: positions of a row, sequence_length unless given. A multiple of it loses less to
         padding where documents are nearly as long as a sequence (TinyStories at 512: 84 % of the
-        positions hold tokens in rows of 512, 99.9 % in rows of 2048).
+        positions hold tokens in rows of 512, 98.9 % in rows of 2048).
     tokens_per_step: positions of an optimizer step over all ranks, a multiple of row_length.
     microbatch_tokens: the most positions a batch may have; at least row_length.
     repeat=False: one epoch, its last step filled up with rows of weight 0; of a single source.
