@@ -192,7 +192,7 @@ def fill(folder: Path) -> str:
         "|--:|--:|--:|--:|--:|",
     ]
     for sequence, row in ((512, 512), (512, 2048), (256, 256), (256, 2048)):
-        sizes = {"sequence_length": sequence, "row_length": row}
+        sizes: dict[str, Any] = {"sequence_length": sequence, "row_length": row}
         source = Documents(run, **sizes, tokens_per_step=32_768, microbatch_tokens=4096, seed=0)
         part = source.parts[0]
         rows = plan_rows(part.offsets, np.arange(part.num_documents), sequence, row)
@@ -223,7 +223,7 @@ def mixture(folder: Path) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row_length in (512, 2048):
-        sizes = {"sequence_length": 512, "row_length": row_length}
+        sizes: dict[str, Any] = {"sequence_length": 512, "row_length": row_length}
         source = Documents(run, **sizes, tokens_per_step=32_768, microbatch_tokens=4096, seed=0)
         early, late = counted(source, 10), counted(source, 400)
         for row in source.summary(400):

@@ -208,9 +208,9 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
         encoder = Encoder(tokenizer, config.bos, end_of(config, tokenizer))
         before = cache.misses
         rows = write_sources(run, sources, encoder, cache, config)
-        inputs, new = sum(len(source.scans) for source in sources), cache.misses - before
-        if new < inputs:
-            run.say(f"{inputs - new} of {inputs} inputs were tokenised before ({cache.directory})")
+        units, new = sum(len(source.scans) for source in sources), cache.misses - before
+        if new < units:
+            run.say(f"{units - new} of {units} inputs were tokenised before ({cache.directory})")
         tokenizer.save(run.path / "tokenizer")
         run.write_table("summary", rows)
         run.write_json("data", describe(config, tokenizer, sources, seen_in_train(sources)))
