@@ -40,6 +40,7 @@ LEVELS = {
 }
 # Where each heavy library may be imported: a file, or a folder with everything in it.
 CONFINED = {
+    "datasets": ["data/dataset.py"],
     "gguf": ["serve/export"],
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],

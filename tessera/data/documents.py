@@ -1,114 +1,67 @@
-"""Prepared documents as a source of batches, in an order that is a pure function of the seed.
+"""Prepared documents as a source of batches: rows in an order that is a pure function of the seed.
 
-Epoch e is a permutation of the documents drawn from (seed, e), cut into windows of a few thousand.
-A window's documents are packed into rows best-fit (batch.py) and its rows are shuffled. Rows of all
-epochs form one endless list; step s takes rows s·R … (s+1)·R - 1 and rank r every `world`-th of
-them. So a batch depends on (seed, step, rank) alone, and resuming needs no replay: planning a
-window reads lengths, not tokens.
+Each source of a data run is an endless list of rows (order.py), and the lists of several are
+interleaved by weight (mix.py); no row holds two sources. Step s takes rows s·R … (s+1)·R - 1 and
+rank r every `world`-th of them. So a batch depends on (seed, step, rank) alone, and resuming needs
+no replay.
+
+A weight is a share of the trained tokens. Rows of one source may be fuller than those of another,
+so a source's share of the *rows* is its weight over the tokens that a row of it holds, which is
+taken from its first window.
 """
 
 from __future__ import annotations
 
-import bisect
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.data.batch import Batch, Sample, best_fit, chunks, collate, shift
+from tessera.data.batch import Batch, collate, shift
+from tessera.data.mix import Interleaving
+from tessera.data.order import Order, Row, plan_rows
 from tessera.data.readers import DataError
 from tessera.data.store import open_tokens
 from tessera.run import read_json, read_manifest
 
-WINDOW = 4096  # documents packed together: windows of 64 lose 4 % of the fill
-Span = tuple[int, int]  # ids[start:stop] of the token file: a document or a chunk of one
-Row = list[Span]
 
+@dataclass(frozen=True)
+class Part:
+    """One source of a data run, as training sees it.
 
-def plan_rows(
-    offsets: NDArray[np.int64], documents: NDArray[np.int64], sequence_length: int, row_length: int
-) -> list[Row]:
-    """Rows that hold all predictions of `documents`, in pieces of at most `sequence_length`.
-
-    Rows of many pieces take them in the given, random order: a row of only the longest ones
-    would be a batch of one kind of text.
+    weight: share of the trained tokens that it is to have.
     """
-    spans = [
-        (int(offsets[i]) + start, int(offsets[i]) + stop)
-        for i in documents
-        for start, stop in chunks(int(offsets[i + 1] - offsets[i]), sequence_length)
-    ]
-    lengths = [stop - start - 1 for start, stop in spans]
-    rows = best_fit(lengths, row_length, longest_first=row_length < 4 * sequence_length)
-    return [[spans[i] for i in row] for row in rows]
 
-
-class Order:
-    """The endless list of rows, planned a window at a time; `row(i)` in any order of i."""
-
-    def __init__(
-        self,
-        offsets: NDArray[np.int64],
-        sequence_length: int,
-        row_length: int,
-        seed: int,
-        repeat: bool = True,
-    ) -> None:
-        self.offsets, self.seed, self.repeat = offsets, seed, repeat
-        self.sequence_length, self.row_length = sequence_length, row_length
-        self.num_windows = max(1, round((len(offsets) - 1) / WINDOW))
-        self._windows, self._firsts = [0], [0]  # known first rows of windows, both ascending
-        self._permutation: tuple[int, NDArray[np.int64]] | None = None
-        self._at, self._rows = 0, self._plan(0)
+    name: str
+    weight: float
+    ids: NDArray[Any]
+    offsets: NDArray[np.int64]
+    order: Order
 
     @property
-    def anchor(self) -> tuple[int, int]:
-        """(window, its first row) of the row served last: all that resuming needs."""
-        return self._windows[self._at], self._firsts[self._at]
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
 
-    def resume(self, window: int, first: int) -> None:
-        """Jumps to a window without planning those before it."""
-        if window not in self._windows:
-            at = bisect.bisect(self._windows, window)
-            self._windows.insert(at, window)
-            self._firsts.insert(at, first)
-        self._at = self._windows.index(window)
-        self._rows = self._plan(window)
-
-    def row(self, index: int) -> Row | None:
-        """Row `index`, None behind the end of the only epoch."""
-        if index < self._firsts[self._at]:
-            at = bisect.bisect(self._firsts, index) - 1
-            self.resume(self._windows[at], self._firsts[at])
-        while index >= self._firsts[self._at] + len(self._rows):
-            window, first = self.anchor
-            if not self.repeat and window + 1 >= self.num_windows:
-                return None
-            self.resume(window + 1, first + len(self._rows))
-        return self._rows[index - self._firsts[self._at]]
-
-    def _plan(self, window: int) -> list[Row]:
-        epoch, part = divmod(window, self.num_windows)
-        if self._permutation is None or self._permutation[0] != epoch:
-            shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self.offsets) - 1)
-            self._permutation = epoch, shuffled
-        documents = np.array_split(self._permutation[1], self.num_windows)[part]
-        rows = plan_rows(self.offsets, documents, self.sequence_length, self.row_length)
-        order = np.random.default_rng([self.seed, epoch, part]).permutation(len(rows))
-        return [rows[i] for i in order]
+    @property
+    def num_predictions(self) -> int:
+        """Predictions of one epoch."""
+        return len(self.ids) - self.num_documents
 
 
 class Documents:
-    """A `Source` over one split of a finished data run.
+    """A `Source` over one split of a finished data run, of all its sources.
 
     sequence_length: the most tokens that attend to each other; longer documents are cut.
     row_length: positions of a row, sequence_length unless given. A multiple of it loses less to
         padding where documents are nearly as long as a sequence (TinyStories at 512: 84 % of the
-        positions hold tokens in rows of 512, 99.9 % in rows of 2048).
+        positions hold tokens in rows of 512, 98.9 % in rows of 2048).
     tokens_per_step: positions of an optimizer step over all ranks, a multiple of row_length.
     microbatch_tokens: the most positions a batch may have; at least row_length.
-    repeat=False: one epoch, its last step filled up with rows of weight 0.
+    repeat=False: one epoch, its last step filled up with rows of weight 0; of a single source.
     """
 
     def __init__(
@@ -127,46 +80,106 @@ class Documents:
     ) -> None:
         if not 0 <= rank < world:
             raise DataError(f"rank {rank} of {world} processes; ranks count from 0")
-        self.ids, self.offsets, self.pad_id = _open(Path(path), split)
+        opened, self.pad_id = open_split(Path(path), split)
         self.sequence_length, self.tokens_per_step = sequence_length, tokens_per_step
         self.row_length = row_length or sequence_length
         _check_sizes(sequence_length, self.row_length, tokens_per_step, microbatch_tokens)
+        if len(opened) > 1 and not repeat:
+            raise DataError(
+                f"{path} mixes {len(opened)} sources, which do not end together, so there is no "
+                "reading it once; let the data repeat"
+            )
         self.rows_per_batch = microbatch_tokens // self.row_length
         self.split, self.seed, self.rank, self.world = split, seed, rank, world
-        self.order = Order(self.offsets, sequence_length, self.row_length, seed, repeat)
+        self.parts = [self._part(one, repeat) for one in opened]
+        shares = [part.weight / part.order.tokens_per_row for part in self.parts]
+        self.mix = Interleaving(shares)
+
+    def _part(self, one: OpenSource, repeat: bool) -> Part:
+        # By name: a source's own order is the same alone, in a mix, and in another mix.
+        stream = (zlib.crc32(one.name.encode()),) if one.name else ()
+        sizes = self.sequence_length, self.row_length
+        order = Order(one.offsets, *sizes, self.seed, repeat, stream)
+        return Part(one.name, one.weight, one.ids, one.offsets, order)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step over all ranks."""
+        return self.tokens_per_step // self.row_length
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's microbatches of one step, equally many on every rank.
 
         Raises DataError behind the last step of a source that does not repeat.
         """
-        rows_per_step = self.tokens_per_step // self.row_length
-        first = step * rows_per_step
-        rows = [self.order.row(i) for i in range(first, first + rows_per_step)]
-        if rows[0] is None:
+        first = step * self.rows_per_step
+        rows = [self._row(i) for i in range(first, first + self.rows_per_step)]
+        if rows[0][1] is None:
             raise DataError(
                 f"step {step + 1} is behind the end of the data, which is read once; "
                 f"lower `steps`, or let the data repeat"
             )
-        return self._collate([row or [] for row in rows])
+        return self._collate([(part, row or []) for part, row in rows])
 
-    def heldout_batches(self, max_tokens: int | None = None) -> list[Batch]:
+    def _row(self, index: int) -> tuple[Part, Row | None]:
+        source, own = self.mix.row(index)
+        part = self.parts[source]
+        return part, part.order.row(own)
+
+    def heldout_batches(
+        self, max_tokens: int | None = None, *, source: str | None = None
+    ) -> list[Batch]:
         """This rank's share of a fixed list for evaluation: every document once, file order.
 
-        max_tokens: only the first documents with at most that many predictions (at least one).
+        max_tokens: only the first documents with at most that many predictions (at least one), of
+        several sources each by its weight. source: only that one's documents.
         The predictions do not depend on seed, microbatches or ranks.
         """
-        ends = np.cumsum(np.diff(self.offsets) - 1)
-        count = len(ends) if max_tokens is None else int(np.searchsorted(ends, max_tokens, "right"))
-        documents = np.arange(max(1, count))
-        return self._collate(
-            plan_rows(self.offsets, documents, self.sequence_length, self.row_length)
-        )
+        parts = self.parts if source is None else [self._named(source)]
+        total = sum(part.weight for part in parts)
+        rows: list[tuple[Part, Row]] = []
+        for part in parts:
+            ends = np.cumsum(np.diff(part.offsets) - 1)
+            room = None if max_tokens is None else max_tokens * (part.weight / total)
+            count = len(ends) if room is None else int(np.searchsorted(ends, room, "right"))
+            documents = np.arange(max(1, count))
+            sizes = self.sequence_length, self.row_length
+            rows += [(part, row) for row in plan_rows(part.offsets, documents, *sizes)]
+        return self._collate(rows)
+
+    def _named(self, source: str) -> Part:
+        found = {part.name: part for part in self.parts}
+        if source not in found:
+            names = ", ".join(filter(None, found)) or "one without a name"
+            raise DataError(f'no source "{source}" in the split "{self.split}"; it has: {names}')
+        return found[source]
+
+    def summary(self, steps: int) -> list[dict[str, Any]]:
+        """A row for each source: what `steps` steps take of it, and how full its rows are.
+
+        share: of the trained tokens; epochs: how often each of its documents is seen; fill: share
+        of a row's positions that hold tokens, as in the first window.
+        """
+        taken = self.mix.counts(steps * self.rows_per_step)
+        trained = [n * part.order.tokens_per_row for n, part in zip(taken, self.parts, strict=True)]
+        return [
+            {
+                "source": part.name,
+                "weight": part.weight,
+                "share": tokens / max(1.0, sum(trained)),
+                "documents": part.num_documents,
+                "tokens": len(part.ids),
+                "trained": round(tokens),
+                "epochs": tokens / part.num_predictions,
+                "fill": part.order.tokens_per_row / self.row_length,
+            }
+            for part, tokens in zip(self.parts, trained, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the order stands and what it is an order of."""
-        window, first_row = self.order.anchor
-        return {"window": window, "first_row": first_row, "of": self._identity()}
+        """Where each source's order stands (window, its first row), and what it is an order of."""
+        anchors = {part.name: list(part.order.anchor) for part in self.parts}
+        return {"anchors": anchors, "of": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a saved state, with any number of ranks and any microbatch size.
@@ -180,7 +193,8 @@ class Documents:
                 f"the saved state is of another order of documents ({'; '.join(changed)}); "
                 "undo the change or begin the run again"
             )
-        self.order.resume(state["window"], state["first_row"])
+        for part in self.parts:
+            part.order.resume(*state["anchors"][part.name])
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -189,32 +203,34 @@ class Documents:
             "sequence_length": self.sequence_length,
             "row_length": self.row_length,
             "tokens_per_step": self.tokens_per_step,
-            "documents": len(self.offsets) - 1,
-            "tokens": len(self.ids),
+            "sources": {p.name: [p.weight, p.num_documents, len(p.ids)] for p in self.parts},
         }
 
-    def _collate(self, rows: list[Row]) -> list[Batch]:
+    def _collate(self, rows: Sequence[tuple[Part, Row]]) -> list[Batch]:
         mine = rows[self.rank :: self.world]
         share = -(-len(rows) // self.world)
-        samples = [[self._sample(span) for span in row] for row in mine]
+        samples = [[shift(part.ids[a:b]) for a, b in row] for part, row in mine]
         samples += [[]] * (share - len(mine))
         return [
             collate(samples[i : i + self.rows_per_batch], self.row_length, self.pad_id)
             for i in range(0, share, self.rows_per_batch)
         ]
 
-    def _sample(self, span: Span) -> Sample:
-        return shift(self.ids[span[0] : span[1]])
-
 
 def heldout(
-    path: Path, *, sequence_length: int, microbatch_tokens: int, tokens: int
+    path: Path,
+    *,
+    sequence_length: int,
+    microbatch_tokens: int,
+    tokens: int,
+    source: str | None = None,
 ) -> list[Batch]:
     """The first held-out documents of a data run, at most `tokens` predictions: always the same.
 
-    Rows of `microbatch_tokens` positions, pieces of at most `sequence_length`.
+    Rows of `microbatch_tokens` positions, pieces of at most `sequence_length`. Of several sources
+    each by its weight, or only one's.
     """
-    source = Documents(
+    documents = Documents(
         path,
         split="heldout",
         sequence_length=sequence_length,
@@ -223,23 +239,42 @@ def heldout(
         microbatch_tokens=microbatch_tokens,
         seed=0,
     )
-    return source.heldout_batches(tokens)
+    return documents.heldout_batches(tokens, source=source)
 
 
-def _open(path: Path, split: str) -> tuple[NDArray[Any], NDArray[np.int64], int]:
+@dataclass(frozen=True)
+class OpenSource:
+    """One source's split on disk, memory-mapped."""
+
+    name: str
+    weight: float
+    ids: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+
+def open_split(path: Path, split: str) -> tuple[list[OpenSource], int]:
+    """The sources of a finished data run that hold documents of a split, and the padding id.
+
+    Raises DataError for a run that is not done and for a split that is absent or empty.
+    """
     status = read_manifest(path).status
     if status != "done":
         raise DataError(f"the data run {path} is not finished ({status}); run its recipe again")
     described = read_json(path, "data")
     if split not in described["splits"]:
         raise DataError(f'{path} has no split "{split}"; it has: {", ".join(described["splits"])}')
-    ids, offsets = open_tokens(path / "tokens", split)
-    if len(offsets) < 2:
+    weights = {name: one["weight"] for name, one in described.get("sources", {}).items()}
+    found = [
+        OpenSource(name, weight, *open_tokens(path / "tokens" / name, split))
+        for name, weight in (weights or {"": 1.0}).items()
+    ]
+    found = [one for one in found if len(one.offsets) > 1]
+    if not found:
         raise DataError(
             f'the split "{split}" of {path} holds no document; set `heldout` in its recipe to a '
             "share or a number of documents"
         )
-    return ids, offsets, described["pad_id"]
+    return found, described["pad_id"]
 
 
 def _check_sizes(

@@ -60,6 +60,7 @@ class Backend(Protocol):
     def decode(self, ids: Sequence[int], special: bool) -> str: ...
     def token_id(self, token: str) -> int | None: ...
     def token(self, index: int) -> str | None: ...
+    def definition(self) -> bytes: ...
     @property
     def vocab_size(self) -> int: ...
 
@@ -88,6 +89,10 @@ class Fast:
 
     def token(self, index: int) -> str | None:
         return self.tokenizer.id_to_token(index)
+
+    def definition(self) -> bytes:
+        """All that the ids of a text follow from: the tokenizer.json, and the library's version."""
+        return f"tokenizers {tokenizers.__version__} {self.tokenizer.to_str()}".encode()
 
 
 class SentencePiece:
@@ -125,6 +130,11 @@ class SentencePiece:
 
     def token(self, index: int) -> str | None:
         return self.processor.IdToPiece(index) if 0 <= index < self.vocab_size else None
+
+    def definition(self) -> bytes:
+        """All that the ids of a text follow from: the model file, and the library's version."""
+        model = cast(bytes, self.processor.serialized_model_proto())
+        return f"sentencepiece {sentencepiece.__version__} ".encode() + model
 
 
 def read_json_tokenizer(path: Path) -> Fast:

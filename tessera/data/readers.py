@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import glob
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -91,6 +92,18 @@ def format_of(path: Path) -> Format:
             'the first four); set format = "text", "jsonl" or "parquet"'
         )
     return SUFFIXES[suffixes[-1]]
+
+
+def content_hash(path: Path) -> str:
+    """The hash of all bytes of a file: unlike a run's fingerprint, it sees a change in the middle.
+
+    Raises DataError for a file that cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
 
 
 def read(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,7 @@ from tessera.disk import atomic_write, writing
 
 HEADER_BYTES = 128
 BUFFER_IDS = 1 << 20
+BLOCK_DOCUMENTS = 1 << 16
 
 
 def header(dtype: np.dtype[Any], length: int) -> bytes:
@@ -42,8 +44,9 @@ class TokenWriter:
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         self.path = directory / f"{split}.npy"
         self.offsets_path = directory / f"{split}.offsets.npy"
-        self.lengths: list[int] = []
-        self._pending: list[int] = []
+        self.lengths = array("q")  # 8 bytes a document, where a list of ints takes 36
+        self._pending: list[NDArray[Any]] = []
+        self._num_pending = 0
         self._part = directory / f".{split}.npy.tmp"
         with writing(self.path):
             directory.mkdir(parents=True, exist_ok=True)
@@ -63,17 +66,19 @@ class TokenWriter:
         self._file.close()
         self._part.unlink(missing_ok=True)
 
-    def add(self, ids: Sequence[int]) -> None:
-        """Appends one document."""
-        self.lengths.append(len(ids))
-        self._pending.extend(ids)
-        if len(self._pending) >= BUFFER_IDS:
+    def add(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        """Appends documents: their ids end to end, and how many each has."""
+        self.lengths.frombytes(lengths.astype(np.int64, copy=False).tobytes())
+        self._pending.append(ids.astype(self.dtype, copy=False))
+        self._num_pending += len(ids)
+        if self._num_pending >= BUFFER_IDS:
             self._flush()
 
     def finish(self) -> NDArray[np.int64]:
         """Makes the split visible and returns its offsets."""
         self._flush()
-        offsets = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
+        lengths = np.frombuffer(self.lengths, np.int64)
+        offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
         with writing(self.path):
             self._file.seek(0)
             self._write(header(self.dtype, int(offsets[-1])))
@@ -85,10 +90,12 @@ class TokenWriter:
         return offsets
 
     def _flush(self) -> None:
-        self._write(np.asarray(self._pending, self.dtype).tobytes())
+        for ids in self._pending:
+            self._write(np.ascontiguousarray(ids).data.cast("B"))
         self._pending.clear()
+        self._num_pending = 0
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         with writing(self.path):
             while view:
@@ -111,3 +118,13 @@ def open_tokens(directory: Path, split: str) -> tuple[NDArray[Any], NDArray[np.i
             "delete the run and redo it"
         )
     return ids, offsets
+
+
+def blocks(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Ranges [start, stop) of documents that hold about `BUFFER_IDS` ids, together all of them."""
+    start, last = 0, len(offsets) - 1
+    while start < last:
+        within = int(np.searchsorted(offsets, offsets[start] + BUFFER_IDS, "right")) - 1
+        stop = min(max(start + 1, within), start + BLOCK_DOCUMENTS, last)
+        yield start, stop
+        start = stop

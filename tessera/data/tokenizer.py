@@ -11,6 +11,7 @@ unless `special=True`. It does not render chats and does not fetch from the hub.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -108,6 +109,10 @@ class Tokenizer:
     def token(self, index: int) -> str | None:
         """The vocabulary entry with this id."""
         return self._backend.token(index)
+
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary and its rules: equal ones give every text the same ids."""
+        return hashlib.blake2b(self._backend.definition(), digest_size=16).hexdigest()
 
     def save(self, directory: Path | str) -> None:
         """Writes Hugging Face tokenizer files; a generation_config.json already there is kept."""

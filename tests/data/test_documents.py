@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from tessera.data import documents as module
+from tessera.data import order as module
 from tessera.data.batch import Batch
 from tessera.data.documents import Documents
+from tessera.data.order import Order
 from tessera.data.readers import DataError
 from tessera.data.store import open_tokens
 
@@ -56,19 +57,23 @@ def equal(a: list[Batch], b: list[Batch]) -> bool:
 
 def spans(source: Documents, epoch: int = 0) -> list[tuple[int, int]]:
     """Every piece of one epoch."""
-    first = epoch * source.order.num_windows
-    windows = range(first, first + source.order.num_windows)
-    return [span for window in windows for row in source.order._plan(window) for span in row]
+    return order_spans(source.parts[0].order, epoch)
+
+
+def order_spans(order: Order, epoch: int) -> list[tuple[int, int]]:
+    first = epoch * order.num_windows
+    windows = range(first, first + order.num_windows)
+    return [span for window in windows for row in order._plan(window) for span in row]
 
 
 def test_an_epoch_makes_every_prediction_once(data: Path) -> None:
     source = Documents(data, **SIZES)
-    documents = zip(source.offsets[:-1], source.offsets[1:], strict=True)
+    documents = zip(source.parts[0].offsets[:-1], source.parts[0].offsets[1:], strict=True)
     expected = sorted(t for start, stop in documents for t in range(start, stop - 1))
     for epoch in (0, 1, 3):
         assert sorted(t for a, b in spans(source, epoch) for t in range(a, b - 1)) == expected
     assert spans(source, 0) != spans(source, 1)
-    assert source.order.num_windows > 2
+    assert source.parts[0].order.num_windows > 2
 
 
 def test_order_is_a_function_of_the_seed(data: Path) -> None:
@@ -145,7 +150,7 @@ def test_without_repeat_one_epoch_and_then_an_error(data: Path) -> None:
             break
         assert sum(batch.tokens.numel() for batch in batches) == SIZES["tokens_per_step"]
         total, step = total + sum(float(b.weight.sum()) for b in batches), step + 1
-    assert total == sum(int(n) - 1 for n in np.diff(source.offsets))
+    assert total == sum(int(n) - 1 for n in np.diff(source.parts[0].offsets))
 
 
 def test_heldout_batches_are_fixed(data: Path) -> None:
@@ -164,7 +169,7 @@ def test_heldout_batches_are_fixed(data: Path) -> None:
 
 def test_heldout_batches_up_to_a_number_of_tokens(data: Path) -> None:
     source = Documents(data, split="heldout", **SIZES)
-    lengths = np.diff(source.offsets) - 1
+    lengths = np.diff(source.parts[0].offsets) - 1
 
     def weight(limit: int | None) -> int:
         return int(sum(batch.weight.sum() for batch in source.heldout_batches(limit)))

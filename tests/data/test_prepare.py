@@ -198,14 +198,14 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
         pytest.raises(RunError, match="No space left"),
         TokenWriter(tmp_path, "train", 9) as writer,
     ):
-        writer.add(list(range(9)) * 20_000)
+        writer.add(np.tile(np.arange(9), 20_000), np.array([180_000]))
         writer.finish()
     assert not list(tmp_path.glob("*.npy")) and not (tmp_path / ".train.npy.tmp").is_symlink()
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     with TokenWriter(tmp_path, "train", 70_000) as writer:
-        writer.add([69_999, 1])
+        writer.add(np.array([69_999, 1]), np.array([2]))
         writer.finish()
     ids, offsets = open_tokens(tmp_path, "train")
     assert ids.dtype == np.uint32 and ids.tolist() == [69_999, 1] and offsets.tolist() == [0, 2]

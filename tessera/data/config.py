@@ -1,0 +1,230 @@
+"""What a [data] table may say: the sources, how each is read and split, and the tokenizer.
+
+    [data]                              # one source: its keys stand in the table itself
+    tokenizer = "byte"
+    paths = "stories/*.jsonl"
+
+    [data]                              # several, mixed by weight
+    tokenizer = { bpe = 32000 }
+    sources.web = { paths = "web/*.parquet", weight = 0.7 }
+    sources.code = { dataset = "owner/name", field = "content", weight = 0.2 }
+    sources.sums = { tasks = { calc = 8000 }, weight = 0.1 }
+
+A weight is a share of the *trained tokens*; only ratios count. Epochs follow from it: a small
+source with a large weight begins anew sooner than the others.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from tessera.data.dataset import local_dataset
+from tessera.data.readers import Format, expand
+from tessera.data.tasks import family
+
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a directory of the run, too
+# Left out of the resolved table while at their defaults, so that a run made before these keys
+# existed keeps its fingerprint.
+LATER_KEYS = ("dataset", "subset", "split", "heldout_split", "revision", "sources")
+
+
+class BPE(BaseModel):
+    """Train a byte-level BPE of `bpe` tokens on the training documents."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bpe: int = Field(ge=259)
+
+
+class CacheConfig(BaseModel):
+    """Where tokenised files are kept for the next recipe; changes nothing that is computed.
+
+    directory: `.tokens` beside the recipes' directories unless given.
+    gib: what was used least recently is deleted above so many GiB; 0 keeps nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    directory: str | None = None
+    gib: float = Field(default=64.0, ge=0, allow_inf_nan=False)
+
+
+class Reading(BaseModel):
+    """What one source reads, and how it is cut into training and held-out documents.
+
+    paths, heldout_paths: files or globs. heldout_paths hold out whole files instead of a share.
+    dataset: a hub id, or a directory: what `save_to_disk` wrote, or of data files. `subset` (its
+    configuration), `split`, `revision` (a commit or tag) say which; `heldout_split` is held out.
+    tasks: numbers of problems to draw.
+    field: the column or key that holds the text; separator: what stands between documents of .txt.
+    heldout: a share (0.02) or a number (100) of the documents, taken from files and dataset (where
+    none are held out by name) and drawn anew for each task.
+    limit: the first so many documents of files and dataset, which is then streamed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    paths: str | list[str] = []
+    heldout_paths: str | list[str] = []
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    heldout_split: str | None = None
+    revision: str | None = None
+    tasks: dict[str, int] = {}
+    format: Format = "auto"
+    field: str = "text"
+    separator: str = "<|endoftext|>"
+    heldout: int | float = 0.02
+    limit: int | None = Field(None, ge=1)
+
+    @field_validator("heldout")
+    @classmethod
+    def _share_or_number(cls, value: int | float) -> int | float:
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            raise ValueError("give a share from 0.0 to below 1.0, or a whole number of documents")
+        return value
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, value: dict[str, int]) -> dict[str, int]:
+        for name, count in value.items():
+            family(name)
+            if count < 1:
+                raise ValueError(f"{name} = {count}: give the number of documents, 1 or more")
+        return value
+
+    @model_validator(mode="after")
+    def _belongs_to_a_dataset(self) -> Reading:
+        lonely = [k for k in ("subset", "heldout_split", "revision") if getattr(self, k)]
+        if self.dataset is None and lonely:
+            raise ValueError(f"`{lonely[0]}` says which part of a `dataset`, and none is named")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {
+            key: value
+            for key, value in dump(self).items()
+            if key not in LATER_KEYS or value != fields[key].default
+        }
+
+    @property
+    def reads(self) -> bool:
+        """True where anything to read is named."""
+        return bool(self.paths or self.dataset or self.tasks)
+
+    def inputs(self) -> list[Path]:
+        """Files and directories on disk that it reads. Raises DataError naming what is absent."""
+        found = [*expand(as_list(self.paths)), *expand(as_list(self.heldout_paths))]
+        home = local_dataset(self.dataset) if self.dataset else None
+        return [*found, home] if home else found
+
+    def num_heldout(self, documents: int) -> int:
+        """How many of so many documents are held out: at least one where any are asked for."""
+        if isinstance(self.heldout, int):
+            return self.heldout
+        return max(1, round(self.heldout * documents)) if self.heldout else 0
+
+
+class SourceConfig(Reading):
+    """One of several sources.
+
+    weight: its share of the trained tokens, over the sum of all weights.
+    """
+
+    weight: float = 1.0
+
+    @field_validator("weight")
+    @classmethod
+    def _positive(cls, value: float) -> float:
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(
+                "a weight is a share of the trained tokens: give a number above 0, or leave the "
+                "source out"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> SourceConfig:
+        if not self.reads:
+            raise ValueError("nothing to read: set `paths`, `dataset` or `tasks`")
+        return self
+
+
+class DataConfig(Reading):
+    """What to read and how to cut it: one source in the table itself, or several in `sources`.
+
+    tokenizer: "byte", { bpe = N } or a path; not given where the table names a `model`.
+    end: what the last token of a document predicts; "none" lets it predict nothing.
+    max_bad: share of a source's records that may be broken and is quarantined; more stop the stage.
+    """
+
+    sources: dict[str, SourceConfig] = {}
+    tokenizer: str | BPE | None = None
+    bos: bool = True
+    end: Literal["eos", "bos", "none"] = "eos"
+    max_bad: float = Field(0.01, ge=0, le=1)
+    cache: CacheConfig = Field(default_factory=CacheConfig, exclude=True)
+
+    @field_validator("sources")
+    @classmethod
+    def _names(cls, value: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        for name in value:
+            if not SOURCE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} names no directory; use letters, digits, - and _")
+        return value
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> DataConfig:
+        fields = Reading.model_fields
+        here = [key for key, field in fields.items() if getattr(self, key) != field.default]
+        if self.sources and here:
+            raise ValueError(
+                f"`{here[0]}` stands beside `sources`; move it into the source that it is about "
+                f"({', '.join(self.sources)})"
+            )
+        if not self.sources and not self.reads:
+            raise ValueError(
+                "nothing to read: set `paths` (files or globs), `dataset` (a hub id or a "
+                "directory), `tasks` (as { calc = 1000 }), or several `sources`"
+            )
+        return self
+
+    @property
+    def readings(self) -> dict[str, Reading]:
+        """The sources by name, in the order of their names; the only one of a flat table is ""."""
+        return dict(sorted(self.sources.items())) if self.sources else {"": self}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the trained tokens that each source is to have; they sum to 1."""
+        weights = {name: source.weight for name, source in sorted(self.sources.items())}
+        total = sum(weights.values())
+        return {name: weight / total for name, weight in weights.items()} or {"": 1.0}
+
+    @property
+    def files(self) -> list[Path]:
+        """All that these settings read from disk. Raises DataError naming what is not there."""
+        found = [path for one in self.readings.values() for path in one.inputs()]
+        named = isinstance(self.tokenizer, str) and self.tokenizer != "byte"
+        return [*found, Path(self.tokenizer)] if named else found  # type: ignore[arg-type]
+
+
+def as_list(value: str | list[str]) -> list[str]:
+    """A key that may hold one string or several."""
+    return [value] if isinstance(value, str) else value
