@@ -21,7 +21,7 @@ from tessera.data.batch import Batch
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.model.weights import resolve, save_model
-from tessera.objectives.lm import Heldout, documents
+from tessera.objectives.lm import Heldout, training_documents
 from tessera.run import Run, RunError, read_json
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence
@@ -102,7 +102,7 @@ def stage(config: KDConfig, run: Run, inputs: dict[str, Path]) -> None:
     config = raced(config, inputs["model"])
     child = config.train.spread.load(inputs["model"])
     parent = config.train.spread.load(inputs["teacher"], frozen=True)
-    source = documents(inputs["data"], config.train, run.seed)
+    source = training_documents(inputs["data"], config.train, run)
     heldout = Heldout(child, inputs["data"], config.train, run.seed)
     Trainer(child, KD(parent, config), source, config.train, run, heldout).fit()
     save_model(child, run.model_path, tokenizer_from=resolve(inputs["model"]))

@@ -27,7 +27,7 @@ from tessera.run import Run, RunError
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.losses import cross_entropy
 from tessera.train.optim import TrainConfig
-from tessera.train.parallel import Layout, gathered
+from tessera.train.parallel import gathered
 
 
 class LM:
@@ -67,31 +67,43 @@ def documents(
     )
 
 
+def training_documents(data: Path, config: TrainConfig, run: Run) -> Documents:
+    """The documents a stage trains on; of several sources, their shares go to tables/mix.jsonl."""
+    source = documents(data, config, run.seed)
+    if len(source.parts) > 1:
+        run.write_table("mix", source.summary(config.steps))
+    return source
+
+
 class Heldout:
-    """The mean loss on held-out documents, over the rows of all processes."""
+    """The mean loss on held-out documents, over the rows of all processes, in nats a token."""
 
     def __init__(self, module: Transformer, data: Path, config: TrainConfig, seed: int) -> None:
         self.module, self.layout = module, config.spread.layout
-        self.batches = documents(data, config, seed, "heldout").heldout_batches()
+        source = documents(data, config, seed, "heldout")
+        self.batches = {p.name: source.heldout_batches(source=p.name) for p in source.parts}
 
     def __call__(self) -> dict[str, float]:
-        """{"heldout": mean -log π(y_t), in nats a token}."""
-        return {"heldout": heldout_loss(self.module, self.batches, self.layout)}
+        """`heldout`, and `heldout/NAME` of each source where there are several."""
+        sums = {name: loss_sums(self.module, batches) for name, batches in self.batches.items()}
+        total = torch.stack(list(sums.values()))
+        loss, weight = self.layout.sum(total).unbind(1)
+        found = {"heldout": float(loss.sum() / weight.sum())}
+        if len(sums) > 1:
+            found |= {f"heldout/{k}": float(v) for k, v in zip(sums, loss / weight, strict=True)}
+        return found
 
 
 @torch.no_grad()
-def heldout_loss(
-    module: Transformer, batches: Sequence[Batch], layout: Layout | None = None
-) -> float:
-    """Mean -log π(y_t) over the held-out batches, in nats a token."""
+def loss_sums(module: Transformer, batches: Sequence[Batch]) -> Tensor:
+    """(Σ w·(-log π(y_t)), Σ w) over the batches, float64."""
     objective, sums = LM(), torch.zeros(2, dtype=torch.float64, device=module.device)
     with gathered(module):
         for batch in (batch.to(module.device) for batch in batches):
             for loss, _ in objective.losses(module, batch):
                 sums[0] += loss.double()
             sums[1] += objective.weight(batch).double()
-    total, weight = (layout.sum(sums) if layout else sums).tolist()
-    return total / weight
+    return sums
 
 
 class ArchitectureConfig(BaseModel):
@@ -187,7 +199,7 @@ def cpt(config: CPTConfig, run: Run, inputs: dict[str, Path]) -> None:
 
 
 def _train(module: Transformer, config: TrainConfig, run: Run, data: Path, tokenizer: Path) -> None:
-    source = documents(data, config, run.seed)
+    source = training_documents(data, config, run)
     heldout = Heldout(module, data, config, run.seed)
     Trainer(module, LM(), source, config, run, heldout).fit()
     save_model(module, run.model_path, tokenizer_from=tokenizer)
