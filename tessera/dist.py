@@ -57,45 +57,41 @@ def processes() -> Iterator[None]:
         return
     import torch
 
-    cuda = torch.cuda.is_available()
-    if cuda:
+    if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    for make in (_patient, saving_group):  # here, because everybody has to, in the same order
+    torch.distributed.init_process_group(_backend())
+    for make in (waiting_group, saving_group):  # here, because everybody has to, in the same order
         make()
     try:
         yield
     finally:
+        for made in (waiting_group, saving_group, mesh):  # they end with the job
+            made.cache_clear()
         torch.distributed.destroy_process_group()
 
 
-@functools.cache
-def _patient() -> torch.distributed.ProcessGroup:
-    """A group of all processes for waiting, which no collective of training's joins or delays."""
-    import torch.distributed
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
 
-    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[return-value]
+
+@functools.cache
+def waiting_group() -> torch.distributed.ProcessGroup | None:
+    """All processes, for waiting however long it takes; None with one process."""
+    return _patient_group()
 
 
 @functools.cache
 def saving_group() -> torch.distributed.ProcessGroup | None:
-    """A group of all processes for the thread that saves, which runs beside training's collectives.
+    """All processes, for the thread that saves beside training's collectives; None with one."""
+    return _patient_group()
 
-    None with one process.
-    """
+
+def _patient_group() -> torch.distributed.ProcessGroup | None:
     if world() == 1:
         return None
     import torch.distributed
 
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[return-value]
-
-
-def saving_barrier() -> None:
-    """`barrier` for the thread that saves."""
-    if world() > 1:
-        import torch.distributed
-
-        torch.distributed.barrier(saving_group())
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -150,22 +146,24 @@ def gather(value: Any) -> list[Any]:
     return everyone
 
 
-def barrier() -> None:
-    """Returns when every process has called it, however long one of them takes."""
+def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Returns when every process has called it, however long one of them takes.
+
+    group: `saving_group` in the thread that saves.
+    """
     if world() > 1:
         import torch.distributed
 
-        torch.distributed.barrier(_patient())
+        torch.distributed.barrier(group or waiting_group())
 
 
+@functools.cache
 def mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
     """A grid of all processes, for `fully_shard` and DTensor; one process is a grid, too."""
     import torch.distributed
     from torch.distributed.device_mesh import init_device_mesh
 
-    kind = device().type
     if world() == 1 and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    return init_device_mesh(kind, shape, mesh_dim_names=names)
+        torch.distributed.init_process_group(_backend(), store=store, rank=0, world_size=1)
+    return init_device_mesh(device().type, shape, mesh_dim_names=names)

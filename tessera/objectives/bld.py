@@ -63,6 +63,16 @@ class LocalConfig(BaseModel):
     layers_at_once: int | None = Field(default=None, ge=1)  # all of them unless given
     calibration_tokens: int = Field(default=16_384, ge=1)  # for loss scales and channel importance
 
+    @field_validator("train")
+    @classmethod
+    def _float32(cls, value: TrainConfig) -> TrainConfig:
+        if value.dtype != "float32":
+            raise ValueError(
+                f'dtype = "{value.dtype}" trains whole models only (cpt, kd); the statistics that '
+                'block-wise distillation begins with want dtype = "float32"'
+            )
+        return value
+
     @field_validator("layers")
     @classmethod
     def _layers(cls, value: str | None) -> str | None:

@@ -99,7 +99,7 @@ def _write_state(
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 atomic_write(temporary / META, meta)
-            dist.saving_barrier()
+            dist.barrier(dist.saving_group())
             writer = FileSystemWriter(temporary)
             group, alone = dist.saving_group(), dist.world() == 1
             save(tensors, storage_writer=writer, process_group=group, no_dist=alone)

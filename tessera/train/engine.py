@@ -122,7 +122,8 @@ class Trainer:
     def train_step(self, step: int) -> tuple[dict[str, float], int]:
         """One optimizer step; returns its metrics and the tokens that all processes read."""
         batches = [batch.to(dist.device()) for batch in self.source.batches(step)]
-        weight = self._total(sum(self.objective.weight(batch).double() for batch in batches))
+        weights = [self.objective.weight(batch).double() for batch in batches]
+        weight = float(self.layout.sum(torch.stack(weights).sum()))
         if weight <= 0:
             raise FailureError(f"step {step + 1} has no trained token; check the data's weights")
         totals: dict[str, Tensor] = {}
@@ -141,9 +142,6 @@ class Trainer:
         self._check_finite(step, metrics)
         metrics["lr"] = self._update(step)
         return metrics, tokens
-
-    def _total(self, value: Tensor | int) -> float:
-        return float(self.layout.sum(torch.as_tensor(value)))
 
     def _clip(self) -> float:
         """Clip each group on its own; returns the norm over all of them before clipping."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from torch.distributed.tensor.parallel import (
 from tessera import dist
 from tessera.disk import RunError
 from tessera.model.config import GQA, ModelConfig, SwiGLU
+from tessera.model.sharded import whole
 from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model
 
@@ -107,7 +107,8 @@ class Layout:
 
     def mesh(self) -> DeviceMesh:
         """The processes as a grid."""
-        return _mesh(self.replicate, self.shard, self.tensor)
+        shape = self.replicate, self.shard, self.tensor
+        return dist.mesh(shape, ("replicate", "shard", "tensor"))
 
     def data_mesh(self) -> DeviceMesh:
         """The part of the grid that FSDP shards over; two-dimensional where there are replicas."""
@@ -117,11 +118,6 @@ class Layout:
 
 def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
-
-
-@cache
-def _mesh(*shape: int) -> DeviceMesh:
-    return dist.mesh(shape, ("replicate", "shard", "tensor"))
 
 
 @dataclass(frozen=True)
@@ -236,17 +232,15 @@ def mesh_of(tensor: Tensor) -> DeviceMesh | None:
 
 def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients to a norm of at most `limit` together; returns the norm they had."""
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            by_mesh.setdefault(mesh_of(parameter.grad), []).append(parameter.grad)
-    norms = [_whole(nn.utils.get_total_norm(gradients)) for gradients in by_mesh.values()]
+            by_mesh.setdefault(mesh_of(parameter.grad), []).append(parameter)
+    norms = [
+        whole(nn.utils.get_total_norm([p.grad for p in of_mesh if p.grad is not None]))
+        for of_mesh in by_mesh.values()
+    ]
     total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    for mesh in by_mesh:
-        of_mesh = [p for p in parameters if p.grad is not None and mesh_of(p.grad) == mesh]
+    for of_mesh in by_mesh.values():
         nn.utils.clip_grads_with_norm_(of_mesh, limit, total)
     return total
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +45,24 @@ def stories(tmp_path: Path) -> Path:
     file = tmp_path / "stories.txt"
     file.write_text("\n<|endoftext|>\n".join(documents) + "\n<|endoftext|>\n")
     return file
+
+
+def kill_stage(where: Path, table: dict[str, Any], waits: Sequence[float]) -> None:
+    """Runs the stage into `where` in a process of its own, killed after each of these seconds."""
+    code = (
+        "from pathlib import Path\n"
+        "from tessera.run import Run; from tessera.data.prepare import DataConfig, stage\n"
+        f"c = DataConfig(**{table!r}); print('ready', flush=True)\n"
+        f"with Run.open(Path({str(where)!r}), stage='data', quiet=True,\n"
+        "    config=c.model_dump(mode='json'), inputs={'model': None}, seed=0) as run:\n"
+        "    stage(c, run, {'model': None}); run.finish()\n"
+    )
+    for wait in waits:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(wait)
+        process.kill()
+        process.communicate()

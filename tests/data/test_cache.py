@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tessera.data.readers import DataError
 from tessera.data.store import open_tokens
 from tessera.data.tokenizer import byte_tokenizer, train_bpe
 from tessera.run import RunError
+from tests.data.conftest import kill_stage
 from tests.data.test_prepare import decoded, written
 
 TOKENS = ("tokens/train.npy", "tokens/train.offsets.npy", "tokens/heldout.npy")
@@ -238,24 +238,7 @@ def test_killed_while_tokenising_and_started_again(
     big.write_text("<|endoftext|>".join(f"story {i} " * (5 + i % 100) for i in range(1500)))
     table: dict[str, Any] = {"paths": [*files, str(big)], "tokenizer": "byte"}
     where = tmp_path / "cache"
-    code = (
-        "from pathlib import Path\n"
-        "from tessera.run import Run; from tessera.data.prepare import DataConfig, stage\n"
-        f"c = DataConfig(**{table!r}, cache={{'directory': {str(where)!r}}})\n"
-        "print('ready', flush=True)\n"
-        f"with Run.open(Path({str(tmp_path / 'runs/killed')!r}), stage='data', quiet=True,\n"
-        "    config=c.model_dump(mode='json'), inputs={'model': None}, seed=0) as run:\n"
-        "    stage(c, run, {'model': None}); run.finish()\n"
-    )
-    for wait in (0.1, 0.4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(wait)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+    kill_stage(tmp_path / "runs/killed", {**table, "cache": {"directory": str(where)}}, (0.1, 0.4))
     whole = prepare("whole", **table)
     ours = prepare("again", **table, cache={"directory": str(where)})
     for name in TOKENS:

@@ -1,11 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from tessera.data.store import TokenWriter, open_tokens
 from tessera.data.tasks import split_of
 from tessera.data.tokenizer import load_tokenizer
 from tessera.run import RunError, read_json, read_table
+from tests.data.conftest import kill_stage
 
 
 def decoded(run: Path, split: str) -> list[str]:
@@ -215,23 +211,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 def test_killed_at_any_moment_and_started_again(prepare: Any, tmp_path: Path) -> None:
     table: dict[str, Any] = {"tasks": {"calc": 3000}, "tokenizer": {"bpe": 300}}
     whole = prepare("whole", **table)
-    code = (
-        "import sys, json; from pathlib import Path\n"
-        "from tessera.run import Run; from tessera.data.prepare import DataConfig, stage\n"
-        f"c = DataConfig(**{table!r}); print('ready', flush=True)\n"
-        f"with Run.open(Path({str(tmp_path / 'runs/killed')!r}), stage='data', quiet=True,\n"
-        "    config=c.model_dump(mode='json'), inputs={'model': None}, seed=0) as run:\n"
-        "    stage(c, run, {'model': None}); run.finish()\n"
-    )
-    for wait in (0.05, 0.2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(wait)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+    kill_stage(tmp_path / "runs/killed", table, (0.05, 0.2))
     killed = prepare("killed", **table) if not _done(tmp_path) else tmp_path / "runs/killed"
     for name in ("tokens/train.npy", "tokens/heldout.npy", "tokenizer/tokenizer.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()

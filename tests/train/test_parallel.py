@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tessera.objectives.bld import BLDConfig
 from tessera.run import read_metrics
+from tessera.train.optim import TrainConfig
 from tessera.train.parallel import Layout, LayoutError, ParallelConfig
 from tests.test_dist import run_ranks
 from tests.train.ranks import train
@@ -97,6 +99,22 @@ def test_a_run_goes_on_in_another_number_of_processes(objective: str, worlds: st
 def test_recomputed_blocks_give_the_same_bits(home: Path):
     train(**_job(home, "1-kd-again", "kd", parallel={"gradient_checkpointing": True}))
     _assert_equal(home, "1-kd-again", "1-kd")
+
+
+@pytest.mark.parametrize("objective", ["lm", "kd"])
+def test_bfloat16_is_near_and_its_weights_are_float32(objective: str, home: Path):
+    train(**_job(home, f"1-{objective}-half", objective, dtype="bfloat16"))
+    (weights, metrics), (_, rows) = (_result(home, f"1-{objective}{x}") for x in ("-half", ""))
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    losses = [row["loss"] for row in metrics]
+    assert losses == pytest.approx([row["loss"] for row in rows], rel=1e-2)
+    assert losses != [row["loss"] for row in rows]
+
+
+def test_a_library_is_trained_in_float32():
+    settings = TrainConfig(steps=1, dtype="bfloat16")
+    with pytest.raises(ValueError, match='dtype = "bfloat16" trains whole models only'):
+        BLDConfig(train=settings)
 
 
 def test_a_layout_that_does_not_divide_is_told_with_those_that_do(monkeypatch):
