@@ -64,7 +64,7 @@ class Answers:
         """Sums of both metrics and of their weights for a variant whose last layer x leaves."""
         hidden = module.norm(x).flatten(0, 1)[self.at]
         loss, wrong = 0.0, torch.zeros(self.count, dtype=torch.long)
-        for part in chunks(len(hidden), len(module.head)):
+        for part in chunks(hidden, len(module.head)):
             logits = multiply(hidden[part], module.head).float()
             loss += float(F.cross_entropy(logits, self.labels[part], reduction="sum"))
             missed = logits.argmax(-1) != self.labels[part]

@@ -65,7 +65,7 @@ def removal_order(ffn: Subblock, x: Tensor, rounds: int = ROUNDS) -> Tensor:
     taken, order = left[:0], []
     for stay in schedule(len(left), rounds):
         harm = torch.zeros(len(left), dtype=torch.float64, device=x.device)
-        for part in chunks(len(x), weight.shape[1]):
+        for part in chunks(x, weight.shape[1]):
             inner = channels(ffn, normed[part], torch.cat((taken, left)))
             lost, inner = inner.split([len(taken), len(left)], dim=1)
             gone[part] += lost @ weight[:, taken].t()

@@ -106,7 +106,7 @@ class Target:
         """The parent's side of one batch; x `(B,T,C)` leaves its last layer."""
         hidden = parent.norm(x).flatten(0, 1)
         negentropy, mean_head, top = [], [], []
-        for part in chunks(len(hidden), len(parent.head)):
+        for part in chunks(hidden, len(parent.head)):
             log_p = F.log_softmax(multiply(hidden[part], parent.head).float(), dim=-1)
             p = log_p.exp()
             negentropy.append((p * log_p).sum(-1))
@@ -120,7 +120,7 @@ class Target:
         """Σ w·metric, and Σ w, of a variant whose last layer x `(B,T,C)` leaves."""
         hidden, head = self.module.norm(x).flatten(0, 1), self.module.head
         sums: dict[str, float] = dict.fromkeys(METRICS, 0.0)
-        for part in chunks(len(hidden), len(head)):
+        for part in chunks(hidden, len(head)):
             own, weight = hidden[part], self.weight[part]
             logits = multiply(own, head).float()
             level = logits.logsumexp(-1)

@@ -12,6 +12,7 @@ global weight is the trainer's work. Logits are float32 whatever the model's dty
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,45 +20,101 @@ from torch import Tensor
 
 from tessera.model.matmul import multiply
 
-CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MiB in float32
+
+@dataclass(frozen=True, slots=True)
+class Portions:
+    """How much of `(N, V)` is there at once, and how much is worked on at once.
+
+    chunk, tile: elements of the logits that one product makes, and that one pass of softmax goes
+    over. slab: tokens, at least, whose slopes are kept for one product with the head's gradient,
+    which reads and writes all of that gradient, 8 bytes for every 2 * slab operations.
+    """
+
+    chunk: int
+    tile: int
+    slab: int
 
 
-def chunks(tokens: int, vocab_size: int) -> Iterator[slice]:
-    """Slices over `tokens` whose logits stay under CHUNK_ELEMENTS."""
-    size = max(1, CHUNK_ELEMENTS // vocab_size)
-    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+PORTIONS = {
+    # 16 MiB, the most that glibc hands out again without asking the kernel; 1 MiB, a core's L2;
+    # products of 32 tokens with the gradient of a head of 128,256 were a third of a step.
+    "cpu": Portions(chunk=1 << 22, tile=1 << 18, slab=256),
+    # 1 GiB, 2093 tokens at 128,256: fewer leave the product with the head bound by reading it.
+    "cuda": Portions(chunk=1 << 28, tile=1 << 28, slab=1024),
+}
 
 
-ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+def portions(device: torch.device) -> Portions:
+    """Those of a kind of device; an unknown one is taken for a GPU."""
+    return PORTIONS.get(device.type, PORTIONS["cuda"])
+
+
+def chunks(rows: Tensor, width: int) -> Iterator[slice]:
+    """Slices over `rows` `(N, …)` whose products `(n, width)` are worth one pass on their device."""
+    return _slices(len(rows), portions(rows.device).chunk // width)
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+# (logits (n, V), the tokens' slice, where to write slopes (n, V)) -> losses (n,)
+ChunkLoss = Callable[[Tensor, slice, Tensor], Tensor]
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Σ w·ℓ of hidden `(N, C)` through head `(V, C)`, with gradients made on the way forward."""
+    """Σ w·ℓ of hidden `(N, C)` through head `(V, C)`, with gradients made on the way forward.
+
+    Weights scale hidden states and their gradients, `(N, C)`, and not the slopes, `(N, V)`.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, weight: Tensor, chunk_loss: ChunkLoss):  # type: ignore[override]
-        grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_head = torch.zeros_like(head) if needs_head else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        for part in chunks(len(hidden), len(head)):
-            losses, slope = chunk_loss(multiply(hidden[part], head), part)
-            total += losses @ weight[part]
-            slope = slope.mul_(weight[part, None]).to(head.dtype)
-            grad_hidden[part] = multiply(slope, head.t())
+        slab = max(portions(hidden.device).slab, portions(hidden.device).chunk // len(head))
+        buffer = hidden.new_empty((min(slab, len(hidden)), len(head)), dtype=torch.float32)
+        for at in _slices(len(hidden), slab):
+            own, weights = hidden[at], weight[at]
+            slopes = buffer[: len(own)]
+            for part in chunks(own, len(head)):
+                losses = chunk_loss(
+                    multiply(own[part], head).float(), _within(at, part), slopes[part]
+                )
+                total += losses @ weights[part]
+            slope, scale = slopes.to(head.dtype), weights[:, None].to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mul(multiply(slope, head.t()), scale, out=grad_hidden[at])
             if grad_head is not None:
-                grad_head += multiply(slope.t(), hidden[part].t())
-        ctx.save_for_backward(grad_hidden, grad_head)
+                grad_head.addmm_(slope.t(), own * scale)
+        ctx.gradients = grad_hidden, grad_head
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
-        grad_hidden, grad_head = ctx.saved_tensors
-        return (
-            grad_hidden * upstream,
-            None if grad_head is None else grad_head * upstream,
-            None,
-            None,
-        )
+        return *_scaled(ctx, upstream), None, None
+
+
+def _within(outer: slice, inner: slice) -> slice:
+    return slice(outer.start + inner.start, outer.start + inner.stop)
+
+
+def _scaled(ctx, upstream: Tensor) -> list[Tensor | None]:
+    """The gradients made on the way forward times `upstream`, in place and handed over.
+
+    Kept, they would stand beside their own product, and autograd would copy that once more.
+    """
+    assert ctx.gradients is not None, "a loss of the head is differentiated once"
+    gradients, ctx.gradients = ctx.gradients, None
+    return [None if x is None else x.mul_(upstream) for x in gradients]
+
+
+def _log_sum_exp(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """`(n,)` log Σ exp of logits `(n, V)` from their softmax: max z = lse + log max p."""
+    return logits.amax(-1) - probabilities.amax(-1).log()
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
@@ -66,12 +123,12 @@ def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor) 
     Stands for `(F.cross_entropy(hidden @ head.T, labels, reduction="none") * weight).sum()`.
     """
 
-    def loss(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        log_q = F.log_softmax(logits.float(), dim=-1)
+    def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
         index = labels[part, None]
-        losses = -log_q.gather(1, index).squeeze(1)
-        slope = log_q.exp_()
-        return losses, slope.scatter_add_(1, index, slope.new_full(index.shape, -1.0))
+        torch.softmax(logits, -1, out=slope)
+        losses = _log_sum_exp(logits, slope) - logits.gather(1, index).squeeze(1)
+        slope.scatter_add_(1, index, slope.new_full(index.shape, -1.0))
+        return losses
 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
 
@@ -81,23 +138,53 @@ def kl_divergence(
 ) -> Tensor:
     """Σ w·KL(parent ‖ child); hidden `(N, C)` each through its own head `(V, C)`.
 
-    The parent's side carries no gradient (Puzzle §2.7: forward KL, temperature 1).
+    The parent's side carries no gradient (Puzzle §2.7: forward KL, temperature 1). With logits a
+    and b, KL = Σ p (a - b) - lse(a) + lse(b): one exponential an element and side, not two.
     """
     parent_hidden, parent_head = parent_hidden.detach(), parent_head.detach()
 
-    def loss(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        log_q = F.log_softmax(logits.float(), dim=-1)
-        log_p = F.log_softmax(multiply(parent_hidden[part], parent_head).float(), dim=-1)
-        p = log_p.exp()
-        losses = (p * (log_p - log_q)).sum(-1)
-        return losses, log_q.exp_().sub_(p)
+    def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
+        parent = multiply(parent_hidden[part], parent_head).float()
+        tiles = _slices(len(logits), portions(logits.device).tile // logits.shape[1])
+        return torch.cat([_kl_of_logits(parent[t], logits[t], slope[t]) for t in tiles])
 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
 
 
+def _kl_of_logits(parent: Tensor, child: Tensor, slope: Tensor) -> Tensor:
+    """`(n,)` KL of logits `(n, V)`; q - p goes into `slope`, and `parent` is used up."""
+    p = torch.softmax(parent, -1)
+    torch.softmax(child, -1, out=slope)
+    losses = _log_sum_exp(child, slope) - _log_sum_exp(parent, p)
+    losses += parent.sub_(child).mul_(p).sum(-1)
+    slope.sub_(p)
+    return losses
+
+
+class _Cosine(torch.autograd.Function):
+    """Σ w·(1 - x·y/(|x| |y|)); the gradient w (c x/|x|² - y/(|x| |y|)) is made on the way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, weight: Tensor):  # type: ignore[override]
+        inverse = torch.linalg.vector_norm(x, dim=-1).clamp_min_(1e-8).reciprocal_()
+        inverses = torch.linalg.vector_norm(y, dim=-1).clamp_min_(1e-8).reciprocal_().mul_(inverse)
+        cosine = torch.linalg.vecdot(x, y).mul_(inverses)
+        if ctx.needs_input_grad[0]:
+            along = x * (weight * cosine * inverse.square())[..., None]
+            ctx.gradients = (along.sub_(y * (weight * inverses)[..., None]),)
+        return ((1 - cosine) * weight).sum()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        return *_scaled(ctx, upstream), None, None
+
+
 def hidden_cosine(child: Tensor, parent: Tensor, weight: Tensor) -> Tensor:
-    """Σ w·(1 - cos(child, parent)) over tokens; states `(…, C)`, weight `(…)`."""
-    return ((1 - F.cosine_similarity(child, parent, dim=-1)) * weight).sum()
+    """Σ w·(1 - cos(child, parent)) over tokens; states `(…, C)`, weight `(…)`.
+
+    The parent's side carries no gradient.
+    """
+    return _Cosine.apply(child, parent.detach(), weight)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -106,7 +193,7 @@ def token_statistics(
 ) -> dict[str, Tensor]:
     """Per token `(N,)`: `lm_loss`, `kl` to the parent, `agreement` of the two top-1 tokens."""
     columns: dict[str, list[Tensor]] = {"lm_loss": [], "kl": [], "agreement": []}
-    for part in chunks(len(hidden), len(head)):
+    for part in chunks(hidden, len(head)):
         log_q = F.log_softmax(multiply(hidden[part], head).float(), dim=-1)
         log_p = F.log_softmax(parent_logits(part).float(), dim=-1)
         columns["lm_loss"].append(-log_q.gather(1, labels[part, None]).squeeze(1))

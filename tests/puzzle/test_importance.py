@@ -8,6 +8,7 @@ import torch
 from tessera.model.config import SwiGLU
 from tessera.puzzle.importance import channels, iterative_importance, removal_order, schedule
 from tessera.puzzle.surgery import collect_statistics, cut
+from tessera.train.losses import PORTIONS, Portions
 from tests.toy import split_rows, toy_batch, toy_config, toy_model
 
 
@@ -64,7 +65,7 @@ def test_two_channels_that_stand_for_one_another_are_not_both_dispensable():
 def test_chunks_and_batches_change_nothing(monkeypatch):
     model, batch = toy_model(), toy_batch(3, rows=3)
     whole = iterative_importance(model, [batch], [0, 2])
-    monkeypatch.setattr("tessera.train.losses.CHUNK_ELEMENTS", 48 * 5)
+    monkeypatch.setitem(PORTIONS, "cpu", Portions(chunk=48 * 5, tile=48, slab=1))
     parts = iterative_importance(model, split_rows(batch), [0, 2])
     assert set(whole) == set(parts) == {0, 2}
     for layer, rank in whole.items():

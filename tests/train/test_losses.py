@@ -9,9 +9,16 @@ import torch.nn.functional as F
 from tessera.train import losses
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 7 * 11)
+@pytest.fixture(
+    autouse=True,
+    params=[
+        losses.Portions(chunk=7 * 11, tile=3 * 11, slab=10),
+        losses.Portions(chunk=7 * 11, tile=7 * 11, slab=1),
+    ],
+    ids=["slabs of several chunks", "slabs of one"],
+)
+def small_portions(request, monkeypatch):
+    monkeypatch.setitem(losses.PORTIONS, "cpu", request.param)
 
 
 def _inputs(seed: int = 0):
@@ -61,3 +68,11 @@ def test_token_statistics_agree_with_the_losses():
     torch.testing.assert_close(found["kl"] @ weight, kl.detach())
     agree = ((hidden @ head.T).argmax(-1) == logits.argmax(-1)).float()
     assert torch.equal(found["agreement"], agree)
+
+
+def test_hidden_cosine_is_the_plain_one():
+    torch.manual_seed(2)
+    child, parent = torch.randn(3, 7, 5, requires_grad=True), torch.randn(3, 7, 5)
+    weight = torch.rand(3, 7)
+    plain = ((1 - F.cosine_similarity(child, parent, dim=-1)) * weight).sum()
+    _same(losses.hidden_cosine(child, parent, weight), plain, child)
