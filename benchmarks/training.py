@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tessera.data.batch import Batch
+from tessera.data.batch import Batch, Ids
 from tessera.data.documents import Documents
 from tessera.data.store import TokenWriter
 from tessera.model.config import ModelConfig, uniform
@@ -228,14 +228,14 @@ def conversations(baselines: Path, count: int) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=False)["input_ids"][:ROW] for text in texts]
 
 
-def write_data(path: Path, ids: list[list[int]]) -> Path:
+def write_data(path: Path, ids: Sequence[Ids | list[int]], vocab_size: int = VOCAB) -> Path:
     """A finished data run that holds these documents."""
     with open_run(path, "data") as run:
-        with TokenWriter(path / "tokens", "train", VOCAB) as writer:
-            for document in ids:
-                writer.add(document)
+        with TokenWriter(path / "tokens", "train", vocab_size) as writer:
+            lengths = np.array([len(document) for document in ids])
+            writer.add(np.concatenate(ids), lengths)
             writer.finish()
-        run.write_json("data", {"splits": ["train"], "vocab_size": VOCAB, "pad_id": 0})
+        run.write_json("data", {"splits": ["train"], "vocab_size": vocab_size, "pad_id": 0})
         run.finish()
     return path
 
