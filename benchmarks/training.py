@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,8 @@ class Side:
     positions: float
     loss_first: float
     loss_last: float
+    peak: float  # MB of the process, imports included
+    grown: float  # of them after the model was built
 
     @property
     def per_wall(self) -> float:
@@ -148,6 +151,8 @@ def run_peer(options: argparse.Namespace, setting: tuple[str, str]) -> Side:
         positions=found["fed_positions_per_step"],
         loss_first=found["loss_first"],
         loss_last=found["loss_last"],
+        peak=found["peak_rss_mb"],
+        grown=found["peak_rss_mb"] - found["peak_rss_mb_before_training"],
     )
 
 
@@ -177,6 +182,7 @@ def train_ours(options: argparse.Namespace) -> dict[str, float]:
         ids = conversations(options.baselines, total * STEP_TOKENS // 110 + 64)
         source = Clocked(documents(write_data(Path(folder) / "data", ids), config))
         module = initial(Transformer(shape()))
+        before = peak_mb()
         with open_run(Path(folder) / "run", "cpt") as run:
             Trainer(module, LM(), source, config, run).fit()
             source.mark()
@@ -191,7 +197,14 @@ def train_ours(options: argparse.Namespace) -> dict[str, float]:
         "positions": STEP_TOKENS,
         "loss_first": losses[0],
         "loss_last": losses[-1],
+        "peak": peak_mb(),
+        "grown": peak_mb() - before,
     }
+
+
+def peak_mb() -> float:
+    """The most memory this process has held, in MB (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @torch.no_grad()
@@ -284,8 +297,9 @@ def report(
         f"oneDNN {peaks[1] / 1e9:.0f} GFLOP a CPU second",
         "",
         "| | wall s a step | CPU s a step | predictions/s | predictions/CPU-s | fed positions "
-        "that predict | share of torch.matmul's peak | of oneDNN's | loss, first → last |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "that predict | share of torch.matmul's peak | of oneDNN's | loss, first → last | peak MB "
+        "| MB beyond the built model |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         row(f"tessera, {options.microbatch} positions at once", ours, peaks),
     ]
     for name in SETTINGS:
@@ -309,7 +323,8 @@ def row(name: str, sides: list[Side], peaks: tuple[float, ...]) -> str:
         f"| {name} | {median('wall'):.2f} | {median('cpu'):.2f} | {median('per_wall'):,.0f} "
         f"| {median('per_cpu'):,.0f} | {useful:.1%} | {flops / peaks[0]:.0%} "
         f"| {flops / peaks[1]:.0%} "
-        f"| {median('loss_first'):.2f} → {median('loss_last'):.2f} |"
+        f"| {median('loss_first'):.2f} → {median('loss_last'):.2f} "
+        f"| {median('peak'):,.0f} | {median('grown'):,.0f} |"
     )
 
 

@@ -15,10 +15,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tessera.model.cache import LayerCache
 from tessera.model.config import GQA, Linear, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
+from tessera.model.fused import gated_down, rms_norm
 from tessera.model.matmul import Projection, linear
 
 
@@ -31,7 +33,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -153,7 +155,10 @@ class FeedForward(nn.Module):
         self.down_proj = Projection(width, hidden, bias=bias)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        if isinstance(down.weight, DTensor):  # its sum over processes is a hook of the module
+            return down(F.silu(gate) * up)
+        return gated_down(gate, up, down.weight, down.bias)
 
 
 class LinearMap(nn.Module):

@@ -50,7 +50,7 @@ def portions(device: torch.device) -> Portions:
 
 
 def chunks(rows: Tensor, width: int) -> Iterator[slice]:
-    """Slices over `rows` `(N, …)` whose products `(n, width)` are worth one pass on their device."""
+    """Slices over `rows` `(N, …)` whose products `(n, width)` a device is to hold at once."""
     return _slices(len(rows), portions(rows.device).chunk // width)
 
 
