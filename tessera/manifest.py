@@ -19,7 +19,13 @@ from typing import Any, Literal, get_args
 from tessera.disk import RunError, file_identity, fingerprint
 
 Status = Literal["running", "done", "failed", "interrupted"]
-EXECUTION = {"parallel", "save_seconds", "save_total_limit"}  # of a `train` table
+EXECUTION = {  # of a `train` table
+    "parallel",
+    "save_seconds",
+    "save_total_limit",
+    "report_to",
+    "quiet_seconds",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

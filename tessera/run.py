@@ -2,7 +2,8 @@
 
     run.json       manifest: stage, status, resolved config, inputs and fingerprints, seed
     recipe.toml    the stage's resolved table      metrics.jsonl  one object a logged step
-    log.txt        what was said                   tables/        NAME.jsonl, NAME.json
+    log.txt        what was said                   timings.jsonl  how fast it was
+    tables/        NAME.jsonl, NAME.json
     model/         Hugging Face layout             state/         for resuming, gone when done
 
 Done means `status = "done"`, written last, by rename; anything else is resumed or refused, never
@@ -64,6 +65,7 @@ __all__ = [
     "run_fingerprint",
 ]
 
+LOGS = ("metrics.jsonl", "timings.jsonl")  # one object a step
 InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
 
 
@@ -109,7 +111,7 @@ class Run:
             manifest = _begin(path, stage, dict(config), inputs, seed)
             run = cls(path, manifest, lock, quiet)
             run._save()
-            run._mend_metrics()
+            run._mend_logs()
         except BaseException:
             if lock:
                 lock.release()
@@ -128,14 +130,22 @@ class Run:
 
     def log(self, step: int, **metrics: float) -> None:
         """Appends one step's numbers to `metrics.jsonl`; what is not finite becomes null."""
-        numbers = {key: _number(value) for key, value in metrics.items()}
-        self._append("metrics.jsonl", json.dumps({"step": step, **numbers}))
+        self._log("metrics.jsonl", step, metrics)
+
+    def log_timing(self, step: int, **timings: float) -> None:
+        """Appends to `timings.jsonl`, apart from what two runs of one fingerprint agree on."""
+        self._log("timings.jsonl", step, timings)
+
+    def _log(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        numbers = {key: _number(value) for key, value in values.items()}
+        self._append(name, json.dumps({"step": step, **numbers}))
 
     def rewind(self, step: int) -> None:
         """Drops the steps after this one, so that a resumed run repeats no line."""
-        if self._writes and (self.path / "metrics.jsonl").is_file():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            atomic_write(self.path / "metrics.jsonl", _lines(kept))
+        for name in LOGS:
+            if self._writes and (self.path / name).is_file():
+                kept = [row for row in whole_lines(self.path / name)[0] if row["step"] <= step]
+                atomic_write(self.path / name, _lines(kept))
 
     def say(self, text: str) -> None:
         """Prints a line for the user and keeps it in `log.txt`."""
@@ -225,12 +235,12 @@ class Run:
             with writing(file), file.open("ab", buffering=0) as handle:
                 handle.write(line.encode() + b"\n")
 
-    def _mend_metrics(self) -> None:
-        file = self.path / "metrics.jsonl"
-        if self._writes and file.is_file():
-            rows, torn = whole_lines(file)
-            if torn:
-                atomic_write(file, _lines(rows))
+    def _mend_logs(self) -> None:
+        for file in (self.path / name for name in LOGS):
+            if self._writes and file.is_file():
+                rows, torn = whole_lines(file)
+                if torn:
+                    atomic_write(file, _lines(rows))
 
 
 def _begin(

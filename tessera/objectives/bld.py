@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from tessera.data.batch import Batch
-from tessera.model.config import ModelConfig
+from tessera.model.config import ModelConfig, parse
 from tessera.model.context import Context
 from tessera.model.transformer import Block, Transformer
 from tessera.objectives.lm import documents
@@ -40,11 +40,13 @@ from tessera.puzzle.space import (
     SpaceConfig,
     build_space,
     restrict,
+    split,
     write_space,
 )
 from tessera.puzzle.surgery import ParentStatistics, collect_statistics
 from tessera.run import Run
 from tessera.train.engine import Stats, Trainer
+from tessera.train.flops import Work, block_cost, subblock_cost
 from tessera.train.optim import TrainConfig
 from tessera.train.parallel import gathered
 
@@ -120,6 +122,24 @@ class BLD:
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         assert isinstance(module, BlockLibrary)
         return {key: list(unit.parameters()) for key, unit in module.items()}
+
+    def flops(self, module: nn.Module, batch: Batch) -> int:
+        """The parent up to the last layer with units, the units, and the FFN behind attentions."""
+        assert isinstance(module, BlockLibrary)
+        config = self.parent.config
+        work, total = Work.of(batch, config.sliding_window), 0
+        for layer in range(module.last_layer + 1):
+            total += block_cost(config, layer).forward(work)
+            behind = subblock_cost(config, config.blocks[layer].ffn)
+            for word, _ in module.units(layer, "attention"):
+                total += subblock_cost(config, parse(word)).local(work)
+                total += 2 * behind.forward(work)  # forward, and the gradient of what enters
+            for word, _ in module.units(layer, "ffn"):
+                total += subblock_cost(config, parse(word)).local(work)
+            for word, _ in module.units(layer, "block"):
+                attention, ffn = (subblock_cost(config, parse(part)) for part in split(word))
+                total += attention.local(work) + ffn.training(work)
+        return total
 
     @torch.no_grad()
     def measure(self, module: BlockLibrary, batches: Sequence[Batch]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from tessera.model.weights import resolve, save_model
 from tessera.objectives.lm import Heldout, training_documents
 from tessera.run import Run, RunError, read_json
 from tessera.train.engine import Stats, Trainer, one_group
+from tessera.train.flops import Work, model_cost
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence
 from tessera.train.optim import TrainConfig
 
@@ -74,6 +75,12 @@ class KD:
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         return one_group(module)
+
+    def flops(self, module: nn.Module, batch: Batch) -> int:
+        assert isinstance(module, Transformer)
+        work = Work.of(batch, module.config.sliding_window)
+        parent = model_cost(self.parent.config).forward(work)
+        return parent + model_cost(module.config).training(work)
 
 
 def _context(batch: Batch) -> Context:

@@ -25,6 +25,7 @@ from tessera.model.transformer import Transformer
 from tessera.model.weights import find_tensors, load_config, load_model, resolve, save_model
 from tessera.run import Run, RunError
 from tessera.train.engine import Stats, Trainer, one_group
+from tessera.train.flops import Work, model_cost
 from tessera.train.losses import cross_entropy
 from tessera.train.optim import TrainConfig
 from tessera.train.parallel import gathered
@@ -44,6 +45,11 @@ class LM:
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         return one_group(module)
+
+    def flops(self, module: nn.Module, batch: Batch) -> int:
+        assert isinstance(module, Transformer)
+        work = Work.of(batch, module.config.sliding_window)
+        return model_cost(module.config).training(work)
 
 
 def documents(

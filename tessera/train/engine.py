@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,8 +28,11 @@ from tessera.data.batch import Batch, Source
 from tessera.progress import Progress
 from tessera.run import FailureError, Run
 from tessera.train.checkpoint import Saver, load_state
+from tessera.train.flops import peak
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
 from tessera.train.parallel import clip
+from tessera.train.sinks import Sinks
+from tessera.train.watch import Watch
 
 Stats = dict[str, Tensor]
 
@@ -51,6 +55,18 @@ class Objective(Protocol):
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         """Parameters clipped together."""
         ...
+
+    def flops(self, module: nn.Module, batch: Batch) -> int:
+        """Operations that the mathematics of a microbatch takes (`train/flops.py`)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much a step did, over all processes."""
+
+    tokens: int
+    flops: float
 
 
 class Trainer:
@@ -84,6 +100,7 @@ class Trainer:
         assert dist.world() == 1 or not plain, f"not spread over the processes: {plain[:3]}"
         self.groups = objective.groups(module)
         self.optimizer = build_optimizer(self.trainable.values(), config)
+        self.watch = Watch(run, config.quiet_seconds)
 
     def fit(self) -> None:
         """Train to the last step, from the last saved state if there is one.
@@ -95,38 +112,59 @@ class Trainer:
         if start:
             self.run.say(f"resuming after step {self.before + start} of {self.steps_of_run}")
         self.module.train()
-        saved = time.monotonic()
+        saved = begun = time.monotonic()
         bar = Progress(self.run.name, self.steps_of_run, "tokens", quiet=self.run.quiet)
         saver = Saver(self.state_path, self.config.save_total_limit)
-        with _stop_signal() as stopped, bar, saver:
+        sinks = Sinks(self.config.report_to, self.run, self.before + start)
+        with _stop_signal() as stopped, bar, sinks, saver, self.watch:
             bar.advance(self.before + start, 0)
             for step in range(start, self.config.steps):
-                metrics, tokens = self.train_step(step)
+                metrics, amount = self.train_step(step)
                 last = step + 1 == self.config.steps
+                timing = self._timing(amount, time.monotonic() - begun)
                 if self.evaluate and (last or self._due(step + 1)):
+                    self.watch.at(f"step {step + 1}: evaluating")
                     metrics |= self.evaluate()
                 self.run.log(self.before + step + 1, **metrics)
-                bar.advance(1, tokens, loss=metrics["loss"])
-                late = time.monotonic() - saved > self.config.save_seconds
-                stop, save = _anywhere(stopped(), late)
+                self.run.log_timing(self.before + step + 1, **timing)
+                sinks.log(self.before + step + 1, metrics | timing)
+                shown = {"mfu": timing["mfu"]} if "mfu" in timing else {}
+                bar.advance(1, amount.tokens, loss=metrics["loss"], **shown)
+                self.watch.at(f"step {step + 1}: agreeing on what is next")
+                begun = time.monotonic()
+                stop, save = _anywhere(stopped(), begun - saved > self.config.save_seconds)
                 if stop or save:
+                    self.watch.at(f"step {step + 1}: saving")
                     saver.save(step + 1, self)
                     saved = time.monotonic()
                 if stop:
                     saver.wait()
                     raise KeyboardInterrupt
 
+    def _timing(self, amount: Amount, seconds: float) -> dict[str, float]:
+        """Seconds, tokens a second, and the share of what all devices could do, if known."""
+        timing = {"seconds": seconds, "tokens_per_second": amount.tokens / seconds}
+        best = peak(self.config.spread.dtype)
+        if best:
+            timing["mfu"] = amount.flops / seconds / (best * dist.world())
+        return timing
+
     def _due(self, step: int) -> bool:
         return self.evaluate_every > 0 and step % self.evaluate_every == 0
 
-    def train_step(self, step: int) -> tuple[dict[str, float], int]:
-        """One optimizer step; returns its metrics and the tokens that all processes read."""
-        batches = [batch.to(dist.device()) for batch in self.source.batches(step)]
+    def train_step(self, step: int) -> tuple[dict[str, float], Amount]:
+        """One optimizer step; returns its metrics and how much all processes did."""
+        self.watch.at(f"step {step + 1}: reading data")
+        batches = self.source.batches(step)
+        flops = sum(self.objective.flops(self.module, batch) for batch in batches)
+        batches = [batch.to(dist.device()) for batch in batches]
+        self.watch.at(f"step {step + 1}: summing weights")
         weights = [self.objective.weight(batch).double() for batch in batches]
         weight = float(self.layout.sum(torch.stack(weights).sum()))
         if weight <= 0:
             raise FailureError(f"step {step + 1} has no trained token; check the data's weights")
-        totals: dict[str, Tensor] = {}
+        totals = {"flops": torch.tensor(flops, dtype=torch.float64, device=dist.device())}
+        self.watch.at(f"step {step + 1}: losses and gradients")
         for batch in batches:
             _add(totals, "tokens", (batch.segments >= 0).sum())
             for loss, stats in self.objective.losses(self.module, batch):
@@ -134,14 +172,16 @@ class Trainer:
                 _add(totals, "loss", loss.detach())
                 for key, value in stats.items():
                     _add(totals, key, value)
+        self.watch.at(f"step {step + 1}: summing losses")
         summed = self.layout.sum(torch.stack(list(totals.values()))).tolist()
         sums = dict(zip(totals, summed, strict=True))
-        tokens = round(sums.pop("tokens"))
+        amount = Amount(round(sums.pop("tokens")), sums.pop("flops"))
         metrics = {key: value / weight for key, value in sums.items()}
+        self.watch.at(f"step {step + 1}: clipping and updating")
         metrics["grad_norm"] = self._clip()
         self._check_finite(step, metrics)
         metrics["lr"] = self._update(step)
-        return metrics, tokens
+        return metrics, amount
 
     def _clip(self) -> float:
         """Clip each group on its own; returns the norm over all of them before clipping."""

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 from tessera.train.parallel import DTYPES, ParallelConfig, Spread, mesh_of
+from tessera.train.sinks import SinkName, check_installed
 
 Schedule = Literal["cosine", "wsd", "constant"]
 
@@ -39,6 +40,14 @@ class TrainConfig(BaseModel):
     parallel: ParallelConfig = ParallelConfig()
     save_seconds: float = Field(default=60.0, gt=0)  # at least this long between resume states
     save_total_limit: int = Field(default=1, ge=1)  # resume states kept
+    report_to: tuple[SinkName, ...] = ()  # besides metrics.jsonl
+    quiet_seconds: float = Field(default=120.0, gt=0)  # then a line tells what is waited for
+
+    @field_validator("report_to")
+    @classmethod
+    def _installed(cls, value: tuple[SinkName, ...]) -> tuple[SinkName, ...]:
+        check_installed(value)
+        return value
 
     @property
     def spread(self) -> Spread:
