@@ -211,6 +211,50 @@ def _num_params(step: Step) -> int | None:
 
 
 @_command
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str, typer.Option(help="Machines x devices x name: 9x8xH100, 8xH100, H100.")
+    ] = "8xH100",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The parent's config.json, where its checkpoint is not here."),
+    ] = None,
+    child: Annotated[
+        Path | None,
+        typer.Option(help="The child's config.json; without it the parent's words stand in."),
+    ] = None,
+    network: Annotated[
+        float, typer.Option(min=1.0, help="Gb/s a GPU between machines, one direction.")
+    ] = 400.0,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU-hour.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe's trainings take on a cluster: memory by part, layout, time; runs nothing.
+
+    Times are a roofline of data sheets: a bound to compare by, not a promise.
+    """
+    from tessera import pipeline
+    from tessera.planning import layout, report, work
+    from tessera.planning.cluster import parse_cluster
+    from tessera.planning.parent import config_of, parent_of
+    from tessera.recipe import load
+
+    machines = parse_cluster(cluster, network * 1e9 / 8)
+    read = load(recipe, overrides or ())
+    parent = parent_of(read, config)
+    jobs = work.jobs(read, pipeline.STAGES, parent, config_of(child) if child else None)
+    plans = [layout.best(job, machines) for job in jobs]
+    if as_json:
+        _print_json([found.as_json() for found in plans])
+        return
+    print(report.told(plans, price))
+    if others := work.unplanned(read):
+        _complain(f"not planned, because they train nothing here: {', '.join(others)}")
+
+
+@_command
 def show(
     path: Annotated[
         Path,

@@ -34,6 +34,7 @@ LEVELS = {
     "explain": 6,
     "lineage": 6,
     "estimate": 6,
+    "planning": 6,
     "pipeline": 6,
     "resolve": 6,
     "show": 6,

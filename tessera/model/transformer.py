@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessera.model.cache import KVCache, LayerCache
-from tessera.model.config import BlockConfig, ModelConfig
+from tessera.model.config import BlockConfig, ModelConfig, NoOp
 from tessera.model.context import Context
 from tessera.model.layers import RMSNorm, Subblock, rope_frequencies
 from tessera.model.matmul import linear
@@ -38,8 +38,11 @@ class Block(nn.Module):
         return self._run(x, context, cache)
 
     def _run(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(x, context, cache)
-        return x + self.ffn(x, context)
+        if not isinstance(self.attention.variant, NoOp):  # adding 0.0 would copy the stream
+            x = x + self.attention(x, context, cache)
+        if not isinstance(self.ffn.variant, NoOp):
+            x = x + self.ffn(x, context)
+        return x
 
     @property
     def config(self) -> BlockConfig:

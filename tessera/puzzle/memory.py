@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tessera.model.config import GQA, KINDS, Linear, ModelConfig, SwiGLU, Variant, parse_kind
+from tessera.model.config import KINDS, ModelConfig, Variant, parse_kind
 from tessera.puzzle.library import Key, layer_groups
 from tessera.puzzle.space import split
+from tessera.train.activations import kept, working
 
 WEIGHT, TRAINED = 4, 16  # bytes a parameter
 
@@ -53,16 +54,13 @@ def training_memory(
 ) -> Memory:
     """What it takes to train the units of `keys`, `layers_at_once` layers together (None: all)."""
     groups = layer_groups(keys, layers_at_once)
-    saved: dict[int, int] = {}
-    for layer, kind, word in keys:
-        saved[layer] = saved.get(layer, 0) + _saved_beside_parent(parent, layer, kind, word)
     return Memory(
         parent=WEIGHT * parent.num_params(),
         units=TRAINED
         * max((sum(unit_params(parent, *k[1:]) for k in g) for g in groups), default=0),
-        activations=WEIGHT * microbatch_tokens * max(saved.values(), default=0),
+        activations=round(WEIGHT * microbatch_tokens * kept_numbers(parent, keys)) if keys else 0,
         layers_at_once=max((len({key[0] for key in group}) for group in groups), default=0),
-        layers=len(saved),
+        layers=len({layer for layer, _, _ in keys}),
     )
 
 
@@ -75,26 +73,22 @@ def _parts(kind: str, word: str) -> list[tuple[str, str]]:
     return list(zip(KINDS, split(word), strict=True)) if kind == "block" else [(kind, word)]
 
 
-def _saved_beside_parent(parent: ModelConfig, layer: int, kind: str, word: str) -> int:
-    """Numbers a token that autograd keeps for one unit; behind attention runs the parent's FFN."""
-    own = sum(_saved(parent, parse_kind(k, w)) for k, w in _parts(kind, word))
-    behind = _saved(parent, parent.blocks[layer].ffn) if kind == "attention" else 0
-    return own + behind
+def kept_numbers(parent: ModelConfig, keys: Sequence[Key], *, working_too: bool = True) -> float:
+    """Numbers a token that the units of one layer keep for their backward, of the largest layer.
 
-
-def _saved(config: ModelConfig, variant: Variant) -> int:
-    """Numbers a token that the backward of one subblock needs: its layers.py, line by line."""
-    hidden = 4 * config.hidden_size  # the input, the norm's output, the delta, the sum
-    match variant:
-        case SwiGLU(width):
-            return hidden + 4 * width
-        case GQA(heads):
-            q, kv = config.num_attention_heads * config.head_dim, heads * config.head_dim
-            return hidden + 5 * q + 6 * kv
-        case Linear():
-            return hidden
-        case _:
-            return 0
+    Behind attention runs the parent's FFN. working_too: and what the widest FFN's backward pass
+    holds beside that.
+    """
+    layers: dict[int, float] = {}
+    variants: list[Variant] = []
+    for layer, kind, word in keys:
+        own = [parse_kind(k, w) for k, w in _parts(kind, word)]
+        own += [parent.blocks[layer].ffn] if kind == "attention" else []
+        # All units of a layer share what enters; each keeps its distance from the parent instead.
+        layers[layer] = layers.get(layer, 0) + sum(kept(parent, v) for v in own)
+        variants += own
+    most = max(layers.values(), default=0)
+    return most + (working(parent, variants) if working_too else 0)
 
 
 def _bytes(count: float) -> str:

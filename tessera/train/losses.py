@@ -39,8 +39,8 @@ PORTIONS = {
     # 16 MiB, the most that glibc hands out again without asking the kernel; 1 MiB, a core's L2;
     # products of 32 tokens with the gradient of a head of 128,256 were a third of a step.
     "cpu": Portions(chunk=1 << 22, tile=1 << 18, slab=256),
-    # 1 GiB, 2093 tokens at 128,256: fewer leave the product with the head bound by reading it.
-    "cuda": Portions(chunk=1 << 28, tile=1 << 28, slab=1024),
+    # 512 MiB, 1046 tokens at 128,256: far fewer, and reading the head bounds the product.
+    "cuda": Portions(chunk=1 << 27, tile=1 << 27, slab=1024),
 }
 
 

@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 
 from tessera import dist
 from tessera.disk import RunError
-from tessera.model.config import GQA, ModelConfig, SwiGLU
+from tessera.model.config import GQA, ModelConfig, SwiGLU, Variant
 from tessera.model.sharded import whole
 from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model
@@ -192,21 +192,28 @@ class Spread:
 def split_heads_and_channels(block: Block, config: ModelConfig, mesh: DeviceMesh) -> None:
     """Tensor parallelism of one block (Megatron): columns in, rows out, one sum a subblock.
 
-    A subblock whose KV heads or channels do not divide, or that has none, stays whole on every
-    process, and so does attention with a norm inside each head.
+    What does not divide (`splits`) stays whole on every process.
     """
-    ways = mesh.size()
-    attention, ffn = block.attention.variant, block.ffn.variant
     plan: dict[str, Any] = {}
-    if isinstance(attention, GQA) and not config.qk_norm:
-        if attention.num_key_value_heads % ways == 0:
-            plan |= {f"attention.op.{p}_proj": ColwiseParallel() for p in "qkv"}
-            plan["attention.op.o_proj"] = RowwiseParallel()
-    if isinstance(ffn, SwiGLU) and ffn.intermediate_size % ways == 0:
+    if splits(config, block.attention.variant, mesh.size()):
+        plan |= {f"attention.op.{p}_proj": ColwiseParallel() for p in "qkv"}
+        plan["attention.op.o_proj"] = RowwiseParallel()
+    if splits(config, block.ffn.variant, mesh.size()):
         plan |= {f"ffn.op.{p}_proj": ColwiseParallel() for p in ("gate", "up")}
         plan["ffn.op.down_proj"] = RowwiseParallel()
     if plan:
         parallelize_module(block, mesh, plan)
+
+
+def splits(config: ModelConfig, variant: Variant, ways: int) -> bool:
+    """Whether a subblock's KV heads or channels divide, and no norm stands inside each head."""
+    match variant:
+        case GQA(num_key_value_heads=heads):
+            return heads % ways == 0 and not config.qk_norm
+        case SwiGLU(intermediate_size=width):
+            return width % ways == 0
+        case _:
+            return False
 
 
 @contextmanager

@@ -1,0 +1,134 @@
+"""What a stage of a recipe has to train, as far as words tell: the input of a plan.
+
+Of a stage that trains a child nobody has searched yet, the parent's words stand in: an upper bound.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from tessera.eval.race import RaceConfig
+from tessera.model.config import ModelConfig, parse
+from tessera.objectives.bld import BLDConfig, units_of
+from tessera.objectives.kd import KDConfig
+from tessera.objectives.lm import CPTConfig, ParentConfig
+from tessera.puzzle.library import Key, layer_groups
+from tessera.recipe import Recipe, RecipeError, StageSpec, nearest, validate
+from tessera.resolve import Stage
+from tessera.train.flops import Work, block_cost, model_cost, subblock_cost
+from tessera.train.optim import TrainConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training: of `student` whole (with a frozen `teacher`, perhaps), or of units of `parent`.
+
+    passes: how often the data is gone through, a group of layers each (block-wise distillation).
+    states: the teacher's residual streams are kept for a loss on them.
+    """
+
+    name: str
+    train: TrainConfig
+    student: ModelConfig | None = None
+    teacher: ModelConfig | None = None
+    states: bool = False
+    units: tuple[Key, ...] = ()
+    passes: int = 1
+
+    @property
+    def config(self) -> ModelConfig:
+        """The larger of the models."""
+        found = self.teacher or self.student
+        assert found is not None
+        return found
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the whole training."""
+        return self.passes * self.train.steps * self.train.tokens_per_step
+
+    def flops(self) -> float:
+        """Operations of a step, of documents as long as the longest there may be."""
+        tokens, length = self.train.tokens_per_step, self.train.sequence_length
+        seen = min(length, self.config.sliding_window or length)
+        work = Work(tokens, round(tokens * (seen + 1) / 2))
+        total = 0
+        if self.student is not None:
+            total += model_cost(self.student).training(work)
+            total += model_cost(self.teacher).forward(work) if self.teacher else 0
+            return total
+        return self._unit_flops(work)
+
+    def _unit_flops(self, work: Work) -> float:
+        """Of one pass: the parent's blocks, and a share of the units."""
+        parent = self.config
+        total = sum(block_cost(parent, layer).forward(work) for layer in range(len(parent.blocks)))
+        for layer, kind, word in self.units:
+            own = subblock_cost(parent, parse(word)).local(work)
+            behind = (
+                subblock_cost(parent, parent.blocks[layer].ffn) if kind == "attention" else None
+            )
+            total += (own + (2 * behind.forward(work) if behind else 0)) / self.passes
+        return total
+
+
+def jobs(
+    recipe: Recipe,
+    stages: Mapping[str, Stage],
+    parent: ModelConfig,
+    child: ModelConfig | None = None,
+) -> list[Job]:
+    """The trainings of a recipe, in order, and what each trains. Raises RecipeError.
+
+    child: what the search will find, where that is known.
+    """
+    found = [_job(spec, stages, parent, child or parent) for spec in recipe.stages]
+    return [job for job in found if job is not None]
+
+
+def _job(
+    spec: StageSpec, stages: Mapping[str, Stage], parent: ModelConfig, child: ModelConfig
+) -> Job | None:
+    config = checked(spec, stages)
+    match config:
+        case ParentConfig(train=TrainConfig() as train):
+            return Job(spec.name, train, student=parent)
+        case BLDConfig():
+            keys = tuple(units_of(config, parent, spec.name)[1])
+            groups = layer_groups(keys, config.layers_at_once)
+            return Job(spec.name, config.train, None, parent, units=keys, passes=len(groups))
+        case KDConfig() | RaceConfig():
+            states = config.cosine > 0
+            return Job(spec.name, config.train, child, parent, states)
+        case CPTConfig():
+            return Job(spec.name, config.train, student=child)
+        case _:
+            return None
+
+
+TRAINS = ("parent", "bld", "race", "kd", "cpt")
+
+
+def checked(spec: StageSpec, stages: Mapping[str, Stage]) -> BaseModel | None:
+    """The config of a stage that trains, None of any other; its needs are not looked for."""
+    if spec.stage not in stages:
+        raise RecipeError(
+            f"[{spec.name}]: there is no stage {spec.stage!r}; {nearest(spec.stage, stages)}"
+        )
+    imported = spec.stage == "parent" and "train" not in spec.table
+    if spec.stage not in TRAINS or imported:
+        return None
+    stage = stages[spec.stage]
+    needs = {mark.rstrip("?=*") for mark in stage.needs}
+    table = {key: value for key, value in spec.table.items() if key not in needs}
+    kind = getattr(importlib.import_module(stage.module), stage.config)
+    return validate(kind, table, spec.name)
+
+
+def unplanned(recipe: Recipe) -> Sequence[str]:
+    """Names of the stages that a plan says nothing of."""
+    return [spec.name for spec in recipe.stages if spec.stage not in TRAINS]

@@ -1,0 +1,199 @@
+"""A plan counts what a Trainer holds, and tells what fits and what does not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tessera.cli import app
+from tessera.model.config import ModelConfig, uniform
+from tessera.model.transformer import Transformer
+from tessera.objectives.lm import LM
+from tessera.planning.cluster import ClusterError, parse_cluster
+from tessera.planning.layout import best, layouts
+from tessera.planning.memory import Layout, held_params, memory, root_params
+from tessera.planning.step import step_time
+from tessera.planning.work import Job
+from tessera.run import Run
+from tessera.train.activations import kept
+from tessera.train.engine import Trainer
+from tessera.train.optim import TrainConfig
+from tests.toy import ToySource, toy_batch, toy_config, toy_model
+
+ROOT = Path(__file__).parents[2]
+WORDS = (("gqa-4", "swiglu-48"), ("noop", "swiglu-10"), ("gqa-2", "noop"), ("linear", "linear"))
+TRAIN = TrainConfig(
+    steps=100,
+    tokens_per_step=2**21,
+    microbatch_tokens=8192,
+    sequence_length=8192,
+    dtype="bfloat16",
+)
+
+
+def llama(layers: int, hidden: int, heads: int, width: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=128_256,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        head_dim=128,
+        blocks=uniform("gqa-8", f"swiglu-{width}", layers),
+    )
+
+
+LLAMA_8B = llama(32, 4096, 32, 14_336)
+LLAMA_405B = llama(126, 16_384, 128, 53_248)
+
+
+def test_clusters_are_machines_times_devices():
+    nine = parse_cluster("9x8xH100")
+    assert (nine.nodes, nine.gpus, nine.world, nine.device.name) == (9, 8, 72, "H100")
+    assert [parse_cluster(t).world for t in ("8xh200", "L40S", "2x4xA100")] == [8, 1, 8]
+    assert nine.link(8) > nine.link(16) == nine.network
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("9x8", "write machines x devices"), ("0xH100", "begin at 1"), ("8xH1000", "'H100'")],
+)
+def test_what_is_no_cluster_is_told(text, said):
+    with pytest.raises(ClusterError, match=said):
+        parse_cluster(text)
+
+
+def test_weights_gradients_and_moments_are_those_of_a_trainer(tmp_path):
+    module = Transformer(toy_config(4).with_words(WORDS)).init_weights(0)
+    held: dict[str, int] = {}
+
+    class Looking(Trainer):
+        def _update(self, step: int) -> float:
+            held["gradients"] = sum(
+                p.grad.nbytes for p in module.parameters() if p.grad is not None
+            )
+            return super()._update(step)
+
+    with Run.open(tmp_path / "r", stage="cpt", config={}, inputs={}, seed=0, quiet=True) as run:
+        trainer = Looking(module, LM(), ToySource(), TrainConfig(steps=1), run)
+        trainer.fit()
+    states = trainer.optimizer.state.values()
+    held["weights"] = sum(p.nbytes for p in module.parameters())
+    held["moments"] = sum(s[k].nbytes for s in states for k in ("exp_avg", "exp_avg_sq"))
+    job = Job("cpt", TrainConfig(steps=1), module.config)
+    parts = asdict(memory(job, Layout(1, 1, 1, False), 0.0, accelerator=False))
+    assert {name: parts[name] for name in held} == held
+
+
+def test_shards_hold_it_once_and_tensor_ranks_split_what_divides():
+    config = toy_config(4).with_words(WORDS)
+    job = Job("cpt", TrainConfig(steps=1), config)
+    one, four = (memory(job, Layout(1, n, 1, False), 0.0, accelerator=False) for n in (1, 4))
+    assert four.weights * 4 == one.weights == 4 * config.num_params()
+    split = 2 * 32 * 32 + 2 * 32 * 32 + 3 * 32 * 48 + 3 * 32 * 10  # gqa-4, swiglu-48, swiglu-10
+    split += 2 * 32 * 32 + 2 * 32 * 16  # gqa-2
+    assert held_params(config, 1) - held_params(config, 2) == split // 2
+    assert root_params(config) == 2 * 40 * 32 + 32
+
+
+def test_activations_are_near_what_autograd_keeps():
+    module = toy_model(4, hidden_size=64, head_dim=16)
+    batch, seen = toy_batch(0, rows=2, length=64), {}
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for _ in LM().losses(module, batch):
+            pass
+    config = module.config
+    numbers = sum(kept(config, b.attention) + kept(config, b.ffn) for b in config.blocks)
+    assert 0.85 < sum(seen.values()) / (4 * batch.tokens.numel() * numbers) < 1.1
+
+
+def test_the_best_plan_fits_and_no_layout_that_fits_is_faster():
+    cluster = parse_cluster("2x8xH100")
+    job = Job("kd", TRAIN, LLAMA_8B, LLAMA_8B, states=True)
+    plan = best(job, cluster)
+    assert plan.fits and plan.parts.total <= 80e9
+    others = [
+        layout
+        for layout in layouts(job, cluster)
+        if memory(job, layout, 80e9).total <= 80e9
+        and step_time(job, layout, cluster).total < plan.time.total
+    ]
+    assert not others
+    assert 0.2 < plan.time.mfu < 0.75
+
+
+def test_recomputation_trades_time_for_memory():
+    job, cluster = Job("cpt", TRAIN, LLAMA_8B), parse_cluster("8xH100")
+    keeps, again = Layout(1, 8, 1, False), Layout(1, 8, 1, True)
+    assert memory(job, again, 80e9).activations < memory(job, keeps, 80e9).activations / 3
+    ratio = step_time(job, again, cluster).products / step_time(job, keeps, cluster).products
+    assert 1.25 < ratio < 4 / 3
+
+
+def test_what_does_not_fit_says_which_part_and_what_would():
+    job = Job("kd", TRAIN, LLAMA_405B, LLAMA_405B, states=True)
+    plan = best(job, parse_cluster("8xH100"))
+    assert not plan.fits and "the largest part is" in plan.advice
+    small = Job("cpt", replace_train(microbatch_tokens=2**18), LLAMA_8B)
+    advised = best(small, parse_cluster("4xH200")).advice
+    tokens = int(advised.split("microbatch_tokens = ")[1].split()[0])
+    fitting = best(
+        replace(small, train=replace_train(microbatch_tokens=tokens)), parse_cluster("4xH200")
+    )
+    assert fitting.fits
+
+
+def replace_train(**changes) -> TrainConfig:
+    return TRAIN.model_copy(update=changes)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path / "config.json"
+
+
+def test_a_recipe_is_planned_from_a_config_alone(config):
+    words = ["plan", str(ROOT / "recipes/super-49b.toml"), "--config", str(config)]
+    found = CliRunner().invoke(app, [*words, "--cluster", "32x8xH100", "--price", "2"])
+    assert found.exit_code == 0, found.output
+    assert "[bld]" in found.stdout and "[kd]" in found.stdout and "at 2 a GPU-hour" in found.stdout
+    listed = CliRunner().invoke(app, [*words, "--cluster", "32x8xH100", "--json"])
+    plans = json.loads(listed.stdout[: listed.stdout.rindex("]") + 1])
+    assert [plan["name"] for plan in plans] == ["bld", "kd"]
+    assert plans[1]["tokens"] == 19_074 * 2_097_152
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--cluster", "8xG100", "--config", "CONFIG"], "unknown device 'G100'"),
+        (["--cluster", "8xH100"], "--config"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(config, words, said):
+    words = [str(config) if word == "CONFIG" else word for word in words]
+    found = CliRunner().invoke(app, ["plan", str(ROOT / "recipes/super-49b.toml"), *words])
+    assert found.exit_code == 2 and said in found.output
