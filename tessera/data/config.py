@@ -42,11 +42,28 @@ LATER_KEYS = ("dataset", "subset", "split", "heldout_split", "revision", "source
 
 
 class BPE(BaseModel):
-    """Train a byte-level BPE of `bpe` tokens on the training documents."""
+    """Train a byte-level BPE of `bpe` tokens on the training documents.
+
+    tokens: texts that are one token wherever they stand, on top of those. chat: the marks of the
+    built-in chat template and `<think>`, `</think>` are, too.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bpe: int = Field(ge=259)
+    tokens: list[str] = []
+    chat: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value}
+
+    @field_validator("tokens")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if "" in value or len(set(value)) != len(value):
+            raise ValueError("each of `tokens` is a text of its own, one sign or more")
+        return value
 
 
 class CacheConfig(BaseModel):

@@ -25,6 +25,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+CHAT_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # the last ends a turn
+THINK = ("<think>", "</think>")
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -248,8 +250,14 @@ def byte_backend() -> Fast:
     return _finish(tokenizer)
 
 
-def train_bpe_backend(texts: Iterable[str], vocab_size: int) -> Fast:
-    """A byte-level BPE of at most `vocab_size` tokens (fewer when the texts run out of pairs)."""
+def train_bpe_backend(
+    texts: Iterable[str], vocab_size: int, tokens: Sequence[str] = (), specials: Sequence[str] = ()
+) -> Fast:
+    """A byte-level BPE of at most `vocab_size` tokens (fewer when the texts run out of pairs).
+
+    On top of them, `tokens` are always one token wherever they stand in a text, and `specials` are
+    read out of a text only where special tokens are asked for.
+    """
     smallest = 256 + 3
     if vocab_size < smallest:
         raise TokenizerError(
@@ -265,4 +273,6 @@ def train_bpe_backend(texts: Iterable[str], vocab_size: int) -> Fast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in specials])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens])
     return _finish(tokenizer)

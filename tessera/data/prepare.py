@@ -90,7 +90,7 @@ def choose_tokenizer(
         )
     if isinstance(wanted, BPE):
         texts = itertools.chain.from_iterable(source.training_texts() for source in sources)
-        return train_bpe(texts, wanted.bpe)
+        return train_bpe(texts, wanted.bpe, wanted.tokens, chat=wanted.chat)
     if wanted == "byte":
         return byte_tokenizer()
     return load_tokenizer(model or str(wanted))

@@ -21,8 +21,10 @@ from typing import Any
 
 from tessera.data.formats import (
     BOS,
+    CHAT_MARKS,
     EOS,
     PAD,
+    THINK,
     Backend,
     Fast,
     SentencePiece,
@@ -157,16 +159,24 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(backend, _trained_specials(backend))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE learned from `texts`; the same texts give the same tokenizer."""
-    backend = train_bpe_backend(texts, vocab_size)
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, tokens: Sequence[str] = (), *, chat: bool = False
+) -> Tokenizer:
+    """A byte-level BPE learned from `texts`; the same texts give the same tokenizer.
+
+    tokens: texts that are one token each, on top. chat: so are the built-in template's marks and,
+    as plain text that stock parsers find, `<think>` and `</think>`.
+    """
+    marks, thoughts = (CHAT_MARKS, THINK) if chat else ((), ())
+    backend = train_bpe_backend(texts, vocab_size, [*thoughts, *tokens], marks)
     return Tokenizer(backend, _trained_specials(backend))
 
 
 def _trained_specials(backend: Backend) -> Specials:
-    end = backend.token_id(EOS)
-    assert end is not None
-    return Specials(backend.token_id(BOS), (end,), backend.token_id(PAD))
+    """A turn's end stops generation too, behind the document's end."""
+    ends = [backend.token_id(token) for token in (EOS, CHAT_MARKS[-1])]
+    eos = tuple(i for i in ends if i is not None)
+    return Specials(backend.token_id(BOS), eos, backend.token_id(PAD))
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
