@@ -58,6 +58,10 @@ def _exit_code(error: Exception) -> int | None:
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
     """A function as a command whose expected errors end in a sentence and an exit code."""
+    return app.command()(_guarded(function))
+
+
+def _guarded(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -78,7 +82,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             _complain(f"error: {error}")
             raise typer.Exit(code) from None
 
-    return app.command()(guarded)
+    return guarded
 
 
 def _print_version(wanted: bool) -> None:
@@ -321,3 +325,54 @@ def export(
         _print_json(report.as_json())
     else:
         print("\n".join(report.lines()))
+
+
+data = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command("audit")
+@_guarded
+def audit_data(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Chats: .jsonl, .json or .parquet, any dialect.")
+    ],
+    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help=f"Whose to take: {MODEL}.")],
+    row: Annotated[
+        list[int] | None, typer.Option(min=1, help="Print this row; may be repeated.")
+    ] = None,
+    turns: Annotated[str, typer.Option(help="Train all answers of a chat, or the last.")] = "all",
+    switch: Annotated[
+        str,
+        typer.Option(help='"detailed thinking", "/no_think" or a variable of the template.'),
+    ] = "detailed thinking",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check which tokens of a set of chats are trained, and print rows with those in colour.
+
+    Exits with 1 where a check fails or a row is refused. Without --row the first row is printed.
+    """
+    from tessera.data import audit
+    from tessera.data.chat import ChatEncoder, Document
+    from tessera.data.tokenizer import load_tokenizer
+    from tessera.model.weights import resolve
+
+    if turns not in ("all", "last"):
+        raise typer.BadParameter(f'--turns {turns}: give "all" or "last"')
+    home = Path(tokenizer) if Path(tokenizer).exists() else resolve(tokenizer)
+    encoder = ChatEncoder.of(load_tokenizer(home), turns, switch)  # type: ignore[arg-type]
+    kept: dict[int, list[Document] | str] = {}
+
+    def keep(number: int, documents: list[Document] | str) -> None:
+        if number in (row or [1]):
+            kept[number] = documents
+
+    report = audit.audit(file, encoder, limit, keep)
+    if as_json:
+        _print_json(report.as_json())
+    else:
+        audit.print_rows(kept, encoder)
+        print("\n".join(report.lines()))
+    if not report.clean:
+        raise typer.Exit(1)

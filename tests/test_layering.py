@@ -45,7 +45,8 @@ CONFINED = {
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
     "pyarrow": ["data"],
-    "rich": ["progress.py"],
+    "jinja2": ["data/template.py"],
+    "rich": ["progress.py", "data/audit.py"],
     "safetensors": [
         "model/saving.py",
         "model/weights.py",

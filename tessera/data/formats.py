@@ -62,6 +62,7 @@ class Backend(Protocol):
     def decode(self, ids: Sequence[int], special: bool) -> str: ...
     def token_id(self, token: str) -> int | None: ...
     def token(self, index: int) -> str | None: ...
+    def special_tokens(self) -> list[str]: ...
     def definition(self) -> bytes: ...
     @property
     def vocab_size(self) -> int: ...
@@ -91,6 +92,17 @@ class Fast:
 
     def token(self, index: int) -> str | None:
         return self.tokenizer.id_to_token(index)
+
+    def mark_special(self, tokens: Iterable[str]) -> None:
+        """Makes special what the files beside the vocabulary name so, as `transformers` does."""
+        found = [token for token in tokens if self.token_id(token) is not None]
+        lacking = [token for token in found if token not in self.special_tokens()]
+        if lacking:
+            self.tokenizer.add_special_tokens([AddedToken(t, special=True) for t in lacking])
+
+    def special_tokens(self) -> list[str]:
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
 
     def definition(self) -> bytes:
         """All that the ids of a text follow from: the tokenizer.json, and the library's version."""
@@ -132,6 +144,9 @@ class SentencePiece:
 
     def token(self, index: int) -> str | None:
         return self.processor.IdToPiece(index) if 0 <= index < self.vocab_size else None
+
+    def special_tokens(self) -> list[str]:
+        return []
 
     def definition(self) -> bytes:
         """All that the ids of a text follow from: the model file, and the library's version."""
