@@ -60,7 +60,7 @@ class ChatEncoder:
         """With the tokenizer's template. Raises TemplateError where there is none to be had."""
         return cls(tokenizer, template_of(tokenizer), turns, switch)
 
-    @cached_property
+    @property
     def identity(self) -> list[Any]:
         """What the documents of a conversation follow from, beside itself."""
         rules = [self.turns, self.switch, self.tokenizer.eos_ids]

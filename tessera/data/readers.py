@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-Format = Literal["auto", "text", "jsonl", "parquet"]
+Format = Literal["auto", "text", "jsonl", "parquet", "chat"]
 SUFFIXES: dict[str, Format] = {
     ".txt": "text",
     ".text": "text",
@@ -38,10 +38,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One document; `key`, its text unless given, decides with which others it is held out."""
+    """One document.
+
+    key: its text unless given, decides with which others it is held out. line: where it stood, if
+    that may have to be told later.
+    """
 
     text: str
     key: str | None = None
+    line: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from typing import Literal
 
 import numpy as np
 
+from tessera.data.conversation import CLOSE, OPEN, Chat, Mode
+
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1
 WORK_SHARE = 0.75
@@ -49,6 +51,16 @@ class Problem:
         """The document of this problem, with or without the reasoning."""
         reasoning = f"Work: {self.work}\n" if work else ""
         return f"{self.question}\n{reasoning}Answer: {self.answer}"
+
+    def chat(self, mode: Mode) -> Chat:
+        """The conversation of this problem: the reasoning is the thought, or left out."""
+        thought = f"{OPEN}\nWork: {self.work}\n{CLOSE}\n\n" if mode == "on" else ""
+        messages = [
+            {"role": "user", "content": self.question},
+            {"role": "assistant", "content": f"{thought}Answer: {self.answer}"},
+        ]
+        extra = {"category": self.name, "level": self.level, "answer": self.answer}
+        return Chat(messages, mode, [], extra)
 
 
 def split_of(question: str) -> Split:
@@ -129,6 +141,13 @@ def document(name: str, seed: int, index: int, split: Split = "train") -> str:
     """The document with this index: three in four show their work."""
     rng = _generator(name, seed, index, split)
     return _draw(name, rng, split, None).text(work=bool(rng.random() < WORK_SHARE))
+
+
+def problem_chat(
+    name: str, seed: int, index: int, split: Split = "train", mode: Mode | None = None
+) -> Chat:
+    """The conversation with this index, reasoning on and off in turn unless `mode` says."""
+    return problem(name, seed, index, split).chat(mode or ("off" if index % 2 else "on"))
 
 
 def _generator(name: str, seed: int, index: int, split: Split) -> np.random.Generator:

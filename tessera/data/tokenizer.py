@@ -136,6 +136,10 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A hash of the vocabulary and its rules: equal ones give every text the same ids."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         return hashlib.blake2b(self._backend.definition(), digest_size=16).hexdigest()
 
     def save(self, directory: Path | str) -> None:

@@ -1,0 +1,40 @@
+"""Chats as documents of a source: files of rows in, one line of JSON a chat out.
+
+What decides a chat's side is its first question, so that the two variants of one question,
+reasoning on and off, are held out together. What is no chat is `Bad`, and so is a row that
+contradicts its switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tessera.data.conversation import Chat, Mode, fault
+from tessera.data.readers import EXCERPT, Bad, Text
+from tessera.data.schema import read_chats
+
+FORMAT = "chat-1"  # of what stands in the cache
+
+
+def chat_records(path: Path, mode: Mode | None) -> Iterator[Text | Bad]:
+    """The chats of a file that may be trained on, of one mode or of both, and what is none."""
+    for number, chat in read_chats(path):
+        if isinstance(chat, Bad):
+            yield chat
+        elif mode is None or chat.mode == mode:
+            if reason := fault(chat):
+                yield Bad(str(path), number, reason, chat.to_json()[:EXCERPT])
+            else:
+                yield as_text(chat, number)
+
+
+def as_text(chat: Chat, line: int = 0) -> Text:
+    """A chat as a document of a source."""
+    question = next(one["content"] for one in chat.messages if one["role"] == "user")
+    return Text(chat.to_json(), key=question.strip(), line=line)
+
+
+def spoken(text: str) -> str:
+    """What is said in a chat: a tokenizer is trained on that, and not on JSON."""
+    return "\n".join(message["content"] for message in Chat.from_json(text).messages)
