@@ -7,14 +7,17 @@ traceback), 130 interrupted. Every import that costs time is inside the command 
 
 from __future__ import annotations
 
-import functools
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tessera.command import MODEL, Json
+from tessera.command import complain as _complain
+from tessera.command import guarded as _guarded
+from tessera.command import print_json as _print_json
+from tessera.command_data import data
 
 if TYPE_CHECKING:
     from tessera.resolve import Step
@@ -29,9 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL = "a run directory, a Hugging Face directory or a hub id"
 Runs = Annotated[Path, typer.Option("--runs", help="Where run directories are.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -44,45 +45,17 @@ RecipeFile = Annotated[
 ]
 
 
+app.add_typer(data, name="data")
+
+
 def main() -> None:
     """The entry point of the `tessera` command."""
     app()
 
 
-def _exit_code(error: Exception) -> int | None:
-    """The code for an error that tessera raised on purpose; None for a mistake in tessera."""
-    if not type(error).__module__.startswith("tessera."):
-        return None
-    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
-
-
 def _command(function: Callable[..., None]) -> Callable[..., None]:
     """A function as a command whose expected errors end in a sentence and an exit code."""
     return app.command()(_guarded(function))
-
-
-def _guarded(function: Callable[..., None]) -> Callable[..., None]:
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except KeyboardInterrupt:
-            _complain("interrupted; what was done is kept, the same command goes on from there")
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader, `head` say, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError as error:
-            _complain(f"error: {error}")
-            raise typer.Exit(1) from None
-        except Exception as error:
-            code = _exit_code(error)
-            if code is None:
-                raise
-            _complain(f"error: {error}")
-            raise typer.Exit(code) from None
-
-    return guarded
 
 
 def _print_version(wanted: bool) -> None:
@@ -101,16 +74,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def _complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, indent=1, default=str))
 
 
 @_command
@@ -325,54 +288,3 @@ def export(
         _print_json(report.as_json())
     else:
         print("\n".join(report.lines()))
-
-
-data = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)
-app.add_typer(data, name="data")
-
-
-@data.command("audit")
-@_guarded
-def audit_data(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Chats: .jsonl, .json or .parquet, any dialect.")
-    ],
-    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help=f"Whose to take: {MODEL}.")],
-    row: Annotated[
-        list[int] | None, typer.Option(min=1, help="Print this row; may be repeated.")
-    ] = None,
-    turns: Annotated[str, typer.Option(help="Train all answers of a chat, or the last.")] = "all",
-    switch: Annotated[
-        str,
-        typer.Option(help='"detailed thinking", "/no_think" or a variable of the template.'),
-    ] = "detailed thinking",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Check which tokens of a set of chats are trained, and print rows with those in colour.
-
-    Exits with 1 where a check fails or a row is refused. Without --row the first row is printed.
-    """
-    from tessera.data import audit
-    from tessera.data.chat import ChatEncoder, Document
-    from tessera.data.tokenizer import load_tokenizer
-    from tessera.model.weights import resolve
-
-    if turns not in ("all", "last"):
-        raise typer.BadParameter(f'--turns {turns}: give "all" or "last"')
-    home = Path(tokenizer) if Path(tokenizer).exists() else resolve(tokenizer)
-    encoder = ChatEncoder.of(load_tokenizer(home), turns, switch)  # type: ignore[arg-type]
-    kept: dict[int, list[Document] | str] = {}
-
-    def keep(number: int, documents: list[Document] | str) -> None:
-        if number in (row or [1]):
-            kept[number] = documents
-
-    report = audit.audit(file, encoder, limit, keep)
-    if as_json:
-        _print_json(report.as_json())
-    else:
-        audit.print_rows(kept, encoder)
-        print("\n".join(report.lines()))
-    if not report.clean:
-        raise typer.Exit(1)

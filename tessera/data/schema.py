@@ -10,13 +10,14 @@ is `Bad` with its number and the reason, as a broken line of any other source is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from tessera.data.conversation import Chat, SchemaError, check
 from tessera.data.dialects import alpaca, nemotron, openai, sharegpt
 from tessera.data.readers import EXCERPT, Bad, DataError, read_rows
+from tessera.disk import writing
 
 Dialect = Literal["nemotron", "nemotron-rendered", "openai", "sharegpt", "alpaca"]
 _READ: dict[str, tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Chat]]] = {
@@ -59,6 +60,22 @@ def read_row(row: Any) -> Chat:
 def write_row(chat: Chat, dialect: Dialect = "openai") -> dict[str, Any]:
     """The row of a chat. Raises SchemaError for what the dialect has no words for."""
     return _WRITE[dialect](chat)
+
+
+def write_rows(path: Path, chats: Iterable[Chat], dialect: str = "openai") -> int:
+    """Writes chats as JSON lines, whole or not at all; returns their number.
+
+    Raises SchemaError for an unknown dialect, and for what the dialect has no words for.
+    """
+    if dialect not in _WRITE:
+        raise SchemaError(f'no dialect "{dialect}"; known: {", ".join(_WRITE)}')
+    part, written = path.with_name(f".{path.name}.tmp"), 0
+    with writing(path), part.open("w", encoding="utf-8") as file:
+        for chat in chats:
+            file.write(json.dumps(_WRITE[dialect](chat), ensure_ascii=False) + "\n")
+            written += 1
+        part.replace(path)
+    return written
 
 
 def read_chats(path: Path) -> Iterator[tuple[int, Chat | Bad]]:
