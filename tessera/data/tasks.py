@@ -19,13 +19,14 @@ import functools
 import hashlib
 import string
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from tessera.data import gym
 from tessera.data.conversation import CLOSE, OPEN, Chat, Mode
+from tessera.data.switch import set_switch
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1
@@ -175,10 +176,12 @@ def problem_chat(
 def problem_rows(
     name: str, count: int, seed: int = 0, split: Split = "train", level: int | None = None
 ) -> Iterator[Chat]:
-    """Both variants, on and off, of `count` problems; off alone where no work is shown."""
+    """Both variants of `count` problems, the switch said; off alone where no work is shown."""
     for index in range(count):
         drawn = problem(name, seed, index, split, level)
-        yield from (drawn.chat(mode) for mode in MODES if drawn.work or mode == "off")
+        for mode in MODES if drawn.work else MODES[1:]:
+            chat = drawn.chat(mode)
+            yield replace(chat, messages=set_switch(chat.messages, mode)[0])
 
 
 def _generator(name: str, seed: int, index: int, split: Split) -> np.random.Generator:
