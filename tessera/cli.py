@@ -20,6 +20,7 @@ from tessera.command import print_json as _print_json
 from tessera.command_data import data
 
 if TYPE_CHECKING:
+    from tessera.data.tokenizer import Tokenizer
     from tessera.resolve import Step
 
 app = typer.Typer(
@@ -230,9 +231,13 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    thinking: Annotated[
+        str | None,
+        typer.Option(help="on or off: ask through the model's chat template, the switch said."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the text a model goes on with after a prompt."""
+    """Print the text a model goes on with after a prompt, or its answer to a question."""
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.engine import SamplingParams
     from tessera.generate.torch_engine import TorchEngine
@@ -246,17 +251,31 @@ def generate(
         stop_token_ids=tokenizer.eos_ids,
         seed=seed,
     )
-    ids = tokenizer.encode(prompt, bos=True)
+    if thinking is None:
+        ids = tokenizer.encode(prompt, bos=True)
+    else:
+        ids = _asked(tokenizer, prompt, thinking)
     completion = TorchEngine(load_model(model, frozen=True)).generate([ids], params)[0][0]
     # Decoded together: a SentencePiece text's first space belongs to what stands before it.
-    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(prompt)
+    before = prompt if thinking is None else tokenizer.decode(ids)
+    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(before)
     if as_json:
         tokens = {"token_ids": completion.token_ids, "logprobs": completion.logprobs}
         _print_json(
             {"prompt": prompt, "text": text, "finish_reason": completion.finish_reason, **tokens}
         )
     else:
-        print(prompt + text)
+        print(prompt + text if thinking is None else text)
+
+
+def _asked(tokenizer: Tokenizer, question: str, thinking: str) -> list[int]:
+    """The ids that ask a question through the chat template."""
+    from tessera.data.chat import ChatEncoder
+
+    if thinking not in ("on", "off"):
+        raise typer.BadParameter(f"--thinking {thinking}: give on or off")
+    messages = [{"role": "user", "content": question}]
+    return ChatEncoder.of(tokenizer).prompt(messages, thinking)  # type: ignore[arg-type]
 
 
 @_command

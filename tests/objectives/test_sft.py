@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from tessera.cli import app
 from tessera.data.batch import OFF, ON, Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.documents import Documents
@@ -59,6 +61,9 @@ sources.compare = {{ tasks = {{ compare = 60 }}, format = "chat", weight = 0.5, 
 [sft-3]
 train = {TRAIN}
 """
+
+
+MORE = (["--thinking", "on"], ["--thinking", "off"], [], ["--thinking", "maybe"])
 
 
 def batch(seed: int = 0) -> Batch:
@@ -123,6 +128,15 @@ def test_the_model_asks_in_the_words_it_was_trained_with(runs: Path) -> None:
     asked = [ChatEncoder.of(one).prompt(messages, "on") for one in (trained, made)]
     assert asked[0] == asked[1] and made.eos_ids == trained.eos_ids
     assert load_model(runs / "sft-3").config.vocab_size == made.vocab_size
+
+
+def test_a_model_is_asked_with_the_switch_on_the_command_line(runs: Path) -> None:
+    words = ["generate", str(runs / "sft-3"), "--prompt", "start 1 a+1 mod 10", "--max-tokens", "3"]
+    asked = [CliRunner().invoke(app, [*words, *more, "--json"]) for more in MORE]
+    assert [one.exit_code for one in asked] == [0, 0, 0, 2]
+    texts = [json.loads(one.stdout) for one in asked[:3]]
+    assert all(len(one["token_ids"]) <= 3 for one in texts)
+    assert texts[0]["logprobs"] != texts[1]["logprobs"] != texts[2]["logprobs"]
 
 
 def _sft(path: Path, runs: Path, data: str, stop: int | None = None, **train: Any) -> None:
