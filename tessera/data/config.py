@@ -93,9 +93,9 @@ class Reading(BaseModel):
     heldout: a share (0.02) or a number (100) of the documents, taken from files and dataset (where
     none are held out by name) and drawn anew for each task.
     limit: the first so many documents of files and dataset, which is then streamed.
-    format = "chat": rows of conversations in any dialect (schema.py), of .jsonl, .json or .parquet,
-    and problems as question, thought and answer. Then `reasoning` keeps the rows of one mode,
-    `turns` says which answers are trained, and `switch` how the mode is said (switch.py).
+    format = "chat": rows of conversations in any dialect (schema.py), of .jsonl, .json, .parquet or
+    a dataset, and problems as question, thought and answer. Then `reasoning` keeps the rows of one
+    mode, `turns` says which answers are trained, and `switch` how the mode is said (switch.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -148,11 +148,6 @@ class Reading(BaseModel):
         given = [key for key in ("reasoning", "turns", "switch") if key in self.model_fields_set]
         if given and not self.chats:
             raise ValueError(f'`{given[0]}` is about chats; set format = "chat"')
-        if self.chats and self.dataset:
-            raise ValueError(
-                'format = "chat" reads files: name the .jsonl or .parquet files of the dataset in '
-                "`paths`"
-            )
         return self
 
     @model_validator(mode="after")

@@ -83,7 +83,12 @@ def read_chats(path: Path) -> Iterator[tuple[int, Chat | Bad]]:
 
     Raises DataError where the first row is of no dialect: then the whole file is of something else.
     """
-    for number, row in read_rows(path):
+    return chats_of(str(path), read_rows(path))
+
+
+def chats_of(label: str, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Chat | Bad]]:
+    """As `read_chats`, of numbered rows that come from anywhere."""
+    for number, row in rows:
         if isinstance(row, Bad):
             yield number, row
             continue
@@ -91,6 +96,6 @@ def read_chats(path: Path) -> Iterator[tuple[int, Chat | Bad]]:
             yield number, read_row(row)
         except SchemaError as error:
             if number == 1 and isinstance(error, DialectError):
-                raise DataError(f"{path}:1 is {error}") from None
+                raise DataError(f"{label}:1 is {error}") from None
             excerpt = json.dumps(row, ensure_ascii=True, default=str)[:EXCERPT]
-            yield number, Bad(str(path), number, str(error), excerpt)
+            yield number, Bad(label, number, str(error), excerpt)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tessera.data.cache import TokenCache
 from tessera.data.chat_records import FORMAT as CHAT_FORMAT
-from tessera.data.chat_records import chat_records, spoken
+from tessera.data.chat_records import chat_records, dataset_records, spoken
 from tessera.data.config import Reading, as_list
 from tessera.data.dataset import DatasetPart, dataset_identity, dataset_stamp, read_dataset
 from tessera.data.readers import Bad, DataError, Text, content_hash, expand, format_of, read
@@ -160,14 +160,19 @@ def dataset_units(reading: Reading, split: str | None) -> list[Unit]:
     if reading.dataset is None or split is None:
         return []
     part = DatasetPart(
-        reading.dataset, reading.subset, split, reading.revision, reading.field,
-        stream=reading.limit is not None,
+        reading.dataset, reading.subset, split, reading.revision,
+        None if reading.chats else reading.field, stream=reading.limit is not None,
     )  # fmt: skip
+    mode = reading.reasoning
     return [
         Unit(
             part.label,
-            lambda: read_dataset(part),
-            lambda: ["dataset", dataset_identity(part)],
+            lambda: dataset_records(part, mode) if reading.chats else read_dataset(part),
+            lambda: [
+                "dataset",
+                dataset_identity(part),
+                *([CHAT_FORMAT, mode] if reading.chats else []),
+            ],
             lambda: dataset_stamp(part),
         )
     ]

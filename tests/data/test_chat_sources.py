@@ -122,6 +122,20 @@ def test_what_no_chat_is_made_of_is_quarantined_with_its_row(
         prepare("few", paths=file, format="chat", tokenizer=TOKENIZER, heldout=0, max_bad=0.13)
 
 
+def test_a_hugging_face_dataset_gives_the_chats_of_its_files(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra `datasets`")
+    table = [write_row(chat, "nemotron") for chat in variants(30)]
+    file = rows(tmp_path, table)
+    datasets.Dataset.from_list([*table, {**table[0], "input": []}]).save_to_disk(tmp_path / "saved")
+    keys = {"format": "chat", "tokenizer": TOKENIZER, "heldout": 0, "max_bad": 0.1}
+    a = prepare("a", paths=file, **keys)
+    b = prepare("b", dataset=str(tmp_path / "saved"), **keys)
+    assert chats_of(a, "train") == chats_of(b, "train")
+    assert "no messages" in (b / "quarantine.jsonl").read_text()
+
+
 def test_turns_with_thoughts_become_documents_of_their_own(
     prepare: Prepare, tmp_path: Path
 ) -> None:
@@ -231,7 +245,6 @@ def test_the_cache_serves_chats_and_forgets_nothing(prepare: Prepare, tmp_path: 
         ({"turns": "last"}, "`turns` is about chats"),
         ({"format": "chat", "switch": "two words"}, "say the mode by"),
         ({"format": "chat", "reasoning": "yes"}, "data.reasoning"),
-        ({"format": "chat", "dataset": "a/b"}, 'format = "chat" reads files'),
         ({"tokenizer": {"bpe": 300, "tokens": [""]}}, "each of `tokens` is a text"),
     ],
 )
