@@ -6,11 +6,9 @@ A turn that is trained is what an engine would be asked and would have to write:
     completion  thought, answer and the token that ends the turn: trained, each id
 
 Both are encoded apart, so the prompt's ids are those of inference. The template is asked for each
-prompt anew, because templates cut old thoughts out of the history: a turn is trained with its
-thought and stands without it in what follows. As long as a later prompt goes on from the ids of an
-earlier turn the two share a document, else each has its own; no turn is trained twice.
-
-A template that renders no generation prompt can only be used if it marks `{% generation %}`.
+prompt anew, because templates cut old thoughts out of the history. As long as a prompt goes on from
+the ids of the turn before, the two share a document, else each has its own; no turn is trained
+twice. A template without a generation prompt is read by its `{% generation %}` marks, if any.
 """
 
 from __future__ import annotations
