@@ -13,19 +13,28 @@ twice. A template without a generation prompt is read by its `{% generation %}` 
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from tessera.data.conversation import CLOSE, OPEN, Chat, Message, Mode, fault, split_thought
+from tessera.data.conversation import (
+    CLOSE,
+    OPEN,
+    Chat,
+    Message,
+    Mode,
+    answer_fault,
+    fault,
+    split_thought,
+)
 from tessera.data.switch import DETAILED, set_switch
 from tessera.data.template import Template, TemplateError, template_of
 from tessera.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "all"]
+_OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
 
 
 class ChatError(ValueError):
@@ -167,9 +176,8 @@ def _answers(messages: Sequence[Message], mode: Mode) -> Iterator[int]:
     """
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            thinks = bool(split_thought(message)[0])
             last = index == len(messages) - 1
-            if last or (message.get("weight", 1) and thinks == (mode == "on")):
+            if last or (message.get("weight", 1) and answer_fault(message, mode) is None):
                 yield index
 
 
@@ -247,24 +255,28 @@ class _Turns:
         """
         before, message = self.before(index), self.messages[index]
         prompt, thought = self.prompt(index), split_thought(message)[0]
-        text = self._render([*before, message])
-        if thought and prompt.rstrip().endswith(CLOSE):
+        opened = _OPENED.search(prompt)
+        if opened and bool(opened[1]) == bool(thought):
+            cannot = "not think although reasoning is on" if thought else "only think"
             raise TemplateError(
                 f"the template's generation prompt ends with {prompt[-20:]!r}, so the model could "
-                "not think although reasoning is on; set `switch` to the template's own variable "
-                f"(it reads {', '.join(self.template.variables) or 'none'})"
+                f"{cannot}; set `switch` to the template's own variable (it reads "
+                f"{', '.join(self.template.variables) or 'none'})"
             )
+        text = self._render([*before, message])
         if text.startswith(prompt) and (not thought or thought in text[len(prompt) :]):
             return prompt, text[len(prompt) :]
         text = self._render([*before, _without_thought(message)])
-        shared = len(os.path.commonprefix([prompt, text]))
-        completion, opened = _thought_text(message) + text[shared:], prompt[shared:]
-        if not completion.startswith(opened):
+        head = prompt[: opened.start()] if opened else prompt
+        if not text.startswith(head):
             raise TemplateError(
-                f"the template asks for an answer with {opened[-40:]!r}, but renders one as "
-                f"{completion[:40]!r}: nothing says where the answer begins"
+                f"the template asks for an answer with {prompt[-40:]!r} and does not render one "
+                "behind that: nothing says where the answer begins"
             )
-        return prompt, completion[len(opened) :]
+        written = _thought_text(message)
+        if opened and thought:
+            written = written[len(OPEN) :].lstrip()
+        return prompt, written + text[len(head) :]
 
     def _render(self, messages: list[Message], **more: Any) -> str:
         return self.template.render(messages, tools=self.tools, **self.variables, **more)

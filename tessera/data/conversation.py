@@ -211,10 +211,11 @@ def fault(chat: Chat) -> str | None:
     said = switch_of(chat.messages)
     if said and chat.reasoning and said != chat.reasoning:
         return f'reasoning is "{chat.reasoning}" and the system prompt says "{said}"'
-    return _fault_of_answer(chat.messages[-1], chat.mode)
+    return answer_fault(chat.messages[-1], chat.mode)
 
 
-def _fault_of_answer(message: Message, mode: Mode) -> str | None:
+def answer_fault(message: Message, mode: Mode) -> str | None:
+    """Why an answer does not do what the switch says, None if it does."""
     content = message["content"]
     opened, closed = content.count(OPEN), content.count(CLOSE)
     thought, answer = split_thought(message)

@@ -47,6 +47,17 @@ R1 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- "<|start_header_id|>assistant<|end_header_id|>" }}
 {%- if detailed %}{{- "<think>\n" }}{%- endif %}{%- endif %}"""
+# As Llama-Nemotron-Super-v1.5's: the system prompt says /no_think, and only the generation prompt
+# holds the empty thought.
+SUPER = """\
+{%- set quiet = messages[0].role == "system" and "/no_think" in messages[0].content %}
+{%- for message in messages %}
+{{- "<|start_header_id|>" + message.role + "<|end_header_id|>" }}
+{{- message.content.split("</think>")[-1].lstrip() + "<|eot_id|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start_header_id|>assistant<|end_header_id|>" }}
+{%- if quiet %}{{- "<think>\n\n</think>\n\n" }}{%- endif %}{%- endif %}"""
+SWITCHES = {None: "detailed thinking", QWEN3: "enable_thinking", R1: "detailed", SUPER: "/no_think"}
 NAIVE = """\
 {%- for message in messages %}{{- "<|start_header_id|>" + message.role + "<|end_header_id|>" }}
 {{- message.content + "<|eot_id|>" }}{%- endfor %}
@@ -101,11 +112,11 @@ def test_the_first_think_and_the_stop_token_are_trained_and_the_prompt_is_not() 
     assert trained == ["2<|eot_id|>"] and "detailed thinking off" in prompt
 
 
-@pytest.mark.parametrize("template", [None, QWEN3, R1, NAIVE])
+@pytest.mark.parametrize("template", [None, QWEN3, R1, SUPER, NAIVE])
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_the_untrained_prefix_is_the_prompt_of_inference(template: str | None, mode: str) -> None:
     """What is learned is learned behind the very ids that an engine will be asked with."""
-    switch = {QWEN3: "enable_thinking", R1: "detailed"}.get(template or "", "detailed thinking")
+    switch = SWITCHES.get(template, "detailed thinking")
     made, row = encoder(template, switch=switch), ON if mode == "on" else OFF
     (document,) = made.encode(row)
     asked = made.prompt(row.messages[:1], row.mode)
@@ -116,12 +127,12 @@ def test_the_untrained_prefix_is_the_prompt_of_inference(template: str | None, m
     assert document.ids[-1] == BPE.token_id("<|eot_id|>")
 
 
-@pytest.mark.parametrize("template", [None, QWEN3, R1, NAIVE])
+@pytest.mark.parametrize("template", [None, QWEN3, R1, SUPER, NAIVE])
 def test_old_thoughts_leave_the_history_and_every_answer_is_trained_once(
     template: str | None,
 ) -> None:
     """Render-and-diff doubles earlier answers of reasoning templates, or drops their thoughts."""
-    switch = {QWEN3: "enable_thinking", R1: "detailed"}.get(template or "", "detailed thinking")
+    switch = SWITCHES.get(template, "detailed thinking")
     documents = encoder(template, switch=switch).encode(chat(*THREE, mode="on"))
     found = [prompt_and_trained(document) for document in documents]
     assert len(found) == 3, "no prompt goes on from an earlier turn with its thought"
@@ -168,6 +179,24 @@ def test_a_thought_cannot_follow_one_that_the_prompt_has_closed() -> None:
         encoder(shut).encode(ON)
     (document,) = encoder(shut, switch="open_thinking").encode(ON)
     assert prompt_and_trained(document)[1] == ["<think>\n1+1\n</think>\n\n2<|eot_id|>"]
+
+
+def test_a_prompt_that_opens_a_thought_opens_it_for_thoughts_alone() -> None:
+    always = R1.replace("{%- if detailed %}", "").replace(
+        "{%- endif %}{%- endif %}", "{%- endif %}"
+    )
+    with pytest.raises(ChatError, match="the model could only think"):
+        encoder(always).encode(OFF)
+    tight = chat("Two?", "<think>1+1</think>2", mode="on")
+    (document,) = encoder(always).encode(tight)
+    prompt, trained = prompt_and_trained(document)
+    assert prompt.endswith("<think>\n") and trained == ["1+1</think>2<|eot_id|>"]
+
+
+def test_an_answer_may_begin_as_a_thought_does() -> None:
+    (document,) = encoder(SUPER, switch="/no_think").encode(chat("Two?", "<b>2</b>", mode="off"))
+    prompt, trained = prompt_and_trained(document)
+    assert prompt.endswith("<think>\n\n</think>\n\n") and trained == ["<b>2</b><|eot_id|>"]
 
 
 def test_thoughts_between_calls_of_tools_are_the_templates_to_keep() -> None:
