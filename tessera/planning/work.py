@@ -16,6 +16,7 @@ from tessera.model.config import ModelConfig, parse
 from tessera.objectives.bld import BLDConfig, units_of
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, ParentConfig
+from tessera.objectives.sft import SFTConfig
 from tessera.puzzle.library import Key, layer_groups
 from tessera.recipe import Recipe, RecipeError, StageSpec, nearest, validate
 from tessera.resolve import Stage
@@ -104,13 +105,13 @@ def _job(
         case KDConfig() | RaceConfig():
             states = config.cosine > 0
             return Job(spec.name, config.train, child, parent, states)
-        case CPTConfig():
+        case CPTConfig() | SFTConfig():
             return Job(spec.name, config.train, student=child)
         case _:
             return None
 
 
-TRAINS = ("parent", "bld", "race", "kd", "cpt")
+TRAINS = ("parent", "bld", "race", "kd", "cpt", "sft")
 
 
 def checked(spec: StageSpec, stages: Mapping[str, Stage]) -> BaseModel | None:

@@ -68,10 +68,12 @@ def test_channel_importance_is_the_papers_formula():
     found = collect_statistics(model, [batch]).channel_importance[0]
     seen = []
     ffn = model.layers[0].ffn
-    ffn.op.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for projection in (ffn.op.gate_proj, ffn.op.up_proj):
+        projection.register_forward_hook(lambda *call: seen.append(call[-1]))
     model(batch.tokens, Context(batch.positions, batch.segments))
     real = batch.segments >= 0
-    expected = seen[0][real].abs().mean(0) * ffn.op.down_proj.weight.norm(dim=0)
+    gate, up = seen
+    expected = (torch.nn.functional.silu(gate) * up)[real].abs().mean(0) * ffn.op.down_proj.weight.norm(dim=0)
     torch.testing.assert_close(found, expected)
 
 
