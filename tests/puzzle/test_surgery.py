@@ -73,7 +73,8 @@ def test_channel_importance_is_the_papers_formula():
     model(batch.tokens, Context(batch.positions, batch.segments))
     real = batch.segments >= 0
     gate, up = seen
-    expected = (torch.nn.functional.silu(gate) * up)[real].abs().mean(0) * ffn.op.down_proj.weight.norm(dim=0)
+    inner = torch.nn.functional.silu(gate) * up
+    expected = inner[real].abs().mean(0) * ffn.op.down_proj.weight.norm(dim=0)
     torch.testing.assert_close(found, expected)
 
 
