@@ -132,13 +132,12 @@ class BLD:
             total += block_cost(config, layer).forward(work)
             behind = subblock_cost(config, config.blocks[layer].ffn)
             for word, _ in module.units(layer, "attention"):
-                total += subblock_cost(config, parse(word)).local(work)
+                total += subblock_cost(config, parse(word)).training(work)
                 total += 2 * behind.forward(work)  # forward, and the gradient of what enters
             for word, _ in module.units(layer, "ffn"):
-                total += subblock_cost(config, parse(word)).local(work)
+                total += subblock_cost(config, parse(word)).training(work)
             for word, _ in module.units(layer, "block"):
-                attention, ffn = (subblock_cost(config, parse(part)) for part in split(word))
-                total += attention.local(work) + ffn.training(work)
+                total += sum(subblock_cost(config, parse(p)).training(work) for p in split(word))
         return total
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ class SFT:
         assert isinstance(module, Transformer)
         work = Work.of(batch, module.config.sliding_window)
         layers = model_cost(module.config, head=False)
-        head = Cost(inner=2 * module.config.hidden_size * module.config.vocab_size)
+        head = Cost(2 * module.config.hidden_size * module.config.vocab_size)
         trained = Work(int((batch.weight > 0).sum()), 0)
         return layers.training(work) + head.training(trained)
 

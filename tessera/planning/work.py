@@ -69,7 +69,7 @@ class Job:
         parent = self.config
         total = sum(block_cost(parent, layer).forward(work) for layer in range(len(parent.blocks)))
         for layer, kind, word in self.units:
-            own = subblock_cost(parent, parse(word)).local(work)
+            own = subblock_cost(parent, parse(word)).training(work)
             behind = (
                 subblock_cost(parent, parent.blocks[layer].ffn) if kind == "attention" else None
             )

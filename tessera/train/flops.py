@@ -1,7 +1,7 @@
 """How many operations the mathematics of a microbatch takes, and what share of the peak that is.
 
     forward     2 a weight of a matrix and token, 4 H D a pair of a token and one that it attends to
-    backward    what gradients are asked for: of weights, and of inputs that depend on any
+    backward    twice as many: gradients of weights, and of inputs
 
 A multiply-add is two operations; pairs are those inside documents in causal order, so padding and
 masked halves count as nothing, nor does what is computed again (gradient checkpointing). That is
@@ -20,6 +20,9 @@ from tessera import devices, dist
 from tessera.data.batch import Batch
 from tessera.model.config import GQA, Linear, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.matmul import multiply
+
+# Of the chips in `devices.py`, with less than the peaks there: a share of those would mislead.
+SLOWER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL", "RTX 4090 D", "RTX 4090 Laptop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +43,23 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Forward operations: a token in matrices that read the input and in others, and a pair."""
+    """Forward operations of a token in matrices, and of a pair in attention."""
 
-    entry: int = 0
-    inner: int = 0
+    token: int = 0
     pair: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.entry + other.entry, self.inner + other.inner, self.pair + other.pair)
+        return Cost(self.token + other.token, self.pair + other.pair)
 
     def forward(self, work: Work) -> int:
-        return (self.entry + self.inner) * work.tokens + self.pair * work.pairs
+        return self.token * work.tokens + self.pair * work.pairs
 
     def training(self, work: Work) -> int:
-        """Forward, and the gradients of weights and of what entered."""
-        return 3 * self.forward(work)
+        """Forward, and the gradients of weights and of what entered.
 
-    def local(self, work: Work) -> int:
-        """Training of a subblock whose input is data: the gradient of what entered is not made."""
-        return self.training(work) - self.entry * work.tokens
+        Of a subblock that reads data, too: the gain of its norm asks for the latter.
+        """
+        return 3 * self.forward(work)
 
 
 def subblock_cost(config: ModelConfig, variant: Variant) -> Cost:
@@ -67,9 +68,9 @@ def subblock_cost(config: ModelConfig, variant: Variant) -> Cost:
     match variant:
         case GQA(num_key_value_heads=kv):
             heads = config.num_attention_heads * dim
-            return Cost(2 * hidden * (heads + 2 * kv * dim), 2 * heads * hidden, 4 * heads)
+            return Cost(4 * hidden * (heads + kv * dim), 4 * heads)
         case SwiGLU(intermediate_size=width):
-            return Cost(4 * hidden * width, 2 * width * hidden)
+            return Cost(6 * hidden * width)
         case Linear():
             return Cost(2 * hidden * hidden)
         case NoOp():
@@ -84,7 +85,7 @@ def block_cost(config: ModelConfig, layer: int) -> Cost:
 
 def model_cost(config: ModelConfig, *, head: bool = True) -> Cost:
     """The operations of a whole model; the embedding is a lookup and costs none."""
-    total = Cost(0, 2 * config.hidden_size * config.vocab_size if head else 0)
+    total = Cost(2 * config.hidden_size * config.vocab_size if head else 0)
     for layer in range(len(config.blocks)):
         total += block_cost(config, layer)
     return total
@@ -98,9 +99,17 @@ def peak(dtype: torch.dtype) -> float | None:
     """
     if dist.device().type != "cuda":
         return _probed() if dtype == torch.float32 else None
-    name = torch.cuda.get_device_name(dist.device())
-    sheet = next((d for d in devices.DEVICES.values() if d.name in name), None)
-    return sheet.peak["bf16"] if sheet and dtype == torch.bfloat16 else None
+    if dtype != torch.bfloat16:
+        return None
+    return _sheet_peak(torch.cuda.get_device_name(dist.device()))
+
+
+def _sheet_peak(name: str) -> float | None:
+    """Of a board by the name its driver gives it; None where no data sheet here is its own."""
+    if any(board in name for board in SLOWER_BOARDS):
+        return None
+    found = (device for device in devices.DEVICES.values() if device.name in name)
+    return next((device.peak["bf16"] for device in found), None)
 
 
 def _probed(size: int = 1024, tries: int = 5) -> float:

@@ -9,18 +9,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.data.batch import pack
 from tessera.model import matmul
-from tessera.model.config import parse_kind
-from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.objectives.bld import BLD
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM
-from tessera.puzzle.library import BlockLibrary
+from tessera.objectives.sft import SFT
+from tessera.puzzle.library import BlockLibrary, save_library
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
 from tessera.run import Run, read_metrics
+from tessera.train import flops
 from tessera.train.engine import Trainer
-from tessera.train.flops import Work, model_cost, peak, subblock_cost
+from tessera.train.flops import Work, model_cost, peak
 from tessera.train.optim import TrainConfig
 from tests.toy import ToySource, toy_batch, toy_config, toy_model
 
@@ -37,8 +37,12 @@ def counted_kernels(monkeypatch):
         yield
 
 
+# torch's counter knows `addmm`, and not the one in place that sums the head's gradient.
+IN_PLACE = {torch.ops.aten.addmm_: lambda sum, a, b, out_shape: 2 * a[0] * a[1] * b[1]}
+
+
 def _executed(action) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         action()
     return counter.get_total_flops()
 
@@ -55,30 +59,47 @@ def test_a_forward_pass_of_mixed_words():
     assert found == model_cost(module.config).forward(FULL)
 
 
-def test_training_is_three_forward_passes():
-    module = _mixed()
-    tokens = torch.zeros(ROWS, LENGTH, dtype=torch.long)
-    found = _executed(lambda: module.logits(module(tokens)).sum().backward())
-    # gated_down's backward is a Function of ours, which the counter follows just the same.
-    assert found == model_cost(module.config).training(FULL)
+def _lm():
+    return _mixed(), LM()
 
 
-@pytest.mark.parametrize(
-    "kind, word",
-    [("attention", "gqa-2"), ("attention", "linear"), ("ffn", "swiglu-24"), ("ffn", "linear")],
-)
-def test_a_unit_on_its_own(kind, word):
-    module = Transformer(toy_config(1).with_words((("gqa-4", "swiglu-48"),))).init_weights(0)
-    swap = module.config.blocks[0].with_(kind, parse_kind(kind, word))
-    block = Transformer(toy_config(1).with_words((swap.words,))).init_weights(0).blocks[0]
-    unit = getattr(block, kind)
-    context = module.prepare(Context.rows(torch.zeros(ROWS, LENGTH, dtype=torch.long)))
-    x = torch.randn(ROWS, LENGTH, 32)
-    with torch.no_grad():
-        unit.norm.weight.requires_grad_(False)  # its gradient would ask for that of the product
-    found = _executed(lambda: unit(x, context).sum().backward())
-    cost = subblock_cost(module.config, parse_kind(kind, word))
-    assert found == cost.local(FULL)
+def _sft():
+    return _mixed(), SFT()
+
+
+def _kd():
+    parent = toy_model(4).requires_grad_(False)
+    return _mixed(), KD(parent, KDConfig(train=TrainConfig(steps=1)))
+
+
+def _bld(attention=("gqa-2", "linear"), ffn=("50%", "linear"), only=None):
+    parent = toy_model(3).requires_grad_(False)
+    statistics = collect_statistics(parent, [toy_batch(9)])
+    space = build_space(SpaceConfig(attention=attention, ffn=ffn), parent.config)
+    return BlockLibrary.from_parent(parent, space, statistics, only), BLD(parent, statistics)
+
+
+def _pair(directory):
+    library, objective = _bld()
+    save_library(library, directory)
+    pairs = [(1, "gqa-2", "swiglu-24"), (1, "gqa-4", "linear")]
+    return BlockLibrary.from_pairs(objective.parent, directory, pairs), objective
+
+
+@pytest.mark.parametrize("name", ["lm", "sft", "kd", "bld", "bld of one layer", "couple"])
+def test_an_objective_counts_what_its_losses_and_gradients_execute(name, monkeypatch, tmp_path):
+    makers = {"lm": _lm, "sft": _sft, "kd": _kd, "bld": _bld}
+    makers["bld of one layer"] = lambda: _bld(only=[(1, "attention", "gqa-2")])
+    makers["couple"] = lambda: _pair(tmp_path)
+    module, objective = makers[name]()
+    batch = pack([range(LENGTH + 1)] * ROWS, LENGTH)
+
+    def run():
+        for loss, _ in objective.losses(module, batch):
+            loss.backward()
+
+    monkeypatch.setattr(Work, "of", lambda *_: FULL)
+    assert objective.flops(module, batch) == _executed(run)
 
 
 def test_documents_alone_count():
@@ -91,30 +112,28 @@ def test_documents_alone_count():
     assert Work.of(packed, sliding_window=4) == Work(16, 6 + 14 + 26)
 
 
-def test_objectives_sum_their_models():
-    batch, module, parent = toy_batch(0), _mixed(), toy_model(4)
-    work = Work.of(batch)
-    train = TrainConfig(steps=1)
-    lm = LM().flops(module, batch)
-    assert lm == model_cost(module.config).training(work)
-    kd = KD(parent, KDConfig(train=train)).flops(module, batch)
-    assert kd - lm == model_cost(parent.config).forward(work)
+def test_untrained_tokens_never_meet_the_head_of_sft():
+    batch, module = pack([range(17)], 16), _mixed()
+    all_trained = SFT().flops(module, batch)
+    batch.weight[:, :5] = 0
+    head = 6 * module.config.hidden_size * module.config.vocab_size
+    assert all_trained - SFT().flops(module, batch) == 5 * head
 
 
-def test_a_library_costs_its_units_and_the_parent_up_to_them():
-    parent, batch = toy_model(3), toy_batch(0)
-    statistics = collect_statistics(parent, [toy_batch(9)])
-    space = build_space(SpaceConfig(attention=(), ffn=("50%",)), parent.config)
-    work = Work.of(batch)
-    objective = BLD(parent, statistics)
-    one, two = (
-        BlockLibrary.from_parent(parent, space, statistics, [(n, "ffn", "swiglu-24") for n in keys])
-        for keys in ([0], [0, 1])
-    )
-    unit = subblock_cost(parent.config, parse_kind("ffn", "swiglu-24")).local(work)
-    block = model_cost(parent.config, head=False).forward(work) // 3
-    assert objective.flops(one, batch) == block + unit
-    assert objective.flops(two, batch) == 2 * (block + unit)
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_of_a_board_is_its_own_or_none(name, tera):
+    assert flops._sheet_peak(name) == (tera and tera * 1e12)
 
 
 def test_speed_is_logged_apart_and_once_a_step(tmp_path):
