@@ -130,7 +130,15 @@ def _tables_of(path: Path) -> str:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The logged steps of a run; a line that a crash tore in half is no step."""
-    file = path / "metrics.jsonl"
+    return _read_lines(path / "metrics.jsonl")
+
+
+def read_timings(path: Path) -> list[dict[str, Any]]:
+    """How fast the logged steps of a run were: seconds, tokens a second, MFU."""
+    return _read_lines(path / "timings.jsonl")
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
     return whole_lines(file)[0] if file.is_file() else []
 
 

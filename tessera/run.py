@@ -43,6 +43,7 @@ from tessera.manifest import (
     read_manifest,
     read_metrics,
     read_table,
+    read_timings,
     run_fingerprint,
     versions,
     whole_lines,
@@ -62,6 +63,7 @@ __all__ = [
     "read_manifest",
     "read_metrics",
     "read_table",
+    "read_timings",
     "run_fingerprint",
 ]
 

@@ -59,9 +59,11 @@ CONFINED = {
     ],
     "sentencepiece": ["data", "serve/export"],
     "tokenizers": ["data"],
+    "trackio": ["train/sinks.py"],
     "transformers": ["serve/export/remote"],
     "typer": ["cli.py", "command.py", "command_data.py"],
     "vllm": ["serve/vllm_driver.py"],
+    "wandb": ["train/sinks.py"],
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
