@@ -108,16 +108,21 @@ class Trainer:
 
         Ctrl-C and SIGTERM, in any process, finish the step, save, and raise KeyboardInterrupt.
         """
-        start = load_state(self.state_path, self)
-        self.run.rewind(self.before + start)
-        if start:
-            self.run.say(f"resuming after step {self.before + start} of {self.steps_of_run}")
+        with self.watch:
+            self.watch.at("reading the resume state")
+            start = load_state(self.state_path, self)
+            self.run.rewind(self.before + start)
+            if start:
+                self.run.say(f"resuming after step {self.before + start} of {self.steps_of_run}")
+            self._steps_from(start)
+
+    def _steps_from(self, start: int) -> None:
         self.module.train()
         saved = begun = time.monotonic()
         bar = Progress(self.run.name, self.steps_of_run, "tokens", quiet=self.run.quiet)
         saver = Saver(self.state_path, self.config.save_total_limit)
         sinks = Sinks(self.config.report_to, self.run, self.before + start)
-        with _stop_signal() as stopped, bar, sinks, saver, self.watch:
+        with _stop_signal() as stopped, bar, sinks, saver:
             bar.advance(self.before + start, 0)
             for step in range(start, self.config.steps):
                 metrics, amount = self.train_step(step)
@@ -165,11 +170,14 @@ class Trainer:
         if weight <= 0:
             raise FailureError(f"step {step + 1} has no trained token; check the data's weights")
         totals = {"flops": torch.tensor(flops, dtype=torch.float64, device=dist.device())}
-        self.watch.at(f"step {step + 1}: losses and gradients")
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             _add(totals, "tokens", (batch.segments >= 0).sum())
+            here = f"step {step + 1}, microbatch {number} of {len(batches)}"
+            self.watch.at(f"{here}: loss")
             for loss, stats in self.objective.losses(self.module, batch):
+                self.watch.at(f"{here}: gradient")
                 (loss / weight).backward()
+                self.watch.at(f"{here}: loss")
                 _add(totals, "loss", loss.detach())
                 for key, value in stats.items():
                     _add(totals, key, value)
