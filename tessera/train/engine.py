@@ -118,10 +118,10 @@ class Trainer:
 
     def _steps_from(self, start: int) -> None:
         self.module.train()
-        saved = begun = time.monotonic()
         bar = Progress(self.run.name, self.steps_of_run, "tokens", quiet=self.run.quiet)
         saver = Saver(self.state_path, self.config.save_total_limit)
         sinks = Sinks(self.config.report_to, self.run, self.before + start)
+        saved = begun = time.monotonic()
         with _stop_signal() as stopped, bar, sinks, saver:
             bar.advance(self.before + start, 0)
             for step in range(start, self.config.steps):

@@ -67,6 +67,15 @@ def test_a_sink_is_given_every_step_with_its_speed(tmp_path, recorded):
         assert numbers["loss"] == row["loss"] and numbers["tokens_per_second"] > 0
 
 
+def test_a_sink_changes_no_number(tmp_path, recorded):
+    _fit(tmp_path / "with", report_to=("tensorboard",))
+    _fit(tmp_path / "without")
+    told, untold = (
+        (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("with", "without")
+    )
+    assert told == untold
+
+
 def test_a_resumed_run_tells_its_sink_where_it_goes_on(tmp_path, recorded):
     with pytest.raises(KeyboardInterrupt):
         _fit(tmp_path / "r", stop=3, report_to=("tensorboard",))
