@@ -7,16 +7,20 @@ traceback), 130 interrupted. Every import that costs time is inside the command 
 
 from __future__ import annotations
 
-import functools
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tessera.command import MODEL, Json
+from tessera.command import complain as _complain
+from tessera.command import guarded as _guarded
+from tessera.command import print_json as _print_json
+from tessera.command_data import data
+
 if TYPE_CHECKING:
+    from tessera.data.tokenizer import Tokenizer
     from tessera.resolve import Step
 
 app = typer.Typer(
@@ -29,9 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL = "a run directory, a Hugging Face directory or a hub id"
 Runs = Annotated[Path, typer.Option("--runs", help="Where run directories are.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -44,41 +46,17 @@ RecipeFile = Annotated[
 ]
 
 
+app.add_typer(data, name="data")
+
+
 def main() -> None:
     """The entry point of the `tessera` command."""
     app()
 
 
-def _exit_code(error: Exception) -> int | None:
-    """The code for an error that tessera raised on purpose; None for a mistake in tessera."""
-    if not type(error).__module__.startswith("tessera."):
-        return None
-    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
-
-
 def _command(function: Callable[..., None]) -> Callable[..., None]:
     """A function as a command whose expected errors end in a sentence and an exit code."""
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except KeyboardInterrupt:
-            _complain("interrupted; what was done is kept, the same command goes on from there")
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader, `head` say, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError as error:
-            _complain(f"error: {error}")
-            raise typer.Exit(1) from None
-        except Exception as error:
-            code = _exit_code(error)
-            if code is None:
-                raise
-            _complain(f"error: {error}")
-            raise typer.Exit(code) from None
-
-    return app.command()(guarded)
+    return app.command()(_guarded(function))
 
 
 def _print_version(wanted: bool) -> None:
@@ -97,16 +75,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def _complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, indent=1, default=str))
 
 
 @_command
@@ -263,9 +231,13 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    thinking: Annotated[
+        str | None,
+        typer.Option(help="on or off: ask through the model's chat template, the switch said."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the text a model goes on with after a prompt."""
+    """Print the text a model goes on with after a prompt, or its answer to a question."""
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.engine import SamplingParams
     from tessera.generate.torch_engine import TorchEngine
@@ -279,17 +251,31 @@ def generate(
         stop_token_ids=tokenizer.eos_ids,
         seed=seed,
     )
-    ids = tokenizer.encode(prompt, bos=True)
+    if thinking is None:
+        ids = tokenizer.encode(prompt, bos=True)
+    else:
+        ids = _asked(tokenizer, prompt, thinking)
     completion = TorchEngine(load_model(model, frozen=True)).generate([ids], params)[0][0]
     # Decoded together: a SentencePiece text's first space belongs to what stands before it.
-    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(prompt)
+    before = prompt if thinking is None else tokenizer.decode(ids)
+    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(before)
     if as_json:
         tokens = {"token_ids": completion.token_ids, "logprobs": completion.logprobs}
         _print_json(
             {"prompt": prompt, "text": text, "finish_reason": completion.finish_reason, **tokens}
         )
     else:
-        print(prompt + text)
+        print(prompt + text if thinking is None else text)
+
+
+def _asked(tokenizer: Tokenizer, question: str, thinking: str) -> list[int]:
+    """The ids that ask a question through the chat template."""
+    from tessera.data.chat import ChatEncoder
+
+    if thinking not in ("on", "off"):
+        raise typer.BadParameter(f"--thinking {thinking}: give on or off")
+    messages = [{"role": "user", "content": question}]
+    return ChatEncoder.of(tokenizer).prompt(messages, thinking)  # type: ignore[arg-type]
 
 
 @_command

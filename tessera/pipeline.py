@@ -111,6 +111,7 @@ _ROWS = (
         "cpt",
         together=True,
     ),
+    Stage("sft", "tessera.objectives.sft", "SFTConfig", ("model", "data"), "model", together=True),
     Stage(
         "compare", "tessera.eval.compare", "CompareConfig", ("parent", "models*", "data"), "table"
     ),

@@ -31,6 +31,8 @@ LEVELS = {
     "eval": 5,
     "serve": 5,
     "cli": 6,
+    "command": 6,
+    "command_data": 6,
     "explain": 6,
     "lineage": 6,
     "estimate": 6,
@@ -45,7 +47,9 @@ CONFINED = {
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
     "pyarrow": ["data"],
-    "rich": ["progress.py"],
+    "jinja2": ["data/template.py"],
+    "reasoning_gym": ["data/gym.py"],
+    "rich": ["progress.py", "data/audit.py"],
     "safetensors": [
         "model/saving.py",
         "model/weights.py",
@@ -55,7 +59,7 @@ CONFINED = {
     "sentencepiece": ["data", "serve/export"],
     "tokenizers": ["data"],
     "transformers": ["serve/export/remote"],
-    "typer": ["cli.py"],
+    "typer": ["cli.py", "command.py", "command_data.py"],
     "vllm": ["serve/vllm_driver.py"],
 }
 FILES = sorted(ROOT.rglob("*.py"))

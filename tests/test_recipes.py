@@ -15,14 +15,19 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_resolves(recipe: Path, tmp_path: Path):
+def test_a_recipe_resolves(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("math", "code", "science", "chat", "safety"):
+        (tmp_path / "SFT" / split).mkdir(parents=True)
+        (tmp_path / "SFT" / split / "rows.jsonl").touch()
     text = tmp_path / "stories.txt"
     text.write_text("Once upon a time.<|endoftext|>The end.")
     overrides = []
-    if "# path: on the command line" in recipe.read_text():
+    if "path: on the command line" in recipe.read_text():
         tiny.saved(tmp_path / "model")
         overrides.append(f"parent.path={tmp_path / 'model'}")
-    if "tasks" not in recipe.read_text() or "data.paths" in recipe.read_text():
+    told = recipe.read_text()
+    if ("tasks" not in told and "SFT/" not in told) or "data.paths" in told:
         overrides.append(f'data.paths=["{text}"]')
     steps = plan(load(recipe, overrides), tmp_path / "runs", (), STAGES)
     assert [step.action for step in steps] == ["run"] * len(steps)

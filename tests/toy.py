@@ -64,6 +64,6 @@ class ToySource:
 def split_rows(batch: Batch) -> list[Batch]:
     """A batch as one microbatch a row."""
     return [
-        Batch(*(getattr(batch, f)[i : i + 1] for f in Batch.__slots__))
+        Batch(*(v[i : i + 1] for f in Batch.__slots__ if (v := getattr(batch, f)) is not None))
         for i in range(len(batch.tokens))
     ]

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = NDArray[np.integer[Any]]
+TEXT, OFF, ON = 0, 1, 2  # plain documents; chats whose reasoning is off, and on
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class Batch:
     weight: float ≥ 0 of each prediction; 0 = not trained.
     positions: 0, 1, 2 … in every document.
     segments: document number within the row, 0, 1, 2 …; -1 = padding.
+    mode: TEXT, OFF or ON, what kind of document each is of; None where all are TEXT.
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class Batch:
     weight: Tensor
     positions: Tensor
     segments: Tensor
+    mode: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -47,8 +50,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return Batch(**moved)
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        there = {k: v.to(device, non_blocking=True) for k, v in given.items() if v is not None}
+        return Batch(**there)
 
 
 class Source(Protocol):
@@ -65,17 +69,22 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What stands in a row as one segment: three aligned (n,) arrays."""
+    """What stands in a row as one segment: three aligned (n,) arrays, and its mode."""
 
     tokens: Ids
     labels: Ids
     weight: NDArray[np.float32]
+    mode: int = TEXT
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def shift(ids: Ids | Sequence[int], weight: Sequence[float] | None = None) -> Sample:
+def shift(
+    ids: Ids | Sequence[int],
+    weight: Sequence[float] | NDArray[Any] | None = None,
+    mode: int = TEXT,
+) -> Sample:
     """The sample of n + 1 ids: n predictions.
 
     weight: (n + 1,), one an id: how much the prediction *of* that id counts; the first is unused.
@@ -84,7 +93,7 @@ def shift(ids: Ids | Sequence[int], weight: Sequence[float] | None = None) -> Sa
     trained = np.ones(len(array), np.float32) if weight is None else np.asarray(weight, np.float32)
     if len(trained) != len(array):
         raise ValueError(f"{len(trained)} weights for {len(array)} ids; give one for each id")
-    return Sample(array[:-1], array[1:], trained[1:])
+    return Sample(array[:-1], array[1:], trained[1:], mode)
 
 
 def chunks(num_ids: int, sequence_length: int) -> list[tuple[int, int]]:
@@ -138,16 +147,17 @@ def collate(rows: Sequence[Sequence[Sample]], sequence_length: int, pad_id: int)
     shape = (len(rows), sequence_length)
     tokens, labels = np.full(shape, pad_id, np.int64), np.full(shape, pad_id, np.int64)
     weight, segments = np.zeros(shape, np.float32), np.full(shape, -1, np.int64)
-    positions = np.zeros(shape, np.int64)
+    positions, mode = np.zeros(shape, np.int64), np.full(shape, TEXT, np.int8)
     for b, row in enumerate(rows):
         end = 0
         for segment, sample in enumerate(row):
             start, end = end, end + len(sample)
             tokens[b, start:end], labels[b, start:end] = sample.tokens, sample.labels
             weight[b, start:end], segments[b, start:end] = sample.weight, segment
-            positions[b, start:end] = np.arange(len(sample))
+            positions[b, start:end], mode[b, start:end] = np.arange(len(sample)), sample.mode
         positions[b, end:] = np.arange(sequence_length - end)
-    return Batch(*map(torch.from_numpy, (tokens, labels, weight, positions, segments)))
+    arrays = (tokens, labels, weight, positions, segments, *([mode] if mode.any() else []))
+    return Batch(*map(torch.from_numpy, arrays))
 
 
 def pack(

@@ -38,15 +38,35 @@ from tessera.data.tasks import family
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a directory of the run, too
 # Left out of the resolved table while at their defaults, so that a run made before these keys
 # existed keeps its fingerprint.
-LATER_KEYS = ("dataset", "subset", "split", "heldout_split", "revision", "sources")
+LATER_KEYS = (
+    *("dataset", "subset", "split", "heldout_split", "revision", "sources"),
+    *("reasoning", "turns", "switch"),
+)
 
 
 class BPE(BaseModel):
-    """Train a byte-level BPE of `bpe` tokens on the training documents."""
+    """Train a byte-level BPE of `bpe` tokens on the training documents.
+
+    tokens: texts that are one token wherever they stand, on top of those. chat: the marks of the
+    built-in chat template and `<think>`, `</think>` are, too.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bpe: int = Field(ge=259)
+    tokens: list[str] = []
+    chat: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value}
+
+    @field_validator("tokens")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if "" in value or len(set(value)) != len(value):
+            raise ValueError("each of `tokens` is a text of its own, one sign or more")
+        return value
 
 
 class CacheConfig(BaseModel):
@@ -73,6 +93,9 @@ class Reading(BaseModel):
     heldout: a share (0.02) or a number (100) of the documents, taken from files and dataset (where
     none are held out by name) and drawn anew for each task.
     limit: the first so many documents of files and dataset, which is then streamed.
+    format = "chat": rows of conversations in any dialect (schema.py), of .jsonl, .json, .parquet or
+    a dataset, and problems as question, thought and answer. Then `reasoning` keeps the rows of one
+    mode, `turns` says which answers are trained, and `switch` how the mode is said (switch.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,6 +113,19 @@ class Reading(BaseModel):
     separator: str = "<|endoftext|>"
     heldout: int | float = 0.02
     limit: int | None = Field(None, ge=1)
+    reasoning: Literal["on", "off"] | None = None
+    turns: Literal["last", "all"] = "all"
+    switch: str = "detailed thinking"
+
+    @field_validator("switch")
+    @classmethod
+    def _sayable(cls, value: str) -> str:
+        if value not in ("detailed thinking", "/no_think") and not value.isidentifier():
+            raise ValueError(
+                'say the mode by "detailed thinking", "/no_think" or the name of a variable of the '
+                'chat template, for example "enable_thinking"'
+            )
+        return value
 
     @field_validator("heldout")
     @classmethod
@@ -108,6 +144,13 @@ class Reading(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _belongs_to_chats(self) -> Reading:
+        given = [key for key in ("reasoning", "turns", "switch") if key in self.model_fields_set]
+        if given and not self.chats:
+            raise ValueError(f'`{given[0]}` is about chats; set format = "chat"')
+        return self
+
+    @model_validator(mode="after")
     def _belongs_to_a_dataset(self) -> Reading:
         lonely = [k for k in ("subset", "heldout_split", "revision") if getattr(self, k)]
         if self.dataset is None and lonely:
@@ -122,6 +165,11 @@ class Reading(BaseModel):
             for key, value in dump(self).items()
             if key not in LATER_KEYS or value != fields[key].default
         }
+
+    @property
+    def chats(self) -> bool:
+        """True where the documents are conversations."""
+        return self.format == "chat"
 
     @property
     def reads(self) -> bool:

@@ -28,13 +28,16 @@ SAVED = ("dataset_dict.json", "state.json")  # what tells a directory of `save_t
 
 @dataclass(frozen=True, slots=True)
 class DatasetPart:
-    """Which rows: a dataset's configuration and split at a revision, and the column of the text."""
+    """Which rows: a dataset's configuration and split at a revision, and the column of the text.
+
+    field: None where whole rows are read.
+    """
 
     name: str
     subset: str | None
     split: str
     revision: str | None
-    field: str
+    field: str | None
     stream: bool
 
     @property
@@ -92,17 +95,11 @@ def dataset_stamp(part: DatasetPart) -> list[Any]:
 
 def read_dataset(part: DatasetPart) -> Iterator[Text | Bad]:
     """The texts of a split in order, and its rows without one, numbered from 1."""
+    assert part.field is not None
     rows = _opened(part)
     _check_column(part, rows)
     number = 0
-    batches = rows.iter(batch_size=ROWS_AT_ONCE)
-    while True:
-        try:
-            batch = next(batches, None)
-        except Exception as error:  # whatever decoding or fetching this far has met
-            raise DataError(f"{part.label} cannot be read after row {number}: {error}") from error
-        if batch is None:
-            return
+    for batch in _batches(part, rows):
         if part.field not in batch:  # a stream of unknown columns tells them with its rows
             raise _no_column(part, list(batch))
         for value in batch[part.field]:
@@ -112,6 +109,31 @@ def read_dataset(part: DatasetPart) -> Iterator[Text | Bad]:
             else:
                 reason = "null" if value is None else f"a {type(value).__name__}, not text"
                 yield Bad(part.label, number, reason, repr(value)[:200] if value else "")
+
+
+def read_dataset_rows(part: DatasetPart) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a split in order, numbered from 1, as objects; absent values are None."""
+    number = 0
+    for batch in _batches(part, _opened(part)):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield number, dict(zip(batch, values, strict=True))
+
+
+def _batches(part: DatasetPart, rows: Dataset | IterableDataset) -> Iterator[dict[str, list[Any]]]:
+    """Some rows at a time, by column. Raises DataError for what decoding or fetching has met."""
+    number = 0
+    batches = rows.iter(batch_size=ROWS_AT_ONCE)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # the library raises its own, Arrow's and fsspec's errors
+            raise DataError(f"{part.label} cannot be read after row {number}: {error}") from error
+        if batch is None:
+            return
+        found = dict(batch)
+        number += len(next(iter(found.values()), []))
+        yield found
 
 
 def _opened(part: DatasetPart) -> Dataset | IterableDataset:

@@ -12,6 +12,7 @@ taken from its first window.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.data.batch import Batch, collate, shift
+from tessera.data.batch import Batch, Sample, collate, shift
 from tessera.data.mix import Interleaving
 from tessera.data.order import Order, Row, plan_rows
 from tessera.data.readers import DataError
@@ -41,15 +42,46 @@ class Part:
     ids: NDArray[Any]
     offsets: NDArray[np.int64]
     order: Order
+    trained: NDArray[np.uint8] | None = None  # of chats: 0, or the mode of a trained id
 
     @property
     def num_documents(self) -> int:
         return len(self.offsets) - 1
 
     @property
+    def num_left_out(self) -> int:
+        """Chats that are longer than a sequence: a part of one would be trained on no question."""
+        return 0 if self.order.documents is None else self.num_documents - len(self.order.documents)
+
+    @functools.cached_property
     def num_predictions(self) -> int:
-        """Predictions of one epoch."""
-        return len(self.ids) - self.num_documents
+        """Trained predictions of one epoch."""
+        if self.trained is None:
+            return len(self.ids) - self.num_documents
+        assert self.order.documents is not None
+        before = np.concatenate([[0], np.cumsum(self.trained > 0, dtype=np.int64)])
+        return int((before[self.offsets[1:]] - before[self.offsets[:-1]])[self.documents].sum())
+
+    @property
+    def documents(self) -> NDArray[np.int64]:
+        """The numbers of the documents that are read."""
+        chosen = self.order.documents
+        return np.arange(self.num_documents) if chosen is None else chosen
+
+    @functools.cached_property
+    def trained_per_row(self) -> float:
+        """Trained predictions of a row, on average."""
+        if self.trained is None:
+            return self.order.tokens_per_row
+        all_of_them = int((np.diff(self.offsets)[self.documents] - 1).sum())
+        return self.order.tokens_per_row * (self.num_predictions / all_of_them)
+
+    def sample(self, start: int, stop: int) -> Sample:
+        """The predictions of ids[start:stop], which are of one document."""
+        if self.trained is None:
+            return shift(self.ids[start:stop])
+        trained = self.trained[start:stop]
+        return shift(self.ids[start:stop], trained > 0, int(trained.max(initial=0)))
 
 
 class Documents:
@@ -92,15 +124,27 @@ class Documents:
         self.rows_per_batch = microbatch_tokens // self.row_length
         self.split, self.seed, self.rank, self.world = split, seed, rank, world
         self.parts = [self._part(one, repeat) for one in opened]
-        shares = [part.weight / part.order.tokens_per_row for part in self.parts]
+        shares = [part.weight / part.trained_per_row for part in self.parts]
         self.mix = Interleaving(shares)
 
     def _part(self, one: OpenSource, repeat: bool) -> Part:
         # By name: a source's own order is the same alone, in a mix, and in another mix.
         stream = (zlib.crc32(one.name.encode()),) if one.name else ()
         sizes = self.sequence_length, self.row_length
-        order = Order(one.offsets, *sizes, self.seed, repeat, stream)
-        return Part(one.name, one.weight, one.ids, one.offsets, order)
+        chosen = None if one.trained is None else self._whole(one)
+        order = Order(one.offsets, *sizes, self.seed, repeat, stream, chosen)
+        return Part(one.name, one.weight, one.ids, one.offsets, order, one.trained)
+
+    def _whole(self, one: OpenSource) -> NDArray[np.int64]:
+        """The chats that a sequence holds. Raises DataError for none."""
+        lengths = np.diff(one.offsets) - 1
+        (chosen,) = np.nonzero(lengths <= self.sequence_length)
+        if not len(chosen):
+            raise DataError(
+                f"no chat of {one.name or 'the data'} fits into sequence_length = "
+                f"{self.sequence_length}; the shortest needs {lengths.min()}"
+            )
+        return chosen
 
     @property
     def rows_per_step(self) -> int:
@@ -139,10 +183,10 @@ class Documents:
         total = sum(part.weight for part in parts)
         rows: list[tuple[Part, Row]] = []
         for part in parts:
-            ends = np.cumsum(np.diff(part.offsets) - 1)
+            ends = np.cumsum(np.diff(part.offsets)[part.documents] - 1)
             room = None if max_tokens is None else max_tokens * (part.weight / total)
             count = len(ends) if room is None else int(np.searchsorted(ends, room, "right"))
-            documents = np.arange(max(1, count))
+            documents = part.documents[: max(1, count)]
             sizes = self.sequence_length, self.row_length
             rows += [(part, row) for row in plan_rows(part.offsets, documents, *sizes)]
         return self._collate(rows)
@@ -161,7 +205,7 @@ class Documents:
         of a row's positions that hold tokens, as in the first window.
         """
         taken = self.mix.counts(steps * self.rows_per_step)
-        trained = [n * part.order.tokens_per_row for n, part in zip(taken, self.parts, strict=True)]
+        trained = [n * part.trained_per_row for n, part in zip(taken, self.parts, strict=True)]
         return [
             {
                 "source": part.name,
@@ -209,7 +253,7 @@ class Documents:
     def _collate(self, rows: Sequence[tuple[Part, Row]]) -> list[Batch]:
         mine = rows[self.rank :: self.world]
         share = -(-len(rows) // self.world)
-        samples = [[shift(part.ids[a:b]) for a, b in row] for part, row in mine]
+        samples = [[part.sample(a, b) for a, b in row] for part, row in mine]
         samples += [[]] * (share - len(mine))
         return [
             collate(samples[i : i + self.rows_per_batch], self.row_length, self.pad_id)
@@ -244,12 +288,13 @@ def heldout(
 
 @dataclass(frozen=True)
 class OpenSource:
-    """One source's split on disk, memory-mapped."""
+    """One source's split on disk, memory-mapped; `trained` of chats is as in `Part`."""
 
     name: str
     weight: float
     ids: NDArray[Any]
     offsets: NDArray[np.int64]
+    trained: NDArray[np.uint8] | None
 
 
 def open_split(path: Path, split: str) -> tuple[list[OpenSource], int]:
@@ -264,10 +309,13 @@ def open_split(path: Path, split: str) -> tuple[list[OpenSource], int]:
     if split not in described["splits"]:
         raise DataError(f'{path} has no split "{split}"; it has: {", ".join(described["splits"])}')
     weights = {name: one["weight"] for name, one in described.get("sources", {}).items()}
-    found = [
-        OpenSource(name, weight, *open_tokens(path / "tokens" / name, split))
-        for name, weight in (weights or {"": 1.0}).items()
-    ]
+    found = []
+    for name, weight in (weights or {"": 1.0}).items():
+        home = path / "tokens" / name
+        ids, offsets = open_tokens(home, split)
+        chats = (home / f"{split}.trained.npy").is_file()
+        trained = open_tokens(home, f"{split}.trained")[0] if chats else None
+        found.append(OpenSource(name, weight, ids, offsets, trained))
     found = [one for one in found if len(one.offsets) > 1]
     if not found:
         raise DataError(

@@ -9,11 +9,13 @@ follows from code and not from a file, and they cost little.
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from tessera.data.batch import chunks, fill
 from tessera.data.cache import TokenCache
 from tessera.data.order import WINDOW
+from tessera.data.readers import Bad
 from tessera.data.sources import SPLITS, Scan, Source, Split
 from tessera.data.store import TokenWriter, blocks, open_tokens
 from tessera.data.tokenizer import Tokenizer
@@ -29,16 +32,35 @@ from tessera.progress import Progress
 TOKENIZE_AT_ONCE = 512  # documents, and about as many characters: whichever is reached first
 CHARACTERS_AT_ONCE = 1 << 22
 FILL_LENGTH = 512  # the summary states the fill of rows this long
-ENTRY = "documents"
+ENTRY, TRAINED, ORIGIN, REFUSED = "documents", "trained", "origin.npy", "refused.jsonl"
 
 
 @dataclass(frozen=True)
 class Portion:
-    """Some documents: their ids end to end, (n,) how many each has, (n,) bytes of its text."""
+    """Some documents: their ids end to end, (n,) how many each has, (n,) bytes of its text.
+
+    Of chats also: trained, the mode of each id that is trained, else 0; origin, (n,) the number of
+    the text that a document is made of; refused, numbers of texts that gave none and the reasons.
+    """
 
     ids: NDArray[Any]
     lengths: NDArray[np.int64]
     sizes: NDArray[np.integer[Any]]
+    trained: NDArray[np.uint8] | None = None
+    origin: NDArray[np.int64] | None = None
+    refused: Sequence[tuple[int, str]] = ()
+
+
+class Encoding(Protocol):
+    """How the texts of a source become documents."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def specials(self) -> int: ...
+    @property
+    def identity(self) -> list[Any]: ...
+    def portions(self, texts: Iterable[str]) -> Iterator[Portion]: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,7 @@ class Encoder:
         """Ids of a document that are not of its text."""
         return self.bos + len(self.end)
 
-    @functools.cached_property
+    @property
     def identity(self) -> list[Any]:
         """What the ids of a document follow from, beside its text."""
         return [self.tokenizer.fingerprint(), self.tokenizer.bos_id if self.bos else None, self.end]
@@ -84,20 +106,25 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class SourceWriter:
-    """Both splits of a source on their way to `directory`, and what there is to say of them."""
+    """Both splits of a source on their way to `directory`, and what there is to say of them.
 
-    def __init__(self, directory: Path, encoder: Encoder, cache: TokenCache, bar: Progress) -> None:
+    refused: records that the tokenizer or the chat template had to refuse.
+    """
+
+    def __init__(
+        self, directory: Path, encoder: Encoding, cache: TokenCache, bar: Progress
+    ) -> None:
         self.directory, self.encoder, self.cache, self.bar = directory, encoder, cache, bar
         self.counts: dict[Split, Counter[str]] = {split: Counter() for split in SPLITS}
+        self.refused: list[Bad] = []
 
     def write(self, source: Source) -> list[dict[str, Any]]:
         """Writes the token files of a source; returns a row of figures for each split."""
-        size = self.encoder.tokenizer.vocab_size
-        with (
-            TokenWriter(self.directory, "train", size) as train,
-            TokenWriter(self.directory, "heldout", size) as heldout,
-        ):
-            self.writers = {"train": train, "heldout": heldout}
+        with ExitStack() as stack:
+            self.writers: dict[Split, _Files] = {
+                split: _Files(stack, self.directory, split, self.encoder, source.reading.chats)
+                for split in SPLITS
+            }
             for one in source.corpus:
                 self._copy(one, source.is_heldout(one.keys))
             for one in source.own_heldout:
@@ -106,38 +133,74 @@ class SourceWriter:
                 for portion in self.encoder.portions(source.problems(task, split, count)):
                     self._add(split, portion, np.ones(len(portion.lengths), bool))
                     self.bar.advance(len(portion.lengths), len(portion.ids))
-            return [
-                {"split": split, **figures(self.counts[split], self.writers[split].finish())}
-                for split in SPLITS
-            ]
+                    self.refused += [Bad(task, i + 1, why, "") for i, why in portion.refused]
+            return [self._row(split) for split in SPLITS]
+
+    def _row(self, split: Split) -> dict[str, Any]:
+        files = self.writers[split]
+        row = {"split": split, **figures(self.counts[split], files.finish())}
+        if files.mask is None:
+            return row
+        del row["bytes"], row["bytes_per_token"]  # of the template's text nobody speaks in bytes
+        return {**row, "trained": files.num_trained}
 
     def _copy(self, one: Scan, heldout: NDArray[np.bool_]) -> None:
         """Adds the documents of a unit, which are tokenised now if they never were."""
-        ids, offsets = self._tokens(one)
+        home = self._tokens(one)
+        ids, offsets = open_tokens(home, ENTRY)
+        trained = origin = None
+        if (home / ORIGIN).is_file():
+            trained, _ = open_tokens(home, TRAINED)
+            origin = np.load(home / ORIGIN)
+            heldout = heldout[origin]
+            self._tell_refused(one, home)
         for start, stop in blocks(offsets):
-            part = slice(start, stop)
+            part, span = slice(start, stop), slice(offsets[start], offsets[stop])
             portion = Portion(
-                ids[offsets[start] : offsets[stop]],
+                ids[span],
                 np.diff(offsets[start : stop + 1]),
-                one.sizes[part],
+                one.sizes[part] if origin is None else np.zeros(stop - start, np.int64),
+                None if trained is None else trained[span],
             )
             self._add("train", portion, ~heldout[part])
             self._add("heldout", portion, heldout[part])
 
-    def _tokens(self, one: Scan) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def _tell_refused(self, one: Scan, home: Path) -> None:
+        for line in (home / REFUSED).read_text(encoding="utf-8").splitlines():
+            number, reason = json.loads(line)
+            row = number + 1 if one.lines is None else int(one.lines[number])
+            self.refused.append(Bad(one.unit.label, row, reason, ""))
+
+    def _tokens(self, one: Scan) -> Path:
+        """The entry of the cache that holds a unit's documents."""
         before = self.cache.misses
         identity = ["tokens", one.identity, self.encoder.identity]
         home = self.cache.entry(identity, functools.partial(self._tokenise, one))
         if self.cache.misses == before:
             self.bar.advance(len(one.keys), 0)
-        return open_tokens(home, ENTRY)
+        return home
 
     def _tokenise(self, one: Scan, directory: Path) -> None:
-        with TokenWriter(directory, ENTRY, self.encoder.tokenizer.vocab_size) as writer:
+        origin: list[NDArray[np.int64]] = []
+        refused: list[tuple[int, str]] = []
+        size = self.encoder.tokenizer.vocab_size
+        with ExitStack() as stack:
+            writer = stack.enter_context(TokenWriter(directory, ENTRY, size))
+            mask = stack.enter_context(TokenWriter(directory, TRAINED, size, np.uint8))
             for portion in self.encoder.portions(one.texts()):
                 writer.add(portion.ids, portion.lengths)
                 self.bar.advance(len(portion.lengths), len(portion.ids))
+                if portion.trained is not None and portion.origin is not None:
+                    mask.add(portion.trained, portion.lengths)
+                    origin.append(portion.origin)
+                    refused += portion.refused
             writer.finish()
+            if origin:
+                mask.finish()
+        if origin:
+            np.save(directory / ORIGIN, np.concatenate(origin))
+            lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in refused]
+            (directory / REFUSED).write_text("".join(lines), encoding="utf-8")
 
     def _add(self, split: Split, portion: Portion, chosen: NDArray[np.bool_]) -> None:
         """Adds the chosen documents to a split, but those that hold no prediction."""
@@ -146,9 +209,40 @@ class SourceWriter:
         counts["ids"] += int((lengths[chosen] - self.encoder.specials).sum())
         kept = chosen & (lengths > 1)
         if kept.all():
-            self.writers[split].add(portion.ids, lengths)
+            self.writers[split].add(portion.ids, lengths, portion.trained)
         elif kept.any():
-            self.writers[split].add(portion.ids[np.repeat(kept, lengths)], lengths[kept])
+            ids = np.repeat(kept, lengths)
+            trained = None if portion.trained is None else portion.trained[ids]
+            self.writers[split].add(portion.ids[ids], lengths[kept], trained)
+
+
+class _Files:
+    """The token files of a split, and of chats the file of what is trained."""
+
+    def __init__(
+        self, stack: ExitStack, directory: Path, split: Split, encoder: Encoding, chats: bool
+    ) -> None:
+        size = encoder.tokenizer.vocab_size
+        self.ids = stack.enter_context(TokenWriter(directory, split, size))
+        self.num_trained = 0
+        self.mask = None
+        if chats:
+            mask = TokenWriter(directory, f"{split}.trained", size, np.uint8)
+            self.mask = stack.enter_context(mask)
+
+    def add(
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], trained: NDArray[np.uint8] | None
+    ) -> None:
+        self.ids.add(ids, lengths)
+        if self.mask is not None:
+            assert trained is not None
+            self.mask.add(trained, lengths)
+            self.num_trained += int(np.count_nonzero(trained))
+
+    def finish(self) -> NDArray[np.int64]:
+        if self.mask is not None:
+            self.mask.finish()
+        return self.ids.finish()
 
 
 def figures(counts: Mapping[str, int], offsets: NDArray[np.int64]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+CHAT_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # the last ends a turn
+THINK = ("<think>", "</think>")
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -60,6 +62,7 @@ class Backend(Protocol):
     def decode(self, ids: Sequence[int], special: bool) -> str: ...
     def token_id(self, token: str) -> int | None: ...
     def token(self, index: int) -> str | None: ...
+    def special_tokens(self) -> list[str]: ...
     def definition(self) -> bytes: ...
     @property
     def vocab_size(self) -> int: ...
@@ -89,6 +92,17 @@ class Fast:
 
     def token(self, index: int) -> str | None:
         return self.tokenizer.id_to_token(index)
+
+    def mark_special(self, tokens: Iterable[str]) -> None:
+        """Makes special what the files beside the vocabulary name so, as `transformers` does."""
+        found = [token for token in tokens if self.token_id(token) is not None]
+        lacking = [token for token in found if token not in self.special_tokens()]
+        if lacking:
+            self.tokenizer.add_special_tokens([AddedToken(t, special=True) for t in lacking])
+
+    def special_tokens(self) -> list[str]:
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
 
     def definition(self) -> bytes:
         """All that the ids of a text follow from: the tokenizer.json, and the library's version."""
@@ -130,6 +144,9 @@ class SentencePiece:
 
     def token(self, index: int) -> str | None:
         return self.processor.IdToPiece(index) if 0 <= index < self.vocab_size else None
+
+    def special_tokens(self) -> list[str]:
+        return []
 
     def definition(self) -> bytes:
         """All that the ids of a text follow from: the model file, and the library's version."""
@@ -248,8 +265,14 @@ def byte_backend() -> Fast:
     return _finish(tokenizer)
 
 
-def train_bpe_backend(texts: Iterable[str], vocab_size: int) -> Fast:
-    """A byte-level BPE of at most `vocab_size` tokens (fewer when the texts run out of pairs)."""
+def train_bpe_backend(
+    texts: Iterable[str], vocab_size: int, tokens: Sequence[str] = (), specials: Sequence[str] = ()
+) -> Fast:
+    """A byte-level BPE of at most `vocab_size` tokens (fewer when the texts run out of pairs).
+
+    On top of them, `tokens` are always one token wherever they stand in a text, and `specials` are
+    read out of a text only where special tokens are asked for.
+    """
     smallest = 256 + 3
     if vocab_size < smallest:
         raise TokenizerError(
@@ -265,4 +288,6 @@ def train_bpe_backend(texts: Iterable[str], vocab_size: int) -> Fast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in specials])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens])
     return _finish(tokenizer)

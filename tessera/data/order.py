@@ -42,6 +42,7 @@ class Order:
     """The endless list of a source's rows, planned a window at a time; `row(i)` in any order of i.
 
     stream: numbers that set this order apart from others of the same seed.
+    documents: those that are read, all unless given.
     """
 
     def __init__(
@@ -52,10 +53,13 @@ class Order:
         seed: int,
         repeat: bool = True,
         stream: tuple[int, ...] = (),
+        documents: NDArray[np.int64] | None = None,
     ) -> None:
         self.offsets, self.seed, self.repeat, self.stream = offsets, seed, repeat, stream
         self.sequence_length, self.row_length = sequence_length, row_length
-        self.num_windows = max(1, round((len(offsets) - 1) / WINDOW))
+        self.documents = documents
+        self._num_documents = len(offsets) - 1 if documents is None else len(documents)
+        self.num_windows = max(1, round(self._num_documents / WINDOW))
         self._windows, self._firsts = [0], [0]  # known first rows of windows, both ascending
         self._permutation: tuple[int, NDArray[np.int64]] | None = None
         self._at, self._rows = 0, self._plan(0)
@@ -91,8 +95,9 @@ class Order:
     def _plan(self, window: int) -> list[Row]:
         epoch, part = divmod(window, self.num_windows)
         if self._permutation is None or self._permutation[0] != epoch:
-            shuffled = self._generator(epoch).permutation(len(self.offsets) - 1)
-            self._permutation = epoch, shuffled
+            shuffled = self._generator(epoch).permutation(self._num_documents)
+            chosen = shuffled if self.documents is None else self.documents[shuffled]
+            self._permutation = epoch, chosen
         documents = np.array_split(self._permutation[1], self.num_windows)[part]
         rows = plan_rows(self.offsets, documents, self.sequence_length, self.row_length)
         order = self._generator(epoch, part).permutation(len(rows))

@@ -21,13 +21,17 @@ import numpy as np
 
 from tessera import dist
 from tessera.data.cache import TokenCache
+from tessera.data.chat import ChatEncoder
 from tessera.data.config import BPE, DataConfig, Reading, SourceConfig
 from tessera.data.dataset import local_dataset
-from tessera.data.encode import Encoder, SourceWriter
+from tessera.data.encode import Encoder, Encoding, SourceWriter
+from tessera.data.encode_chats import ChatsEncoder
 from tessera.data.readers import DataError
 from tessera.data.sources import SPLITS, Scan, Source
+from tessera.data.template import FILE as TEMPLATE_FILE
+from tessera.data.template import template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from tessera.disk import writing
+from tessera.disk import atomic_write, writing
 from tessera.progress import Progress
 from tessera.run import Run
 
@@ -46,10 +50,9 @@ def quarantine(run: Run, sources: Sequence[Source], max_bad: float) -> int:
     if broken:
         _write_quarantine(run.path / "quarantine.jsonl", sources)
     for source in sources:
-        total = source.num_bad + sum(len(one.keys) for one in source.scans)
+        total = sum(one.num_bad + len(one.keys) for one in source.scans)
         if source.num_bad > max_bad * total:
-            bad = itertools.chain.from_iterable(one.broken() for one in source.scans)
-            shown = "\n".join(f"  {record}" for record in itertools.islice(bad, SHOWN_BAD))
+            shown = "\n".join(f"  {bad}" for bad in itertools.islice(source.broken(), SHOWN_BAD))
             raise DataError(
                 f"{source.where}{source.num_bad} of {total} records are broken, more than max_bad "
                 f"= {max_bad:g} allows (all are listed in {run.path / 'quarantine.jsonl'}):\n"
@@ -65,7 +68,7 @@ def _write_quarantine(path: Path, sources: Sequence[Source]) -> None:
     with writing(path), part.open("w", encoding="utf-8") as file:
         for source in sources:
             named = {"source": source.name} if source.name else {}
-            for record in (bad for one in source.scans for bad in one.broken()):
+            for record in source.broken():
                 row = {"file": record.file, "line": record.line, "reason": record.reason}
                 row = {**named, **row, "excerpt": record.excerpt}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -90,7 +93,7 @@ def choose_tokenizer(
         )
     if isinstance(wanted, BPE):
         texts = itertools.chain.from_iterable(source.training_texts() for source in sources)
-        return train_bpe(texts, wanted.bpe)
+        return train_bpe(texts, wanted.bpe, wanted.tokens, chat=wanted.chat)
     if wanted == "byte":
         return byte_tokenizer()
     return load_tokenizer(model or str(wanted))
@@ -110,8 +113,16 @@ def end_of(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(i for i in ids if i is not None)
 
 
+def encoding(config: DataConfig, source: Source, tokenizer: Tokenizer) -> Encoding:
+    """How a source's documents become ids."""
+    if source.reading.chats:
+        reading = source.reading
+        return ChatsEncoder(ChatEncoder.of(tokenizer, reading.turns, reading.switch))
+    return Encoder(tokenizer, config.bos, end_of(config, tokenizer))
+
+
 def write_sources(
-    run: Run, sources: Sequence[Source], encoder: Encoder, cache: TokenCache, config: DataConfig
+    run: Run, sources: Sequence[Source], tokenizer: Tokenizer, cache: TokenCache, config: DataConfig
 ) -> list[dict[str, Any]]:
     """Tokenises everything into tokens/; returns a row of figures for each source and split.
 
@@ -122,8 +133,10 @@ def write_sources(
     total = sum(map(len, sources))
     with Progress("tokenising", total, "tokens", quiet=run.quiet) as bar:
         for source in sources:
+            encoder = encoding(config, source, tokenizer)
             writer = SourceWriter(run.path / "tokens" / source.name, encoder, cache, bar)
             train, heldout = writer.write(source)
+            source.refused = writer.refused
             if not train["documents"]:
                 raise DataError(
                     f"{source.where}no document has two tokens, so there is nothing to predict"
@@ -184,14 +197,19 @@ def say_rows(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each source and split."""
     for row in rows:
         name = f"{row['source']}, " if "source" in row else ""
+        told = (
+            f"of which {row['trained']:,} are trained"
+            if "trained" in row
+            else f"of {row['bytes_per_token']:.2f} bytes"
+        )
         mixed = (
             f"; {row['weight']:.1%} of the mix, anew after {row['repeats_after']:,} tokens of it"
             if "weight" in row
             else ""
         )
         run.say(
-            f"{name}{row['split']}: {row['documents']:,} documents, {row['tokens']:,} tokens of "
-            f"{row['bytes_per_token']:.2f} bytes, longest {row['longest']:,}{mixed}"
+            f"{name}{row['split']}: {row['documents']:,} documents, {row['tokens']:,} tokens "
+            f"{told}, longest {row['longest']:,}{mixed}"
         )
 
 
@@ -205,13 +223,16 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
         sources = [Source(name, one, run.seed, cache) for name, one in readings.items()]
         quarantine(run, sources, config.max_bad)
         tokenizer = choose_tokenizer(config, inputs.get("model"), sources)
-        encoder = Encoder(tokenizer, config.bos, end_of(config, tokenizer))
         before = cache.misses
-        rows = write_sources(run, sources, encoder, cache, config)
+        rows = write_sources(run, sources, tokenizer, cache, config)
+        if any(source.refused for source in sources):
+            quarantine(run, sources, config.max_bad)
         units, new = sum(len(source.scans) for source in sources), cache.misses - before
         if new < units:
             run.say(f"{units - new} of {units} inputs were tokenised before ({cache.directory})")
         tokenizer.save(run.path / "tokenizer")
+        if any(source.reading.chats for source in sources):
+            atomic_write(run.path / "tokenizer" / TEMPLATE_FILE, template_of(tokenizer).source)
         run.write_table("summary", rows)
         run.write_json("data", describe(config, tokenizer, sources, seen_in_train(sources)))
     say_rows(run, rows)

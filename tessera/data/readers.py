@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
-Format = Literal["auto", "text", "jsonl", "parquet"]
+Format = Literal["auto", "text", "jsonl", "parquet", "chat"]
 SUFFIXES: dict[str, Format] = {
     ".txt": "text",
     ".text": "text",
@@ -38,9 +38,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One document."""
+    """One document.
+
+    key: its text unless given, decides with which others it is held out. line: where it stood, if
+    that may have to be told later.
+    """
 
     text: str
+    key: str | None = None
+    line: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +225,48 @@ def read_parquet(path: Path, field: str) -> Iterator[Text | Bad]:
         for value in batch.column(0).to_pylist():
             number += 1
             yield Bad(str(path), number, "null", "") if value is None else Text(value)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of JSON lines, of a .json list or of Parquet rows, numbered from 1.
+
+    A line that is no JSON is `Bad`. Raises DataError for a file that cannot be read.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if ".json" in suffixes:
+        yield from enumerate(_json_list(path), 1)
+    elif format_of(path) == "parquet":
+        yield from enumerate(_parquet_rows(path), 1)
+    else:
+        with _opened(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line.decode())
+                    except (ValueError, RecursionError) as error:
+                        yield number, Bad(str(path), number, _reason(error, ""), _excerpt(line))
+
+
+def _json_list(path: Path) -> list[Any]:
+    with _opened(path) as file:
+        try:
+            rows = json.loads(file.read().decode())
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is {_reason(error, '')}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds a {type(rows).__name__}, not a list of rows")
+    return rows
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
 
 
 def _excerpt(data: bytes) -> str:

@@ -25,10 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera.data.cache import TokenCache
+from tessera.data.chat_records import FORMAT as CHAT_FORMAT
+from tessera.data.chat_records import chat_records, dataset_records, spoken
 from tessera.data.config import Reading, as_list
 from tessera.data.dataset import DatasetPart, dataset_identity, dataset_stamp, read_dataset
 from tessera.data.readers import Bad, DataError, Text, content_hash, expand, format_of, read
-from tessera.data.tasks import document
+from tessera.data.tasks import document, problem_chat
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
@@ -53,6 +55,7 @@ class Scan:
     """What the first pass found in a unit.
 
     keys: (documents,) 64-bit hashes. sizes: (documents,) bytes of UTF-8. bad: lines of JSON.
+    lines: (documents,) where they stood, if that was told.
     """
 
     unit: Unit
@@ -63,6 +66,7 @@ class Scan:
     sizes: NDArray[np.uint32]
     num_bad: int
     bad: Path
+    lines: NDArray[np.uint64] | None = None
 
     def texts(self) -> Iterator[str]:
         """The documents again. Raises DataError where they are no longer those that were hashed."""
@@ -95,14 +99,15 @@ def scan(unit: Unit, limit: int | None, cache: TokenCache) -> Scan:
     identity = ["scan", unit.identity(), limit]
     home = cache.entry(identity, functools.partial(_write_scan, unit, limit))
     keys, sizes = (np.load(home / f"{name}.npy", mmap_mode="r") for name in ("keys", "sizes"))
-    found = Scan(unit, limit, identity, stamp, keys, sizes, 0, home / "bad.jsonl")
+    lines = np.load(home / "lines.npy") if (home / "lines.npy").is_file() else None
+    found = Scan(unit, limit, identity, stamp, keys, sizes, 0, home / "bad.jsonl", lines)
     if unit.stamp() != stamp:
         raise DataError(f"{unit.label} changed while it was read; run the recipe again")
     return replace(found, num_bad=sum(1 for _ in found.broken()))
 
 
 def _write_scan(unit: Unit, limit: int | None, directory: Path) -> None:
-    keys, sizes = array("Q"), array("I")
+    keys, sizes, numbers = array("Q"), array("I"), array("Q")
     with (directory / "bad.jsonl").open("w", encoding="utf-8") as bad:
         records = unit.records()
         while limit is None or len(keys) < limit:
@@ -114,10 +119,13 @@ def _write_scan(unit: Unit, limit: int | None, directory: Path) -> None:
                 bad.write(json.dumps(row, ensure_ascii=False) + "\n")
             elif record.text:
                 data = record.text.encode()
-                keys.append(key_of(data))
+                keys.append(key_of(data if record.key is None else record.key.encode()))
                 sizes.append(len(data))
+                numbers.append(record.line)
     np.save(directory / "keys.npy", np.array(keys, np.uint64))
     np.save(directory / "sizes.npy", np.array(sizes, np.uint32))
+    if any(numbers):
+        np.save(directory / "lines.npy", np.array(numbers, np.uint64))
 
 
 def file_units(reading: Reading, patterns: str | list[str]) -> list[Unit]:
@@ -129,7 +137,9 @@ def file_units(reading: Reading, patterns: str | list[str]) -> list[Unit]:
     def unit(path: Path) -> Unit:
         return Unit(
             str(path),
-            lambda: read(path, **options),
+            (lambda: chat_records(path, reading.reasoning))
+            if reading.chats
+            else (lambda: read(path, **options)),
             lambda: ["file", _kind(path, reading), path.suffix == ".gz", content_hash(path)],
             lambda: (path.stat().st_size, path.stat().st_mtime_ns),
         )
@@ -139,6 +149,8 @@ def file_units(reading: Reading, patterns: str | list[str]) -> list[Unit]:
 
 def _kind(path: Path, reading: Reading) -> list[str]:
     """The format of a file and the one setting that matters to it."""
+    if reading.chats:
+        return [CHAT_FORMAT, str(reading.reasoning)]
     kind = format_of(path) if reading.format == "auto" else reading.format
     return [kind, reading.separator if kind == "text" else reading.field]
 
@@ -148,14 +160,19 @@ def dataset_units(reading: Reading, split: str | None) -> list[Unit]:
     if reading.dataset is None or split is None:
         return []
     part = DatasetPart(
-        reading.dataset, reading.subset, split, reading.revision, reading.field,
-        stream=reading.limit is not None,
+        reading.dataset, reading.subset, split, reading.revision,
+        None if reading.chats else reading.field, stream=reading.limit is not None,
     )  # fmt: skip
+    mode = reading.reasoning
     return [
         Unit(
             part.label,
-            lambda: read_dataset(part),
-            lambda: ["dataset", dataset_identity(part)],
+            lambda: dataset_records(part, mode) if reading.chats else read_dataset(part),
+            lambda: [
+                "dataset",
+                dataset_identity(part),
+                *([CHAT_FORMAT, mode] if reading.chats else []),
+            ],
             lambda: dataset_stamp(part),
         )
     ]
@@ -169,6 +186,7 @@ class Source:
         units = file_units(reading, reading.paths) + dataset_units(reading, reading.split)
         held = file_units(reading, reading.heldout_paths)
         held += dataset_units(reading, reading.heldout_split)
+        self.refused: list[Bad] = []  # by the second pass
         self.corpus = list(_scans(units, reading.limit, cache))
         self.own_heldout = list(_scans(held, None, cache))
         self.tasks: list[tuple[str, Split, int]] = [
@@ -189,8 +207,13 @@ class Source:
 
     @property
     def num_bad(self) -> int:
-        """Broken records."""
-        return sum(one.num_bad for one in self.scans)
+        """Broken records, and those that could not be tokenised."""
+        return sum(one.num_bad for one in self.scans) + len(self.refused)
+
+    def broken(self) -> Iterator[Bad]:
+        """The records that are no documents."""
+        yield from itertools.chain.from_iterable(one.broken() for one in self.scans)
+        yield from self.refused
 
     def __len__(self) -> int:
         drawn = sum(count for _, _, count in self.tasks)
@@ -220,10 +243,18 @@ class Source:
     def problems(self, task: str, split: Split, count: int) -> Iterator[str]:
         """Drawn documents; held-out ones do not change with the seed: runs of several compare."""
         seed = self.seed if split == "train" else 0
+        if self.reading.chats:
+            mode = self.reading.reasoning
+            return (
+                problem_chat(task, seed, index, split, mode).to_json() for index in range(count)
+            )
         return (document(task, seed, index, split) for index in range(count))
 
     def training_texts(self) -> Iterator[str]:
-        """The training documents."""
+        """The training documents; of chats, what is said in them."""
+        return map(spoken, self._training()) if self.reading.chats else self._training()
+
+    def _training(self) -> Iterator[str]:
         for one in self.corpus:
             heldout = self.is_heldout(one.keys)
             for index, text in enumerate(one.texts()):

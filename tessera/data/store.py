@@ -2,6 +2,7 @@
 
     tokens/train.npy          uint16 (uint32 above 65,536 ids): all documents, end to end
     tokens/train.offsets.npy  int64 (documents + 1,): document i is ids[offsets[i]:offsets[i + 1]]
+    tokens/train.trained.npy  of chats: uint8, the mode of each id that is trained, 0 of others
 
 Plain .npy files: `numpy.load` reads them. A writer streams into a temporary name and renames at
 the end, offsets last, so a pair that exists is whole.
@@ -38,10 +39,15 @@ def header(dtype: np.dtype[Any], length: int) -> bytes:
 
 
 class TokenWriter:
-    """Streams the documents of one split to disk; without `finish` it leaves nothing behind."""
+    """Streams the documents of one split to disk; without `finish` it leaves nothing behind.
 
-    def __init__(self, directory: Path, split: str, vocab_size: int) -> None:
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    dtype: of what is written in place of ids of a vocabulary of `vocab_size`.
+    """
+
+    def __init__(
+        self, directory: Path, split: str, vocab_size: int, dtype: type[np.integer] | None = None
+    ) -> None:
+        self.dtype = np.dtype(dtype or (np.uint16 if vocab_size <= 1 << 16 else np.uint32))
         self.path = directory / f"{split}.npy"
         self.offsets_path = directory / f"{split}.offsets.npy"
         self.lengths = array("q")  # 8 bytes a document, where a list of ints takes 36

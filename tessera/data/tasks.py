@@ -5,7 +5,8 @@
     Answer: 1
 
 `level` grades the difficulty: operations in `calc`, letters in `sort`, digits in `compare`.
-A small model cannot answer at higher levels without writing the work down first.
+A small model cannot answer at higher levels without writing the work down first. `gym/NAME` draws
+from the reasoning-gym library (gym.py), whose problems show no work.
 
 A problem is a pure function of (name, seed, index, split), and the hash of its question alone
 decides its split: no held-out question is ever trained on, whatever the seeds.
@@ -14,20 +15,30 @@ decides its split: no held-out question is ever trained on, whatever the seeds.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import string
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from tessera.data import gym
+from tessera.data.conversation import CLOSE, OPEN, Chat, Mode
+from tessera.data.switch import set_switch
+
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1
 WORK_SHARE = 0.75
+MODES: tuple[Mode, Mode] = ("on", "off")
 LETTERS = string.ascii_lowercase
 # Every operation that occurs: with ten register values, 120 facts to learn.
 OPERATIONS = [f"{sign}{d}" for sign in "+-" for d in range(1, 6)] + ["*2", "*3"]
+
+
+class TaskError(ValueError):
+    """A task that is none, or cannot be drawn as asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +58,25 @@ class Problem:
 
     def text(self, work: bool = True) -> str:
         """The document of this problem, with or without the reasoning."""
-        reasoning = f"Work: {self.work}\n" if work else ""
+        reasoning = f"Work: {self.work}\n" if work and self.work else ""
         return f"{self.question}\n{reasoning}Answer: {self.answer}"
+
+    def chat(self, mode: Mode) -> Chat:
+        """The conversation of this problem: the reasoning is the thought, or left out.
+
+        Raises TaskError for reasoning on where the problem shows no work.
+        """
+        if mode == "on" and not self.work:
+            raise TaskError(
+                f'{self.name} shows no work to think: set reasoning = "off", or ask a teacher'
+            )
+        thought = f"{OPEN}\nWork: {self.work}\n{CLOSE}\n\n" if mode == "on" else ""
+        messages = [
+            {"role": "user", "content": self.question},
+            {"role": "assistant", "content": f"{thought}Answer: {self.answer}"},
+        ]
+        extra = {"category": self.name, "level": self.level, "answer": self.answer}
+        return Chat(messages, mode, [], extra)
 
 
 def split_of(question: str) -> Split:
@@ -110,12 +138,19 @@ TASKS: dict[str, Family] = {
 
 
 def family(name: str) -> Family:
-    """The family of that name; a ValueError names the nearest one."""
+    """The family of that name; a TaskError names the nearest one."""
+    if name.startswith(gym.PREFIX):
+        return Family(functools.partial(_gym_problem, name), gym.levels_of(name))
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f'did you mean "{near[0]}"? ' if near else ""
-        raise ValueError(f'no task "{name}"; {hint}known: {", ".join(TASKS)}')
+        raise TaskError(f'no task "{name}"; {hint}known: {", ".join(TASKS)}')
     return TASKS[name]
+
+
+def _gym_problem(name: str, rng: np.random.Generator, level: int) -> Problem:
+    question, answer = gym.draw(name, rng, level)
+    return Problem(name, question, "", answer, level)
 
 
 def problem(
@@ -131,6 +166,24 @@ def document(name: str, seed: int, index: int, split: Split = "train") -> str:
     return _draw(name, rng, split, None).text(work=bool(rng.random() < WORK_SHARE))
 
 
+def problem_chat(
+    name: str, seed: int, index: int, split: Split = "train", mode: Mode | None = None
+) -> Chat:
+    """The conversation with this index, reasoning on and off in turn unless `mode` says."""
+    return problem(name, seed, index, split).chat(mode or ("off" if index % 2 else "on"))
+
+
+def problem_rows(
+    name: str, count: int, seed: int = 0, split: Split = "train", level: int | None = None
+) -> Iterator[Chat]:
+    """Both variants of `count` problems, the switch said; off alone where no work is shown."""
+    for index in range(count):
+        drawn = problem(name, seed, index, split, level)
+        for mode in MODES if drawn.work else MODES[1:]:
+            chat = drawn.chat(mode)
+            yield replace(chat, messages=set_switch(chat.messages, mode)[0])
+
+
 def _generator(name: str, seed: int, index: int, split: Split) -> np.random.Generator:
     key = int.from_bytes(hashlib.blake2b(f"{name}/{split}".encode(), digest_size=4).digest(), "big")
     return np.random.default_rng([seed, key, index])
@@ -141,7 +194,7 @@ def _draw(name: str, rng: np.random.Generator, split: Split, level: int | None) 
     drawn = family(name)
     low, high = drawn.levels
     if level is not None and level < 1:
-        raise ValueError(f"level {level} of {name}: give 1 or more")
+        raise TaskError(f"level {level} of {name}: give 1 or more")
     while True:
         chosen = int(rng.integers(low, high + 1)) if level is None else level
         candidate = drawn.draw(rng, chosen)

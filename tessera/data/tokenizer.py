@@ -11,6 +11,7 @@ unless `special=True`. It does not render chats and does not fetch from the hub.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -21,8 +22,10 @@ from typing import Any
 
 from tessera.data.formats import (
     BOS,
+    CHAT_MARKS,
     EOS,
     PAD,
+    THINK,
     Backend,
     Fast,
     SentencePiece,
@@ -82,6 +85,27 @@ class Tokenizer:
         """The padding id, else the end token, else 0. `Batch.segments` marks padding, not this."""
         return next(i for i in (self._specials.pad, *self._specials.eos, 0) if i is not None)
 
+    @property
+    def home(self) -> Path | None:
+        """The directory of its files, None for one made here."""
+        return self._home
+
+    def special_names(self) -> dict[str, str]:
+        """The named special tokens, as chat templates know them: bos_token, eos_token, pad_token.
+
+        Beside the three, whatever the tokenizer's own files name (unk_token …).
+        """
+        named = {} if self._home is None else _named_specials(self._home)
+        own = {"bos_token": self.bos_id, "pad_token": self._specials.pad}
+        own["eos_token"] = self.eos_ids[0] if self.eos_ids else None
+        told = {key: None if i is None else self.token(i) for key, i in own.items()}
+        return {key: token for key, token in told.items() if token is not None} | named
+
+    @functools.cached_property
+    def special_tokens(self) -> list[str]:
+        """The texts that `special=True` reads as one special token each."""
+        return self._backend.special_tokens()
+
     def encode(self, text: str, bos: bool = False, *, special: bool = False) -> list[int]:
         """Ids of `text`; `special=True` reads special tokens out of the text itself."""
         return self.encode_batch([text], bos, special=special)[0]
@@ -112,6 +136,10 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A hash of the vocabulary and its rules: equal ones give every text the same ids."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         return hashlib.blake2b(self._backend.definition(), digest_size=16).hexdigest()
 
     def save(self, directory: Path | str) -> None:
@@ -157,16 +185,24 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(backend, _trained_specials(backend))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE learned from `texts`; the same texts give the same tokenizer."""
-    backend = train_bpe_backend(texts, vocab_size)
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, tokens: Sequence[str] = (), *, chat: bool = False
+) -> Tokenizer:
+    """A byte-level BPE learned from `texts`; the same texts give the same tokenizer.
+
+    tokens: texts that are one token each, on top. chat: so are the built-in template's marks and,
+    as plain text that stock parsers find, `<think>` and `</think>`.
+    """
+    marks, thoughts = (CHAT_MARKS, THINK) if chat else ((), ())
+    backend = train_bpe_backend(texts, vocab_size, [*thoughts, *tokens], marks)
     return Tokenizer(backend, _trained_specials(backend))
 
 
 def _trained_specials(backend: Backend) -> Specials:
-    end = backend.token_id(EOS)
-    assert end is not None
-    return Specials(backend.token_id(BOS), (end,), backend.token_id(PAD))
+    """A turn's end stops generation too, behind the document's end."""
+    ends = [backend.token_id(token) for token in (EOS, CHAT_MARKS[-1])]
+    eos = tuple(i for i in ends if i is not None)
+    return Specials(backend.token_id(BOS), eos, backend.token_id(PAD))
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -200,6 +236,8 @@ def _from_file(path: Path) -> Tokenizer:
         raise TokenizerError(
             f"{path} is not a tokenizer file; expected tokenizer.json, a .model file or vocab.json"
         )
+    if isinstance(backend, Fast):
+        backend.mark_special(_named_specials(home).values())
     # Files are copied on save only where they carry their own names and mean the same ids.
     copied = path.name in VOCABULARY_FILES
     return Tokenizer(backend, _read_specials(home, backend), home if copied else None)
@@ -218,6 +256,19 @@ def _read_specials(home: Path, backend: Fast | SentencePiece) -> Specials:
     bos = next((i for i in (found["bos"], ids.get("bos_token_id")) if i is not None), guess.bos)
     pad = next((i for i in (found["pad"], ids.get("pad_token_id")) if i is not None), guess.pad)
     return Specials(bos, eos or guess.eos, pad)
+
+
+def _named_specials(home: Path) -> dict[str, str]:
+    """The entries `…_token` of a tokenizer's files, as texts."""
+    found = _read_json(home / "special_tokens_map.json") | _read_json(
+        home / "tokenizer_config.json"
+    )
+    named = {}
+    for key, value in found.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(content, str):
+            named[key] = content
+    return named
 
 
 def _own_specials(backend: Fast | SentencePiece) -> Specials:

@@ -39,6 +39,7 @@ class Objective(Protocol):
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         """Parts of Σ w·ℓ of a microbatch (sums, never means) and statistics to log.
 
+        A statistic is divided by the step's Σ w, or by `KEY/weight` where the objective gives that.
         Each part is backpropagated before the next is asked for, so an objective with many
         independent parts (block-wise distillation) never holds more than one graph.
         """
@@ -137,7 +138,8 @@ class Trainer:
         summed = self.layout.sum(torch.stack(list(totals.values()))).tolist()
         sums = dict(zip(totals, summed, strict=True))
         tokens = round(sums.pop("tokens"))
-        metrics = {key: value / weight for key, value in sums.items()}
+        own = {k: sums.pop(f"{k}/weight") for k in list(sums) if f"{k}/weight" in sums}
+        metrics = {k: _mean(value, own.get(k, weight)) for k, value in sums.items()}
         metrics["grad_norm"] = self._clip()
         self._check_finite(step, metrics)
         metrics["lr"] = self._update(step)
@@ -169,6 +171,11 @@ class Trainer:
 def one_group(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     """All trainable parameters, clipped together: what most objectives want."""
     return {"all": [p for p in module.parameters() if p.requires_grad]}
+
+
+def _mean(value: float, weight: float) -> float:
+    """Of a part of a step that may have no trained token: then it is not a number."""
+    return value / weight if weight else math.nan
 
 
 def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:

@@ -8,7 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.data.batch import Batch, Sample, best_fit, chunks, collate, fill, pack, shift
+from tessera.data.batch import (
+    ON,
+    TEXT,
+    Batch,
+    Sample,
+    best_fit,
+    chunks,
+    collate,
+    fill,
+    pack,
+    shift,
+)
 
 quick = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 corpora = st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=40), min_size=1, max_size=12)
@@ -128,3 +139,13 @@ def test_moving_a_batch_keeps_all_streams() -> None:
     batch = collate([[Sample(np.array([1]), np.array([2]), np.ones(1, np.float32))]], 2, 0)
     moved = batch.to("cpu")
     assert torch.equal(moved.labels, batch.labels) and torch.equal(moved.weight, batch.weight)
+
+
+def test_a_batch_tells_the_mode_of_its_documents_where_one_is_no_plain_text() -> None:
+    text, on = shift([1, 2, 3]), shift([4, 5, 6, 7], [0, 0, 1, 1], ON)
+    plain, mixed = collate([[text]], 6, 0), collate([[text, on]], 6, 0)
+    assert plain.mode is None and plain.to("cpu").mode is None
+    assert mixed.mode is not None and mixed.mode.tolist() == [[TEXT] * 2 + [ON] * 3 + [TEXT]]
+    assert mixed.weight.tolist() == [[1, 1, 0, 1, 1, 0]]
+    moved = mixed.to("cpu").mode
+    assert moved is not None and moved.tolist() == mixed.mode.tolist()

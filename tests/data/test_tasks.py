@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from tessera.data.tasks import TASKS, Problem, document, problem, split_of
+from tessera.cli import app
+from tessera.data.conversation import Chat, fault, split_thought
+from tessera.data.schema import read_chats
+from tessera.data.tasks import TASKS, Problem, document, problem, problem_chat, split_of
 
 
 def check_calc(drawn: Problem) -> bool:
@@ -83,3 +89,66 @@ def test_errors() -> None:
         document("clac", 0, 0)
     with pytest.raises(ValueError, match="give 1 or more"):
         problem("calc", 0, 0, level=0)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_problem_as_a_chat_in_both_variants(name: str) -> None:
+    drawn = problem(name, 0, 3)
+    on, off = drawn.chat("on"), drawn.chat("off")
+    assert fault(on) is None and fault(off) is None
+    assert split_thought(on.messages[-1]) == (f"Work: {drawn.work}", f"Answer: {drawn.answer}")
+    assert split_thought(off.messages[-1]) == (None, f"Answer: {drawn.answer}")
+    assert [problem_chat(name, 0, i).mode for i in range(4)] == ["on", "off"] * 2
+
+
+def test_rows_of_problems_are_written_and_read(tmp_path: Path) -> None:
+    run, train, held = CliRunner(), tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    words = ["data", "tasks", "calc"]
+    assert run.invoke(app, [*words, str(train), "--count", "200"]).exit_code == 0
+    more = [str(held), "--count", "50", "--split", "heldout", "--level", "4"]
+    assert run.invoke(app, [*words, *more, "--dialect", "openai"]).exit_code == 0
+    chats = {path: [chat for _, chat in read_chats(path)] for path in (train, held)}
+    assert [len(found) for found in chats.values()] == [400, 100]
+    asked = {
+        path: {chat.messages[-2]["content"] for chat in found if isinstance(chat, Chat)}
+        for path, found in chats.items()
+    }
+    assert not asked[train] & asked[held]
+    assert all(isinstance(chat, Chat) and chat.extra["level"] == 4 for chat in chats[held])
+    for wrong in (["--split", "test"], ["--dialect", "xml"]):
+        assert run.invoke(app, [*words, str(train), *wrong]).exit_code == 2
+    assert run.invoke(app, ["data", "tasks", "clac", str(train)]).exit_code == 2
+
+
+def test_without_reasoning_gym_its_tasks_name_the_extra() -> None:
+    if importlib.util.find_spec("reasoning_gym"):
+        pytest.skip("reasoning-gym is installed")
+    with pytest.raises(ValueError, match=r"pip install 'tessera\[gym\]'"):
+        problem("gym/chain_sum", 0, 0)
+
+
+def test_tasks_of_reasoning_gym() -> None:
+    pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
+    found = [problem("gym/chain_sum", 0, i) for i in range(40)]
+    assert found == [problem("gym/chain_sum", 0, i) for i in range(40)]
+    assert {one.split for one in found} == {"train"} and {one.level for one in found} == {
+        1,
+        2,
+        3,
+        4,
+    }
+    assert problem("gym/chain_sum", 0, 0, "heldout").split == "heldout"
+    for one in found:
+        terms = one.question.removesuffix(" =").split(": ")[1]
+        assert str(eval(terms)) == one.answer
+    easy, hard = (
+        [len(problem("gym/chain_sum", 0, i, level=n).question) for i in range(60)] for n in (1, 4)
+    )
+    assert sum(easy) < sum(hard)
+    with pytest.raises(ValueError, match="shows no work to think"):
+        found[0].chat("on")
+    assert fault(found[0].chat("off")) is None
+    with pytest.raises(ValueError, match='did you mean "gym/chain_sum"'):
+        problem("gym/chain_sun", 0, 0)
+    with pytest.raises(ValueError, match="no answer in words"):
+        problem("gym/rush_hour", 0, 0)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,6 +21,7 @@ from tessera.model.sharded import whole
 from tessera.objectives.bld import BLD
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM
+from tessera.objectives.sft import SFT
 from tessera.puzzle.library import BlockLibrary
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
@@ -42,6 +44,8 @@ class Ranks(ToySource):
 
     def batches(self, step: int) -> list[Batch]:
         rows = split_rows(toy_batch(step, rows=4))
+        for mode, row in enumerate(rows):
+            row.mode = torch.full_like(row.tokens, mode % 3)
         return rows[self.rank :: self.world]
 
 
@@ -49,6 +53,10 @@ def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
     child = tiny.randomise(toy_model(4)).config
     module = tiny.model(child.with_words(WORDS))
     return config.spread.transformer(module), LM()
+
+
+def sft(config: TrainConfig) -> tuple[nn.Module, Objective]:
+    return lm(config)[0], SFT()
 
 
 def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
@@ -73,7 +81,7 @@ def train(objective: str, run: str, out: str, stop: int | None = None, **setting
     settings: those of TrainConfig; `stop`: the run is interrupted before that step (from 0).
     """
     config = TrainConfig(**{"steps": 6, "lr": 3e-3, "save_seconds": 1e-9, **settings})
-    module, loss = {"lm": lm, "kd": kd, "bld": bld}[objective](config)
+    module, loss = {"lm": lm, "sft": sft, "kd": kd, "bld": bld}[objective](config)
     source = Ranks(config)
     plain = source.batches
 

@@ -22,7 +22,7 @@ from tests.test_dist import run_ranks
 from tests.train.ranks import train
 
 CODE = "from tests.train.ranks import main; main()"
-NAMES = ("lm", "kd", "bld")
+NAMES = ("lm", "sft", "kd", "bld")
 OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
 TENSOR, REPLICAS = {"parallel": {"tensor": 2}}, {"parallel": {"shard": 2}}
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}

@@ -1,0 +1,227 @@
+"""Whether the right tokens of a set of conversations are trained: `tessera data audit`.
+
+The checks read the ids and the mask, not the code that made them, so a template or a tokenizer that
+spoils them is found before the training is paid for. A row that is refused (data/conversation.py)
+is counted with its reason: it would be quarantined.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tessera.data.chat import ChatEncoder, Document
+from tessera.data.conversation import CLOSE, OPEN, Chat, split_thought
+from tessera.data.readers import Bad, DataError
+from tessera.data.schema import read_chats
+from tessera.data.switch import split_output
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+ROWS_AT_ONCE = 256
+ROWS_NAMED = 10
+CHECKS = {
+    "first thought": "<think> of an on-row is neither trained nor opened by the prompt",
+    "answer": "the answer is not all trained",
+    "stop token": "a trained stretch does not end where generation stops",
+    "prompt": "the prompt is not what an engine is asked with, or some of it is trained",
+    "off-row": "an off-row trains a thought",
+    "history": "an old thought stands in the history",
+    "once": "an answer is trained twice, or a stretch is trained that is none",
+}
+
+
+@dataclass
+class Tally:
+    """How many rows something was found in, and the first of their numbers."""
+
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+
+    def add(self, row: int) -> None:
+        self.count += 1
+        if len(self.rows) < ROWS_NAMED:
+            self.rows.append(row)
+
+
+@dataclass
+class Report:
+    """What was found in a set. violations: by the names of CHECKS; refused: by reason."""
+
+    rows: dict[str, int] = field(default_factory=lambda: {"on": 0, "off": 0})
+    documents: int = 0
+    tokens: int = 0
+    trained: dict[str, int] = field(default_factory=lambda: {"on": 0, "off": 0})
+    longest: int = 0
+    violations: dict[str, Tally] = field(default_factory=dict)
+    refused: dict[str, Tally] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        """True where nothing is wrong with any row."""
+        return not self.violations and not self.refused and any(self.rows.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        found = {name: getattr(self, name) for name in ("rows", "documents", "tokens", "trained")}
+        for name in ("violations", "refused"):
+            tallies = getattr(self, name)
+            found[name] = {key: vars(tally) for key, tally in tallies.items()}
+        return {**found, "longest": self.longest, "clean": self.clean}
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        total, trained = sum(self.rows.values()), sum(self.trained.values())
+        share = trained / max(1, self.tokens)
+        lines = [
+            f"{total:,} rows ({self.rows['on']:,} on, {self.rows['off']:,} off) in "
+            f"{self.documents:,} documents of {self.tokens:,} tokens, the longest {self.longest:,}",
+            f"{trained:,} trained tokens ({share:.1%}): {self.trained['on']:,} on, "
+            f"{self.trained['off']:,} off",
+        ]
+        for name, told in CHECKS.items() if total else ():
+            tally = self.violations.get(name)
+            lines.append(f"ok    {name}" if tally is None else f"FAIL  {name}: {told}{_at(tally)}")
+        lines += [f"refused  {reason}{_at(tally)}" for reason, tally in self.refused.items()]
+        return lines
+
+
+def _at(tally: Tally) -> str:
+    more = ", …" if tally.count > len(tally.rows) else ""
+    return f"  [{tally.count:,}: rows {', '.join(map(str, tally.rows))}{more}]"
+
+
+def encoded(
+    path: Path, encoder: ChatEncoder, limit: int | None = None
+) -> Iterator[tuple[int, Chat | None, list[Document] | str]]:
+    """(row, its chat, its documents or why it is refused) of the first `limit` rows of a file."""
+    rows = itertools.islice(read_chats(path), limit)
+    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        chats = [chat for _, chat in some if isinstance(chat, Chat)]
+        found = iter(encoder.encode_batch(chats))
+        for number, chat in some:
+            if isinstance(chat, Bad):
+                yield number, None, chat.reason
+            else:
+                yield number, chat, next(found)
+
+
+def audit(
+    path: Path,
+    encoder: ChatEncoder,
+    limit: int | None = None,
+    seen: Callable[[int, list[Document] | str], None] = lambda row, found: None,
+) -> Report:
+    """Checks the masks of a file; `seen` is given each row's documents or refusal.
+
+    Raises DataError for a file that holds no row.
+    """
+    report = Report()
+    number = 0
+    for number, chat, documents in encoded(path, encoder, limit):
+        seen(number, documents)
+        if chat is None or isinstance(documents, str):
+            report.refused.setdefault(str(documents), Tally()).add(number)
+            continue
+        report.rows[chat.mode] += 1
+        report.documents += len(documents)
+        for document in documents:
+            report.tokens += len(document.ids)
+            report.trained[document.mode] += sum(document.trained)
+            report.longest = max(report.longest, len(document.ids))
+        for name in violations(chat, documents, encoder):
+            report.violations.setdefault(name, Tally()).add(number)
+    if not number:
+        raise DataError(f"{path} holds no row")
+    return report
+
+
+def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> list[str]:
+    """The checks that the documents of a conversation do not pass, by the names of CHECKS."""
+    decode = encoder.tokenizer.decode
+    stretches = [span for document in documents for span in _stretches(document)]
+    if not stretches:
+        return ["answer"]
+    last, (start, stop) = documents[-1], _stretches(documents[-1])[-1]
+    thought, answer = split_thought(chat.messages[-1])
+    written, before = decode(last.ids[start:stop]), decode(last.ids[:start])
+    asked = encoder.prompt(chat.messages[:-1], chat.mode, chat.tools)
+    opened = decode(asked).rstrip().endswith(OPEN)
+    told, said = split_output(written, opened=opened)
+    found: list[str] = []
+    if chat.mode == "on" and (told is None or told != thought):
+        found.append("first thought")
+    if said.strip() != answer.strip() and not chat.messages[-1].get("tool_calls"):
+        found.append("answer")
+    ends = [document.ids[stop - 1] for document in documents for _, stop in _stretches(document)]
+    if not set(ends) <= set(encoder.tokenizer.eos_ids):
+        found.append("stop token")
+    if not encoder.template.marks_generation and (
+        last.ids[: len(asked)] != asked or start != len(asked)
+    ):
+        found.append("prompt")
+    texts = [decode(document.ids[a:b]) for document, a, b in _written(documents)]
+    if chat.mode == "off" and any(OPEN in text or CLOSE in text for text in texts):
+        found.append("off-row")
+    asked_at = max(i for i, one in enumerate(chat.messages) if one["role"] == "user")
+    old = [split_thought(one)[0] for one in chat.messages[:asked_at] if one["role"] == "assistant"]
+    if any(one and f"{one}\n{CLOSE}" in before for one in old):
+        found.append("history")
+    answers = [one for one in chat.messages if one["role"] == "assistant"]
+    if len(stretches) > len(answers) or _repeated(texts, answers):
+        found.append("once")
+    return found
+
+
+def _stretches(document: Document) -> list[tuple[int, int]]:
+    """[start, stop) of each run of trained ids; a stop token ends a run."""
+    runs, at = [], 0
+    for trained, group in itertools.groupby(document.trained):
+        size = len(list(group))
+        if trained:
+            runs.append((at, at + size))
+        at += size
+    return runs
+
+
+def _written(documents: list[Document]) -> Iterator[tuple[Document, int, int]]:
+    for document in documents:
+        for start, stop in _stretches(document):
+            yield document, start, stop
+
+
+def _repeated(texts: list[str], answers: list[dict[str, Any]]) -> bool:
+    """Whether a text is trained more often than it is an answer."""
+    said = [split_thought(one)[1].strip() for one in answers]
+    wrote = [split_output(text)[1].strip() for text in texts]
+    return any(wrote.count(text) > max(1, said.count(text)) for text in set(wrote) if text)
+
+
+def coloured(document: Document, encoder: ChatEncoder, number: int) -> Text:
+    """A document with its trained tokens in green between ⟦ and ⟧, and special tokens shown."""
+    from rich.text import Text
+
+    shown = Text(f"row {number}, {document.mode}: {len(document.ids)} tokens, ", style="bold")
+    shown.append(f"{sum(document.trained)} trained\n")
+    pairs = zip(document.ids, document.trained, strict=True)
+    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        text = encoder.tokenizer.decode([i for i, _ in group], special=True)
+        shown.append(f"⟦{text}⟧" if trained else text, style="bold green" if trained else "dim")
+    return shown
+
+
+def print_rows(rows: dict[int, list[Document] | str], encoder: ChatEncoder) -> None:
+    """Prints rows: their documents in colour where that can be shown, or why there are none."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for number, documents in sorted(rows.items()):
+        if isinstance(documents, str):
+            console.print(f"row {number} is refused: {documents}", style="bold red", markup=False)
+            continue
+        for document in documents:
+            console.print(coloured(document, encoder, number), end="\n\n")

@@ -1,0 +1,233 @@
+"""One conversation: what every dialect of chat rows is read into and written from.
+
+Messages are OpenAI's: `role`, `content`, and where there are any `reasoning_content`, `tool_calls`
+(arguments as objects) and whatever else a row says of them. A thought stands in
+`reasoning_content` or, as the Llama-Nemotron data have it, between `<think>` and `</think>` at the
+beginning of `content`; both are left as they were written. `check` refuses what is no conversation,
+`fault` tells what is one and yet must not be trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Mode = Literal["on", "off"]
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+ALIASES = {"developer": "system", "ipython": "tool", "function": "tool"}
+OPEN, CLOSE = "<think>", "</think>"
+SWITCH: dict[str, Mode] = {"detailed thinking on": "on", "detailed thinking off": "off"}
+
+
+class SchemaError(ValueError):
+    """A row that is no conversation; the text is the reason it is quarantined for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, or the prompt of one.
+
+    reasoning: whether the last answer is to think, None where the row does not say. tools: JSON
+    schemas of what may be called. extra: all else that the row holds, as it stood there.
+    """
+
+    messages: list[Message]
+    reasoning: Mode | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def answered(self) -> bool:
+        """False for a prompt: reinforcement learning's rows end with a question."""
+        return self.messages[-1]["role"] == "assistant"
+
+    @property
+    def mode(self) -> Mode:
+        """`reasoning`, else what the system prompt says, else what the last answer does."""
+        said = self.reasoning or switch_of(self.messages)
+        if said or not self.answered:
+            return said or "off"
+        return "on" if split_thought(self.messages[-1])[0] is not None else "off"
+
+    def to_json(self) -> str:
+        """One line that `from_json` reads back."""
+        row = {"messages": self.messages, "reasoning": self.reasoning, "tools": self.tools}
+        return json.dumps({**row, "extra": self.extra}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Chat:
+        """The chat of a line that `to_json` wrote."""
+        return cls(**json.loads(line))
+
+
+def switch_of(messages: Sequence[Message]) -> Mode | None:
+    """What the first line of the system prompt says, if it is the switch."""
+    if not messages or messages[0]["role"] != "system":
+        return None
+    return SWITCH.get(messages[0]["content"].strip().split("\n")[0].strip())
+
+
+def split_thought(message: Mapping[str, Any]) -> tuple[str | None, str]:
+    """(the thought, the answer) of an assistant's message; None where it has no thought.
+
+    The thought is without its tags and the white space around it, the answer without the white
+    space that parts it from the thought.
+    """
+    content = message["content"]
+    apart = message.get("reasoning_content")
+    if isinstance(apart, str):
+        return apart.strip(), content
+    if CLOSE not in content:
+        return None, content
+    thought, _, answer = content.partition(CLOSE)
+    return thought.replace(OPEN, "", 1).strip(), answer.lstrip()
+
+
+def tidy(messages: Any) -> list[Message]:
+    """The messages in the form of this file, each a dict of its own; nulls are left out.
+
+    Raises SchemaError for what cannot be brought into it.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise SchemaError("no messages")
+    return [_tidy(index, message) for index, message in enumerate(messages)]
+
+
+def _tidy(index: int, message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise SchemaError(f"message {index} is a {type(message).__name__}, not an object")
+    found = {str(key): value for key, value in message.items() if value is not None}
+    role = found.get("role")
+    role = ALIASES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise SchemaError(f"message {index} has role {role!r}; known: {', '.join(ROLES)}")
+    content = found.get("content", "")
+    if isinstance(content, list):
+        found |= _parts(index, content)
+    elif not isinstance(content, str):
+        raise SchemaError(f"message {index} has a {type(content).__name__} as content, not text")
+    found = {**found, "role": role, "content": found.get("content", "")}
+    thought = found.get("reasoning_content", "")
+    if not isinstance(thought, str):
+        raise SchemaError(f"message {index} has a {type(thought).__name__} as reasoning_content")
+    if "tool_calls" in found:
+        found["tool_calls"] = tool_calls(index, found["tool_calls"])
+        if not found["tool_calls"]:
+            del found["tool_calls"]
+    return found
+
+
+def _parts(index: int, parts: list[Any]) -> Message:
+    """Content given as a list of parts: text, reasoning and tool calls."""
+    texts, thoughts, calls = [], [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        value = part.get(kind, part.get("text", part.get("value"))) if kind else None
+        if kind == "text" and isinstance(value, str):
+            texts.append(value)
+        elif kind in ("reasoning", "thinking") and isinstance(value, str):
+            thoughts.append(value)
+        elif kind == "tool_call":
+            calls += value if isinstance(value, list) else [value]
+        else:
+            raise SchemaError(f"message {index} has a part of type {kind!r}, which is no text")
+    found: Message = {"content": "".join(texts)}
+    if thoughts:
+        found["reasoning_content"] = "\n".join(thoughts)
+    return {**found, "tool_calls": calls} if calls else found
+
+
+def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
+    """Calls as `{type: function, function: {name, arguments: {...}}}`; strings of JSON are read."""
+    found = []
+    for call in [calls] if isinstance(calls, dict | str) else calls if calls else []:
+        call = _parsed(call)
+        function = _parsed(call.get("function", call)) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise SchemaError(f"message {index} calls a tool without a name")
+        arguments = _parsed(function.get("arguments", function.get("parameters", {})))
+        if not isinstance(arguments, dict):
+            raise SchemaError(
+                f"message {index} calls {function['name']} with arguments that are no JSON object"
+            )
+        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        call = {"name": function["name"], "arguments": arguments}
+        found.append({**named, "type": "function", "function": call})
+    return found
+
+
+def tool_list(tools: Any) -> list[dict[str, Any]]:
+    """The schemas of the tools of a row, which may be a string of JSON or absent."""
+    tools = _parsed(tools) or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise SchemaError("tools is no list of objects")
+    return tools
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def check(chat: Chat) -> Chat:
+    """The chat, if it is a conversation. Raises SchemaError with the reason if it is none."""
+    called = False
+    for index, message in enumerate(chat.messages):
+        role = message["role"]
+        if role == "system" and index:
+            raise SchemaError(f"message {index} is a system message behind the first place")
+        if role == "tool" and not called:
+            raise SchemaError(f"message {index} answers a tool call that nobody made")
+        said = message["content"].strip() or message.get("reasoning_content", "").strip()
+        if role == "assistant" and not (said or message.get("tool_calls")):
+            raise SchemaError(f"message {index} is an empty answer")
+        called = "tool_calls" in message or (called and role == "tool")
+    if not any(message["role"] == "user" for message in chat.messages):
+        raise SchemaError("no message of a user")
+    if chat.reasoning not in ("on", "off", None):
+        raise SchemaError(f'reasoning is {chat.reasoning!r}, neither "on" nor "off"')
+    try:
+        chat.to_json().encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise SchemaError(f"a text that is not UTF-8 ({type(error).__name__})") from None
+    return chat
+
+
+def fault(chat: Chat) -> str | None:
+    """Why a chat must not be trained on, None if nothing speaks against it.
+
+    The filters of the Llama-Nemotron data (Curator's MissingThinkOpenTag, MissingThinkCloseTag,
+    ContainsThinkOpenTag, EmptyThinkTags): a row that contradicts its switch unteaches it.
+    """
+    if not chat.answered:
+        return "no answer to train on"
+    said = switch_of(chat.messages)
+    if said and chat.reasoning and said != chat.reasoning:
+        return f'reasoning is "{chat.reasoning}" and the system prompt says "{said}"'
+    return answer_fault(chat.messages[-1], chat.mode)
+
+
+def answer_fault(message: Message, mode: Mode) -> str | None:
+    """Why an answer does not do what the switch says, None if it does."""
+    content = message["content"]
+    opened, closed = content.count(OPEN), content.count(CLOSE)
+    thought, answer = split_thought(message)
+    if mode == "off":
+        return "a thought although reasoning is off" if opened or closed or thought else None
+    if thought is None:
+        return "a thought that does not end" if opened else "no thought although reasoning is on"
+    if isinstance(message.get("reasoning_content"), str):
+        if opened or closed:
+            return "a thought in content beside reasoning_content"
+    elif (opened, closed) != (1, 1) or not content.lstrip().startswith(OPEN):
+        return "not one thought at the beginning of the answer"
+    if not thought:
+        return "an empty thought"
+    return None if answer.strip() or message.get("tool_calls") else "no answer behind the thought"

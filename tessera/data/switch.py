@@ -1,0 +1,133 @@
+"""The reasoning switch: how it is said, who may say it, and whether a model obeys.
+
+Llama-Nemotron's is the system prompt `detailed thinking on` or `detailed thinking off` (paper §4);
+the later `/no_think` stands in the system prompt where thinking is off and nothing where it is on;
+other templates take a variable, `enable_thinking` say. `Switch` names one of the three.
+
+A model obeys `on` with one closed thought at the beginning and an answer behind it, `off` with no
+trace of a thought.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tessera.data.conversation import CLOSE, OPEN, SWITCH, Message, Mode, switch_of
+
+DETAILED, NO_THINK = "detailed thinking", "/no_think"
+_SOFT = re.compile(r"(?<!\S)/(no_)?think(?!\S)")
+_EFFORTS: dict[str, Mode] = {
+    "none": "off",
+    "minimal": "off",
+    "low": "on",
+    "medium": "on",
+    "high": "on",
+    "xhigh": "on",
+}
+
+
+class SwitchError(ValueError):
+    """A request for thinking that cannot be understood; the text says what is allowed."""
+
+
+def set_switch(
+    messages: Sequence[Message], mode: Mode, switch: str = DETAILED
+) -> tuple[list[Message], dict[str, Any]]:
+    """(messages that say the mode, variables for the template that say it).
+
+    What the system prompt says already is replaced; instructions of its own follow the switch on
+    a line of their own. switch: "detailed thinking", "/no_think" or a variable of the template.
+    """
+    rest = [dict(message) for message in messages]
+    text = _own_instructions(rest.pop(0)["content"]) if rest[0]["role"] == "system" else ""
+    says = {DETAILED: f"{DETAILED} {mode}", NO_THINK: NO_THINK if mode == "off" else ""}
+    system = "\n\n".join(part for part in (says.get(switch, ""), text) if part)
+    if system:
+        rest.insert(0, {"role": "system", "content": system})
+    return rest, {} if switch in says else {switch: mode == "on"}
+
+
+def _own_instructions(text: str) -> str:
+    """A system prompt without the switch."""
+    first, _, rest = text.strip().partition("\n")
+    return (rest if first.strip() in (*SWITCH, NO_THINK) else text).strip()
+
+
+def requested(
+    messages: Sequence[Message],
+    *,
+    enable_thinking: bool | None = None,
+    reasoning_effort: str | None = None,
+) -> tuple[Mode | None, list[Message]]:
+    """(the mode that a request asks for, its messages without `/think` and `/no_think`).
+
+    The most explicit word wins: `enable_thinking`, then `reasoning_effort` ("none" and "minimal"
+    are off), then the last `/think` or `/no_think` of a user or the system, then the system prompt
+    `detailed thinking …`. None where nobody says. Raises SwitchError for an unknown effort.
+    """
+    if reasoning_effort is not None and reasoning_effort not in _EFFORTS:
+        raise SwitchError(
+            f"reasoning_effort = {reasoning_effort!r} is not one of {', '.join(_EFFORTS)}"
+        )
+    soft: Mode | None = None
+    cleaned: list[Message] = []
+    for message in messages:
+        content = message.get("content")
+        if message["role"] in ("user", "system") and isinstance(content, str):
+            for hit in _SOFT.finditer(content):
+                soft = "off" if hit[1] else "on"
+            if _SOFT.search(content):
+                message = {**message, "content": _SOFT.sub("", content).strip()}
+                if message["role"] == "system" and not message["content"]:
+                    continue
+        cleaned.append(dict(message))
+    if enable_thinking is not None:
+        return ("on" if enable_thinking else "off"), cleaned
+    if reasoning_effort is not None:
+        return _EFFORTS[reasoning_effort], cleaned
+    return soft or switch_of(cleaned), cleaned
+
+
+def split_output(text: str, *, opened: bool = False) -> tuple[str | None, str]:
+    """(the thought, the answer) of what a model wrote, as it is streamed to a client.
+
+    opened: the prompt already holds `<think>`. An unfinished thought has the answer "".
+    """
+    if not opened and not text.lstrip().startswith(OPEN):
+        return None, text
+    inner = text if opened else text.lstrip().removeprefix(OPEN)
+    thought, _, answer = inner.partition(CLOSE)
+    return thought.strip(), answer.lstrip()
+
+
+def obeys(text: str, mode: Mode, *, opened: bool = False) -> bool:
+    """Whether what a model wrote does what the switch said."""
+    if mode == "off":
+        return OPEN not in text and CLOSE not in text and bool(text.strip())
+    if opened:
+        text = OPEN + text
+    thought, answer = split_output(text)
+    once = text.count(OPEN) == text.count(CLOSE) == 1
+    return once and thought is not None and bool(answer.strip())
+
+
+def switch_metrics(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The switch as a contract: obedience, accuracy and tokens of each mode, over all its rows.
+
+    rows: {"mode": "on" or "off", "text": what was written, "correct": bool, "tokens": int} each,
+    and "opened" where the prompt held `<think>`. A mode without rows has no entries.
+    """
+    sums: dict[str, list[float]] = {}
+    for row in rows:
+        mode = row["mode"]
+        obedient = obeys(row["text"], mode, opened=row.get("opened", False))
+        values = (obedient, row["correct"], row["tokens"], 1)
+        sums[mode] = [a + b for a, b in zip(sums.get(mode, [0.0] * 4), values, strict=True)]
+    names = ("obedience", "accuracy", "tokens")
+    return {
+        f"{name}_{mode}": total / found[3]
+        for mode, found in sorted(sums.items(), reverse=True)
+        for name, total in zip(names, found, strict=False)
+    }
