@@ -9,6 +9,8 @@ one: the same text once normalised, or the same number.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,6 +21,7 @@ from tessera.curate.rows import Drop
 from tessera.curate.steps import Result
 from tessera.data.conversation import Chat
 from tessera.recipe import Config
+from tessera.run import RunError
 
 Verifier = Callable[[str, str], bool | None]
 _MARKED = re.compile(r"^[ \t]*####[ \t]*(.+)$", re.M)
@@ -57,22 +60,28 @@ class Extract(Config):
 class Verify(Config):
     """Compares `predicted_answer` with `expected_answer` and writes `correct`.
 
+    verifier: "equal", "exact", or `package.module:function`, any function of the two texts that
+    gives True, False or None, or an outcome whose `verdict` is "right", "wrong" or another word.
     keep: "correct" leaves out what is wrong or not judged; "all" keeps them for a pass rate. A row
     without an expected answer is passed on unjudged: `majority` comes before this step.
     """
 
     step: Literal["verify"]
-    verifier: Literal["equal", "exact"] = "equal"
+    verifier: str = "equal"
     keep: Literal["correct", "all"] = "correct"
 
     def apply(self, chat: Chat) -> Result:
         expected, predicted = (chat.extra.get(f"{n}_answer") for n in ("expected", "predicted"))
         if expected is None:
             return chat
-        right = VERIFIERS[self.verifier](str(predicted), str(expected)) if predicted else None
+        right = self._judged(str(predicted), str(expected)) if predicted is not None else None
         if self.keep == "correct" and right is not True:
             return Drop("a wrong answer" if right is False else "an answer that cannot be judged")
         return rows.tagged(chat, self.step, correct=right)
+
+    @functools.cached_property
+    def _judged(self) -> Verifier:
+        return VERIFIERS.get(self.verifier) or _imported(self.verifier)
 
 
 def final_answer(text: str) -> str | None:
@@ -128,6 +137,26 @@ def equal(predicted: str, expected: str) -> bool | None:
 def exact(predicted: str, expected: str) -> bool | None:
     """Whether two final answers are the same text, the white space around them apart."""
     return predicted.strip() == expected.strip()
+
+
+def _imported(name: str) -> Verifier:
+    """The verifier of `package.module:function`. Raises RunError where there is none."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RunError(
+            f"verifier = {name!r}: {error}; give package.module:function, or one of "
+            + ", ".join(VERIFIERS)
+        ) from None
+    words = {"right": True, "wrong": False}
+
+    def judged(predicted: str, expected: str) -> bool | None:
+        outcome = found(predicted, expected)
+        verdict = getattr(outcome, "verdict", outcome)
+        return words.get(verdict) if isinstance(verdict, str) else verdict
+
+    return judged
 
 
 VERIFIERS: dict[str, Verifier] = {"equal": equal, "exact": exact}
