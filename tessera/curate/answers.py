@@ -91,7 +91,7 @@ def final_answer(text: str) -> str | None:
         found = marked[-1]
     if found is None and (said := _SAID.findall(text)):
         found = said[-1]
-    found = found.strip().strip("*").rstrip(".").strip() if found else None
+    found = found.strip(" \t*").rstrip(".").strip(" \t*") if found else None
     return found if found and len(found) <= LONGEST else None
 
 

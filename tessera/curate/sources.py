@@ -76,7 +76,7 @@ def _cut(index: int, path: Path, size: int) -> Iterator[Shard]:
     start, line, at = 0, 1, 0
     lines = 0
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(min(BLOCK, max(size, 4096))):
             cut = block.rfind(b"\n") + 1
             if cut and at + cut - start >= size:
                 lines += block.count(b"\n", 0, cut)

@@ -1,4 +1,4 @@
-"""A curate run made by the stage itself, and a server of the OpenAI API that fails when asked to."""
+"""A curate run made by the stage itself, and a server of the OpenAI API that fails on demand."""
 
 from __future__ import annotations
 
