@@ -62,6 +62,40 @@ def audit_data(
         raise typer.Exit(1)
 
 
+@data.command("curate")
+@guarded
+def curate_data(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A recipe with [curate] tables.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="e.g. curate.max_bad=0.1")
+    ] = None,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = Path("runs"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only results.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the curate stages of a recipe and print the rows in and out of each step."""
+    from tessera import pipeline
+    from tessera.manifest import read_table
+    from tessera.recipe import RecipeError, load
+    from tessera.table import render_table
+
+    plan = load(recipe, overrides or ())
+    names = [spec.name for spec in plan.stages if spec.stage == "curate"]
+    if not names:
+        raise RecipeError(f"{recipe} has no [curate] table, so there is nothing to curate")
+    steps = pipeline.run_recipe(plan, runs, only=names, quiet=quiet)
+    tables = {step.name: read_table(step.path, "steps") for step in steps}
+    if as_json:
+        print_json(tables)
+        return
+    for step in steps:
+        print(f"{render_table(tables[step.name])}\n")
+        where = step.path / "chats", step.path / "removed"
+        complain("The rows are in {}, what was left out in {}".format(*where))
+
+
 @data.command("tasks")
 @guarded
 def write_tasks(

@@ -111,6 +111,15 @@ _ROWS = (
         "cpt",
         together=True,
     ),
+    Stage(
+        "curate",
+        "tessera.curate.stage",
+        "CurateConfig",
+        ("model=",),
+        "chats",
+        paths=("files",),
+        together=True,
+    ),
     Stage("sft", "tessera.objectives.sft", "SFTConfig", ("model", "data"), "model", together=True),
     Stage(
         "compare", "tessera.eval.compare", "CompareConfig", ("parent", "models*", "data"), "table"

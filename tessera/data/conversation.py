@@ -143,7 +143,10 @@ def _parts(index: int, parts: list[Any]) -> Message:
 def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
     """Calls as `{type: function, function: {name, arguments: {...}}}`; strings of JSON are read."""
     found = []
-    for call in [calls] if isinstance(calls, dict | str) else calls if calls else []:
+    calls = [calls] if isinstance(calls, dict | str) else calls or []
+    if not isinstance(calls, list):
+        raise SchemaError(f"message {index} has a {type(calls).__name__} as tool_calls")
+    for call in calls:
         call = _parsed(call)
         function = _parsed(call.get("function", call)) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):

@@ -1,0 +1,93 @@
+"""A model of tessera as the teacher: any `Engine` in this process, asked through its template."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from tessera.curate.teacher import Receive, Reply, Request, TeacherError
+from tessera.data.switch import split_output
+from tessera.recipe import Config
+
+if TYPE_CHECKING:
+    from tessera.data.chat import ChatEncoder
+    from tessera.generate.engine import Engine
+
+KNOWN = {"max_tokens", "temperature", "top_p"}
+
+
+class EngineConfig(Config):
+    """The model that the stage's `model` names, generated with by the built-in engine.
+
+    batch: requests handed to the engine at once; what a batch gave is kept when it ends.
+    """
+
+    kind: Literal["engine"]
+    batch: int = Field(default=64, ge=1)
+
+
+class EngineTeacher:
+    """A `Teacher` in this process."""
+
+    def __init__(
+        self, engine: Engine, encoder: ChatEncoder, model: str, batch: int, seed: int
+    ) -> None:
+        self.engine, self.encoder, self.model = engine, encoder, model
+        self.batch, self.seed = batch, seed
+
+    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
+        """See `Teacher.ask`; requests that sample alike are generated together."""
+        alike = itertools.groupby(requests, key=lambda one: json.dumps(one.sampling))
+        for _, group in alike:
+            while batch := tuple(itertools.islice(group, self.batch)):
+                self._ask(batch, receive)
+
+    def _ask(self, batch: tuple[Request, ...], receive: Receive) -> None:
+        from tessera.generate.engine import GenerationError, SamplingParams
+
+        if any(request.embed for request in batch):
+            raise TeacherError('a teacher of kind "engine" gives no embeddings; use an endpoint')
+        tokenizer = self.encoder.tokenizer
+        sampling = {key: value for key, value in batch[0].sampling.items() if key in KNOWN}
+        params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=tokenizer.eos_ids)
+        prompts = [self.encoder.prompt(one.messages, one.mode) for one in batch]
+        keys = [int(one.key(self.model)[:15], 16) for one in batch]
+        try:
+            found = self.engine.generate(prompts, params, keys=keys)
+        except GenerationError as error:
+            if len(batch) == 1:  # this one is too long, say
+                return receive(batch[0], Reply(error=str(error)))
+            for one in batch:
+                self._ask((one,), receive)
+            return None
+        for request, prompt, (completion, *_) in zip(batch, prompts, found, strict=True):
+            tokens = completion.token_ids
+            stopped = completion.finish_reason == "stop"
+            text = tokenizer.decode(tokens[:-1] if stopped else tokens)
+            opened = tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+            thought, answer = split_output(text, opened=opened)
+            reply = Reply(answer, thought, completion.finish_reason, len(tokens))
+            receive(request, reply)
+        return None
+
+
+def load(config: EngineConfig, model: Path | None, seed: int) -> EngineTeacher:
+    """The teacher of a model directory or run. Raises TeacherError without one."""
+    from tessera.data.chat import ChatEncoder
+    from tessera.data.tokenizer import load_tokenizer
+    from tessera.generate.torch_engine import TorchEngine
+    from tessera.manifest import fingerprint_path
+    from tessera.model.weights import load_model
+
+    if model is None:
+        raise TeacherError(
+            'a teacher of kind "engine" is the model of the stage: say model = "RUN OR PATH"'
+        )
+    engine: Any = TorchEngine(load_model(model, frozen=True))
+    encoder = ChatEncoder.of(load_tokenizer(model))
+    return EngineTeacher(engine, encoder, fingerprint_path(model), config.batch, seed)

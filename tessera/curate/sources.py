@@ -1,0 +1,160 @@
+"""What a pipeline begins with: files of rows, cut into shards that are worked on one at a time.
+
+A file of JSON lines is cut at lines, every `shard_mb`; Parquet, JSON lists and packed files are one
+shard each. A row keeps everything that it holds, and gets its licence, source and place on top.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from tessera.data.conversation import Chat, SchemaError, check
+from tessera.data.readers import EXCERPT, Bad, DataError, expand, format_of, read_rows
+from tessera.data.schema import read_row
+from tessera.recipe import Config
+
+BLOCK = 1 << 20
+
+
+class SourceConfig(Config):
+    """Files of rows: chats of any dialect (schema.py), or `question` names the key of the text.
+
+    question, answer: keys whose texts become the user's and the assistant's turn. expected: the key
+    of the known answer. license: of rows that name none. labels: more keys for every row.
+    """
+
+    paths: str | list[str]
+    name: str | None = None
+    license: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    expected: str | None = None
+    labels: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _answers_have_questions(self) -> SourceConfig:
+        if self.answer and not self.question:
+            raise ValueError("`answer` without `question`: name the key of the question, too")
+        return self
+
+    def files(self) -> list[Path]:
+        """The files. Raises DataError where a pattern matches none."""
+        return expand([self.paths] if isinstance(self.paths, str) else self.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A stretch of one file: bytes `start` to `stop`, or the whole of it where `stop` is None."""
+
+    source: int
+    path: str
+    start: int = 0
+    stop: int | None = None
+    line: int = 1
+
+
+def plan_shards(sources: Sequence[SourceConfig], shard_mb: float) -> list[Shard]:
+    """The shards of all files, in order."""
+    found: list[Shard] = []
+    for index, source in enumerate(sources):
+        for path in source.files():
+            plain = ".json" not in path.suffixes and ".gz" not in path.suffixes
+            if plain and format_of(path) == "jsonl":
+                found += _cut(index, path, max(1, int(shard_mb * 1e6)))
+            else:
+                found.append(Shard(index, str(path)))
+    return found
+
+
+def _cut(index: int, path: Path, size: int) -> Iterator[Shard]:
+    start, line, at = 0, 1, 0
+    lines = 0
+    with path.open("rb") as file:
+        while block := file.read(min(BLOCK, max(size, 4096))):
+            cut = block.rfind(b"\n") + 1
+            if cut and at + cut - start >= size:
+                lines += block.count(b"\n", 0, cut)
+                yield Shard(index, str(path), start, at + cut, line)
+                start, line, lines = at + cut, line + lines, block.count(b"\n", cut)
+            else:
+                lines += block.count(b"\n")
+            at += len(block)
+    if at > start or not at:
+        yield Shard(index, str(path), start, at, line)
+
+
+def read_shard(shard: Shard, source: SourceConfig) -> Iterator[Chat | Bad]:
+    """The rows of a shard, and what is none."""
+    numbered = read_rows(Path(shard.path)) if shard.stop is None else _lines(shard)
+    name = source.name or Path(shard.path).stem
+    for number, row in numbered:
+        if isinstance(row, Bad):
+            yield row
+            continue
+        try:
+            yield _placed(_chat(row, source), source, name, f"{shard.path}:{number}")
+        except SchemaError as error:
+            excerpt = json.dumps(row, ensure_ascii=True, default=str)[:EXCERPT]
+            yield Bad(shard.path, number, str(error), excerpt)
+
+
+def _lines(shard: Shard) -> Iterator[tuple[int, Any]]:
+    try:
+        with open(shard.path, "rb") as file:
+            file.seek(shard.start)
+            number, at = shard.line, shard.start
+            assert shard.stop is not None
+            while at < shard.stop and (line := file.readline()):
+                at += len(line)
+                if line.strip():
+                    yield number, _parsed(line, shard.path, number)
+                number += 1
+    except OSError as error:
+        raise DataError(f"cannot read {shard.path}: {error}") from error
+
+
+def _parsed(line: bytes, path: str, number: int) -> Any:
+    try:
+        return json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+        told = f"not {what} ({getattr(error, 'reason', getattr(error, 'msg', 'nested too deep'))})"
+        return Bad(path, number, told, line[:EXCERPT].decode(errors="backslashreplace"))
+
+
+def _chat(row: Any, source: SourceConfig) -> Chat:
+    """A row as a chat. Raises SchemaError."""
+    if source.question is None:
+        return read_row(row)
+    if not isinstance(row, dict):
+        raise SchemaError(f"a {type(row).__name__}, not an object")
+    messages = [{"role": "user", "content": _text(row, source.question)}]
+    if source.answer:
+        messages.append({"role": "assistant", "content": _text(row, source.answer)})
+    used = (source.question, source.answer)
+    return check(Chat(messages, None, [], {k: v for k, v in row.items() if k not in used}))
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise SchemaError(f"{key} is {'absent' if value is None else 'no text'}")
+    return value
+
+
+def _placed(chat: Chat, source: SourceConfig, name: str, place: str) -> Chat:
+    """The chat with where it came from, and what holds for its whole source."""
+    extra = {**source.labels, **chat.extra}
+    if source.expected and (known := chat.extra.get(source.expected)) is not None:
+        extra["expected_answer"] = str(known)
+    if extra.get("license") is None and source.license:
+        extra["license"] = source.license
+    lineage = extra.get("lineage")
+    before = lineage if isinstance(lineage, list) else []
+    return replace(chat, extra={**extra, "source": name, "lineage": before or [place]})

@@ -1,0 +1,191 @@
+"""The stage as a whole: what goes in comes out or is told of, killed and resumed or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tessera.curate.sources import SourceConfig, plan_shards, read_shard
+from tessera.data.conversation import Chat
+from tessera.data.readers import Bad, DataError
+from tessera.data.schema import read_chats
+from tests.curate.conftest import Curated, killed, lines, run_stage, write_lines
+
+Curate = Callable[..., Curated]
+STEPS: list[dict[str, Any]] = [
+    {"step": "tags"},
+    {"step": "dedupe"},
+    {"step": "extract_answer"},
+    {"step": "near_dedupe", "threshold": 0.7},
+    {"step": "length", "max": 400},
+    {"step": "blend", "weights": {"rows": 1}},
+    {"step": "order", "by": "length"},
+]
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Chats of which a tenth repeat an earlier one and a tenth have no answer."""
+    found = []
+    for n in range(count):
+        m = n if n % 10 else n // 10
+        said = f"so it is \\boxed{{{m}}}" if n % 10 != 3 else "who knows"
+        asked = f"Problem {m}: add {m} to {m * m % 97} and then take {m % 13} away from the sum."
+        turns = [("user", asked), ("assistant", said)]
+        found.append({"messages": [{"role": r, "content": c} for r, c in turns], "license": "mit"})
+    return found
+
+
+def table(file: Path, **more: Any) -> dict[str, Any]:
+    source = {"paths": str(file), "name": "rows"}
+    return {"sources": [source], "steps": STEPS, "shard_mb": 0.01, **more}
+
+
+def test_every_row_comes_out_or_is_told_of(curate: Curate, tmp_path: Path):
+    broken = ["no object", {"messages": []}, {"messages": [{"role": "user", "content": 1}]}]
+    file = write_lines(tmp_path / "rows.jsonl", rows(1000) + broken)
+    file.write_bytes(file.read_bytes() + b'{"messages": \n\xff\n')
+    made = run_stage(tmp_path / "run", table(file))
+    counts = made.counts()
+    assert counts["read"] == (1005, 1000)
+    names = list(counts)
+    for before, after in zip(names, names[1:], strict=False):
+        assert counts[before][1] == counts[after][0]
+    assert len(made.rows) == counts["write"][1] == 1005 - len(made.removed)
+    told = Counter((row["step"], row["reason"]) for row in made.removed)
+    reasons = lines(made.path / "tables/reasons.jsonl")
+    assert told == {(row["step"], row["reason"]): row["rows"] for row in reasons}
+    place = made.rows[0]["lineage"][0].rpartition(":")
+    assert (
+        json.loads(file.read_bytes().splitlines()[int(place[2]) - 1])["messages"]
+        == (made.rows[0]["messages"])
+    )
+    assert {row["license"] for row in made.rows} == {"mit"}
+    assert not list(made.path.glob("passes/*/part-*")) and not list(made.path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("dialect", ["openai", "nemotron", "sharegpt"])
+def test_the_result_is_read_back_in_its_dialect(curate: Curate, dialect: str):
+    made = curate(rows(50), [{"step": "dedupe"}], dialect=dialect)
+    found = [one for _, one in read_chats(made.path / "chats/part-00000.jsonl")]
+    assert len(found) == len(made.rows) and all(isinstance(one, Chat) for one in found)
+
+
+def test_shards_are_any_size(tmp_path: Path):
+    file = write_lines(tmp_path / "rows.jsonl", rows(3000))
+    whole = run_stage(tmp_path / "one", table(file, shard_mb=64.0))
+    pieces = run_stage(tmp_path / "many", table(file, shard_mb=0.1))
+    assert len(list((pieces.path / "chats").iterdir())) > 2
+    assert pieces.rows == whole.rows
+    assert pieces.counts() == whole.counts()
+
+
+def test_shards_cover_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tessera.curate.sources.BLOCK", 1000)
+    file = write_lines(tmp_path / "rows.jsonl", rows(500))
+    source = SourceConfig(paths=str(file))
+    for size in (1e-6, 1e-3, 5e-3, 1.0):
+        shards = plan_shards([source], size)
+        found = [one for shard in shards for one in read_shard(shard, source)]
+        assert [one.extra["lineage"] for one in found if isinstance(one, Chat)] == [
+            [f"{file}:{n}"] for n in range(1, 501)
+        ]
+    file.write_text(file.read_text().rstrip("\n"))
+    shards = plan_shards([source], 1e-3)
+    assert sum(1 for shard in shards for _ in read_shard(shard, source)) == 500
+
+
+def test_a_run_killed_again_and_again_equals_an_undisturbed_one(tmp_path: Path):
+    file = write_lines(tmp_path / "rows.jsonl", rows(20_000))
+    undisturbed = run_stage(tmp_path / "whole", table(file, shard_mb=0.2))
+    where = tmp_path / "killed"
+    total = len(list(where.parent.glob("whole/passes/*/counts-*.json")))
+    for share in (0.1, 0.5, 0.8):
+        killed(
+            where,
+            table(file, shard_mb=0.2),
+            lambda share=share: len(list(where.glob("passes/*/counts-*"))) > share * total,
+        )
+    assert not (where / "tables/steps.jsonl").exists()
+    resumed = run_stage(where, table(file, shard_mb=0.2))
+    assert resumed.rows == undisturbed.rows
+    assert resumed.removed == undisturbed.removed
+    assert resumed.counts() == undisturbed.counts()
+
+
+def test_processes_share_the_shards_out(tmp_path: Path):
+    file = write_lines(tmp_path / "rows.jsonl", rows(3000))
+    alone = run_stage(tmp_path / "alone" / "curate", table(file))
+    recipe = tmp_path / "shared.toml"
+    steps = "".join(
+        "[[curate.steps]]\n"
+        + "".join(f"{k} = {json.dumps(v).replace(': ', ' = ')}\n" for k, v in one.items())
+        for one in STEPS
+    )
+    head = f'[curate]\nshard_mb = 0.01\nsources = [{{ paths = "{file}", name = "rows" }}]\n'
+    recipe.write_text(head + steps)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tessera", "run", str(recipe), "--runs", str(tmp_path), "-q"]
+    command[-1] = "--quiet"
+    root = Path(__file__).parents[2]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    jobs = [
+        subprocess.Popen(command, cwd=root, env={**os.environ, **common, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [job.wait(120) for job in jobs] == [0, 0]
+    assert Curated(tmp_path / "shared/curate").rows == alone.rows
+    assert Curated(tmp_path / "shared/curate").counts() == alone.counts()
+
+
+def test_too_many_broken_records_are_an_error(curate: Curate):
+    with pytest.raises(DataError, match="2 of 12 records are broken"):
+        curate([*rows(10), 1, 2], [])
+
+
+def test_a_pipeline_that_leaves_nothing_says_where(curate: Curate):
+    with pytest.raises(DataError, match='the step "1 length" left none'):
+        curate(rows(10), [{"step": "length", "min": 10_000}])
+
+
+def test_rows_of_tables_become_chats(tmp_path: Path):
+    import pyarrow
+    from pyarrow import parquet
+
+    found = [{"text": "1 + 1?", "solution": "#### 2", "level": 3}, {"text": " ", "solution": "x"}]
+    parquet.write_table(pyarrow.Table.from_pylist(found), tmp_path / "rows.parquet")
+    source = {
+        "paths": str(tmp_path / "rows.parquet"),
+        "question": "text",
+        "answer": "solution",
+        "license": "mit",
+        "labels": {"category": "math"},
+    }
+    steps = [{"step": "extract_answer", "to": "expected_answer"}]
+    made = run_stage(tmp_path / "run", {"sources": [source], "steps": steps, "max_bad": 0.5})
+    (row,) = made.rows
+    assert row["expected_answer"] == "2" and row["level"] == 3
+    assert (row["license"], row["category"], row["source"]) == ("mit", "math", "rows")
+    assert made.removed[0]["reason"] == "text is no text"
+
+
+def test_broken_records_keep_their_place(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"messages": [{"role": "user", "content": "x"}]}\n\n\xff\n[1]\n')
+    source = SourceConfig(paths=str(file))
+    (shard,) = plan_shards([source], 1)
+    bad = [one for one in read_shard(shard, source) if isinstance(one, Bad)]
+    assert [(one.line, one.reason) for one in bad] == [
+        (3, "not UTF-8 (invalid start byte)"),
+        (4, "a list, not an object"),
+    ]
