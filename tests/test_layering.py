@@ -44,6 +44,9 @@ CONFINED = {
     "gguf": ["serve/export"],
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
+    "httpx": ["rl/endpoint.py"],
+    "langdetect": ["rl/verifiers/language.py"],
+    "math_verify": ["rl/verifiers/mathematics.py"],
     "pyarrow": ["data"],
     "rich": ["progress.py"],
     "safetensors": [
