@@ -1,4 +1,4 @@
-"""IFEval's instructions: each with what follows it and what does not, and the published verdicts."""
+"""IFEval's instructions: what follows each and what does not, and the published verdicts."""
 
 from __future__ import annotations
 
