@@ -54,6 +54,7 @@ def too_many():
 
 libc = ctypes.CDLL(None, use_errno=True)
 attempt("read a file of the host", lambda: open({secret!r}).read())
+attempt("read a file of the host above its root", lambda: open("/.." + {secret!r}).read())
 attempt("write to the root", lambda: open("/escaped", "w"))
 attempt("write to the interpreter", lambda: open(os.path.join(os.__file__ + ".escaped"), "w"))
 attempt("see a process of the host", lambda: os.path.exists("/proc/{pid}/status") and {pid} > 64)
