@@ -116,7 +116,7 @@ def test_abstract_sockets_of_the_host_are_not_there():
 def test_a_fork_bomb_is_contained():
     begun = time.monotonic()
     ended = program("import os\nwhile True:\n try: os.fork()\n except OSError: pass")
-    assert ended.reason in ("time", "processes")
+    assert ended.reason != "exited"
     assert time.monotonic() - begun < QUICK.seconds + 5
     fails("import os\nfor _ in range(20): os.fork() or os.execv('/bin/sleep', ['s', '9'])", "Error")
     thread = "threading.Thread(target=time.sleep, args=[9], daemon=True).start()"
@@ -152,8 +152,10 @@ def test_nothing_can_be_traced_or_read_through_proc():
     code = "import ctypes; c = ctypes.CDLL(None, use_errno=True)"
     for call in ("c.ptrace(16, 1, 0, 0)", "c.ptrace(0, 0, 0, 0)", "c.unshare(0x10000000)"):
         assert program(f"{code}; print({call}, ctypes.get_errno())").stdout == b"-1 1\n", call
-    for path in ("/proc/1/mem", "/proc/1/environ", "/proc/1/fd/0", "/proc/1/maps"):
+    for path in ("/proc/1/mem", "/proc/1/environ", "/proc/1/maps"):
         fails(f"open({path!r}, 'rb').read()", "PermissionError")
+    for descriptor in range(16):
+        fails(f"open('/proc/1/fd/{descriptor}', 'rb').read()", "Error")
     pids = program("import os; print([p for p in os.listdir('/proc') if p.isdigit()])")
     assert pids.stdout in (b"['1', '2']\n", b"['2', '1']\n")
 
