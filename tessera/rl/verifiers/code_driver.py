@@ -1,0 +1,127 @@
+"""Runs a solution against its tests; the source of this file is what is started in the jail.
+
+stdin holds one JSON object: {"solution", "setup", "tests", "token"} for tests that assert, or
+{"solution", "inputs", "seconds", "output_bytes"} for programs that read and print. Printed is the
+token once every test has passed, or the outputs, which are compared where the program cannot reach.
+
+Tricks that policies have learned elsewhere, and what meets them here: leaving before the tests
+(`sys.exit(0)`: no token), replaced built-ins (tests get the ones from before), answers whose
+`__eq__` is always true (`differs`). Code written against this very file can still find the token in
+it; a program that reads and prints has nothing to find.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+import signal
+import sys
+import time
+import types
+from typing import Any, NoReturn
+
+SOLUTION = "<solution>"
+ORDERINGS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__contains__")
+
+
+def invents_order(value: Any, depth: int = 0) -> bool:
+    """Whether a value, or one within it, compares by a method that the solution wrote."""
+    if type(value) in (list, tuple, set, frozenset) and depth < 8:
+        return any(invents_order(each, depth + 1) for each in value)
+    if type(value) is dict and depth < 8:
+        return any(invents_order(each, depth + 1) for pair in value.items() for each in pair)
+    for kind in type(value).__mro__:
+        for name in ORDERINGS:
+            method = kind.__dict__.get(name)
+            if isinstance(method, types.FunctionType) and method.__code__.co_filename == SOLUTION:
+                return True
+    return False
+
+
+def honest(left: Any, right: Any) -> None:
+    """Raises AssertionError where only one side brings its own idea of equality."""
+    if invents_order(left) != invents_order(right):
+        raise AssertionError("an answer that brings its own comparison")
+
+
+class Compared(ast.NodeTransformer):
+    """`a == b` in a test becomes `(honest(a, b), a == b)[1]`, each side evaluated once."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        if len(node.ops) != 1:
+            return node
+        left, right = (ast.Name(name, ast.Load()) for name in ("_left", "_right"))
+        arguments = [ast.arg("_left"), ast.arg("_right")]
+        check = ast.Call(ast.Name("_honest", ast.Load()), [left, right], [])
+        plain = ast.Compare(left, node.ops, [right])
+        body = ast.Subscript(ast.Tuple([check, plain], ast.Load()), ast.Constant(1), ast.Load())
+        empty: list[Any] = []
+        signature = ast.arguments(
+            posonlyargs=empty, args=arguments, kwonlyargs=[], kw_defaults=[], defaults=[]
+        )
+        call = ast.Call(ast.Lambda(signature, body), [node.left, node.comparators[0]], [])
+        return ast.copy_location(call, node)
+
+
+def run_tests(job: dict[str, Any]) -> NoReturn:
+    """Solution, set-up and tests, in this process; the token on the real stdout if all hold."""
+    answer = os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    before = dict(vars(builtins))
+    tree = ast.fix_missing_locations(Compared().visit(ast.parse(job["tests"])))
+    tests = compile(tree, "<tests>", "exec")
+    exec_, exit_, write = exec, os._exit, os.write
+    namespace: dict[str, Any] = {"__name__": "__solution__"}
+    exec_(compile(job["solution"], SOLUTION, "exec"), namespace)
+    exec_(compile(job["setup"], "<setup>", "exec"), namespace)
+    namespace |= {"__builtins__": before, "_honest": honest}
+    exec_(tests, namespace)
+    write(answer, job["token"].encode())
+    exit_(0)
+
+
+def run_cases(job: dict[str, Any]) -> None:
+    """The solution once for each input, in a process each; stops at the first that is too slow."""
+    program = compile(job["solution"], SOLUTION, "exec")
+    results = []
+    for text in job["inputs"]:
+        with open("/tmp/in", "w") as file:
+            file.write(text)
+        results.append(run_case(program, job["seconds"]))
+        with open("/tmp/out", "rb") as file:
+            results[-1]["output"] = file.read(job["output_bytes"]).decode(errors="replace")
+        if results[-1]["code"] is None:
+            break
+    print(json.dumps(results), flush=True)
+
+
+def run_case(program: types.CodeType, seconds: float) -> dict[str, Any]:
+    child = os.fork()
+    if not child:
+        os.dup2(os.open("/tmp/in", os.O_RDONLY), 0)
+        os.dup2(os.open("/tmp/out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
+        exec(program, {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    deadline = time.monotonic() + seconds
+    pause = 0.0005
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return {"code": os.waitstatus_to_exitcode(status)}
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return {"code": None}
+        time.sleep(pause)
+        pause = min(0.01, pause * 2)
+
+
+if __name__ == "__main__":
+    job = json.load(sys.stdin)
+    run_tests(job) if "tests" in job else run_cases(job)

@@ -1,0 +1,99 @@
+"""Whether an answer is, mathematically, the expected one; by math-verify, which stays in this file.
+
+What is compared is the last box where there is one, so that a list of guesses in several boxes is
+not an answer. math-verify's own deadlines are switched off: they use SIGALRM, which off the main
+thread turned every score into a silent 0 in three trainers; `rl/pool.py` kills what runs long. Its
+leniency towards the form of a tuple is narrowed: a set is not the ordered pair (`\\{2, 1\\}`,
+`(1, 2)`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from tessera.rl.verifiers.answer import boxed
+from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
+
+READ_FROM_END = 2000  # characters searched for an answer that stands in no box
+LONGEST_BOX = 2000
+_SPACE = re.compile(r"\s+|\\[,;:! ]|~")
+_BRACED = re.compile(r"^\\?\s*\\\{.*\\\}$", re.DOTALL)
+_TUPLE = re.compile(r"^\s*(?:\\left)?\s*[(\[].*,.*[)\]]\s*$", re.DOTALL)
+
+
+def verify_math(answer: str, expected: str) -> Outcome:
+    """Whether the answer's last box, or else its last expression, equals the expected one.
+
+    expected: LaTeX or a plain expression, with or without `$`. An expected answer that cannot be
+    read, and a comparison that fails inside the library, are could-not-judge.
+    """
+    expected = expected.strip()
+    given = boxed(answer)
+    if not expected:
+        return unjudged("the expected answer is empty")
+    if given is not None and _same_text(given, expected):
+        return right("the same text")
+    if given is not None and len(given) > LONGEST_BOX:
+        return wrong(f"the box holds {len(given)} characters")
+    parse, verify = _library()
+    try:
+        wanted = parse(_as_latex(boxed(expected) or expected))
+        found = parse(f"\\boxed{{{given}}}" if given is not None else answer[-READ_FROM_END:])
+        if not any(not isinstance(part, str) for part in wanted):
+            return _text_only(given, expected)
+        if not found:
+            return wrong("no answer found")
+        if given is not None and _set_for_tuple(given, expected):
+            return wrong("a set where a tuple or an interval was expected")
+        return judged(verify(wanted, found), f"{found[-1]} is not {expected}"[:200])
+    except (Exception, RecursionError) as error:
+        return unjudged(f"math-verify failed: {type(error).__name__}: {error}"[:200])
+
+
+def _text_only(given: str | None, expected: str) -> Outcome:
+    """The verdict on an expected answer that is no mathematics: another text is another answer."""
+    if given is None:
+        return unjudged(f"the expected answer {expected[:60]!r} cannot be read as mathematics")
+    return wrong(f"{given[:60]!r} is not {expected[:60]!r}")
+
+
+def _same_text(given: str, expected: str) -> bool:
+    return _bare(given) == _bare(expected)
+
+
+def _bare(text: str) -> str:
+    text = text.replace("\\$", "").strip().strip("$")
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\left", "")
+    return _SPACE.sub("", text.replace("\\right", "")).rstrip(".")
+
+
+def _as_latex(expected: str) -> str:
+    expected = expected.replace("\\$", "")  # a sum of money is its number
+    return expected if "$" in expected else f"${expected}$"
+
+
+def _set_for_tuple(given: str, expected: str) -> bool:
+    return bool(_BRACED.match(given.strip()) and _TUPLE.match(expected))
+
+
+def _library() -> tuple[Any, Any]:
+    """math-verify's parse and verify, both raising what goes wrong instead of hiding it."""
+    try:
+        import math_verify
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "checking mathematics needs math-verify: pip install 'tessera[math]'"
+        ) from None
+    # It warns once that its deadlines are off, which is what the pool is for.
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    def parse(text: str) -> list[Any]:
+        return math_verify.parse(text, parsing_timeout=None, raise_on_error=True)  # pyright: ignore
+
+    def verify(wanted: list[Any], found: list[Any]) -> bool:
+        return math_verify.verify(wanted, found, timeout_seconds=None, raise_on_error=True)
+
+    return parse, verify
