@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.model.config import NoOp
+from tessera.model.config import GQA, NoOp
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.matmul import prefers_onednn
 from tessera.model.transformer import Block, Transformer
@@ -169,6 +169,11 @@ class Packed:
         epsilon = (config.hidden_size * config.rms_norm_eps) ** 0.5
         self.embedding = F.pad(table, (0, 1), value=epsilon)
         self.root = config.hidden_size**0.5
+        self.kv_heads = {
+            layer: block.attention.num_key_value_heads
+            for layer, block in enumerate(config.blocks)
+            if isinstance(block.attention, GQA)
+        }
         self.ops = list(self._pack(module))
         self.head = Matrix(module.head * (module.norm.weight * self.root))
         self.frequencies = module.inverse_frequencies(self.device)
