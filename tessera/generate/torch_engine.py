@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from tessera.generate.engine import (
+    ClosedError,
     Completion,
     GenerationError,
     Progress,
@@ -62,12 +63,18 @@ class TorchEngine:
         self.waiting = Waiting(max_queue)
         self.version = 0
         self._lock, self._turnstile = threading.Lock(), threading.Lock()
-        self._scheduler = Scheduler(
+        self._open: Scheduler | None = Scheduler(
             Packed(module),
             Limits(max_batch_size, max_tokens, chunk_tokens),
             self.waiting,
             PrefixCache(prefix_cache_tokens) if prefix_cache_tokens else None,
         )
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        if self._open is None:
+            raise ClosedError("the engine is closed: make another")
+        return self._open
 
     @property
     def packed(self) -> Packed:
@@ -94,7 +101,7 @@ class TorchEngine:
     @property
     def idle(self) -> bool:
         """Whether nothing waits, is read or decodes."""
-        return self._scheduler.idle
+        return self._open is None or self._open.idle
 
     def submit(
         self,
@@ -208,9 +215,10 @@ class TorchEngine:
         """End what is in flight, refuse what comes, and give back the memory."""
         self.waiting.close()
         with self._turn():
-            for sample in (*self._scheduler.evict(), *self.waiting.take(len(self.waiting))):
-                sample.finish("cancelled")
-            del self._scheduler
+            if self._open is not None:
+                for sample in (*self._open.evict(), *self.waiting.take(len(self.waiting))):
+                    sample.finish("cancelled")
+                self._open = None
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

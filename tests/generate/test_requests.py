@@ -209,8 +209,10 @@ def test_a_closed_engine_refuses_and_ends_what_it_had():
     engine.step()
     engine.close()
     assert [handle.completions[0].finish_reason for handle in handles] == ["cancelled"] * 2
-    with pytest.raises(ClosedError):
-        engine.waiting.put(handles)
+    engine.close()
+    for call in (lambda: engine.submit([1], GREEDY), engine.step, lambda: engine.score([[1]])):
+        with pytest.raises(ClosedError):
+            call()
 
 
 def test_a_failed_step_fails_its_requests_and_no_others(monkeypatch):
