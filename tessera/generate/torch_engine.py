@@ -40,7 +40,8 @@ class TorchEngine:
     max_batch_size: rows decoded together. max_tokens: cap on rows times their longest possible
     length, to bound the cache; None for no cap. max_queue: samples that may wait for a row before
     `submit` raises QueueFullError. chunk_tokens: of prompts, read between two decode steps.
-    prefix_cache_tokens: of prompts, whose KV is kept for later ones that begin alike.
+    prefix_cache_tokens: of prompts, whose KV is kept for later ones that begin alike. int8: large
+    weights rounded to int8, on a CPU: a quarter of the memory, and faster (`int8.py`).
 
     The engine holds a snapshot of the weights: after a training step, `sync`. The cache is kept
     between calls and freed by `close`. Any thread may submit, cancel and read completions; calls
@@ -56,15 +57,16 @@ class TorchEngine:
         max_queue: int | None = None,
         chunk_tokens: int = 512,
         prefix_cache_tokens: int = 0,
+        int8: bool = False,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise GenerationError(f"{name} is {value}; it must be at least 1")
         self.waiting = Waiting(max_queue)
-        self.version = 0
+        self.version, self.int8 = 0, int8
         self._lock, self._turnstile = threading.Lock(), threading.Lock()
         self._open: Scheduler | None = Scheduler(
-            Packed(module),
+            Packed(module, int8),
             Limits(max_batch_size, max_tokens, chunk_tokens),
             self.waiting,
             PrefixCache(prefix_cache_tokens) if prefix_cache_tokens else None,
@@ -199,7 +201,7 @@ class TorchEngine:
         the prompt: the new weights read both anew, so that each next token is the new model's.
         Raises GenerationError where such a request need not fit the new model.
         """
-        packed = Packed(module)
+        packed = Packed(module, self.int8)
         with self._turn():
             if not self.idle:
                 self._check_successor(packed)
