@@ -1,24 +1,33 @@
-"""Generation speed: `TorchEngine` against transformers' `generate`, on one dense model in one run.
+"""Generation speed of `TorchEngine`, transformers, llama.cpp and vLLM on one dense model, in turn.
 
-    python benchmarks/generation.py [--model PATH] [--batch 1 8 32] [--threads 1] [--json]
+    python benchmarks/generation.py [--model PATH] [--batch 1 8 32] [--queue 128] [--int8]
+        [--peers transformers llama.cpp vllm] [--vllm .venv-vllm/bin/python] [--threads 1] [--json]
 
-Greedy, float32, KV cache and SDPA on both sides, the same weights and prompts, a fixed number
-of new tokens (stop tokens off). The two alternate, so that both see the same neighbours on a
-shared machine; figures are medians, and CPU seconds are the steadier ones. Without --model:
-random weights in the 6M shape of the training baseline. Needs the `dev` extra.
+Greedy, float32, the same weights and token ids, a fixed number of new tokens a request (stop
+tokens off). The engines take turns, so that all see the same neighbours on a shared machine;
+figures are medians over rounds, ratios medians of the rounds' ratios, and CPU seconds of the
+engine's own process the steadier clock. In the queue, prompts and completions have ragged
+lengths and everybody may run 32 at a time: transformers' `generate` in batches in order of arrival,
+or sorted by the lengths of the completions, which nobody knows beforehand ("oracle"). Without
+--model: random weights in the 6M shape of the training baseline. Needs the `dev` extra.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -27,6 +36,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.weights import load_model
+from tessera.serve.export import export_model
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.serve.interop import LlamaCpp, write_byte_tokenizer  # noqa: E402
 
 SHAPE = {
     "vocab_size": 320,
@@ -38,21 +53,200 @@ SHAPE = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+PEERS = ("transformers", "llama.cpp", "vllm")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One batch size: median seconds a run of each side; ratios are medians of the pairs'."""
+class Workload:
+    """Requests: prompts of token ids, and how many new tokens each asks for."""
 
-    batch: int
-    peer_wall: float
-    ours_wall: float
-    peer_cpu: float
-    ours_cpu: float
-    wall_ratio: float
-    cpu_ratio: float
-    ours_tokens_per_cpu_second: float
-    agreeing: float
+    name: str
+    prompts: list[list[int]]
+    new: list[int]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One run: the new tokens of each request, and its seconds."""
+
+    tokens: list[list[int]]
+    wall: float
+    cpu: float
+
+
+class Side(Protocol):
+    """An engine that can be asked."""
+
+    def run(self, work: Workload) -> Timed: ...
+
+
+class Here:
+    """A side in this process."""
+
+    def run(self, work: Workload) -> Timed:
+        wall, cpu = time.perf_counter(), time.process_time()
+        tokens = self.answer(work)
+        return Timed(tokens, time.perf_counter() - wall, time.process_time() - cpu)
+
+    def answer(self, work: Workload) -> list[list[int]]:
+        raise NotImplementedError
+
+
+class Ours(Here):
+    def __init__(self, path: Path, rows: int, int8: bool = False) -> None:
+        module = load_model(path, frozen=True)
+        self.engine = TorchEngine(module, max_batch_size=rows, int8=int8)
+
+    def answer(self, work: Workload) -> list[list[int]]:
+        handles = [
+            self.engine.submit(prompt, SamplingParams(max_tokens=new, temperature=0))
+            for prompt, new in zip(work.prompts, work.new, strict=True)
+        ]
+        while self.engine.step():
+            pass
+        return [handle.completions[0].token_ids for handle in handles]
+
+
+class Transformers(Here):
+    """`generate` in batches of at most `rows`, padded at the left; all run to the longest."""
+
+    def __init__(self, model: Any, rows: int, oracle: bool = False) -> None:
+        self.model, self.rows, self.oracle = model, rows, oracle
+
+    def answer(self, work: Workload) -> list[list[int]]:
+        order = list(range(len(work.prompts)))
+        if self.oracle:
+            order.sort(key=lambda i: (work.new[i], len(work.prompts[i])))
+        found: list[list[int]] = [[] for _ in order]
+        for start in range(0, len(order), self.rows):
+            group = order[start : start + self.rows]
+            longest = max(len(work.prompts[i]) for i in group)
+            new = max(work.new[i] for i in group)
+            behind = [longest - len(work.prompts[i]) for i in group]
+            ids = [[0] * n + work.prompts[i] for n, i in zip(behind, group, strict=True)]
+            mask = [[0] * n + [1] * (longest - n) for n in behind]
+            with torch.inference_mode():
+                out = self.model.generate(
+                    torch.tensor(ids),
+                    attention_mask=torch.tensor(mask),
+                    do_sample=False,
+                    use_cache=True,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            for i, row in zip(group, out[:, longest:].tolist(), strict=True):
+                found[i] = row[: work.new[i]]
+        return found
+
+
+class Llama:
+    """llama.cpp's server with `rows` slots, asked by as many threads; CPU seconds are its own."""
+
+    def __init__(self, server: LlamaCpp, rows: int) -> None:
+        self.server, self.rows = server, rows
+
+    def run(self, work: Workload) -> Timed:
+        wall, cpu = time.perf_counter(), self._cpu()
+        with ThreadPoolExecutor(self.rows) as pool:
+            tokens = list(pool.map(self._ask, work.prompts, work.new))
+        return Timed(tokens, time.perf_counter() - wall, self._cpu() - cpu)
+
+    def _ask(self, prompt: list[int], new: int) -> list[int]:
+        body = {
+            "prompt": prompt,
+            "n_predict": new,
+            "samplers": ["top_k"],
+            "top_k": 1,
+            "ignore_eos": True,
+            "return_tokens": True,
+            "cache_prompt": False,
+        }
+        return self.server.post("/completion", body)["tokens"]
+
+    def _cpu(self) -> float:
+        fields = (
+            Path(f"/proc/{self.server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        )
+        return (int(fields[11]) + int(fields[12])) / 100  # utime and stime, in ticks
+
+
+class Vllm:
+    """vLLM's CPU build, in its own environment; a process that answers a line a workload."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def run(self, work: Workload) -> Timed:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps([work.prompts, work.new]), file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                return Timed(*json.loads(line[7:]))
+        raise SystemExit("vLLM ended without an answer")
+
+
+VLLM = """
+import json, os, sys, time
+os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+import torch, vllm
+torch.set_num_threads(int(sys.argv[3]))
+llm = vllm.LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=1024,
+    max_num_seqs=int(sys.argv[2]), enable_prefix_caching=False, skip_tokenizer_init=True)
+torch.set_num_threads(int(sys.argv[3]))
+for line in sys.stdin:
+    prompts, new = json.loads(line)
+    params = [vllm.SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False)
+        for n in new]
+    wall, cpu = time.perf_counter(), time.process_time()
+    out = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    seconds = [time.perf_counter() - wall, time.process_time() - cpu]
+    print("ANSWER", json.dumps([[list(o.outputs[0].token_ids) for o in out], *seconds]), flush=True)
+"""
+
+LLAMA = """
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+rows, threads = int(sys.argv[3]), int(sys.argv[4])
+params.n_ctx, params.n_parallel, params.warmup = rows * 1024, rows, False
+params.hostnames, params.port, params.n_threads_http = ["127.0.0.1"], int(sys.argv[2]), rows + 2
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server = xllamacpp.Server(params)
+print("ready", flush=True)
+time.sleep(36000)
+"""
+
+
+@contextmanager
+def llama_side(path: Path, folder: Path, options: argparse.Namespace) -> Iterator[Llama]:
+    export_model(path, folder / "gguf", "gguf", engines=[])
+    more = (str(options.rows), str(options.threads))
+    server = LlamaCpp(folder / "gguf" / "model.gguf", folder / "log", LLAMA, more)
+    try:
+        server.wait()
+        yield Llama(server, options.rows)
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+@contextmanager
+def vllm_side(path: Path, options: argparse.Namespace) -> Iterator[Vllm]:
+    command = [str(options.vllm), "-c", VLLM, str(path), str(options.rows), str(options.threads)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        yield Vllm(process)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def main() -> None:
@@ -60,113 +254,127 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        path = options.model or random_model(Path(folder))
-        peer = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
-        module = load_model(path, frozen=True)
-    engine = TorchEngine(module)
-    rows = [measure(peer, engine, batch, options) for batch in options.batch]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        path = options.model or random_model(folder / "model", options.shape)
+        sides = dict(open_sides(stack, path, folder, options))
+        vocab = json.loads((path / "config.json").read_text())["vocab_size"]
+        found = [measure(sides, work, options.repeats) for work in workloads(vocab, options)]
     if options.json:
-        print(json.dumps({"machine": machine(options), "rows": [asdict(row) for row in rows]}))
+        print(json.dumps({"machine": machine(options), "rows": sum(found, [])}))
     else:
-        print(table(rows, options))
+        print(table(sum(found, []), options))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: random 6M)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument(
+        "--shape", type=json.loads, default={}, help="changes to the 6M shape, JSON"
+    )
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--queue", type=int, default=128, help="ragged requests; 0 for no queue")
+    parser.add_argument("--rows", type=int, default=32, help="that run at a time")
     parser.add_argument("--prompt", type=int, default=64, help="tokens a prompt")
     parser.add_argument("--new", type=int, default=128, help="new tokens a prompt")
-    parser.add_argument("--repeats", type=int, default=7, help="pairs, after one to warm up")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--int8", action="store_true", help="also tessera with int8 weights")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
-def random_model(directory: Path) -> Path:
+def random_model(directory: Path, changes: dict[str, Any]) -> Path:
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(directory)
+    LlamaForCausalLM(LlamaConfig(**SHAPE | changes)).save_pretrained(directory)
+    write_byte_tokenizer(directory)
     return directory
 
 
-def measure(peer: Any, engine: TorchEngine, batch: int, options: argparse.Namespace) -> Row:
-    vocab = engine.packed.config.vocab_size
-    generator = torch.Generator().manual_seed(batch)
-    prompts = torch.randint(0, vocab, (batch, options.prompt), generator=generator)
-    params = SamplingParams(max_tokens=options.new, temperature=0)
-
-    def theirs() -> list[list[int]]:
-        with torch.inference_mode():
-            out = peer.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=False,
-                use_cache=True,
-                max_new_tokens=options.new,
-                min_new_tokens=options.new,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        return out[:, options.prompt :].tolist()
-
-    def ours() -> list[list[int]]:
-        return [done.token_ids for (done,) in engine.generate(prompts.tolist(), params)]
-
-    pairs = []
-    for _ in range(options.repeats + 1):
-        (tokens, *peer_seconds), (own, *own_seconds) = clocked(theirs), clocked(ours)
-        assert all(len(row) == options.new for row in tokens + own)
-        pairs.append((*peer_seconds, *own_seconds))
-    agreeing = sum(a == b for a, b in zip(tokens, own, strict=True)) / batch
-    return summary(batch, pairs[1:], options.new, agreeing)
+def open_sides(
+    stack: ExitStack, path: Path, folder: Path, options: argparse.Namespace
+) -> Iterator[tuple[str, Side]]:
+    """Ours first: the others are compared with it."""
+    yield "tessera", Ours(path, options.rows)
+    if options.int8:
+        yield "tessera int8", Ours(path, options.rows, int8=True)
+    if "transformers" in options.peers:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
+        yield "transformers", Transformers(model, options.rows)
+        yield "transformers, oracle", Transformers(model, options.rows, oracle=True)
+    if "llama.cpp" in options.peers:
+        yield "llama.cpp", stack.enter_context(llama_side(path, folder, options))
+    if "vllm" in options.peers and options.vllm.is_file():
+        yield "vLLM", stack.enter_context(vllm_side(path, options))
+    elif "vllm" in options.peers:
+        print(f"vLLM: skipped, {options.vllm} is missing (make venv-vllm)", file=sys.stderr)
 
 
-def clocked(run: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = run()
-    return result, time.perf_counter() - wall, time.process_time() - cpu
+def workloads(vocab: int, options: argparse.Namespace) -> Iterator[Workload]:
+    draw = random.Random(0)
+
+    def prompt(length: int) -> list[int]:
+        return draw.choices(range(vocab), k=length)
+
+    for batch in options.batch:
+        prompts = [prompt(options.prompt) for _ in range(batch)]
+        yield Workload(str(batch), prompts, [options.new] * batch)
+    if options.queue:
+        # A few long answers among many short ones, as with a model that thinks when it must.
+        new = [round(2 ** draw.uniform(3, 8.3)) for _ in range(options.queue)]
+        prompts = [prompt(draw.randint(8, 2 * options.prompt)) for _ in new]
+        yield Workload(f"queue of {options.queue}", prompts, new)
 
 
-def summary(batch: int, pairs: list[tuple], new: int, agreeing: float) -> Row:
-    peer_wall, peer_cpu, ours_wall, ours_cpu = (
-        statistics.median(x) for x in zip(*pairs, strict=True)
-    )
-    return Row(
-        batch=batch,
-        peer_wall=peer_wall,
-        ours_wall=ours_wall,
-        peer_cpu=peer_cpu,
-        ours_cpu=ours_cpu,
-        wall_ratio=statistics.median(p[0] / p[2] for p in pairs),
-        cpu_ratio=statistics.median(p[1] / p[3] for p in pairs),
-        ours_tokens_per_cpu_second=batch * new / ours_cpu,
-        agreeing=agreeing,
-    )
+def measure(sides: dict[str, Side], work: Workload, repeats: int) -> list[dict[str, Any]]:
+    """A row a side: tokens a second, ours to theirs, and how many of ours they repeat."""
+    one_batch = len(set(work.new)) == 1
+    sides = {k: side for k, side in sides.items() if not (one_batch and "oracle" in k)}
+    rounds = []
+    for _ in range(repeats + 1):
+        rounds.append({name: side.run(work) for name, side in sides.items()})
+    for run in rounds[0].values():
+        assert [len(tokens) for tokens in run.tokens] == work.new
+    ours, count = rounds[0]["tessera"].tokens, sum(work.new)
+    return [
+        {
+            "work": work.name,
+            "engine": name,
+            "tokens_per_second": count / statistics.median(r[name].wall for r in rounds[1:]),
+            "tokens_per_cpu_second": count / statistics.median(r[name].cpu for r in rounds[1:]),
+            "wall_ratio": statistics.median(r[name].wall / r["tessera"].wall for r in rounds[1:]),
+            "cpu_ratio": statistics.median(r[name].cpu / r["tessera"].cpu for r in rounds[1:]),
+            "agreeing": sum(a == b for a, b in zip(rounds[0][name].tokens, ours, strict=True))
+            / len(ours),
+        }
+        for name in sides
+    ]
 
 
 def machine(options: argparse.Namespace) -> str:
     return (
         f"{options.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}; "
-        f"{options.prompt} prompt + {options.new} new tokens, {options.repeats} pairs"
+        f"{options.prompt} prompt + {options.new} new tokens, {options.repeats} rounds"
     )
 
 
-def table(rows: list[Row], options: argparse.Namespace) -> str:
-    name = options.model.name if options.model else "random 6M"
+def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    name = options.model.name if options.model else f"random {options.shape or '6M'}"
     lines = [
         f"{name}: {machine(options)}",
         "",
-        "| batch | transformers, s wall (CPU) | tessera, s wall (CPU) | ratio wall (CPU) "
-        "| tessera, tokens/CPU-s | rows with equal tokens |",
-        "|--:|--:|--:|--:|--:|--:|",
+        "| requests | engine | tokens/s wall (CPU) | its time to tessera's, wall (CPU) "
+        "| completions equal to tessera's |",
+        "|--:|---|--:|--:|--:|",
     ]
     for r in rows:
         lines.append(
-            f"| {r.batch} | {r.peer_wall:.3f} ({r.peer_cpu:.3f}) | {r.ours_wall:.3f} "
-            f"({r.ours_cpu:.3f}) | {r.wall_ratio:.2f} ({r.cpu_ratio:.2f}) "
-            f"| {r.ours_tokens_per_cpu_second:,.0f} | {r.agreeing:.0%} |"
+            f"| {r['work']} | {r['engine']} | {r['tokens_per_second']:,.0f} "
+            f"({r['tokens_per_cpu_second']:,.0f}) | {r['wall_ratio']:.2f} ({r['cpu_ratio']:.2f}) "
+            f"| {r['agreeing']:.0%} |"
         )
     return "\n".join(lines)
 

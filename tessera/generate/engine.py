@@ -2,8 +2,9 @@
 
     generate(prompts, params) -> completions      score(sequences) -> log-probs      sync(module)
 
-Three verbs serve evaluation, reinforcement learning and measurement alike. An engine knows
-nothing of text: chat templates, stop words and answers belong to its callers. No torch here.
+Three verbs serve evaluation, reinforcement learning and measurement alike; a server submits
+requests one by one (`requests.py`). An engine knows nothing of text: chat templates, stop
+strings and answers belong to its callers (`text.py` helps them). No torch here.
 """
 
 from __future__ import annotations
@@ -19,17 +20,59 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+
+
 class GenerationError(ValueError):
     """A request an engine cannot serve; the text says what to change."""
+
+
+class QueueFullError(RuntimeError):
+    """The engine has as many requests waiting as it may hold: the caller should try later."""
+
+
+class ClosedError(RuntimeError):
+    """The engine takes no more requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """A budget for the thought, after which it is closed and the answer goes on.
+
+    The thought is open from the first token where `starts` is empty, else once the tokens end
+    with one of `starts`; one of `ends` closes it. The same text can be several token sequences (a
+    tokenizer may merge `>` with the newline behind it), hence the plurals. After `max_tokens` of
+    thought the tokens of `ends[0]` are forced, the rest of it where the model has begun it. They
+    count as tokens of the completion, and their log-probs are the model's.
+    """
+
+    max_tokens: int
+    ends: tuple[tuple[int, ...], ...]
+    starts: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0:
+            raise GenerationError(
+                f"thinking budget is {self.max_tokens} tokens; it must be 0 or more"
+            )
+        if not self.ends or not all((*self.ends, *self.starts)):
+            raise GenerationError(
+                "a thinking budget needs the tokens that end a thought: give at least one "
+                "sequence in ends, and no empty one in ends or starts"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to continue a prompt.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 switch the filters off; top_k is applied first
-    and top_p to what it leaves. n is the number of samples a prompt. A token of stop_token_ids
-    ends the completion and is its last token; with none, every completion has max_tokens.
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch the filters off; top_k is applied
+    first, top_p to what it leaves, and min_p drops what is less likely than that share of the
+    likeliest. repetition_penalty divides the positive logits of tokens that prompt or completion
+    hold, and multiplies the negative ones (Keskar et al. 2019); 1 is none. n is the number of
+    samples a prompt. A token of stop_token_ids ends the completion and is its last token; with
+    none, every completion has max_tokens. logprobs is how many of the likeliest tokens are
+    reported at each position, beside the chosen one.
     """
 
     max_tokens: int = 128
@@ -39,6 +82,10 @@ class SamplingParams:
     n: int = 1
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int = 0
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "n"):
@@ -48,10 +95,20 @@ class SamplingParams:
             raise GenerationError(
                 f"temperature is {self.temperature}; use 0 for greedy or a positive number"
             )
-        if self.top_k < 0:
-            raise GenerationError(f"top_k is {self.top_k}; use 0 for no limit or a positive count")
+        for name, nothing in (("top_k", "limit"), ("logprobs", "report")):
+            if getattr(self, name) < 0:
+                raise GenerationError(
+                    f"{name} is {getattr(self, name)}; use 0 for no {nothing} or a positive count"
+                )
         if not 0 < self.top_p <= 1:
             raise GenerationError(f"top_p is {self.top_p}; it must lie in (0, 1], 1 for no limit")
+        if not 0 <= self.min_p <= 1:
+            raise GenerationError(f"min_p is {self.min_p}; it must lie in [0, 1], 0 for no limit")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise GenerationError(
+                f"repetition_penalty is {self.repetition_penalty}; use 1 for none or a positive "
+                "number"
+            )
         if not 0 <= self.seed < 2**64:
             raise GenerationError(f"seed is {self.seed}; it must lie in [0, 2**64)")
 
@@ -61,13 +118,16 @@ class Completion:
     """One continuation; the prompt is not part of it.
 
     logprobs[i] is the log-probability of token_ids[i] under the model itself, before temperature
-    and filters, so it compares with a trainer's. version is that of the weights.
+    and filters, so it compares with a trainer's. version is that of the weights that gave the
+    first token. top_logprobs[i] holds the likeliest tokens at i as (id, log-prob) pairs, the
+    likeliest first, where they were asked for.
     """
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] = "length"
+    finish_reason: FinishReason = "length"
     version: int = 0
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 class Engine(Protocol):

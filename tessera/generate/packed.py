@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.model.config import NoOp
+from tessera.generate.int8 import INT8_FROM, Int8Matrix, check_int8
+from tessera.model.config import GQA, NoOp
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.matmul import prefers_onednn
 from tessera.model.transformer import Block, Transformer
@@ -98,6 +99,17 @@ class Matrix:
         return pointwise(x, self.blocked, self.bias, "none", [], "")
 
 
+class Make(Protocol):
+    """How the weights of a snapshot are held."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Matrix | Int8Matrix: ...
+
+
+def make_int8(weight: Tensor, bias: Tensor | None = None) -> Matrix | Int8Matrix:
+    """In int8 where that is the faster."""
+    return (Int8Matrix if weight.numel() >= INT8_FROM else Matrix)(weight, bias)
+
+
 def onednn_rows(size: int) -> int:
     """From how many rows on oneDNN multiplies a weight of `size` elements faster than MKL."""
     return 1 if size >= ONEDNN_ALWAYS else max(2, -(-ONEDNN_FROM // size))
@@ -106,15 +118,15 @@ def onednn_rows(size: int) -> int:
 class PackedAttention:
     """Grouped-query attention."""
 
-    def __init__(self, op: Attention, gain: Tensor, layer: int) -> None:
+    def __init__(self, op: Attention, gain: Tensor, layer: int, make: Make) -> None:
         self.layer, self.dim, self.kv = layer, op.head_dim, op.num_key_value_heads
         self.heads = op.q_proj.out_features // self.dim
         normed = hasattr(op, "q_norm")
         scale = 1.0 if normed else self.dim**-0.5
         q, k = (_interleave(p.weight, self.dim) for p in (op.q_proj, op.k_proj))
         weight = torch.cat((q * scale, k, op.v_proj.weight)) * gain
-        self.qkv = Matrix(weight, _qkv_bias(op, scale))
-        self.out = Matrix(op.o_proj.weight.clone(), _copy(op.o_proj.bias))
+        self.qkv = make(weight, _qkv_bias(op, scale))
+        self.out = make(op.o_proj.weight.clone(), _copy(op.o_proj.bias))
         self.norm_gain = _head_gains(op, self.heads, self.kv) if normed else None
         self.eps = op.q_norm.eps if normed else 0.0
 
@@ -132,12 +144,12 @@ class PackedAttention:
 class PackedFFN:
     """SwiGLU."""
 
-    def __init__(self, op: FeedForward, gain: Tensor) -> None:
+    def __init__(self, op: FeedForward, gain: Tensor, make: Make) -> None:
         gate, up = op.gate_proj, op.up_proj
         self.width = gate.out_features
         bias = None if gate.bias is None else torch.cat((gate.bias, up.bias))
-        self.gate_up = Matrix(torch.cat((gate.weight, up.weight)) * gain, bias)
-        self.down = Matrix(op.down_proj.weight.clone(), _copy(op.down_proj.bias))
+        self.gate_up = make(torch.cat((gate.weight, up.weight)) * gain, bias)
+        self.down = make(op.down_proj.weight.clone(), _copy(op.down_proj.bias))
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
         gate_up = self.gate_up(h)
@@ -148,8 +160,8 @@ class PackedFFN:
 class PackedLinear:
     """One matrix in a subblock's place."""
 
-    def __init__(self, op: LinearMap, gain: Tensor) -> None:
-        self.matrix = Matrix(op.weight * gain)
+    def __init__(self, op: LinearMap, gain: Tensor, make: Make) -> None:
+        self.matrix = make(op.weight * gain)
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
         self.matrix.add_to(x, h)
@@ -159,26 +171,37 @@ PackedOp = PackedAttention | PackedFFN | PackedLinear
 
 
 class Packed:
-    """A snapshot of `module`, laid out for generation. Absent subblocks leave no trace."""
+    """A snapshot of `module`, laid out for generation. Absent subblocks leave no trace.
+
+    int8: whether large weights are rounded to int8 (`int8.py`). Raises GenerationError.
+    """
 
     @torch.inference_mode()
-    def __init__(self, module: Transformer) -> None:
+    def __init__(self, module: Transformer, int8: bool = False) -> None:
         self.config = config = module.config
         table = module.embed_tokens.weight
         self.device, self.dtype = table.device, table.dtype
+        if int8:
+            check_int8(self.device, self.dtype)
+        make: Make = make_int8 if int8 else Matrix
         epsilon = (config.hidden_size * config.rms_norm_eps) ** 0.5
         self.embedding = F.pad(table, (0, 1), value=epsilon)
         self.root = config.hidden_size**0.5
-        self.ops = list(self._pack(module))
-        self.head = Matrix(module.head * (module.norm.weight * self.root))
+        self.kv_heads = {
+            layer: block.attention.num_key_value_heads
+            for layer, block in enumerate(config.blocks)
+            if isinstance(block.attention, GQA)
+        }
+        self.ops = list(self._pack(module, make))
+        self.head = make(module.head * (module.norm.weight * self.root))
         self.frequencies = module.inverse_frequencies(self.device)
 
-    def _pack(self, module: Transformer) -> Iterator[PackedOp]:
+    def _pack(self, module: Transformer, make: Make) -> Iterator[PackedOp]:
         for layer, block in enumerate(module.layers):
             assert isinstance(block, Block)
             for subblock in (block.attention, block.ffn):
                 if not isinstance(subblock.variant, NoOp):
-                    yield _pack(subblock, subblock.norm.weight * self.root, layer)
+                    yield _pack(subblock, subblock.norm.weight * self.root, layer, make)
 
     def same_shape(self, other: Packed) -> bool:
         """Whether a KV cache made for the other serves this one."""
@@ -203,15 +226,15 @@ class Packed:
         return self.head(hidden)
 
 
-def _pack(subblock: Subblock, gain: Tensor, layer: int) -> PackedOp:
+def _pack(subblock: Subblock, gain: Tensor, layer: int, make: Make) -> PackedOp:
     match subblock.op:
         case Attention() as op:
-            return PackedAttention(op, gain, layer)
+            return PackedAttention(op, gain, layer, make)
         case FeedForward() as op:
-            return PackedFFN(op, gain)
+            return PackedFFN(op, gain, make)
         case op:
             assert isinstance(op, LinearMap)
-            return PackedLinear(op, gain)
+            return PackedLinear(op, gain, make)
 
 
 def unit(stream: Tensor, x: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
-"""From logits to tokens: pure functions, no state.
+"""From logits to tokens, each row by parameters of its own.
 
-    p = softmax(top_p(top_k(logits / temperature)));   token = min {i : cdf(i) > u}
+    l = penalise(logits);   p = softmax(min_p(top_p(top_k(l / temperature))))
+    token = min {i : cdf(i) > u}
 
-The uniform u is a function of (seed, prompt key, sample, position), so a completion does not
-depend on its batch mates or on the number of slots. Reported log-probs are those of the raw
-logits, which is what a trainer recomputes and what policy ratios divide.
+The uniform u is a function of (seed, prompt key, sample, position), and a row is drawn in the
+order its own filters ask for (by rank under top_k and top_p, by id without), so a completion
+depends neither on its batch mates nor on the number of slots. Reported log-probs are those of the
+raw logits, which is what a trainer recomputes and what policy ratios divide.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,50 +31,163 @@ def uniforms(seed: int, key: int, sample: int, count: int) -> list[float]:
     return ((generator.random_raw(count) >> np.uint64(11)) * 2.0**-53).tolist()
 
 
-def choose(
-    logits: Tensor, params: SamplingParams, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Tokens `(B,)` and their untempered log-probs `(B,)` from logits `(B,V)`.
+@dataclass(frozen=True)
+class Filters:
+    """How a group of sampled rows is drawn. All columns are `(R,1)`, None where no row asks.
 
-    noise `(B,)` holds one uniform a row; it is not read when temperature is 0.
+    rows: which rows of the batch, None for all of them. ranked: whether they are drawn by rank.
+    """
+
+    rows: Tensor | None
+    ranked: bool
+    temperature: Tensor
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the rows of a batch ask of their logits; it holds until the rows change.
+
+    groups: of sampled rows; the others are greedy. penalty: `(B,1)`. top: the most log-probs that
+    a row reports beside the chosen one's.
+    """
+
+    groups: tuple[Filters, ...]
+    penalty: Tensor | None
+    top: int
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingParams], device: torch.device | None = None) -> Plan:
+        def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+        by_kind: dict[bool, list[int]] = {}
+        for row, params in enumerate(rows):
+            if params.temperature > 0:
+                by_kind.setdefault(params.top_k > 0 or params.top_p < 1, []).append(row)
+        groups = []
+        for ranked, chosen in by_kind.items():
+            given = [rows[i] for i in chosen]
+            top_k = [p.top_k or 2**31 for p in given]
+            top_p, min_p = [p.top_p for p in given], [p.min_p for p in given]
+            groups.append(
+                Filters(
+                    None if len(chosen) == len(rows) else torch.tensor(chosen, device=device),
+                    ranked,
+                    column([p.temperature for p in given]),
+                    torch.tensor(top_k, device=device)[:, None] if min(top_k) < 2**31 else None,
+                    column(top_p, torch.float64) if min(top_p) < 1 else None,
+                    column(min_p) if max(min_p) > 0 else None,
+                )
+            )
+        penalties = [p.repetition_penalty for p in rows]
+        return cls(
+            tuple(groups),
+            column(penalties) if set(penalties) - {1.0} else None,
+            max((p.logprobs for p in rows), default=0),
+        )
+
+    @property
+    def sampled(self) -> bool:
+        return bool(self.groups)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """tokens `(B,)` and their untempered logprobs `(B,)`; top: the likeliest `(B,n)`, if asked."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    top: tuple[Tensor, Tensor] | None = None
+
+
+def choose(
+    logits: Tensor,
+    plan: Plan,
+    noise: Tensor | None = None,
+    *,
+    seen: Tensor | None = None,
+    forced: Tensor | None = None,
+) -> Choice:
+    """The next token of each row of logits `(B,V)`.
+
+    noise `(B,)`: one uniform a row, read where rows are sampled. seen `(B,V)`: which tokens the
+    penalty is about. forced `(B,)`: tokens that must come, -1 where the row chooses.
     """
     logits = logits.float()
-    if params.temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
-    else:
+    shaped = logits if plan.penalty is None else penalise(logits, plan.penalty, seen)
+    tokens = _drawn(shaped, plan, noise)
+    if forced is not None:
+        tokens = torch.where(forced >= 0, forced, tokens)
+    logprobs = logits.log_softmax(-1)
+    top = None
+    if plan.top:
+        values, ids = logprobs.topk(min(plan.top, logits.shape[-1]), dim=-1)
+        top = (ids, values)
+    return Choice(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top)
+
+
+def _drawn(logits: Tensor, plan: Plan, noise: Tensor | None) -> Tensor:
+    """Tokens `(B,)`: greedy rows' likeliest, and every other group's draws."""
+    if len(plan.groups) == 1 and plan.groups[0].rows is None:
         assert noise is not None, "sampling needs a uniform a row"
-        tokens = sample(logits, params, noise)
-    logprobs = logits.log_softmax(-1).gather(-1, tokens)
-    return tokens.squeeze(-1), logprobs.squeeze(-1)
+        return sample(logits, plan.groups[0], noise)
+    tokens = logits.argmax(-1)
+    for group in plan.groups:
+        assert noise is not None and group.rows is not None
+        tokens[group.rows] = sample(logits[group.rows], group, noise[group.rows])
+    return tokens
 
 
-def sample(logits: Tensor, params: SamplingParams, noise: Tensor) -> Tensor:
-    """Tokens `(B,1)` drawn from logits `(B,V)` as `params` says."""
-    logits = logits / params.temperature
-    limit = params.top_k if 0 < params.top_k < logits.shape[-1] else 0
-    if not limit and params.top_p == 1:
-        return draw(logits.softmax(-1), noise)
+def penalise(logits: Tensor, penalty: Tensor, seen: Tensor | None) -> Tensor:
+    """Logits `(B,V)` less the repetition penalty of seen tokens (Keskar et al. 2019)."""
+    assert seen is not None, "a penalty needs to know what was seen"
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits: Tensor, filters: Filters, noise: Tensor) -> Tensor:
+    """Tokens `(R,)` drawn from logits `(R,V)`."""
+    logits = logits / filters.temperature
+    if not filters.ranked:
+        return draw(drop_unlikely(logits.softmax(-1), filters.min_p), noise)
     ranked, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
-    ranked = ranked[:, : limit or None]
-    return ids.gather(-1, draw(nucleus(ranked.softmax(-1), params.top_p), noise))
+    if filters.top_k is not None:
+        width = min(int(filters.top_k.max()), ranked.shape[-1])
+        ranked = ranked[:, :width]
+        outside = torch.arange(width, device=ranked.device) >= filters.top_k
+        ranked = ranked.masked_fill(outside, float("-inf"))
+    weights = ranked.softmax(-1)
+    if filters.top_p is not None:
+        weights = nucleus(weights, filters.top_p)
+    return ids.gather(-1, draw(drop_unlikely(weights, filters.min_p), noise)[:, None])[:, 0]
 
 
-def nucleus(ranked: Tensor, top_p: float) -> Tensor:
-    """Descending probabilities `(B,V)` with all behind the first `top_p` of mass set to 0.
+def nucleus(ranked: Tensor, top_p: Tensor | float) -> Tensor:
+    """Descending probabilities `(R,V)` with all behind the first `top_p` `(R,1)` of mass set to 0.
 
-    The token that crosses the line stays (Holtzman et al. 2020), so one is always left.
+    The token that crosses the line stays (Holtzman et al. 2020), so one is always left. A top_p
+    of 1 keeps all: rounding may bring the mass before the last tokens up to 1.
     """
-    if top_p == 1:
-        return ranked
     before = ranked.double().cumsum(-1) - ranked
-    return ranked.masked_fill(before >= top_p, 0.0)
+    limit = torch.as_tensor(top_p)
+    return ranked.masked_fill((before >= limit) & (limit < 1), 0.0)
+
+
+def drop_unlikely(weights: Tensor, min_p: Tensor | None) -> Tensor:
+    """Weights `(R,V)` with those below `min_p` `(R,1)` of the largest set to 0."""
+    if min_p is None:
+        return weights
+    return weights.masked_fill(weights < min_p * weights.amax(-1, keepdim=True), 0.0)
 
 
 def draw(weights: Tensor, noise: Tensor) -> Tensor:
-    """Index `(B,1)` by inverse CDF of non-negative weights `(B,V)`, not necessarily normalised.
+    """Index `(R,)` by inverse CDF of non-negative weights `(R,V)`, not necessarily normalised.
 
     In float64: over a large vocabulary a float32 sum is off by more than its rare tokens weigh.
     """
     cdf = weights.double().cumsum(-1)
     target = noise.double()[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, target, right=True).clamp_(max=weights.shape[-1] - 1)
+    found = torch.searchsorted(cdf, target, right=True)
+    return found.clamp_(max=weights.shape[-1] - 1)[:, 0]

@@ -5,68 +5,22 @@
     row 2   p p p p p p p p g |
 
 Ending together, rows of any age write with one slice copy instead of a scatter, a sliding
-window is the same columns for all of them, and with equal starts no mask is needed. Live rows
-are a prefix of the slots. A layer without attention has no entry.
+window is the same columns for all of them, and with equal starts no mask is needed. A prompt
+longer than the cursor moves the live rows right. Live rows are a prefix of the slots. A layer
+without attention has no entry.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.generate.packed import Packed, Turn
-from tessera.model.config import GQA
-from tessera.model.context import Context
-
-
-@dataclass
-class Prefix:
-    """Prompts read but not yet placed: kv `(N,T,2,K,D)` a layer, and the logits `(N,V)` behind.
-
-    Prompts stand at the left; behind a shorter one is padding nobody reads.
-    """
-
-    lengths: list[int]
-    layers: dict[int, Tensor]
-    logits: Tensor
-
-    def take(self, row: int) -> Prefix:
-        """One prompt alone, in memory of its own."""
-        layers = {layer: kv[row : row + 1].clone() for layer, kv in self.layers.items()}
-        return Prefix([self.lengths[row]], layers, self.logits[row : row + 1].clone())
-
-
-class Prefill:
-    """A pass over whole sequences `(N,T)` from position 0; `keep` says whether to hold the KV."""
-
-    def __init__(self, packed: Packed, rows: int, length: int, keep: bool) -> None:
-        self.shape, self.keep = (rows, length), keep
-        positions = torch.arange(length, device=packed.device)
-        self.turn: Turn = packed.turn(positions)
-        context = Context(positions, sliding_window=packed.config.sliding_window)
-        self.mask = context.sliding_mask(length)
-        self.layers: dict[int, Tensor] = {}
-
-    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        kv = kv.unflatten(0, self.shape)
-        if self.keep:
-            self.layers[layer] = kv
-        k, v = kv.unbind(2)
-        out = F.scaled_dot_product_attention(
-            q.flatten(1, 2).unflatten(0, self.shape).transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=self.mask,
-            is_causal=self.mask is None,
-            scale=1.0,
-            enable_gqa=q.shape[2] > 1,
-        )
-        return out.transpose(1, 2).reshape(q.shape[0], -1)
+from tessera.generate.reading import Prefix
 
 
 class Decode:
@@ -120,14 +74,12 @@ class Slots:
     (keys in that order cost a fifth more); keys are too where SDPA wants them so.
     """
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: Packed, max_tokens: int | None = None) -> None:
+        """max_tokens: rows times columns held at most, where the live rows leave the choice."""
         config = packed.config
+        self.max_tokens = max_tokens
         self.dim, self.dtype, self.device = config.head_dim, packed.dtype, packed.device
-        self.heads = {
-            layer: block.attention.num_key_value_heads
-            for layer, block in enumerate(config.blocks)
-            if isinstance(block.attention, GQA)
-        }
+        self.heads = packed.kv_heads
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows = self.columns = self.cursor = 0
         self.clear()
@@ -139,11 +91,18 @@ class Slots:
         self._rows_changed()
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Room for this many empty rows and columns; never shrinks."""
-        assert not self.starts
-        if rows > self.rows or columns > self.columns:
-            self.caches.clear()
-            self._allocate(max(rows, self.rows), max(columns, self.columns), 0)
+        """Room for this many rows and columns, live ones included.
+
+        It shrinks in one direction only where it must grow in the other and both are too much.
+        """
+        if rows <= self.rows and columns <= self.columns:
+            return
+        low = min(self.starts, default=self.cursor)
+        columns = max(columns, self.cursor - low)
+        more = max(rows, self.rows), max(columns, self.columns)
+        if self.max_tokens is not None and more[0] * more[1] > self.max_tokens:
+            more = max(rows, len(self.starts)), columns
+        self._move(low, 0, more)
 
     def num_bytes(self) -> int:
         """Bytes held, over all layers."""
@@ -155,6 +114,9 @@ class Slots:
         longest, first = max(lengths), len(self.starts)
         if not first:
             self.cursor = longest
+        elif longest > self.cursor:
+            low = min(self.starts)
+            self._move(low, longest - (self.cursor - low))
         assert longest <= self.cursor <= self.columns and first + len(source) <= self.rows
         moved = _right_aligned(lengths, source, max(prefix.lengths), self.device)
         for layer, kv in prefix.layers.items():
@@ -203,22 +165,30 @@ class Slots:
         """Move the rows left over columns nobody uses any more; grow where that frees little."""
         low = min(self.starts)
         if low >= self.columns // 8:
-            for cache in self._tensors():
-                cache[..., : self.cursor - low] = cache[..., low : self.cursor].clone()
-        else:
-            self._allocate(self.rows, self.columns + self.columns // 2 + 16, low)
-        self.cursor -= low
-        self.starts = [start - low for start in self.starts]
-        self._rows_changed()
+            self._move(low, 0)
+            return
+        rows, columns = self.rows, self.columns + self.columns // 2 + 16
+        if self.max_tokens is not None and rows * columns > self.max_tokens:
+            rows = len(self.starts)
+            columns = min(columns, max(self.max_tokens // rows, self.columns - low + 1))
+        self._move(low, 0, (rows, columns))
 
-    def _allocate(self, rows: int, columns: int, low: int) -> None:
-        """New caches, holding what the old ones have from column `low` on."""
+    def _move(self, low: int, to: int, size: tuple[int, int] | None = None) -> None:
+        """Columns from `low` on become those from `to` on, in new caches where a size is given."""
+        width = self.cursor - low
         for layer, heads in self.heads.items():
-            fresh = self._fresh(rows, heads, columns)
-            for old, new in zip(self.caches.get(layer, ()), fresh, strict=False):
-                new[..., : self.cursor - low] = old[..., low : self.cursor]
-            self.caches[layer] = fresh
-        self.rows, self.columns = rows, columns
+            old = self.caches.get(layer, ())
+            if size is not None:
+                self.caches[layer] = self._fresh(size[0], heads, size[1])
+            live = len(self.starts)
+            for cache, new in zip(old, self.caches[layer], strict=False):
+                past = cache[:live, ..., low : self.cursor]
+                new[:live, ..., to : to + width] = past.clone() if new is cache else past
+        if size is not None:
+            self.rows, self.columns = size
+        self.cursor += to - low
+        self.starts = [start + to - low for start in self.starts]
+        self._rows_changed()
 
     def _fresh(self, rows: int, heads: int, columns: int) -> tuple[Tensor, Tensor]:
         # Zeros: a masked column is multiplied by 0, which a stray NaN would survive.

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tessera.generate.engine import GenerationError, SamplingParams
+from tessera.generate.engine import GenerationError, SamplingParams, Thinking
 from tessera.generate.torch_engine import TorchEngine
 from tests import tiny
 
@@ -23,11 +23,25 @@ from tests import tiny
         ("max_tokens", 0, "at least 1"),
         ("n", 0, "at least 1"),
         ("seed", -1, r"\[0, 2\*\*64\)"),
+        ("min_p", 1.5, r"\[0, 1\]"),
+        ("repetition_penalty", 0.0, "1 for none"),
+        ("logprobs", -1, "0 for no report"),
     ],
 )
 def test_parameters_out_of_range_are_refused(field, value, hint):
     with pytest.raises(GenerationError, match=f"{field} is .*{hint}"):
         SamplingParams(**{field: value})
+
+
+def test_a_thinking_budget_needs_an_end_and_one_the_model_knows():
+    with pytest.raises(GenerationError, match="it must be 0 or more"):
+        Thinking(-1, ((3,),))
+    for ends, starts in (((), ()), (((),), ()), (((3,),), ((),))):
+        with pytest.raises(GenerationError, match="at least one sequence in ends"):
+            Thinking(5, ends, starts)
+    params = SamplingParams(thinking=Thinking(5, ((3, 29),)))
+    with pytest.raises(GenerationError, match="end of thought 0 holds token id 29"):
+        TorchEngine(tiny.model()).generate([[1]], params)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tessera.generate.packed import Matrix, Packed, onednn_rows
-from tessera.generate.slots import Prefill
+from tessera.generate.reading import Prefill
 from tests import tiny
 
 FAMILIES = [

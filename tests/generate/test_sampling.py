@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tessera.generate.engine import SamplingParams
-from tessera.generate.sampling import choose, draw, nucleus, sample, uniforms
+from tessera.generate.sampling import Plan, choose, draw, nucleus, uniforms
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -4.0])
 DRAWS = 20_000
@@ -14,10 +14,14 @@ DRAWS = 20_000
 CHI_SQUARE = {2: 13.82, 5: 20.52}
 
 
+def sample(logits: torch.Tensor, params: SamplingParams, noise: torch.Tensor) -> torch.Tensor:
+    return choose(logits, Plan.of([params] * len(logits)), noise).tokens
+
+
 def counts(params: SamplingParams) -> torch.Tensor:
     noise = torch.tensor(uniforms(0, 0, 0, DRAWS), dtype=torch.float64)
     drawn = sample(LOGITS.expand(DRAWS, -1), params, noise)
-    return torch.bincount(drawn.flatten(), minlength=len(LOGITS)).double()
+    return torch.bincount(drawn, minlength=len(LOGITS)).double()
 
 
 @pytest.mark.parametrize(
@@ -29,6 +33,8 @@ def counts(params: SamplingParams) -> torch.Tensor:
         (SamplingParams(temperature=1.0, top_k=3), 3),
         (SamplingParams(temperature=1.3, top_p=0.8), 3),
         (SamplingParams(temperature=1.3, top_k=4, top_p=0.85), 3),
+        (SamplingParams(temperature=1.0, min_p=0.2), 3),
+        (SamplingParams(temperature=1.0, top_p=0.99, min_p=0.2), 3),
     ],
     ids=str,
 )
@@ -49,19 +55,19 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass():
         [True] + [False] * 3,
     ]
     assert (nucleus(ranked, 1e-9) > 0).sum(-1).tolist() == [1, 1]
-    assert nucleus(ranked, 1.0) is ranked
+    assert torch.equal(nucleus(ranked, 1.0), ranked)
 
 
 def test_top_k_of_one_is_greedy():
     noise = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     drawn = sample(LOGITS.expand(3, -1), SamplingParams(top_k=1), noise)
-    assert drawn.flatten().tolist() == [0, 0, 0]
+    assert drawn.tolist() == [0, 0, 0]
 
 
 def test_a_token_without_weight_is_never_drawn():
     weights = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
     noise = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw(weights.expand(4, -1), noise).flatten().tolist() == [1, 3, 3, 3]
+    assert draw(weights.expand(4, -1), noise).tolist() == [1, 3, 3, 3]
 
 
 def test_ties_in_top_k_keep_exactly_k():
@@ -73,8 +79,59 @@ def test_ties_in_top_k_keep_exactly_k():
 def test_logprobs_are_those_of_the_raw_logits():
     noise = torch.tensor([0.9], dtype=torch.float64)
     for params in (SamplingParams(temperature=0), SamplingParams(temperature=3.0, top_k=2)):
-        tokens, logprobs = choose(LOGITS[None], params, noise)
-        assert logprobs[0] == LOGITS.log_softmax(-1)[tokens[0]]
+        found = choose(LOGITS[None], Plan.of([params]), noise)
+        assert found.logprobs[0] == LOGITS.log_softmax(-1)[found.tokens[0]]
+
+
+MIXED = (
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0.8),
+    SamplingParams(temperature=1.1, top_k=3),
+    SamplingParams(temperature=1.2, top_p=0.7),
+    SamplingParams(temperature=1.5, top_k=5, top_p=0.9, min_p=0.1),
+    SamplingParams(temperature=2.0, min_p=0.3),
+    SamplingParams(temperature=0, repetition_penalty=1.5),
+    SamplingParams(temperature=1.0, repetition_penalty=0.5, top_k=2),
+)
+
+
+def test_a_row_is_drawn_as_if_it_were_alone():
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(50):
+        logits = torch.randn(len(MIXED), 40, generator=generator) * 2
+        noise = torch.rand(len(MIXED), generator=generator, dtype=torch.float64)
+        seen = torch.rand(len(MIXED), 40, generator=generator) < 0.5
+        together = choose(logits, Plan.of(MIXED), noise, seen=seen)
+        for i, params in enumerate(MIXED):
+            one = slice(i, i + 1)
+            alone = choose(logits[one], Plan.of([params]), noise[one], seen=seen[one])
+            assert alone.tokens[0] == together.tokens[i], (trial, params)
+            assert alone.logprobs[0] == together.logprobs[i]
+
+
+def test_the_penalty_turns_the_choice_away_from_what_was_seen():
+    plan = Plan.of([SamplingParams(temperature=0, repetition_penalty=3.0)])
+    seen = torch.zeros(1, len(LOGITS), dtype=torch.bool)
+    assert choose(LOGITS[None], plan, seen=seen).tokens == 0
+    seen[0, 0] = True  # 2 / 3 is below the second's 1
+    found = choose(LOGITS[None], plan, seen=seen)
+    assert found.tokens == 1 and found.logprobs == LOGITS.log_softmax(-1)[1]
+
+
+def test_the_likeliest_tokens_are_reported_with_their_raw_logprobs():
+    plan = Plan.of([SamplingParams(temperature=0, logprobs=2), SamplingParams(temperature=0)])
+    top = choose(LOGITS.expand(2, -1), plan).top
+    assert top is not None
+    ids, values = top
+    assert ids[0].tolist() == [0, 1] and torch.equal(values[0], LOGITS.log_softmax(-1)[:2])
+    assert choose(LOGITS[None], Plan.of([SamplingParams(logprobs=99, temperature=0)])).top
+
+
+def test_a_forced_token_comes_with_the_models_logprob():
+    plan = Plan.of([SamplingParams(temperature=0)] * 2)
+    found = choose(LOGITS.expand(2, -1), plan, forced=torch.tensor([-1, 4]))
+    assert found.tokens.tolist() == [0, 4]
+    assert found.logprobs[1] == LOGITS.log_softmax(-1)[4]
 
 
 def test_noise_is_a_function_of_seed_key_sample_and_position():

@@ -128,12 +128,15 @@ def _aligned(tokens: list[int], entries: list[dict[str, Any]]) -> list[float | N
 class LlamaCpp:
     """A llama-server of the xllamacpp wheel, in a process of its own because it may abort."""
 
-    def __init__(self, path: Path, log: Path) -> None:
+    def __init__(
+        self, path: Path, log: Path, script: str = _SERVER, more: Sequence[str] = ()
+    ) -> None:
+        """script: what it runs, given path, port and `more`."""
         self.port = free_port()
         self.log = log
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _SERVER, str(path), str(self.port)],
+                [sys.executable, "-c", script, str(path), str(self.port), *more],
                 stdout=errors,
                 stderr=errors,
             )

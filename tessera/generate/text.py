@@ -1,0 +1,285 @@
+"""From streamed tokens to text: whole characters, stop strings, thought and answer.
+
+    tokens -> Detokenizer -> StopStrings -> ThoughtSplitter -> (thought, answer)
+
+Each holds back what later tokens may still change: the bytes of an unfinished character, the
+beginning of a stop string, of a tag. So what was given out is final, and however the tokens are
+cut into pushes, the pieces join to the same text. It renders no chats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tessera.data.tokenizer import Tokenizer
+from tessera.generate.engine import GenerationError, Thinking
+from tessera.generate.requests import Watch
+
+THINK, END_THINK = "<think>", "</think>"
+UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
+CONTEXT = 4  # tokens before a text that decide whether its first space belongs to it
+HOPELESS = 32  # tokens without one whole character are not the beginning of one
+# What commonly stands around a tag, and may be one token with its first or last characters.
+BEFORE = ("", "\n", "\n\n", ".\n", ".", ".\n\n", " ", "!", "?", ")", "**", "`", "$", "\n```\n")
+BEHIND = ("", "\n", "\n\n", " ", "The", "\n\n**")
+
+
+class Detokenizer:
+    """Text of tokens as they come. context: what stands before them (the prompt's last tokens)."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int] = (), *, special: bool = False
+    ) -> None:
+        self.tokenizer, self.special = tokenizer, special
+        self._window = list(context[-CONTEXT:])
+        self._read = len(self._window)  # of the window, tokens whose text was given out
+        self._shown = len(self._decode(self._window))
+
+    def push(self, token: int) -> str:
+        """The text that became final with this token."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        final = text.rstrip(UNFINISHED)
+        if len(self._window) - self._read > HOPELESS:
+            final = text
+        fresh, self._shown = final[self._shown :], max(self._shown, len(final))
+        if fresh and len(final) == len(text):
+            self._forget()
+        return fresh
+
+    def flush(self) -> str:
+        """The rest, where no more tokens come."""
+        text = self._decode(self._window)
+        fresh, self._shown = text[self._shown :], max(self._shown, len(text))
+        return fresh
+
+    def _forget(self) -> None:
+        """Keep the tokens since the last whole text as context, so that a push costs the same."""
+        self._window = self._window[self._read :]
+        self._read = len(self._window)
+        self._shown = len(self._decode(self._window))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, special=self.special)
+
+
+def begun(text: str, marks: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a mark."""
+    longest = min(len(text), max(map(len, marks), default=1) - 1)
+    for size in range(longest, 0, -1):
+        if any(mark.startswith(text[-size:]) for mark in marks):
+            return size
+    return 0
+
+
+class StopStrings:
+    """Cuts a text before the stop string that is complete first; `stopped` says it was there."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(stops):
+            raise GenerationError("a stop string is empty; leave it out, or give its characters")
+        self.stops = tuple(stops)
+        self.stopped = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """What is certainly before any stop string."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [(text.find(stop) + len(stop), -len(stop)) for stop in self.stops if stop in text]
+        if found:
+            end, size = min(found)
+            self.stopped, self._held = True, ""
+            return text[: end + size]
+        keep = begun(text, self.stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What looked like the beginning of a stop string and was not."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Piece(NamedTuple):
+    """Text that was added to the thought and to the answer."""
+
+    thought: str = ""
+    answer: str = ""
+
+    def __add__(self, other: Piece) -> Piece:  # type: ignore[override]
+        return Piece(self.thought + other.thought, self.answer + other.answer)
+
+
+class ThoughtSplitter:
+    """Tells the thought from the answer.
+
+    A text that begins with `<think>`, white space aside, is a thought up to `</think>` and an
+    answer behind it; any other is all answer. With `opened` (the prompt ended with the tag) it is
+    a thought from the first character. White space around the thought, and between it and the
+    answer, belongs to neither.
+    """
+
+    def __init__(self, opened: bool = False) -> None:
+        self.stage = "thought" if opened else "before"
+        self._held = ""
+        self._fresh = opened  # nothing but white space yet, which is dropped
+
+    @property
+    def answering(self) -> bool:
+        return self.stage == "answer"
+
+    def push(self, text: str) -> Piece:
+        self._held += text
+        piece = Piece()
+        if self.stage == "before":
+            piece += self._before()
+        if self.stage == "thought":
+            piece += self._thought()
+        if self.stage == "answer":
+            piece += self._answer()
+        return piece
+
+    def flush(self) -> Piece:
+        """What was held back, where the text ends here."""
+        held, self._held = self._held, ""
+        if self.stage == "thought":
+            return Piece(thought=self._trimmed(held).rstrip())
+        return Piece(answer=self._trimmed(held))
+
+    def _before(self) -> Piece:
+        start = self._held.lstrip()
+        if start.startswith(THINK):
+            self.stage, self._fresh = "thought", True
+            self._held = start[len(THINK) :]
+        elif not THINK.startswith(start):
+            self.stage = "answer"
+        return Piece()
+
+    def _thought(self) -> Piece:
+        thought, tag, rest = self._held.partition(END_THINK)
+        if tag:
+            piece = Piece(thought=self._trimmed(thought).rstrip())
+            self.stage, self._held, self._fresh = "answer", rest, True
+            return piece
+        # Space stays back with the tag: only what follows says whether it is inside the thought.
+        kept = thought[: len(thought) - begun(thought, [END_THINK])].rstrip()
+        self._held = self._held[len(kept) :]
+        return Piece(thought=self._trimmed(kept))
+
+    def _answer(self) -> Piece:
+        held, self._held = self._held, ""
+        return Piece(answer=self._trimmed(held))
+
+    def _trimmed(self, text: str) -> str:
+        """The text less the white space it begins with, where nothing came before."""
+        if self._fresh:
+            text = text.lstrip()
+            self._fresh = not text
+        return text
+
+
+def split_thought(text: str, opened: bool = False) -> Piece:
+    """Thought and answer of a whole text."""
+    splitter = ThoughtSplitter(opened)
+    return splitter.push(text) + splitter.flush()
+
+
+class TextStream:
+    """Tokens of one completion in, pieces of thought and answer out.
+
+    prompt: its tokens, for the first space. stops: strings the text ends before; once `stopped`,
+    later tokens add nothing. thinking: whether to tell a thought from the answer; opened: whether
+    the prompt ended with `<think>`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        stops: Sequence[str] = (),
+        thinking: bool = True,
+        opened: bool = False,
+        special: bool = False,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt, special=special)
+        self._stops = StopStrings(stops)
+        self._splitter = ThoughtSplitter(opened) if thinking else None
+        self.thought_tokens = 0  # those that came before the answer, the tags' among them
+        self._tokens = 0
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.stopped
+
+    def push(self, tokens: Sequence[int]) -> Piece:
+        """What these tokens make final."""
+        piece = Piece()
+        for token in tokens:
+            self._tokens += 1
+            piece += self._split(self._stops.push(self._detokenizer.push(token)))
+        return piece
+
+    def finish(self) -> Piece:
+        """The rest, where no more tokens come."""
+        rest = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        piece = self._split(rest)
+        return piece if self._splitter is None else piece + self._splitter.flush()
+
+    def _split(self, text: str) -> Piece:
+        if self._splitter is None:
+            return Piece(answer=text)
+        thinking = self._splitter.stage == "thought"
+        piece = self._splitter.push(text)
+        if thinking or self._splitter.stage == "thought":
+            self.thought_tokens = self._tokens
+        return piece
+
+
+def stop_watch(
+    tokenizer: Tokenizer, stops: Sequence[str], prompt: Sequence[int] = ()
+) -> Callable[[], Watch]:
+    """For `submit(watch=…)`: ends a sample with the token that completes a stop string."""
+    StopStrings(stops)  # refuses now what would fail in the engine's thread
+
+    def make() -> Watch:
+        text, found = Detokenizer(tokenizer, prompt), StopStrings(stops)
+
+        def watch(token: int) -> bool:
+            found.push(text.push(token))
+            return found.stopped
+
+        return watch
+
+    return make
+
+
+def thinking_budget(tokenizer: Tokenizer, max_tokens: int, opened: bool = False) -> Thinking:
+    """A budget for thoughts between `<think>` and `</think>`, as this tokenizer writes them.
+
+    opened: whether the prompt ends with `<think>`, so that the first token is of the thought.
+    """
+    close = tuple(tokenizer.encode(f"\n{END_THINK}\n\n", special=True))
+    starts = () if opened else _spellings(tokenizer, THINK, ("", "\n"))
+    return Thinking(max_tokens, (close, *_spellings(tokenizer, END_THINK, BEFORE)), starts)
+
+
+def _spellings(
+    tokenizer: Tokenizer, tag: str, before: Sequence[str]
+) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that hold the tag, in each of some surroundings."""
+    found = {}
+    for prefix in before:
+        for suffix in BEHIND:
+            text = prefix + tag + suffix
+            ids = tokenizer.encode(text, special=True)
+            lengths = [len(tokenizer.decode(ids[:i], special=True)) for i in range(len(ids) + 1)]
+            if lengths[-1] != len(text):  # a decoder that drops a space: not to be located
+                continue
+            first = max(i for i, length in enumerate(lengths) if length <= len(prefix))
+            last = min(i for i, n in enumerate(lengths) if n >= len(prefix) + len(tag))
+            found[tuple(ids[first:last])] = None
+    return tuple(found)
