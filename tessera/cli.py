@@ -18,6 +18,7 @@ from tessera.command import complain as _complain
 from tessera.command import guarded as _guarded
 from tessera.command import print_json as _print_json
 from tessera.command_data import data
+from tessera.command_eval import evaluate
 
 if TYPE_CHECKING:
     from tessera.data.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ RecipeFile = Annotated[
 
 
 app.add_typer(data, name="data")
+app.command("eval")(evaluate)
 
 
 def main() -> None:

@@ -124,6 +124,7 @@ _ROWS = (
     Stage(
         "compare", "tessera.eval.compare", "CompareConfig", ("parent", "models*", "data"), "table"
     ),
+    Stage("eval", "tessera.eval.evaluate", "EvalConfig", ("model",), "table"),
     Stage("export", "tessera.serve.export", "ExportConfig", ("model",), "directory"),
 )
 STAGES: dict[str, Stage] = {row.name: row for row in _ROWS}

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1] / "tessera"
 LEVELS = {
     "devices": 0,
     "disk": 0,
+    "journal": 0,
     "dist": 0,
     "manifest": 0,
     "plot": 0,
@@ -34,6 +35,7 @@ LEVELS = {
     "cli": 6,
     "command": 6,
     "command_data": 6,
+    "command_eval": 6,
     "explain": 6,
     "lineage": 6,
     "estimate": 6,
@@ -67,7 +69,7 @@ CONFINED = {
     "trackio": ["train/sinks.py"],
     "tree_sitter": ["curate/code.py"],
     "transformers": ["serve/export/remote"],
-    "typer": ["cli.py", "command.py", "command_data.py"],
+    "typer": ["cli.py", "command.py", "command_data.py", "command_eval.py"],
     "vllm": ["serve/vllm_driver.py"],
     "wandb": ["train/sinks.py"],
 }

@@ -15,7 +15,7 @@ class UndetectedError(Exception):
 
 def language_of(text: str) -> str:
     """ISO 639-1 code (`en`, `zh-cn`) of a text's likeliest language. Raises UndetectedError."""
-    langdetect: Any = _library()
+    langdetect: Any = require_library()
     langdetect.DetectorFactory.seed = 0
     try:
         return langdetect.detect(text)
@@ -23,7 +23,8 @@ def language_of(text: str) -> str:
         raise UndetectedError(f"no language is detected: {error}") from None
 
 
-def _library() -> Any:
+def require_library() -> Any:
+    """langdetect. Raises ModuleNotFoundError naming the extra."""
     try:
         import langdetect
     except ModuleNotFoundError:

@@ -37,7 +37,7 @@ def verify_math(answer: str, expected: str) -> Outcome:
         return right("the same text")
     if given is not None and len(given) > LONGEST_BOX:
         return wrong(f"the box holds {len(given)} characters")
-    parse, verify = _library()
+    parse, verify = require_library()
     try:
         wanted = parse(_as_latex(boxed(expected) or expected))
         found = parse(f"\\boxed{{{given}}}" if given is not None else answer[-READ_FROM_END:])
@@ -78,8 +78,11 @@ def _set_for_tuple(given: str, expected: str) -> bool:
     return bool(_BRACED.match(given.strip()) and _TUPLE.match(expected))
 
 
-def _library() -> tuple[Any, Any]:
-    """math-verify's parse and verify, both raising what goes wrong instead of hiding it."""
+def require_library() -> tuple[Any, Any]:
+    """math-verify's parse and verify, both raising what goes wrong instead of hiding it.
+
+    Raises ModuleNotFoundError naming the extra.
+    """
     try:
         import math_verify
     except ModuleNotFoundError:

@@ -1,0 +1,180 @@
+"""Asking a model every question of its tasks, each answer kept as it comes.
+
+A conversation is an item in one mode of the switch and one sample of it. Its record is known by all
+that it follows from (model, task, messages, mode, sampling, sample), so a stopped evaluation asks
+only what is missing, one with more items or samples adds to it, and scores can be computed again
+without generating.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tessera.curate.teacher import Reply, Request, Teacher
+from tessera.data.conversation import CLOSE, OPEN, Message, Mode
+from tessera.data.switch import DETAILED, set_switch
+from tessera.eval.task import Item, Task
+from tessera.journal import Journal
+from tessera.progress import Progress
+from tessera.recipe import Config
+
+Thinking = Literal["on", "off", "both"]
+
+
+class Sampling(Config):
+    """How answers are drawn; samples: of each item."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    samples: int = Field(default=1, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Mouth:
+    """Who answers, and how it is told to think.
+
+    says_switch: the messages carry the switch (an endpoint); else the model's own template does.
+    """
+
+    teacher: Teacher
+    says_switch: bool
+    switch: str = DETAILED
+
+    def request(
+        self, task: Task, messages: Sequence[Message], mode: Mode, sampling: dict[str, Any], n: int
+    ) -> Request:
+        said = list(messages)
+        if self.says_switch:
+            said, variables = set_switch(messages, mode, self.switch)
+            if variables:
+                sampling = {**sampling, "chat_template_kwargs": variables}
+        return Request(task.name, said, sampling, n, mode)
+
+
+@dataclass(slots=True)
+class Conversation:
+    """One item, mode and sample, with its answers; failed: why the last one is missing."""
+
+    task: Task
+    item: Item
+    mode: Mode
+    sample: int
+    sampling: dict[str, Any]
+    messages: list[Message] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    tokens: int = 0
+    finish_reason: str = ""
+    completion: str = ""
+    failed: str = ""
+
+    @property
+    def key(self) -> str:
+        """The key of its last record."""
+        return self.keys[-1]
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+    def take(self, key: str, row: dict[str, Any]) -> str | None:
+        """Adds an answer; returns what the user says next, None where nothing does."""
+        self.keys.append(key)
+        self.tokens += row["tokens"]
+        self.finish_reason = row["finish_reason"]
+        self.completion = _whole(row["thought"], row["text"])
+        self.messages.append({"role": "assistant", "content": self.completion})
+        turn = len(self.keys) - 1
+        return self.item.follow_ups[turn] if turn < len(self.item.follow_ups) else None
+
+
+def _whole(thought: str | None, answer: str) -> str:
+    """What was written, its thought between tags; one that led to no answer stays open."""
+    if thought is None:
+        return answer
+    return f"{OPEN}{thought}{CLOSE if answer else ''}{answer}"
+
+
+def conversations(
+    task: Task,
+    items: Sequence[Item],
+    modes: Iterable[Mode],
+    samplings: dict[Mode, Sampling],
+    max_tokens: int | None,
+) -> Iterator[Conversation]:
+    """Every item in every mode, `samples` times; samples of one item stand together."""
+    for mode in modes:
+        drawn = samplings[mode]
+        sampling = {
+            "max_tokens": max_tokens or task.max_tokens,
+            "temperature": drawn.temperature,
+            "top_p": drawn.top_p,
+        }
+        for item in items:
+            for number in range(drawn.samples):
+                yield Conversation(task, item, mode, number, sampling, list(item.messages))
+
+
+def answer(
+    talks: Sequence[Conversation], mouth: Mouth, records: Journal, *, label: str, quiet: bool
+) -> None:
+    """Brings every conversation to its end, from the records where they have it.
+
+    Raises what the teacher raises; what was answered until then is in the records.
+    """
+    waiting = list(talks)
+    while waiting:
+        waiting = list(_one_turn(waiting, mouth, records, label, quiet))
+
+
+def _one_turn(
+    talks: Sequence[Conversation], mouth: Mouth, records: Journal, label: str, quiet: bool
+) -> Iterator[Conversation]:
+    """Asks each conversation's next question; yields those in which the user goes on."""
+    asked = [
+        mouth.request(one.task, one.messages, one.mode, one.sampling, one.sample) for one in talks
+    ]
+    keys = [request.key(mouth.teacher.model) for request in asked]
+    missing = {
+        key: (one, request)
+        for key, one, request in zip(keys, talks, asked, strict=True)
+        if key not in records
+    }
+    failed: dict[str, str] = {}
+    with Progress(label, len(talks), "answers", quiet=quiet) as progress:
+        progress.advance(len(talks) - len(missing), 0)
+
+        def receive(request: Request, reply: Reply) -> None:
+            key = request.key(mouth.teacher.model)
+            if reply.error is None:
+                records.add(key, _record(missing[key][0], reply))
+            else:
+                failed[key] = reply.error
+            progress.advance(1)
+
+        if missing:
+            mouth.teacher.ask((request for _, request in missing.values()), receive)
+    for key, talk in zip(keys, talks, strict=True):
+        if key in failed:
+            talk.failed = failed[key]
+            continue
+        said = talk.take(key, records.get(key))
+        if said is not None:
+            talk.messages.append({"role": "user", "content": said})
+            yield talk
+
+
+def _record(talk: Conversation, reply: Reply) -> dict[str, Any]:
+    where = {"task": talk.task.name, "item": talk.item.id, "mode": talk.mode}
+    return {
+        **where,
+        "sample": talk.sample,
+        "turn": len(talk.keys),
+        "thought": reply.thought,
+        "text": reply.text,
+        "tokens": reply.tokens,
+        "finish_reason": reply.finish_reason,
+    }

@@ -1,0 +1,145 @@
+"""Stage `eval`: a model's tasks with reasoning on and off, after the report's protocol.
+
+Llama-Nemotron (arXiv 2505.00949, §6): temperature 0.6 and top-p 0.95 with reasoning on, greedy with
+reasoning off, up to 16 samples averaged, 32k tokens an answer. The model answers through the
+built-in engine, or is served elsewhere behind an OpenAI-compatible endpoint.
+
+    records.jsonl   every answer      verdicts.jsonl   what was found of each, and why
+    tables/eval.jsonl   one row a task and mode        tables/eval_groups.jsonl   levels, subjects
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tessera.curate.endpoint import Endpoint, EndpointConfig
+from tessera.curate.engine_teacher import EngineConfig, load
+from tessera.data.conversation import Mode
+from tessera.data.switch import DETAILED
+from tessera.eval import scores
+from tessera.eval.answers import Conversation, Mouth, Sampling, Thinking, answer, conversations
+from tessera.eval.perplexity import perplexity
+from tessera.eval.task import Data, EvalError, Item, Task
+from tessera.eval.tasks import find
+from tessera.journal import Journal
+from tessera.recipe import Config
+from tessera.rl.rewards import require_fields
+from tessera.run import FailureError, Run
+
+PERPLEXITY = "perplexity"
+
+
+class EvalConfig(Config):
+    """Which tasks, and how they are asked.
+
+    data: a directory with the tasks' files, or a place for each task by name. limit: the first so
+    many items of each. on, off: how each mode samples. endpoint: answers instead of the stage's
+    model. judge: who judges mt_bench and arena_hard. switch: how the mode is said to an endpoint.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    data: str | dict[str, str] = ""
+    thinking: Thinking = "both"
+    limit: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    on: Sampling = Sampling(temperature=0.6, top_p=0.95)
+    off: Sampling = Sampling()
+    switch: str = DETAILED
+    batch: int = Field(default=64, ge=1)
+    endpoint: EndpointConfig | None = None
+    judge: EndpointConfig | None = None
+    workers: int = Field(default_factory=lambda: min(8, os.cpu_count() or 1), ge=1)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return ("on", "off") if self.thinking == "both" else (self.thinking,)
+
+    def place(self, task: str) -> str:
+        """Where a task's data are."""
+        return self.data if isinstance(self.data, str) else self.data.get(task, "")
+
+
+def items_of(task: Task, data: Data, limit: int | None) -> list[Item]:
+    """The first items of a task, checked to hold what its measures judge by."""
+    found = list(itertools.islice(task.read(data), limit or task.limit))
+    if not found:
+        raise EvalError(f"{task.name}: {data.place or 'its data'} holds no items")
+    rewards = [measure.reward for measure in task.measures]
+    for item in found:
+        require_fields(rewards, item.fields)
+    return found
+
+
+def evaluate(
+    config: EvalConfig, folder: Path, model: Path | None, seed: int, *, quiet: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of the table and of the groups; answers and verdicts are kept in `folder`."""
+    texts = [name for name in config.tasks if name == PERPLEXITY]
+    asked = [find(name) for name in config.tasks if name != PERPLEXITY]
+    plan = [
+        (task, items_of(task, Data(task.name, config.place(task.name)), config.limit))
+        for task in asked
+    ]
+    if not config.judge and any(task.judging for task in asked):
+        names = ", ".join(task.name for task in asked if task.judging)
+        raise EvalError(f"{names}: another model judges the answers; give judge = {{ url, model }}")
+    table, by_group = [], []
+    if texts:
+        table.append(perplexity(model, config.place(PERPLEXITY), config.limit))
+    with Journal(folder / "records.jsonl") as records, Journal(folder / "verdicts.jsonl") as kept:
+        mouth = _mouth(config, model, seed) if plan else None
+        for task, items in plan:
+            assert mouth is not None
+            samplings: dict[Mode, Sampling] = {"on": config.on, "off": config.off}
+            talks = list(conversations(task, items, config.modes, samplings, config.max_tokens))
+            answer(talks, mouth, records, label=task.name, quiet=quiet)
+            rows, parts = _judged(config, task, talks, kept, quiet)
+            table += rows
+            by_group += parts
+    return table, by_group
+
+
+def _mouth(config: EvalConfig, model: Path | None, seed: int) -> Mouth:
+    if config.endpoint:
+        return Mouth(Endpoint(config.endpoint, seed), True, config.switch)
+    return Mouth(load(EngineConfig(kind="engine", batch=config.batch), model, seed), False)
+
+
+def _judged(
+    config: EvalConfig, task: Task, talks: Sequence[Conversation], kept: Journal, quiet: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The task's rows, one a mode, and those of its groups."""
+    whole = [talk for talk in talks if not talk.failed]
+    if not whole:
+        raise FailureError(f"{task.name}: not one of {len(talks)} answers came: {talks[0].failed}")
+    if task.judging:
+        assert config.judge is not None
+        found = scores.ask_judge(whole, task, kept, Endpoint(config.judge, 0), quiet=quiet)
+    else:
+        found = scores.score(whole, task, kept, config.workers, quiet=quiet)
+    rows, parts = [], []
+    for mode in config.modes:
+        of_mode = [one for one in found if one.talk.mode == mode]
+        failed = [talk.failed for talk in talks if talk.mode == mode and talk.failed]
+        rows.append(scores.summary(task, mode, of_mode, failed))
+        parts += scores.groups(task, mode, of_mode)
+    return rows, parts
+
+
+def stage(config: EvalConfig, run: Run, inputs: dict) -> None:
+    """Stage `eval`: write `tables/eval.jsonl` and `tables/eval_groups.jsonl`."""
+    table, by_group = evaluate(config, run.path, inputs["model"], run.seed, quiet=run.quiet)
+    for row in table:
+        if row.get("failed") or row.get("unjudged"):
+            run.say(
+                f"{row['task']} ({row['mode']}): {row['failed']} answers are missing and "
+                f"{row['unjudged']} could not be judged; they are left out {row.get('why', '')}"
+            )
+    run.write_table("eval", table)
+    run.write_table("eval_groups", by_group)

@@ -1,0 +1,147 @@
+"""What an evaluation asks, and by what it judges: a task is a reader of items and some measures.
+
+A measure is a reward of reinforcement learning (`rl/rewards.py`), computed in the same killable
+workers: what a policy is trained on and what it is measured by cannot drift apart. Data comes from
+local files in the layout of `Data`, or from the hub; nothing is downloaded unless it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tessera.data.conversation import Message, Mode
+from tessera.rl.rewards import CheckedReward
+
+
+class EvalError(ValueError):
+    """An evaluation that cannot be run as asked; the text says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question.
+
+    fields: what measures judge by. groups: what the table of groups tells apart (level, subject).
+    follow_ups: what the user says after each answer, as in MT-Bench's second turn.
+    """
+
+    id: str
+    messages: list[Message]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    follow_ups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A column: the mean of a reward's score over items.
+
+    weight: a field of the items that says how often one counts; empty, each counts once. modes:
+    where it says something.
+    """
+
+    name: str
+    reward: CheckedReward
+    weight: str = ""
+    modes: tuple[Mode, ...] = ("on", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """How another model judges: what it is asked of a record, and how its replies are read.
+
+    prompts: (item, the conversation with the answers) -> one conversation a question to the judge.
+    read: the judge's replies -> a score, or None where they cannot be understood.
+    """
+
+    name: str
+    prompts: Callable[[Item, Sequence[Message]], list[list[Message]]]
+    read: Callable[[Sequence[str]], float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A benchmark.
+
+    read: its items out of a `Data`. measures: the first is the one that pass@k counts. judging:
+    where a model judges instead. max_tokens: of an answer, thought included (the papers: 32,768).
+    groups: told apart in a table of their own. limit: the items of a task that has no end.
+    """
+
+    name: str
+    read: Callable[[Data], Iterable[Item]]
+    measures: tuple[Measure, ...] = ()
+    judging: Judging | None = None
+    max_tokens: int = 32_768
+    groups: tuple[str, ...] = ()
+    limit: int | None = None
+
+    @property
+    def metric(self) -> str:
+        """The name of what counts."""
+        return self.judging.name if self.judging else self.measures[0].name
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where a task's rows are: a file, a directory in this layout, or a dataset of the hub.
+
+    rows("gsm8k/test.jsonl", hub="openai/gsm8k:main:test") reads that file below `place`, or
+    `place` itself where it is a file, or what `place` names on the hub; "hub" is the default one.
+    """
+
+    task: str
+    place: str = ""
+
+    def rows(self, file: str, hub: str = "") -> Iterator[dict[str, Any]]:
+        """The rows of one of the task's files. Raises EvalError where there is none."""
+        found = self.path(file)
+        if found is None:
+            yield from self._hub(file, hub)
+            return
+        from tessera.data.readers import Bad, read_rows
+
+        for number, row in read_rows(found):
+            if isinstance(row, Bad) or not isinstance(row, dict):
+                raise EvalError(f"{found}: row {number} is no JSON object: {row}"[:300])
+            yield row
+
+    def path(self, file: str) -> Path | None:
+        """Where one of the task's files is; None where it is not on this machine."""
+        root = Path(self.place).expanduser() if self.place else None
+        if root is None or not root.exists():
+            return None
+        if root.is_file():
+            return root
+        inside = root / file
+        candidates = (inside, root / inside.name)
+        return next((path for path in candidates if path.is_file()), None)
+
+    def _hub(self, file: str, hub: str) -> Iterator[dict[str, Any]]:
+        here = Path(self.place).expanduser() if self.place else None
+        if not self.place or (here is not None and here.exists()):
+            where = f"{self.place}/{file} is not there" if self.place else "no data was given"
+            raise EvalError(
+                f"{self.task}: {where}; give --data DIR that holds {file}, --data "
+                f"{self.task}=FILE, or a dataset of the hub"
+                + (f" (--data {self.task}=hub is {hub})" if hub else "")
+            )
+        name = hub if self.place == "hub" else self.place
+        if not name:
+            raise EvalError(f"{self.task} has no dataset of its own on the hub; give --data PATH")
+        from tessera.data.dataset import DatasetPart, read_dataset_rows
+
+        parts = (*name.split(":"), "", "")[:3]
+        dataset, subset, split = parts[0], parts[1] or None, parts[2] or "test"
+        part = DatasetPart(dataset, subset, split, None, None, False)
+        for _, row in read_dataset_rows(part):
+            yield row
+
+
+def ask(question: str, system: str = "") -> list[Message]:
+    """A conversation of one question, after a system prompt where there is one."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": question}]

@@ -1,0 +1,226 @@
+"""What a recipe may say of rewards: one table a reward, told apart by `kind`.
+
+    [[grpo.rewards]]
+    kind = "math"                   # the last box against the row's `answer`
+    [[grpo.rewards]]
+    kind = "format"                 # the reasoning switch
+    weight = 0.2
+    [[grpo.rewards]]
+    kind = "judge"
+    endpoint = { url = "http://judge:8000/v1", model = "Llama-3.3-70B-Instruct" }
+
+The keys that name a field (`answer = "expected_answer"`) say where in a row of data the checker's
+expectation stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field
+
+from tessera.recipe import Config, nearest
+from tessera.rl.jail.run import Isolation, Limits
+from tessera.rl.verifiers.answer import split_thoughts
+from tessera.rl.verifiers.code import CASES_TOGETHER
+from tessera.rl.verifiers.format import Switch, switch_of
+from tessera.rl.verifiers.instructions import read_instructions
+
+
+class RewardError(ValueError):
+    """Rewards that cannot be computed as asked; the text says what to change."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion to be judged: its prompt's messages, its text, and its row's own fields.
+
+    completion: the assistant's text, thoughts included. truncated: cut at the length limit.
+    """
+
+    messages: Sequence[Mapping[str, str]]
+    completion: str
+    fields: Mapping[str, Any]
+    truncated: bool = False
+
+    @property
+    def answer(self) -> str:
+        """What is said after the thoughts."""
+        return split_thoughts(self.completion)[1]
+
+    @property
+    def switch(self) -> Switch | None:
+        """What the system prompt asks of the thoughts."""
+        system = [m["content"] for m in self.messages if m["role"] == "system"]
+        return switch_of("\n".join(system))
+
+
+class RewardConfig(Config):
+    """weight: its factor in the sum. deadline: seconds a sample, then its checker is killed.
+
+    name: in tables and logs; the kind unless given.
+    """
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    deadline: float = Field(default=10.0, gt=0)
+    name: str = ""
+
+
+class MathReward(RewardConfig):
+    kind: Literal["math"]
+    answer: str = "answer"
+
+
+class NumberReward(RewardConfig):
+    kind: Literal["number"]
+    answer: str = "answer"
+    tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class ExactReward(RewardConfig):
+    kind: Literal["exact"]
+    answer: str = "answer"
+    ignore_case: bool = True
+
+
+class ChoiceReward(RewardConfig):
+    kind: Literal["choice"]
+    answer: str = "answer"
+    choices: int = Field(default=26, ge=2, le=26)
+
+
+class FormatReward(RewardConfig):
+    kind: Literal["format"]
+
+
+class InstructionsReward(RewardConfig):
+    """loose, partial: see `verifiers.instructions`."""
+
+    kind: Literal["instructions"]
+    instructions: str = "instruction_id_list"
+    arguments: str = "kwargs"
+    loose: bool = False
+    partial: bool = False
+
+
+class CodeReward(RewardConfig):
+    """Asserts where a row has `tests`; else its `inputs` and `outputs`.
+
+    isolation: what stands between the program and this machine, see `jail`.
+    """
+
+    kind: Literal["code"]
+    tests: str = "tests"
+    setup: str = "setup"
+    inputs: str = "inputs"
+    outputs: str = "outputs"
+    limits: Limits = Limits()
+    isolation: Isolation = "namespaces"
+    deadline: float = Field(default=60.0, gt=0)
+
+    def model_post_init(self, _: Any) -> None:
+        least = self.limits.seconds * CASES_TOGETHER + 10
+        if self.deadline < least:
+            raise ValueError(
+                f"deadline = {self.deadline:g} cuts limits.seconds short; give {least:g}"
+            )
+
+
+class FunctionReward(RewardConfig):
+    """Your own: `module:function`, called with a Sample in a worker; returns an Outcome."""
+
+    kind: Literal["function"]
+    function: str = Field(pattern=r"^[\w.]+:\w+$")
+
+
+class EndpointConfig(Config):
+    """An OpenAI-compatible server, and how patiently it is asked.
+
+    url: up to and with `/v1`. key_file: a file that holds the key. concurrency: requests at once.
+    attempts: a sample, with pauses that double from `pause` seconds.
+    """
+
+    url: str = Field(pattern=r"^https?://\S+$")
+    model: str
+    key_file: str = ""
+    concurrency: int = Field(default=32, ge=1)
+    attempts: int = Field(default=6, ge=1)
+    pause: float = Field(default=0.5, ge=0)
+
+
+class JudgeReward(RewardConfig):
+    """An LLM that says whether prediction and reference agree (Llama-Nemotron §5.1).
+
+    template: with {question}, {answer} and {prediction}; it must ask for a last line
+    `Verdict: right` or `Verdict: wrong`. Empty: the built-in one.
+    """
+
+    kind: Literal["judge"]
+    endpoint: EndpointConfig
+    answer: str = "answer"
+    template: str = ""
+    max_tokens: int = Field(default=1024, ge=1)
+    deadline: float = Field(default=120.0, gt=0)
+
+
+class ModelReward(RewardConfig):
+    """A reward model's score of the answer. It is right from `right_from` on, for the counts alone.
+
+    route: `pooling` is vLLM's for reward models; `chat` reads a reply `reward:-3.25`.
+    """
+
+    kind: Literal["reward_model"]
+    endpoint: EndpointConfig
+    route: Literal["pooling", "chat"] = "pooling"
+    right_from: float = Field(default=0.0, allow_inf_nan=False)
+    deadline: float = Field(default=120.0, gt=0)
+
+
+CheckedReward = (
+    MathReward
+    | NumberReward
+    | ExactReward
+    | ChoiceReward
+    | FormatReward
+    | InstructionsReward
+    | CodeReward
+    | FunctionReward
+)
+AskedReward = JudgeReward | ModelReward
+Reward = Annotated[CheckedReward | AskedReward, Field(discriminator="kind")]
+
+
+def names(rewards: Sequence[Reward]) -> list[str]:
+    """The name of each reward. Raises RewardError where two share one."""
+    found = [reward.name or reward.kind for reward in rewards]
+    for name in found:
+        if found.count(name) > 1:
+            raise RewardError(f"two rewards are called {name!r}; give one of them another name")
+    return found
+
+
+def require_fields(rewards: Sequence[Reward], row: Mapping[str, Any]) -> None:
+    """Checks that a row holds what the rewards judge by, before anything is generated from it.
+
+    Raises RewardError for a missing field, InstructionError for an unknown instruction.
+    """
+    for reward in rewards:
+        for key in _fields(reward, row):
+            if row.get(key) is None:
+                raise RewardError(
+                    f"the reward {reward.name or reward.kind!r} judges by the field {key!r}, which "
+                    f"this row has not; {nearest(key, row)}"
+                )
+        if reward.kind == "instructions":
+            read_instructions(row[reward.instructions], row[reward.arguments])
+
+
+def _fields(reward: Reward, row: Mapping[str, Any]) -> list[str]:
+    if isinstance(reward, InstructionsReward):
+        return [reward.instructions, reward.arguments]
+    if isinstance(reward, CodeReward):
+        return [reward.tests] if reward.inputs not in row else [reward.inputs, reward.outputs]
+    answer = getattr(reward, "answer", None)
+    return [cast(str, answer)] if answer else []
