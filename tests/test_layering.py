@@ -51,7 +51,7 @@ CONFINED = {
     "gguf": ["serve/export"],
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
-    "httpx": ["curate/endpoint.py"],
+    "httpx": ["generate/endpoint.py"],
     "langdetect": ["rl/verifiers/language.py"],
     "math_verify": ["rl/verifiers/mathematics.py"],
     "pyarrow": ["data"],

@@ -14,9 +14,9 @@ from pydantic import Field
 from tessera.curate import prompts, rows
 from tessera.curate.rows import Drop
 from tessera.curate.steps import Result
-from tessera.curate.teacher import Reply, Request
 from tessera.data.conversation import Chat, Mode
 from tessera.data.switch import set_switch
+from tessera.generate.asking import Reply, Request
 from tessera.recipe import Config
 
 

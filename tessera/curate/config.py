@@ -27,13 +27,13 @@ from tessera.curate.asking import (
 from tessera.curate.code import Code
 from tessera.curate.contamination import Decontaminate
 from tessera.curate.dedupe import Dedupe, NearDedupe
-from tessera.curate.endpoint import EndpointConfig
-from tessera.curate.engine_teacher import EngineConfig
 from tessera.curate.filters import Label, Language, Length, Licence, Tags, Where
 from tessera.curate.similar import Nearest, SameProblem
 from tessera.curate.sources import SourceConfig
 from tessera.curate.votes import Majority, PassRate
 from tessera.data.schema import Dialect
+from tessera.generate.endpoint import EndpointConfig
+from tessera.generate.local import EngineConfig
 from tessera.recipe import Config, RecipeError, nearest, validate
 
 STEPS: dict[str, type[Config]] = {

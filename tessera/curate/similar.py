@@ -20,8 +20,8 @@ from tessera.curate.asking import Asking
 from tessera.curate.contamination import EvalSet
 from tessera.curate.rows import Drop
 from tessera.curate.steps import Result
-from tessera.curate.teacher import Reply, Request
 from tessera.data.conversation import Chat
+from tessera.generate.asking import Reply, Request
 from tessera.recipe import Config
 from tessera.run import FailureError
 

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from tessera import dist
-from tessera.curate import engine_teacher
 from tessera.curate.arrange import Order
 from tessera.curate.config import CurateConfig
-from tessera.curate.endpoint import Endpoint, EndpointConfig
-from tessera.curate.journal import Journal
 from tessera.curate.passes import Count, Parts, ShardWriter, decide, in_batches
+from tessera.curate.replies import Replies
 from tessera.curate.similar import Nearest
 from tessera.curate.sources import Shard, plan_shards, read_shard
 from tessera.curate.steps import AskStep, SetStep
-from tessera.curate.teacher import Reply, Request, Teacher
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError
 from tessera.disk import atomic_write, writing
+from tessera.generate import local
+from tessera.generate.asking import Answerer, Reply, Request
+from tessera.generate.endpoint import Endpoint, EndpointConfig
 from tessera.progress import Progress
 from tessera.run import Run
 
@@ -82,10 +82,10 @@ class Pipeline:
         self.home = run.path / "passes"
         self.passes = passes_of(config.named())
         self.shards = self._planned()
-        self._teachers: dict[str, Teacher] = {}
+        self._teachers: dict[str, Answerer] = {}
 
     def execute(self) -> None:
-        """Brings every pass to its end. Raises DataError, TeacherError, FailureError."""
+        """Brings every pass to its end. Raises DataError, AskError, FailureError."""
         for index, one in enumerate(self.passes):
             if not self._done(index):
                 self._pass(index, one)
@@ -140,7 +140,7 @@ class Pipeline:
         assert one.ask
         name, step = one.ask
         teacher = self._teacher(step.teacher)
-        with Journal(self._journal(index, writer.number)) as journal:
+        with Replies(self._journal(index, writer.number)) as journal:
             coming = (
                 request
                 for chat in _arrivals(writer, one, before, _uncounted)
@@ -154,7 +154,7 @@ class Pipeline:
                 yield from writer.note(name, chat, result)
 
     def _ask(
-        self, journal: Journal, teacher: Teacher, requests: Sequence[Request], name: str
+        self, journal: Replies, teacher: Answerer, requests: Sequence[Request], name: str
     ) -> None:
         """Asks what the journal lacks, and keeps each reply as it comes."""
         if not requests:
@@ -174,22 +174,22 @@ class Pipeline:
         teacher, requests = self._teacher(step.teacher), step.problems()
         path = self._home(index) / "problems.jsonl"
         if dist.is_main():
-            with Journal(path) as journal:
+            with Replies(path) as journal:
                 missing = list(_missing(iter(requests), journal, teacher.model))
                 self._ask(journal, teacher, missing, "problems")
                 step.learn([journal.get(one.key(teacher.model)) for one in requests])
         dist.barrier()
         if not dist.is_main():
-            with Journal(path) as journal:
+            with Replies(path) as journal:
                 step.learn([journal.get(one.key(teacher.model)) for one in requests])
 
-    def _teacher(self, name: str) -> Teacher:
+    def _teacher(self, name: str) -> Answerer:
         if name not in self._teachers:
             config, seed = self.config.teachers[name], self.run.seed
             self._teachers[name] = (
                 Endpoint(config, seed)
                 if isinstance(config, EndpointConfig)
-                else engine_teacher.load(config, self.model, seed)
+                else local.load(config, self.model, seed)
             )
         return self._teachers[name]
 
@@ -265,7 +265,7 @@ def _uncounted(name: str, chat: Chat, result: Any) -> Iterator[Chat]:
     yield from (one for one in several if isinstance(one, Chat))
 
 
-def _missing(requests: Iterator[Request], journal: Journal, model: str) -> Iterator[Request]:
+def _missing(requests: Iterator[Request], journal: Replies, model: str) -> Iterator[Request]:
     """The requests whose replies are not in the journal, each once."""
     seen: set[str] = set()
     for request in requests:

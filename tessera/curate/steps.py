@@ -19,8 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 from numpy.typing import NDArray
 
 from tessera.curate.rows import Drop
-from tessera.curate.teacher import Reply, Request
 from tessera.data.conversation import Chat
+from tessera.generate.asking import Reply, Request
 
 Result = Chat | Drop | Sequence[Chat | Drop]
 

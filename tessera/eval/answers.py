@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tessera.curate.teacher import Reply, Request, Teacher
 from tessera.data.conversation import CLOSE, OPEN, Message, Mode
 from tessera.data.switch import DETAILED, set_switch
 from tessera.eval.task import Item, Task
+from tessera.generate.asking import Answerer, Reply, Request
 from tessera.journal import Journal
 from tessera.progress import Progress
 from tessera.recipe import Config
@@ -40,7 +40,7 @@ class Mouth:
     says_switch: the messages carry the switch (an endpoint); else the model's own template does.
     """
 
-    teacher: Teacher
+    teacher: Answerer
     says_switch: bool
     switch: str = DETAILED
 

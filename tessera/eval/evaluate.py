@@ -18,8 +18,6 @@ from typing import Any
 
 from pydantic import Field
 
-from tessera.curate.endpoint import Endpoint, EndpointConfig
-from tessera.curate.engine_teacher import EngineConfig, load
 from tessera.data.conversation import Mode
 from tessera.data.switch import DETAILED
 from tessera.eval import scores
@@ -27,6 +25,8 @@ from tessera.eval.answers import Conversation, Mouth, Sampling, Thinking, answer
 from tessera.eval.perplexity import perplexity
 from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
+from tessera.generate.endpoint import Endpoint, EndpointConfig
+from tessera.generate.local import EngineConfig, load
 from tessera.journal import Journal
 from tessera.recipe import Config
 from tessera.rl.rewards import require_fields

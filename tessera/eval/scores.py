@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tessera.curate.teacher import Reply, Request, Teacher
 from tessera.data.switch import obeys
 from tessera.disk import fingerprint
 from tessera.eval.answers import Conversation
 from tessera.eval.task import Measure, Task
+from tessera.generate.asking import Answerer, Reply, Request
 from tessera.journal import Journal
 from tessera.progress import Progress
 from tessera.rl.pool import Pool
@@ -64,7 +64,7 @@ def score(
 
 
 def ask_judge(
-    talks: Sequence[Conversation], task: Task, verdicts: Journal, judge: Teacher, *, quiet: bool
+    talks: Sequence[Conversation], task: Task, verdicts: Journal, judge: Answerer, *, quiet: bool
 ) -> list[Scored]:
     """Scores by a judge; what it replied is kept, so the same answer is never judged twice."""
     assert task.judging is not None

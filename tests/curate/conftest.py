@@ -41,7 +41,7 @@ class Curated:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tessera.curate import prompts
-from tessera.curate.journal import Journal
-from tessera.curate.teacher import Reply, TeacherError
+from tessera.curate.replies import Replies
+from tessera.generate.asking import AskError, Reply
 from tessera.run import FailureError
 from tests.curate.conftest import Curated, Server, killed, run_stage, write_lines
 
@@ -81,7 +81,7 @@ def test_a_server_that_is_down_stops_the_work_and_loses_none(tmp_path: Path, ser
 def test_a_wrong_key_or_model_is_said_at_once(curate: Curate, serve: Serve, status: int):
     server = serve(solve)
     server.faults = {n: status for n in range(1000)}
-    with pytest.raises(TeacherError, match="correct url, model or key_file"):
+    with pytest.raises(AskError, match="correct url, model or key_file"):
         teachers = {"teacher": server.teacher(concurrency=1)}
         curate(QUESTIONS, [{"step": "generate"}], source=SOURCE, teachers=teachers)
     assert len(server.asked) == 1
@@ -116,11 +116,11 @@ def test_killed_while_asking_no_answered_request_is_asked_again(tmp_path: Path, 
 
 def test_a_torn_journal_gives_what_is_whole(tmp_path: Path):
     path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
+    with Replies(path) as journal:
         journal.add("a", Reply("one", thought="ü", tokens=3))
         journal.add("b", Reply("two"))
     path.write_bytes(path.read_bytes()[:-5])
-    with Journal(path) as journal:
+    with Replies(path) as journal:
         assert "a" in journal and "b" not in journal
         journal.add("b", Reply("again"))
         assert journal.get("a") == Reply("one", thought="ü", tokens=3)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tessera.curate.teacher import Receive, Reply, Request
 from tessera.data.conversation import CLOSE, OPEN, Mode
 from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
@@ -19,10 +18,11 @@ from tessera.eval.perplexity import _logprobs
 from tessera.eval.scores import Scored, pass_at, summary
 from tessera.eval.task import Data, EvalError, Item, Task, ask
 from tessera.eval.tasks import find
+from tessera.generate.asking import Receive, Reply, Request
 from tessera.journal import Journal
 
 
-class Teacher:
+class Answerer:
     """Answers every question with its number of the ask; stops the work after `stop` answers."""
 
     def __init__(self, model: str = "m", stop: int = 10**9, broken: frozenset[str] = frozenset()):
@@ -46,7 +46,7 @@ TASK = find("calc@2")
 BOTH: tuple[Mode, Mode] = ("on", "off")
 
 
-def talk(folder: Path, teacher: Teacher, samples: int = 1, items=ITEMS) -> list[Conversation]:
+def talk(folder: Path, teacher: Answerer, samples: int = 1, items=ITEMS) -> list[Conversation]:
     samplings: dict[Mode, Sampling] = {"on": Sampling(samples=samples), "off": Sampling()}
     talks = list(conversations(TASK, items, BOTH, samplings, 64))
     with Journal(folder / "records.jsonl") as records:
@@ -56,31 +56,31 @@ def talk(folder: Path, teacher: Teacher, samples: int = 1, items=ITEMS) -> list[
 
 def test_a_stopped_evaluation_asks_only_what_is_missing(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
-        talk(tmp_path, Teacher(stop=5))
-    second = Teacher()
+        talk(tmp_path, Answerer(stop=5))
+    second = Answerer()
     talks = talk(tmp_path, second)
     assert len(second.asked) == 12 - 5
     assert [one.completion for one in talks] == [f"{OPEN}hm{CLOSE}Answer: 1"] * 12
-    third = Teacher()
+    third = Answerer()
     talk(tmp_path, third, samples=3)
     assert len(third.asked) == 2 * 6  # the samples that are new, with reasoning on alone
-    fourth = Teacher(model="another")
+    fourth = Answerer(model="another")
     talk(tmp_path, fourth)
     assert len(fourth.asked) == 12
 
 
 def test_half_a_line_of_a_killed_process_is_cut_off(tmp_path: Path):
-    talk(tmp_path, Teacher())
+    talk(tmp_path, Answerer())
     path = tmp_path / "records.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
-    again = Teacher()
+    again = Answerer()
     talk(tmp_path, again)
     assert len(again.asked) == 1
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
 def test_what_is_missing_or_cannot_be_judged_is_counted_and_never_a_zero(tmp_path: Path):
-    talks = talk(tmp_path, Teacher(broken=frozenset({"question 1"})))
+    talks = talk(tmp_path, Answerer(broken=frozenset({"question 1"})))
     whole = [one for one in talks if not one.failed]
     assert len(whole) == 10
     with Journal(tmp_path / "verdicts.jsonl") as kept:
@@ -93,14 +93,14 @@ def test_what_is_missing_or_cannot_be_judged_is_counted_and_never_a_zero(tmp_pat
 
 
 def test_verdicts_are_kept_by_answer_expectation_and_measure(tmp_path: Path):
-    talks = talk(tmp_path, Teacher())
+    talks = talk(tmp_path, Answerer())
     with Journal(tmp_path / "verdicts.jsonl") as kept:
         scores.score(talks, TASK, kept, 1, quiet=True)
         assert len(kept) == 12
         scores.score(talks, TASK, kept, 1, quiet=True)
         assert len(kept) == 12
         other = [Item(one.id, one.messages, {"answer": "7", "work": ""}) for one in ITEMS]
-        anew = talk(tmp_path, Teacher(), items=other)
+        anew = talk(tmp_path, Answerer(), items=other)
         row = summary(TASK, "off", scores.score(anew, TASK, kept, 1, quiet=True)[6:], [])
         assert row["value"] == 0.0 and len(kept) == 24
 
@@ -130,7 +130,7 @@ def test_the_mean_is_over_items_and_its_error_that_of_the_items():
 
 
 def test_an_endpoint_is_told_the_mode_in_the_messages_or_in_its_templates_variable():
-    teacher, item = Teacher(), ITEMS[0]
+    teacher, item = Answerer(), ITEMS[0]
     said = Mouth(teacher, True).request(TASK, item.messages, "on", {}, 0)
     assert said.messages[0] == {"role": "system", "content": "detailed thinking on"}
     said = Mouth(teacher, True, "enable_thinking").request(TASK, item.messages, "off", {}, 0)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tessera.curate.teacher import Receive, Reply, Request
 from tessera.data.conversation import CLOSE, OPEN
 from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
@@ -17,6 +16,7 @@ from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import TASKS, find
 from tessera.eval.tasks.judged import duels, marks, mean_mark, win_share
 from tessera.eval.tasks.tools import read_calls
+from tessera.generate.asking import Receive, Reply, Request
 from tessera.journal import Journal
 
 Say = Callable[[Item], str]

@@ -29,6 +29,6 @@ def require_library() -> Any:
         import langdetect
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "checking a language needs langdetect: pip install 'tessera[ifeval]'"
+            "checking a language needs langdetect: pip install 'tessera[rl]'"
         ) from None
     return langdetect

@@ -87,7 +87,7 @@ def require_library() -> tuple[Any, Any]:
         import math_verify
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "checking mathematics needs math-verify: pip install 'tessera[math]'"
+            "checking mathematics needs math-verify: pip install 'tessera[rl]'"
         ) from None
     # It warns once that its deadlines are off, which is what the pool is for.
     for name in ("math_verify.parser", "math_verify.grader"):

@@ -1,7 +1,7 @@
 """Who is asked: requests and replies, and the two that answer them.
 
 `Endpoint` speaks the OpenAI API to any server (vLLM, SGLang, NIM, a commercial one) and
-`EngineTeacher` wraps an engine of tessera in this process. Both hand every reply on as it comes, so
+`LocalAnswerer` wraps an engine of tessera in this process. Both hand every reply on as it comes, so
 that the journal has it before the next one is waited for.
 """
 
@@ -15,7 +15,7 @@ from tessera.data.conversation import CLOSE, OPEN, Message, Mode
 from tessera.disk import fingerprint
 
 
-class TeacherError(ValueError):
+class AskError(ValueError):
     """A teacher that cannot be asked as the recipe says; the text says what to change."""
 
 
@@ -62,7 +62,7 @@ class Reply:
 Receive = Callable[[Request, Reply], None]
 
 
-class Teacher(Protocol):
+class Answerer(Protocol):
     """The contract of whoever answers."""
 
     model: str
@@ -70,6 +70,6 @@ class Teacher(Protocol):
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
         """Calls `receive` once for each request, in any order, as replies come.
 
-        Raises TeacherError for what no retry would mend, FailureError when too much fails.
+        Raises AskError for what no retry would mend, FailureError when too much fails.
         """
         ...

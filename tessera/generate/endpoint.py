@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from tessera.curate.teacher import Receive, Reply, Request, TeacherError
+from tessera.generate.asking import AskError, Receive, Reply, Request
 from tessera.recipe import Config
 from tessera.run import FailureError
 
@@ -51,14 +51,14 @@ class EndpointConfig(Config):
 
 
 class Endpoint:
-    """A `Teacher` behind HTTP."""
+    """An `Answerer` behind HTTP."""
 
     def __init__(self, config: EndpointConfig, seed: int) -> None:
         self.config, self.model, self.seed = config, config.model, seed
         self.asked = self.failed = 0
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
-        """See `Teacher.ask`; `config.concurrency` requests are under way at a time."""
+        """See `Answerer.ask`; `config.concurrency` requests are under way at a time."""
         asyncio.run(self._ask_all(iter(requests), receive))
 
     async def _ask_all(self, requests: Iterator[Request], receive: Receive) -> None:
@@ -113,7 +113,7 @@ class Endpoint:
                 continue
             told = f"{response.status_code}: {response.text[:200]}"
             if response.status_code in REFUSED:
-                raise TeacherError(
+                raise AskError(
                     f"{self.config.url}: {REFUSED[response.status_code]} ({told}); correct url, "
                     "model or key_file of the teacher"
                 )
@@ -127,9 +127,7 @@ def _httpx() -> Any:
     try:
         import httpx
     except ImportError:
-        raise TeacherError(
-            "asking an endpoint needs httpx: pip install 'tessera[curate]'"
-        ) from None
+        raise AskError("asking an endpoint needs httpx: pip install 'tessera[endpoint]'") from None
     return httpx
 
 
@@ -139,7 +137,7 @@ def _headers(config: EndpointConfig) -> dict[str, str]:
     try:
         key = Path(config.key_file).expanduser().read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise TeacherError(f"key_file {config.key_file}: {error.strerror}") from None
+        raise AskError(f"key_file {config.key_file}: {error.strerror}") from None
     return {"Authorization": f"Bearer {key}"}
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from tessera.curate.teacher import Receive, Reply, Request, TeacherError
 from tessera.data.switch import split_output
+from tessera.generate.asking import AskError, Receive, Reply, Request
 from tessera.recipe import Config
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ class EngineConfig(Config):
     batch: int = Field(default=64, ge=1)
 
 
-class EngineTeacher:
-    """A `Teacher` in this process."""
+class LocalAnswerer:
+    """An `Answerer` in this process."""
 
     def __init__(
         self, engine: Engine, encoder: ChatEncoder, model: str, batch: int, seed: int
@@ -41,7 +41,7 @@ class EngineTeacher:
         self.batch, self.seed = batch, seed
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
-        """See `Teacher.ask`; requests that sample alike are generated together."""
+        """See `Answerer.ask`; requests that sample alike are generated together."""
         alike = itertools.groupby(requests, key=lambda one: json.dumps(one.sampling))
         for _, group in alike:
             while batch := tuple(itertools.islice(group, self.batch)):
@@ -51,7 +51,7 @@ class EngineTeacher:
         from tessera.generate.engine import GenerationError, SamplingParams
 
         if any(request.embed for request in batch):
-            raise TeacherError('a teacher of kind "engine" gives no embeddings; use an endpoint')
+            raise AskError('a teacher of kind "engine" gives no embeddings; use an endpoint')
         tokenizer = self.encoder.tokenizer
         sampling = {key: value for key, value in batch[0].sampling.items() if key in KNOWN}
         params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=tokenizer.eos_ids)
@@ -76,8 +76,8 @@ class EngineTeacher:
         return None
 
 
-def load(config: EngineConfig, model: Path | None, seed: int) -> EngineTeacher:
-    """The teacher of a model directory or run. Raises TeacherError without one."""
+def load(config: EngineConfig, model: Path | None, seed: int) -> LocalAnswerer:
+    """The teacher of a model directory or run. Raises AskError without one."""
     from tessera.data.chat import ChatEncoder
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.torch_engine import TorchEngine
@@ -85,9 +85,9 @@ def load(config: EngineConfig, model: Path | None, seed: int) -> EngineTeacher:
     from tessera.model.weights import load_model
 
     if model is None:
-        raise TeacherError(
+        raise AskError(
             'a teacher of kind "engine" is the model of the stage: say model = "RUN OR PATH"'
         )
     engine: Any = TorchEngine(load_model(model, frozen=True))
     encoder = ChatEncoder.of(load_tokenizer(model))
-    return EngineTeacher(engine, encoder, fingerprint_path(model), config.batch, seed)
+    return LocalAnswerer(engine, encoder, fingerprint_path(model), config.batch, seed)
