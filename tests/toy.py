@@ -63,7 +63,4 @@ class ToySource:
 
 def split_rows(batch: Batch) -> list[Batch]:
     """A batch as one microbatch a row."""
-    return [
-        Batch(*(v[i : i + 1] for f in Batch.__slots__ if (v := getattr(batch, f)) is not None))
-        for i in range(len(batch.tokens))
-    ]
+    return [batch.each(lambda x, i=i: x[i : i + 1]) for i in range(len(batch.tokens))]

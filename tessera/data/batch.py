@@ -12,8 +12,8 @@ the second), so that every prediction is made exactly once. Attention stays insi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +34,9 @@ class Batch:
     positions: 0, 1, 2 … in every document.
     segments: document number within the row, 0, 1, 2 …; -1 = padding.
     mode: TEXT, OFF or ON, what kind of document each is of; None where all are TEXT.
+    prefix: the segment whose tokens stand before each token's own, -1 for none: several answers
+    to one prompt, whose positions go on from the prompt's; None where there are none.
+    streams: more per-token numbers, by name, for objectives that ask for them.
     """
 
     tokens: Tensor
@@ -42,17 +45,27 @@ class Batch:
     positions: Tensor
     segments: Tensor
     mode: Tensor | None = None
+    prefix: Tensor | None = None
+    streams: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         """Positions that are not padding."""
         return int((self.segments >= 0).sum())
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of what `function` makes of each tensor."""
+
+        def made(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: function(one) for key, one in value.items()}
+            return None if value is None else function(value)
+
+        return Batch(**{f.name: made(getattr(self, f.name)) for f in fields(self)})
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        there = {k: v.to(device, non_blocking=True) for k, v in given.items() if v is not None}
-        return Batch(**there)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class Source(Protocol):
@@ -156,8 +169,8 @@ def collate(rows: Sequence[Sequence[Sample]], sequence_length: int, pad_id: int)
             weight[b, start:end], segments[b, start:end] = sample.weight, segment
             positions[b, start:end], mode[b, start:end] = np.arange(len(sample)), sample.mode
         positions[b, end:] = np.arange(sequence_length - end)
-    arrays = (tokens, labels, weight, positions, segments, *([mode] if mode.any() else []))
-    return Batch(*map(torch.from_numpy, arrays))
+    arrays = map(torch.from_numpy, (tokens, labels, weight, positions, segments))
+    return Batch(*arrays, mode=torch.from_numpy(mode) if mode.any() else None)
 
 
 def pack(

@@ -14,25 +14,42 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Group:
+    """Documents of similar length as rows of their own.
+
+    index: `(N, T_n)` into the flattened `(B*T)` tokens, padded at the end. prefix: `(N, P)` of the
+    tokens before each document that are shared with others, padded at the end, and which of them
+    are there; None for documents that begin with themselves.
+    """
+
+    index: Tensor
+    prefix: Tensor | None = None
+    present: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class DocumentPlan:
     """Packed tokens regrouped as rows of one document each.
 
-    groups: index tensors `(N, T_n)` into the flattened `(B*T)` tokens, padded at the end.
     inverse: `(B*T,)`, where each token sits in the concatenation of the flattened groups.
     """
 
-    groups: tuple[Tensor, ...]
+    groups: tuple[Group, ...]
     inverse: Tensor
 
 
 @dataclass
 class Context:
-    """positions `(B,T)`; segments `(B,T)` document ids, -1 for padding, None for one a row."""
+    """positions `(B,T)`; segments `(B,T)` document ids, -1 for padding, None for one a row.
+
+    prefix: `(B,T)`, the segment that a token's document goes on from, -1 for none.
+    """
 
     positions: Tensor
     segments: Tensor | None = None
     inverse_frequencies: Tensor | None = None
     sliding_window: int | None = None
+    prefix: Tensor | None = None
 
     @classmethod
     def rows(cls, tokens: Tensor) -> Context:
@@ -51,6 +68,8 @@ class Context:
         """True when a row is one document and padding behind it: plain causal order is right."""
         if self.segments is None:
             return True
+        if self.prefix is not None:
+            return False
         padding = self.segments < 0
         one_document = (self.segments == self.segments[:, :1]) | padding
         behind = padding[:, 1:] | ~padding[:, :-1]
@@ -67,11 +86,37 @@ class Context:
     @cached_property
     def documents(self) -> DocumentPlan:
         assert self.segments is not None
-        return plan_documents(self.segments)
+        return plan_documents(self.segments, self.prefix)
+
+    @cached_property
+    def masks(self) -> tuple[Tensor | None, ...]:
+        """What each group of `documents` sees, as `sdpa` takes it; None for causal order."""
+        return tuple(
+            self.sliding_mask(group.index.shape[1])
+            if group.prefix is None
+            else self._prefix_mask(group, group.prefix)
+            for group in self.documents.groups
+        )
+
+    def _prefix_mask(self, group: Group, prefix: Tensor) -> Tensor:
+        """`(N,1,T,P+T)`: every token sees the prefix that is there, and its own past."""
+        assert group.present is not None
+        positions = self.positions.flatten()
+        own = positions[group.index]
+        order = torch.arange(group.index.shape[1], device=own.device)
+        seen = group.present[:, None].expand(-1, len(order), -1)
+        causal = (order[:, None] >= order).expand(len(own), -1, -1)
+        allowed = torch.cat((seen, causal), -1)
+        if self.sliding_window is not None:
+            distance = own[:, :, None] - torch.cat((positions[prefix], own), 1)[:, None]
+            allowed = allowed & (distance < self.sliding_window)
+        return allowed[:, None]
 
 
-def plan_documents(segments: Tensor, slack: float = 0.75) -> DocumentPlan:
-    """Group the documents of packed rows `(B,T)` by length.
+def plan_documents(
+    segments: Tensor, prefix: Tensor | None = None, slack: float = 0.75
+) -> DocumentPlan:
+    """Group the documents of packed rows `(B,T)` by length, those with a prefix apart.
 
     A group holds documents at least `slack` times as long as its longest, so padding stays
     under a quarter and the number of attention calls is logarithmic in the spread of lengths.
@@ -83,21 +128,52 @@ def plan_documents(segments: Tensor, slack: float = 0.75) -> DocumentPlan:
     change[:: segments.shape[1]] = True
     starts = change.nonzero().flatten()
     ends = torch.cat((starts[1:], starts.new_tensor([flat.numel()])))
-    lengths, order = (ends - starts).sort(descending=True, stable=True)
-    starts, sizes = starts[order], lengths.tolist()
-    groups: list[Tensor] = []
+    before = _prefixes(segments, prefix, starts)
+    # Documents with a prefix behind all others, the longest first in each part.
+    sizes, parts = (ends - starts).tolist(), (before >= 0).tolist()
+    order = sorted(range(len(sizes)), key=lambda d: (parts[d], -sizes[d]))
+    groups: list[Group] = []
     inverse = torch.empty_like(flat)
     first = offset = 0
-    while first < len(sizes):
-        last = first
-        while last < len(sizes) and sizes[last] >= slack * sizes[first]:
+    while first < len(order):
+        longest, last = sizes[order[first]], first
+        while last < len(order) and parts[order[last]] == parts[order[first]]:
+            if sizes[order[last]] < slack * longest:
+                break
             last += 1
-        steps = torch.arange(sizes[first], device=flat.device)
-        inside = steps < lengths[first:last, None]
-        index = torch.where(inside, starts[first:last, None] + steps, 0)
+        chosen = torch.tensor(order[first:last], device=flat.device)
+        index, inside = _rows(starts[chosen], ends[chosen])
         places = torch.arange(index.numel(), device=flat.device).view_as(index) + offset
         inverse[index[inside]] = places[inside]
-        groups.append(index)
+        shared = before[chosen]
+        there = _rows(starts[shared], ends[shared]) if parts[order[first]] else ()
+        groups.append(Group(index, *there))
         offset += index.numel()
         first = last
     return DocumentPlan(tuple(groups), inverse)
+
+
+def _rows(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices `(N, T)` of the tokens of N documents, and which are no padding."""
+    lengths = ends - starts
+    steps = torch.arange(int(lengths.max()), device=starts.device)
+    inside = steps < lengths[:, None]
+    return torch.where(inside, starts[:, None] + steps, 0), inside
+
+
+def _prefixes(segments: Tensor, prefix: Tensor | None, starts: Tensor) -> Tensor:
+    """`(documents,)` the document that each goes on from, -1 for none."""
+    if prefix is None:
+        return torch.full_like(starts, -1)
+    named = prefix.flatten()[starts]
+    row = starts // segments.shape[1]
+    known = {
+        key: number
+        for number, key in enumerate(
+            zip(row.tolist(), segments.flatten()[starts].tolist(), strict=True)
+        )
+    }
+    found = [
+        known[r, p] if p >= 0 else -1 for r, p in zip(row.tolist(), named.tolist(), strict=True)
+    ]
+    return starts.new_tensor(found)

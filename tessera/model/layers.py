@@ -73,8 +73,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, cache: LayerCache 
     """Causal attention inside each document. q `(B,T,H,D)`, k and v `(B,T,K,D)` -> `(B,T,H,D)`.
 
     Without a cache, packed rows are cut into their documents, which are grouped by length, so
-    the work grows with the documents' squared lengths and not with the row's. With one, the
-    new keys and values join it and every query sees the past of its own row.
+    the work grows with the documents' squared lengths and not with the row's; what documents
+    share at their beginning all of them read. With one, the new keys and values join it and every
+    query sees the past of its own row.
     """
     if cache is not None:
         return _attend_cached(q, cache.append(k, v, context.positions), context, cache)
@@ -99,9 +100,14 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tens
     plan = context.documents
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     parts = []
-    for index in plan.groups:  # (N, T_n): rows are documents, padded at the end
+    for group, mask in zip(plan.groups, context.masks, strict=True):
+        index = group.index  # (N, T_n): rows are documents, padded at the end
         q, k, v = (x[index.flatten()].unflatten(0, index.shape) for x in flat)
-        parts.append(_sdpa(q, k, v, context.sliding_mask(index.shape[1])).flatten(0, 1))
+        if group.prefix is not None:
+            there = group.prefix
+            before = (x[there.flatten()].unflatten(0, there.shape) for x in flat[1:])
+            k, v = (torch.cat(pair, 1) for pair in zip(before, (k, v), strict=True))
+        parts.append(_sdpa(q, k, v, mask).flatten(0, 1))
     return torch.cat(parts)[plan.inverse].unflatten(0, context.positions.shape)
 
 

@@ -88,6 +88,42 @@ def test_other_tokens_next_door_change_no_bit(changes):
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("prompt", [1, 4])
+def test_answers_that_share_a_prompt_are_each_the_whole_alone(changes, prompt: int):
+    """Row 0: the prompt, an unrelated document, three answers to it; row 1: another prompt's."""
+    module = tiny.model(**changes)
+    answers, stray = [3, 1, 5], 4
+    sizes = [prompt, stray, *answers]
+    length = sum(sizes) + 2
+    tokens = tiny.tokens(29, 2, length)
+    segments, prefix = torch.full((2, 2, length), -1)
+    positions = torch.zeros(2, length, dtype=torch.long)
+    spans, start = [], 0
+    for number, size in enumerate(sizes):
+        part, begins = slice(start, start + size), prompt if number > 1 else 0
+        segments[:, part], positions[:, part] = number, torch.arange(begins, begins + size)
+        prefix[:, part] = 0 if number > 1 else -1
+        spans, start = [*spans, part], start + size
+    context = Context(positions, segments, prefix=prefix)
+    together = module.logits(module(tokens, context))
+    together[:, spans[4]].square().sum().backward()
+    gradients = {k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    for row in range(2):
+        for part in spans[2:]:
+            whole = torch.cat((tokens[row, :prompt], tokens[row, part]))[None]
+            alone = module.logits(module(whole))[0, prompt:]
+            torch.testing.assert_close(together[row, part], alone, atol=1e-5, rtol=0)
+            if part is spans[4]:
+                alone.square().sum().backward()
+        alone = module.logits(module(tokens[row : row + 1, spans[1]]))[0]
+        torch.testing.assert_close(together[row, spans[1]], alone, atol=1e-5, rtol=0)
+    for key, p in module.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[key], p.grad, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_padding_behind_a_row_changes_nothing():
     module, tokens = tiny.model(), tiny.tokens(29, 2, 9)
