@@ -122,6 +122,31 @@ _ROWS = (
     ),
     Stage("sft", "tessera.objectives.sft", "SFTConfig", ("model", "data"), "model", together=True),
     Stage(
+        "profile",
+        "tessera.rl.profile",
+        "ProfileConfig",
+        ("model",),
+        "prompts",
+        paths=("paths",),
+    ),
+    Stage(
+        "grpo",
+        "tessera.objectives.grpo",
+        "GRPOConfig",
+        ("model", "prompts"),
+        "model",
+        together=True,
+    ),
+    Stage(
+        "rloo",
+        "tessera.objectives.grpo",
+        "RLOOConfig",
+        ("model", "prompts"),
+        "model",
+        "rloo",
+        together=True,
+    ),
+    Stage(
         "compare", "tessera.eval.compare", "CompareConfig", ("parent", "models*", "data"), "table"
     ),
     Stage("eval", "tessera.eval.evaluate", "EvalConfig", ("model",), "table"),

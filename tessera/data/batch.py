@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -78,6 +78,17 @@ class Source(Protocol):
     def batches(self, step: int) -> list[Batch]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A source that makes its batches, and has something to tell of how that went.
+
+    metrics: numbers for metrics.jsonl, the same in every process. timings: seconds.
+    """
+
+    def metrics(self) -> dict[str, float]: ...
+    def timings(self) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
+from tessera.generate.endpoint import EndpointConfig
 from tessera.recipe import Config, nearest
 from tessera.rl.jail.run import Isolation, Limits
 from tessera.rl.verifiers.answer import split_thoughts
@@ -135,21 +136,6 @@ class FunctionReward(RewardConfig):
     function: str = Field(pattern=r"^[\w.]+:\w+$")
 
 
-class EndpointConfig(Config):
-    """An OpenAI-compatible server, and how patiently it is asked.
-
-    url: up to and with `/v1`. key_file: a file that holds the key. concurrency: requests at once.
-    attempts: a sample, with pauses that double from `pause` seconds.
-    """
-
-    url: str = Field(pattern=r"^https?://\S+$")
-    model: str
-    key_file: str = ""
-    concurrency: int = Field(default=32, ge=1)
-    attempts: int = Field(default=6, ge=1)
-    pause: float = Field(default=0.5, ge=0)
-
-
 class JudgeReward(RewardConfig):
     """An LLM that says whether prediction and reference agree (Llama-Nemotron §5.1).
 
@@ -166,14 +152,13 @@ class JudgeReward(RewardConfig):
 
 
 class ModelReward(RewardConfig):
-    """A reward model's score of the answer. It is right from `right_from` on, for the counts alone.
+    """A reward model's score of the answer, right from `right_from` on, for the counts alone.
 
-    route: `pooling` is vLLM's for reward models; `chat` reads a reply `reward:-3.25`.
+    It is asked as a chat that ends with the answer, and replies `reward:-3.25` (NVIDIA NIM's form).
     """
 
     kind: Literal["reward_model"]
     endpoint: EndpointConfig
-    route: Literal["pooling", "chat"] = "pooling"
     right_from: float = Field(default=0.0, allow_inf_nan=False)
     deadline: float = Field(default=120.0, gt=0)
 

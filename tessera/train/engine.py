@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tessera import dist
-from tessera.data.batch import Batch, Source
+from tessera.data.batch import Batch, Source, Telling
 from tessera.progress import Progress
 from tessera.run import FailureError, Run
 from tessera.train.checkpoint import Saver, load_state
@@ -75,7 +75,8 @@ class Trainer:
 
     `evaluate`, if given, is called with the module every `evaluate_every` steps and at the end;
     its numbers join the step's line in metrics.jsonl. `part` = (i, n): the i-th of n trainings in
-    one run; its logged steps go on from those before, and its resume state is its own.
+    one run; its logged steps go on from those before, and its resume state is its own. `check`
+    sees each step's metrics before the update and may raise.
     """
 
     def __init__(
@@ -88,10 +89,11 @@ class Trainer:
         evaluate: Callable[[], dict[str, float]] | None = None,
         evaluate_every: int = 0,
         part: tuple[int, int] = (0, 1),
+        check: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.module, self.objective, self.source = module, objective, source
         self.config, self.run = config, run
-        self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.evaluate, self.evaluate_every, self.check = evaluate, evaluate_every, check
         self.before, self.steps_of_run = part[0] * config.steps, part[1] * config.steps
         own = run.state_path / f"part-{part[0]}"
         self.state_path = own if part[1] > 1 else run.state_path
@@ -153,7 +155,7 @@ class Trainer:
         best = peak(self.config.spread.dtype)
         if best:
             timing["mfu"] = amount.flops / seconds / (best * dist.world())
-        return timing
+        return timing | (self.source.timings() if isinstance(self.source, Telling) else {})
 
     def _due(self, step: int) -> bool:
         return self.evaluate_every > 0 and step % self.evaluate_every == 0
@@ -189,7 +191,11 @@ class Trainer:
         metrics = {k: _mean(value, own.get(k, weight)) for k, value in sums.items()}
         self.watch.at(f"step {step + 1}: clipping and updating")
         metrics["grad_norm"] = self._clip()
+        if isinstance(self.source, Telling):
+            metrics |= self.source.metrics()
         self._check_finite(step, metrics)
+        if self.check:
+            self.check(step, metrics)
         metrics["lr"] = self._update(step)
         return metrics, amount
 

@@ -133,6 +133,41 @@ def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor) 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
 
 
+# (log-probs (n,), entropies (n,), the tokens' slice) -> f and its derivative, each (n,)
+Curve = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def log_prob_loss(
+    hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor, curve: Curve
+) -> Tensor:
+    """Σ w·f(log q(label)) of hidden `(N, C)`, head `(V, C)`, labels and weight `(N,)`.
+
+    `curve` tells f and f' of each token: a policy gradient is one, cross entropy is f = -log q.
+    """
+
+    def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
+        index = labels[part, None]
+        torch.softmax(logits, -1, out=slope)
+        log_sum = _log_sum_exp(logits, slope)
+        log_q = logits.gather(1, index).squeeze(1) - log_sum
+        entropy = log_sum - torch.linalg.vecdot(slope, logits)
+        losses, slopes = curve(log_q, entropy, part)
+        slope.mul_(-slopes[:, None]).scatter_add_(1, index, slopes[:, None])
+        return losses
+
+    return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """`(N,)` log q(label) of hidden `(N, C)` through head `(V, C)`."""
+    found = []
+    for part in chunks(hidden, len(head)):
+        logits = multiply(hidden[part], head).float()
+        found.append(logits.gather(1, labels[part, None]).squeeze(1) - logits.logsumexp(-1))
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+
+
 def kl_divergence(
     hidden: Tensor, head: Tensor, parent_hidden: Tensor, parent_head: Tensor, weight: Tensor
 ) -> Tensor:

@@ -1,0 +1,163 @@
+"""Stage `profile`: the prompts of a training, and how often the model solves each already.
+
+    pass rate of a prompt = share of its judged samples that are right     (Llama-Nemotron §5.1)
+
+Prompts at or above `drop_from` teach nothing and are left out (the report: 0.75 of 8 samples).
+Samples are drawn in portions and kept in a journal, so a stopped profile goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tessera.data.chat import ChatEncoder
+from tessera.data.tokenizer import load_tokenizer
+from tessera.generate.engine import Completion, SamplingParams
+from tessera.generate.torch_engine import TorchEngine
+from tessera.journal import Journal
+from tessera.model.weights import load_model, resolve
+from tessera.progress import Progress
+from tessera.recipe import RecipeError
+from tessera.rl.prompts import FILE, Prompt, PromptsConfig, collect, write
+from tessera.rl.rewards import Reward, Sample, require_fields
+from tessera.rl.rubric import Rubric
+from tessera.run import Run
+
+PORTION = 256  # samples at a time
+BINS = 10
+
+
+class ProfileConfig(PromptsConfig):
+    """samples: of each prompt; 0 measures nothing. rewards: the first says what is right. Prompts
+    whose pass rate is `drop_from` or more are left out, as are those at `drop_to` or less."""
+
+    samples: int = Field(default=8, ge=0)
+    rewards: tuple[Reward, ...] = ()
+    drop_from: float = Field(default=0.75, ge=0)
+    drop_to: float = Field(default=-1.0, le=1)
+    max_tokens: int = Field(default=512, ge=1)
+    batch: int = Field(default=128, ge=1)
+    workers: int = Field(default=2, ge=1)
+
+
+def judged_samples(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    decode: Any,
+) -> list[Sample]:
+    """Samples in the order of prompts and their completions, as rewards take them."""
+    return [
+        Sample(
+            prompt.messages,
+            decode(one.token_ids),
+            dict(prompt.fields),
+            one.finish_reason == "length",
+        )
+        for prompt, of_prompt in zip(prompts, completions, strict=True)
+        for one in of_prompt
+    ]
+
+
+class Profiler:
+    """A model that answers prompts and is judged."""
+
+    def __init__(self, model: Path, config: ProfileConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.tokenizer = load_tokenizer(resolve(model))
+        self.encoder = ChatEncoder.of(self.tokenizer)
+        self.engine = TorchEngine(load_model(model, frozen=True), max_batch_size=config.batch)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What was said, without the token that ended it."""
+        stops = set(self.tokenizer.eos_ids)
+        return self.tokenizer.decode([token for token in ids if token not in stops])
+
+    def outcomes(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], rubric: Rubric
+    ) -> list[list[bool | None]]:
+        """For each prompt whether its samples are right; None where that could not be judged."""
+        params = SamplingParams(
+            max_tokens=self.config.max_tokens,
+            n=self.config.samples,
+            stop_token_ids=self.tokenizer.eos_ids,
+            seed=self.seed,
+        )
+        ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
+        completions = self.engine.generate(ids, params, keys=numbers)
+        found = iter(rubric(judged_samples(prompts, completions, self.text)))
+        name, count = rubric.names[0], self.config.samples
+        verdicts = [[next(found).parts[name].verdict for _ in range(count)] for _ in prompts]
+        return [[None if v == "could-not-judge" else v == "right" for v in one] for one in verdicts]
+
+
+def measure(prompts: Sequence[Prompt], profiler: Profiler, kept: Journal, run: Run) -> list[Prompt]:
+    """The prompts with their pass rates; those that could not be judged at all have none."""
+    config = profiler.config
+    missing = [n for n in range(len(prompts)) if str(n) not in kept]
+    portion = max(1, PORTION // config.samples)
+    with (
+        Rubric(config.rewards, config.workers) as rubric,
+        Progress(run.name, len(prompts), "prompts", quiet=run.quiet) as progress,
+    ):
+        progress.advance(len(prompts) - len(missing), 0)
+        for start in range(0, len(missing), portion):
+            part = missing[start : start + portion]
+            rows = profiler.outcomes([prompts[n] for n in part], part, rubric)
+            for number, row in zip(part, rows, strict=True):
+                kept.add(str(number), {"right": row})
+            progress.advance(len(part))
+    return [_with_rate(one, kept.get(str(n))["right"]) for n, one in enumerate(prompts)]
+
+
+def _with_rate(prompt: Prompt, right: Sequence[bool | None]) -> Prompt:
+    known = [one for one in right if one is not None]
+    rate = sum(known) / len(known) if known else None
+    return Prompt(prompt.id, prompt.messages, prompt.mode, prompt.fields, rate, len(known))
+
+
+def histogram(prompts: Sequence[Prompt], kept: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """Rows of ten bins of pass rate: prompts in them, and those that were kept."""
+    total, left = (
+        Counter(
+            min(int(one.pass_rate * BINS), BINS - 1) for one in some if one.pass_rate is not None
+        )
+        for some in (prompts, kept)
+    )
+    return [
+        {"pass_rate": f"{n / BINS:.1f}-{(n + 1) / BINS:.1f}", "prompts": total[n], "kept": left[n]}
+        for n in range(BINS)
+    ]
+
+
+def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
+    """Stage `profile`: write `prompts.jsonl` and `tables/pass_rates.jsonl`."""
+    prompts = collect(config, run.seed)
+    if not config.samples:
+        run.write_file(FILE, write(prompts))
+        return
+    if not config.rewards:
+        raise RecipeError(f"{run.name}: give rewards, the first of which says what is right")
+    for prompt in prompts:
+        require_fields(config.rewards, prompt.fields)
+    with Journal(run.path / "samples.jsonl") as kept:
+        found = measure(prompts, Profiler(inputs["model"], config, run.seed), kept, run)
+    chosen = [
+        one
+        for one in found
+        if one.pass_rate is not None and config.drop_to < one.pass_rate < config.drop_from
+    ]
+    run.write_table("pass_rates", histogram(found, chosen))
+    unjudged = sum(one.pass_rate is None for one in found)
+    told = f"{len(chosen):,} of {len(found):,} prompts kept, {unjudged} could not be judged"
+    run.say(f"{run.name}: {told}")
+    if not chosen:
+        raise RecipeError(
+            f"{run.name}: no prompt has a pass rate between {config.drop_to} and "
+            f"{config.drop_from}; give harder or easier ones, or move the bounds"
+        )
+    run.write_file(FILE, write(chosen))

@@ -1,0 +1,302 @@
+"""Reinforcement learning as a source of batches: ask, judge, compare, pack.
+
+    batches(step)   where a rollout begins: the engine takes the trainer's weights, answers the
+                    prompts of this step `samples` times, and each answer is judged by the rubric;
+                    every rollout feeds `updates_per_rollout` optimizer steps
+
+A completion follows from (seed, rollout, prompt, sample) and the weights, so a run killed within a
+rollout makes it again; rollouts that feed several steps are kept on disk until no resume state
+needs them. Processes share the prompts; each has its own engine on the whole weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch.distributed.tensor import DTensor
+
+from tessera import dist
+from tessera.data.batch import Batch
+from tessera.data.chat import ChatEncoder
+from tessera.data.switch import obeys
+from tessera.disk import atomic_write
+from tessera.generate.engine import Engine, SamplingParams
+from tessera.model.context import Context
+from tessera.model.transformer import Transformer
+from tessera.recipe import Config
+from tessera.rl import monitors
+from tessera.rl.advantages import Advantages, of_group
+from tessera.rl.curriculum import CurriculumConfig, order
+from tessera.rl.experience import Answer, Group, Level, empty_row, rows, weight_of
+from tessera.rl.prompts import Prompt
+from tessera.rl.rewards import Reward, Sample
+from tessera.rl.rubric import Judged, Rubric
+from tessera.run import FailureError, Run
+from tessera.train.losses import token_log_probs
+from tessera.train.parallel import Layout
+
+
+class RolloutConfig(Config):
+    """How prompts are answered and judged.
+
+    prompts_per_rollout, samples: the report has 72 and 16. updates_per_rollout: optimizer steps.
+    overlong: "mask" leaves answers out that were cut at max_tokens; else they are judged as they
+    stand. overlong_buffer: over so many tokens before max_tokens the reward falls to one less
+    (DAPO, arXiv 2503.14476, §3.4). dynamic_sampling: how often more prompts are asked where groups
+    have no signal, all answers being worth the same (DAPO §3.2).
+    """
+
+    prompts_per_rollout: int = Field(default=64, ge=1)
+    samples: int = Field(default=16, ge=1)
+    updates_per_rollout: int = Field(default=1, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
+    rewards: tuple[Reward, ...] = Field(min_length=1)
+    curriculum: CurriculumConfig = CurriculumConfig()
+    level: Level = "token"
+    overlong: Literal["keep", "mask"] = "keep"
+    overlong_buffer: int = Field(default=0, ge=0)
+    dynamic_sampling: int = Field(default=0, ge=0)
+    engine_batch: int = Field(default=256, ge=1)
+    workers: int = Field(default=2, ge=1)
+    samples_every: int = Field(default=10, ge=1)  # rollouts between samples that are kept
+
+    @model_validator(mode="after")
+    def _enough(self) -> RolloutConfig:
+        if self.samples < 2:
+            raise ValueError("samples must be 2 or more: an answer is compared with its group")
+        if self.updates_per_rollout > self.prompts_per_rollout:
+            raise ValueError(
+                "updates_per_rollout exceeds prompts_per_rollout: a step needs prompts"
+            )
+        return self
+
+
+class Rollouts:
+    """A `Source` of what the policy itself writes.
+
+    rule: rewards of a group -> advantages. keep_all: rows also hold what no advantage pulls at,
+    for losses that look at it (a KL to the reference).
+    """
+
+    def __init__(
+        self,
+        module: Transformer,
+        engine: Engine,
+        encoder: ChatEncoder,
+        prompts: Sequence[Prompt],
+        config: RolloutConfig,
+        *,
+        rule: Advantages,
+        steps: int,
+        row_length: int,
+        layout: Layout,
+        run: Run,
+        rubric: Rubric,
+        keep_all: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        self.module, self.engine, self.encoder = module, engine, encoder
+        self.prompts, self.config, self.rule = prompts, config, rule
+        self.row_length, self.layout, self.run, self.rubric = row_length, layout, run, rubric
+        self.keep_all, self.recompute = keep_all, recompute and config.updates_per_rollout > 1
+        rounds = -(-steps // config.updates_per_rollout)
+        asked = config.prompts_per_rollout * (1 + config.dynamic_sampling)
+        rates = [prompt.pass_rate for prompt in prompts]
+        self.order = order(rates, rounds, asked, config.curriculum, run.seed)
+        self._rollout = -1
+        self._groups: list[Group] = []
+        self._updates: list[list[Batch]] = []
+        self._metrics: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._saved: list[int] = []
+
+    def batches(self, step: int) -> list[Batch]:
+        """This process's rows of one optimizer step; see `Source`."""
+        rollout, update = divmod(step, self.config.updates_per_rollout)
+        if rollout != self._rollout:
+            self._metrics, self._seconds = {}, {}
+            kept = self._path(rollout)
+            if update and kept.is_file():
+                lines = kept.read_text(encoding="utf-8").split("\n")
+                self._groups = [Group.from_json(line) for line in lines if line]
+            else:
+                assert not update, f"rollout {rollout} is not on disk, and its weights are gone"
+                self._groups = self._roll(rollout)
+            self._rollout = rollout
+            self._updates = [self._rows(u) for u in range(self.config.updates_per_rollout)]
+        elif update:
+            self._metrics, self._seconds = {}, {}
+        return self._updates[update]
+
+    def metrics(self) -> dict[str, float]:
+        """What the rollout of the last `batches` was like; empty where that began none."""
+        return self._metrics
+
+    def timings(self) -> dict[str, float]:
+        """Seconds of generating and judging for the last `batches`."""
+        return self._seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rollouts follow from the step; what feeds several steps is on disk."""
+        self._saved = [*self._saved[-1:], self._rollout]
+        for old in self._kept():
+            if old < self._saved[0]:
+                self._path(old).unlink(missing_ok=True)
+        return {"rollout": self._rollout}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._saved = [state["rollout"]]
+
+    def _path(self, rollout: int) -> Path:
+        return self.run.path / "rollouts" / f"{rollout:08}-{self.layout.data_rank}.jsonl"
+
+    def _kept(self) -> list[int]:
+        names = (self.run.path / "rollouts").glob(f"*-{self.layout.data_rank}.jsonl")
+        return [int(path.name.split("-")[0]) for path in names]
+
+    def _roll(self, rollout: int) -> list[Group]:
+        """Answers to this process's share of the prompts, judged and compared."""
+        chosen = self.order.batches[rollout]
+        own = chosen[self.layout.data_rank :: self.layout.data_world].tolist()
+        wanted = -(-len(own) // (1 + self.config.dynamic_sampling))
+        self.engine.sync(whole(self.module), rollout)
+        groups: list[Group] = []
+        while own and len(groups) < wanted:
+            part, own = own[:wanted], own[wanted:]
+            fresh = self._answered(rollout, part)
+            enough = not (own and self.config.dynamic_sampling)
+            groups += [g for g in fresh if enough or has_signal(g)]
+        groups = groups[:wanted]
+        self._metrics = monitors.measured(groups, self.rubric.names, self.layout)
+        if self.config.updates_per_rollout > 1:
+            self._path(rollout).parent.mkdir(exist_ok=True)
+            atomic_write(self._path(rollout), "".join(g.to_json() + "\n" for g in groups))
+        if rollout % self.config.samples_every == 0:
+            monitors.keep_samples(groups, self.prompts, rollout, self.run)
+        return groups
+
+    def _answered(self, rollout: int, numbers: Sequence[int]) -> list[Group]:
+        config, tokenizer = self.config, self.encoder.tokenizer
+        params = SamplingParams(
+            max_tokens=config.max_tokens,
+            n=config.samples,
+            stop_token_ids=tokenizer.eos_ids,
+            seed=self.run.seed,
+        )
+        prompts = [self.prompts[number] for number in numbers]
+        ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
+        begun = time.monotonic()
+        found = self.engine.generate(ids, params, keys=[(rollout << 32) | n for n in numbers])
+        generated = time.monotonic()
+        stops = set(tokenizer.eos_ids)
+        texts = [
+            tokenizer.decode([token for token in one.token_ids if token not in stops])
+            for of_prompt in found
+            for one in of_prompt
+        ]
+        answers = [one for of_prompt in found for one in of_prompt]
+        owners = [prompt for prompt in prompts for _ in range(config.samples)]
+        samples = [
+            Sample(one.messages, text, dict(one.fields), answer.finish_reason == "length")
+            for one, text, answer in zip(owners, texts, answers, strict=True)
+        ]
+        judged = self.rubric(samples)
+        made = iter(
+            Answer(
+                one.token_ids,
+                one.logprobs,
+                one.finish_reason,
+                text,
+                self._reward(verdict, len(one.token_ids), one.finish_reason == "length"),
+                {name: outcome.score for name, outcome in verdict.parts.items()},
+                obeys(text, owner.mode),
+            )
+            for one, text, verdict, owner in zip(answers, texts, judged, owners, strict=True)
+        )
+        self._spend("generate_seconds", generated - begun)
+        self._spend("judge_seconds", time.monotonic() - generated)
+        groups = [
+            Group(number, prompt.mode, own, [next(made) for _ in range(config.samples)])
+            for number, prompt, own in zip(numbers, prompts, ids, strict=True)
+        ]
+        for group in groups:
+            values = of_group([answer.reward for answer in group.answers], self.rule)
+            for answer, value in zip(group.answers, values, strict=True):
+                answer.advantage = value
+        return groups
+
+    def _spend(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def _reward(self, judged: Judged, length: int, truncated: bool) -> float | None:
+        if judged.reward is None or (truncated and self.config.overlong == "mask"):
+            return None
+        buffer = self.config.overlong_buffer
+        over = length - (self.config.max_tokens - buffer)
+        return judged.reward - (min(1.0, over / buffer) if buffer and over > 0 else 0.0)
+
+    def _rows(self, update: int) -> list[Batch]:
+        """The rows of one update, as many in every process."""
+        groups = self._groups[update :: self.config.updates_per_rollout]
+        counted, pulled = 0.0, 0.0
+        for answer in (one for group in groups for one in group.answers):
+            if answer.advantage is not None:
+                weight = weight_of(answer, self.config.level)
+                counted += weight
+                pulled += weight if answer.advantage else 0.0
+        sums = torch.tensor([counted, pulled], dtype=torch.float64, device=dist.device())
+        counted, pulled = self.layout.sum(sums).tolist()
+        if not counted:
+            raise FailureError(
+                "no answer of a step could be judged; see the reasons in the run's samples/"
+            )
+        # What nothing pulls at is not computed, and its weight is not lost: it scales the rest.
+        skip = not self.keep_all and pulled > 0
+        if skip:
+            groups = [_pulled(group) for group in groups]
+        made = rows(groups, self.row_length, self.config.level, pulled / counted if skip else 1.0)
+        count = torch.tensor([len(made)], device=dist.device())
+        most = int(dist.max(count)) if dist.world() > 1 else len(made)
+        made += [empty_row() for _ in range(most - len(made))]
+        if self.recompute:
+            for batch in made:
+                batch.streams["old"] = self._log_probs(batch)
+        return made
+
+    @torch.no_grad()
+    def _log_probs(self, batch: Batch) -> torch.Tensor:
+        """The trainer's own log-probs `(1, T)`, before any update on this rollout."""
+        there = batch.to(self.module.device)
+        context = Context(there.positions, there.segments, prefix=there.prefix)
+        hidden = self.module(there.tokens, context).flatten(0, 1)
+        found = token_log_probs(hidden, self.module.head, there.labels.flatten())
+        return found.view_as(there.tokens).to(batch.tokens.device)
+
+
+def has_signal(group: Group) -> bool:
+    """Whether any answer of a group is worth more than another."""
+    return any(answer.advantage for answer in group.answers)
+
+
+def _pulled(group: Group) -> Group:
+    chosen = [answer for answer in group.answers if answer.advantage]
+    return Group(group.number, group.mode, group.ids, chosen)
+
+
+def whole(module: Transformer) -> Transformer:
+    """The module, or where it is spread over processes a whole copy of it for this one."""
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return module
+    with torch.device("meta"):
+        copy = Transformer(module.config)
+    tensors = {
+        key: one.full_tensor() if isinstance(one, DTensor) else one
+        for key, one in module.state_dict().items()
+    }
+    copy.load_state_dict(tensors, assign=True)
+    return copy
