@@ -4,9 +4,10 @@
     ℓ_t = -min(ρ_t A, clip(ρ_t, 1-ε_low, 1+ε_high) A) + β (π_ref/π - log(π_ref/π) - 1)
 
 (DeepSeekMath, arXiv 2402.03300). A dual clip bounds the first term by c·A from below where A < 0
-(arXiv 1912.09729). π_old is the policy of the rollout; where an engine of another precision
-sampled, terms are weighed by min(π_old / π_engine, cap), truncated importance sampling. RLOO is the
-same with the others' mean as baseline; with one update a rollout ρ = 1 and nothing is clipped.
+(arXiv 1912.09729). π_old is the policy of the rollout in the trainer's own arithmetic; where an
+engine of another precision sampled, terms are weighed by min(π_old / π_engine, cap), truncated
+importance sampling. RLOO is the same with the others' mean as baseline; with one update a rollout
+ρ = 1 and nothing is clipped.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ class _Curve:
 
     def __call__(self, log_prob: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         config, behaviour = self.config, self.streams["behaviour"][part]
-        on_policy = config.updates_per_rollout == 1
-        old = log_prob if on_policy else self.streams.get("old", self.streams["behaviour"])[part]
+        # Of one update a rollout the policy itself is the old one.
+        old = self.streams["old"][part] if "old" in self.streams else log_prob
         advantage, ratio = self.streams["advantage"][part], (log_prob - old).exp()
         inside = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         gain = torch.minimum(ratio * advantage, inside * advantage)
@@ -167,7 +168,6 @@ def train(
             run=run,
             rubric=rubric,
             keep_all=config.kl > 0,
-            recompute=config.importance_cap > 0,
         )
         _tell_order(source, run, config)
         objective, guard = PolicyGradient(config, reference), Guard(run, config.gap_limit)

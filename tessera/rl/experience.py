@@ -18,13 +18,15 @@ import torch
 from tessera.data.batch import Batch, best_fit
 
 Level = Literal["token", "sequence"]
+STREAMS = ("advantage", "behaviour", "old")
 
 
 @dataclass(slots=True)
 class Answer:
     """One completion. logprobs: under the engine's weights. reward: None, it could not be judged.
 
-    advantage: None, it is not trained on. parts: the score of each reward by name.
+    advantage: None, it is not trained on. parts: the score of each reward by name. old: log-probs
+    under the trainer's weights of the rollout, where later steps need them.
     """
 
     ids: list[int]
@@ -35,6 +37,7 @@ class Answer:
     parts: dict[str, float | None]
     obedient: bool
     advantage: float | None = None
+    old: list[float] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -94,21 +97,18 @@ def pieces(group: Group, row_length: int) -> Iterator[Piece]:
         yield Piece(group.ids, held)
 
 
-def rows(
-    groups: Sequence[Group], row_length: int, level: Level, scale: float = 1.0, pad_id: int = 0
-) -> list[Batch]:
+def pack(groups: Sequence[Group], row_length: int) -> list[list[Piece]]:
+    """The pieces of every row."""
+    parts = [piece for group in groups for piece in pieces(group, row_length)]
+    return [[parts[i] for i in row] for row in best_fit([len(p) for p in parts], row_length)]
+
+
+def rows(groups: Sequence[Group], row_length: int, level: Level, scale: float = 1.0) -> list[Batch]:
     """Batches of one row each, as long as what it holds.
 
     level: "token" weighs every token alike, "sequence" every answer. scale: of the advantages.
     """
-    parts = [piece for group in groups for piece in pieces(group, row_length)]
-    packed = best_fit([len(part) for part in parts], row_length)
-    return [_row([parts[i] for i in row], level, scale, pad_id) for row in packed]
-
-
-def empty_row(pad_id: int = 0) -> Batch:
-    """A row that trains nothing, for a process that has less to do than another."""
-    return _row([], "token", 1.0, pad_id)
+    return [row(parts, level, scale) for parts in pack(groups, row_length)]
 
 
 def weight_of(answer: Answer, level: Level) -> float:
@@ -116,20 +116,16 @@ def weight_of(answer: Answer, level: Level) -> float:
     return 1.0 if level == "sequence" else float(len(answer.ids))
 
 
-def _row(parts: Sequence[Piece], level: Level, scale: float, pad_id: int) -> Batch:
+def row(parts: Sequence[Piece], level: Level = "token", scale: float = 1.0) -> Batch:
+    """A batch of one row; one that trains nothing where there are no pieces."""
     length = max(2, sum(map(len, parts)))
-    ints = {
-        "tokens": np.full(length, pad_id, np.int64),
-        "labels": np.full(length, pad_id, np.int64),
-        "positions": np.arange(length),
-        "segments": np.full(length, -1, np.int64),
-        "prefix": np.full(length, -1, np.int64),
-    }
-    floats = {name: np.zeros(length, np.float32) for name in ("weight", "advantage", "behaviour")}
+    ints = {name: np.zeros(length, np.int64) for name in ("tokens", "labels")}
+    ints |= {name: np.full(length, -1, np.int64) for name in ("segments", "prefix")}
+    ints["positions"] = np.arange(length)
+    floats = {name: np.zeros(length, np.float32) for name in ("weight", *STREAMS)}
     end = segment = 0
     for part in parts:
-        shared = len(part.prompt) - 1
-        before = -1
+        shared, before = len(part.prompt) - 1, -1
         if shared:
             here, before = slice(end, end + shared), segment
             _write(ints, here, part.prompt[:-1], part.prompt[1:], range(shared), segment, -1)
@@ -142,10 +138,23 @@ def _row(parts: Sequence[Piece], level: Level, scale: float, pad_id: int) -> Bat
             floats["weight"][here] = weight_of(answer, level) / count
             floats["advantage"][here] = scale * (answer.advantage or 0.0)
             floats["behaviour"][here] = answer.logprobs
+            floats["old"][here] = answer.old or answer.logprobs
             end, segment = end + count, segment + 1
     tensors = {name: torch.from_numpy(array)[None] for name, array in (ints | floats).items()}
-    streams = {name: tensors.pop(name) for name in ("advantage", "behaviour")}
+    streams = {name: tensors.pop(name) for name in STREAMS}
+    if not any(answer.old for part in parts for answer in part.answers):
+        del streams["old"]
     return Batch(**tensors, streams=streams)
+
+
+def spans(parts: Sequence[Piece]) -> Iterator[tuple[Answer, slice]]:
+    """Where each answer's predictions stand in a row of these pieces."""
+    end = 0
+    for part in parts:
+        end += len(part.prompt) - 1
+        for answer in part.answers:
+            yield answer, slice(end, end + len(answer.ids))
+            end += len(answer.ids)
 
 
 def _write(

@@ -32,7 +32,7 @@ from tessera.recipe import Config
 from tessera.rl import monitors
 from tessera.rl.advantages import Advantages, of_group
 from tessera.rl.curriculum import CurriculumConfig, order
-from tessera.rl.experience import Answer, Group, Level, empty_row, rows, weight_of
+from tessera.rl.experience import Answer, Group, Level, pack, row, rows, spans, weight_of
 from tessera.rl.prompts import Prompt
 from tessera.rl.rewards import Reward, Sample
 from tessera.rl.rubric import Judged, Rubric
@@ -98,12 +98,11 @@ class Rollouts:
         run: Run,
         rubric: Rubric,
         keep_all: bool = False,
-        recompute: bool = False,
     ) -> None:
         self.module, self.engine, self.encoder = module, engine, encoder
         self.prompts, self.config, self.rule = prompts, config, rule
         self.row_length, self.layout, self.run, self.rubric = row_length, layout, run, rubric
-        self.keep_all, self.recompute = keep_all, recompute and config.updates_per_rollout > 1
+        self.keep_all = keep_all
         rounds = -(-steps // config.updates_per_rollout)
         asked = config.prompts_per_rollout * (1 + config.dynamic_sampling)
         rates = [prompt.pass_rate for prompt in prompts]
@@ -174,6 +173,7 @@ class Rollouts:
         groups = groups[:wanted]
         self._metrics = monitors.measured(groups, self.rubric.names, self.layout)
         if self.config.updates_per_rollout > 1:
+            self._remember(groups)
             self._path(rollout).parent.mkdir(exist_ok=True)
             atomic_write(self._path(rollout), "".join(g.to_json() + "\n" for g in groups))
         if rollout % self.config.samples_every == 0:
@@ -259,23 +259,28 @@ class Rollouts:
         skip = not self.keep_all and pulled > 0
         if skip:
             groups = [_pulled(group) for group in groups]
-        made = rows(groups, self.row_length, self.config.level, pulled / counted if skip else 1.0)
-        count = torch.tensor([len(made)], device=dist.device())
-        most = int(dist.max(count)) if dist.world() > 1 else len(made)
-        made += [empty_row() for _ in range(most - len(made))]
-        if self.recompute:
-            for batch in made:
-                batch.streams["old"] = self._log_probs(batch)
-        return made
+        scale = pulled / counted if skip else 1.0
+        made = rows(groups, self.row_length, self.config.level, scale)
+        return made + [row([]) for _ in range(self._most(len(made)) - len(made))]
+
+    def _most(self, count: int) -> int:
+        """The most rows that any process has."""
+        if dist.world() == 1:
+            return count
+        return int(dist.max(torch.tensor([count], device=dist.device())))
 
     @torch.no_grad()
-    def _log_probs(self, batch: Batch) -> torch.Tensor:
-        """The trainer's own log-probs `(1, T)`, before any update on this rollout."""
-        there = batch.to(self.module.device)
-        context = Context(there.positions, there.segments, prefix=there.prefix)
-        hidden = self.module(there.tokens, context).flatten(0, 1)
-        found = token_log_probs(hidden, self.module.head, there.labels.flatten())
-        return found.view_as(there.tokens).to(batch.tokens.device)
+    def _remember(self, groups: Sequence[Group]) -> None:
+        """Notes the trainer's own log-probs of the answers, before any update on them."""
+        packed = pack(groups, self.row_length)
+        packed += [[] for _ in range(self._most(len(packed)) - len(packed))]
+        for parts in packed:
+            batch = row(parts).to(self.module.device)
+            context = Context(batch.positions, batch.segments, prefix=batch.prefix)
+            hidden = self.module(batch.tokens, context).flatten(0, 1)
+            found = token_log_probs(hidden, self.module.head, batch.labels.flatten()).tolist()
+            for answer, here in spans(parts):
+                answer.old = found[here]
 
 
 def has_signal(group: Group) -> bool:

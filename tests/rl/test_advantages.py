@@ -20,9 +20,7 @@ def test_advantages_sum_to_nothing_and_keep_the_order(values: list[float]):
         found = rule(values)
         assert sum(found) == pytest.approx(0, abs=1e-6 * len(found) * 10)
         better = [a > b for a, b in zip(found, found[1:], strict=False)]
-        assert all(
-            values[i] >= values[i + 1] - 1e-6 for i, higher in enumerate(better) if higher
-        )
+        assert all(values[i] >= values[i + 1] - 1e-6 for i, higher in enumerate(better) if higher)
 
 
 @settings(derandomize=True, deadline=None)
@@ -65,8 +63,9 @@ def test_no_prompt_comes_again_before_all_have_come(kind: str):
 def test_the_curriculum_goes_from_easy_to_hard_as_planned_while_the_pools_last():
     found = order(RATES, 8, 40, CurriculumConfig(order="curriculum", sigma=0.15), 0)
     means = [np.mean([RATES[i] for i in batch]) for batch in found.batches]
-    assert means[0] > 0.7 and means[-1] < 0.35
-    assert all(a > b - 0.05 for a, b in zip(means, means[1:], strict=False))
+    # Of the last batch a part is what earlier ones left over, from the largest pool.
+    assert means[:7] == sorted(means[:7], reverse=True)
+    assert means[0] > 0.75 and means[6] < 0.3 and found.actual[-1, :2].sum() > 0.6
     assert np.abs(found.planned - found.actual)[:3].max() < 0.08
     assert found.actual.sum(1) == pytest.approx(np.ones(8))
 

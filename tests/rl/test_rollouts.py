@@ -1,0 +1,106 @@
+"""Reinforcement learning stopped anywhere is the same run, and two processes are one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessera.model.weights import load_model
+from tessera.rl.monitors import Guard
+from tessera.rl.rewards import FormatReward
+from tessera.rl.rollouts import RolloutConfig
+from tessera.run import FailureError, Run, read_metrics
+from tests.rl.policy_runs import made, train
+from tests.test_dist import run_ranks
+
+CODE = "from tests.rl.policy_runs import main; main()"
+TWICE = {"updates_per_rollout": 2}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("policy"))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_model(run / "model").state_dict()
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    assert read_metrics(run) == read_metrics(other)
+    found, theirs = weights(run), weights(other)
+    assert all(torch.equal(value, theirs[key]) for key, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("stop", "within", "more"),
+    [(3, False, {}), (2, True, {}), (3, False, TWICE), (2, True, TWICE), (5, False, TWICE)],
+    ids=["between", "while answering", "mid-buffer", "while answering, two updates", "last"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    home: Path, tmp_path: Path, stop: int, within: bool, more: dict
+):
+    whole = home / f"whole-{len(more)}"
+    if not whole.exists():
+        train(str(home), str(whole), **more)
+    run = tmp_path / whole.name
+    train(str(home), str(run), stop=stop, within=within, **more)
+    assert len(read_metrics(run)) < 6
+    train(str(home), str(run), **more)
+    assert_equal(run, whole)
+
+
+def test_two_processes_are_one(home: Path):
+    train(str(home), str(home / "one"), kl=0.1)
+    jobs = [{"home": str(home), "run": str(home / "two"), "kl": 0.1}]
+    run_ranks(CODE, json.dumps(jobs))
+    for row, other in zip(read_metrics(home / "one"), read_metrics(home / "two"), strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+    found, theirs = weights(home / "one"), weights(home / "two")
+    torch.testing.assert_close(found, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_what_was_sampled_is_there_to_be_read(home: Path):
+    run = home / "samples"
+    train(str(home), str(run))
+    assert [path.name for path in sorted((run / "samples").iterdir())] == [
+        f"{n:08}.jsonl" for n in (0, 2, 4)
+    ]
+    rows = list(map(json.loads, (run / "samples/00000000.jsonl").read_text().splitlines()))
+    best, worst = ([r["reward"] for r in rows if r["kind"] == k] for k in ("best", "worst"))
+    assert len(best) == len(worst) == 3 and min(best) >= max(worst)
+    (row, *_) = read_metrics(run)
+    assert row["reward"] == row["reward/function"] and row["gap"] < 1e-5
+    assert {"length", "truncated", "unjudged", "no_signal", "obedience", "entropy"} <= set(row)
+
+
+def test_a_policy_learns_what_it_is_rewarded_for(home: Path):
+    run = home / "learns"
+    settings = {"steps": 40, "lr": 1e-2, "microbatch_tokens": 512}
+    train(str(home), str(run), prompts_per_rollout=8, samples=8, train=settings)
+    rewards = [row["reward"] for row in read_metrics(run)]
+    assert sum(rewards[-5:]) / 5 > 1.15 * sum(rewards[:5]) / 5
+
+
+def test_an_engine_of_other_weights_stops_the_run(tmp_path: Path):
+    with Run.open(tmp_path / "r", stage="grpo", config={}, inputs={}, seed=0, quiet=True) as run:
+        guard = Guard(run, 0.05)
+        guard(0, {"gap": 0.04, "length": 10.0})
+        with pytest.raises(FailureError, match="log-probs are 0.2 from the trainer's"):
+            guard(1, {"gap": 0.2})
+        guard(2, {"length": 25.0, "truncated": 0.5, "unjudged": 0.2, "obedience": 0.5})
+        guard(3, {"length": 25.0, "truncated": 0.5, "unjudged": 0.2, "obedience": 0.5})
+    said = (tmp_path / "r" / "log.txt").read_text().splitlines()
+    assert sum("10 at first" in line for line in said) == 1
+    assert sum("cut at max_tokens" in line for line in said) == 1
+
+
+def test_settings_that_cannot_be_are_refused():
+    rewards = (FormatReward(kind="format"),)
+    with pytest.raises(ValueError, match="compared with its group"):
+        RolloutConfig(samples=1, rewards=rewards)
+    with pytest.raises(ValueError, match="exceeds prompts_per_rollout"):
+        RolloutConfig(prompts_per_rollout=2, updates_per_rollout=3, rewards=rewards)
