@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = NDArray[np.integer[Any]]
-TEXT, OFF, ON = 0, 1, 2  # plain documents; chats whose reasoning is off, and on
+# Plain documents; chats whose reasoning is off, and on; the trained part of a plain document.
+TEXT, OFF, ON, PLAIN = 0, 1, 2, 3
 
 
 @dataclass(slots=True)

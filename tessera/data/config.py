@@ -38,9 +38,10 @@ from tessera.data.tasks import family
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a directory of the run, too
 # Left out of the resolved table while at their defaults, so that a run made before these keys
 # existed keeps its fingerprint.
+CHAT_KEYS = ("reasoning", "turns", "switch", "hasty")
 LATER_KEYS = (
     *("dataset", "subset", "split", "heldout_split", "revision", "sources"),
-    *("reasoning", "turns", "switch"),
+    *CHAT_KEYS,
 )
 
 
@@ -96,6 +97,9 @@ class Reading(BaseModel):
     format = "chat": rows of conversations in any dialect (schema.py), of .jsonl, .json, .parquet or
     a dataset, and problems as question, thought and answer. Then `reasoning` keeps the rows of one
     mode, `turns` says which answers are trained, and `switch` how the mode is said (switch.py).
+    `hasty` is the share of problems whose thought skips intermediate results (tasks.py).
+    format = "completion": rows of `prompt` and `completion`, or problems and their solutions, of
+    which only the completion is trained.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -116,6 +120,7 @@ class Reading(BaseModel):
     reasoning: Literal["on", "off"] | None = None
     turns: Literal["last", "all"] = "all"
     switch: str = "detailed thinking"
+    hasty: float = Field(default=0.0, ge=0, le=1)
 
     @field_validator("switch")
     @classmethod
@@ -145,7 +150,7 @@ class Reading(BaseModel):
 
     @model_validator(mode="after")
     def _belongs_to_chats(self) -> Reading:
-        given = [key for key in ("reasoning", "turns", "switch") if key in self.model_fields_set]
+        given = [key for key in CHAT_KEYS if key in self.model_fields_set]
         if given and not self.chats:
             raise ValueError(f'`{given[0]}` is about chats; set format = "chat"')
         return self
@@ -170,6 +175,16 @@ class Reading(BaseModel):
     def chats(self) -> bool:
         """True where the documents are conversations."""
         return self.format == "chat"
+
+    @property
+    def pairs(self) -> bool:
+        """True where they are prompts with completions."""
+        return self.format == "completion"
+
+    @property
+    def masked(self) -> bool:
+        """True where not every token of a document is trained."""
+        return self.chats or self.pairs
 
     @property
     def reads(self) -> bool:

@@ -122,7 +122,7 @@ class SourceWriter:
         """Writes the token files of a source; returns a row of figures for each split."""
         with ExitStack() as stack:
             self.writers: dict[Split, _Files] = {
-                split: _Files(stack, self.directory, split, self.encoder, source.reading.chats)
+                split: _Files(stack, self.directory, split, self.encoder, source.reading.masked)
                 for split in SPLITS
             }
             for one in source.corpus:
@@ -220,13 +220,13 @@ class _Files:
     """The token files of a split, and of chats the file of what is trained."""
 
     def __init__(
-        self, stack: ExitStack, directory: Path, split: Split, encoder: Encoding, chats: bool
+        self, stack: ExitStack, directory: Path, split: Split, encoder: Encoding, masked: bool
     ) -> None:
         size = encoder.tokenizer.vocab_size
         self.ids = stack.enter_context(TokenWriter(directory, split, size))
         self.num_trained = 0
         self.mask = None
-        if chats:
+        if masked:
             mask = TokenWriter(directory, f"{split}.trained", size, np.uint8)
             self.mask = stack.enter_context(mask)
 

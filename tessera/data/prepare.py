@@ -26,6 +26,7 @@ from tessera.data.config import BPE, DataConfig, Reading, SourceConfig
 from tessera.data.dataset import local_dataset
 from tessera.data.encode import Encoder, Encoding, SourceWriter
 from tessera.data.encode_chats import ChatsEncoder
+from tessera.data.encode_completions import CompletionsEncoder
 from tessera.data.readers import DataError
 from tessera.data.sources import SPLITS, Scan, Source
 from tessera.data.template import FILE as TEMPLATE_FILE
@@ -118,7 +119,8 @@ def encoding(config: DataConfig, source: Source, tokenizer: Tokenizer) -> Encodi
     if source.reading.chats:
         reading = source.reading
         return ChatsEncoder(ChatEncoder.of(tokenizer, reading.turns, reading.switch))
-    return Encoder(tokenizer, config.bos, end_of(config, tokenizer))
+    plain = Encoder(tokenizer, config.bos, end_of(config, tokenizer))
+    return CompletionsEncoder(plain) if source.reading.pairs else plain
 
 
 def write_sources(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-Format = Literal["auto", "text", "jsonl", "parquet", "chat"]
+Format = Literal["auto", "text", "jsonl", "parquet", "chat", "completion"]
 SUFFIXES: dict[str, Format] = {
     ".txt": "text",
     ".text": "text",

@@ -24,13 +24,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tessera.data import completions
 from tessera.data.cache import TokenCache
 from tessera.data.chat_records import FORMAT as CHAT_FORMAT
 from tessera.data.chat_records import chat_records, dataset_records, spoken
 from tessera.data.config import Reading, as_list
 from tessera.data.dataset import DatasetPart, dataset_identity, dataset_stamp, read_dataset
 from tessera.data.readers import Bad, DataError, Text, content_hash, expand, format_of, read
-from tessera.data.tasks import document, problem_chat
+from tessera.data.tasks import completion, document, problem_chat
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
@@ -130,16 +131,11 @@ def _write_scan(unit: Unit, limit: int | None, directory: Path) -> None:
 
 def file_units(reading: Reading, patterns: str | list[str]) -> list[Unit]:
     """A unit for every file of some paths and globs."""
-    options: dict[str, Any] = {
-        "format": reading.format, "field": reading.field, "separator": reading.separator,
-    }  # fmt: skip
 
     def unit(path: Path) -> Unit:
         return Unit(
             str(path),
-            (lambda: chat_records(path, reading.reasoning))
-            if reading.chats
-            else (lambda: read(path, **options)),
+            lambda: _records(path, reading),
             lambda: ["file", _kind(path, reading), path.suffix == ".gz", content_hash(path)],
             lambda: (path.stat().st_size, path.stat().st_mtime_ns),
         )
@@ -147,8 +143,18 @@ def file_units(reading: Reading, patterns: str | list[str]) -> list[Unit]:
     return [unit(path) for path in expand(as_list(patterns))]
 
 
+def _records(path: Path, reading: Reading) -> Iterator[Text | Bad]:
+    if reading.chats:
+        return chat_records(path, reading.reasoning)
+    if reading.pairs:
+        return completions.file_records(path)
+    return read(path, format=reading.format, field=reading.field, separator=reading.separator)
+
+
 def _kind(path: Path, reading: Reading) -> list[str]:
     """The format of a file and the one setting that matters to it."""
+    if reading.pairs:
+        return [completions.FORMAT]
     if reading.chats:
         return [CHAT_FORMAT, str(reading.reasoning)]
     kind = format_of(path) if reading.format == "auto" else reading.format
@@ -161,21 +167,28 @@ def dataset_units(reading: Reading, split: str | None) -> list[Unit]:
         return []
     part = DatasetPart(
         reading.dataset, reading.subset, split, reading.revision,
-        None if reading.chats else reading.field, stream=reading.limit is not None,
+        None if reading.masked else reading.field, stream=reading.limit is not None,
     )  # fmt: skip
     mode = reading.reasoning
     return [
         Unit(
             part.label,
-            lambda: dataset_records(part, mode) if reading.chats else read_dataset(part),
+            lambda: _rows(part, reading),
             lambda: [
                 "dataset",
                 dataset_identity(part),
                 *([CHAT_FORMAT, mode] if reading.chats else []),
+                *([completions.FORMAT] if reading.pairs else []),
             ],
             lambda: dataset_stamp(part),
         )
     ]
+
+
+def _rows(part: DatasetPart, reading: Reading) -> Iterator[Text | Bad]:
+    if reading.chats:
+        return dataset_records(part, reading.reasoning)
+    return completions.dataset_records(part) if reading.pairs else read_dataset(part)
 
 
 class Source:
@@ -244,14 +257,18 @@ class Source:
         """Drawn documents; held-out ones do not change with the seed: runs of several compare."""
         seed = self.seed if split == "train" else 0
         if self.reading.chats:
-            mode = self.reading.reasoning
-            return (
-                problem_chat(task, seed, index, split, mode).to_json() for index in range(count)
-            )
+            mode, hasty = self.reading.reasoning, self.reading.hasty
+            drawn = (problem_chat(task, seed, i, split, mode, hasty) for i in range(count))
+            return (chat.to_json() for chat in drawn)
+        if self.reading.pairs:
+            pairs = (completion(task, seed, index, split) for index in range(count))
+            return (completions.as_text(*pair) for pair in pairs)
         return (document(task, seed, index, split) for index in range(count))
 
     def training_texts(self) -> Iterator[str]:
-        """The training documents; of chats, what is said in them."""
+        """The training documents; of chats and completions, what is said in them."""
+        if self.reading.pairs:
+            return map(completions.spoken, self._training())
         return map(spoken, self._training()) if self.reading.chats else self._training()
 
     def _training(self) -> Iterator[str]:

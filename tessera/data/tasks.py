@@ -160,17 +160,44 @@ def problem(
     return _draw(name, _generator(name, seed, index, split), split, level)
 
 
-def document(name: str, seed: int, index: int, split: Split = "train") -> str:
-    """The document with this index: three in four show their work."""
+def completion(name: str, seed: int, index: int, split: Split = "train") -> tuple[str, str]:
+    """(question, solution) of the document with this index: three in four show their work."""
     rng = _generator(name, seed, index, split)
-    return _draw(name, rng, split, None).text(work=bool(rng.random() < WORK_SHARE))
+    drawn = _draw(name, rng, split, None)
+    text = drawn.text(work=bool(rng.random() < WORK_SHARE))
+    return f"{drawn.question}\n", text.removeprefix(f"{drawn.question}\n")
+
+
+def document(name: str, seed: int, index: int, split: Split = "train") -> str:
+    """The whole of `completion`."""
+    return "".join(completion(name, seed, index, split))
 
 
 def problem_chat(
-    name: str, seed: int, index: int, split: Split = "train", mode: Mode | None = None
+    name: str,
+    seed: int,
+    index: int,
+    split: Split = "train",
+    mode: Mode | None = None,
+    hasty: float = 0.0,
 ) -> Chat:
-    """The conversation with this index, reasoning on and off in turn unless `mode` says."""
-    return problem(name, seed, index, split).chat(mode or ("off" if index % 2 else "on"))
+    """The conversation with this index, reasoning on and off in turn unless `mode` says.
+
+    hasty: the share of problems whose thought skips about half of its intermediate results, as in
+    traces of mixed quality.
+    """
+    drawn = problem(name, seed, index, split)
+    rng = _generator(f"{name}/hasty", seed, index, split)
+    if rng.random() < hasty:
+        drawn = replace(drawn, work=_hasty(drawn.work, rng))
+    return drawn.chat(mode or ("off" if index % 2 else "on"))
+
+
+def _hasty(work: str, rng: np.random.Generator) -> str:
+    """Work with each result but the last left out by the throw of a coin."""
+    *steps, last = work.split(" ")
+    kept = [step if rng.random() < 0.5 else step.partition("=")[0] for step in steps]
+    return " ".join([*kept, last])
 
 
 def problem_rows(

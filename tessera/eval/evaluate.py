@@ -14,7 +14,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -41,6 +41,7 @@ class EvalConfig(Config):
     data: a directory with the tasks' files, or a place for each task by name. limit: the first so
     many items of each. on, off: how each mode samples. endpoint: answers instead of the stage's
     model. judge: who judges mt_bench and arena_hard. switch: how the mode is said to an endpoint.
+    asking: "text" gives a base model each question without a chat template, in one mode.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -51,6 +52,7 @@ class EvalConfig(Config):
     on: Sampling = Sampling(temperature=0.6, top_p=0.95)
     off: Sampling = Sampling()
     switch: str = DETAILED
+    asking: Literal["chat", "text"] = "chat"
     batch: int = Field(default=64, ge=1)
     endpoint: EndpointConfig | None = None
     judge: EndpointConfig | None = None
@@ -58,6 +60,8 @@ class EvalConfig(Config):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
+        if self.asking == "text":
+            return ("off",)
         return ("on", "off") if self.thinking == "both" else (self.thinking,)
 
     def place(self, task: str) -> str:
@@ -108,7 +112,10 @@ def evaluate(
 def _mouth(config: EvalConfig, model: Path | None, seed: int) -> Mouth:
     if config.endpoint:
         return Mouth(Endpoint(config.endpoint, seed), True, config.switch)
-    return Mouth(load(EngineConfig(kind="engine", batch=config.batch), model, seed), False)
+    return Mouth(
+        load(EngineConfig(kind="engine", batch=config.batch, asking=config.asking), model, seed),
+        False,
+    )
 
 
 def _judged(
@@ -127,8 +134,9 @@ def _judged(
     for mode in config.modes:
         of_mode = [one for one in found if one.talk.mode == mode]
         failed = [talk.failed for talk in talks if talk.mode == mode and talk.failed]
-        rows.append(scores.summary(task, mode, of_mode, failed))
-        parts += scores.groups(task, mode, of_mode)
+        name = "text" if config.asking == "text" else mode
+        rows.append({**scores.summary(task, mode, of_mode, failed), "mode": name})
+        parts += [{**row, "mode": name} for row in scores.groups(task, mode, of_mode)]
     return rows, parts
 
 
@@ -142,4 +150,5 @@ def stage(config: EvalConfig, run: Run, inputs: dict) -> None:
                 f"{row['unjudged']} could not be judged; they are left out {row.get('why', '')}"
             )
     run.write_table("eval", table)
-    run.write_table("eval_groups", by_group)
+    if by_group:
+        run.write_table("eval_groups", by_group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ from tessera.generate.asking import AskError, Receive, Reply, Request
 from tessera.recipe import Config
 
 if TYPE_CHECKING:
-    from tessera.data.chat import ChatEncoder
+    from tessera.data.tokenizer import Tokenizer
     from tessera.generate.engine import Engine
 
 KNOWN = {"max_tokens", "temperature", "top_p"}
@@ -24,21 +24,29 @@ KNOWN = {"max_tokens", "temperature", "top_p"}
 class EngineConfig(Config):
     """The model that the stage's `model` names, generated with by the built-in engine.
 
-    batch: requests handed to the engine at once; what a batch gave is kept when it ends.
+    batch: requests handed to the engine at once; what a batch gave is kept when it ends. asking:
+    "text" gives a base model the question and a line's end, and no chat template.
     """
 
     kind: Literal["engine"]
     batch: int = Field(default=64, ge=1)
+    asking: Literal["chat", "text"] = "chat"
 
 
 class LocalAnswerer:
     """An `Answerer` in this process."""
 
     def __init__(
-        self, engine: Engine, encoder: ChatEncoder, model: str, batch: int, seed: int
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompt: Callable[[Request], list[int]],
+        model: str,
+        batch: int,
+        seed: int,
     ) -> None:
-        self.engine, self.encoder, self.model = engine, encoder, model
-        self.batch, self.seed = batch, seed
+        self.engine, self.tokenizer, self.prompt = engine, tokenizer, prompt
+        self.model, self.batch, self.seed = model, batch, seed
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
         """See `Answerer.ask`; requests that sample alike are generated together."""
@@ -52,10 +60,10 @@ class LocalAnswerer:
 
         if any(request.embed for request in batch):
             raise AskError('a teacher of kind "engine" gives no embeddings; use an endpoint')
-        tokenizer = self.encoder.tokenizer
+        tokenizer = self.tokenizer
         sampling = {key: value for key, value in batch[0].sampling.items() if key in KNOWN}
         params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=tokenizer.eos_ids)
-        prompts = [self.encoder.prompt(one.messages, one.mode) for one in batch]
+        prompts = [self.prompt(one) for one in batch]
         keys = [int(one.key(self.model)[:15], 16) for one in batch]
         try:
             found = self.engine.generate(prompts, params, keys=keys)
@@ -89,5 +97,16 @@ def load(config: EngineConfig, model: Path | None, seed: int) -> LocalAnswerer:
             'a teacher of kind "engine" is the model of the stage: say model = "RUN OR PATH"'
         )
     engine: Any = TorchEngine(load_model(model, frozen=True))
-    encoder = ChatEncoder.of(load_tokenizer(model))
-    return LocalAnswerer(engine, encoder, fingerprint_path(model), config.batch, seed)
+    tokenizer = load_tokenizer(model)
+    if config.asking == "chat":
+        encoder = ChatEncoder.of(tokenizer)
+
+        def prompt(request: Request) -> list[int]:
+            return encoder.prompt(request.messages, request.mode)
+    else:
+
+        def prompt(request: Request) -> list[int]:
+            return tokenizer.encode(request.messages[-1]["content"] + "\n", bos=True)
+
+    name = fingerprint_path(model)
+    return LocalAnswerer(engine, tokenizer, prompt, name, config.batch, seed)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tessera.cli import app
 from tessera.data.conversation import Chat, fault, split_thought
 from tessera.data.schema import read_chats
-from tessera.data.tasks import TASKS, Problem, document, problem, problem_chat, split_of
+from tessera.data.tasks import TASKS, Problem, completion, document, problem, problem_chat, split_of
 
 
 def check_calc(drawn: Problem) -> bool:
@@ -152,3 +152,24 @@ def test_tasks_of_reasoning_gym() -> None:
         problem("gym/chain_sun", 0, 0)
     with pytest.raises(ValueError, match="no answer in words"):
         problem("gym/rush_hour", 0, 0)
+
+
+def test_a_completion_is_the_document_behind_its_question():
+    for index in range(50):
+        asked, solved = completion("calc", 3, index)
+        assert asked + solved == document("calc", 3, index)
+        assert asked.endswith("\n") and "Answer: " in solved and "Answer" not in asked
+
+
+def test_hasty_thoughts_skip_results_and_keep_the_last_and_the_answer():
+    share = 0
+    for index in range(200):
+        plain = problem_chat("calc", 3, index, mode="on").messages[-1]["content"]
+        hasty = problem_chat("calc", 3, index, mode="on", hasty=0.5).messages[-1]["content"]
+        share += plain != hasty
+        assert hasty.split("</think>")[1] == plain.split("</think>")[1]
+        last = plain.split("\n</think>")[0].split(" ")[-1]
+        assert hasty.split("\n</think>")[0].endswith(last)
+        words = [[one.partition("=")[0] for one in text.split()] for text in (hasty, plain)]
+        assert words[0] == words[1]
+    assert 70 < share < 110
