@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
-	$(BIN)/tessera run recipes/quickstart.toml
+	$(BIN)/tessera quickstart
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

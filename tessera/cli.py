@@ -120,6 +120,36 @@ def run(
 
 
 @_command
+def quickstart(
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Less of everything: the path in two minutes.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the table.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole path on a toy, in minutes on a CPU, and print what came of it.
+
+    Ctrl-C and the same command again: it goes on.
+    """
+    from tessera import pipeline
+    from tessera import quickstart as shown
+    from tessera.recipe import load
+    from tessera.table import render_table, terminal_width
+
+    plan = load(shown.recipe_path(), [*(shown.FAST if fast else ()), *(overrides or ())])
+    pipeline.run_recipe(plan, runs, quiet=quiet)
+    home = runs / plan.name
+    rows = shown.table(home)
+    if as_json:
+        _print_json(rows)
+        return
+    print(f"\n{render_table(rows, None, shown.VIEW, terminal_width())}\n")
+    _complain(f"Everything is in {home}. Next:\n{shown.next_steps(home)}")
+
+
+@_command
 def check(
     recipe: RecipeFile,
     overrides: Overrides = None,

@@ -40,6 +40,7 @@ LEVELS = {
     "lineage": 6,
     "estimate": 6,
     "planning": 6,
+    "quickstart": 6,
     "pipeline": 6,
     "resolve": 6,
     "show": 6,
