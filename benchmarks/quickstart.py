@@ -1,0 +1,60 @@
+"""The quickstart over several seeds: its table, and the seconds of every stage.
+
+    python benchmarks/quickstart.py [--seeds 0 1 2] [--runs runs/quickstart-seeds]
+
+What the folder holds already is not run again. Seconds are of the wall, with whatever else the
+machine does; the models' speeds were paired within each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from tessera.quickstart import VIEW, table
+from tessera.table import render_table
+
+
+def ran(seed: int, runs: Path) -> Path:
+    """The finished quickstart of a seed."""
+    name = f"quickstart-{seed}"
+    words = ["quickstart", f"seed={seed}", f"name={name}", "--runs", str(runs), "--quiet"]
+    subprocess.run([sys.executable, "-m", "tessera", *words], check=True, stdout=subprocess.DEVNULL)
+    return runs / name
+
+
+def seconds(home: Path) -> dict[str, float]:
+    """How long each stage took."""
+    manifests = (json.loads(path.read_text()) for path in home.glob("*/run.json"))
+    return {one["name"]: one["seconds"] for one in sorted(manifests, key=lambda m: m["started"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-seeds"))
+    options = parser.parse_args()
+    homes = {seed: ran(seed, options.runs) for seed in options.seeds}
+    rows = {seed: table(home) for seed, home in homes.items()}
+    for seed, found in rows.items():
+        print(f"seed {seed}\n{render_table(found, None, VIEW)}\n")
+    gains = [
+        {row["model"]: row["hard"] for row in found}["after RL, thinking on"]
+        - {row["model"]: row["hard"] for row in found}["after SFT, thinking on"]
+        for found in rows.values()
+    ]
+    spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
+    print(f"RL on hard problems: {statistics.mean(gains):+.1%}, spread {spread:.1%}\n")
+    times = {seed: seconds(home) for seed, home in homes.items()}
+    stages = list(times[options.seeds[0]])
+    told = [{"stage": s, **{f"seed {k}": round(t[s], 1) for k, t in times.items()}} for s in stages]
+    told.append({"stage": "all", **{f"seed {k}": round(sum(t.values())) for k, t in times.items()}})
+    print(render_table(told))
+
+
+if __name__ == "__main__":
+    main()
