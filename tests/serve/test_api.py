@@ -296,3 +296,17 @@ def test_the_page_asks_for_nothing_from_elsewhere():
     page = (ROOT / "tessera/serve/api/page.html").read_text()
     assert "http://" not in page and "https://" not in page and "//cdn" not in page
     assert "enable_thinking" in page and "innerHTML" not in page
+
+
+@pytest.mark.slow
+def test_no_request_of_the_schema_is_answered_with_a_mistake(address: str, tmp_path: Path):
+    """Schemathesis over the server's own OpenAPI schema: no 5xx, no undocumented reply."""
+    pytest.importorskip("schemathesis")
+    home = address.removesuffix("/v1")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance"
+    words = ["run", f"{home}/openapi.json", "--url", home, "--max-examples", "60"]
+    program = Path(sys.executable).with_name("schemathesis")
+    done = subprocess.run(
+        [str(program), *words, "--checks", checks], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

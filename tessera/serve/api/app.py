@@ -79,7 +79,7 @@ def _add_looks(app: FastAPI, serving: Serving) -> None:
         alive = serving.thread.alive and serving.thread.error is None
         return JSONResponse({"status": "ok" if alive else "broken"}, 200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         """Counters for Prometheus."""
         return PlainTextResponse(serving.metrics.text(serving.talker.engine))
@@ -99,7 +99,7 @@ def _add_looks(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_chat(app: FastAPI, serving: Serving) -> None:
-    @app.post("/v1/chat/completions", response_model=None, responses=ERRORS)
+    @app.post("/v1/chat/completions", response_model=None, responses=REPLIES)
     async def chat(request: ChatRequest, http: Request) -> JSONResponse | StreamingResponse:
         """Answer a conversation."""
         _check_model(serving, request.model)
@@ -112,7 +112,7 @@ def _add_chat(app: FastAPI, serving: Serving) -> None:
             serving, talk, http, replies.whole_chat(talk, serving.name, request.logprobs)
         )
 
-    @app.post("/v1/completions", response_model=None, responses=ERRORS)
+    @app.post("/v1/completions", response_model=None, responses=REPLIES)
     async def complete(
         request: CompletionRequest, http: Request
     ) -> JSONResponse | StreamingResponse:
@@ -130,7 +130,13 @@ def _add_chat(app: FastAPI, serving: Serving) -> None:
         )
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
+REPLIES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The reply, or its events where stream is true.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+REPLIES |= {
     code: {"description": text, "content": {"application/json": {}}}
     for code, text in {
         400: "the request is not one",

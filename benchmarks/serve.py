@@ -1,0 +1,186 @@
+"""The server under load: streaming clients, clients that leave, garbage, a full queue, SIGTERM.
+
+    python benchmarks/serve.py MODEL [--clients 64] [--minutes 3] [--batch 32] [--queue 256]
+
+Clients ask one question after another, each streamed to its end; memory is the server's resident
+set after a minute of warming up and at the end. Needs the extras serve and endpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+PROBLEM = "start {} m+{} n*{} o-{} mod 10"
+
+
+@dataclass
+class Seen:
+    """What clients saw: seconds to the first token and to the end, and how requests ended."""
+
+    first: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    tokens: int = 0
+    ended: Counter[str] = field(default_factory=Counter)
+
+
+def question(chance: random.Random) -> dict[str, Any]:
+    text = PROBLEM.format(*(chance.randint(1, 3) for _ in range(4)))
+    return {
+        "messages": [{"role": "user", "content": text}],
+        "chat_template_kwargs": {"enable_thinking": chance.random() < 0.5},
+        "max_tokens": 64,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def ask(client: httpx.AsyncClient, body: dict[str, Any], seen: Seen, leave: bool) -> None:
+    """One streamed request; `leave` hangs up after its first piece."""
+    begun, first = time.monotonic(), 0.0
+    try:
+        async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            if reply.status_code != 200:
+                await reply.aread()
+                seen.ended[str(reply.status_code)] += 1
+                return
+            last = ""
+            async for line in reply.aiter_lines():
+                last = line or last
+                if not first and '"content": "' in line and '"role"' not in line:
+                    first = time.monotonic() - begun
+                    seen.first.append(first)
+                    if leave:
+                        seen.ended["left"] += 1
+                        return
+                if '"usage"' in line:
+                    told = json.loads(line.removeprefix("data: "))
+                    seen.tokens += told["usage"]["completion_tokens"]
+            seen.ended["whole" if last == "data: [DONE]" else "cut"] += 1
+            seen.whole.append(time.monotonic() - begun)
+    except httpx.HTTPError as error:
+        seen.ended[type(error).__name__] += 1
+
+
+async def client_loop(url: str, until: float, seed: int, seen: Seen, leave: float = 0.0) -> None:
+    chance = random.Random(seed)
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        while time.monotonic() < until:
+            await ask(client, question(chance), seen, chance.random() < leave)
+
+
+async def crowd(url: str, clients: int, seconds: float, leave: float = 0.0) -> Seen:
+    seen, until = Seen(), time.monotonic() + seconds
+    await asyncio.gather(*(client_loop(url, until, n, seen, leave) for n in range(clients)))
+    return seen
+
+
+async def burst(url: str, count: int) -> Seen:
+    """So many requests at once, each of several long samples."""
+    seen, chance = Seen(), random.Random(0)
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+        bodies = [{**question(chance), "n": 4} for _ in range(count)]
+        await asyncio.gather(*(ask(client, body, seen, False) for body in bodies))
+    return seen
+
+
+async def garbage(url: str, count: int) -> Counter[str]:
+    chance, found = random.Random(0), Counter()
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        for _ in range(count):
+            good = json.dumps(question(chance)).encode()
+            cut = bytearray(good[: chance.randrange(len(good))])
+            for _ in range(chance.randrange(4)):
+                if cut:
+                    cut[chance.randrange(len(cut))] = chance.randrange(256)
+            headers = {"Content-Type": "application/json"}
+            reply = await client.post("/v1/chat/completions", content=bytes(cut), headers=headers)
+            found[str(reply.status_code)] += 1
+    return found
+
+
+def resident(pid: int) -> float:
+    """MB of the server's memory."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def row(name: str, value: Any) -> None:
+    print(f"| {name} | {value} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--queue", type=int, default=256)
+    options = parser.parse_args()
+    limits = ["--batch", str(options.batch), "--queue", str(options.queue)]
+    words = [sys.executable, "-m", "tessera", "serve", options.model, "--port", "0", *limits]
+    server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    url = server.stderr.readline().split()[-1].removesuffix("/v1")
+    print(f"{options.clients} clients, {options.minutes:g} minutes, {' '.join(limits)}\n")
+    print("| | |\n|---|--:|")
+    try:
+        asyncio.run(crowd(url, options.clients, 20))
+        before = resident(server.pid)
+        seen = asyncio.run(crowd(url, options.clients, 60 * options.minutes))
+        row("requests, how they ended", dict(seen.ended))
+        row("tokens a second", f"{seen.tokens / (60 * options.minutes):,.0f}")
+        for name, values in (("first token", seen.first), ("whole reply", seen.whole)):
+            told = [f"{1000 * percentile(values, s):,.0f}" for s in (0.5, 0.99)]
+            row(f"{name}, ms: p50, p99", ", ".join(told))
+        row("memory, MB: before, after", f"{before:.0f}, {resident(server.pid):.0f}")
+        left = asyncio.run(crowd(url, options.clients, 20, leave=0.5))
+        row("half of the clients hang up midway", dict(left.ended))
+        row("2,000 bodies of garbage", dict(asyncio.run(garbage(url, 2000))))
+        over = asyncio.run(burst(url, 10 * (options.queue + options.batch) // 4))
+        row("ten times what the queue holds, at once", dict(over.ended))
+        after = asyncio.run(crowd(url, 8, 5))
+        row("and afterwards, eight clients", dict(after.ended))
+        row("memory at the end, MB", f"{resident(server.pid):.0f}")
+        row("first token afterwards, ms", f"{1000 * statistics.median(after.first):,.0f}")
+        row("SIGTERM", drained(server, url))
+    finally:
+        server.kill()
+
+
+def drained(server: subprocess.Popen[str], url: str) -> str:
+    """A signal while clients are being answered: how theirs ended, and the exit code."""
+
+    async def under_way() -> Seen:
+        seen = Seen()
+        loops = [client_loop(url, time.monotonic() + 1, n, seen) for n in range(8)]
+        task = asyncio.gather(*loops)
+        await asyncio.sleep(0.5)
+        server.send_signal(signal.SIGTERM)
+        await task
+        return seen
+
+    seen = asyncio.run(under_way())
+    return f"{dict(seen.ended)}, exit code {server.wait(60)}"
+
+
+if __name__ == "__main__":
+    main()
