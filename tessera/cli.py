@@ -19,6 +19,7 @@ from tessera.command import guarded as _guarded
 from tessera.command import print_json as _print_json
 from tessera.command_data import data
 from tessera.command_eval import evaluate
+from tessera.command_report import report
 
 if TYPE_CHECKING:
     from tessera.data.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ RecipeFile = Annotated[
 
 app.add_typer(data, name="data")
 app.command("eval")(evaluate)
+app.command("report")(report)
 
 
 def main() -> None:
