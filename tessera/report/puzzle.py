@@ -18,6 +18,7 @@ from tessera.table import VIEWS, count, size
 def architecture(runs: Runs) -> Iterator[Block]:
     """Each child against its parent, and what was taken."""
     drawn: set[tuple[tuple[str, str], ...]] = set()
+    losses: list[Block] = []
     for run in (one for one in runs.all if one.manifest.stage == "child"):
         parent = origin(run.path)
         if run.manifest.status != "done" or parent is None:
@@ -35,8 +36,10 @@ def architecture(runs: Runs) -> Iterator[Block]:
         )
         yield Figure(run.name, mosaic(after, before), note)
         if found := explain(run.path):
-            yield Text(f"{run.name}: {headline(found)}")
-            yield Table(f"{run.name}, layer by layer", found["layers"], VIEWS["taken"], folded=True)
+            losses.append(Text(f"{run.name}: {headline(found)}"))
+            name = f"{run.name}, layer by layer"
+            losses.append(Table(name, found["layers"], VIEWS["taken"], folded=True))
+    yield from losses
 
 
 def frontier(runs: Runs) -> Iterator[Block]:
@@ -51,13 +54,13 @@ def frontier(runs: Runs) -> Iterator[Block]:
                 told = f"{row['method']}: {row[key]:.2f}x, KL {row['kl']:.3f}"
                 methods[row["method"]].append((row[key], row["kl"], told))
         series = [Series(name, sorted(set(points))) for name, points in methods.items()]
-        axes = {"x": f"generation speed, times the parent's ({word})", "y": "KL to the parent"}
+        x = f"generation speed, times the parent's ({word})"
         healed = any(row.get("lr") for row in rows)
         state = "after each was distilled" if healed else "as assembled, before any distillation"
         note = f"Lower and further right is better. KL in nats a token, {state}; speed is {word}."
         if any(not row.get("meets", True) for row in rows):
             note += " A method that cannot reach a speed stands at the most it reaches."
-        svg = chart(series, log=True, **axes)
+        svg = chart(series, x=x, y="KL to the parent", log=True)
         yield Figure("Frontier", svg, note, legend(series))
         bare = [{k: v for k, v in row.items() if k != "words"} for row in rows]
         yield Table(f"{run.name}: all points", bare, VIEWS["frontier"], folded=True)
@@ -69,8 +72,8 @@ def speed(runs: Runs) -> Iterator[Block]:
         rows = run.tables["calibration"]
         pairs = [(1e3 * r["promised_seconds"], 1e3 * r["measured_seconds"]) for r in rows]
         points = [(p, m, f"promised {p:.1f} ms, took {m:.1f} ms") for p, m in pairs]
-        axes = {"x": "promised, ms a batch", "y": "measured, ms a batch"}
-        svg = chart([Series("model", points)], joined=False, diagonal=True, **axes)
+        x, y = "promised, ms a batch", "measured, ms a batch"
+        svg = chart([Series("model", points)], x=x, y=y, joined=False, diagonal=True)
         worst = max(abs(p / m - 1) for p, m in pairs)
         note = (
             f"{len(rows)} whole models timed against the sum of their blocks' costs; on the dashed "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from tessera.plot import Series
 from tessera.report.blocks import Block, Figure, Samples, Table, Text
 from tessera.report.chart import chart, legend
-from tessera.report.runs import Runs
+from tessera.report.runs import Row, Runs
 from tessera.report.training import lines
 from tessera.table import VIEWS
 
@@ -19,7 +19,7 @@ LONGEST = 1200  # characters of a sample
 def accuracy(runs: Runs) -> Iterator[Block]:
     """Each task's value against the tokens of an answer, a line from off to on."""
     evals = runs.having("eval")
-    rows = [{"run": run.name} | row for run in evals for row in run.tables["eval"]]
+    rows: list[Row] = [{"run": run.name} | row for run in evals for row in run.tables["eval"]]
     tasks: dict[str, dict[str, list[tuple[float, float, str]]]] = defaultdict(dict)
     for row in rows:
         if row.get("value") is None or row.get("tokens") is None:
@@ -41,7 +41,7 @@ def accuracy(runs: Runs) -> Iterator[Block]:
 def reinforcement(runs: Runs) -> Iterator[Block]:
     """Reward and its parts, length, entropy, and the curriculum as planned and as it came."""
     for run in runs.all:
-        keys = [k for k in dict.fromkeys(k for r in run.metrics for k in r)]
+        keys = dict.fromkeys(key for row in run.metrics for key in row)
         rewards = [key for key in keys if key.startswith("reward")]
         if not rewards:
             continue

@@ -64,7 +64,7 @@ def _origin(run: RunData) -> Row:
 
 def cost(runs: Runs) -> Iterator[Block]:
     """Time and tokens of every stage."""
-    rows = [
+    rows: list[Row] = [
         {"run": r.name, "seconds": r.manifest.seconds, "tokens": r.tokens or None} for r in runs.all
     ]
     total = sum(row["seconds"] for row in rows)
