@@ -64,20 +64,20 @@ def _origin(run: RunData) -> Row:
 
 def cost(runs: Runs) -> Iterator[Block]:
     """Time and tokens of every stage."""
-    rows: list[Row] = [
-        {"run": r.name, "seconds": r.manifest.seconds, "tokens": r.tokens or None} for r in runs.all
-    ]
-    total = sum(row["seconds"] for row in rows)
-    tokens = sum(row["tokens"] or 0 for row in rows)
+    total = sum(run.manifest.seconds for run in runs.all)
+    tokens = sum(run.tokens for run in runs.all)
     yield Text(
         f"{clock(total)} in all on the clock of the machine that ran it, {count(tokens)} tokens "
         "trained on (teacher and student of a distillation read the same tokens, counted once)."
     )
-    shares = [row | {"share": row["seconds"] / total if total else None} for row in rows]
-    shares.sort(key=lambda row: -row["seconds"])
+    rows = []
+    for run in sorted(runs.all, key=lambda run: -run.manifest.seconds):
+        spent = run.manifest.seconds
+        row: Row = {"run": run.name, "seconds": spent, "share": spent / total if total else None}
+        rows.append(row | {"tokens": run.tokens or None})
     yield Table(
         "cost",
-        shares,
+        rows,
         (
             Column("run", ("run",), cell),
             Column("seconds", ("time",), clock),

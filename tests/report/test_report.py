@@ -1,4 +1,4 @@
-"""The report of a recipe's runs: what it shows, and that nothing a model wrote gets to be markup."""
+"""The report of runs: what it shows, and that nothing a model wrote gets to be markup."""
 
 from __future__ import annotations
 
