@@ -28,7 +28,8 @@ def curves(runs: Runs) -> Iterator[Block]:
     """Loss, held-out loss, speed and use of the machine of every training."""
     yield Text(
         "Loss in nats a token; long lines are averages of neighbouring steps. MFU is the share of "
-        "this machine's measured matrix-multiply speed that training used."
+        "the machine's peak that the model's arithmetic took: measured on a CPU, the data sheet's "
+        "of a GPU."
     )
     for run in runs.all:
         keys = list(dict.fromkeys(key for row in run.metrics for key in row))
