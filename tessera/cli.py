@@ -19,6 +19,7 @@ from tessera.command import guarded as _guarded
 from tessera.command import print_json as _print_json
 from tessera.command_data import data
 from tessera.command_eval import evaluate
+from tessera.command_report import report
 from tessera.command_serve import chat, serve
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ app.add_typer(data, name="data")
 app.command("eval")(evaluate)
 app.command("serve")(serve)
 app.command("chat")(chat)
+app.command("report")(report)
 
 
 def main() -> None:

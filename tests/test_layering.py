@@ -37,6 +37,8 @@ LEVELS = {
     "command_data": 6,
     "command_eval": 6,
     "command_serve": 6,
+    "command_report": 6,
+    "report": 6,
     "explain": 6,
     "lineage": 6,
     "estimate": 6,
@@ -74,7 +76,11 @@ CONFINED = {
     "trackio": ["train/sinks.py"],
     "tree_sitter": ["curate/code.py"],
     "transformers": ["serve/export/remote"],
-    "typer": ["cli.py", "command.py", "command_data.py", "command_eval.py", "command_serve.py"],
+    "typer": [
+        "cli.py",
+        *("command.py", "command_data.py", "command_eval.py"),
+        *("command_report.py", "command_serve.py"),
+    ],
     "vllm": ["serve/vllm_driver.py"],
     "wandb": ["train/sinks.py"],
 }
