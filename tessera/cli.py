@@ -146,12 +146,12 @@ def quickstart(
     plan = load(shown.recipe_path(), [*(shown.FAST if fast else ()), *(overrides or ())])
     pipeline.run_recipe(plan, runs, quiet=quiet)
     home = runs / plan.name
-    rows = shown.table(home)
+    rows, page = shown.table(home), shown.write_report(home)
     if as_json:
         _print_json(rows)
         return
     print(f"\n{render_table(rows, None, shown.VIEW, terminal_width())}\n")
-    _complain(f"Everything is in {home}. Next:\n{shown.next_steps(home)}")
+    _complain(f"The report is {page}, everything else in {home}. Next:\n{shown.next_steps(home)}")
 
 
 @_command

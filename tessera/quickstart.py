@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tessera.disk import atomic_write
 from tessera.manifest import is_done, read_table
 from tessera.recipe import RecipeError
+from tessera.report import build, html
 from tessera.table import Column, cell, count
 
 NAME = "quickstart.toml"
@@ -94,10 +96,18 @@ def table(home: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_report(home: Path) -> Path:
+    """Writes the page of a finished quickstart; returns where it is."""
+    page = home / "report.html"
+    _, found = build.sections(home)
+    atomic_write(page, html.page(home.name, "What the quickstart made.", found))
+    return page
+
+
 def next_steps(home: Path) -> str:
     """What to try after it."""
     return (
-        f"tessera generate {home / 'grpo'} --thinking on --prompt 'start 6 m+3 n*3 o-2 mod 10'\n"
-        f"tessera eval {home / 'grpo'} --task calc@4,calc@7 --max-tokens 96\n"
+        f"tessera chat {home / 'grpo'}        and ask: start 6 m+3 n*3 o-2 mod 10\n"
+        f"tessera serve {home / 'grpo'} --web\n"
         "tessera run recipes/checkpoint.toml parent.path=MODEL data.paths='[\"DOCUMENTS.jsonl\"]'"
     )
