@@ -22,7 +22,7 @@ TEMPLATE = (
 )
 _FIELD = re.compile(r"\{(question|answer|prediction)\}")
 _VERDICT = re.compile(r"verdict\W{0,4}(right|wrong)\b", re.IGNORECASE)
-_REWARD = re.compile(r"reward\W{0,3}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_REWARD = re.compile(r"reward[\s:=*]{0,3}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 class Asked:
