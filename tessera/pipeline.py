@@ -147,6 +147,15 @@ _ROWS = (
         together=True,
     ),
     Stage(
+        "rpo",
+        "tessera.objectives.rpo",
+        "RPOConfig",
+        ("model", "prompts?"),
+        "model",
+        paths=("paths",),
+        together=True,
+    ),
+    Stage(
         "compare", "tessera.eval.compare", "CompareConfig", ("parent", "models*", "data"), "table"
     ),
     Stage("eval", "tessera.eval.evaluate", "EvalConfig", ("model",), "table"),

@@ -30,7 +30,7 @@ from tessera.model.weights import resolve, save_model
 from tessera.plot import Series, line_chart
 from tessera.rl import advantages, prompts
 from tessera.rl.monitors import Guard
-from tessera.rl.rewards import require_fields
+from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rollouts import RolloutConfig, Rollouts, whole
 from tessera.rl.rubric import Rubric
 from tessera.run import Run
@@ -46,6 +46,7 @@ class PolicyConfig(RolloutConfig):
     training began with. importance_cap: 0 corrects for nothing. gap_limit: see `Guard`."""
 
     train: TrainConfig
+    rewards: tuple[Reward, ...] = Field(min_length=1)
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.2, gt=0)
     dual_clip: float = Field(default=0.0, ge=0)

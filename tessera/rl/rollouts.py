@@ -55,7 +55,7 @@ class RolloutConfig(Config):
     samples: int = Field(default=16, ge=1)
     updates_per_rollout: int = Field(default=1, ge=1)
     max_tokens: int = Field(default=1024, ge=1)
-    rewards: tuple[Reward, ...] = Field(min_length=1)
+    rewards: tuple[Reward, ...] = ()
     curriculum: CurriculumConfig = CurriculumConfig()
     level: Level = "token"
     overlong: Literal["keep", "mask"] = "keep"
