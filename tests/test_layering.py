@@ -36,6 +36,7 @@ LEVELS = {
     "command": 6,
     "command_data": 6,
     "command_eval": 6,
+    "command_export": 6,
     "command_serve": 6,
     "command_report": 6,
     "report": 6,
@@ -78,7 +79,7 @@ CONFINED = {
     "transformers": ["serve/export/remote"],
     "typer": [
         "cli.py",
-        *("command.py", "command_data.py", "command_eval.py"),
+        *("command.py", "command_data.py", "command_eval.py", "command_export.py"),
         *("command_report.py", "command_serve.py"),
     ],
     "vllm": ["serve/vllm_driver.py"],

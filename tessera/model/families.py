@@ -125,12 +125,16 @@ def _parse_stock(values: Values) -> ModelConfig:
     values = {**FAMILIES[family].defaults, **values}
     heads = whole(values, "num_attention_heads")
     key_value = whole(values, "num_key_value_heads", heads)
-    block = BlockConfig(GQA(key_value), SwiGLU(whole(values, "intermediate_size")))
+    if values.get("block_configs"):  # Model-Optimizer's AnyModel
+        blocks = nas_blocks(values)
+    else:
+        block = BlockConfig(GQA(key_value), SwiGLU(whole(values, "intermediate_size")))
+        blocks = (block,) * whole(values, "num_hidden_layers")
     return ModelConfig(
         **_common(values),
         **_family_fields(family, values),
         family=family,
-        blocks=(block,) * whole(values, "num_hidden_layers"),
+        blocks=blocks,
         sliding_window=_sliding_window(family, values),
     )
 

@@ -15,8 +15,8 @@ from typing import Literal
 
 from tessera.model.config import GQA, ConfigError, Linear, ModelConfig, NoOp
 
-Format = Literal["decilm", "hf", "gguf"]
-FORMATS: tuple[Format, ...] = ("decilm", "hf", "gguf")
+Format = Literal["decilm", "hf", "gguf", "padded", "puzzletron", "megatron"]
+FORMATS: tuple[Format, ...] = ("decilm", "hf", "gguf", "padded", "puzzletron", "megatron")
 
 ENGINES: dict[str, str] = {
     "vllm": "vLLM 0.32 (nemotron_nas)",
@@ -44,7 +44,7 @@ def refusals(config: ModelConfig, engine: str, format: str | None = None) -> lis
     format: None for the one that asks least of engines, a stock directory where the layers are
     all equal. Raises ConfigError for an engine or format we know nothing of.
     """
-    dialect = format == "decilm" or not config.homogeneous
+    dialect = format == "decilm" or not (config.homogeneous or format == "padded")
     if format is not None:
         known(format, _FORMAT_RULES, "format")
     return list(_RULES[known(engine, _RULES, "engine")](config, dialect))
@@ -182,6 +182,20 @@ def _hf(config: ModelConfig) -> Iterator[str]:
         )
 
 
+def _padded(config: ModelConfig) -> Iterator[str]:
+    yield from _linear(config, "a plain Llama layer cannot compute it")
+    heads = {b.attention.num_key_value_heads for b in config.blocks if isinstance(b.attention, GQA)}
+    if any(max(heads) % one for one in heads):
+        told = ", ".join(map(str, sorted(heads)))
+        yield f"KV heads {told}: each must divide the greatest, whose place it takes"
+    yield from _base(config)
+
+
+def _base(config: ModelConfig) -> Iterator[str]:
+    if config.family not in ("llama", "mistral", "qwen2", "qwen3"):
+        yield f"the family {config.family} has no stock config.json to stand on"
+
+
 def _gguf(config: ModelConfig) -> Iterator[str]:
     """The format is llama.cpp's own, so what it cannot load there is no point in writing."""
     if config.qk_norm:
@@ -240,4 +254,7 @@ _FORMAT_RULES: dict[str, Callable[[ModelConfig], Iterator[str]]] = {
     "decilm": _decilm,
     "hf": _hf,
     "gguf": _gguf,
+    "padded": _padded,
+    "puzzletron": _base,
+    "megatron": _base,
 }

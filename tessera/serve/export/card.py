@@ -37,6 +37,17 @@ transformers:
 
     AutoModelForCausalLM.from_pretrained(".", dtype="float32")
 """,
+    "padded": """\
+As any Hugging Face directory; it runs at the speed of equal layers:
+
+    AutoModelForCausalLM.from_pretrained(".", dtype="float32")
+""",
+    "puzzletron": """\
+For NVIDIA Model-Optimizer (AnyModel). No stock engine builds it; `--format decilm` is for those.
+""",
+    "megatron": """\
+For Megatron-LM: --heterogeneous-layers-config-path heterogeneous_layers_config.json
+""",
     "gguf": """\
 llama.cpp:
 
