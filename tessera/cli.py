@@ -258,7 +258,8 @@ def plan(
         return
     print(report.told(plans, price))
     if others := work.unplanned(read):
-        _complain(f"not planned, because they train nothing here: {', '.join(others)}")
+        why = "they train nothing, or learn from what they write, of which no plan is made"
+        _complain(f"not planned, because {why}: {', '.join(others)}")
 
 
 @_command

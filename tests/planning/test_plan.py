@@ -182,7 +182,7 @@ def test_a_recipe_is_planned_from_a_config_alone(config):
     assert "[bld]" in found.stdout and "[kd]" in found.stdout and "at 2 a GPU-hour" in found.stdout
     listed = CliRunner().invoke(app, [*words, "--cluster", "32x8xH100", "--json"])
     plans = json.loads(listed.stdout[: listed.stdout.rindex("]") + 1])
-    assert [plan["name"] for plan in plans] == ["bld", "kd"]
+    assert [plan["name"] for plan in plans] == ["bld", "kd", "sft"]
     assert plans[1]["tokens"] == 19_074 * 2_097_152
 
 
