@@ -270,12 +270,22 @@ def show(
             metavar="PATH", help="A run, a recipe's runs, a model directory or a config.json."
         ),
     ],
+    samples: Annotated[
+        bool, typer.Option("--samples", help="What a policy wrote, best and worst, and its worth.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print the mosaic, parameters, KV bytes a token, lineage and tables."""
     from tessera import show as view
     from tessera.run import RunError
 
+    if samples:
+        rows = view.samples(path)
+        if as_json:
+            _print_json(rows)
+        else:
+            print(view.render_samples(rows))
+        return
     found = view.describe(path)
     if as_json:
         _print_json(found)

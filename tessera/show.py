@@ -12,8 +12,9 @@ plain values for `--json`.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,29 @@ def _solid(variant: Attention | FFN, full: int, width: int) -> str:
             return "─"
         case _:
             return "·"
+
+
+def samples(path: Path) -> list[dict[str, Any]]:
+    """The kept samples of a reinforcement learning run, of its first rollout and of its last.
+
+    Raises RunError for a run that keeps none.
+    """
+    files = sorted((path / "samples").glob("*.jsonl"))
+    if not files:
+        raise RunError(f"{path} keeps no samples; grpo, rloo and rpo runs do, in samples/")
+    ends = [files[0], *files[-1:]] if len(files) > 1 else files
+    return [json.loads(line) for file in ends for line in file.read_text("utf-8").splitlines()]
+
+
+def render_samples(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Samples as they are read: what was asked, what was said, what it was worth and why."""
+    told = []
+    for row in rows:
+        parts = ", ".join(
+            f"{name} {'could not be judged' if score is None else format(score, '.3g')}"
+            for name, score in row["parts"].items()
+        )
+        worth = "left out" if row["reward"] is None else f"reward {row['reward']:.3g}"
+        head = f"rollout {row['rollout']}, {row['kind']}: {worth} ({parts}), {row['tokens']} tokens"
+        told.append(f"{head}, thinking {row['mode']}\n> {row['prompt']}\n{row['text']}")
+    return "\n\n".join(told)

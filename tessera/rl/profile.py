@@ -17,14 +17,21 @@ from pydantic import Field
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.engine import Completion, SamplingParams
+from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.journal import Journal
 from tessera.model.weights import load_model, resolve
 from tessera.progress import Progress
 from tessera.recipe import RecipeError
-from tessera.rl.prompts import FILE, Prompt, PromptsConfig, collect, write
-from tessera.rl.rewards import Reward, Sample, require_fields
+from tessera.rl.prompts import (
+    FILE,
+    Prompt,
+    PromptsConfig,
+    collect,
+    judged_samples,
+    write,
+)
+from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rubric import Rubric
 from tessera.run import Run
 
@@ -43,24 +50,6 @@ class ProfileConfig(PromptsConfig):
     max_tokens: int = Field(default=512, ge=1)
     batch: int = Field(default=128, ge=1)
     workers: int = Field(default=2, ge=1)
-
-
-def judged_samples(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
-    decode: Any,
-) -> list[Sample]:
-    """Samples in the order of prompts and their completions, as rewards take them."""
-    return [
-        Sample(
-            prompt.messages,
-            decode(one.token_ids),
-            dict(prompt.fields),
-            one.finish_reason == "length",
-        )
-        for prompt, of_prompt in zip(prompts, completions, strict=True)
-        for one in of_prompt
-    ]
 
 
 class Profiler:

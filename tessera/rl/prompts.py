@@ -7,7 +7,7 @@ whose answer, if they hold one, is not shown. A run keeps them as `prompts.jsonl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,9 @@ from tessera.data.readers import Bad, DataError, expand
 from tessera.data.schema import read_chats
 from tessera.data.switch import set_switch
 from tessera.data.tasks import problem
+from tessera.generate.engine import Completion
 from tessera.recipe import Config
+from tessera.rl.rewards import Sample
 
 FILE = "prompts.jsonl"
 # The names under which rows of other sets keep what a checker needs.
@@ -103,6 +105,24 @@ def _of_files(paths: Sequence[str]) -> Iterator[Prompt]:
             if known:
                 fields.setdefault("answer", fields[known])
             yield Prompt(f"{path.name}:{number}", asked, chat.mode, fields)
+
+
+def judged_samples(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    decode: Callable[[Sequence[int]], str],
+) -> list[Sample]:
+    """Samples in the order of prompts and their completions, as rewards take them."""
+    return [
+        Sample(
+            prompt.messages,
+            decode(one.token_ids),
+            dict(prompt.fields),
+            one.finish_reason == "length",
+        )
+        for prompt, of_prompt in zip(prompts, completions, strict=True)
+        for one in of_prompt
+    ]
 
 
 def write(prompts: Sequence[Prompt]) -> str:

@@ -25,7 +25,7 @@ from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.switch import obeys
 from tessera.disk import atomic_write
-from tessera.generate.engine import Engine, SamplingParams
+from tessera.generate.engine import Completion, Engine, SamplingParams
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.recipe import Config
@@ -33,7 +33,7 @@ from tessera.rl import monitors
 from tessera.rl.advantages import Advantages, of_group
 from tessera.rl.curriculum import CurriculumConfig, order
 from tessera.rl.experience import Answer, Group, Level, pack, row, rows, spans, weight_of
-from tessera.rl.prompts import Prompt
+from tessera.rl.prompts import Prompt, judged_samples
 from tessera.rl.rewards import Reward, Sample
 from tessera.rl.rubric import Judged, Rubric
 from tessera.run import FailureError, Run
@@ -181,54 +181,64 @@ class Rollouts:
         return groups
 
     def _answered(self, rollout: int, numbers: Sequence[int]) -> list[Group]:
-        config, tokenizer = self.config, self.encoder.tokenizer
-        params = SamplingParams(
-            max_tokens=config.max_tokens,
-            n=config.samples,
-            stop_token_ids=tokenizer.eos_ids,
-            seed=self.run.seed,
-        )
+        """A group for each prompt, its answers judged and compared with each other."""
         prompts = [self.prompts[number] for number in numbers]
         ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
         begun = time.monotonic()
-        found = self.engine.generate(ids, params, keys=[(rollout << 32) | n for n in numbers])
+        completions = self._generate(rollout, numbers, ids)
         generated = time.monotonic()
-        stops = set(tokenizer.eos_ids)
-        texts = [
-            tokenizer.decode([token for token in one.token_ids if token not in stops])
-            for of_prompt in found
-            for one in of_prompt
-        ]
-        answers = [one for of_prompt in found for one in of_prompt]
-        owners = [prompt for prompt in prompts for _ in range(config.samples)]
-        samples = [
-            Sample(one.messages, text, dict(one.fields), answer.finish_reason == "length")
-            for one, text, answer in zip(owners, texts, answers, strict=True)
-        ]
-        judged = self.rubric(samples)
-        made = iter(
-            Answer(
-                one.token_ids,
-                one.logprobs,
-                one.finish_reason,
-                text,
-                self._reward(verdict, len(one.token_ids), one.finish_reason == "length"),
-                {name: outcome.score for name, outcome in verdict.parts.items()},
-                obeys(text, owner.mode),
-            )
-            for one, text, verdict, owner in zip(answers, texts, judged, owners, strict=True)
-        )
         self._spend("generate_seconds", generated - begun)
+        answers = self._judge(prompts, completions)
         self._spend("judge_seconds", time.monotonic() - generated)
         groups = [
-            Group(number, prompt.mode, own, [next(made) for _ in range(config.samples)])
-            for number, prompt, own in zip(numbers, prompts, ids, strict=True)
+            Group(number, prompt.mode, own, of_prompt)
+            for number, prompt, own, of_prompt in zip(numbers, prompts, ids, answers, strict=True)
         ]
         for group in groups:
             values = of_group([answer.reward for answer in group.answers], self.rule)
             for answer, value in zip(group.answers, values, strict=True):
                 answer.advantage = value
         return groups
+
+    def _generate(
+        self, rollout: int, numbers: Sequence[int], ids: list[list[int]]
+    ) -> list[list[Completion]]:
+        """`samples` completions of each prompt, at temperature 1: from the policy itself."""
+        params = SamplingParams(
+            max_tokens=self.config.max_tokens,
+            n=self.config.samples,
+            stop_token_ids=self.encoder.tokenizer.eos_ids,
+            seed=self.run.seed,
+        )
+        keys = [(rollout << 32) | number for number in numbers]
+        return self.engine.generate(ids, params, keys=keys)
+
+    def _judge(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> list[list[Answer]]:
+        """The answers to each prompt with what they are worth."""
+        samples = judged_samples(prompts, completions, self._text)
+        judged = iter(zip(samples, self.rubric(samples), strict=True))
+        return [
+            [self._answer(prompt, one, *next(judged)) for one in of_prompt]
+            for prompt, of_prompt in zip(prompts, completions, strict=True)
+        ]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """What was said, without the token that ended it."""
+        tokenizer = self.encoder.tokenizer
+        return tokenizer.decode([token for token in ids if token not in tokenizer.eos_ids])
+
+    def _answer(self, prompt: Prompt, one: Completion, sample: Sample, judged: Judged) -> Answer:
+        return Answer(
+            one.token_ids,
+            one.logprobs,
+            one.finish_reason,
+            sample.completion,
+            self._reward(judged, len(one.token_ids), sample.truncated),
+            {name: outcome.score for name, outcome in judged.parts.items()},
+            obeys(sample.completion, prompt.mode),
+        )
 
     def _spend(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from tessera.cli import app
 from tessera.model.weights import load_model
 from tessera.rl.monitors import Guard
 from tessera.rl.rewards import FormatReward
@@ -72,6 +74,11 @@ def test_what_was_sampled_is_there_to_be_read(home: Path):
     rows = list(map(json.loads, (run / "samples/00000000.jsonl").read_text().splitlines()))
     best, worst = ([r["reward"] for r in rows if r["kind"] == k] for k in ("best", "worst"))
     assert len(best) == len(worst) == 3 and min(best) >= max(worst)
+    told = CliRunner().invoke(app, ["show", str(run), "--samples"])
+    assert told.exit_code == 0, told.output
+    assert "rollout 0, best: reward" in told.stdout and "rollout 4, worst" in told.stdout
+    none = CliRunner().invoke(app, ["show", str(home / "parent"), "--samples"])
+    assert none.exit_code == 2 and "keeps no samples" in none.stderr
     (row, *_) = read_metrics(run)
     assert row["reward"] == row["reward/function"] and row["gap"] < 1e-5
     assert {"length", "truncated", "unjudged", "no_signal", "obedience", "entropy"} <= set(row)
