@@ -20,6 +20,9 @@ def test_a_recipe_resolves(recipe: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for split in ("math", "code", "science", "chat", "safety"):
         (tmp_path / "SFT" / split).mkdir(parents=True)
         (tmp_path / "SFT" / split / "rows.jsonl").touch()
+    for name in ("math500", "gsm8k"):
+        (tmp_path / "BENCHMARKS" / name).mkdir(parents=True)
+        (tmp_path / "BENCHMARKS" / name / "test.jsonl").touch()
     text = tmp_path / "stories.txt"
     text.write_text("Once upon a time.<|endoftext|>The end.")
     overrides = []
