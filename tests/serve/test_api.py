@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +31,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
 ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ASKED: list[Any] = [{"role": "user", "content": "start 6 m+3 n*3 mod 10"}]
 
 
@@ -296,6 +299,21 @@ def test_the_page_asks_for_nothing_from_elsewhere():
     page = (ROOT / "tessera/serve/api/page.html").read_text()
     assert "http://" not in page and "https://" not in page and "//cdn" not in page
     assert "enable_thinking" in page and "innerHTML" not in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
+def test_the_page_shows_both_modes_side_by_side(model: Path, tmp_path: Path):
+    with served(model, "--web") as (process, url):
+        assert "the page is" in process.stderr.readline()
+        page = f"{url.removesuffix('/v1')}/#ask=start+6+m%2B3+mod+10%3Cscript%3E&max_tokens=8"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+        words = [str(CHROMIUM), *flags, "--virtual-time-budget=20000", "--dump-dom", page]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    body = done.stdout.partition("<script>")[0]
+    assert "start 6 m+3 mod 10&lt;script&gt;" in body
+    for mode in ("on", "off"):
+        assert f"thinking {mode}" in body
+    assert len(re.findall(r"\d+ tokens[^<]*, \d+\.\d\d s", body)) == 2, body[-2000:]
 
 
 @pytest.mark.slow
