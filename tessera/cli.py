@@ -146,6 +146,7 @@ def quickstart(
     from tessera.table import render_table, terminal_width
 
     plan = load(shown.recipe_path(), [*(shown.FAST if fast else ()), *(overrides or ())])
+    shown.use_one_thread()
     pipeline.run_recipe(plan, runs, quiet=quiet)
     home = runs / plan.name
     rows, page = shown.table(home), shown.write_report(home)
