@@ -153,7 +153,7 @@ def train(
         require_fields(config.rewards, prompt.fields)
     module = spread.load(model)
     reference = spread.load(model, frozen=True) if config.kl else None
-    encoder = ChatEncoder.of(load_tokenizer(resolve(model)))
+    encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
     engine = TorchEngine(whole(module), max_batch_size=config.engine_batch)
     with Rubric(config.rewards, config.workers) as rubric:
         source = Rollouts(

@@ -194,7 +194,7 @@ def stage(config: RPOConfig, run: Run, inputs: Mapping[str, Path | None]) -> Non
     assert model is not None
     spread = config.train.spread
     module, reference = spread.load(model), spread.load(model, frozen=True)
-    encoder = ChatEncoder.of(load_tokenizer(resolve(model)))
+    encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
     objective = RPO(config, reference)
     if config.paths:
         found = pairs.of_files(config.paths, encoder)

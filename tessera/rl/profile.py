@@ -58,7 +58,7 @@ class Profiler:
     def __init__(self, model: Path, config: ProfileConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self.tokenizer = load_tokenizer(resolve(model))
-        self.encoder = ChatEncoder.of(self.tokenizer)
+        self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch)
         self.engine = TorchEngine(load_model(model, frozen=True), max_batch_size=config.batch)
 
     def text(self, ids: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from pydantic import Field
 from tessera.data.conversation import Message, Mode
 from tessera.data.readers import Bad, DataError, expand
 from tessera.data.schema import read_chats
-from tessera.data.switch import set_switch
+from tessera.data.switch import DETAILED, set_switch
 from tessera.data.tasks import problem
 from tessera.generate.engine import Completion
 from tessera.recipe import Config
@@ -47,12 +47,14 @@ class Prompt:
 class PromptsConfig(Config):
     """tasks: how many problems of which (`"calc@6" = 400`). paths: files of chats. off: the share
     of the prompts that are asked with reasoning off, so that the switch is trained on both sides.
+    switch: how the mode is said, "detailed thinking", "/no_think" or a variable of the template.
     """
 
     tasks: dict[str, int] = {}
     paths: tuple[str, ...] = ()
     reasoning: Literal["on", "off"] = "on"
     off: float = Field(default=0.0, ge=0, le=1)
+    switch: str = DETAILED
     limit: int | None = Field(default=None, ge=1)
 
 
@@ -66,7 +68,7 @@ def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
         raise DataError(
             'there are no prompts: give tasks = { "calc@6" = 400 } or paths = ["FILE.jsonl"]'
         )
-    return [_in_mode(one, _mode(config, n)) for n, one in enumerate(prompts)]
+    return [_in_mode(one, _mode(config, n), config.switch) for n, one in enumerate(prompts)]
 
 
 def _mode(config: PromptsConfig, number: int) -> Mode:
@@ -76,8 +78,8 @@ def _mode(config: PromptsConfig, number: int) -> Mode:
     return "off" if int((number + 1) * config.off) > int(number * config.off) else "on"
 
 
-def _in_mode(prompt: Prompt, mode: Mode) -> Prompt:
-    messages, _ = set_switch(prompt.messages, mode)
+def _in_mode(prompt: Prompt, mode: Mode, switch: str) -> Prompt:
+    messages, _ = set_switch(prompt.messages, mode, switch)
     return Prompt(prompt.id, messages, mode, prompt.fields)
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
-from tessera.data.switch import obeys
+from tessera.data.switch import DETAILED, obeys
 from tessera.disk import atomic_write
 from tessera.generate.engine import Completion, Engine, SamplingParams
 from tessera.model.context import Context
@@ -45,6 +45,7 @@ class RolloutConfig(Config):
     """How prompts are answered and judged.
 
     prompts_per_rollout, samples: the report has 72 and 16. updates_per_rollout: optimizer steps.
+    switch: how the mode is said, as in the stage that made the prompts.
     overlong: "mask" leaves answers out that were cut at max_tokens; else they are judged as they
     stand. overlong_buffer: over so many tokens before max_tokens the reward falls to one less
     (DAPO, arXiv 2503.14476, §3.4). dynamic_sampling: how often more prompts are asked where groups
@@ -57,6 +58,7 @@ class RolloutConfig(Config):
     max_tokens: int = Field(default=1024, ge=1)
     rewards: tuple[Reward, ...] = ()
     curriculum: CurriculumConfig = CurriculumConfig()
+    switch: str = DETAILED
     level: Level = "token"
     overlong: Literal["keep", "mask"] = "keep"
     overlong_buffer: int = Field(default=0, ge=0)
