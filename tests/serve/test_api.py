@@ -307,13 +307,18 @@ def test_the_page_shows_both_modes_side_by_side(model: Path, tmp_path: Path):
         assert "the page is" in process.stderr.readline()
         page = f"{url.removesuffix('/v1')}/#ask=start+6+m%2B3+mod+10%3Cscript%3E&max_tokens=8"
         flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
-        words = [str(CHROMIUM), *flags, "--virtual-time-budget=20000", "--dump-dom", page]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    body = done.stdout.partition("<script>")[0]
+        body, took = "", re.compile(r"\d+ tokens[^<]*, \d+\.\d\d s")
+        for patience in (10, 40, 160, 640):  # seconds of the browser's own clock, which runs ahead
+            budget = f"--virtual-time-budget={1000 * patience}"
+            words = [str(CHROMIUM), *flags, budget, "--dump-dom", page]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+            body = done.stdout.partition("<script>")[0]
+            if len(took.findall(body)) == 2:
+                break
     assert "start 6 m+3 mod 10&lt;script&gt;" in body
     for mode in ("on", "off"):
         assert f"thinking {mode}" in body
-    assert len(re.findall(r"\d+ tokens[^<]*, \d+\.\d\d s", body)) == 2, body[-2000:]
+    assert len(took.findall(body)) == 2, body[-2000:]
 
 
 @pytest.mark.slow
