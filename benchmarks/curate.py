@@ -1,6 +1,6 @@
 """Curation: the speed of each step and its growth, what decontamination and near_dedupe catch.
 
-    python benchmarks/curate.py [--rows 10000 100000 1000000] [--only speed|catch|peers]
+    python benchmarks/curate.py [--rows 10000 100000 1000000] [--only speed|catch]
 
 Speed: rows of words drawn anew from GSM8K's, as long as its rows, with copies and near-copies
 planted; the stage goes over them whole, one thread, in CPU seconds. Catch: GSM8K train against
@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -64,9 +65,9 @@ REAL = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--only", choices=["speed", "catch", "peers"])
+    parser.add_argument("--only", choices=["speed", "catch"])
     options = parser.parse_args()
     if not DATA.exists():
         print(f"skipped: {DATA} is not here")
@@ -75,8 +76,6 @@ def main() -> None:
         print(real_sets(), end="\n\n", flush=True)
         print(contamination(), end="\n\n", flush=True)
         print(near_copies(), end="\n\n", flush=True)
-    if options.only in (None, "peers"):
-        print(peers(), end="\n\n", flush=True)
     if options.only in (None, "speed"):
         print(speeds(options.rows), flush=True)
 
@@ -90,8 +89,10 @@ def gsm8k(split: str) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Rows of random words: 3 % repeat the row before, 5 % do with one word changed."""
+    """Rows of random words: 3 % repeat the row before, 5 % its question with one word changed, 5 %
+    are wrong. What every step sees is most of what came in."""
     rows, rng = gsm8k("train"), np.random.default_rng(0)
+    said, answer, right = "", 0, True
     words = np.array([word for row in rows for word in row["question"].split()])
     lengths = np.array([[len(row[k].split()) for k in ("question", "answer")] for row in rows])
     asked = ["nothing"]
@@ -103,13 +104,15 @@ def write_rows(path: Path, count: int) -> None:
                 asked = list(asked) if kind < 0.08 else words[rng.integers(len(words), size=long)]
             if 0.03 <= kind < 0.08:
                 asked[rng.integers(len(asked))] = words[rng.integers(len(words))]
-            said = " ".join(words[rng.integers(len(words), size=short)])
+            if kind >= 0.03 or not number:
+                said = " ".join(words[rng.integers(len(words), size=short)])
+                answer, right = number % 97, rng.random() >= 0.05
             row = {
                 "input": [{"role": "user", "content": " ".join(asked)}],
-                "output": f"<think>\n{said}\n</think>\n\nSo \\boxed{{{number % 97}}}.",
+                "output": f"<think>\n{said}\n</think>\n\nSo \\boxed{{{answer}}}.",
                 "reasoning": "on",
                 "license": "mit",
-                "expected_answer": str(number % 89),
+                "expected_answer": str(answer if right else -1),
             }
             file.write(json.dumps(row) + "\n")
 
@@ -155,9 +158,9 @@ def run_stage(where: Path, table: dict[str, Any]) -> None:
 
 
 def speeds(sizes: list[int]) -> str:
-    """CPU microseconds a row that came in, step by step, for each number of rows."""
+    """CPU microseconds a row that reaches a step; the peak memory is the process's so far."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
-    for size in sizes:
+    for size in sorted(sizes):
         with tempfile.TemporaryDirectory() as name, timed() as seconds:
             file = Path(name) / "rows.jsonl"
             write_rows(file, size)
@@ -170,10 +173,12 @@ def speeds(sizes: list[int]) -> str:
         for step in [one["step"] for one in STEPS]:
             found[step][size] = 1e6 * seconds[step] / max(1, rows_in[step])
         others = total - sum(seconds.values())
-        found["to JSON and to the disk, 6 passes"][size] = 1e6 * seconds["writing"] / size
+        found["to JSON and to the disk"][size] = 1e6 * seconds["writing"] / size
         found["from JSON, counting, the rest"][size] = 1e6 * others / size
         found["all"][size] = 1e6 * total / size
-        print(f"{size:,} rows: {total:.1f} CPU s, {counts['write']['out']:,} came through")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        flow = ", ".join(f"{row['step']} {row['out']:,}" for row in counts.values())
+        print(f"- {size:,} rows: {total:.1f} CPU s, peak memory {peak:.2f} GiB; out of {flow}")
     heads = " | ".join(f"{size:,} rows" for size in sizes)
     lines = [
         f"| step, CPU µs a row | {heads} | rows / CPU s |",
@@ -182,54 +187,6 @@ def speeds(sizes: list[int]) -> str:
     for step, values in found.items():
         cells = " | ".join(f"{values[size]:.1f}" for size in sizes)
         lines.append(f"| {step} | {cells} | {1e6 / max(values[sizes[-1]], 1e-9):,.0f} |")
-    return "\n".join(lines)
-
-
-def peers() -> str:
-    """Signatures of 128 hashes of GSM8K's questions, 3-grams of words, ours and theirs."""
-    texts = [row["question"] for row in gsm8k("train")]
-
-    def grams(text: str) -> list[str]:
-        words = re.findall(r"[a-z0-9]+", text.lower())
-        return [" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))]
-
-    def ours() -> None:
-        for at in range(0, len(texts), passes.BATCH):
-            signatures(word_grams(texts[at : at + passes.BATCH], 3))
-
-    ways: dict[str, Callable[[], Any]] = {"tessera, numpy": ours}
-    try:
-        import datasketch
-
-        def sketch() -> None:
-            for text in texts:
-                one = datasketch.MinHash(128)
-                one.update_batch([gram.encode() for gram in grams(text)])
-
-        ways[f"datasketch {datasketch.__version__}"] = sketch
-    except ImportError:
-        pass
-    try:
-        import rensa  # type: ignore[import-not-found]
-
-        def rust() -> None:
-            for text in texts:
-                rensa.RMinHash(num_perm=128, seed=1).update(grams(text))
-
-        ways["rensa (Rust)"] = rust
-    except ImportError:
-        pass
-    times = {name: [] for name in ways}
-    for _ in range(5):
-        for name, way in ways.items():
-            begun = time.process_time()
-            way()
-            times[name].append(time.process_time() - begun)
-    lines = ["| signatures | rows / CPU s | of ours |", "|---|--:|--:|"]
-    base = np.array(times["tessera, numpy"])
-    for name, spent in times.items():
-        ratio = np.median(base / np.array(spent))
-        lines.append(f"| {name} | {len(texts) / np.median(spent):,.0f} | {ratio:.2f}x |")
     return "\n".join(lines)
 
 

@@ -49,11 +49,13 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def run_stage(where: Path, table: dict[str, Any], seed: int = 0) -> Curated:
+def run_stage(
+    where: Path, table: dict[str, Any], seed: int = 0, model: Path | None = None
+) -> Curated:
     config = validate(CurateConfig, table, "curate")
-    resolved, inputs = config.model_dump(mode="json"), {"model": None}
+    resolved, inputs = config.model_dump(mode="json"), {"model": model}
     with Run.open(
-        where, stage="curate", config=resolved, inputs=inputs, seed=seed, quiet=True
+        where, stage="curate", config=resolved, inputs={"model": None}, seed=seed, quiet=True
     ) as run:
         stage(config, run, inputs)
         run.finish()

@@ -18,6 +18,7 @@ from tessera.curate.sources import SourceConfig, plan_shards, read_shard
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError
 from tessera.data.schema import read_chats
+from tessera.run import read_table
 from tests.curate.conftest import Curated, killed, lines, run_stage, write_lines
 
 Curate = Callable[..., Curated]
@@ -146,6 +147,17 @@ def test_processes_share_the_shards_out(tmp_path: Path):
     assert [job.wait(120) for job in jobs] == [0, 0]
     assert Curated(tmp_path / "shared/curate").rows == alone.rows
     assert Curated(tmp_path / "shared/curate").counts() == alone.counts()
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x1c", "\r", "\x0b"])
+def test_what_ends_a_line_elsewhere_ends_none_here(curate: Curate, mark: str):
+    """JSON may hold U+2028 as it is: a reader that cuts with `splitlines` sees half a row."""
+    row = {"messages": [{"role": "user", "content": f"a{mark}b"}], "license": f"l{mark}"}
+    licence = {"step": "licence", "allow": [f"l{mark}"]}
+    made = curate([row, {**row, "license": f"m{mark}"}], [licence, {"step": "order"}])
+    assert [one["messages"] for one in made.rows] == [row["messages"]]
+    assert made.removed[0]["reason"] == f"license m{mark}"
+    assert [one["reason"] for one in read_table(made.path, "reasons")] == [f"license m{mark}"]
 
 
 def test_too_many_broken_records_are_an_error(curate: Curate):
