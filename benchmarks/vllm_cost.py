@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 from tessera.model.config import ModelConfig
+from tessera.model.padding import expressible
 from tessera.model.weights import load_config
 from tessera.puzzle.cost_table import CostTable, read_costs
 from tessera.run import read_json, read_manifest
 from tessera.serve.export import export_model
-from tessera.serve.export.padding import expressible
 from tessera.serve.vllm_cost import (
     Seconds,
     VLLMCostConfig,

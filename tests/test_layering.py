@@ -76,7 +76,7 @@ CONFINED = {
     "tokenizers": ["data"],
     "trackio": ["train/sinks.py"],
     "tree_sitter": ["curate/code.py"],
-    "transformers": ["serve/export/remote"],
+    "transformers": ["model/remote"],
     "typer": [
         "cli.py",
         *("command.py", "command_data.py", "command_eval.py", "command_export.py"),

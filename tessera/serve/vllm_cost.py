@@ -27,6 +27,8 @@ import numpy as np
 from pydantic import Field, PositiveInt, field_validator
 
 from tessera.model.config import GQA, KINDS, BlockConfig, ModelConfig, NoOp, name, parse_kind
+from tessera.model.decilm import write_config
+from tessera.model.padding import expressible
 from tessera.model.servable import refusals
 from tessera.model.weights import load_config
 from tessera.progress import Progress
@@ -35,8 +37,6 @@ from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.space import Space, read_space
 from tessera.recipe import Config
 from tessera.run import FailureError, Run, RunError
-from tessera.serve.export.decilm import write_config
-from tessera.serve.export.padding import expressible
 
 DRIVER = Path(__file__).with_name("vllm_driver.py")
 ENVIRONMENT = Path(".venv-vllm/bin/python")  # what `make venv-vllm` builds

@@ -14,11 +14,11 @@ import torch
 
 from tessera.model.config import ConfigError
 from tessera.model.families import read_config
+from tessera.model.padding import expressible
 from tessera.model.weights import load_model, save_model
 from tessera.run import Run, WriteError
 from tessera.serve import export
 from tessera.serve.export import ExportConfig, ExportError, export_model, stage
-from tessera.serve.export.padding import expressible
 from tests.serve.interop import EQUAL, HETEROGENEOUS, random_model, write_byte_tokenizer
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tessera.model.decilm import ffn_mult
 from tessera.model.nas import ffn_mult_width
-from tessera.serve.export.decilm import ffn_mult
-from tessera.serve.export.padding import expressible, notes, widen
+from tessera.model.padding import expressible, notes, widen
 from tests.serve.interop import HETEROGENEOUS, random_model
 
 CASES = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tessera.model.config import KINDS
+from tessera.model.padding import expressible
 from tessera.pipeline import STAGES
 from tessera.puzzle.cost_table import read_costs
 from tessera.puzzle.search import SearchConfig, find
@@ -16,7 +17,6 @@ from tessera.puzzle.space import Space, write_space
 from tessera.recipe import RecipeError, validate
 from tessera.run import FailureError, Run, RunError, read_json, read_table
 from tessera.serve import vllm_cost
-from tessera.serve.export.padding import expressible
 from tessera.serve.vllm_cost import VLLMCostConfig, find_python, seconds_of, served, unloadable
 from tests import tiny
 

@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import field_validator
 
 from tessera.disk import sync, writing
+from tessera.model import decilm, padding
 from tessera.model.config import ModelConfig
 from tessera.model.servable import (
     ENGINES,
@@ -38,7 +39,7 @@ from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model, resolve
 from tessera.recipe import Config
 from tessera.run import Run
-from tessera.serve.export import blocks, card, decilm, gguf, hf, padded, padding, parity
+from tessera.serve.export import blocks, card, gguf, hf, padded, parity
 from tessera.serve.export.errors import ExportError
 from tessera.serve.export.gguf_vocab import read_vocabulary
 from tessera.serve.export.parity import Parity

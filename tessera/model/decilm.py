@@ -19,9 +19,9 @@ from typing import Any
 
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
 from tessera.model.nas import ffn_mult_width
+from tessera.model.padding import widen
 from tessera.model.transformer import Transformer
 from tessera.model.weights import save_model
-from tessera.serve.export.padding import widen
 
 REMOTE_CODE = ("configuration_decilm.py", "modeling_decilm.py")
 
@@ -126,6 +126,6 @@ def write_config(config: ModelConfig, directory: Path) -> None:
     """Write what is not weights, `config.json` and the remote code, of an expressible config."""
     text = json.dumps(config_dict(config), indent=2) + "\n"
     (directory / "config.json").write_text(text)
-    templates = resources.files("tessera.serve.export") / "remote"
+    templates = resources.files("tessera.model") / "remote"
     for file in REMOTE_CODE:
         (directory / file).write_text((templates / file).read_text())
