@@ -17,6 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
 from tessera.model.nas import ffn_mult_width
 from tessera.model.padding import widen
@@ -115,16 +117,21 @@ def block_dict(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write(module: Transformer, directory: Path, tokenizer_from: Path | None = None) -> None:
+def write(
+    module: Transformer,
+    directory: Path,
+    tokenizer_from: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write weights, config, remote code and tokenizer into `directory`, which must not exist."""
     wide = widen(module)
-    save_model(wide, directory, tokenizer_from=tokenizer_from)
-    write_config(wide.config, directory)
+    save_model(wide, directory, tokenizer_from=tokenizer_from, dtype=dtype)
+    write_config(wide.config, directory, str(dtype).removeprefix("torch."))
 
 
-def write_config(config: ModelConfig, directory: Path) -> None:
+def write_config(config: ModelConfig, directory: Path, dtype: str = "float32") -> None:
     """Write what is not weights, `config.json` and the remote code, of an expressible config."""
-    text = json.dumps(config_dict(config), indent=2) + "\n"
+    text = json.dumps(config_dict(config, dtype), indent=2) + "\n"
     (directory / "config.json").write_text(text)
     templates = resources.files("tessera.model") / "remote"
     for file in REMOTE_CODE:

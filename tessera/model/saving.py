@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,26 +49,43 @@ def save_model(
     *,
     tokenizer_from: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model directory, whole or not at all, replacing the model that was there.
 
-    tokenizer_from: a directory whose tokenizer files are copied beside the weights. Stock
-    software loads the directory of a homogeneous model. Every process of a job calls this; a model
-    that is whole in each of them is written by the main one. Raises WriteError (disk full) with the
-    old directory intact, CheckpointError where the directory is not a model's.
+    tokenizer_from: a directory whose tokenizer files are copied beside the weights. dtype: of the
+    files, the module's own if None. Stock software loads the directory of a homogeneous model.
+    Every process of a job calls this; a model that is whole in each of them is written by the main
+    one. Raises WriteError (disk full) with the old directory intact, CheckpointError where the
+    directory is not a model's.
     """
     together = is_sharded(module)
     if not (together or dist.is_main()):
         return
-    values = config_dict(module.config)
-    values["torch_dtype"] = str(module.head.dtype).removeprefix("torch.")
     with (replacing_together if together else replacing)(Path(directory)) as temporary:
-        tensors = {hf_name(key): tensor for key, tensor in module.state_dict().items()}
-        write_tensors(tensors, temporary, max_shard_bytes, together=together)
-        if dist.is_main():
-            (temporary / "config.json").write_text(config_json(values), encoding="utf-8")
-            if tokenizer_from is not None:
-                copy_tokenizer(Path(tokenizer_from), temporary)
+        write_model(module, temporary, max_shard_bytes, together=together, dtype=dtype)
+        if dist.is_main() and tokenizer_from is not None:
+            copy_tokenizer(Path(tokenizer_from), temporary)
+
+
+def write_model(
+    module: Transformer,
+    directory: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    together: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write weights and config into a directory that is there, by this process alone.
+
+    together: by every process of a job, each some of the shards.
+    """
+    tensors = {hf_name(key): tensor for key, tensor in module.state_dict().items()}
+    write_tensors(tensors, directory, max_shard_bytes, together=together, dtype=dtype)
+    if dist.is_main() or not together:
+        values = config_dict(module.config)
+        values["torch_dtype"] = str(dtype or module.head.dtype).removeprefix("torch.")
+        (directory / "config.json").write_text(config_json(values), encoding="utf-8")
 
 
 @contextmanager
@@ -131,6 +149,7 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     *,
     together: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write tensors as `model.safetensors`, or as shards and their index when they are larger.
 
@@ -143,10 +162,10 @@ def write_tensors(
     names = names if count > 1 else [SINGLE]
     if together:
         for number, shard in collect(tensors, files).items():
-            _write_shard(shard, directory / names[number])
+            _write_shard(shard, directory / names[number], dtype)
     else:
         for file, keys in zip(names, files, strict=True):
-            _write_shard({key: tensors[key] for key in keys}, directory / file)
+            _write_shard({key: tensors[key] for key in keys}, directory / file, dtype)
     if count > 1 and (dist.is_main() or not together):
         places = {key: file for file, keys in zip(names, files, strict=True) for key in keys}
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -154,8 +173,8 @@ def write_tensors(
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(tensors: Mapping[str, Tensor], file: Path) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _write_shard(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> None:
+    plain = {name: one.detach().to("cpu", dtype).contiguous() for name, one in tensors.items()}
     try:
         save_file(plain, file, metadata={"format": "pt"})
     except SafetensorError as error:  # carries the system's error as text only

@@ -12,12 +12,9 @@ A word that vLLM cannot load has no row, so no search offers it; `scenarios.json
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, PositiveInt, field_validator
 
+from tessera.generate.vllm_process import find_python
 from tessera.model.config import GQA, KINDS, BlockConfig, ModelConfig, NoOp, name, parse_kind
 from tessera.model.decilm import write_config
 from tessera.model.padding import expressible
@@ -39,7 +37,6 @@ from tessera.recipe import Config
 from tessera.run import FailureError, Run, RunError
 
 DRIVER = Path(__file__).with_name("vllm_driver.py")
-ENVIRONMENT = Path(".venv-vllm/bin/python")  # what `make venv-vllm` builds
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 BASE = ("base", "")
 OURS = {"model", "load_format", "dtype", "enforce_eager", "enable_prefix_caching"}
@@ -212,22 +209,6 @@ def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> Job:
             **config.arguments,
         },
     }
-
-
-def find_python(given: str | None) -> str:
-    """The Python that has vLLM. Raises RunError, with the way to get one."""
-    if given is not None:
-        if shutil.which(given) is None:
-            raise RunError(f"python = {given!r} is no program; `make venv-vllm` builds one")
-        return given
-    if importlib.util.find_spec("vllm"):
-        return sys.executable
-    if ENVIRONMENT.is_file():
-        return str(ENVIRONMENT)
-    raise RunError(
-        f"vLLM is neither installed beside tessera nor in {ENVIRONMENT}: `make venv-vllm` builds "
-        'that environment, and python = "PATH" names the Python of another'
-    )
 
 
 def drive(python: str, asked: Job, threads: int | None, kv_bytes: float = 0.0) -> dict:
