@@ -25,17 +25,17 @@ from tessera.eval.answers import Conversation, Mouth, Sampling, Thinking, answer
 from tessera.eval.perplexity import perplexity
 from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
+from tessera.generate.choice import EngineChoice
 from tessera.generate.endpoint import Endpoint, EndpointConfig
 from tessera.generate.local import EngineConfig, load
 from tessera.journal import Journal
-from tessera.recipe import Config
 from tessera.rl.rewards import require_fields
 from tessera.run import FailureError, Run
 
 PERPLEXITY = "perplexity"
 
 
-class EvalConfig(Config):
+class EvalConfig(EngineChoice):
     """Which tasks, and how they are asked.
 
     data: a directory with the tasks' files, or a place for each task by name. limit: the first so
@@ -112,10 +112,14 @@ def evaluate(
 def _mouth(config: EvalConfig, model: Path | None, seed: int) -> Mouth:
     if config.endpoint:
         return Mouth(Endpoint(config.endpoint, seed), True, config.switch)
-    return Mouth(
-        load(EngineConfig(kind="engine", batch=config.batch, asking=config.asking), model, seed),
-        False,
+    own = EngineConfig(
+        kind="engine",
+        batch=config.batch,
+        asking=config.asking,
+        engine=config.engine,
+        vllm=config.vllm,
     )
+    return Mouth(load(own, model, seed), False)
 
 
 def _judged(

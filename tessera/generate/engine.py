@@ -160,6 +160,10 @@ class Engine(Protocol):
         """Take the weights `module` has now; completions carry `version` from here on."""
         ...
 
+    def sleep(self) -> None:
+        """Give memory that the trainer may want back, until the next `sync`."""
+        ...
+
     def close(self) -> None:
         """Give back the memory. The engine cannot be used afterwards."""
         ...

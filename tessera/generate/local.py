@@ -6,13 +6,13 @@ import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from tessera.data.switch import split_output
 from tessera.generate.asking import AskError, Receive, Reply, Request
-from tessera.recipe import Config
+from tessera.generate.choice import EngineChoice, open_engine
 
 if TYPE_CHECKING:
     from tessera.data.tokenizer import Tokenizer
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 KNOWN = {"max_tokens", "temperature", "top_p"}
 
 
-class EngineConfig(Config):
-    """The model that the stage's `model` names, generated with by the built-in engine.
+class EngineConfig(EngineChoice):
+    """The model that the stage's `model` names, generated with by an engine of this process.
 
     batch: requests handed to the engine at once; what a batch gave is kept when it ends. asking:
     "text" gives a base model the question and a line's end, and no chat template.
@@ -88,7 +88,6 @@ def load(config: EngineConfig, model: Path | None, seed: int) -> LocalAnswerer:
     """The teacher of a model directory or run. Raises AskError without one."""
     from tessera.data.chat import ChatEncoder
     from tessera.data.tokenizer import load_tokenizer
-    from tessera.generate.torch_engine import TorchEngine
     from tessera.manifest import fingerprint_path
     from tessera.model.weights import load_model
 
@@ -96,7 +95,7 @@ def load(config: EngineConfig, model: Path | None, seed: int) -> LocalAnswerer:
         raise AskError(
             'a teacher of kind "engine" is the model of the stage: say model = "RUN OR PATH"'
         )
-    engine: Any = TorchEngine(load_model(model, frozen=True))
+    engine = open_engine(config, load_model(model, frozen=True), config.batch)
     tokenizer = load_tokenizer(model)
     if config.asking == "chat":
         encoder = ChatEncoder.of(tokenizer)

@@ -90,6 +90,12 @@ class Slots:
         self.starts: list[int] = []
         self._rows_changed()
 
+    def free(self) -> None:
+        """Forget all rows and give their memory back."""
+        self.clear()
+        self.caches.clear()
+        self.rows = self.columns = 0
+
     def reserve(self, rows: int, columns: int) -> None:
         """Room for this many rows and columns, live ones included.
 

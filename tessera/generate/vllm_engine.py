@@ -14,16 +14,17 @@ import hashlib
 import os
 import shutil
 import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt, field_validator
 
 from tessera.disk import writing
+from tessera.generate.choice import VLLMConfig
 from tessera.generate.engine import (
     ClosedError,
     Completion,
@@ -34,44 +35,15 @@ from tessera.generate.engine import (
 )
 from tessera.generate.vllm_process import DiedError, Process, find_python
 from tessera.model import decilm
+from tessera.model.config import ModelConfig
 from tessera.model.padding import widen
 from tessera.model.saving import write_model
-from tessera.model.servable import refusals
+from tessera.model.servable import Format, refusals
 from tessera.model.transformer import Transformer
-from tessera.recipe import Config
 
-OURS = {"model", "dtype", "quantization", "enforce_eager", "max_model_len", "max_num_seqs"}
 MEMORY = Path("/dev/shm")
 PREFIX = "tessera-vllm-"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class VLLMConfig(Config):
-    """How vLLM is run.
-
-    python: that of an environment with vLLM; without, this one's or `.venv-vllm`'s. dtype: "auto"
-    is float32 on a CPU and bfloat16 on a GPU. quantization: "fp8" rounds weights as they are
-    loaded, on GPUs that have it. memory: share of the GPU for weights and cache; on a CPU,
-    `cache_gib` says how large the cache is, and left out it fits the queue up to 4 GiB.
-    arguments: further ones of `vllm.LLM`, such as tensor_parallel_size.
-    """
-
-    python: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["fp8"] | None = None
-    enforce_eager: bool = False
-    memory: float = Field(default=0.5, gt=0, le=1)
-    cache_gib: PositiveInt | None = None
-    max_model_len: PositiveInt | None = None
-    sleep: bool = True
-    arguments: dict[str, bool | int | float | str] = {}
-
-    @field_validator("arguments")
-    @classmethod
-    def _ours(cls, value: dict) -> dict:
-        if taken := OURS & value.keys():
-            raise ValueError(f"{', '.join(sorted(taken))}: this table has a key of its own for it")
-        return value
 
 
 class VLLMEngine:
@@ -90,13 +62,13 @@ class VLLMEngine:
         self.settings, self.batch, self.version = config, batch, 0
         self.python = find_python(config.python)
         self.config, self.cuda = module.config, torch.cuda.is_available()
-        if reasons := refusals(module.config, "vllm" if self.cuda else "vllm-cpu"):
-            raise GenerationError(f"vLLM cannot load this model: {'; '.join(reasons)}")
+        self.form = _form(module.config, "vllm" if self.cuda else "vllm-cpu")
         self.room = config.max_model_len or module.config.max_position_embeddings
         self._place = _folder()
+        weakref.finalize(self, shutil.rmtree, self._place, ignore_errors=True)
         self._files: dict[str, int] = {}
         self._process: Process | None = None
-        self._closed = False
+        self._closed = self._asleep = False
         self.info: dict[str, str] = {}
         self.sync(module, 0)
 
@@ -149,34 +121,28 @@ class VLLMEngine:
         """See `Engine.sync`: written to memory, summed, read by vLLM in place."""
         if module.config != self.config:
             raise GenerationError("sync takes weights of the model that the engine was made for")
-        self._files = publish(module, self._place / "model", self.dtype)
+        self._files = publish(module, self._place / "model", self.form, self.dtype)
         if self._process is None:
             self._start()
         else:
+            if self._asleep:
+                self._ask("wake")
             self._ask("load", **self._where())
-        self.version = version
+        self._asleep, self.version = False, version
 
     def sleep(self) -> None:
-        """Give the GPU's memory to the trainer until `wake`; on a CPU this does nothing."""
-        if self._can_sleep:
+        """See `Engine.sleep`; vLLM's CPU build keeps what it has."""
+        if self.cuda and self.settings.sleep:
             self._ask("sleep")
-
-    def wake(self) -> None:
-        """Take the memory back, with the weights of the last `sync`."""
-        if self._can_sleep:
-            self._ask("wake")
-            self._ask("load", **self._where())
+            self._asleep = True
 
     def close(self) -> None:
         """End vLLM's process and free the memory."""
+        self._closed = True
         if self._process is not None:
             self._process.close()
-        self._process, self._closed = None, True
+        self._process = None
         shutil.rmtree(self._place, ignore_errors=True)
-
-    @property
-    def _can_sleep(self) -> bool:
-        return self.cuda and self.settings.sleep
 
     def _where(self) -> dict[str, Any]:
         return {"model": str(self._place / "model"), "checksums": self._files}
@@ -195,6 +161,8 @@ class VLLMEngine:
             assert self._process is not None
             return self._process.ask(do, told, **keys)
         except DiedError:
+            if self._closed:  # by another thread, while this one waited for the answer
+                raise ClosedError("the engine was closed") from None
             self._bury()
         self._start()
         try:
@@ -277,12 +245,25 @@ def _sampling(params: SamplingParams) -> dict[str, Any]:
     }
 
 
-def publish(module: Transformer, directory: Path, dtype: torch.dtype) -> dict[str, int]:
+def _form(config: ModelConfig, engine: str) -> Format:
+    """The format that vLLM loads this model from. Raises GenerationError with its reasons."""
+    stock = config.homogeneous
+    if stock and not refusals(config, engine, "hf"):
+        return "hf"
+    if not refusals(config, engine, "decilm"):
+        return "decilm"
+    reasons = refusals(config, engine, "hf" if stock else "decilm")
+    raise GenerationError(f"vLLM cannot load this model: {'; '.join(reasons)}")
+
+
+def publish(
+    module: Transformer, directory: Path, form: Format, dtype: torch.dtype
+) -> dict[str, int]:
     """Writes a model for vLLM; CRC-32 of each file of weights by its name.
 
     Raises WriteError where the memory is full.
     """
-    stock = module.config.homogeneous
+    stock = form == "hf"
     with writing(directory):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)

@@ -11,17 +11,17 @@ environment need not hold.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 CHUNK = 2**24  # bytes of a file summed at once
-PR_SET_PDEATHSIG = 1
 HERE = Path(__file__).resolve().parent
 
 
@@ -135,15 +135,24 @@ def _check(directory: Path, checksums: dict[str, int]) -> None:
             raise ValueError(f"{name} has checksum {found:08x}; {expected:08x} was written")
 
 
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _end_with_parent(parent: int) -> None:
+    """Ends this process, mid-queue too, when the one that started it is gone.
+
+    Not by PR_SET_PDEATHSIG: that is sent when the thread that started it ends.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
     """Answers until standard input ends."""
     sys.path[:] = [place for place in sys.path if Path(place) != HERE]  # whose names vLLM imports
-    _end_with_parent()
+    _end_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the asking process's to handle
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.torch_engine import TorchEngine
+from tessera.generate.choice import open_engine
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.model.weights import resolve, save_model
@@ -43,7 +44,8 @@ from tessera.train.optim import TrainConfig
 class PolicyConfig(RolloutConfig):
     """train: `steps` are optimizer steps; `microbatch_tokens` is the length of a packed row, and
     `tokens_per_step` says nothing here. kl: β, the weight of the distance from the model that
-    training began with. importance_cap: 0 corrects for nothing. gap_limit: see `Guard`."""
+    training began with. importance_cap: 0 corrects for nothing; left out it is 2 where answers may
+    be stale or are another engine's. gap_limit: see `Guard`."""
 
     train: TrainConfig
     rewards: tuple[Reward, ...] = Field(min_length=1)
@@ -51,8 +53,15 @@ class PolicyConfig(RolloutConfig):
     clip_high: float = Field(default=0.2, gt=0)
     dual_clip: float = Field(default=0.0, ge=0)
     kl: float = Field(default=0.0, ge=0)
-    importance_cap: float = Field(default=0.0, ge=0)
+    importance_cap: float | None = Field(default=None, ge=0)
     gap_limit: float = Field(default=0.05, gt=0)
+
+    @property
+    def cap(self) -> float:
+        """The importance cap that holds."""
+        if self.importance_cap is None:
+            return 2.0 if self.staleness or self.engine != "tessera" else 0.0
+        return self.importance_cap
 
 
 class GRPOConfig(PolicyConfig):
@@ -122,8 +131,8 @@ class _Curve:
             moves &= (advantage >= 0) | (gain > least)
             gain = torch.where(advantage < 0, torch.maximum(gain, least), gain)
         slope = torch.where(moves, ratio * advantage, 0.0)
-        if config.importance_cap:
-            correction = (old - behaviour).exp().clamp(max=config.importance_cap)
+        if config.cap:
+            correction = (old - behaviour).exp().clamp(max=config.cap)
             gain, slope = gain * correction, slope * correction
         self._note("entropy", entropy, part)
         self._note("gap", (old - behaviour).abs(), part)
@@ -154,8 +163,8 @@ def train(
     module = spread.load(model)
     reference = spread.load(model, frozen=True) if config.kl else None
     encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
-    engine = TorchEngine(whole(module), max_batch_size=config.engine_batch)
-    with Rubric(config.rewards, config.workers) as rubric:
+    engine = open_engine(config, whole(module), config.engine_batch)
+    with closing(engine), Rubric(config.rewards, config.workers) as rubric:
         source = Rollouts(
             module,
             engine,

@@ -12,6 +12,7 @@ best and the worst answer of each make a pair.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.torch_engine import TorchEngine
+from tessera.generate.choice import open_engine
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.model.weights import resolve, save_model
@@ -221,8 +222,8 @@ def _online(
     questions = prompts.read(asked)
     for prompt in questions:
         require_fields(config.rewards, prompt.fields)
-    engine = TorchEngine(whole(module), max_batch_size=config.engine_batch)
-    with Rubric(config.rewards, config.workers) as rubric:
+    engine = open_engine(config, whole(module), config.engine_batch)
+    with closing(engine), Rubric(config.rewards, config.workers) as rubric:
         source = OnlinePairs(
             module,
             engine,

@@ -26,7 +26,8 @@ class Answer:
     """One completion. logprobs: under the engine's weights. reward: None, it could not be judged.
 
     advantage: None, it is not trained on. parts: the score of each reward by name. old: log-probs
-    under the trainer's weights of the rollout, where later steps need them.
+    under the trainer's weights of the rollout, where later steps need them. version: the rollout
+    whose weights answered.
     """
 
     ids: list[int]
@@ -38,6 +39,7 @@ class Answer:
     obedient: bool
     advantage: float | None = None
     old: list[float] | None = None
+    version: int = 0
 
     @property
     def truncated(self) -> bool:

@@ -105,8 +105,9 @@ class Guard:
             raise FailureError(
                 f"step {step + 1}: the engine's log-probs are {gap:.3g} from the trainer's a "
                 f"token, and gap_limit is {self.gap_limit:g}. They hold different weights, or "
-                "compute differently: check the engine's dtype and quantisation, or correct for "
-                "it with importance_cap and raise gap_limit"
+                "compute differently: check the engine's dtype and quantisation, and with "
+                "staleness the learning rate; or correct for it with importance_cap and raise "
+                "gap_limit"
             )
         for name, text in self._worries(metrics):
             if name not in self._told:

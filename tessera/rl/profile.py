@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from pydantic import Field
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer
+from tessera.generate.choice import EngineChoice, open_engine
 from tessera.generate.engine import SamplingParams
-from tessera.generate.torch_engine import TorchEngine
 from tessera.journal import Journal
 from tessera.model.weights import load_model, resolve
 from tessera.progress import Progress
@@ -39,7 +40,7 @@ PORTION = 256  # samples at a time
 BINS = 10
 
 
-class ProfileConfig(PromptsConfig):
+class ProfileConfig(PromptsConfig, EngineChoice):
     """samples: of each prompt; 0 measures nothing. rewards: the first says what is right. Prompts
     whose pass rate is `drop_from` or more are left out, as are those at `drop_to` or less."""
 
@@ -59,7 +60,7 @@ class Profiler:
         self.config, self.seed = config, seed
         self.tokenizer = load_tokenizer(resolve(model))
         self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch)
-        self.engine = TorchEngine(load_model(model, frozen=True), max_batch_size=config.batch)
+        self.engine = open_engine(config, load_model(model, frozen=True), config.batch)
 
     def text(self, ids: Sequence[int]) -> str:
         """What was said, without the token that ended it."""
@@ -133,8 +134,9 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
         raise RecipeError(f"{run.name}: give rewards, the first of which says what is right")
     for prompt in prompts:
         require_fields(config.rewards, prompt.fields)
-    with Journal(run.path / "samples.jsonl") as kept:
-        found = measure(prompts, Profiler(inputs["model"], config, run.seed), kept, run)
+    profiler = Profiler(inputs["model"], config, run.seed)
+    with Journal(run.path / "samples.jsonl") as kept, closing(profiler.engine):
+        found = measure(prompts, profiler, kept, run)
     chosen = [
         one
         for one in found

@@ -7,12 +7,19 @@
 A completion follows from (seed, rollout, prompt, sample) and the weights, so a run killed within a
 rollout makes it again; rollouts that feed several steps are kept on disk until no resume state
 needs them. Processes share the prompts; each has its own engine on the whole weights.
+
+With `staleness = 1` the engine answers the next rollout while the trainer learns from this one:
+what it learns from was said by the weights of one rollout ago. Which weights is a rule and not a
+race, and a resume state takes the rollout in flight along, so a stopped run is still the same run.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +32,13 @@ from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.switch import DETAILED, obeys
 from tessera.disk import atomic_write
+from tessera.generate.choice import EngineChoice
 from tessera.generate.engine import Completion, Engine, SamplingParams
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
-from tessera.recipe import Config
 from tessera.rl import monitors
 from tessera.rl.advantages import Advantages, of_group
+from tessera.rl.ahead import Background
 from tessera.rl.curriculum import CurriculumConfig, order
 from tessera.rl.experience import Answer, Group, Level, pack, row, rows, spans, weight_of
 from tessera.rl.prompts import Prompt, judged_samples
@@ -41,7 +49,7 @@ from tessera.train.losses import token_log_probs
 from tessera.train.parallel import Layout
 
 
-class RolloutConfig(Config):
+class RolloutConfig(EngineChoice):
     """How prompts are answered and judged.
 
     prompts_per_rollout, samples: the report has 72 and 16. updates_per_rollout: optimizer steps.
@@ -63,6 +71,7 @@ class RolloutConfig(Config):
     overlong: Literal["keep", "mask"] = "keep"
     overlong_buffer: int = Field(default=0, ge=0)
     dynamic_sampling: int = Field(default=0, ge=0)
+    staleness: Literal[0, 1] = 0
     engine_batch: int = Field(default=256, ge=1)
     workers: int = Field(default=2, ge=1)
     samples_every: int = Field(default=10, ge=1)  # rollouts between samples that are kept
@@ -76,6 +85,19 @@ class RolloutConfig(Config):
                 "updates_per_rollout exceeds prompts_per_rollout: a step needs prompts"
             )
         return self
+
+
+@dataclass(slots=True)
+class Sampled:
+    """The groups of a rollout, and seconds by what they went on."""
+
+    groups: list[Group]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        """Of the weights that answered: the rollout that they were taken at."""
+        return min((answer.version for group in self.groups for answer in group.answers), default=0)
 
 
 class Rollouts:
@@ -115,23 +137,22 @@ class Rollouts:
         self._metrics: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._saved: list[int] = []
+        self._background = Background()
+        self._flight: Future[Sampled] | None = None  # of the next rollout
+        self._landed = -1  # a next rollout that is on disk, for a resume state took it along
 
     def batches(self, step: int) -> list[Batch]:
         """This process's rows of one optimizer step; see `Source`."""
         rollout, update = divmod(step, self.config.updates_per_rollout)
-        if rollout != self._rollout:
+        if update or rollout != self._rollout:
             self._metrics, self._seconds = {}, {}
-            kept = self._path(rollout)
-            if update and kept.is_file():
-                lines = kept.read_text(encoding="utf-8").split("\n")
-                self._groups = [Group.from_json(line) for line in lines if line]
+        if rollout != self._rollout:
+            if update:
+                self._groups = self._read(rollout)
             else:
-                assert not update, f"rollout {rollout} is not on disk, and its weights are gone"
-                self._groups = self._roll(rollout)
+                self._groups = self._received(rollout, self._sampled(rollout))
             self._rollout = rollout
             self._updates = [self._rows(u) for u in range(self.config.updates_per_rollout)]
-        elif update:
-            self._metrics, self._seconds = {}, {}
         return self._updates[update]
 
     def metrics(self) -> dict[str, float]:
@@ -143,15 +164,18 @@ class Rollouts:
         return self._seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """Rollouts follow from the step; what feeds several steps is on disk."""
+        """Rollouts follow from the step; what feeds several steps, or is in flight, is on disk."""
         self._saved = [*self._saved[-1:], self._rollout]
         for old in self._kept():
             if old < self._saved[0]:
                 self._path(old).unlink(missing_ok=True)
-        return {"rollout": self._rollout}
+        if self._flight is not None:
+            self._landed = self._rollout + 1
+            self._keep(self._landed, self._flight.result().groups)
+        return {"rollout": self._rollout, "landed": self._landed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._saved = [state["rollout"]]
+        self._saved, self._landed = [state["rollout"]], state["landed"]
 
     def _path(self, rollout: int) -> Path:
         return self.run.path / "rollouts" / f"{rollout:08}-{self.layout.data_rank}.jsonl"
@@ -160,38 +184,78 @@ class Rollouts:
         names = (self.run.path / "rollouts").glob(f"*-{self.layout.data_rank}.jsonl")
         return [int(path.name.split("-")[0]) for path in names]
 
-    def _roll(self, rollout: int) -> list[Group]:
-        """Answers to this process's share of the prompts, judged and compared."""
-        chosen = self.order.batches[rollout]
-        own = chosen[self.layout.data_rank :: self.layout.data_world].tolist()
-        wanted = -(-len(own) // (1 + self.config.dynamic_sampling))
-        self.engine.sync(whole(self.module), rollout)
-        groups: list[Group] = []
-        while own and len(groups) < wanted:
-            part, own = own[:wanted], own[wanted:]
-            fresh = self._answered(rollout, part)
-            enough = not (own and self.config.dynamic_sampling)
-            groups += [g for g in fresh if enough or has_signal(g)]
-        groups = groups[:wanted]
+    def _keep(self, rollout: int, groups: Sequence[Group]) -> None:
+        self._path(rollout).parent.mkdir(exist_ok=True)
+        atomic_write(self._path(rollout), "".join(group.to_json() + "\n" for group in groups))
+
+    def _read(self, rollout: int) -> list[Group]:
+        assert self._path(rollout).is_file(), f"rollout {rollout} is gone, and so are its weights"
+        lines = self._path(rollout).read_text(encoding="utf-8").split("\n")
+        return [Group.from_json(line) for line in lines if line]
+
+    def _sampled(self, rollout: int) -> Sampled:
+        """What was answered for a rollout, now or ahead; sends the engine on to the next."""
+        begun, flight, self._flight = time.monotonic(), self._flight, None
+        ahead = self.config.staleness and rollout + 1 < len(self.order.batches)
+        fresh = flight is None and rollout != self._landed
+        found = flight.result() if flight else Sampled([] if fresh else self._read(rollout))
+        if flight:
+            found.seconds["wait_seconds"] = time.monotonic() - begun
+        if fresh or ahead:
+            self.engine.sync(whole(self.module), rollout)
+        if fresh:
+            found = self._sample(rollout)
+        if ahead:
+            self._flight = self._background.submit(functools.partial(self._sample, rollout + 1))
+        elif self.module.device.type == "cuda":
+            self.engine.sleep()
+        return found
+
+    def _received(self, rollout: int, found: Sampled) -> list[Group]:
+        """Measures what was sampled, and keeps what later steps and readers need of it."""
+        groups, self._seconds = found.groups, found.seconds
         self._metrics = monitors.measured(groups, self.rubric.names, self.layout)
+        if self.config.staleness:
+            self._metrics["staleness"] = float(rollout - found.version)
         if self.config.updates_per_rollout > 1:
             self._remember(groups)
-            self._path(rollout).parent.mkdir(exist_ok=True)
-            atomic_write(self._path(rollout), "".join(g.to_json() + "\n" for g in groups))
+            self._keep(rollout, groups)
         if rollout % self.config.samples_every == 0:
             monitors.keep_samples(groups, self.prompts, rollout, self.run)
         return groups
 
-    def _answered(self, rollout: int, numbers: Sequence[int]) -> list[Group]:
-        """A group for each prompt, its answers judged and compared with each other."""
+    def _sample(self, rollout: int) -> Sampled:
+        """Answers to this process's share of the prompts, judged and compared.
+
+        It may be called from another thread, so it talks to no other process.
+        """
+        chosen = self.order.batches[rollout]
+        own = chosen[self.layout.data_rank :: self.layout.data_world].tolist()
+        wanted = -(-len(own) // (1 + self.config.dynamic_sampling))
+        found = Sampled([])
+        while own and len(found.groups) < wanted:
+            part, own = own[:wanted], own[wanted:]
+            fresh = self._answered(rollout, part, found.seconds)
+            enough = not (own and self.config.dynamic_sampling)
+            found.groups += [g for g in fresh if enough or has_signal(g)]
+        found.groups = found.groups[:wanted]
+        return found
+
+    def _answered(
+        self, rollout: int, numbers: Sequence[int], seconds: dict[str, float]
+    ) -> list[Group]:
+        """A group for each prompt, its answers judged and compared; adds to `seconds`."""
         prompts = [self.prompts[number] for number in numbers]
         ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
         begun = time.monotonic()
         completions = self._generate(rollout, numbers, ids)
         generated = time.monotonic()
-        self._spend("generate_seconds", generated - begun)
         answers = self._judge(prompts, completions)
-        self._spend("judge_seconds", time.monotonic() - generated)
+        for name, spent in (
+            ("generate_seconds", generated - begun),
+            ("judge_seconds", time.monotonic() - generated),
+        ):
+            seconds[name] = seconds.get(name, 0.0) + spent
         groups = [
             Group(number, prompt.mode, own, of_prompt)
             for number, prompt, own, of_prompt in zip(numbers, prompts, ids, answers, strict=True)
@@ -240,10 +304,8 @@ class Rollouts:
             self._reward(judged, len(one.token_ids), sample.truncated),
             {name: outcome.score for name, outcome in judged.parts.items()},
             obeys(sample.completion, prompt.mode),
+            version=one.version,
         )
-
-    def _spend(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def _reward(self, judged: Judged, length: int, truncated: bool) -> float | None:
         if judged.reward is None or (truncated and self.config.overlong == "mask"):

@@ -60,8 +60,8 @@ def train(home: str, run: str, stop: int | None = None, within: bool = False, **
             raise KeyboardInterrupt
         return plain(self, step)
 
-    def breaking(self: rollouts.Rollouts, rollout: int, numbers: Any):
-        groups = judged(self, rollout, numbers)
+    def breaking(self: rollouts.Rollouts, rollout: int, numbers: Any, seconds: Any):
+        groups = judged(self, rollout, numbers, seconds)
         if rollout == stop and within:
             raise KeyboardInterrupt
         return groups

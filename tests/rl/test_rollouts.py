@@ -18,8 +18,10 @@ from tessera.run import FailureError, Run, read_metrics
 from tests.rl.policy_runs import made, train
 from tests.test_dist import run_ranks
 
+ROOT = Path(__file__).parents[2]
 CODE = "from tests.rl.policy_runs import main; main()"
 TWICE = {"updates_per_rollout": 2}
+STALE = {"staleness": 1}
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +41,16 @@ def assert_equal(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stop", "within", "more"),
-    [(3, False, {}), (2, True, {}), (3, False, TWICE), (2, True, TWICE), (5, False, TWICE)],
-    ids=["between", "while answering", "mid-buffer", "while answering, two updates", "last"],
+    [
+        *[(3, False, {}), (2, True, {}), (3, False, TWICE), (2, True, TWICE), (5, False, TWICE)],
+        *[(3, False, STALE), (2, True, STALE), (1, False, STALE), (5, False, STALE)],
+        *[(3, False, STALE | TWICE), (2, False, STALE | TWICE), (2, True, STALE | TWICE)],
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
     home: Path, tmp_path: Path, stop: int, within: bool, more: dict
 ):
-    whole = home / f"whole-{len(more)}"
+    whole = home / "-".join(["whole", *more])
     if not whole.exists():
         train(str(home), str(whole), **more)
     run = tmp_path / whole.name
@@ -56,13 +61,43 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 def test_two_processes_are_one(home: Path):
-    train(str(home), str(home / "one"), kl=0.1)
-    jobs = [{"home": str(home), "run": str(home / "two"), "kl": 0.1}]
-    run_ranks(CODE, json.dumps(jobs))
-    for row, other in zip(read_metrics(home / "one"), read_metrics(home / "two"), strict=True):
-        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
-    found, theirs = weights(home / "one"), weights(home / "two")
-    torch.testing.assert_close(found, theirs, rtol=1e-3, atol=1e-4)
+    jobs = [{"kl": 0.1}, STALE]
+    for number, job in enumerate(jobs):
+        train(str(home), str(home / f"one-{number}"), **job)
+    asked = [{"home": str(home), "run": str(home / f"two-{n}"), **j} for n, j in enumerate(jobs)]
+    run_ranks(CODE, json.dumps(asked))
+    for number in range(len(jobs)):
+        one, two = home / f"one-{number}", home / f"two-{number}"
+        for row, other in zip(read_metrics(one), read_metrics(two), strict=True):
+            assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+        torch.testing.assert_close(weights(one), weights(two), rtol=1e-3, atol=1e-4)
+
+
+def test_a_stale_rollout_was_said_by_the_weights_of_one_ago(home: Path):
+    settings = {"train": {"steps": 6, "lr": 3e-3, "microbatch_tokens": 256}}
+    train(str(home), str(home / "fresh"), **settings)
+    train(str(home), str(home / "stale"), **STALE, **settings)
+    fresh, stale = read_metrics(home / "fresh"), read_metrics(home / "stale")
+    assert [row["staleness"] for row in stale] == [0, 1, 1, 1, 1, 1]
+    # The first is said by the same weights, and by the engine they are the trainer's own.
+    assert stale[0] == pytest.approx(fresh[0] | {"staleness": 0.0}, rel=1e-5, abs=1e-6)
+    assert all(row["gap"] < 1e-5 for row in [*fresh, stale[0]])
+    assert all(row["gap"] > 1e-4 for row in stale[1:])
+
+
+@pytest.mark.vllm
+def test_vllm_says_what_the_trainer_thinks_it_says(home: Path):
+    python = ROOT / ".venv-vllm" / "bin" / "python"
+    if not python.is_file():
+        pytest.skip("needs vLLM's CPU build: make venv-vllm")
+    told = {"engine": "vllm", "vllm": {"python": str(python)}, "engine_batch": 16}
+    settings = {"train": {"steps": 4, "lr": 3e-3, "microbatch_tokens": 256}}
+    for name, more in (("vllm", {}), ("vllm-stale", STALE)):
+        train(str(home), str(home / name), **told, **settings, **more)
+    assert all(row["gap"] < 1e-4 for row in read_metrics(home / "vllm"))
+    stale = read_metrics(home / "vllm-stale")
+    assert [row["staleness"] for row in stale] == [0, 1, 1, 1]
+    assert stale[0]["gap"] < 1e-4 < stale[1]["gap"]
 
 
 def test_what_was_sampled_is_there_to_be_read(home: Path):
