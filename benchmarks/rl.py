@@ -1,21 +1,26 @@
 """A GRPO step: ours against TRL's GRPOTrainer on one work, in turn, and where our step goes.
 
     python benchmarks/rl.py [--baselines DIR] [--peer PYTHON] [--rounds 3] [--steps 3]
+    python benchmarks/rl.py --engines [--rounds 3] [--steps 3]
 
 DIR (../shared/baselines) holds trl_grpo.py: a random Llama of 6M parameters, 16 prompts of some 67
 tokens, 8 completions of exactly 64 tokens each, temperature 1, one update a rollout, no reference.
 Ours runs the real `Rollouts`, `PolicyGradient` and `Trainer` on the same model, prompts of the same
-lengths, and the same reward (the share of digits).
+lengths, and the same reward (the share of digits). With --engines instead: our step with our engine
+and with vLLM's CPU build (`make venv-vllm`), each with the rollout before the step and one ahead of
+it, where the engine has the second core.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +38,7 @@ from training import (
 )
 
 from tessera.data.batch import Batch
-from tessera.generate.torch_engine import TorchEngine
+from tessera.generate.choice import open_engine
 from tessera.model.matmul import multiply
 from tessera.model.transformer import Transformer
 from tessera.objectives.grpo import GRPOConfig, PolicyGradient
@@ -99,14 +104,19 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     train |= {"microbatch_tokens": options.microbatch, "save_seconds": 1e9}
     settings = {"prompts_per_rollout": PROMPTS, "samples": SAMPLES, "max_tokens": NEW}
     rewards = [{"kind": "format"}]
+    settings |= {"engine": options.engine, "staleness": options.staleness, "gap_limit": 9.0}
     config = GRPOConfig(train=train, rewards=rewards, engine_batch=PROMPTS * SAMPLES, **settings)  # type: ignore[arg-type]
     module = initial(Transformer(shape()))
     before = peak_mb()
     prompts = [
         Prompt(str(n), [{"role": "user", "content": str(n)}], "off") for n in range(len(ids))
     ]
-    engine = TorchEngine(module, max_batch_size=PROMPTS * SAMPLES)
-    with tempfile.TemporaryDirectory() as folder, open_run(Path(folder) / "run", "grpo") as run:
+    opened = closing(open_engine(config, module, PROMPTS * SAMPLES))
+    with (
+        opened as engine,
+        tempfile.TemporaryDirectory() as folder,
+        open_run(Path(folder) / "run", "grpo") as run,
+    ):
         source = Clocked(
             module,
             engine,
@@ -132,6 +142,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         "cpu": cpu,
         "generate": generate,
         "judge": judge,
+        "wait": statistics.median(one.get("wait_seconds", 0.0) for one in timings),
         "train": wall - generate - judge,
         "peak": peak_mb(),
         "grown": peak_mb() - before,
@@ -165,10 +176,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--microbatch", type=int, default=2048, help="ours: tokens of a row")
     parser.add_argument("--side", choices=["both", "ours"], default="both")
+    parser.add_argument("--engines", action="store_true", help="compare engines instead")
+    parser.add_argument("--engine", choices=["tessera", "vllm"], default="tessera")
+    parser.add_argument("--staleness", type=int, choices=[0, 1], default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.side == "ours":
         print(json.dumps(ours(options)))
+        return
+    if options.engines:
+        print(engines(options))
         return
     for needed in (options.baselines / "trl_grpo.py", Path(options.peer)):
         if not needed.exists():
@@ -181,6 +198,37 @@ def main() -> None:
         pairs.append((json_of(command, 1), theirs(options), peak))
         print(f"# {pairs[-1][0]['cpu']:.2f} against {pairs[-1][1]['cpu']:.2f}", file=sys.stderr)
     print(report(pairs, options))
+
+
+def engines(options: argparse.Namespace) -> str:
+    """A row an engine and staleness, medians of rounds in which they take turns."""
+    ways = list(itertools.product(("tessera", "vllm"), (0, 1)))
+    found: dict[Any, list[dict[str, Any]]] = {way: [] for way in ways}
+    for _ in range(options.rounds):
+        for engine, staleness in ways:
+            words = ["--side", "ours", "--engine", engine, "--staleness", str(staleness)]
+            found[engine, staleness].append(
+                json_of([sys.executable, __file__, *sys.argv[1:], *words], 1)
+            )
+            print(
+                f"# {engine} {staleness}: {found[engine, staleness][-1]['wall']:.2f}",
+                file=sys.stderr,
+            )
+    lines = [
+        f"{torch.backends.cpu.get_cpu_capability()}, float32, torch {torch.__version__}, trainer "
+        f"and engine a thread each; {options.rounds} rounds of {options.steps} steps\n",
+        "| engine | rollout | seconds a step | generating | waiting | in the first's time |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for engine, staleness in ways:
+        rows = found[engine, staleness]
+        told = [statistics.median(row[key] for row in rows) for key in ("wall", "generate", "wait")]
+        firsts = zip(rows, found[ways[0]], strict=True)
+        ratio = statistics.median(row["wall"] / first["wall"] for row, first in firsts)
+        when = "one ahead" if staleness else "before the step"
+        cells = " | ".join(f"{one:.2f}" for one in (*told, ratio))
+        lines.append(f"| {engine} | {when} | {cells} |")
+    return "\n".join(lines)
 
 
 def report(pairs: list[Any], options: argparse.Namespace) -> str:

@@ -43,6 +43,7 @@ from tessera.model.transformer import Transformer
 
 MEMORY = Path("/dev/shm")
 PREFIX = "tessera-vllm-"
+BATCHED_TOKENS = 8192  # of prompts, that vLLM reads at once on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,7 +63,7 @@ class VLLMEngine:
         self.settings, self.batch, self.version = config, batch, 0
         self.python = find_python(config.python)
         self.config, self.cuda = module.config, torch.cuda.is_available()
-        self.form = _form(module.config, "vllm" if self.cuda else "vllm-cpu")
+        self.form: Format = _form(module.config, "vllm" if self.cuda else "vllm-cpu")
         self.room = config.max_model_len or module.config.max_position_embeddings
         self._place = _folder()
         weakref.finalize(self, shutil.rmtree, self._place, ignore_errors=True)
@@ -191,6 +192,9 @@ class VLLMEngine:
         if self.cuda:
             told |= {"gpu_memory_utilization": self.settings.memory}
             told |= {"enable_sleep_mode": self.settings.sleep}
+        else:  # a prompt read in pieces and a seed: "CPU Generator does not use offset" (0.32)
+            told |= {"enable_chunked_prefill": False}
+            told |= {"max_num_batched_tokens": max(self.room, BATCHED_TOKENS)}
         if self.settings.quantization:
             told["quantization"] = self.settings.quantization
         return told | self.settings.arguments
