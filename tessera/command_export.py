@@ -26,7 +26,8 @@ def export(
         typer.Option(
             help="decilm (any mixture of layers, for vLLM), gguf (for llama.cpp), hf (stock "
             "Llama, Mistral or Qwen, for models whose layers are all equal), padded (any mixture "
-            "as a plain Llama, with zeros), puzzletron or megatron (NVIDIA's tools)."
+            "as a plain Llama, with zeros), puzzletron or megatron (NVIDIA's tools), per_layer "
+            "(transformers' per_layer_config, which nothing runs yet)."
         ),
     ] = "decilm",
     engine: Annotated[
@@ -36,6 +37,10 @@ def export(
             "may be repeated. vllm, vllm-cpu, llama.cpp, sglang or transformers."
         ),
     ] = None,
+    fp8: Annotated[
+        bool,
+        typer.Option("--fp8", help="Round the projections to FP8 (decilm, hf and padded)."),
+    ] = False,
     check: Annotated[bool, typer.Option(help="Read it back and compare with the source.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -45,7 +50,8 @@ def export(
         return
     from tessera.serve.export import export_model
 
-    report = export_model(model, out, format, check=check, engines=engine)
+    quantize = "fp8" if fp8 else None
+    report = export_model(model, out, format, check=check, engines=engine, quantize=quantize)
     if as_json:
         print_json(report.as_json())
     else:

@@ -23,7 +23,7 @@ from tessera.model.config import (
     RopeScaling,
     SwiGLU,
 )
-from tessera.model.nas import BARE_DEFAULTS, nas_blocks
+from tessera.model.nas import BARE_DEFAULTS, nas_blocks, per_layer_blocks
 from tessera.model.values import Values, number, whole
 
 
@@ -115,9 +115,21 @@ def _refuse_unsupported(values: Values) -> None:
         )
     if (act := values.get("hidden_act") or "silu") not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {act!r} is not supported; only 'silu' is")
-    for key in ("quantization_config", "per_layer_config"):
-        if values.get(key):
-            raise ConfigError(f"{key} is not supported; give the plain, unquantized checkpoint")
+    _refuse_quantized(values.get("quantization_config") or {})
+
+
+def _refuse_quantized(told: Values) -> None:
+    """All but weights in FP8 with a scale a tensor or an output channel (`fp8.py`)."""
+    if not told:
+        return
+    groups = (told.get("config_groups") or {}).values()
+    strategies = {(group.get("weights") or {}).get("strategy") for group in groups}
+    if told.get("format") != "float-quantized" or not strategies <= {"channel", "tensor"}:
+        raise ConfigError(
+            f"quantization_config of {told.get('quant_method', 'an unknown method')!r} is not "
+            "supported, but for compressed-tensors' FP8 with a scale a tensor or a channel; give "
+            "the plain, unquantized checkpoint"
+        )
 
 
 def _parse_stock(values: Values) -> ModelConfig:
@@ -129,7 +141,7 @@ def _parse_stock(values: Values) -> ModelConfig:
         blocks = nas_blocks(values)
     else:
         block = BlockConfig(GQA(key_value), SwiGLU(whole(values, "intermediate_size")))
-        blocks = (block,) * whole(values, "num_hidden_layers")
+        blocks = per_layer_blocks(block, values)
     return ModelConfig(
         **_common(values),
         **_family_fields(family, values),

@@ -1,7 +1,10 @@
-"""`block_configs`: how the released Puzzle models write an architecture (DeciLM). Torch-free.
+"""How others write an architecture whose layers differ. Torch-free.
 
-An entry a layer says `no_op`, `replace_with_linear`, or a size: of attention the query heads that
-share a KV head (`n_heads_in_group`), of the FFN a multiplier that stands for a width.
+block_configs      the released Puzzle models (DeciLM), Model-Optimizer and Megatron: an entry a
+                   layer says `no_op`, `replace_with_linear`, or a size: of attention the query
+                   heads that share a KV head (`n_heads_in_group`) or the KV heads, of the FFN
+                   a multiplier that stands for a width (`ffn_mult`) or the width
+per_layer_config   transformers 5: what a layer has other than the model, by its number
 """
 
 from __future__ import annotations
@@ -91,3 +94,38 @@ def _ffn(entry: Values, values: Values) -> FFN:
     if entry.get("intermediate_size"):
         return SwiGLU(whole(entry, "intermediate_size"))
     return SwiGLU(ffn_mult_width(number(entry, "ffn_mult"), whole(values, "hidden_size")))
+
+
+# transformers' names of what a layer may skip.
+SKIPPED = {"attention": "attention", "mlp": "ffn"}
+_OVERRIDES = ("intermediate_size", "num_key_value_heads", "skip")
+
+
+def per_layer_blocks(common: BlockConfig, values: Values) -> tuple[BlockConfig, ...]:
+    """The blocks of a stock config, each `common` but for what `per_layer_config` says of it.
+
+    Raises ConfigError, naming the layer, for what no word says.
+    """
+    blocks = [common] * whole(values, "num_hidden_layers")
+    for key, told in (values.get("per_layer_config") or {}).items():
+        if not str(key).isdigit() or int(key) >= len(blocks):
+            raise ConfigError(f"per_layer_config names layer {key!r}; there are {len(blocks)}")
+        unknown = [name for name in told if name not in _OVERRIDES]
+        skipped = told.get("skip") or []
+        if unknown or not {*skipped} <= SKIPPED.keys():
+            raise ConfigError(
+                f"per_layer_config[{key!r}] sets {', '.join(unknown or skipped)}; supported are "
+                f"{', '.join(_OVERRIDES)} (of {', '.join(SKIPPED)})"
+            )
+        blocks[int(key)] = _overridden(common, told, [SKIPPED[name] for name in skipped])
+    return tuple(blocks)
+
+
+def _overridden(block: BlockConfig, told: Values, skipped: list[str]) -> BlockConfig:
+    if "num_key_value_heads" in told:
+        block = block.with_("attention", GQA(whole(told, "num_key_value_heads")))
+    if "intermediate_size" in told:
+        block = block.with_("ffn", SwiGLU(whole(told, "intermediate_size")))
+    for kind in skipped:
+        block = block.with_(kind, NoOp())
+    return block

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from tessera.model.config import GQA, ConfigError, Linear, ModelConfig, NoOp
 
-Format = Literal["decilm", "hf", "gguf", "padded", "puzzletron", "megatron"]
-FORMATS: tuple[Format, ...] = ("decilm", "hf", "gguf", "padded", "puzzletron", "megatron")
+Format = Literal["decilm", "hf", "gguf", "padded", "puzzletron", "megatron", "per_layer"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 ENGINES: dict[str, str] = {
     "vllm": "vLLM 0.32 (nemotron_nas)",
@@ -196,6 +196,11 @@ def _base(config: ModelConfig) -> Iterator[str]:
         yield f"the family {config.family} has no stock config.json to stand on"
 
 
+def _per_layer(config: ModelConfig) -> Iterator[str]:
+    yield from _linear(config, "transformers' per_layer_config has no word for it")
+    yield from _base(config)
+
+
 def _gguf(config: ModelConfig) -> Iterator[str]:
     """The format is llama.cpp's own, so what it cannot load there is no point in writing."""
     if config.qk_norm:
@@ -257,4 +262,5 @@ _FORMAT_RULES: dict[str, Callable[[ModelConfig], Iterator[str]]] = {
     "padded": _padded,
     "puzzletron": _base,
     "megatron": _base,
+    "per_layer": _per_layer,
 }

@@ -3,7 +3,7 @@
 Everything is checked against `config.json` from the files' headers before a weight is read: shards
 present and whole, names, shapes. Loading builds the module on the meta device and assigns tensors,
 so a model is in memory once, and of one that is spread over processes each reads its own part.
-Quantized checkpoints are not read.
+Of quantized checkpoints those in FP8 are read (`fp8.py`), and become plain.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tessera.model import fp8
 from tessera.model.families import read_config
 from tessera.model.names import hf_name
 from tessera.model.saving import (
@@ -87,16 +88,40 @@ def load_model(
         prepare(module)
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     names = {hf_name(key): key for key in shapes}
+    scales, stored = _split_scales(stored, names)
     _check({name: shapes[key] for name, key in names.items()}, stored, directory)
     if config.tie_word_embeddings:
         _check_tied(stored)
     likes, device = module.state_dict(), torch.device(device)
-    tensors = {
-        names[name]: place(tensor, likes[names[name]], dtype, device)
-        for name, tensor in _read({name: stored[name] for name in names})
-    }
+    factors = dict(_read(scales))
+    tensors = {}
+    for name, tensor in _read({name: stored[name] for name in names}):
+        if tensor.dtype == fp8.DTYPE:
+            tensor = _plain(name, tensor, factors, stored[name].file)
+        tensors[names[name]] = place(tensor, likes[names[name]], dtype, device)
     module.load_state_dict(tensors, assign=True)
     return module
+
+
+def _split_scales(
+    stored: Mapping[str, Stored], names: Mapping[str, str]
+) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """The scales of weights in FP8, and the other tensors."""
+    scales = {n: one for n, one in stored.items() if n.removesuffix(fp8.SUFFIX) in names}
+    scales = {n: one for n, one in scales.items() if n not in names}
+    return scales, {n: one for n, one in stored.items() if n not in scales}
+
+
+def _plain(name: str, tensor: Tensor, scales: Mapping[str, Tensor], file: Path) -> Tensor:
+    """A weight out of FP8. Raises CheckpointError without a scale that fits it."""
+    scale = scales.get(name + fp8.SUFFIX)
+    if scale is None or scale.numel() not in (1, tensor.shape[0]):
+        found = "none" if scale is None else list(scale.shape)
+        raise CheckpointError(
+            f"{name} in {file} is in FP8 and needs {name}{fp8.SUFFIX}, one number or one for each "
+            f"of its {tensor.shape[0]} rows; there is {found}"
+        )
+    return fp8.dequantize(tensor, scale)
 
 
 def find_tensors(directory: Path) -> dict[str, Stored]:

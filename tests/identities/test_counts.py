@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tessera.model import decilm
 from tessera.model.cache import KVCache
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, name, parse
-from tessera.model.families import read_config
+from tessera.model.families import parse_config, read_config
 from tessera.model.layers import Subblock
+from tessera.model.names import hf_name
 from tessera.model.transformer import Transformer
 from tests import tiny
 
@@ -64,6 +68,29 @@ def test_released_puzzle_models_have_their_published_size(
     heads = [parse(attention) for attention, _ in config.words if attention != "noop"]
     assert heads == [GQA(8)] * attention_layers
     assert config.kv_bytes_per_token(1) == fp8
+
+
+QKVO = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+GATED = [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("file", ["3-Nemotron-Super-49B-v1", "1-Nemotron-Ultra-253B-v1"])
+def test_released_puzzle_models_have_the_tensors_their_blocks_say(shared, file):
+    path = shared / "data/nas_configs" / f"Llama-3_{file}.config.json"
+    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    for layer, block in enumerate(json.loads(path.read_text())["block_configs"]):
+        for part, norm, matrices, linear in (
+            ("attention", "input_layernorm.weight", QKVO, "self_attn.linear_attn.weight"),
+            ("ffn", "post_attention_layernorm.weight", GATED, "mlp.linear_mlp.weight"),
+        ):
+            if not block[part]["no_op"]:
+                names = [linear] if block[part]["replace_with_linear"] else matrices
+                expected |= {f"model.layers.{layer}.{name}" for name in (norm, *names)}
+    with torch.device("meta"):
+        module = Transformer(read_config(path))
+    assert {hf_name(key) for key in module.state_dict()} == expected
+    again = parse_config(decilm.config_dict(module.config))
+    assert again.words == module.config.words and again.num_params() == module.config.num_params()
 
 
 def test_nemotron_51b_with_its_linear_layers_has_its_published_size(shared):

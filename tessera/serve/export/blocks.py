@@ -1,10 +1,13 @@
-"""`block_configs` in the words of NVIDIA's tools: sizes as they are, beside a stock base model.
+"""Layers that differ in the words of others: sizes as they are, beside a stock base model.
 
     puzzletron   Model-Optimizer's AnyModel: the base model's config.json with `block_configs`
     megatron     the same weights, and Megatron-LM's heterogeneous-layers JSON beside them
+    per_layer    transformers 5: the base model's config.json with `per_layer_config`
 
-Both name KV heads and widths outright, so nothing is padded. Stock engines do not build such
-directories; Model-Optimizer and tessera read the first, Megatron's converters the second.
+All name KV heads and widths outright, so nothing is padded. Stock engines do not build such
+directories: Model-Optimizer and tessera read the first, Megatron's converters the second, and
+transformers (5.24) reads the third's config, but builds no Llama after it: it refuses, or builds
+equal layers without a word where told to allow that.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import Any
 
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
 from tessera.model.families import config_dict
+from tessera.model.nas import SKIPPED
+from tessera.model.servable import Format
 from tessera.model.transformer import Transformer
 from tessera.model.weights import save_model
 from tessera.serve.export.padded import uniform_shape
@@ -24,22 +29,50 @@ MEGATRON_FILE = "heterogeneous_layers_config.json"
 
 
 def write(
-    module: Transformer, directory: Path, tokenizer_from: Path | None = None, *, megatron: bool
+    module: Transformer, directory: Path, form: Format, tokenizer_from: Path | None = None
 ) -> None:
     """Write weights, config and, for Megatron, its JSON into `directory`, which must not exist."""
     save_model(module, directory, tokenizer_from=tokenizer_from)
-    text = json.dumps(puzzletron(module.config), indent=2) + "\n"
-    (directory / "config.json").write_text(text)
-    if megatron:
+    told = (per_layer if form == "per_layer" else puzzletron)(module.config)
+    (directory / "config.json").write_text(json.dumps(told, indent=2) + "\n")
+    if form == "megatron":
         told = {"block_configs": [_megatron_block(one) for one in module.config.blocks]}
         (directory / MEGATRON_FILE).write_text(json.dumps(told, indent=2) + "\n")
 
 
 def puzzletron(config: ModelConfig) -> dict[str, Any]:
     """The base model's `config.json`, its sizes the greatest of any layer, with `block_configs`."""
-    block = BlockConfig(*uniform_shape(config))
-    base = config_dict(replace(config, blocks=(block,) * config.num_hidden_layers))
+    base, _ = _base(config)
     return {**base, "block_configs": [_puzzletron_block(one) for one in config.blocks]}
+
+
+def per_layer(config: ModelConfig) -> dict[str, Any]:
+    """The base model's `config.json` with `per_layer_config`: the layers that differ from it."""
+    base, block = _base(config)
+    digits = len(str(config.num_hidden_layers - 1))
+    found = {
+        f"{layer:0{digits}}": _overrides(one, block)
+        for layer, one in enumerate(config.blocks)
+        if one != block
+    }
+    return {**base, "per_layer_config": found}
+
+
+def _base(config: ModelConfig) -> tuple[dict[str, Any], BlockConfig]:
+    block = BlockConfig(*uniform_shape(config))
+    return config_dict(replace(config, blocks=(block,) * config.num_hidden_layers)), block
+
+
+def _overrides(block: BlockConfig, common: BlockConfig) -> dict[str, Any]:
+    """What a layer has other than the model."""
+    told: dict[str, Any] = {}
+    attention, ffn = block.attention, block.ffn
+    if isinstance(attention, GQA) and attention != common.attention:
+        told["num_key_value_heads"] = attention.num_key_value_heads
+    if isinstance(ffn, SwiGLU) and ffn != common.ffn:
+        told["intermediate_size"] = ffn.intermediate_size
+    skipped = [name for name, kind in SKIPPED.items() if isinstance(getattr(block, kind), NoOp)]
+    return told | ({"skip": skipped} if skipped else {})
 
 
 def _puzzletron_block(block: BlockConfig) -> dict[str, Any]:

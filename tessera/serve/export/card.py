@@ -48,6 +48,10 @@ For NVIDIA Model-Optimizer (AnyModel). No stock engine builds it; `--format deci
     "megatron": """\
 For Megatron-LM: --heterogeneous-layers-config-path heterogeneous_layers_config.json
 """,
+    "per_layer": """\
+In transformers' own words for layers that differ. Its Llama classes do not build from them (5.24):
+`--format decilm` is for serving.
+""",
     "gguf": """\
 llama.cpp:
 
@@ -58,9 +62,10 @@ llama.cpp:
 
 def render(report: Report, config: ModelConfig, source: Path) -> str:
     """The page as Markdown."""
+    kind = "FP8" if report.quantize else "float32"
     parts = [
         f"# {title(source)}",
-        f"Exported by tessera, format `{report.format}`, float32. "
+        f"Exported by tessera, format `{report.format}`, {kind}. "
         f"{report.num_params:,} parameters, {config.num_hidden_layers} layers, hidden size "
         f"{config.hidden_size}; a token adds {config.kv_bytes_per_token(2):,.0f} bytes of KV cache "
         "in 16 bits.",

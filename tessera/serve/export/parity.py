@@ -59,14 +59,12 @@ def compare(source: Probe, copy: Transformer) -> Parity:
     Raises ExportError when logits differ by more than rounding, or when a token does that is
     not a tie within that difference.
     """
-    logits = copy.logits(copy(source.sequences.to(copy.head.device))).to(source.logits.device)
-    difference = (logits - source.logits).abs().max().item()
-    ours = slice(PROMPT_TOKENS - 1, -1)
+    logits, result = _compared(source, copy)
+    difference, ours = result.max_logit_difference, slice(PROMPT_TOKENS - 1, -1)
     agree = logits[:, ours].argmax(-1) == source.sequences[:, PROMPT_TOKENS:]
     top = source.logits[:, ours].topk(2, dim=-1).values
     tie = top[..., 0] - top[..., 1] <= 2 * difference
     limit = TOLERANCE * max(1.0, source.logits.abs().max().item())
-    result = Parity(agree.numel(), int(agree.sum()), difference)
     if not difference <= limit or not bool((agree | tie).all()):
         raise ExportError(
             f"the exported files do not compute what the source does: {result.tokens_equal} of "
@@ -74,3 +72,17 @@ def compare(source: Probe, copy: Transformer) -> Parity:
             f"{limit:.3g}); nothing was kept. This is a defect of the exporter: please report it"
         )
     return result
+
+
+def distance(source: Probe, copy: Transformer) -> Parity:
+    """Parity of a copy that is meant to differ."""
+    return _compared(source, copy)[1]
+
+
+@torch.no_grad()
+def _compared(source: Probe, copy: Transformer) -> tuple[Tensor, Parity]:
+    logits = copy.logits(copy(source.sequences.to(copy.head.device))).to(source.logits.device)
+    found = logits[:, PROMPT_TOKENS - 1 : -1].argmax(-1)
+    agree = found == source.sequences[:, PROMPT_TOKENS:]
+    difference = (logits - source.logits).abs().max().item()
+    return logits, Parity(agree.numel(), int(agree.sum()), difference)
