@@ -82,7 +82,7 @@ CONFINED = {
         *("command.py", "command_data.py", "command_eval.py", "command_export.py"),
         *("command_report.py", "command_serve.py"),
     ],
-    "vllm": ["generate/vllm_worker.py", "serve/vllm_driver.py"],
+    "vllm": ["generate/vllm_worker.py", "serve/vllm_driver.py", "serve/vllm_plugin.py"],
     "wandb": ["train/sinks.py"],
 }
 FILES = sorted(ROOT.rglob("*.py"))

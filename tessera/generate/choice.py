@@ -23,8 +23,9 @@ class VLLMConfig(Config):
     is float32 on a CPU and bfloat16 on a GPU. quantization: "fp8" rounds weights as they are
     loaded, on GPUs that have it. memory: share of the GPU for weights and cache; on a CPU
     `cache_gib` says how large the cache is, left out it fits the queue up to 4 GiB. sleep: gives
-    a GPU's memory to the trainer between rollouts. arguments: further ones of `vllm.LLM`, such as
-    tensor_parallel_size.
+    a GPU's memory to the trainer between rollouts. plugin: tessera's own classes for the layers
+    that stock vLLM does not build (`serve/vllm_plugin.py`), in this process alone. arguments:
+    further ones of `vllm.LLM`, such as tensor_parallel_size.
     """
 
     python: str | None = None
@@ -35,6 +36,7 @@ class VLLMConfig(Config):
     cache_gib: PositiveInt | None = None
     max_model_len: PositiveInt | None = None
     sleep: bool = True
+    plugin: bool = False
     arguments: dict[str, bool | int | float | str] = {}
 
     @field_validator("arguments")

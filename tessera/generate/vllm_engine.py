@@ -42,6 +42,7 @@ from tessera.model.servable import Format, refusals
 from tessera.model.transformer import Transformer
 
 MEMORY = Path("/dev/shm")
+PLUGIN = Path(__file__).parents[1] / "serve" / "vllm_plugin.py"
 PREFIX = "tessera-vllm-"
 BATCHED_TOKENS = 8192  # of prompts, that vLLM reads at once on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,7 +64,8 @@ class VLLMEngine:
         self.settings, self.batch, self.version = config, batch, 0
         self.python = find_python(config.python)
         self.config, self.cuda = module.config, torch.cuda.is_available()
-        self.form: Format = _form(module.config, "vllm" if self.cuda else "vllm-cpu")
+        stock = "vllm" if self.cuda else "vllm-cpu"
+        self.form: Format = _form(module.config, "vllm-plugin" if config.plugin else stock)
         self.room = config.max_model_len or module.config.max_position_embeddings
         self._place = _folder()
         weakref.finalize(self, shutil.rmtree, self._place, ignore_errors=True)
@@ -150,7 +152,9 @@ class VLLMEngine:
 
     def _start(self) -> None:
         self._process = Process(self.python, self._environment())
-        self.info = self._process.ask("open", arguments=self._arguments(), **self._where())
+        plugin = {"plugin": str(PLUGIN)} if self.settings.plugin else {}
+        told = {"arguments": self._arguments(), **plugin, **self._where()}
+        self.info = self._process.ask("open", **told)
 
     def _ask(self, do: str, told: Callable[[int], None] | None = None, **keys: Any) -> dict:
         """An answer, from a second process where the first dies over it."""
@@ -257,7 +261,8 @@ def _form(config: ModelConfig, engine: str) -> Format:
     if not refusals(config, engine, "decilm"):
         return "decilm"
     reasons = refusals(config, engine, "hf" if stock else "decilm")
-    raise GenerationError(f"vLLM cannot load this model: {'; '.join(reasons)}")
+    hint = "" if refusals(config, "vllm-plugin", "decilm") else "; vllm.plugin = true can"
+    raise GenerationError(f"vLLM cannot load this model: {'; '.join(reasons)}{hint}")
 
 
 def publish(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -37,12 +38,16 @@ class Worker:
         self.out.write(json.dumps(answer) + "\n")
         self.out.flush()
 
-    def open(self, model: str, checksums: dict[str, int], arguments: dict[str, Any]) -> dict:
-        """Starts vLLM on a model directory."""
+    def open(
+        self, model: str, checksums: dict[str, int], arguments: dict[str, Any], plugin: str = ""
+    ) -> dict:
+        """Starts vLLM on a model directory. plugin: a file whose `register` is called before."""
         import torch
         import vllm  # pyright: ignore[reportMissingImports]
 
         _check(Path(model), checksums)
+        if plugin:
+            runpy.run_path(plugin)["register"]()
         self.llm = vllm.LLM(model=model, **arguments)
         cuda = torch.cuda.is_available()
         return {

@@ -29,7 +29,7 @@ CONFIG: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",
     "quantization_status": "compressed",
-    "ignore": ["lm_head"],
+    "ignore": ["lm_head", "re:.*linear_(attn|mlp)$"],
     "config_groups": {
         "group_0": {
             "targets": ["Linear"],

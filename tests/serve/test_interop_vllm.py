@@ -16,6 +16,7 @@ import pytest
 
 from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model, save_model
+from tessera.serve import vllm_plugin
 from tessera.serve.export import export_model
 from tests.serve.interop import EQUAL, HETEROGENEOUS, PROMPTS, greedy, random_model
 
@@ -45,10 +46,10 @@ def python() -> str:
     pytest.skip("needs vLLM's CPU build: make venv-vllm")
 
 
-def told(directory: Path, prompts: list[list[int]]) -> list:
+def told(directory: Path, prompts: list[list[int]], *plugin: str) -> list:
     """Greedy tokens and their log-probs of every prompt, as vLLM has them."""
     ran = subprocess.run(
-        [python(), str(SCRIPT), str(directory), json.dumps(prompts), str(NEW)],
+        [python(), str(SCRIPT), str(directory), json.dumps(prompts), str(NEW), *plugin],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -60,8 +61,10 @@ def told(directory: Path, prompts: list[list[int]]) -> list:
     return json.loads(answers[0][7:])
 
 
-def assert_vllm_agrees(module: Transformer, directory: Path, prompts: list[list[int]]) -> None:
-    for prompt, (theirs, given) in zip(prompts, told(directory, prompts), strict=True):
+def assert_vllm_agrees(
+    module: Transformer, directory: Path, prompts: list[list[int]], *plugin: str
+) -> None:
+    for prompt, (theirs, given) in zip(prompts, told(directory, prompts, *plugin), strict=True):
         tokens, logprobs = greedy(module, prompt, NEW)
         assert theirs == tokens
         assert all(abs(x - y) < 2e-4 for x, y in zip(logprobs, given, strict=True))
@@ -102,3 +105,18 @@ def test_weights_in_fp8_are_loaded(words, tmp_path: Path):
     for prompt, (_, given) in zip(PROMPTS, told(tmp_path / "out", PROMPTS), strict=True):
         (_, logprobs) = greedy(rounded, prompt, 1)
         assert given[0] == pytest.approx(logprobs[0], abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (("noop", "swiglu-256"), ("gqa-2", "swiglu-512"), ("noop", "noop"), ("gqa-4", "noop")),
+        (("linear", "swiglu-256"), ("gqa-2", "linear"), ("linear", "linear"), ("gqa-8", "noop")),
+    ],
+    ids=["FFN before any attention", "linear"],
+)
+def test_the_plugin_loads_what_stock_vllm_does_not(words, tmp_path: Path):
+    module = random_model(words)
+    save_model(module, tmp_path / "child")
+    export_model(tmp_path / "child", tmp_path / "out", "decilm", engines=["vllm-plugin"])
+    assert_vllm_agrees(module, tmp_path / "out", PROMPTS, vllm_plugin.__file__)

@@ -1,12 +1,13 @@
 """Run by vLLM's own environment: greedy tokens of an exported directory, as JSON.
 
-    python vllm_tokens.py DIRECTORY PROMPTS_JSON NEW_TOKENS
+    python vllm_tokens.py DIRECTORY PROMPTS_JSON NEW_TOKENS [PLUGIN]
 
 Prints one line, `TOKENS [[ids], [log-probabilities]]` a prompt; vLLM prints much besides.
 """
 
 import json
 import os
+import runpy
 import sys
 
 os.environ |= {
@@ -19,8 +20,11 @@ os.environ |= {
 }
 
 
-def main(directory: str, prompts: str, new: str) -> None:
+def main(directory: str, prompts: str, new: str, plugin: str = "") -> None:
     import vllm  # pyright: ignore[reportMissingImports]
+
+    if plugin:
+        runpy.run_path(plugin)["register"]()
 
     llm = vllm.LLM(
         model=directory,

