@@ -24,7 +24,7 @@ ENGINES: dict[str, str] = {
     "vllm-plugin": "vLLM 0.32 with tessera's plugin (TESSERA_VLLM_PLUGIN=1)",
     "llama.cpp": "llama.cpp (deci, xllamacpp 2026.10)",
     "sglang": "SGLang (nemotron_nas; read, not run)",
-    "transformers": "transformers 5 (trust_remote_code)",
+    "transformers": "transformers 4.57, 5.19, 5.24 (trust_remote_code)",
 }
 
 # Names for several engines, or for what an engine is reached by. No stock Hugging Face class builds
