@@ -10,7 +10,7 @@ field = "question"
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, SerializeAsAny, Tag, field_validator, model_validator
 
@@ -77,14 +77,15 @@ def _kind(value: Any) -> str:
 class CurateConfig(Config):
     """The table of the stage.
 
-    dialect: of the rows that it gives. shard_mb: MB of a shard, the unit that is resumed and that
-    processes share out. max_bad: the share of broken records that is not yet an error.
+    dialect, format: of the rows that it gives. shard_mb: MB of a shard, the unit that is resumed
+    and that processes share out. max_bad: the share of broken records that is not yet an error.
     """
 
     sources: list[SourceConfig] = Field(min_length=1)
     steps: list[SerializeAsAny[Config]] = []
     teachers: dict[str, TeacherConfig] = {}
     dialect: Dialect = "openai"
+    format: Literal["jsonl", "parquet"] = "jsonl"
     shard_mb: float = Field(default=64.0, gt=0)
     max_bad: float = Field(default=0.01, ge=0, le=1)
 

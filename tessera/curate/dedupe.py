@@ -64,7 +64,9 @@ class NearDedupe(Config):
     """Keeps the first of rows whose `field` has a Jaccard index of `threshold` or more.
 
     n: words in an n-gram; long texts want 5, questions of a few sentences 2 or 3. One changed word
-    costs n of them.
+    costs n of them. With field = "question", this stands before anything that makes several rows of
+    one: of several samples of a question, or of its answers with reasoning on and off, it keeps the
+    first. field = "all" looks at answers, too, and keeps a pair whose answers differ.
     """
 
     step: Literal["near_dedupe"]

@@ -1,6 +1,6 @@
 """Stage `curate`: rows in, chats out, step by step, with counts in and out of each.
 
-    chats/part-*.jsonl   the rows that came through, in the dialect of the table
+    chats/part-*         the rows that came through, in the dialect and format of the table
     removed/*.jsonl      every other row: where it came from, which step left it out, and why
     tables/steps.jsonl   rows in and out of each step; reasons.jsonl, sources.jsonl
 
@@ -26,6 +26,7 @@ from tessera.curate.replies import Replies
 from tessera.curate.similar import Nearest
 from tessera.curate.sources import Shard, plan_shards, read_shard
 from tessera.curate.steps import AskStep, SetStep
+from tessera.data import parquet
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError
 from tessera.disk import atomic_write, writing
@@ -315,6 +316,8 @@ def collect(pipeline: Pipeline, run: Run) -> None:
     with writing(run.path):
         for path in sorted((pipeline.home / f"{last:02}").glob("part-*.jsonl")):
             os.replace(path, run.path / "chats" / path.name)
+        if pipeline.config.format == "parquet":
+            parquet.convert(sorted((run.path / "chats").glob("*.jsonl")))
         for path in sorted(pipeline.home.glob("*/removed-*.jsonl")):
             number = path.stem.removeprefix("removed-")
             if path.stat().st_size:
@@ -333,6 +336,6 @@ def stage(config: CurateConfig, run: Run, inputs: Mapping[str, Path | None]) -> 
     collect(pipeline, run)
     for row in steps:
         run.say(f"{row['step']}: {row['in']:,} rows in, {row['out']:,} out")
-    if not any((run.path / "chats").glob("*.jsonl")) or not steps or not steps[-1]["out"]:
+    if not any((run.path / "chats").glob("part-*")) or not steps or not steps[-1]["out"]:
         emptied = next((row["step"] for row in steps if not row["out"]), READ)
         raise DataError(f'no row came through: the step "{emptied}" left none; see tables/reasons')

@@ -166,7 +166,7 @@ class SourceWriter:
             self._add("heldout", portion, heldout[part])
 
     def _tell_refused(self, one: Scan, home: Path) -> None:
-        for line in (home / REFUSED).read_text(encoding="utf-8").splitlines():
+        for line in (home / REFUSED).read_text(encoding="utf-8").split("\n")[:-1]:
             number, reason = json.loads(line)
             row = number + 1 if one.lines is None else int(one.lines[number])
             self.refused.append(Bad(one.unit.label, row, reason, ""))

@@ -264,9 +264,16 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
     try:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+            yield from map(_present, batch.to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+
+
+def _present(value: Any) -> Any:
+    """Without the nulls of objects: Parquet has no absent keys, and a null says no more."""
+    if isinstance(value, dict):
+        return {key: _present(one) for key, one in value.items() if one is not None}
+    return [_present(one) for one in value] if isinstance(value, list) else value
 
 
 def _excerpt(data: bytes) -> str:

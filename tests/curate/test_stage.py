@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from tessera.curate.sources import SourceConfig, plan_shards, read_shard
+from tessera.data import parquet
 from tessera.data.conversation import Chat
-from tessera.data.readers import Bad, DataError
+from tessera.data.readers import Bad, DataError, read_rows
 from tessera.data.schema import read_chats
 from tessera.run import read_table
 from tests.curate.conftest import Curated, killed, lines, run_stage, write_lines
@@ -48,6 +49,48 @@ def rows(count: int) -> list[dict[str, Any]]:
 def table(file: Path, **more: Any) -> dict[str, Any]:
     source = {"paths": str(file), "name": "rows"}
     return {"sources": [source], "steps": STEPS, "shard_mb": 0.01, **more}
+
+
+def test_rows_in_parquet_are_those_in_lines(curate: Curate, tmp_path: Path):
+    found = rows(300)
+    for n, row in enumerate(found):  # keys that only some rows have, and nested ones
+        row |= {"score": n / 7} if n % 3 else {"args": {"kwargs": [{"n": n}, {"m": "x"}]}}
+    file = write_lines(tmp_path / "rows.jsonl", found)
+    plain = run_stage(tmp_path / "plain", table(file))
+    made = run_stage(tmp_path / "made", table(file, format="parquet"))
+    names = [path.name for path in sorted((made.path / "chats").iterdir())]
+    assert len(names) > 1 and all(name.endswith(".parquet") for name in names)
+    assert made.counts() == plain.counts()
+    kept = [
+        [chat for path in sorted((one.path / "chats").iterdir()) for _, chat in read_chats(path)]
+        for one in (plain, made)
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_a_killed_conversion_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = [write_lines(tmp_path / f"{n}.jsonl", [{"a": n, "b": [n]}] * 3) for n in range(3)]
+    whole = parquet._write
+    calls: list[Path] = []
+
+    def killed(source: Path, target: Path, schema: Any) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        whole(source, target, schema)
+
+    monkeypatch.setattr(parquet, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        parquet.convert(files)
+    assert all(file.is_file() for file in files)
+    made = parquet.convert(files)
+    assert [row for path in made for _, row in read_rows(path)] == [
+        {"a": n, "b": [n]} for n in range(3) for _ in range(3)
+    ]
+    assert not any(file.exists() for file in files)
+    mixed = [write_lines(tmp_path / "m.jsonl", [{"a": 1}, {"a": "x"}])]
+    with pytest.raises(DataError, match='write format = "jsonl"'):
+        parquet.convert(mixed)
 
 
 def test_every_row_comes_out_or_is_told_of(curate: Curate, tmp_path: Path):

@@ -7,7 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tessera.data.switch import obeys
 from tessera.rl.verifiers.answer import boxed, final_statement, split_thoughts
 from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_number
 from tessera.rl.verifiers.format import switch_of, verify_format
@@ -119,6 +122,14 @@ def test_exact_ignores_case_spaces_and_width_only():
 )
 def test_the_switch_is_obeyed(completion: str, switch, verdict: str):
     assert verify_format(completion, switch).verdict == verdict
+
+
+@settings(derandomize=True, max_examples=300)
+@given(st.lists(st.sampled_from(["<think>", "</think>", "4", " ", "\n", "so"]), max_size=7))
+def test_what_is_rewarded_is_what_obedience_measures(parts: list[str]):
+    text = "".join(parts)
+    for switch in ("on", "off"):
+        assert (verify_format(text, switch).verdict == "right") == obeys(text, switch)
 
 
 def test_what_was_cut_short_is_exempt_from_closing_its_thought():

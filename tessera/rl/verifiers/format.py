@@ -1,6 +1,7 @@
 """Whether a completion obeys the reasoning switch (Llama-Nemotron §5.1's format reward).
 
-On: one closed thought first, and an answer after it. Off: no tag of a thought at all. A prompt
+On: one closed thought first, and an answer after it. Off: an answer, and no tag of a thought. It is
+`obeys` of data/switch.py with the reasons, so what is rewarded is what is measured. A prompt
 without the switch asks for neither. A completion that was cut short is exempt, as it is in
 NVIDIA's own checker: what is missing is length, which other rewards judge.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from tessera.data.switch import obeys
 from tessera.rl.verifiers.answer import CLOSE, OPEN
-from tessera.rl.verifiers.outcome import Outcome, judged, right, wrong
+from tessera.rl.verifiers.outcome import Outcome, judged, right
 
 Switch = Literal["on", "off"]
 _SWITCH = re.compile(r"detailed thinking (on|off)\b", re.IGNORECASE)
@@ -32,14 +34,17 @@ def verify_format(completion: str, switch: Switch | None, *, truncated: bool = F
         return right("the prompt has no switch")
     if switch not in ("on", "off"):
         raise ValueError(f"the switch is 'on', 'off' or absent (None), not {switch!r}")
+    if switch == "on" and truncated:
+        return right("cut short: exempt")
+    return judged(obeys(completion, switch), _why_not(completion, switch))
+
+
+def _why_not(completion: str, switch: Switch) -> str:
     opened, closed = completion.count(OPEN), completion.count(CLOSE)
     if switch == "off":
-        return judged(not opened and not closed, "off, but has tags of a thought")
-    if truncated:
-        return right("cut short: exempt")
+        return "off, but has tags of a thought" if opened or closed else "off, but says nothing"
     if (opened, closed) != (1, 1):
-        return wrong(f"on, but has {opened} {OPEN} and {closed} {CLOSE} instead of one each")
+        return f"on, but has {opened} {OPEN} and {closed} {CLOSE} instead of one each"
     if not completion.lstrip().startswith(OPEN):
-        return wrong(f"on, but does not begin with {OPEN}")
-    answer = completion.partition(CLOSE)[2]
-    return judged(bool(answer.strip()), "on, but says nothing after its thought")
+        return f"on, but does not begin with {OPEN}"
+    return "on, but says nothing after its thought"

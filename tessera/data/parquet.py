@@ -1,0 +1,79 @@
+"""JSON lines made Parquet: one schema for all files, absent keys as nulls.
+
+What the readers give of such a file is what they give of the lines (`readers.py` takes nulls away),
+so a set may be kept in either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tessera.data.readers import DataError
+from tessera.disk import sync, writing
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ROWS = 4096  # of a row group, all that is in memory at once
+
+
+def convert(sources: Sequence[Path]) -> list[Path]:
+    """Puts FILE.parquet in the place of every FILE.jsonl; killed at any moment, it can be repeated.
+
+    Raises DataError where a key holds values of several types, which no column does.
+    """
+    made = [path.with_suffix(".parquet") for path in sources]
+    if not all(path.is_file() for path in made):
+        schema = _schema(sources)
+        for source, target in zip(sources, made, strict=True):
+            _write(source, target, schema)
+    for source in sources:
+        source.unlink()
+    return made
+
+
+def _write(source: Path, target: Path, schema: pyarrow.Schema) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    temporary = target.with_name(f".{target.name}.tmp")
+    with writing(target):
+        with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for rows in _batches(source):
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+        sync(temporary)
+        temporary.replace(target)
+
+
+def _schema(sources: Sequence[Path]) -> pyarrow.Schema:
+    """A schema that every row fits."""
+    import pyarrow
+
+    found: list[pyarrow.Schema] = []
+    try:
+        for source in sources:
+            for rows in _batches(source):
+                schema = pyarrow.Table.from_pylist([dict.fromkeys(_keys(rows)), *rows]).schema
+                found = [pyarrow.unify_schemas([*found, schema], promote_options="permissive")]
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"the rows have a key with values of several types, and Parquet has one a column "
+            f'({error}): leave that key out of the sources, or write format = "jsonl"'
+        ) from None
+    return found[0] if found else pyarrow.schema([])
+
+
+def _keys(rows: Sequence[dict[str, Any]]) -> dict[str, None]:
+    """The keys of all rows: pyarrow takes a table's columns from the first."""
+    return dict.fromkeys(key for row in rows for key in row)
+
+
+def _batches(source: Path) -> Iterator[list[dict[str, Any]]]:
+    with source.open(encoding="utf-8") as lines:
+        rows = (json.loads(line) for line in lines)
+        while batch := list(islice(rows, ROWS)):
+            yield batch
