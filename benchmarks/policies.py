@@ -3,7 +3,8 @@
     python benchmarks/policies.py RUNS [--seeds 0 1 2]
 
 RUNS holds what benchmarks/quickstart.py made (RUNS/quickstart-SEED/sft). Every row trains the same
-model on as many answers: GRPO on prompts by chance and from easy to hard, RLOO, and online RPO.
+model on as many answers: GRPO on prompts by chance, from easy to hard and answered one step ahead,
+RLOO, and online RPO.
 Accuracy is greedy on held-out problems of three and six operations, reasoning on.
 """
 
@@ -36,6 +37,11 @@ train = {{ {train}, lr = 5e-4 }}
 {common}
 curriculum = {{ order = "curriculum" }}
 train = {{ {train}, lr = 5e-4 }}
+[grpo-ahead]
+{common}
+staleness = 1
+gap_limit = 1.0
+train = {{ {train}, lr = 5e-4 }}
 [rloo]
 {common}
 kl = 0.0
@@ -44,6 +50,7 @@ train = {{ {train}, lr = 5e-4 }}
 {common}
 beta = 0.1
 eta = 10.0
+dynamic_sampling = 2
 train = {{ {train}, lr = 5e-4 }}
 """
 COMMON = """model = "{sft}"
@@ -61,7 +68,7 @@ thinking = "on"
 on = {{ temperature = 0.0 }}
 max_tokens = 64
 """
-NAMES = ("grpo", "grpo-curriculum", "rloo", "rpo")
+NAMES = ("grpo", "grpo-curriculum", "grpo-ahead", "rloo", "rpo")
 
 
 def ran(seed: int, runs: Path) -> list[dict[str, float | str]]:

@@ -169,8 +169,9 @@ class OnlinePairs(Rollouts):
         total = sum(float(batch.streams["first"].sum()) for batch in made)
         if not float(self.layout.sum(torch.tensor([total], dtype=torch.float64))):
             raise FailureError(
-                "no prompt of a step has answers of different worth; see the run's samples/, and "
-                "ask prompts that are neither always nor never solved"
+                "no prompt of a step has answers of different worth; see the run's samples/, ask "
+                "prompts that are neither always nor never solved, or more of them where that "
+                "happens (dynamic_sampling)"
             )
         return made
 

@@ -102,11 +102,20 @@ def _of_files(paths: Sequence[str]) -> Iterator[Prompt]:
             if isinstance(chat, Bad):
                 raise DataError(f"{chat}; mend the row, or let curate leave it out")
             asked = chat.messages[:-1] if chat.answered else chat.messages
-            fields = dict(chat.extra)
+            fields = {**_instructions(chat.extra.get("args")), **chat.extra}
             known = next((name for name in ANSWERS if fields.get(name) is not None), None)
             if known:
                 fields.setdefault("answer", fields[known])
             yield Prompt(f"{path.name}:{number}", asked, chat.mode, fields)
+
+
+def _instructions(arguments: Any) -> dict[str, Any]:
+    """What the Llama-Nemotron RL part keeps in `args`, under IFEval's names; nulls are none."""
+    if not isinstance(arguments, Mapping) or "instruction_id_list" not in arguments:
+        return {}
+    told = arguments.get("instruction_kwargs") or [{}] * len(arguments["instruction_id_list"])
+    kwargs = [{k: v for k, v in (one or {}).items() if v is not None} for one in told]
+    return {"instruction_id_list": arguments["instruction_id_list"], "kwargs": kwargs}
 
 
 def judged_samples(

@@ -9,6 +9,7 @@ import pytest
 
 from tessera.data.readers import DataError
 from tessera.rl.prompts import FILE, PromptsConfig, collect, read, write
+from tessera.rl.rewards import InstructionsReward, require_fields
 
 
 def test_problems_are_asked_once_and_never_held_out_ones():
@@ -32,6 +33,17 @@ def test_rows_of_chats_are_asked_without_their_answers(tmp_path: Path):
     (one,) = collect(PromptsConfig(paths=(str(path),)), 0)
     assert [m["role"] for m in one.messages] == ["system", "user"]
     assert one.fields["answer"] == "4"
+
+
+def test_instructions_of_the_nemotron_rl_part_are_what_the_checker_reads(tmp_path: Path):
+    told = {"instruction_id_list": ["punctuation:no_comma", "startend:end_checker"]}
+    told["instruction_kwargs"] = [{"end_phrase": None}, {"end_phrase": "bye"}]
+    row = {"input": [{"role": "user", "content": "Say bye."}], "args": told}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (one,) = collect(PromptsConfig(paths=(str(path),)), 0)
+    require_fields([InstructionsReward(kind="instructions")], one.fields)
+    assert one.fields["kwargs"] == [{}, {"end_phrase": "bye"}]
 
 
 def test_a_variable_of_the_template_leaves_the_messages_as_they_are():
