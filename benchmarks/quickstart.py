@@ -3,7 +3,7 @@
     python benchmarks/quickstart.py [--seeds 0 1 2] [--runs runs/quickstart-seeds]
 
 What the folder holds already is not run again. Seconds are of the wall, with whatever else the
-machine does; the models' speeds were paired within each run.
+machine does, and of the CPU; the models' speeds were paired within each run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def ran(seed: int, runs: Path) -> Path:
     return runs / name
 
 
-def seconds(home: Path) -> dict[str, float]:
-    """How long each stage took."""
+def seconds(home: Path, key: str) -> dict[str, float]:
+    """How long each stage took, by the wall (`seconds`) or the CPU (`cpu_seconds`)."""
     manifests = (json.loads(path.read_text()) for path in home.glob("*/run.json"))
-    return {one["name"]: one["seconds"] for one in sorted(manifests, key=lambda m: m["started"])}
+    return {one["name"]: one.get(key, 0.0) for one in sorted(manifests, key=lambda m: m["started"])}
 
 
 def main() -> None:
@@ -49,10 +49,14 @@ def main() -> None:
     ]
     spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
     print(f"RL on hard problems: {statistics.mean(gains):+.1%}, spread {spread:.1%}\n")
-    times = {seed: seconds(home) for seed, home in homes.items()}
-    stages = list(times[options.seeds[0]])
-    told = [{"stage": s, **{f"seed {k}": round(t[s], 1) for k, t in times.items()}} for s in stages]
-    told.append({"stage": "all", **{f"seed {k}": round(sum(t.values())) for k, t in times.items()}})
+    times = {
+        f"seed {seed}{name}": seconds(home, key)
+        for seed, home in homes.items()
+        for name, key in (("", "seconds"), (", CPU", "cpu_seconds"))
+    }
+    stages = list(next(iter(times.values())))
+    told = [{"stage": s, **{k: round(t[s], 1) for k, t in times.items()}} for s in stages]
+    told.append({"stage": "all", **{k: round(sum(t.values())) for k, t in times.items()}})
     print(render_table(told))
 
 

@@ -43,6 +43,7 @@ class Manifest:
     started: str = ""
     finished: str | None = None
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of the main process and the children it has waited for
     error: str | None = None
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -88,8 +89,8 @@ class Run:
         self.quiet = quiet
         self._lock = lock
         self._writes = dist.is_main()
-        self._opened = time.monotonic()
-        self._spent = manifest.seconds
+        self._opened, self._opened_cpu = time.monotonic(), _cpu_seconds()
+        self._spent, self._spent_cpu = manifest.seconds, manifest.cpu_seconds
 
     @classmethod
     def open(
@@ -224,6 +225,7 @@ class Run:
             error=error,
             finished=now().isoformat(),
             seconds=round(seconds, 3),
+            cpu_seconds=round(self._spent_cpu + _cpu_seconds() - self._opened_cpu, 3),
         )
         self._save()
 
@@ -320,3 +322,9 @@ def _number(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of the children that it has waited for."""
+    told = os.times()
+    return told.user + told.system + told.children_user + told.children_system

@@ -3,6 +3,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +197,16 @@ def test_only_the_main_process_writes(tmp_path: Path, monkeypatch):
         other.finish()
     assert read_manifest(main.path).status == "running"
     assert not (main.path / "tables").exists() and not (main.path / "metrics.jsonl").exists()
+
+
+def test_a_manifest_counts_the_cpu_of_its_children_too(tmp_path: Path):
+    busy = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    spent = []
+    for _ in range(2):  # interrupted once: what was spent before counts
+        with suppress(KeyboardInterrupt), open_run(tmp_path / "kd") as run:
+            subprocess.run([sys.executable, "-c", busy], check=True)
+            if not spent:
+                raise KeyboardInterrupt
+        assert run.manifest.cpu_seconds > 0.29  # clocks tick in hundredths
+        spent.append(run.manifest.cpu_seconds)
+    assert spent[1] > spent[0] + 0.29

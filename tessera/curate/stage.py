@@ -317,13 +317,24 @@ def collect(pipeline: Pipeline, run: Run) -> None:
         for path in sorted((pipeline.home / f"{last:02}").glob("part-*.jsonl")):
             os.replace(path, run.path / "chats" / path.name)
         if pipeline.config.format == "parquet":
-            parquet.convert(sorted((run.path / "chats").glob("*.jsonl")))
+            _convert(run)
         for path in sorted(pipeline.home.glob("*/removed-*.jsonl")):
             number = path.stem.removeprefix("removed-")
             if path.stat().st_size:
                 os.replace(path, run.path / "removed" / f"{path.parent.name}-{number}.jsonl")
             else:
                 path.unlink()
+
+
+def _convert(run: Run) -> None:
+    """Makes Parquet of the rows; they stay as they are where no columns hold them.
+
+    Whatever teachers were asked for is in the rows by now, so this fails no run.
+    """
+    try:
+        parquet.convert(sorted((run.path / "chats").glob("*.jsonl")))
+    except DataError as error:
+        run.say(f"the rows stay JSON lines: {error}")
 
 
 def stage(config: CurateConfig, run: Run, inputs: Mapping[str, Path | None]) -> None:

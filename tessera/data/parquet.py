@@ -24,13 +24,25 @@ ROWS = 4096  # of a row group, all that is in memory at once
 def convert(sources: Sequence[Path]) -> list[Path]:
     """Puts FILE.parquet in the place of every FILE.jsonl; killed at any moment, it can be repeated.
 
-    Raises DataError where a key holds values of several types, which no column does.
+    Raises DataError, the lines untouched, where no columns hold the rows: a key with values of
+    several types, objects that are always empty.
     """
+    import pyarrow
+
     made = [path.with_suffix(".parquet") for path in sources]
     if not all(path.is_file() for path in made):
-        schema = _schema(sources)
-        for source, target in zip(sources, made, strict=True):
-            _write(source, target, schema)
+        try:
+            schema = _schema(sources)
+            for source, target in zip(sources, made, strict=True):
+                _write(source, target, schema)
+        except pyarrow.ArrowException as error:
+            for path in made:
+                path.unlink(missing_ok=True)
+                _temporary(path).unlink(missing_ok=True)
+            raise DataError(
+                f"Parquet has no columns for these rows, one type and some keys each ({error}); "
+                'leave that key out of the sources, or write format = "jsonl"'
+            ) from None
     for source in sources:
         source.unlink()
     return made
@@ -40,7 +52,7 @@ def _write(source: Path, target: Path, schema: pyarrow.Schema) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = _temporary(target)
     with writing(target):
         with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for rows in _batches(source):
@@ -49,21 +61,19 @@ def _write(source: Path, target: Path, schema: pyarrow.Schema) -> None:
         temporary.replace(target)
 
 
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
 def _schema(sources: Sequence[Path]) -> pyarrow.Schema:
     """A schema that every row fits."""
     import pyarrow
 
     found: list[pyarrow.Schema] = []
-    try:
-        for source in sources:
-            for rows in _batches(source):
-                schema = pyarrow.Table.from_pylist([dict.fromkeys(_keys(rows)), *rows]).schema
-                found = [pyarrow.unify_schemas([*found, schema], promote_options="permissive")]
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"the rows have a key with values of several types, and Parquet has one a column "
-            f'({error}): leave that key out of the sources, or write format = "jsonl"'
-        ) from None
+    for source in sources:
+        for rows in _batches(source):
+            schema = pyarrow.Table.from_pylist([dict.fromkeys(_keys(rows)), *rows]).schema
+            found = [pyarrow.unify_schemas([*found, schema], promote_options="permissive")]
     return found[0] if found else pyarrow.schema([])
 
 

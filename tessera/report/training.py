@@ -75,13 +75,14 @@ def cost(runs: Runs) -> Iterator[Block]:
     for run in sorted(runs.all, key=lambda run: -run.manifest.seconds):
         spent = run.manifest.seconds
         row: Row = {"run": run.name, "seconds": spent, "share": spent / total if total else None}
-        rows.append(row | {"tokens": run.tokens or None})
+        rows.append(row | {"cpu": run.manifest.cpu_seconds or None, "tokens": run.tokens or None})
     yield Table(
         "cost",
         rows,
         (
             Column("run", ("run",), cell),
             Column("seconds", ("time",), clock),
+            Column("cpu", ("CPU",), clock),
             Column("share", ("share",), lambda value: f"{100 * value:.1f}%"),
             Column("tokens", ("tokens",), count),
         ),

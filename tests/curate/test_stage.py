@@ -88,9 +88,20 @@ def test_a_killed_conversion_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
         {"a": n, "b": [n]} for n in range(3) for _ in range(3)
     ]
     assert not any(file.exists() for file in files)
-    mixed = [write_lines(tmp_path / "m.jsonl", [{"a": 1}, {"a": "x"}])]
+
+
+@pytest.mark.parametrize("values", [(1, "x"), ({}, {}), ([1], {"b": 1})])
+def test_rows_that_no_columns_hold_stay_lines(tmp_path: Path, values: tuple):
+    (file,) = files = [write_lines(tmp_path / "m.jsonl", [{"a": one} for one in values])]
     with pytest.raises(DataError, match='write format = "jsonl"'):
-        parquet.convert(mixed)
+        parquet.convert(files)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    asked = [{"messages": one["messages"], "odd": n} for n, one in enumerate(rows(3))]
+    asked[1]["odd"] = "text"
+    given = write_lines(tmp_path / "rows.jsonl", asked)
+    steps = {"steps": [{"step": "tags"}], "format": "parquet"}
+    made = run_stage(tmp_path / "run", table(given) | steps)
+    assert [row["odd"] for row in made.rows] == [0, "text", 2]
 
 
 def test_every_row_comes_out_or_is_told_of(curate: Curate, tmp_path: Path):
