@@ -60,6 +60,7 @@ CONFINED = {
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
     "httpx": ["generate/endpoint.py"],
+    "lm_eval": ["eval/harness.py"],
     "langdetect": ["rl/verifiers/language.py"],
     "math_verify": ["rl/verifiers/mathematics.py"],
     "pyarrow": ["data"],
