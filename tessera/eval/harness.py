@@ -45,7 +45,7 @@ try:
         make_disjoint_window,
     )
 except ModuleNotFoundError as error:
-    if error.name != "lm_eval":
+    if (error.name or "").partition(".")[0] != "lm_eval":
         raise
     raise ModuleNotFoundError(
         "tessera.eval.harness needs lm-eval: pip install 'tessera[harness]'", name="lm_eval"
