@@ -1,212 +1,341 @@
-"""lm-evaluation-harness drives a tessera model: `lm_eval`'s own command, with `--model tessera`.
+"""lm-evaluation-harness over a model of tessera: any of its tasks asks our engine.
 
-    python -m tessera.eval.harness run --model tessera --model_args pretrained=RUN_OR_MODEL \\
-        --tasks gsm8k --limit 50
+    python -m tessera.eval.harness run --model tessera --model_args pretrained=RUN --tasks …
 
-pretrained: a finished run, a model directory or a hub id. thinking=on|off: with
---apply_chat_template, how the switch is said. Further ones: max_length, max_gen_toks, batch and
-add_bos_token. Whatever is not asked of the model is the harness's: tasks, few shots, metrics. It
-comes with `pip install 'tessera[harness]'`.
+is `lm-eval` with one more model; each other word of that command is its own. The conventions
+are lm-eval's (BOS before a text that has none, rolling windows, cuts from the left), so figures
+compare with its other models; where they leave a choice it is a field of `Arguments`.
+
+It is no second `tessera eval`: few-shot prompts, filters and metrics are lm-eval's. Needs
+`tessera[harness]`, which this file alone imports.
 """
 
 from __future__ import annotations
 
-import itertools
+import logging
+import math
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+import torch
+from pydantic import Field, PositiveInt
 
-from tessera.data.switch import set_switch
-from tessera.data.template import template_of
-from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.engine import SamplingParams
-from tessera.generate.text import stop_watch
+from tessera.data.conversation import Message, Mode
+from tessera.data.switch import DETAILED, set_switch
+from tessera.data.template import Template, TemplateError, template_of
+from tessera.data.tokenizer import TokenizerError, load_tokenizer
+from tessera.disk import fingerprint
+from tessera.generate.engine import GenerationError, SamplingParams
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.weights import load_model, resolve
+from tessera.generate.until import Wanted, complete
+from tessera.manifest import fingerprint_path
+from tessera.model.source import CheckpointError, resolve
+from tessera.model.weights import load_model
 from tessera.progress import Progress
+from tessera.recipe import Config, RecipeError, validate
 
-SCORED = 64  # sequences handed to the engine at once
-Pair = tuple[tuple[str, str], list[int], list[int]]  # texts, context, continuation
+try:
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+        get_rolling_token_windows,
+        make_disjoint_window,
+    )
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "lm_eval":
+        raise
+    raise ModuleNotFoundError(
+        "tessera.eval.harness needs lm-eval: pip install 'tessera[harness]'", name="lm_eval"
+    ) from None
+
+SCORED_AT_ONCE = 256  # sequences between two moves of the progress
+BATCH = 64
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+log = logging.getLogger(__name__)
+Scores = list[tuple[float, bool]]
+
+
+class HarnessError(ValueError):
+    """What a task asks for and the engine cannot give; the text says what to change."""
+
+
+class Arguments(Config):
+    """The words of `--model_args`.
+
+    pretrained: a run, a model directory or a hub id. thinking: says the mode in the system prompt
+    of `--apply_chat_template`, `switch` how; left out, prompts stand as the task wrote them.
+    keep_thought: show thoughts to the task's filters; else it sees the answer, "" where none came,
+    and stop strings count in the answer alone. add_bos_token: left out, where the tokenizer names
+    one. max_length: of prompt and completion, at most the model's. max_gen_toks: of a completion
+    whose task does not say. rolling_context: tokens that a window of a rolling text shares with
+    the one before, at the least; lm-eval's models have 1. batch_size: samples decoded together;
+    "auto" is max_batch_size. No figure follows from it.
+    """
+
+    pretrained: str
+    thinking: Mode | None = None
+    switch: str = DETAILED
+    keep_thought: bool = False
+    add_bos_token: bool | None = None
+    max_length: int | None = Field(default=None, ge=2)
+    max_gen_toks: int = Field(default=256, ge=1)
+    rolling_context: int = Field(default=1, ge=1)
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    max_batch_size: int = Field(default=BATCH, ge=1)
+    device: str = "cpu"
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def batch(self) -> int:
+        return self.max_batch_size if self.batch_size == "auto" else self.batch_size
+
+
+def _device(name: str) -> str:
+    """lm-eval's command line says cuda:0 where nobody said anything, also where there is none."""
+    return "cpu" if name.startswith("cuda") and not torch.cuda.is_available() else name
 
 
 @register_model("tessera")
 class TesseraLM(TemplateLM):
-    """A model as the harness knows them, over `TorchEngine`."""
+    """The model `tessera` of lm-eval. Its arguments are the fields of `Arguments`.
 
-    def __init__(
-        self,
-        pretrained: str,
-        thinking: str = "",
-        max_length: int | None = None,
-        max_gen_toks: int = 256,
-        batch: int = 64,
-        add_bos_token: bool = True,
-        **_: Any,  # batch_size, device and what else the harness hands to every model
-    ) -> None:
+    Raises RecipeError for an unknown argument, CheckpointError and TokenizerError for a model
+    that cannot be had.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        if thinking not in ("", "on", "off"):
-            raise ValueError(f"thinking={thinking}: give on, off, or leave it out")
-        home = resolve(pretrained)
-        module = load_model(home, frozen=True)
-        self.home, self.thinking, self.max_gen_toks = str(home), thinking, max_gen_toks
-        self.words, self.template = load_tokenizer(home), None
-        self.engine = TorchEngine(module, max_batch_size=batch)
-        room = module.config.max_position_embeddings
-        self.max_length = min(max_length or room, room)
-        self.bos = [self.words.bos_id] if add_bos_token and self.words.bos_id is not None else []
+        size = arguments.get("batch_size")
+        if isinstance(size, str) and size.isdigit():  # lm-eval's own option gives a text
+            arguments["batch_size"] = int(size)
+        self.asked = config = validate(Arguments, arguments, "model_args")
+        home = resolve(config.pretrained)
+        self.codec = load_tokenizer(home)
+        module = load_model(home, frozen=True, device=_device(config.device))
+        self.engine = TorchEngine(module, max_batch_size=config.batch)
+        self.batch_size = config.batch
+        self.max_length = self._length(module.config.max_position_embeddings)
+        if config.rolling_context > self.max_length:
+            raise HarnessError(
+                f"rolling_context is {config.rolling_context}, more than the {self.max_length} "
+                "tokens of a window; give at most that"
+            )
+        self.add_bos = self.codec.bos_id is not None
+        if config.add_bos_token is not None:
+            self.add_bos = config.add_bos_token
+        if self.add_bos and self.codec.bos_id is None:
+            raise TokenizerError(
+                "this tokenizer names no beginning-of-text token; leave add_bos_token out"
+            )
+        self._info = {
+            "model_num_parameters": module.config.num_params(),
+            "model_dtype": "float32",
+            "model_sha": fingerprint_path(home),
+        }
+
+    def _length(self, longest: int) -> int:
+        wanted = self.asked.max_length or longest
+        if wanted > longest:
+            raise HarnessError(f"max_length is {wanted}, but the model has {longest} positions")
+        return wanted
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes of the model beside its results."""
+        return self._info
+
+    # Text to tokens.
 
     @property
     def eot_token_id(self) -> int:
-        return self.words.eos_ids[0] if self.words.eos_ids else self.words.pad_id
+        if not self.codec.eos_ids:
+            raise TokenizerError("this tokenizer names no end-of-text token, which lm-eval needs")
+        return self.codec.eos_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        return self.words.bos_id if self.words.bos_id is not None else self.eot_token_id
+        """What stands before a text whose first token is scored."""
+        return self.eot_token_id if self.codec.bos_id is None else self.codec.bos_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Ids; special tokens in the text are read as such, for a chat prompt is made of them."""
+        ids = self.codec.encode(string, special=True)
+        wanted = self.add_bos if add_special_tokens is None else add_special_tokens
+        first = self.codec.bos_id
+        if not wanted or first is None or (add_special_tokens is None and ids[:1] == [first]):
+            return ids
+        return [first, *ids]
+
+    def _template(self) -> Template:
+        return template_of(self.codec)
 
     @property
     def tokenizer_name(self) -> str:
-        return self.home.replace("/", "__")
+        return f"tessera-{self.codec.fingerprint()}"
 
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What the harness notes with its results."""
-        return template_of(self.words).source if chat_template else None
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return self._template().source if chat_template else ""
 
     def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        self, chat_history: list[Message], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a prompt, the switch said in it."""
-        self.template = self.template or template_of(self.words)
-        messages, variables = chat_history, {}
-        if self.thinking:
-            messages, variables = set_switch(messages, self.thinking)  # type: ignore[arg-type]
-        return self.template.render(
-            messages, add_generation_prompt=add_generation_prompt, **variables
-        )
+        """The prompt of a conversation. Without a generation prompt it ends within the last answer,
+        which the model is to continue. Raises TemplateError.
+        """
+        history, variables = list(chat_history), {}
+        if self.asked.thinking is not None:
+            history, variables = set_switch(history, self.asked.thinking, self.asked.switch)
+        template = self._template()
+        if add_generation_prompt:
+            return template.render(history, add_generation_prompt=True, **variables)
+        text, begun = template.render(history, **variables), history[-1]["content"].strip()
+        at = text.rfind(begun)
+        if at < 0:
+            raise TemplateError(f"the template does not render the answer that begins {begun!r}")
+        return text[: at + len(begun)]
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
-    ) -> list[int]:
-        """Ids; begins with BOS where the tokenizer has one, once."""
-        ids = self.words.encode(string, special=True)
-        wanted = self.bos if add_special_tokens is not False else []
-        return ids if ids[: len(wanted)] == wanted else wanted + ids
-
-    def tok_decode(self, tokens: Sequence[int], **_: Any) -> str:
-        return self.words.decode(list(tokens))
+    # Likelihoods.
 
     def _loglikelihood_tokens(
-        self, requests: list[Pair], disable_tqdm: bool = False, **_: Any
-    ) -> list[tuple[float, bool]]:
-        """(log-prob of the continuation, whether greedy decoding would say it) of each pair.
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> Scores:
+        """(log-likelihood of the continuation, whether greedy decoding yields it) of each."""
+        rows = [self._row(context, wanted) for _, context, wanted in requests]
+        whole = [len(context) + len(wanted) for _, context, wanted in requests]
+        _tell_cuts("contexts", [a - len(b) for a, b in zip(whole, rows, strict=True)])
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        found: Scores = [(0.0, False)] * len(rows)
+        with Progress("lm-eval: scoring", len(rows), "texts", quiet=disable_tqdm) as progress:
+            for start in range(0, len(order), SCORED_AT_ONCE):
+                part = order[start : start + SCORED_AT_ONCE]
+                scored = self.engine.score_greedy([rows[i] for i in part])
+                for i, (logprobs, greedy) in zip(part, scored, strict=True):
+                    text, _, wanted = requests[i]
+                    n = len(wanted)
+                    found[i] = (math.fsum(logprobs[-n:]), all(greedy[-n:]))
+                    if text is not None:
+                        self.cache_hook.add_partial("loglikelihood", text, found[i])
+                progress.advance(len(part))
+        return found
 
-        What is too long is cut at its left, as the harness does.
+    def _row(self, context: list[int], wanted: list[int]) -> list[int]:
+        """Both, the context cut from the left where they are longer than the model reads."""
+        if not context or not 0 < len(wanted) <= self.max_length:
+            raise HarnessError(
+                f"a continuation of {len(wanted)} tokens after {len(context)} cannot be scored: "
+                f"it needs a context, and from 1 to {self.max_length} tokens"
+            )
+        return [*context, *wanted][-(self.max_length + 1) :]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+        """Log-likelihood of whole texts, each token once, in windows of `max_length`."""
+        rows, counts = [], []
+        for request in requests:
+            windows = list(self._windows(request.args[0]))
+            rows += [(None, *window) for window in windows]
+            counts.append(len(windows))
+        values = iter(self._loglikelihood_tokens(rows, disable_tqdm))
+        totals = [math.fsum(next(values)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
+        windows = get_rolling_token_windows(
+            self.tok_encode(text, add_special_tokens=False),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=self.asked.rolling_context,
+        )
+        yield from map(make_disjoint_window, windows)
+
+    # Completions.
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text of each completion, before its stop string and behind its thought."""
+        seen: Counter[str] = Counter()
+        wanted: list[Wanted] = []
+        cuts: list[int] = []
+        for request in requests:
+            context, given = request.args
+            ids = self.tok_encode(context) or [self.prefix_token_id]
+            wanted.append(self._wanted(context, ids, given, seen[context]))
+            cuts.append(len(ids) - len(wanted[-1].prompt))
+            seen[context] += 1
+        _tell_cuts("prompts", cuts)
+        texts = [""] * len(wanted)
+        answers = complete(
+            self.engine, self.codec, wanted, batch=self.batch_size, room=self.max_length
+        )
+        with Progress("lm-eval: answering", len(wanted), "answers", quiet=disable_tqdm) as progress:
+            for i, text in answers:
+                texts[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                progress.advance(1)
+        return texts
+
+    def _wanted(self, context: str, ids: list[int], given: dict[str, Any], repeat: int) -> Wanted:
+        """One request of a task; repeat: how often the same context came before it."""
+        kwargs: dict[str, Any] = {**normalize_gen_kwargs(given, self.asked.max_gen_toks)}
+        stops = tuple(stop for stop in kwargs.pop("until") if stop)
+        max_tokens, sampled = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
+        if strange := kwargs.keys() - set(SAMPLING):
+            raise HarnessError(
+                f"generation_kwargs has {', '.join(sorted(strange))}, which the engine does not "
+                f"know; it takes until, max_gen_toks, do_sample, {', '.join(SAMPLING)}"
+            )
+        kwargs.setdefault("temperature", 1.0 if sampled else 0.0)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            stop_token_ids=self.codec.eos_ids,
+            seed=self.asked.seed,
+            **kwargs,
+        )
+        key = int(fingerprint([context, repeat])[:15], 16)
+        prompt = self._fitting(ids, max_tokens)
+        return Wanted(prompt, params, stops, key, self.asked.keep_thought)
+
+    def _fitting(self, ids: list[int], max_tokens: int) -> list[int]:
+        """A prompt: whole where it fits, though its completion may then end with the context; one
+        that does not fit is cut from the left, so that its completion has its room.
         """
-        found: list[tuple[float, bool]] = []
-        with Progress("loglikelihood", len(requests), "sequences", quiet=disable_tqdm) as bar:
-            for start in range(0, len(requests), SCORED):
-                part = [self._cut(*pair[1:]) for pair in requests[start : start + SCORED]]
-                scores = self.engine.score([context + said for context, said in part])
-                sums = [
-                    sum(one[len(one) - len(said) :])
-                    for one, (_, said) in zip(scores, part, strict=True)
-                ]
-                found += zip(sums, self._greedy(part), strict=True)
-                bar.advance(len(part))
-        return found
-
-    def _cut(self, context: list[int], said: list[int]) -> tuple[list[int], list[int]]:
-        whole = (context + said)[-self.max_length :]
-        kept = min(len(said), len(whole) - 1)
-        return whole[: len(whole) - kept], whole[len(whole) - kept :]
-
-    def _greedy(self, part: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
-        """Each token is the likeliest after those before it: then greedy decoding says them all."""
-        room = self.engine.packed.config.max_position_embeddings
-        found = [False] * len(part)
-        for length, group in itertools.groupby(
-            sorted(range(len(part)), key=lambda i: len(part[i][1])), key=lambda i: len(part[i][1])
-        ):
-            numbers = [i for i in group if len(part[i][0]) + length <= room and length]
-            params = SamplingParams(max_tokens=max(1, length), temperature=0.0)
-            said = self.engine.generate([part[i][0] for i in numbers], params) if numbers else []
-            for i, (one,) in zip(numbers, said, strict=True):
-                found[i] = one.token_ids == part[i][1]
-        return found
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-prob of whole texts, in the harness's windows."""
-        found = []
-        for (text,) in [request.args for request in requests]:
-            windows = get_rolling_token_windows(
-                self.tok_encode(text, add_special_tokens=False),
-                self.prefix_token_id,
-                self.max_length - 1,
-                1,
+        if len(ids) < self.max_length:
+            return ids
+        if max_tokens >= self.max_length:
+            raise HarnessError(
+                f"a prompt has {len(ids)} tokens and its completion {max_tokens}, but the model "
+                f"has {self.max_length} positions: give a smaller max_gen_toks"
             )
-            pairs = [make_disjoint_window(window) for window in windows]
-            scores = self.engine.score([context + said for context, said in pairs])
-            found.append(
-                sum(
-                    sum(one[len(one) - len(said) :])
-                    for one, (_, said) in zip(scores, pairs, strict=True)
-                )
-            )
-        return found
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """What is said after each context, up to the first of its stop strings."""
-        handles = []
-        for number, (context, told) in enumerate(request.args for request in requests):
-            stops = [one for one in _several(told.get("until")) if one]
-            new = min(int(told.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1)
-            prompt = self.tok_encode(context)[-(self.max_length - new) :]
-            sampled = told.get("do_sample", False) and told.get("temperature", 1.0) > 0
-            params = SamplingParams(
-                max_tokens=new,
-                temperature=float(told.get("temperature", 1.0)) if sampled else 0.0,
-                top_p=float(told.get("top_p", 1.0)) if sampled else 1.0,
-                stop_token_ids=self.words.eos_ids,
-            )
-            watch = stop_watch(self.words, stops, prompt) if stops else None
-            handles.append((self.engine.submit(prompt, params, key=number, watch=watch), stops))
-        self._run([handle for handle, _ in handles], disable_tqdm)
-        return [
-            self._text(request, handle.result()[0].token_ids, stops)
-            for request, (handle, stops) in zip(requests, handles, strict=True)
-        ]
-
-    def _run(self, handles: list[Any], quiet: bool) -> None:
-        done = 0
-        with Progress("generate", len(handles), "answers", quiet=quiet) as bar:
-            while self.engine.step():
-                finished = sum(handle.done for handle in handles)
-                bar.advance(finished - done)
-                done = finished
-            bar.advance(len(handles) - done)
-
-    def _text(self, request: Any, ids: list[int], stops: list[str]) -> str:
-        text = self.words.decode([i for i in ids if i not in self.words.eos_ids])
-        text = text[
-            : min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
-        ]
-        self.cache_hook.add_partial("generate_until", request.args, text)
-        return text
+        return ids[-(self.max_length - max_tokens) :]
 
 
-def _several(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
+def _tell_cuts(what: str, cuts: Sequence[int]) -> None:
+    """A figure of cut texts is another task's, so it is said once a call."""
+    found = [cut for cut in cuts if cut]
+    if found:
+        log.warning(
+            "%d of %d %s do not fit the model: up to %d tokens were cut from the left",
+            *(len(found), len(cuts), what, max(found)),
+        )
 
 
 def main() -> None:
-    """`lm_eval`'s command line, with this model among those it knows."""
-    from lm_eval.__main__ import cli_evaluate
+    """lm-eval's own command line, which knows the model `tessera` because this file is read."""
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-    cli_evaluate()
+    ours = (CheckpointError, GenerationError, HarnessError, RecipeError)
+    try:
+        cli_evaluate()
+    except (*ours, TemplateError, TokenizerError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 
@@ -178,21 +179,19 @@ class TorchEngine:
             self._abandon(handles)
         return [handle.result() for handle in handles]
 
-    @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
-        config = self.packed.config
-        check_sequences(sequences, "sequence", config.vocab_size, config.max_position_embeddings)
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        scores: list[list[float]] = [[] for _ in sequences]
-        while order:
-            count = similar([len(sequences[i]) for i in order])
-            group, order = order[:count], order[count:]
-            with self._turn():
-                found = self._score([sequences[i] for i in group])
-            for i, values in zip(group, found, strict=True):
-                scores[i] = values
-        return scores
+        longest = self.packed.config.max_position_embeddings
+        return [logprobs for logprobs, _ in self._scores(sequences, longest)]
+
+    def score_greedy(
+        self, sequences: Sequence[Sequence[int]]
+    ) -> list[tuple[list[float], list[bool]]]:
+        """(`score`, whether each of those tokens is the likeliest after its prefix).
+
+        A sequence may have max_position_embeddings + 1 tokens: its last one is not read.
+        """
+        return self._scores(sequences, self.packed.config.max_position_embeddings + 1)
 
     def sync(self, module: Transformer, version: int) -> None:
         """Take the weights `module` has now, whatever its architecture.
@@ -263,19 +262,37 @@ class TorchEngine:
             with self._turn():
                 self._scheduler.end_overdue()
 
-    def _score(self, rows: list[Sequence[int]]) -> list[list[float]]:
-        tokens = padded(rows, self.packed.device)
+    @torch.inference_mode()
+    def _scores(
+        self, sequences: Sequence[Sequence[int]], longest: int
+    ) -> list[tuple[list[float], list[bool]]]:
+        check_sequences(sequences, "sequence", self.packed.config.vocab_size, longest)
+        scores: list[tuple[list[float], list[bool]]] = [([], []) for _ in sequences]
+        speaking = (i for i, tokens in enumerate(sequences) if len(tokens) > 1)
+        order = sorted(speaking, key=lambda i: -len(sequences[i]))
+        while order:
+            count = similar([len(sequences[i]) for i in order])
+            group, order = order[:count], order[count:]
+            with self._turn():
+                found = self._score([sequences[i] for i in group])
+            for i, values in zip(group, found, strict=True):
+                scores[i] = values
+        return scores
+
+    def _score(self, rows: list[Sequence[int]]) -> list[tuple[list[float], list[bool]]]:
+        """Of one pass; each row has two tokens or more, the last of which is not read."""
+        tokens = padded([row[:-1] for row in rows], self.packed.device)
         step = Prefill(self.packed, *tokens.shape, keep=False)
         hidden = self.packed.forward(tokens.flatten(), step)
-        lengths = [len(row) for row in rows]
-        width = tokens.shape[1]
-        inside = [i * width + t for i, n in enumerate(lengths) for t in range(n - 1)]
+        lengths, width = [len(row) - 1 for row in rows], tokens.shape[1]
+        inside = [i * width + t for i, n in enumerate(lengths) for t in range(n)]
         flat = torch.tensor(inside, dtype=torch.long, device=tokens.device)
-        targets = tokens.flatten()[flat + 1]
+        targets = torch.tensor([i for row in rows for i in row[1:]], device=tokens.device)
         chunk = max(1, SCORE_LOGITS // self.packed.config.vocab_size)
-        parts = []
+        logprobs, greedy = [], []
         for where, target in zip(flat.split(chunk), targets.split(chunk), strict=True):
             logits = self.packed.logits(hidden[where]).float()
-            parts += logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1).tolist()
-        values = iter(parts)
-        return [[next(values) for _ in range(n - 1)] for n in lengths]
+            logprobs += logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1).tolist()
+            greedy += (logits.argmax(-1) == target).tolist()
+        values, flags = iter(logprobs), iter(greedy)
+        return [(list(islice(values, n)), list(islice(flags, n))) for n in lengths]

@@ -58,6 +58,23 @@ def test_prompts_that_cannot_be_continued_are_refused(prompts, reason):
         TorchEngine(tiny.model()).generate(prompts, SamplingParams())
 
 
+def test_greedy_is_told_beside_the_score_and_the_last_token_is_not_read():
+    engine = TorchEngine(tiny.model())
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [3]]
+    written = engine.generate(prompts, SamplingParams(max_tokens=70, temperature=0))
+    rows = [prompt + one.token_ids for prompt, (one,) in zip(prompts, written, strict=True)]
+    assert {len(row) for row in rows} == {64}
+    nexts = engine.generate([row[:-1] for row in rows], SamplingParams(max_tokens=1, temperature=0))
+    assert [one.token_ids[-1] for (one,) in nexts] == [row[-1] for row in rows]
+    for row, prompt, (values, greedy) in zip(rows, prompts, engine.score_greedy(rows), strict=True):
+        assert values == engine.score([row])[0] and all(greedy[len(prompt) - 1 :])
+    changed = [[*row[:40], (row[40] + 1) % 29, *row[41:], 7] for row in rows]
+    for row, (values, greedy) in zip(changed, engine.score_greedy(changed), strict=True):
+        assert len(row) == 65 == len(values) + 1 and not greedy[39]
+        assert values[:-1] == pytest.approx(engine.score([row[:-1]])[0], abs=1e-5)
+    assert engine.score_greedy([[5], [1, 2]])[0] == ([], [])
+
+
 def test_sequences_that_cannot_be_scored_are_refused():
     engine = TorchEngine(tiny.model())
     assert len(engine.score([[1] * 64])[0]) == 63
