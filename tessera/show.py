@@ -21,7 +21,7 @@ from typing import Any
 from tessera.explain import explain, headline, render_changes
 from tessera.lineage import lineage, model_config
 from tessera.manifest import Manifest, read_manifest
-from tessera.model.config import FFN, GQA, Attention, Linear, ModelConfig, NoOp, SwiGLU
+from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, NoOp, SwiGLU
 from tessera.progress import clock
 from tessera.run import RunError, read_json, read_table
 from tessera.table import VIEWS, render_table, terminal_width
@@ -208,7 +208,7 @@ def _solid(variant: Attention | FFN, full: int, width: int) -> str:
         case GQA(size) | SwiGLU(size):
             eighths = max(1, round(8 * width * size / full))
             return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
-        case Linear():
+        case Chain():
             return "─"
         case _:
             return "·"

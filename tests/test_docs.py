@@ -10,13 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tessera.data import tasks
 from tessera.eval.task import Data
 from tessera.eval.tasks.procedural import find
+from tessera.generate.engine import SamplingParams
+from tessera.generate.torch_engine import TorchEngine
+from tessera.model import config, servable
+from tessera.model.weights import load_model, save_model
+from tessera.puzzle.library import BlockLibrary, assemble, save_library
+from tessera.puzzle.space import SpaceConfig, build_space
+from tessera.puzzle.surgery import ParentStatistics, cut, linear_weight
 from tessera.rl.rewards import Sample
 from tessera.rl.rubric import Rubric
 from tessera.rl.verifiers.outcome import Outcome
+from tessera.train.flops import subblock_cost
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -37,7 +47,7 @@ def test_every_snippet_is_short():
 def test_the_reward_judges_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "rewards.py").write_text(named("rewards.py"))
     monkeypatch.syspath_prepend(tmp_path)
-    (recipe,) = snippets("toml")
+    recipe, _ = snippets("toml")
     from pydantic import TypeAdapter
 
     from tessera.rl.rewards import Reward
@@ -73,3 +83,71 @@ def test_the_family_is_held_out_by_its_text_and_can_be_evaluated(monkeypatch: py
     )
     assert not train & held
     assert find("reverse@5") is not None
+
+
+@pytest.fixture
+def lowrank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's variant is known for one test."""
+    monkeypatch.setattr(config, "WORDS", dict(config.WORDS))
+    code = compile(named("tessera/model/config.py"), "extending.md", "exec", dont_inherit=True)
+    exec(code, {"__name__": "lowrank"})
+
+
+MIXED = (("lowrank-3", "swiglu-24"), ("gqa-1", "lowrank-8"), ("linear", "lowrank-1"))
+
+
+def test_the_variants_first_weights_are_the_nearest_of_its_rank(lowrank: None):
+    parent = tiny.model(tiny.PARENT)
+    for kind in config.KINDS:
+        source = getattr(parent.blocks[0], kind)
+        whole = 0.5 * linear_weight(source.op)
+        for rank in (1, 5, 8):
+            unit = cut(source, parent.config, config.parse(f"lowrank-{rank}"), linear_scale=0.5)
+            missed = (whole - linear_weight(unit.op)).square().sum()
+            lost = torch.linalg.svdvals(whole)[rank:].square().sum()
+            torch.testing.assert_close(missed, lost, rtol=1e-4, atol=1e-6)
+
+
+def test_the_variant_is_counted_as_it_is_built(lowrank: None):
+    model = tiny.model(MIXED)
+    assert model.config.words == MIXED
+    assert model.config.num_params() == sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for p in model.blocks[1].ffn.op.parameters())
+    assert subblock_cost(model.config, model.config.blocks[1].ffn).token == 2 * matrices
+
+
+def test_the_variant_decodes_as_it_reads_and_comes_back_from_disk(lowrank: None, tmp_path: Path):
+    model = tiny.model(MIXED)
+    save_model(model, tmp_path / "model")
+    prompt = [3, 4, 5]
+    params = SamplingParams(max_tokens=6, temperature=0.0)
+    written = TorchEngine(load_model(tmp_path / "model")).generate([prompt], params)[0][0]
+    ids = torch.tensor([prompt + written.token_ids])
+    with torch.no_grad():
+        likeliest = model.logits(model(ids))[0].argmax(-1)
+    assert likeliest[2:-1].tolist() == written.token_ids
+
+
+def test_a_library_holds_the_variant(lowrank: None, tmp_path: Path):
+    (_, space) = (tomllib.loads(code) for code in snippets("toml"))
+    parent = tiny.model(tiny.PARENT, hidden_size=256)
+    offered = build_space(SpaceConfig(**space["bld"]["space"]), parent.config)
+    scales = {kind: [1.0] * 3 for kind in config.KINDS}
+    statistics = ParentStatistics([None] * 3, scales, [1.0] * 3, [0.0] * 3)
+    library = BlockLibrary.from_parent(parent, offered, statistics)
+    save_library(library, tmp_path)
+    words = (("lowrank-64", "lowrank-128"), *tiny.PARENT[1:])
+    child = assemble(parent, tmp_path, words)
+    assert child.config.words == words
+    assert torch.equal(child.blocks[0].ffn.op.weight, library["00/ffn/lowrank-128"].op.weight)
+
+
+def test_the_variant_is_refused_where_it_cannot_be_told(lowrank: None):
+    model = tiny.config(MIXED)
+    for form in servable.FORMATS:
+        assert any("lowrank-3" in reason for reason in servable.format_refusals(model, form))
+    assert all(servable.refusals(model, engine) for engine in servable.ENGINES)
+    with pytest.raises(config.ConfigError, match="at most half of 16"):
+        tiny.config((("lowrank-9", "noop"),)).num_params()
+    with pytest.raises(config.ConfigError, match="linear, noop or lowrank-N"):
+        config.parse_kind("attention", "swiglu-8")

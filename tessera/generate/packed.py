@@ -158,13 +158,16 @@ class PackedFFN:
 
 
 class PackedLinear:
-    """One matrix in a subblock's place."""
+    """A chain of matrices in a subblock's place."""
 
     def __init__(self, op: LinearMap, gain: Tensor, make: Make) -> None:
-        self.matrix = make(op.weight * gain)
+        first, *others = op.weights
+        *self.inner, self.last = (make(first * gain), *(make(w.clone()) for w in others))
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
-        self.matrix.add_to(x, h)
+        for matrix in self.inner:
+            h = matrix(h)
+        self.last.add_to(x, h)
 
 
 PackedOp = PackedAttention | PackedFFN | PackedLinear

@@ -11,10 +11,15 @@ and without torch. Names are Hugging Face's, letter for letter.
 
 from __future__ import annotations
 
+import abc
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ConfigError(ValueError):
@@ -36,8 +41,35 @@ class SwiGLU:
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Chain(abc.ABC):
+    """Matrices one after another in the place of a subblock's operation, in either kind's.
+
+    Whatever counts (parameters, operations, bytes, seconds) asks for `shapes`, and whatever
+    computes multiplies by them in turn, so a new chain is one class and one line of `WORDS`.
+    """
+
+    @abc.abstractmethod
+    def shapes(self, hidden_size: int) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each matrix, the first applied first; from C to C."""
+
+    @abc.abstractmethod
+    def factors(self, matrix: Tensor) -> Sequence[Tensor]:
+        """First weights of these shapes, for a chain that stands in for `matrix` `(C, C)`."""
+
+    def inner(self, hidden_size: int) -> int:
+        """Numbers a token between the matrices."""
+        return sum(rows for rows, _ in self.shapes(hidden_size)[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Linear(Chain):
     """One `hidden_size x hidden_size` matrix in the place of the subblock's operation."""
+
+    def shapes(self, hidden_size: int) -> tuple[tuple[int, int], ...]:
+        return ((hidden_size, hidden_size),)
+
+    def factors(self, matrix: Tensor) -> Sequence[Tensor]:
+        return (matrix,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,42 +77,41 @@ class NoOp:
     """Nothing: no operation, no norm, no parameters; the residual passes unchanged."""
 
 
-Attention = GQA | Linear | NoOp
-FFN = SwiGLU | Linear | NoOp
-Variant = GQA | SwiGLU | Linear | NoOp
+Attention = GQA | Chain | NoOp
+FFN = SwiGLU | Chain | NoOp
+Variant = GQA | SwiGLU | Chain | NoOp
 KINDS = ("attention", "ffn")
 
-_NUMBERED = re.compile(r"(gqa|swiglu)-([1-9][0-9]*)")
+# What a word begins with; the number behind it is the class's one field, where it has one.
+WORDS: dict[str, type[Variant]] = {"gqa": GQA, "swiglu": SwiGLU, "linear": Linear, "noop": NoOp}
+_WORD = re.compile(r"([a-z]+)(?:-([1-9][0-9]*))?")
 
 
 def name(variant: Variant) -> str:
     """The word of a variant; `parse` is its inverse."""
-    match variant:
-        case GQA(heads):
-            return f"gqa-{heads}"
-        case SwiGLU(width):
-            return f"swiglu-{width}"
-        case Linear():
-            return "linear"
-        case NoOp():
-            return "noop"
+    stem = next(stem for stem, known in WORDS.items() if known is type(variant))
+    return "-".join([stem, *(str(getattr(variant, field.name)) for field in fields(variant))])
 
 
 def parse(word: str) -> Variant:
-    """The variant a word names.
-
-    Raises ConfigError for anything but `gqa-N`, `swiglu-N`, `linear`, `noop`.
-    """
-    if word == "linear":
-        return Linear()
-    if word == "noop":
-        return NoOp()
-    if match := _NUMBERED.fullmatch(word):
-        kind, number = match.groups()
-        return GQA(int(number)) if kind == "gqa" else SwiGLU(int(number))
-    near = difflib.get_close_matches(word, ["gqa-8", "swiglu-256", "linear", "noop"], 1, 0.5)
+    """The variant a word names. Raises ConfigError for anything but the forms of `WORDS`."""
+    if (match := _WORD.fullmatch(word)) and (known := WORDS.get(match[1])):
+        sizes = [int(match[2])] if match[2] else []
+        if len(sizes) == len(fields(known)):
+            return known(*sizes)
+    examples = [_form(stem).replace("N", "8" if stem == "gqa" else "256") for stem in WORDS]
+    near = difflib.get_close_matches(word, examples, 1, 0.5)
     hint = f"; did you mean something like {near[0]!r}?" if near else ""
-    raise ConfigError(f"{word!r} names no subblock (gqa-N, swiglu-N, linear or noop){hint}")
+    raise ConfigError(f"{word!r} names no subblock ({_forms(WORDS)}){hint}")
+
+
+def _form(stem: str) -> str:
+    return f"{stem}-N" if fields(WORDS[stem]) else stem
+
+
+def _forms(stems: Iterable[str]) -> str:
+    *others, last = map(_form, stems)
+    return f"{', '.join(others)} or {last}"
 
 
 def parse_kind(kind: str, word: str) -> Variant:
@@ -88,7 +119,7 @@ def parse_kind(kind: str, word: str) -> Variant:
     variant = parse(word)
     wrong = SwiGLU if kind == "attention" else GQA
     if isinstance(variant, wrong):
-        allowed = "gqa-N, linear or noop" if kind == "attention" else "swiglu-N, linear or noop"
+        allowed = _forms(stem for stem, known in WORDS.items() if known is not wrong)
         raise ConfigError(f"{word!r} cannot stand for {kind}: allowed are {allowed}")
     return variant
 
@@ -169,7 +200,7 @@ class ModelConfig:
 
     @property
     def homogeneous(self) -> bool:
-        """True when every layer has the same words, none of them `linear` or `noop`."""
+        """True when every layer has the same words, an attention and an FFN."""
         if len(set(self.blocks)) != 1:
             return False
         return isinstance(self.blocks[0].attention, GQA) and isinstance(self.blocks[0].ffn, SwiGLU)
@@ -187,8 +218,10 @@ class ModelConfig:
         match variant:
             case NoOp():
                 return 0
-            case Linear():
-                return self.hidden_size * (self.hidden_size + 1)
+            case Chain():
+                return self.hidden_size + sum(
+                    rows * columns for rows, columns in variant.shapes(self.hidden_size)
+                )
             case SwiGLU(width):
                 bias = (2 * width + self.hidden_size) if self.mlp_bias else 0
                 return 3 * width * self.hidden_size + self.hidden_size + bias

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tessera.model.cache import LayerCache
-from tessera.model.config import GQA, Linear, ModelConfig, NoOp, SwiGLU, Variant
+from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
 from tessera.model.fused import gated_down, rms_norm
 from tessera.model.matmul import Projection, linear
@@ -168,15 +168,27 @@ class FeedForward(nn.Module):
 
 
 class LinearMap(nn.Module):
-    """One matrix: the cheapest replacement that still reads its input. `(B,T,C)` -> `(B,T,C)`."""
+    """A chain of matrices, `linear` of one: the cheapest replacement that still reads its input.
 
-    def __init__(self, config: ModelConfig) -> None:
+    x `(B,T,C)` -> `(B,T,C)`. The first is `weight`, DeciLM's name, those behind it `weight_1`, ….
+    """
+
+    def __init__(self, config: ModelConfig, variant: Chain) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
-        nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
+        for number, shape in enumerate(variant.shapes(config.hidden_size)):
+            weight = nn.Parameter(torch.empty(shape))
+            nn.init.normal_(weight, std=shape[1] ** -0.5)
+            self.register_parameter(f"weight_{number}" if number else "weight", weight)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The matrices, the first applied first."""
+        return list(self.parameters())
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        return linear(x, self.weight)
+        for weight in self.weights:
+            x = linear(x, weight)
+        return x
 
 
 class Subblock(nn.Module):
@@ -204,7 +216,7 @@ def _operation(config: ModelConfig, variant: Variant) -> nn.Module:
             return Attention(config, variant)
         case SwiGLU():
             return FeedForward(config, variant)
-        case Linear():
-            return LinearMap(config)
+        case Chain():
+            return LinearMap(config, variant)
         case NoOp():
             raise AssertionError("a noop has no operation")

@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
-from tessera.model.config import GQA, ConfigError, Linear, ModelConfig, NoOp
+from tessera.model.config import GQA, Chain, ConfigError, Linear, ModelConfig, NoOp, name
 
 Format = Literal["decilm", "hf", "gguf", "padded", "puzzletron", "megatron", "per_layer"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -48,12 +48,14 @@ def refusals(config: ModelConfig, engine: str, format: str | None = None) -> lis
     dialect = format == "decilm" or not (config.homogeneous or format == "padded")
     if format is not None:
         known(format, _FORMAT_RULES, "format")
-    return list(_RULES[known(engine, _RULES, "engine")](config, dialect))
+    rules = _RULES[known(engine, _RULES, "engine")]
+    return [*_foreign(config, engine), *rules(config, dialect)]
 
 
 def format_refusals(config: ModelConfig, format: str) -> list[str]:
     """Reasons why `format` has no words for this model; empty if it can be written."""
-    return list(_FORMAT_RULES[known(format, _FORMAT_RULES, "format")](config))
+    rules = _FORMAT_RULES[known(format, _FORMAT_RULES, "format")]
+    return [*_foreign(config, format), *rules(config)]
 
 
 def known(given: str, table: Mapping[str, object], what: str) -> str:
@@ -79,7 +81,8 @@ def first_difference(config: ModelConfig) -> tuple[int, str]:
     """The first layer that keeps a model from being homogeneous, and what it is there."""
     first = config.blocks[0].words if config.blocks else ("noop", "noop")
     for layer, words in enumerate(config.words):
-        if "noop" in words or "linear" in words:
+        block = config.blocks[layer]
+        if isinstance(block.attention, NoOp | Chain) or isinstance(block.ffn, NoOp | Chain):
             return layer, f"{words[0]} {words[1]}"
         if words != first:
             return layer, f"{words[0]} {words[1]}, layer 0 is {first[0]} {first[1]}"
@@ -102,6 +105,16 @@ def spans(layers: list[int]) -> str:
             runs.append([layer])
     parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
     return ("layers " if len(layers) > 1 else "layer ") + ", ".join(parts)
+
+
+def _foreign(config: ModelConfig, who: str) -> Iterator[str]:
+    """Chains that are not `linear` are our own: no format has words for them, no engine code."""
+    for kind in ("attention", "ffn"):
+        for layer, block in enumerate(config.blocks):
+            variant = getattr(block, kind)
+            if isinstance(variant, Chain) and not isinstance(variant, Linear):
+                yield f"layer {layer} has {name(variant)} for {kind}: {who} has no words for it"
+                break
 
 
 def _vllm(config: ModelConfig, dialect: bool) -> Iterator[str]:

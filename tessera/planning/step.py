@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from tessera.devices import Device, DeviceError
-from tessera.model.config import GQA, Linear, ModelConfig, NoOp, SwiGLU, Variant, parse
+from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
 from tessera.planning.cluster import Cluster
 from tessera.planning.memory import BYTES, Layout, held_params
 from tessera.planning.work import Job
@@ -137,8 +137,8 @@ def _numbers(config: ModelConfig, variant: Variant) -> float:
             return around + 2 * (config.num_attention_heads + 2 * kv) * config.head_dim
         case SwiGLU(intermediate_size=width):
             return around + 3 * width
-        case Linear():
-            return around
+        case Chain():
+            return around + 2 * variant.inner(config.hidden_size)
 
 
 def _sharding(job: Job, layout: Layout, cluster: Cluster) -> float:

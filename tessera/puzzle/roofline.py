@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tessera.devices import DTYPES, Device, DeviceError, find_device
-from tessera.model.config import GQA, KINDS, Linear, ModelConfig, NoOp, SwiGLU, Variant, parse_kind
+from tessera.model.config import GQA, KINDS, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse_kind
 from tessera.puzzle.cost_table import Scenario
 
 # Kernels of one pass, elementwise ones fused into what an inference engine fuses them into.
@@ -133,18 +133,19 @@ def _subblock(config: ModelConfig, variant: Variant, step: Pass, serving: Servin
     match variant:
         case NoOp():
             return 0.0
-        case Linear():
-            return _linear(config, step, serving)
+        case Chain():
+            return _chain(config, variant, step, serving)
         case SwiGLU(width):
             return _ffn(config, width, step, serving)
         case GQA(heads):
             return _attention(config, heads, step, serving)
 
 
-def _linear(config: ModelConfig, step: Pass, serving: Serving) -> float:
-    size = config.hidden_size
-    product = _product(step.rows, size, size, serving)
-    return product + _norm(config, step, serving) + LINEAR_KERNELS * serving.device.kernel
+def _chain(config: ModelConfig, chain: Chain, step: Pass, serving: Serving) -> float:
+    shapes = chain.shapes(config.hidden_size)
+    products = sum(_product(step.rows, columns, rows, serving) for rows, columns in shapes)
+    kernels = LINEAR_KERNELS + len(shapes) - 1
+    return products + _norm(config, step, serving) + kernels * serving.device.kernel
 
 
 def _ffn(config: ModelConfig, width: int, step: Pass, serving: Serving) -> float:
@@ -255,7 +256,7 @@ def device_bytes(config: ModelConfig, scenario: Scenario, serving: Serving) -> f
         config.subblock_params(kind, getattr(block, kind))
         for block in config.blocks
         for kind in KINDS
-        if isinstance(getattr(block, kind), Linear)
+        if isinstance(getattr(block, kind), Chain)
     )
     split = (config.num_params() - whole) / n
     heads = (

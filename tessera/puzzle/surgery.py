@@ -10,6 +10,7 @@ The norm is the parent's, kept also in front of a linear map.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.data.batch import Batch
-from tessera.model.config import GQA, KINDS, ModelConfig, NoOp, SwiGLU, Variant, name
+from tessera.model.config import GQA, KINDS, Chain, ModelConfig, NoOp, SwiGLU, Variant, name
 from tessera.model.context import Context
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.transformer import Block, Transformer
@@ -155,10 +156,14 @@ def cut(
             _pool_kv_heads(old, new)
         case FeedForward() as old, FeedForward() as new:
             _keep_channels(old, new, importance)
-        case LinearMap() as old, LinearMap() as new:
+        case LinearMap() as old, LinearMap() as new if variant == parent.variant:
             copy_parameters(old, new)
         case old, LinearMap() as new:
-            new.weight.copy_(linear_scale * linear_weight(old))
+            assert isinstance(variant, Chain)
+            for weight, first in zip(
+                new.weights, variant.factors(linear_scale * linear_weight(old)), strict=True
+            ):
+                weight.copy_(first)
         case _:
             raise ValueError(f"{name(variant)} cannot be cut from {name(parent.variant)}")
     return child
@@ -191,10 +196,14 @@ def _pool_kv_heads(parent: Attention, child: Attention) -> None:
 def linear_weight(op: nn.Module) -> Tensor:
     """The paper's `(C, C)` matrix in an operation's place.
 
-    FFN: W_down · W_up. Attention: W_o · W_v, V's rows repeated for each query head of its group.
+    FFN: W_down · W_up. A chain: its product. Attention: W_o · W_v, V's rows repeated for each
+    query head of its group.
     """
     if isinstance(op, FeedForward):
         return op.down_proj.weight @ op.up_proj.weight
+    if isinstance(op, LinearMap):
+        first, *others = op.weights
+        return functools.reduce(lambda product, weight: weight @ product, others, first)
     assert isinstance(op, Attention)
     groups = op.q_proj.out_features // op.v_proj.out_features
     v = op.v_proj.weight.view(op.num_key_value_heads, 1, op.head_dim, -1)

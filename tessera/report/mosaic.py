@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from tessera.model.config import FFN, GQA, Attention, Linear, ModelConfig, SwiGLU
+from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, SwiGLU
 
 ROW, WIDTH, HEAD = 20, 440, 20
 TRACKS = ((34, 140), (190, 240))  # x and width of attention's and FFN's bars
@@ -39,7 +39,7 @@ def _share(variant: Attention | FFN, full: int) -> float:
     match variant:
         case GQA(size) | SwiGLU(size):
             return size / full
-        case Linear():
+        case Chain():
             return 0.04
         case _:
             return 0.0

@@ -3,13 +3,14 @@
 norm         its input; its output, which the products behind it keep
 attention    q, k, v by documents; the output by documents and by rows
 FFN          gate and up; the rest is made again
+chain        what is between its matrices
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tessera.model.config import GQA, Linear, ModelConfig, NoOp, SwiGLU, Variant
+from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.train.parallel import splits
 
 DOCUMENTS = 4 / 3  # rows of documents grouped by length are padded by a third at most (context.py)
@@ -26,8 +27,8 @@ def kept(config: ModelConfig, variant: Variant, ways: int = 1) -> float:
         case GQA(num_key_value_heads=heads):
             q, kv = config.num_attention_heads * config.head_dim, heads * config.head_dim
             return 2 * config.hidden_size + (DOCUMENTS * (2 * q + 2 * kv) + q) / ways
-        case Linear():
-            return 2 * config.hidden_size
+        case Chain():
+            return 2 * config.hidden_size + variant.inner(config.hidden_size)
 
 
 def working(config: ModelConfig, variants: Iterable[Variant], ways: int = 1) -> float:

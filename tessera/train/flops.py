@@ -18,7 +18,7 @@ import torch
 
 from tessera import devices, dist
 from tessera.data.batch import Batch
-from tessera.model.config import GQA, Linear, ModelConfig, NoOp, SwiGLU, Variant
+from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.matmul import multiply
 
 # Of the chips in `devices.py`, with less than the peaks there: a share of those would mislead.
@@ -71,8 +71,8 @@ def subblock_cost(config: ModelConfig, variant: Variant) -> Cost:
             return Cost(4 * hidden * (heads + kv * dim), 4 * heads)
         case SwiGLU(intermediate_size=width):
             return Cost(6 * hidden * width)
-        case Linear():
-            return Cost(2 * hidden * hidden)
+        case Chain():
+            return Cost(sum(2 * rows * columns for rows, columns in variant.shapes(hidden)))
         case NoOp():
             return Cost()
 
