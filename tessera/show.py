@@ -223,7 +223,9 @@ def samples(path: Path) -> list[dict[str, Any]]:
     if not files:
         raise RunError(f"{path} keeps no samples; grpo, rloo and rpo runs do, in samples/")
     ends = [files[0], *files[-1:]] if len(files) > 1 else files
-    return [json.loads(line) for file in ends for line in file.read_text("utf-8").splitlines()]
+    return [
+        json.loads(line) for file in ends for line in file.read_text("utf-8").split("\n") if line
+    ]
 
 
 def render_samples(rows: Sequence[Mapping[str, Any]]) -> str:
