@@ -113,7 +113,7 @@ def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     file = path / "tables" / f"{name}.jsonl"
     if not file.is_file():
         raise RunError(f"{path} has no table {name!r}; it has: {_tables_of(path)}")
-    return [json.loads(line) for line in file.read_text().splitlines() if line]
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
 
 
 def read_json(path: Path, name: str) -> Any:
