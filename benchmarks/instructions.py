@@ -169,7 +169,7 @@ def right(run: Path, home: Path, mode: str) -> float:
         record = json.loads(line)
         if record["mode"] == mode:
             text = record["text"].partition("Answer: ")[2]
-            found.append(text[:1] == answers[record["id"]])
+            found.append(text[:1] == answers[record["item"]])
     return statistics.mean(found)
 
 
@@ -185,6 +185,7 @@ def ran(seed: int, runs: Path) -> list[dict[str, Any]]:
         for found in read_table(made / f"eval-{name}", "eval"):
             row = {"model": name, "seed": seed, "mode": found["mode"]}
             row |= {"strict": found["value"], "obedience": found["obedience"]}
+            row |= {"right": right(made / f"eval-{name}", home, found["mode"])}
             row |= {"tokens": round(found["tokens"], 1)}
             rows.append(row | {"seconds": round(read_manifest(made / name).seconds, 1)})
     return rows
