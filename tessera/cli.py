@@ -45,6 +45,10 @@ Overrides = Annotated[
         help="Instead of what the recipe says, e.g. parent.path=MODEL kd.train.lr=3e-4",
     ),
 ]
+Redo = Annotated[
+    list[str] | None,
+    typer.Option(help="Delete this stage's run, and all made from it, first; may be repeated."),
+]
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A TOML file with one table a stage.")
 ]
@@ -94,10 +98,7 @@ def run(
     only: Annotated[
         list[str] | None, typer.Option(help="Run this stage alone; may be repeated.")
     ] = None,
-    redo: Annotated[
-        list[str] | None,
-        typer.Option(help="Delete this stage's run, and all made from it, first; may be repeated."),
-    ] = None,
+    redo: Redo = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only results.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -133,6 +134,7 @@ def quickstart(
     fast: Annotated[
         bool, typer.Option("--fast", help="Less of everything: the path in two minutes.")
     ] = False,
+    redo: Redo = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the table.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -147,7 +149,7 @@ def quickstart(
 
     plan = load(shown.recipe_path(), [*(shown.FAST if fast else ()), *(overrides or ())])
     shown.use_one_thread()
-    pipeline.run_recipe(plan, runs, quiet=quiet)
+    pipeline.run_recipe(plan, runs, redo=redo or (), quiet=quiet)
     home = runs / plan.name
     rows, page = shown.table(home), shown.write_report(home)
     if as_json:

@@ -1,17 +1,23 @@
-"""The snippets of docs/extending.md do what the page says."""
+"""What the pages of docs/ say holds: snippets run, commands parse, files and keys are there."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 
+from tessera import quickstart
+from tessera.cli import app
 from tessera.data import tasks
 from tessera.eval.task import Data
 from tessera.eval.tasks.procedural import find
@@ -22,6 +28,7 @@ from tessera.model.weights import load_model, save_model
 from tessera.puzzle.library import BlockLibrary, assemble, save_library
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import ParentStatistics, cut, linear_weight
+from tessera.recipe import load
 from tessera.rl.rewards import Sample
 from tessera.rl.rubric import Rubric
 from tessera.rl.verifiers.outcome import Outcome
@@ -29,15 +36,36 @@ from tessera.train.flops import subblock_cost
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
-def snippets(language: str) -> Iterator[str]:
-    yield from re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def named(file: str) -> str:
-    return next(code for code in snippets("python") if code.startswith(f"# {file}"))
+def snippets(language: str, name: str = "extending") -> Iterator[str]:
+    yield from re.findall(rf"```{language}\n(.*?)```", page(name), re.DOTALL)
+
+
+def named(file: str, name: str = "extending") -> str:
+    return next(code for code in snippets("python", name) if code.startswith(f"# {file}"))
+
+
+def commands(name: str) -> list[list[str]]:
+    """The words of every `tessera` command in a page's bash blocks, one list a command."""
+    lines = "".join(snippets("bash", name)).replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words[words.index("tessera") + 1 :] for words in split if "tessera" in words]
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """What the command line makes of a command's words, nothing run; raises where it refuses."""
+    name, command, context = "tessera", typer.main.get_command(app), None
+    while True:
+        context = command.make_context(name, words, parent=context)
+        if not hasattr(command, "resolve_command"):
+            return {"command": context.command_path, **context.params}
+        left = [*getattr(context, "_protected_args", ()), *context.args]
+        name, command, words = command.resolve_command(context, left)
 
 
 def test_every_snippet_is_short():
@@ -151,3 +179,62 @@ def test_the_variant_is_refused_where_it_cannot_be_told(lowrank: None):
         tiny.config((("lowrank-9", "noop"),)).num_params()
     with pytest.raises(config.ConfigError, match="linear, noop or lowrank-N"):
         config.parse_kind("attention", "swiglu-8")
+
+
+PAGES = ("first-hour",)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_of_a_page_parses(name: str):
+    found = commands(name)
+    assert len(found) > 5
+    for words in found:
+        parsed(words)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_that_a_page_names_is_there(name: str):
+    for path in re.findall(r"`((?:recipes|docs|tests|tessera|benchmarks)/[\w./-]+)`", page(name)):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_first_hour_speaks_of_the_recipe_that_is_run():
+    steps = {"parent", "bld", "search", "search-dropped", "race", "kd", "frontier", "sft", "grpo"}
+    for words in commands("first-hour"):
+        told = parsed(words)
+        if told["command"].endswith("quickstart"):
+            plan = load(quickstart.recipe_path(), [*quickstart.FAST, *(told["overrides"] or ())])
+            tables = {spec.name: spec.table for spec in plan.stages}
+            assert plan.name == "quickstart-fast" and steps <= set(tables)
+            assert set(told["redo"] or ()) <= set(tables)
+        for path in re.findall(r"runs/quickstart-fast/([\w-]+)", " ".join(words)):
+            assert path in tables
+    assert tables["search"]["constraints"] == {"throughput": "2x"}
+    numbers = [int(n) for n in re.findall(r"^\[\d+/(\d+)\]", page("first-hour"), re.MULTILINE)]
+    assert set(numbers) == {len(tables)}
+    assert 'constraints = { throughput = "3.2x" }' in quickstart.recipe_path().read_text()
+
+
+def test_the_first_hours_chats_are_what_the_page_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    exec(named("chats.py", "first-hour"), {"__name__": "chats"})
+    rows = [json.loads(line) for line in Path("chats.jsonl").read_text().splitlines()]
+    asked, answer = rows[0]["messages"][1]["content"], rows[0]["messages"][2]["content"]
+    assert f"\n{asked}<|eot_id|>" in page("first-hour") and answer in page("first-hour")
+    assert "</think>" in Path("chats.jsonl").read_text().splitlines()[2]  # what the sed breaks
+
+
+def test_the_first_hours_client_prints_both_modes(capsys: pytest.CaptureFixture[str]):
+    said = SimpleNamespace(content="Answer: 9", reasoning_content="Work: m+3=7")
+    answer = SimpleNamespace(
+        choices=[SimpleNamespace(message=said)], usage=SimpleNamespace(completion_tokens=18)
+    )
+    asked: list[dict[str, Any]] = []
+    create = lambda **given: asked.append(given) or answer  # noqa: E731
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    code = named("ask.py", "first-hour").replace("from openai import OpenAI\n", "")
+    exec(code, {"OpenAI": lambda **_: client})
+    assert [one["messages"][0]["content"][-3:].strip() for one in asked] == ["on", "off"]
+    assert "on: 'Answer: 9', thought 'Work: m+3=7', 18 tokens" in capsys.readouterr().out
