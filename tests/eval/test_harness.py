@@ -30,7 +30,7 @@ from tessera.eval.harness import HarnessError, TesseraLM  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = [f"What is {a} plus {b}?" for a, b in ((3, 4), (5, 9), (8, 8), (2, 6), (7, 1), (9, 3))]
-TAUGHT = ["7", "14", "16", "9", "8", "11"]  # two of them wrong
+TAUGHT = ["7", "14", "\\$16", "9", "8.00", "11"]  # the fourth and the last are wrong
 GOLD = ["7", "14", "16", "8", "8", "12"]
 MODES: tuple[Mode, Mode] = ("on", "off")
 EXACT = {"rtol": 0, "atol": 2e-5}
