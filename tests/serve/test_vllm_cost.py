@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tessera.generate import vllm_process
 from tessera.model.config import KINDS
 from tessera.model.padding import expressible
 from tessera.pipeline import STAGES
@@ -16,7 +17,6 @@ from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import Space, write_space
 from tessera.recipe import RecipeError, validate
 from tessera.run import FailureError, Run, RunError, read_json, read_table
-from tessera.serve import vllm_cost
 from tessera.serve.vllm_cost import VLLMCostConfig, find_python, seconds_of, served, unloadable
 from tests import tiny
 
@@ -203,7 +203,7 @@ def test_a_family_that_vllm_cannot_load_is_refused_before_anything_runs():
 
 def test_a_missing_environment_is_an_error_that_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vllm_cost.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(vllm_process.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="make venv-vllm"):
         find_python(None)
     with pytest.raises(RunError, match="'nowhere/python' is no program"):
