@@ -17,6 +17,7 @@ from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import Space, write_space
 from tessera.recipe import RecipeError, validate
 from tessera.run import FailureError, Run, RunError, read_json, read_table
+from tessera.serve import vllm_cost
 from tessera.serve.vllm_cost import VLLMCostConfig, find_python, seconds_of, served, unloadable
 from tests import tiny
 
