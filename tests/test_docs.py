@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +22,13 @@ import typer
 from tessera import quickstart
 from tessera.cli import app
 from tessera.data import tasks
+from tessera.data.tokenizer import train_bpe
 from tessera.eval.task import Data
 from tessera.eval.tasks.procedural import find
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model import config, servable
+from tessera.model.families import FAMILIES
 from tessera.model.weights import load_model, save_model
 from tessera.puzzle.library import BlockLibrary, assemble, save_library
 from tessera.puzzle.space import SpaceConfig, build_space
@@ -32,6 +37,7 @@ from tessera.recipe import load
 from tessera.rl.rewards import Sample
 from tessera.rl.rubric import Rubric
 from tessera.rl.verifiers.outcome import Outcome
+from tessera.run import is_done
 from tessera.train.flops import subblock_cost
 from tests import tiny
 
@@ -181,7 +187,7 @@ def test_the_variant_is_refused_where_it_cannot_be_told(lowrank: None):
         config.parse_kind("attention", "swiglu-8")
 
 
-PAGES = ("first-hour",)
+PAGES = ("first-hour", "your-checkpoint")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -238,3 +244,51 @@ def test_the_first_hours_client_prints_both_modes(capsys: pytest.CaptureFixture[
     exec(code, {"OpenAI": lambda **_: client})
     assert [one["messages"][0]["content"][-3:].strip() for one in asked] == ["on", "off"]
     assert "on: 'Answer: 9', thought 'Work: m+3=7', 18 tokens" in capsys.readouterr().out
+
+
+def test_the_families_of_the_page_are_those_that_are_read():
+    rows = re.findall(r"^\| `([\w-]+)` \|", page("your-checkpoint"), re.MULTILINE)
+    assert rows[1 : len(FAMILIES) + 3] == [*FAMILIES, "nemotron-nas", "tessera"]
+
+
+def test_the_keys_of_the_page_are_the_recipes():
+    changed = re.search(r"\| what to change.*?\n\n", page("your-checkpoint"), re.DOTALL)
+    assert changed is not None
+    recipe = load(ROOT / "recipes" / "llama-3.2-1b.toml")
+    tables = {spec.name: spec.table for spec in recipe.stages}
+    keys = set(re.findall(r"`([a-z-]+(?:\.[a-z_]+)+)`", changed[0])) - {"llama.cpp"}
+    assert len(keys) > 8
+    for key in keys:
+        found: Any = tables
+        for part in key.split("."):
+            found = found[part]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run_as_they_stand(tmp_path: Path):
+    name = "your-checkpoint"
+    words = (("gqa-4", "swiglu-48"),) * 3
+    tokenizer = train_bpe(["once upon a time there was a cat that thought of fish"] * 9, 300)
+    shape = {"hidden_size": 32, "head_dim": 8, "max_position_embeddings": 512, "vocab_size": 300}
+    tiny.saved(tmp_path / "MODEL", words, **shape, eos_token_id=tokenizer.eos_ids[:1])
+    tokenizer.save(tmp_path / "MODEL")
+    (template,) = snippets("jinja", name)
+    (tmp_path / "MODEL" / "chat_template.jinja").write_text(template)
+    (tmp_path / "chats.py").write_text(named("chats.py", name))
+    text = "once upon a time there was a cat that thought of fish. " * 9
+    rows = [json.dumps({"text": f"{i} {text}"}) for i in range(400)]
+    (tmp_path / "DOCUMENTS.jsonl").write_text("\n".join(rows))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    shell = f"""set -e
+python() {{ {sys.executable} "$@"; }}
+tessera() {{ python -m tessera "$@"; }}
+torchrun() {{ python -m torch.distributed.run "$@"; }}
+{"".join(snippets("bash", name))}"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert (tmp_path / "exported" / "config.json").is_file()
+    for run in ("runs/rehearsal/compare", "runs/two/bld"):
+        assert is_done(tmp_path / run)
