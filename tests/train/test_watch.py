@@ -123,9 +123,9 @@ def test_two_processes_of_which_one_sleeps(tmp_path):
     code = f"from tests.train.test_watch import sleeper; sleeper({json.dumps(str(tmp_path / 'r'))})"
     run_ranks(code)
     (line, *_) = _said(tmp_path / "r")
-    for told in (  # whoever has been quiet longer comes first, which a busy machine decides
+    for pattern in (  # whoever has been quiet longer comes first, which a busy machine decides
         r"rank 1 at 'step 5: reading data' for 0:0\d, in sleeper \(tests\.train\.test_watch:\d+\)",
         r"rank 0 at 'step 5: summing losses' for 0:0\d, in all_reduce \(tessera\.dist:\d+\)",
     ):
-        assert re.search(told, line)
+        assert re.search(pattern, line)
     assert not list((tmp_path / "r" / "state").rglob("*.json"))
