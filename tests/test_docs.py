@@ -264,6 +264,30 @@ def test_the_keys_of_the_page_are_the_recipes():
             found = found[part]
 
 
+# A page of a package, and the files of benchmarks/results whose figures its tables repeat.
+DESIGNS = {"puzzle": ("bld-cpu", "search-cpu", "frontier-cpu"), "rl": ("rl-cpu",)}
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_the_code_of_a_page_stands_in_the_source(name: str):
+    for code in snippets("python", name):
+        head, _, body = code.partition("\n")
+        source = (ROOT / head.removeprefix("# ")).read_text(encoding="utf-8")
+        lines = [line.strip() for line in source.splitlines()]
+        assert "\n".join(map(str.strip, body.splitlines())) in "\n".join(lines), head
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_the_figures_of_a_page_come_from_a_run(name: str):
+    results = ROOT / "benchmarks" / "results"
+    told = "\n".join((results / f"{one}.md").read_text() for one in DESIGNS[name])
+    known = set(re.findall(r"[\w.,-]+", told))
+    rows = [line for line in page(name).splitlines() if re.match(r"\|.*\d", line)]
+    assert len(rows) > 8
+    for row in rows:
+        assert set(re.findall(r"[\w.,-]*\d[\w.,-]*", row)) <= known, row
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_page_run_as_they_stand(tmp_path: Path):
     name = "your-checkpoint"
