@@ -10,11 +10,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tessera.report import puzzle, reasoning, training
+from tessera.report import puzzle, reasoning, summary, training
 from tessera.report.blocks import Block, Figure, Section, Table, Text
 from tessera.report.runs import Runs, read_runs
 
 SECTIONS: tuple[tuple[str, Callable[[Runs], Iterable[Block]]], ...] = (
+    ("In short", summary.summary),
     ("The child", puzzle.architecture),
     ("Frontier", puzzle.frontier),
     ("Speed", puzzle.speed),

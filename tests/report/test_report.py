@@ -49,12 +49,18 @@ def test_sections_appear_where_the_runs_have_what_they_show(runs: Path):
     _, found = build.sections(runs)
     titles = [section.title for section in found]
     assert titles == [
+        "In short",
         "Accuracy, thinking on and off",
         "Training",
         "Reinforcement learning",
         "Samples",
         "Cost",
         "Lineage",
+    ]
+    short = build.plain(found)[0]["blocks"][0]["rows"]
+    assert [row["value"] for row in short[:2]] == [
+        "0.250 ± 0.020, 9.0 tokens",
+        "0.750 ± 0.020, 9.0 tokens",
     ]
     cost = next(one for one in build.plain(found) if one["title"] == "Cost")
     rows = {row["run"]: row for row in cost["blocks"][1]["rows"]}
