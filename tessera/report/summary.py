@@ -21,10 +21,8 @@ def summary(runs: Runs) -> Iterator[Block]:
     """Speed and closeness of what was compared, the last evaluations, exports, and the cost."""
     rows = [*_speeds(runs), *_answers(runs), *_exports(runs)]
     if rows:
-        spent, cpu = (
-            sum(getattr(run.manifest, key) for run in runs.all)
-            for key in ("seconds", "cpu_seconds")
-        )
+        spent = sum(run.manifest.seconds for run in runs.all)
+        cpu = sum(run.manifest.cpu_seconds for run in runs.all)
         told = clock(spent) + (f", {clock(cpu)} of CPU" if cpu else "")
         rows.append({"finding": "time", "value": told, "of": f"{len(runs.all)} runs"})
         yield Table("summary", rows, VIEW)
@@ -39,7 +37,7 @@ def _speeds(runs: Runs) -> Iterator[Row]:
             if row.get("promised"):
                 value += f" (promised {row['promised']:.2f}x)"
             value += f", {row['agreement']:.1%} of its next tokens"
-            yield {"finding": f"speed of {first['model']}", "value": value, "of": row["model"]}
+            yield {"finding": f"speed against {first['model']}", "value": value, "of": row["model"]}
 
 
 def _answers(runs: Runs) -> Iterator[Row]:
