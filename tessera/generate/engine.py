@@ -169,6 +169,15 @@ class Engine(Protocol):
         ...
 
 
+def keys_of(prompts: Sequence[Sequence[int]], keys: Sequence[int] | None) -> Sequence[int]:
+    """The key of each prompt, its number where none are given. Raises GenerationError."""
+    if keys is None:
+        return range(len(prompts))
+    if len(keys) != len(prompts):
+        raise GenerationError(f"{len(prompts)} prompts, but {len(keys)} keys: give one each")
+    return keys
+
+
 def check_sequences(
     sequences: Sequence[Sequence[int]], what: str, vocab_size: int, longest: int
 ) -> None:

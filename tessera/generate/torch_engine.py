@@ -21,6 +21,7 @@ from tessera.generate.engine import (
     Progress,
     SamplingParams,
     check_sequences,
+    keys_of,
 )
 from tessera.generate.packed import Packed
 from tessera.generate.reading import Prefill, PrefixCache, padded
@@ -154,8 +155,6 @@ class TorchEngine:
     ) -> list[list[Completion]]:
         """See `Engine.generate`. A completion also ends at max_position_embeddings."""
         self._check(prompts, params)
-        if keys is not None and len(keys) != len(prompts):
-            raise GenerationError(f"{len(prompts)} prompts, but {len(keys)} keys: give one each")
         room = self.packed.config.max_position_embeddings
         total, finished, told = len(prompts) * params.n, 0, 0
 
@@ -165,7 +164,7 @@ class TorchEngine:
 
         handles = [
             Handle(prompt, params, key=key, room=room, on_finish=count)
-            for prompt, key in zip(prompts, keys or range(len(prompts)), strict=True)
+            for prompt, key in zip(prompts, keys_of(prompts, keys), strict=True)
         ]
         longest_first = sorted(handles, key=lambda handle: -len(handle.prompt))
         self.waiting.put(longest_first, bounded=False)

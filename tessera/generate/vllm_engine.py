@@ -32,6 +32,7 @@ from tessera.generate.engine import (
     Progress,
     SamplingParams,
     check_sequences,
+    keys_of,
 )
 from tessera.generate.vllm_process import DiedError, Process, find_python
 from tessera.model import decilm
@@ -97,9 +98,6 @@ class VLLMEngine:
             raise GenerationError(
                 "vLLM's engine takes no thinking budget; use tessera's own, or max_tokens"
             )
-        keys = range(len(prompts)) if keys is None else keys
-        if len(keys) != len(prompts):
-            raise GenerationError(f"{len(prompts)} prompts, but {len(keys)} keys: give one each")
         told, total = None, len(prompts) * params.n
         if progress is not None:
             told = lambda done: progress(done, total)  # noqa: E731
@@ -107,7 +105,7 @@ class VLLMEngine:
             "generate",
             told,
             prompts=[list(prompt) for prompt in prompts],
-            seeds=[seed_of(params.seed, key) for key in keys],
+            seeds=[seed_of(params.seed, key) for key in keys_of(prompts, keys)],
             sampling=_sampling(params),
         )
         return [

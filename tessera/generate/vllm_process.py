@@ -23,7 +23,7 @@ from tessera.run import FailureError, RunError
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 ENVIRONMENT = Path(".venv-vllm/bin/python")  # what `make venv-vllm` builds
-# In-process scheduling: a spawned one starts 90 s later on two cores, and helps no offline queue.
+# Scheduling in the same process: a spawned one starts later, and helps no offline queue.
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",

@@ -72,15 +72,8 @@ class Worker:
         """The log-prob of each token but the first."""
         params = self._params(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         outputs = self._run(sequences, [params] * len(sequences), 1)
-        return {
-            "scores": [
-                [
-                    row[token].logprob
-                    for token, row in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
-                ]
-                for ids, output in zip(sequences, outputs, strict=True)
-            ]
-        }
+        pairs = zip(sequences, outputs, strict=True)
+        return {"scores": [_logprobs(ids[1:], one.prompt_logprobs[1:]) for ids, one in pairs]}
 
     def sleep(self) -> dict:
         """Gives the memory of weights and cache back."""
