@@ -22,7 +22,7 @@ from tessera.planning.cluster import Cluster
 from tessera.planning.memory import BYTES, Layout, held_params
 from tessera.planning.work import Job
 from tessera.puzzle.memory import unit_params
-from tessera.train.flops import Work, model_cost
+from tessera.train.flops import model_cost
 
 # float32 products off the tensor cores, which is torch's default (data sheets, dense).
 FLOAT32 = {"H100": 67e12, "H200": 67e12, "B200": 75e12, "A100": 19.5e12, "L40S": 91.6e12}
@@ -95,9 +95,7 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
 def _recomputed(job: Job) -> float:
     if job.student is None:
         return 0.0
-    tokens, length = job.train.tokens_per_step, job.train.sequence_length
-    work = Work(tokens, round(tokens * (length + 1) / 2))
-    return model_cost(job.student, head=False).forward(work)
+    return model_cost(job.student, head=False).forward(job.work())
 
 
 def _trained(job: Job, layout: Layout) -> float:

@@ -52,12 +52,15 @@ class Job:
         """Positions of the whole training."""
         return self.passes * self.train.steps * self.train.tokens_per_step
 
-    def flops(self) -> float:
-        """Operations of a step, of documents as long as the longest there may be."""
+    def work(self) -> Work:
+        """Of a step, whose documents are as long as the longest there may be."""
         tokens, length = self.train.tokens_per_step, self.train.sequence_length
-        seen = min(length, self.config.sliding_window or length)
-        work = Work(tokens, round(tokens * (seen + 1) / 2))
-        total = 0
+        window = min(length, self.config.sliding_window or length)
+        return Work(tokens, round(tokens * (window - window * (window - 1) / (2 * length))))
+
+    def flops(self) -> float:
+        """Operations of a step."""
+        work, total = self.work(), 0
         if self.student is not None:
             total += model_cost(self.student).training(work)
             total += model_cost(self.teacher).forward(work) if self.teacher else 0

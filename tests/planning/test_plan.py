@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from tessera.cli import app
+from tessera.data.batch import Batch
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
@@ -22,6 +23,7 @@ from tessera.planning.work import Job
 from tessera.run import Run
 from tessera.train.activations import kept
 from tessera.train.engine import Trainer
+from tessera.train.flops import Work
 from tessera.train.optim import TrainConfig
 from tests.toy import ToySource, toy_batch, toy_config, toy_model
 
@@ -139,6 +141,15 @@ def test_recomputation_trades_time_for_memory():
     assert memory(job, again, 80e9).activations < memory(job, keeps, 80e9).activations / 3
     ratio = step_time(job, again, cluster).products / step_time(job, keeps, cluster).products
     assert 1.25 < ratio < 4 / 3
+
+
+@pytest.mark.parametrize("window", [None, 3, 16])
+def test_the_work_of_a_step_is_that_of_its_longest_documents(window):
+    train = TrainConfig(steps=1, tokens_per_step=32, microbatch_tokens=16, sequence_length=8)
+    job = Job("cpt", train, toy_config(2, sliding_window=window))
+    positions = torch.arange(8).repeat(4, 1)
+    batch = Batch(positions, positions, positions, positions, torch.zeros_like(positions))
+    assert job.work() == Work.of(batch, window)
 
 
 def test_what_does_not_fit_says_which_part_and_what_would():
