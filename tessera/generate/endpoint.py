@@ -1,7 +1,7 @@
 """A server that speaks the OpenAI API, asked many things at once.
 
 What may pass is tried again after 1, 2, 4 … seconds and a share of chance, or after what the server
-says in Retry-After: no connection, a timeout, 408, 409, 429 and 5xx. What will not pass is an
+says in Retry-After: no connection, a timeout, 408, 409, 425, 429 and 5xx. What will not pass is an
 error: of the recipe where the server refuses the key or the model, else of the one request. A
 request that failed to the last is counted; above a share of them the server is held to be down, and
 the work stops, to go on where it stopped.

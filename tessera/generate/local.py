@@ -57,6 +57,7 @@ class LocalAnswerer:
 
     def _ask(self, batch: tuple[Request, ...], receive: Receive) -> None:
         from tessera.generate.engine import GenerationError, SamplingParams
+        from tessera.generate.text import opens_thought
 
         if any(request.embed for request in batch):
             raise AskError('a teacher of kind "engine" gives no embeddings; use an endpoint')
@@ -77,8 +78,7 @@ class LocalAnswerer:
             tokens = completion.token_ids
             stopped = completion.finish_reason == "stop"
             text = tokenizer.decode(tokens[:-1] if stopped else tokens)
-            opened = tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-            thought, answer = split_output(text, opened=opened)
+            thought, answer = split_output(text, opened=opens_thought(tokenizer, prompt))
             reply = Reply(answer, thought, completion.finish_reason, len(tokens))
             receive(request, reply)
         return None

@@ -19,6 +19,7 @@ from tessera.generate.requests import Watch
 THINK, END_THINK = "<think>", "</think>"
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 CONTEXT = 4  # tokens before a text that decide whether its first space belongs to it
+TAIL = 8  # tokens at a prompt's end that tell whether it opens a thought
 HOPELESS = 32  # tokens without one whole character are not the beginning of one
 # What commonly stands around a tag, and may be one token with its first or last characters.
 BEFORE = ("", "\n", "\n\n", ".\n", ".", ".\n\n", " ", "!", "?", ")", "**", "`", "$", "\n```\n")
@@ -179,6 +180,11 @@ class ThoughtSplitter:
             text = text.lstrip()
             self._fresh = not text
         return text
+
+
+def opens_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    """Whether a prompt ends with `<think>`, so that what follows begins inside the thought."""
+    return tokenizer.decode(prompt[-TAIL:], special=True).rstrip().endswith(THINK)
 
 
 def split_thought(text: str, opened: bool = False) -> Piece:

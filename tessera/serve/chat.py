@@ -18,7 +18,7 @@ from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
-from tessera.generate.text import THINK, Piece, TextStream, thinking_budget
+from tessera.generate.text import Piece, TextStream, opens_thought, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.weights import load_model, resolve
 
@@ -61,7 +61,7 @@ class Conversation:
         """
         self.messages.append({"role": "user", "content": question})
         prompt = self.encoder.prompt(self.messages, self.mode)
-        opened = self.tokenizer.decode(prompt[-8:], special=True).rstrip().endswith(THINK)
+        opened = opens_thought(self.tokenizer, prompt)
         stream = TextStream(self.tokenizer, prompt, opened=opened)
         thinking = None
         if self.budget is not None:

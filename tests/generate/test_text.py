@@ -16,6 +16,7 @@ from tessera.generate.text import (
     StopStrings,
     TextStream,
     ThoughtSplitter,
+    opens_thought,
     split_thought,
     stop_watch,
     thinking_budget,
@@ -186,6 +187,13 @@ def test_a_budget_knows_the_tags_as_they_are_tokenised(before, behind):
         places = range(len(ids))
         assert any(tuple(ids[i : i + len(end)]) == end for i in places for end in thinking.ends)
         assert thinking_budget(tokenizer, 9, opened=True) == replace(thinking, starts=())
+
+
+def test_a_prompt_opens_a_thought_where_the_tag_is_the_last_thing_in_it():
+    tokenizer = train_bpe(["a cat thought of fish"] * 9, 300, ["<think>", "</think>"])
+    prompts = ("hm <think>", "hm <think>\n", "<think> hm", "<think></think>", "hm")
+    opens = [opens_thought(tokenizer, tokenizer.encode(one, special=True)) for one in prompts]
+    assert opens == [True, True, False, False, False]
 
 
 def test_a_budget_closes_the_thought_in_the_text():

@@ -16,17 +16,14 @@ from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import FinishReason, SamplingParams, Thinking
 from tessera.generate.requests import Handle
 from tessera.generate.text import (
-    THINK,
-    Detokenizer,
     Piece,
     TextStream,
+    opens_thought,
     stop_watch,
     thinking_budget,
 )
 from tessera.generate.torch_engine import TorchEngine
 from tessera.serve.api.words import ChatRequest, CompletionRequest, Sampled
-
-TAIL = 8  # tokens at a prompt's end that tell whether it opens a thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +115,7 @@ class Talker:
         )
         tools = [] if request.tool_choice == "none" else [_tool(t) for t in request.tools or ()]
         prompt = self._prompt(messages, mode, tools)
-        opened = self.tokenizer.decode(prompt[-TAIL:], special=True).rstrip().endswith(THINK)
+        opened = opens_thought(self.tokenizer, prompt)
         thinking = None
         if request.thinking_budget is not None:
             thinking = thinking_budget(self.tokenizer, request.thinking_budget, opened)
@@ -201,6 +198,3 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool's own description: the API wraps it in {"type": "function", "function": ...}."""
     function = tool.get("function")
     return function if isinstance(function, dict) else tool
-
-
-__all__ = ["Detokenizer", "News", "Talk", "Talker", "Token"]
