@@ -64,12 +64,9 @@ def _served(model: str, engine: str, settings: dict[str, Any]) -> None:
     from tessera.serve.api.vllm import command
 
     words = command(model, config)
-    complain(" ".join("KEY" if before == "--api-key" else word for before, word in _pairs(words)))
+    keys = set(api.api_keys(config))
+    complain(" ".join("KEY" if word in keys else word for word in words))
     os.execv(words[0], words)
-
-
-def _pairs(words: list[str]) -> list[tuple[str, str]]:
-    return list(zip(["", *words], words, strict=False))
 
 
 def _api() -> Any:

@@ -133,6 +133,15 @@ def write_config(config: ModelConfig, directory: Path, dtype: str = "float32") -
     """Write what is not weights, `config.json` and the remote code, of an expressible config."""
     text = json.dumps(config_dict(config, dtype), indent=2) + "\n"
     (directory / "config.json").write_text(text)
-    templates = resources.files("tessera.model") / "remote"
     for file in REMOTE_CODE:
-        (directory / file).write_text((templates / file).read_text())
+        (directory / file).write_text(_template(file))
+
+
+def is_own_code(directory: Path) -> bool:
+    """Whether the Python files of a directory are those that `write_config` puts there."""
+    found = {path.name: path.read_text(errors="replace") for path in directory.glob("*.py")}
+    return found == {file: _template(file) for file in REMOTE_CODE}
+
+
+def _template(file: str) -> str:
+    return (resources.files("tessera.model") / "remote" / file).read_text()

@@ -24,6 +24,7 @@ from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.weights import load_model
+from tests import tiny
 from tests.rl.policy_runs import made
 
 openai = pytest.importorskip("openai")
@@ -293,6 +294,22 @@ def test_the_command_for_vllm(tmp_path: Path):
     told = dict(zip(words[3::2], words[4::2], strict=True))
     assert told["--served-model-name"] == "child" and told["--max-model-len"] == "4096"
     assert told["--host"] == "127.0.0.1" and told["--max-num-seqs"] == "8"
+
+
+def test_the_command_for_vllm_trusts_the_exports_own_code_and_gives_all_keys(tmp_path: Path):
+    from tessera.model import decilm
+    from tessera.serve.api.run import ServeConfig, ServeError
+    from tessera.serve.api.vllm import command
+
+    decilm.write_config(tiny.config((("gqa-2", "swiglu-256"), ("noop", "swiglu-256"))), tmp_path)
+    keys = tmp_path / "keys.txt"
+    keys.write_text("one\ntwo\n")
+    config = ServeConfig(key_file=str(keys))
+    words = command(str(tmp_path), config, program="/bin/vllm")
+    assert "--trust-remote-code" in words and words[-3:] == ["--api-key", "one", "two"]
+    (tmp_path / "modeling_decilm.py").write_text("import os\n")
+    with pytest.raises(ServeError, match="not tessera's"):
+        command(str(tmp_path), config, program="/bin/vllm")
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from tessera.model import decilm
 from tessera.serve.api.run import ServeConfig, ServeError, api_keys
 
 PROGRAM = "vllm"
@@ -14,8 +15,8 @@ PROGRAM = "vllm"
 def command(model: str, config: ServeConfig, program: str | None = None) -> list[str]:
     """The words to run. Raises ServeError where vLLM or the export is not there.
 
-    A model of layers that differ is a `DeciLMForCausalLM`, whose layers vLLM's own code builds, so
-    nothing of the checkpoint's remote code needs to be trusted.
+    Layers that differ are built by vLLM's own code, but their config is read by Python of the
+    checkpoint: that is trusted where it is what an export writes, and refused otherwise.
     """
     home = Path(model)
     told = home / "config.json"
@@ -30,12 +31,19 @@ def command(model: str, config: ServeConfig, program: str | None = None) -> list
             "vLLM is not installed here; it has an environment of its own (make venv-vllm, or pip "
             "install vllm), whose bin/ must be on the PATH"
         )
-    room = json.loads(told.read_text(encoding="utf-8")).get("max_position_embeddings", 0)
+    values = json.loads(told.read_text(encoding="utf-8"))
+    room = values.get("max_position_embeddings", 0)
     words = [found, "serve", str(home), "--host", config.host, "--port", str(config.port)]
     words += ["--served-model-name", config.name or home.resolve().name]
     words += ["--max-num-seqs", str(config.batch)]
     words += ["--max-model-len", str(room)] if room else []
     words += ["--reasoning-parser", "deepseek_r1"]
-    for key in api_keys(config):
-        words += ["--api-key", key]
-    return words
+    if "auto_map" in values:
+        if not decilm.is_own_code(home):
+            raise ServeError(
+                f"{model} brings Python that is not tessera's, and nothing of it is run: export "
+                "the model again, or call vllm serve yourself"
+            )
+        words.append("--trust-remote-code")
+    keys = api_keys(config)
+    return [*words, "--api-key", *keys] if keys else words
