@@ -265,7 +265,11 @@ def test_the_keys_of_the_page_are_the_recipes():
 
 
 # A page of a package, and the files of benchmarks/results whose figures its tables repeat.
-DESIGNS = {"puzzle": ("bld-cpu", "search-cpu", "frontier-cpu"), "rl": ("rl-cpu",)}
+DESIGNS = {
+    "puzzle": ("bld-cpu", "search-cpu", "frontier-cpu"),
+    "rl": ("rl-cpu",),
+    "model": ("puzzle-cpu", "training-cpu", "vllm-cost-cpu"),
+}
 
 
 @pytest.mark.parametrize("name", DESIGNS)
