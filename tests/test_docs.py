@@ -270,6 +270,7 @@ DESIGNS = {
     "rl": ("rl-cpu",),
     "data": ("data-cpu", "switch-cpu"),
     "model": ("puzzle-cpu", "training-cpu", "vllm-cost-cpu"),
+    "train": ("kd-cpu", "step-cpu", "training-cpu"),
 }
 
 
