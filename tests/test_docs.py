@@ -269,6 +269,7 @@ DESIGNS = {
     "puzzle": ("bld-cpu", "search-cpu", "frontier-cpu"),
     "rl": ("rl-cpu",),
     "data": ("data-cpu", "switch-cpu"),
+    "generate": ("generation-cpu",),
     "model": ("puzzle-cpu", "training-cpu", "vllm-cost-cpu"),
     "train": ("kd-cpu", "step-cpu", "training-cpu"),
 }
