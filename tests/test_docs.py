@@ -271,6 +271,7 @@ DESIGNS = {
     "data": ("data-cpu", "switch-cpu"),
     "generate": ("generation-cpu",),
     "model": ("puzzle-cpu", "training-cpu", "vllm-cost-cpu"),
+    "serve": ("serve-cpu", "puzzle-cpu", "generation-cpu"),
     "train": ("kd-cpu", "step-cpu", "training-cpu"),
 }
 
