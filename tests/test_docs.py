@@ -268,6 +268,7 @@ def test_the_keys_of_the_page_are_the_recipes():
 DESIGNS = {
     "puzzle": ("bld-cpu", "search-cpu", "frontier-cpu"),
     "rl": ("rl-cpu",),
+    "curate": ("curate-cpu",),
     "data": ("data-cpu", "switch-cpu"),
     "generate": ("generation-cpu",),
     "model": ("puzzle-cpu", "training-cpu", "vllm-cost-cpu"),
