@@ -273,6 +273,7 @@ DESIGNS = {
     "generate": ("generation-cpu",),
     "model": ("puzzle-cpu", "training-cpu", "vllm-cost-cpu"),
     "serve": ("serve-cpu", "puzzle-cpu", "generation-cpu"),
+    "planning": ("plan-cpu",),
     "train": ("kd-cpu", "step-cpu", "training-cpu"),
 }
 
