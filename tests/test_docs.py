@@ -288,6 +288,14 @@ def test_the_code_of_a_page_stands_in_the_source(name: str):
 
 
 @pytest.mark.parametrize("name", DESIGNS)
+def test_every_file_that_a_page_of_a_package_names_is_there(name: str):
+    found = re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|md|toml))`", page(name))
+    assert found
+    for path in found:
+        assert any((home / path).is_file() for home in (ROOT, ROOT / "tessera")), path
+
+
+@pytest.mark.parametrize("name", DESIGNS)
 def test_the_figures_of_a_page_come_from_a_run(name: str):
     results = ROOT / "benchmarks" / "results"
     told = "\n".join((results / f"{one}.md").read_text() for one in DESIGNS[name])
@@ -296,6 +304,12 @@ def test_the_figures_of_a_page_come_from_a_run(name: str):
     assert len(rows) > 8
     for row in rows:
         assert set(re.findall(r"[\w.,-]*\d[\w.,-]*", row)) <= known, row
+
+
+@pytest.mark.parametrize("index", ["docs/architecture.md", "README.md"])
+def test_the_index_names_every_page_of_a_package(index: str):
+    text = (ROOT / index).read_text(encoding="utf-8")
+    assert all(f"`docs/{name}.md`" in text for name in DESIGNS)
 
 
 @pytest.mark.slow
