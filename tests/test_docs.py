@@ -276,6 +276,8 @@ DESIGNS = {
     "planning": ("plan-cpu",),
     "train": ("kd-cpu", "step-cpu", "training-cpu"),
 }
+# Rows of a page whose figures stand in several rows of the results, because a table was turned.
+TURNED = {"puzzle": 4}
 
 
 @pytest.mark.parametrize("name", DESIGNS)
@@ -298,12 +300,14 @@ def test_every_file_that_a_page_of_a_package_names_is_there(name: str):
 @pytest.mark.parametrize("name", DESIGNS)
 def test_the_figures_of_a_page_come_from_a_run(name: str):
     results = ROOT / "benchmarks" / "results"
-    told = "\n".join((results / f"{one}.md").read_text() for one in DESIGNS[name])
-    known = set(re.findall(r"[\w.,-]+", told))
+    told = "\n".join((results / f"{one}.md").read_text() for one in DESIGNS[name]).splitlines()
+    known = [set(re.findall(r"[\w.,-]+", line)) for line in told]
     rows = [line for line in page(name).splitlines() if re.match(r"\|.*\d", line)]
     assert len(rows) > 8
-    for row in rows:
-        assert set(re.findall(r"[\w.,-]*\d[\w.,-]*", row)) <= known, row
+    figures = {row: set(re.findall(r"[\w.,-]*\d[\w.,-]*", row)) for row in rows}
+    turned = [row for row in rows if not any(figures[row] <= line for line in known)]
+    assert all(figures[row] <= set().union(*known) for row in turned), turned
+    assert len(turned) == TURNED.get(name, 0), turned
 
 
 @pytest.mark.parametrize("index", ["docs/architecture.md", "README.md"])
