@@ -134,6 +134,9 @@ def quickstart(
     fast: Annotated[
         bool, typer.Option("--fast", help="Less of everything: the path in two minutes.")
     ] = False,
+    task: Annotated[
+        str, typer.Option(help="The problems: calc (arithmetic) or hop (a chain of lookups).")
+    ] = "calc",
     redo: Redo = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the table.")] = False,
     as_json: Json = False,
@@ -144,10 +147,9 @@ def quickstart(
     """
     from tessera import pipeline
     from tessera import quickstart as shown
-    from tessera.recipe import load
-    from tessera.table import render_table, terminal_width
+    from tessera.table import terminal_width
 
-    plan = load(shown.recipe_path(), [*(shown.FAST if fast else ()), *(overrides or ())])
+    plan = shown.recipe(task, fast, overrides or ())
     shown.use_one_thread()
     pipeline.run_recipe(plan, runs, redo=redo or (), quiet=quiet)
     home = runs / plan.name
@@ -155,8 +157,9 @@ def quickstart(
     if as_json:
         _print_json(rows)
         return
-    print(f"\n{render_table(rows, None, shown.VIEW, terminal_width())}\n")
-    _complain(f"The report is {page}, everything else in {home}. Next:\n{shown.next_steps(home)}")
+    print(f"\n{shown.rendered(rows, terminal_width())}\n")
+    next_steps = shown.next_steps(home, task)
+    _complain(f"The report is {page}, everything else in {home}. Next:\n{next_steps}")
 
 
 @_command

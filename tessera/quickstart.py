@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tessera.disk import atomic_write
 from tessera.manifest import is_done, read_table
-from tessera.recipe import RecipeError
+from tessera.recipe import Recipe, RecipeError, load
 from tessera.report import build, html
-from tessera.table import Column, cell, count
+from tessera.table import Column, Row, cell, count, render_table
 
 NAME = "quickstart.toml"
+# Families of problems that it runs on, with a question of each; the recipe speaks of the first.
+EXAMPLES = {
+    "calc": "start 6 m+3 n*3 o-2 mod 10",
+    "hop": "table 4=7 2=4 7=1 1=2 start=4 m n",
+}
+OWN = next(iter(EXAMPLES))
+EVALUATIONS = ("parent", "child", "kd", "dropped", "sft", "grpo")
 # Less of everything, for a look in under two minutes: the figures are worse, the path is the same.
 FAST = (
-    "name=quickstart-fast",
     "data.tasks={calc=16000}",
     "parent.train.steps=400",
     "bld.train.steps=20",
@@ -31,7 +39,7 @@ FAST = (
     "sft.train.steps=250",
     "profile.tasks={calc=200}",
     "grpo.train.steps=40",
-    *(f"eval-{one}.limit=100" for one in ("parent", "child", "kd", "dropped", "sft", "grpo")),
+    *(f"eval-{one}.limit=100" for one in EVALUATIONS),
 )
 # Name in the table, the run of its evaluation, the row of the comparison, the mode asked in.
 ROWS = (
@@ -46,16 +54,12 @@ ROWS = (
 )
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
 VIEW = (
     Column("model", ("model",), cell),
-    Column("easy", ("right,", "easy"), _share),
-    Column("hard", ("right,", "hard"), _share),
+    Column("easy", ("right,", "easy"), cell),
+    Column("hard", ("right,", "hard"), cell),
     Column("tokens", ("tokens", "an answer"), lambda value: f"{value:.1f}"),
-    Column("obedience", ("obeys the", "switch"), _share),
+    Column("obedience", ("obeys the", "switch"), lambda value: f"{100 * value:.1f}%"),
     Column("speedup", ("genera-", "tion"), lambda value: f"{value:.2f}x"),
     Column("tokens_per_second", ("tokens/s", "decoding"), count),
     Column("parameters", ("params",), count),
@@ -70,6 +74,30 @@ def recipe_path() -> Path:
         if (folder / NAME).is_file():
             return folder / NAME
     raise RecipeError(f"recipes/{NAME} is not with this installation; clone the repository")
+
+
+def recipe(task: str = OWN, fast: bool = False, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe, in its short form or not, on the family's problems.
+
+    Raises RecipeError where the quickstart does not run on the family.
+    """
+    if task not in EXAMPLES:
+        raise RecipeError(f"--task {task}: the quickstart runs on {' or '.join(EXAMPLES)}")
+    name = f"quickstart{'' if task == OWN else f'-{task}'}{'-fast' if fast else ''}"
+    plan = load(recipe_path(), [*(FAST if fast else ()), f"name={name}", *overrides])
+    stages = (replace(spec, table=_speaking_of(task, spec.table)) for spec in plan.stages)
+    return replace(plan, stages=tuple(stages))
+
+
+def _speaking_of(task: str, value: Any) -> Any:
+    """A table of the recipe with the family instead of the recipe's own: `calc = 500`, "calc@6"."""
+    if isinstance(value, dict):
+        return {task if k == OWN else k: _speaking_of(task, v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_speaking_of(task, one) for one in value]
+    if isinstance(value, str) and value.startswith(f"{OWN}@"):
+        return task + value.removeprefix(OWN)
+    return value
 
 
 def use_one_thread() -> None:
@@ -97,7 +125,9 @@ def table(home: Path) -> list[dict[str, Any]]:
             {
                 "model": name,
                 "easy": easy["value"],
+                "easy_stderr": easy["stderr"],
                 "hard": hard["value"],
+                "hard_stderr": hard["stderr"],
                 "tokens": hard["tokens"],
                 "obedience": hard["obedience"] if mode != "text" else None,
                 "speedup": timed["speedup"],
@@ -109,6 +139,20 @@ def table(home: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def rendered(rows: Sequence[Row], width: int | None = None) -> str:
+    """The table as text, each share with its standard error behind it."""
+    shown = []
+    for row in rows:
+        kept = {key: value for key, value in row.items() if not key.endswith("_stderr")}
+        shares = {key: _share(row[key], row[f"{key}_stderr"]) for key in ("easy", "hard")}
+        shown.append({**kept, **shares})
+    return render_table(shown, None, VIEW, width)
+
+
+def _share(value: float, error: float | None) -> str:
+    return f"{100 * value:5.1f} ±{100 * (error or 0.0):.1f}%"
+
+
 def write_report(home: Path) -> Path:
     """Writes the page of a finished quickstart; returns where it is."""
     page = home / "report.html"
@@ -117,10 +161,10 @@ def write_report(home: Path) -> Path:
     return page
 
 
-def next_steps(home: Path) -> str:
+def next_steps(home: Path, task: str) -> str:
     """What to try after it."""
     return (
-        f"tessera chat {home / 'grpo'}        and ask: start 6 m+3 n*3 o-2 mod 10\n"
+        f"tessera chat {home / 'grpo'}        and ask: {EXAMPLES[task]}\n"
         f"tessera serve {home / 'grpo'} --web\n"
         "tessera run recipes/checkpoint.toml parent.path=MODEL data.paths='[\"DOCUMENTS.jsonl\"]'"
     )

@@ -209,7 +209,7 @@ def test_the_first_hour_speaks_of_the_recipe_that_is_run():
     for words in commands("first-hour"):
         told = parsed(words)
         if told["command"].endswith("quickstart"):
-            plan = load(quickstart.recipe_path(), [*quickstart.FAST, *(told["overrides"] or ())])
+            plan = quickstart.recipe(fast=True, overrides=told["overrides"] or ())
             tables = {spec.name: spec.table for spec in plan.stages}
             assert plan.name == "quickstart-fast" and steps <= set(tables)
             assert set(told["redo"] or ()) <= set(tables)

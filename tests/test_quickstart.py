@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,46 @@ from typer.testing import CliRunner
 
 from tessera import quickstart
 from tessera.cli import app
+from tessera.data.tasks import problem
 from tessera.pipeline import STAGES
-from tessera.recipe import load
+from tessera.recipe import RecipeError
 from tessera.resolve import plan
-from tessera.table import render_table
 
 
-@pytest.mark.parametrize("overrides", [(), quickstart.FAST], ids=["whole", "fast"])
-def test_the_recipe_holds_every_stage_that_the_table_speaks_of(tmp_path: Path, overrides):
-    steps = plan(load(quickstart.recipe_path(), overrides), tmp_path, (), STAGES)
+@pytest.mark.parametrize("task", quickstart.EXAMPLES)
+@pytest.mark.parametrize("fast", [False, True], ids=["whole", "fast"])
+def test_the_recipe_holds_every_stage_that_the_table_speaks_of(tmp_path: Path, fast, task):
+    steps = plan(quickstart.recipe(task, fast), tmp_path, (), STAGES)
     names = {step.name for step in steps}
     assert {run for _, run, _, _ in quickstart.ROWS} | {"compare", "grpo", "export"} <= names
     compared = next(step for step in steps if step.name == "compare")
     models = {path.name for path in (compared.inputs["parent"], *compared.inputs["models"])}
     assert {speed for _, _, speed, _ in quickstart.ROWS} == models
+
+
+def test_the_families_differ_in_their_problems_alone():
+    def words(task: str) -> str:
+        stages = {spec.name: spec.table for spec in quickstart.recipe(task).stages}
+        return json.dumps(stages).replace(f'"{task}', '"TASK')
+
+    assert words("calc") == words("hop") and words("hop").count("TASK") == 16
+    names = [quickstart.recipe(t, f).name for t in quickstart.EXAMPLES for f in (False, True)]
+    assert len(set(names)) == 4
+    assert quickstart.recipe("hop", overrides=["name=mine"]).name == "mine"
+    with pytest.raises(RecipeError, match="runs on calc or hop"):
+        quickstart.recipe("sort")
+
+
+@pytest.mark.parametrize(
+    ("task", "level", "form"),
+    [
+        ("calc", 3, r"start \d( [a-z][-+*]\d){3} mod 10"),
+        ("hop", 2, r"table( \d=\d){4} start=\d( [a-z]){2}"),
+    ],
+)
+def test_the_example_is_a_question_of_its_family(task: str, level: int, form: str):
+    for question in (problem(task, 0, 0, level=level).question, quickstart.EXAMPLES[task]):
+        assert re.fullmatch(form, question)
 
 
 def _written(home: Path, run: str, table: str, rows: list) -> None:
@@ -42,7 +69,7 @@ def test_the_table_is_read_from_the_runs(tmp_path: Path, monkeypatch):
         file = tmp_path / run / "tables" / "eval.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         before = list(map(json.loads, lines))
-        one = {"mode": mode, "tokens": 4.0, "obedience": 1.0}
+        one = {"mode": mode, "tokens": 4.0, "obedience": 1.0, "stderr": 0.01}
         hard = {"task": "calc@6", "value": number / 10}
         _written(
             tmp_path, run, "eval", [*before, {**one, "task": "calc@3", "value": 1.0}, one | hard]
@@ -50,7 +77,7 @@ def test_the_table_is_read_from_the_runs(tmp_path: Path, monkeypatch):
     found = quickstart.table(tmp_path)
     assert [row["hard"] for row in found] == [n / 10 for n in range(len(quickstart.ROWS))]
     assert found[0]["obedience"] is None and found[-1]["obedience"] == 1.0
-    assert "after RL, thinking on" in render_table(found, None, quickstart.VIEW)
+    assert "100.0 ±1.0%" in quickstart.rendered(found)
 
 
 @pytest.mark.slow

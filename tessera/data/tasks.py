@@ -4,9 +4,9 @@
     Work: m+3=9 n*3=7 o-3=4 p-3=1           the reasoning, left out of a quarter of the documents
     Answer: 1
 
-`level` grades the difficulty: operations in `calc`, letters in `sort`, digits in `compare`.
-A small model cannot answer at higher levels without writing the work down first. `gym/NAME` draws
-from the reasoning-gym library (gym.py), whose problems show no work.
+`level` grades the difficulty: operations in `calc`, lookups in `hop`, letters in `sort`, digits in
+`compare`. A small model cannot answer `calc` and `hop` at higher levels without writing the work
+down first. `gym/NAME` draws from the reasoning-gym library (gym.py), whose problems show no work.
 
 A problem is a pure function of (name, seed, index, split), and the hash of its question alone
 decides its split: no held-out question is ever trained on, whatever the seeds.
@@ -43,13 +43,17 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question with its reasoning and its answer."""
+    """One question with its reasoning and its answer.
+
+    results: what each step of `work` found, as it stands there; a hasty thought skips some.
+    """
 
     name: str
     question: str
     work: str
     answer: str
     level: int
+    results: tuple[str, ...] = ()
 
     @property
     def split(self) -> Split:
@@ -89,15 +93,16 @@ def calc(rng: np.random.Generator, level: int) -> Problem:
     """A register mod 10 through `level` operations labelled with consecutive letters."""
     value = start = int(rng.integers(10))
     first = int(rng.integers(26))
-    steps, work = [], []
+    steps, results = [], []
     for i in range(level):
         label, operation = LETTERS[(first + i) % 26], OPERATIONS[int(rng.integers(12))]
         sign, operand = operation[0], int(operation[1])
         value = {"+": value + operand, "-": value - operand, "*": value * operand}[sign] % 10
         steps.append(label + operation)
-        work.append(f"{label}{operation}={value}")
+        results.append(f"={value}")
+    work = " ".join(step + result for step, result in zip(steps, results, strict=True))
     question = f"start {start} {' '.join(steps)} mod 10"
-    return Problem("calc", question, " ".join(work), str(value), level)
+    return Problem("calc", question, work, str(value), level, tuple(results))
 
 
 def sort(rng: np.random.Generator, level: int) -> Problem:
@@ -122,6 +127,24 @@ def compare(rng: np.random.Generator, level: int) -> Problem:
     return Problem("compare", f"compare {a} and {b}", work, max(a, b), level)
 
 
+def hop(rng: np.random.Generator, level: int) -> Problem:
+    """`level` steps along a ring of digits, each one's successor read off the question's table.
+
+    The ring has two digits more than steps, so none comes twice; beyond eight steps it is walked
+    again. (A sink could be guessed as the digit without a successor; a ring has none.)
+    """
+    size = min(level + 2, 10)
+    ring = [int(i) for i in rng.permutation(10)[:size]]
+    entries = [f"{ring[i]}={ring[(i + 1) % size]}" for i in range(size)]
+    table = " ".join(entries[int(i)] for i in rng.permutation(size))
+    first = int(rng.integers(26))
+    labels = [LETTERS[(first + i) % 26] for i in range(level)]
+    results = tuple(f" {entries[i % size]}" for i in range(level))
+    work = " ".join(label + result for label, result in zip(labels, results, strict=True))
+    question = f"table {table} start={ring[0]} {' '.join(labels)}"
+    return Problem("hop", question, work, str(ring[level % size]), level, results)
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """How to draw a problem, and the levels (inclusive) documents are drawn from."""
@@ -132,6 +155,7 @@ class Family:
 
 TASKS: dict[str, Family] = {
     "calc": Family(calc, (2, 6)),
+    "hop": Family(hop, (2, 6)),
     "sort": Family(sort, (3, 7)),
     "compare": Family(compare, (2, 6)),
 }
@@ -189,15 +213,17 @@ def problem_chat(
     drawn = problem(name, seed, index, split)
     rng = _generator(f"{name}/hasty", seed, index, split)
     if rng.random() < hasty:
-        drawn = replace(drawn, work=_hasty(drawn.work, rng))
+        drawn = replace(drawn, work=_hasty(drawn, rng))
     return drawn.chat(mode or ("off" if index % 2 else "on"))
 
 
-def _hasty(work: str, rng: np.random.Generator) -> str:
-    """Work with each result but the last left out by the throw of a coin."""
-    *steps, last = work.split(" ")
-    kept = [step if rng.random() < 0.5 else step.partition("=")[0] for step in steps]
-    return " ".join([*kept, last])
+def _hasty(drawn: Problem, rng: np.random.Generator) -> str:
+    """The work with each result but the last left out by the throw of a coin."""
+    kept, rest = "", drawn.work
+    for result in drawn.results[:-1]:
+        step, _, rest = rest.partition(result)
+        kept += step + (result if rng.random() < 0.5 else "")
+    return kept + rest
 
 
 def problem_rows(
