@@ -150,6 +150,7 @@ def test_calls_are_read_in_the_papers_form_and_in_pythons():
     assert read_calls('<TOOLCALL>[{"name": "f", "arg') is None
     assert read_calls("[__import__('os')]") != [("f", {})]
     assert read_calls("[f(a=g())]") is None
+    assert read_calls("[" * 100_000) is None
 
 
 def test_a_judges_marks_and_duels_are_read_or_are_missing(shared):

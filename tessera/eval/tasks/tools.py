@@ -93,7 +93,7 @@ def read_calls(answer: str) -> list[Call] | None:
         rows = json.loads(text)
         rows = rows if isinstance(rows, list) else [rows]
         return [(str(row["name"]), dict(row.get("arguments") or {})) for row in rows]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return _python_calls(text)
 
 
