@@ -81,14 +81,13 @@ class Conversation:
         return self.finish_reason == "length"
 
     def take(self, key: str, row: dict[str, Any]) -> str | None:
-        """Adds an answer; returns what the user says next, None where nothing does."""
+        """Adds an answer; returns what is said next, None where nothing is."""
         self.keys.append(key)
         self.tokens += row["tokens"]
         self.finish_reason = row["finish_reason"]
         self.completion = _whole(row["thought"], row["text"])
         self.messages.append({"role": "assistant", "content": self.completion})
-        turn = len(self.keys) - 1
-        return self.item.follow_ups[turn] if turn < len(self.item.follow_ups) else None
+        return self.task.goes_on(self.item, self.messages)
 
 
 def _whole(thought: str | None, answer: str) -> str:
@@ -133,7 +132,7 @@ def answer(
 def _one_turn(
     talks: Sequence[Conversation], mouth: Mouth, records: Journal, label: str, quiet: bool
 ) -> Iterator[Conversation]:
-    """Asks each conversation's next question; yields those in which the user goes on."""
+    """Asks each conversation's next question; yields those that go on."""
     asked = [
         mouth.request(one.task, one.messages, one.mode, one.sampling, one.sample) for one in talks
     ]

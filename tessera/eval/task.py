@@ -25,7 +25,7 @@ class Item:
     """One question.
 
     fields: what measures judge by. groups: what the table of groups tells apart (level, subject).
-    follow_ups: what the user says after each answer, as in MT-Bench's second turn.
+    follow_ups: what the user says in the turns after the first, as MT-Bench's second.
     """
 
     id: str
@@ -33,6 +33,12 @@ class Item:
     fields: Mapping[str, Any] = field(default_factory=dict)
     groups: Mapping[str, Any] = field(default_factory=dict)
     follow_ups: tuple[str, ...] = ()
+
+
+def follow_up(item: Item, chat: Sequence[Message]) -> str | None:
+    """What the user says after one answer a turn, None where all is said."""
+    turn = (len(chat) - len(item.messages)) // 2
+    return item.follow_ups[turn] if turn < len(item.follow_ups) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,8 @@ class Task:
     read: its items out of a `Data`. measures: the first is the one that pass@k counts. judging:
     where a model judges instead. max_tokens: of an answer, thought included (the papers: 32,768).
     groups: told apart in a table of their own. limit: the items of a task that has no end.
+    goes_on: (item, the conversation up to an answer) -> what is said next, None where it is over;
+    a function of its arguments alone, so that kept answers lead to the same conversation again.
     """
 
     name: str
@@ -78,6 +86,7 @@ class Task:
     max_tokens: int = 32_768
     groups: tuple[str, ...] = ()
     limit: int | None = None
+    goes_on: Callable[[Item, Sequence[Message]], str | None] = follow_up
 
     @property
     def metric(self) -> str:

@@ -12,7 +12,7 @@ import pytest
 from tessera.data.conversation import CLOSE, OPEN
 from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
-from tessera.eval.task import Data, EvalError, Item, Task
+from tessera.eval.task import Data, EvalError, Item, Task, ask
 from tessera.eval.tasks import TASKS, find
 from tessera.eval.tasks.judged import duels, marks, mean_mark, win_share
 from tessera.eval.tasks.tools import read_calls
@@ -191,6 +191,17 @@ def test_the_second_turn_is_asked_after_the_first_answer(shared, tmp_path: Path)
         assert roles == ["user", "assistant", "user", "assistant"]
         assert talk.messages[-1]["content"] == f"second {talk.item.id}"
     assert oracle.asked == 6
+
+
+def test_follow_ups_are_said_one_after_each_answer():
+    item = Item("x", ask("one", "system"), follow_ups=("two", "three"))
+    task, chat = find("mt_bench"), list(item.messages)
+    found = []
+    for _ in range(3):
+        chat.append({"role": "assistant", "content": "yes"})
+        found.append(task.goes_on(item, chat))
+        chat.append({"role": "user", "content": str(found[-1])})
+    assert found == ["two", "three", None]
 
 
 def test_needles_stand_where_they_are_said_to_and_can_be_found():
