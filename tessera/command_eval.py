@@ -10,8 +10,9 @@ import typer
 from tessera.command import MODEL, Json, complain, guarded, print_json
 
 TASKS = (
-    "gsm8k, math500, aime24, gpqa, ifeval, humaneval, mbpp, bfcl_live, mt_bench, arena_hard, "
-    "judgebench, perplexity, needle@4096, calc@6, gym/NAME and more; several with commas."
+    "gsm8k, math500, aime24, gpqa, ifeval, humaneval, mbpp, bfcl_live, bfcl_multi_turn, mt_bench, "
+    "arena_hard, judgebench, perplexity, needle@4096, calc@6, gym/NAME and more; several with "
+    "commas."
 )
 
 

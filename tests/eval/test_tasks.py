@@ -107,7 +107,11 @@ def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-BFCL = [name for name in TASKS if name.startswith("bfcl_") and name != "bfcl_live"]
+BFCL = [
+    name
+    for name in TASKS
+    if name.startswith("bfcl_") and name != "bfcl_live" and "multi_turn" not in name
+]
 
 
 @pytest.mark.parametrize("name", BFCL)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from tessera.eval.task import EvalError, Task
-from tessera.eval.tasks import code, judged, maths, procedural, tools, words
+from tessera.eval.tasks import code, judged, maths, multi_turn, procedural, tools, words
 from tessera.recipe import nearest
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for tasks in (maths.TASKS, words.TASKS, code.TASKS, tools.TASKS, judged.TASKS)
+    for tasks in (
+        maths.TASKS,
+        words.TASKS,
+        code.TASKS,
+        tools.TASKS,
+        multi_turn.TASKS,
+        judged.TASKS,
+    )
     for task in tasks
 }
 

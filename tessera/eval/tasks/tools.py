@@ -3,8 +3,8 @@
 The report's form (Llama-Nemotron's chat template): tools between `<AVAILABLE_TOOLS>` tags in the
 system prompt, calls as `<TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>`. An argument is
 right if it is among the values that BFCL lists for it; "" among them means that it may be left out.
-Calls in parallel match in any order. Where no tool fits, right is no call; multi-turn sets, which
-need the simulated services, are not here.
+Calls in parallel match in any order. Where no tool fits, right is no call. The multi-turn sets,
+whose calls are run, are in `multi_turn.py`.
 """
 
 from __future__ import annotations
