@@ -77,7 +77,7 @@ CONFINED = {
     "tokenizers": ["data"],
     "trackio": ["train/sinks.py"],
     "tree_sitter": ["curate/code.py"],
-    "transformers": ["model/remote"],
+    "transformers": ["generate/embedder.py", "model/remote"],
     "typer": [
         "cli.py",
         *("command.py", "command_data.py", "command_eval.py", "command_export.py"),

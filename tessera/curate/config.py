@@ -3,6 +3,7 @@
 [curate]
 sources = [{ paths = "gsm8k/train.jsonl", question = "question", license = "mit" }]
 teachers.teacher = { url = "http://10.0.0.1:8000/v1", model = "deepseek-ai/DeepSeek-R1" }
+teachers.embedder = { kind = "embedder", model = "sentence-transformers/all-MiniLM-L6-v2" }
 [[curate.steps]]
 step = "dedupe"
 field = "question"
@@ -32,6 +33,7 @@ from tessera.curate.similar import Nearest, SameProblem
 from tessera.curate.sources import SourceConfig
 from tessera.curate.votes import Majority, PassRate
 from tessera.data.schema import Dialect
+from tessera.generate.embedder import EmbedderConfig
 from tessera.generate.endpoint import EndpointConfig
 from tessera.generate.local import EngineConfig
 from tessera.recipe import Config, RecipeError, nearest, validate
@@ -63,7 +65,9 @@ STEPS: dict[str, type[Config]] = {
     "order": Order,
 }
 TeacherConfig = Annotated[
-    Annotated[EndpointConfig, Tag("openai")] | Annotated[EngineConfig, Tag("engine")],
+    Annotated[EndpointConfig, Tag("openai")]
+    | Annotated[EngineConfig, Tag("engine")]
+    | Annotated[EmbedderConfig, Tag("embedder")],
     Discriminator(lambda value: _kind(value)),
 ]
 
@@ -105,6 +109,8 @@ class CurateConfig(Config):
                     f"step {number} asks the teacher {wanted!r}, and `teachers` names none such; "
                     + nearest(wanted, self.teachers)
                 )
+            if wanted is not None:
+                _check_gives(self.teachers[wanted], f"step {number}", wanted, step)
         return self
 
     @property
@@ -115,11 +121,27 @@ class CurateConfig(Config):
             for one in getattr(step, "against", []):
                 found += [one.paths] if isinstance(one.paths, str) else one.paths
             found += [path] if (path := getattr(step, "tokenizer", None)) else []
-        return found
+        local = [one for one in self.teachers.values() if isinstance(one, EmbedderConfig)]
+        return found + [one.model for one in local]
 
     def named(self) -> list[tuple[str, Any]]:
         """The steps under the names they are counted by: `2 dedupe`."""
         return [(f"{n} {getattr(one, 'step')}", one) for n, one in enumerate(self.steps, 1)]  # noqa: B009
+
+
+def _check_gives(teacher: Config, where: str, name: str, step: Config) -> None:
+    """Raises ValueError where answers are asked of an embedder, or vectors of an engine."""
+    vectors = isinstance(step, Nearest)
+    if vectors and isinstance(teacher, EngineConfig):
+        raise ValueError(
+            f"{where} asks the teacher {name!r} for vectors, and an engine gives none; make it "
+            '{ kind = "embedder", model = "DIR OR HUB ID" }, or an endpoint that serves /embeddings'
+        )
+    if isinstance(teacher, EmbedderConfig) and not vectors:
+        raise ValueError(
+            f"{where} asks the teacher {name!r} for answers, and an embedder gives vectors alone; "
+            'name an endpoint, or a teacher of kind "engine"'
+        )
 
 
 def _step(number: int, table: Any) -> Config:

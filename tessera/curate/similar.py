@@ -30,7 +30,7 @@ class Nearest(Config):
     """Writes the problem of `against` that is nearest by embedding into `nearest`, its cosine into
     `nearest_score`, and leaves out rows over `drop` without a judge.
 
-    teacher: an endpoint that serves /embeddings.
+    teacher: of kind "embedder", or an endpoint that serves /embeddings.
     """
 
     step: Literal["nearest"]

@@ -20,7 +20,7 @@ from typing import Any
 
 from tessera import dist
 from tessera.curate.arrange import Order
-from tessera.curate.config import CurateConfig
+from tessera.curate.config import CurateConfig, TeacherConfig
 from tessera.curate.passes import Count, Parts, ShardWriter, decide, in_batches
 from tessera.curate.replies import Replies
 from tessera.curate.similar import Nearest
@@ -30,8 +30,9 @@ from tessera.data import parquet
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError
 from tessera.disk import atomic_write, writing
-from tessera.generate import local
+from tessera.generate import embedder, local
 from tessera.generate.asking import Answerer, Reply, Request
+from tessera.generate.embedder import EmbedderConfig
 from tessera.generate.endpoint import Endpoint, EndpointConfig
 from tessera.progress import Progress
 from tessera.run import Run
@@ -186,13 +187,15 @@ class Pipeline:
 
     def _teacher(self, name: str) -> Answerer:
         if name not in self._teachers:
-            config, seed = self.config.teachers[name], self.run.seed
-            self._teachers[name] = (
-                Endpoint(config, seed)
-                if isinstance(config, EndpointConfig)
-                else local.load(config, self.model, seed)
-            )
+            self._teachers[name] = self._open(self.config.teachers[name])
         return self._teachers[name]
+
+    def _open(self, config: TeacherConfig) -> Answerer:
+        if isinstance(config, EndpointConfig):
+            return Endpoint(config, self.run.seed)
+        if isinstance(config, EmbedderConfig):
+            return embedder.load(config)
+        return local.load(config, self.model, self.run.seed)
 
     def _planned(self) -> list[Shard]:
         """The shards, cut once, so that a resumed run cuts the same."""

@@ -1,8 +1,8 @@
-"""Who is asked: requests and replies, and the two that answer them.
+"""Who is asked: requests and replies, and the three that answer them.
 
-`Endpoint` speaks the OpenAI API to any server (vLLM, SGLang, NIM, a commercial one) and
-`LocalAnswerer` wraps an engine of tessera in this process. Both hand every reply on as it comes, so
-that the journal has it before the next one is waited for.
+`Endpoint` speaks the OpenAI API to any server (vLLM, SGLang, NIM, a commercial one),
+`LocalAnswerer` wraps an engine of tessera in this process, and `Embedder` an encoder, for vectors.
+All hand every reply on as it comes, so that the journal has it before the next one is waited for.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class LocalAnswerer:
         from tessera.generate.text import opens_thought
 
         if any(request.embed for request in batch):
-            raise AskError('a teacher of kind "engine" gives no embeddings; use an endpoint')
+            raise AskError('a teacher of kind "engine" gives no vectors; use kind = "embedder"')
         tokenizer = self.tokenizer
         sampling = {key: value for key, value in batch[0].sampling.items() if key in KNOWN}
         params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=tokenizer.eos_ids)
