@@ -99,7 +99,9 @@ def curate_data(
 @data.command("tasks")
 @guarded
 def write_tasks(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare or gym/NAME.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare or gym/NAME.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
     count: Annotated[int, typer.Option(min=1, help="Problems; each gives two rows.")] = 1000,
     split: Annotated[str, typer.Option(help="train or heldout: no question is in both.")] = "train",

@@ -17,9 +17,10 @@ NAME = "quickstart.toml"
 # Families of problems that it runs on, with a question of each; the recipe speaks of the first.
 EXAMPLES = {
     "calc": "start 6 m+3 n*3 o-2 mod 10",
-    "hop": "table 4=7 2=4 7=1 1=2 start=4 m n",
+    "hop": "table 4=7 2=4 7=1 1=2 start=4 m n stop",
 }
 OWN = next(iter(EXAMPLES))
+EASY, HARD = "@3", "@6"  # steps, behind the family's name
 EVALUATIONS = ("parent", "child", "kd", "dropped", "sft", "grpo")
 # Less of everything, for a look in under two minutes: the figures are worse, the path is the same.
 FAST = (
@@ -119,7 +120,7 @@ def table(home: Path) -> list[dict[str, Any]]:
         if not is_done(home / run):
             continue
         found = [row for row in read_table(home / run, "eval") if row["mode"] == mode]
-        easy, hard = (next(r for r in found if r["task"].endswith(level)) for level in ("@3", "@6"))
+        easy, hard = (next(r for r in found if r["task"].endswith(level)) for level in (EASY, HARD))
         timed = speeds[speed]
         rows.append(
             {

@@ -45,7 +45,7 @@ def test_the_families_differ_in_their_problems_alone():
     ("task", "level", "form"),
     [
         ("calc", 3, r"start \d( [a-z][-+*]\d){3} mod 10"),
-        ("hop", 2, r"table( \d=\d){4} start=\d( [a-z]){2}"),
+        ("hop", 2, r"table( \d=\d){4} start=\d( [a-z]){2} stop"),
     ],
 )
 def test_the_example_is_a_question_of_its_family(task: str, level: int, form: str):

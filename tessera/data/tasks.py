@@ -141,7 +141,7 @@ def hop(rng: np.random.Generator, level: int) -> Problem:
     labels = [LETTERS[(first + i) % 26] for i in range(level)]
     results = tuple(f" {entries[i % size]}" for i in range(level))
     work = " ".join(label + result for label, result in zip(labels, results, strict=True))
-    question = f"table {table} start={ring[0]} {' '.join(labels)}"
+    question = f"table {table} start={ring[0]} {' '.join(labels)} stop"
     return Problem("hop", question, work, str(ring[level % size]), level, results)
 
 

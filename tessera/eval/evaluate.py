@@ -139,7 +139,7 @@ def _judged(
         of_mode = [one for one in found if one.talk.mode == mode]
         failed = [talk.failed for talk in talks if talk.mode == mode and talk.failed]
         name = "text" if config.asking == "text" else mode
-        rows.append({**scores.summary(task, mode, of_mode, failed), "mode": name})
+        rows.append(scores.summary(task, name, of_mode, failed))
         parts += [{**row, "mode": name} for row in scores.groups(task, mode, of_mode)]
     return rows, parts
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tessera.data.conversation import Message, Mode
 from tessera.rl.rewards import CheckedReward
@@ -46,13 +46,13 @@ class Measure:
     """A column: the mean of a reward's score over items.
 
     weight: a field of the items that says how often one counts; empty, each counts once. modes:
-    where it says something.
+    where it says something; "text" is a base model that was asked without a template.
     """
 
     name: str
     reward: CheckedReward
     weight: str = ""
-    modes: tuple[Mode, ...] = ("on", "off")
+    modes: tuple[Mode | Literal["text"], ...] = ("on", "off", "text")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def check_compare(drawn: Problem) -> bool:
 
 def check_hop(drawn: Problem) -> bool:
     """Walks the table from its text alone; the ring may be walked again beyond ten digits."""
-    table, rest = re.fullmatch(r"table (.+) start=(.+)", drawn.question).groups()  # type: ignore[union-attr]
+    table, rest = re.fullmatch(r"table (.+) start=(.+) stop", drawn.question).groups()  # type: ignore[union-attr]
     follows, (at, *labels) = dict(entry.split("=") for entry in table.split()), rest.split()
     work = []
     for label in labels:
