@@ -184,5 +184,5 @@ def test_hasty_thoughts_skip_results_and_keep_the_last_and_the_answer(name: str,
         last = plain.split("\n</think>")[0].split(" ")[-1]
         assert hasty.split("\n</think>")[0].endswith(last)
         steps = [re.findall(rf"(?<= ){named}(?= |=|\n)", text) for text in (hasty, plain)]
-        assert steps[0] == steps[1] and len(steps[0]) > 1
-    assert 70 < share < 110
+        assert steps[0] == steps[1] != []
+    assert 50 < share < 110
