@@ -63,10 +63,11 @@ def _served(model: str, engine: str, settings: dict[str, Any]) -> None:
         return
     from tessera.serve.api.vllm import command
 
-    words = command(model, config)
-    keys = set(api.api_keys(config))
-    complain(" ".join("KEY" if word in keys else word for word in words))
-    os.execv(words[0], words)
+    found = command(model, config)
+    if found.note:
+        complain(found.note)
+    complain(" ".join(found.words))
+    os.execvpe(found.words[0], found.words, {**os.environ, **found.environment})
 
 
 def _api() -> Any:

@@ -20,16 +20,21 @@ from typing import Any
 import pytest
 
 from tessera.data.chat import ChatEncoder
-from tessera.data.tokenizer import load_tokenizer
+from tessera.data.tokenizer import load_tokenizer, train_bpe
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
+from tessera.model import decilm
 from tessera.model.weights import load_model
+from tessera.serve import vllm_server
 from tests import tiny
 from tests.rl.policy_runs import made
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
+
+from tessera.serve.api.run import ServeConfig, ServeError  # noqa: E402
+from tessera.serve.api.vllm import command  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -282,34 +287,49 @@ def test_others_are_served_with_a_key_only_and_a_taken_port_is_said(model: Path)
     assert "is it taken" in told
 
 
-def test_the_command_for_vllm(tmp_path: Path):
-    from tessera.serve.api.run import ServeConfig, ServeError
-    from tessera.serve.api.vllm import command
+def exported(home: Path, chat: bool = True) -> Path:
+    """What vLLM is given, without weights; chat: its marks of a thought are single tokens."""
+    decilm.write_config(tiny.config((("gqa-2", "swiglu-256"), ("noop", "swiglu-256"))), home)
+    train_bpe(["a text"], 290, chat=chat).save(home)
+    return home
 
+
+def test_the_command_for_vllm(tmp_path: Path):
     with pytest.raises(ServeError, match="tessera export"):
         command("owner/model", ServeConfig())
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 4096}))
-    words = command(str(tmp_path), ServeConfig(name="child", batch=8), program="/bin/vllm")
-    assert words[:3] == ["/bin/vllm", "serve", str(tmp_path)]
-    told = dict(zip(words[3::2], words[4::2], strict=True))
-    assert told["--served-model-name"] == "child" and told["--max-model-len"] == "4096"
+    config = ServeConfig(name="child", batch=8)
+    words, environment, note = command(str(exported(tmp_path)), config, python="/bin/python")
+    assert words[0] == "/bin/python" and Path(words[1]).samefile(vllm_server.__file__)
+    assert "--trust-remote-code" in words and words[-2:] == ["--reasoning-parser", "deepseek_r1"]
+    assert (environment, note) == ({}, "")
+    told = dict(zip(words[2:-3:2], words[3:-3:2], strict=True))
+    assert told["--served-model-name"] == "child" and told["--max-model-len"] == "64"
     assert told["--host"] == "127.0.0.1" and told["--max-num-seqs"] == "8"
+    (tmp_path / "modeling_decilm.py").write_text("import os\n")
+    with pytest.raises(ServeError, match="not tessera's"):
+        command(str(tmp_path), config, python="/bin/python")
 
 
-def test_the_command_for_vllm_trusts_the_exports_own_code_and_gives_all_keys(tmp_path: Path):
-    from tessera.model import decilm
-    from tessera.serve.api.run import ServeConfig, ServeError
-    from tessera.serve.api.vllm import command
+def test_vllm_parses_thoughts_only_where_their_marks_are_tokens(tmp_path: Path):
+    words, _, note = command(str(exported(tmp_path, chat=False)), ServeConfig(), python="python")
+    assert "--reasoning-parser" not in words
+    assert note.startswith("<think> and </think> are no single token")
 
-    decilm.write_config(tiny.config((("gqa-2", "swiglu-256"), ("noop", "swiglu-256"))), tmp_path)
+
+def test_keys_of_vllm_stand_in_its_environment_and_on_no_command_line(tmp_path: Path):
     keys = tmp_path / "keys.txt"
     keys.write_text("one\ntwo\n")
     config = ServeConfig(key_file=str(keys))
-    words = command(str(tmp_path), config, program="/bin/vllm")
-    assert "--trust-remote-code" in words and words[-3:] == ["--api-key", "one", "two"]
-    (tmp_path / "modeling_decilm.py").write_text("import os\n")
-    with pytest.raises(ServeError, match="not tessera's"):
-        command(str(tmp_path), config, program="/bin/vllm")
+    words, environment, _ = command(str(exported(tmp_path)), config, python=sys.executable)
+    assert not {"one", "two"} & set(words)
+    server = tmp_path / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    server.parent.mkdir(parents=True)
+    server.write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))")
+    given = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
+    done = subprocess.run(words, env=given, capture_output=True, text=True, check=True)
+    argv, inherited = json.loads(done.stdout)
+    assert argv == [*words[2:], "--api-key", "one", "two"]
+    assert vllm_server.KEYS not in inherited
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():
