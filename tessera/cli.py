@@ -264,8 +264,7 @@ def plan(
         return
     print(report.told(plans, price))
     if others := work.unplanned(read):
-        why = "they train nothing, or learn from what they write, of which no plan is made"
-        _complain(f"not planned, because {why}: {', '.join(others)}")
+        _complain(f"no plan is made of {', '.join(others)}")
 
 
 @_command

@@ -68,6 +68,21 @@ class RaceConfig(HeatConfig):
         train = self.train.model_copy(update={"steps": steps, "lr": lr})
         return HeatConfig(train=train, cosine=self.cosine, tokens=self.tokens)
 
+    def left(self, count: int) -> int:
+        """How many of `count` candidates go on from a rung."""
+        return max(1, math.ceil(self.keep * count))
+
+    def heats(self, count: int) -> list[int]:
+        """The steps of every heat of `count` candidates, where none of them diverges."""
+        found = []
+        for rung in range(1, self.rungs + 1):
+            rates = len(self.lrs) if rung == 1 and self.lrs else 1
+            found += [self.heat(rung, self.train.lr).train.steps] * (count * rates)
+            count = self.left(count)
+            if count == 1:
+                break
+        return found
+
 
 def candidates(searches: Sequence[Path]) -> list[Row]:
     """Every architecture of these search runs once, each with the name it races under."""
@@ -193,7 +208,7 @@ def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
                 f"no candidate ended rung {rung} with a finite KL; lower race.train.lr (now "
                 f"{config.train.lr}) or give lrs, then run again with --redo {run.name}"
             )
-        left = finite[: max(1, math.ceil(config.keep * len(order)))]
+        left = finite[: config.left(len(order))]
         entries = [(field[row["candidate"]], row["lr"]) for row in left]
         if len(left) == 1:
             break  # nobody is left to be compared with

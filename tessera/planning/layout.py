@@ -40,7 +40,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of the whole training."""
-        return self.job.passes * self.job.train.steps * self.time.total
+        return self.job.steps * self.time.total
 
     @property
     def gpu_hours(self) -> float:

@@ -6,6 +6,7 @@
                                   group in float32 on its way into the reduction
     activations                   what the layers keep of one microbatch (model/layers.py, fused.py)
     loss                          chunks of logits (train/losses.py)
+    engine                        whole weights in float32 on each device, of a policy that answers
     reserve                       CUDA context, NCCL, and what an allocator cannot fill
 
 Splits follow `train/parallel.py`: what tensor parallelism leaves whole is whole here. Units are
@@ -62,6 +63,7 @@ class Parts:
     gathered: float = 0.0
     activations: float = 0.0
     loss: float = 0.0
+    engine: float = 0.0
     units_whole: float = 0.0
     reserve: float = 0.0
 
@@ -127,7 +129,9 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
         teacher=_teacher(job, layout, size, sharded),
         gathered=_gathered(student, layout.tensor, size) if sharded else 0.0,
         activations=size * n * numbers,
-        loss=loss_bytes(student, n, size, job.teacher is not None, accelerator),
+        # A reference's log-probs are taken before the policy's: its logits are gone by then.
+        loss=loss_bytes(student, n, size, bool(job.teacher and not job.experience), accelerator),
+        engine=4 * student.num_params() if job.experience and job.experience.engine else 0.0,
     )
 
 

@@ -35,6 +35,14 @@ def _one(plan: Plan, price: float | None) -> str:
         f"{plan.seconds / DAY:.2g} days, {plan.gpu_hours:,.0f} GPU-hours"
         + (f", {price * plan.gpu_hours:,.0f} at {price:g} a GPU-hour" if price else ""),
     ]
+    if job.heats:
+        lines.append(f"  heats     {len(job.heats)}, of {job.heats[0]} to {job.heats[-1]} steps")
+    if job.experience is not None and job.experience.written:
+        own = job.experience
+        lines.append(
+            f"  left out  generating and judging {own.written:,} answers a rollout, "
+            f"each of at most {own.length:,} tokens"
+        )
     return "\n".join(lines)
 
 

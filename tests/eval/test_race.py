@@ -110,6 +110,9 @@ def test_each_rung_halves_the_field_on_equal_and_more_tokens(tmp_path: Path):
         )
         went_on = [(row["candidate"], row["lr"]) for row in placed[: len(rungs[after])]]
         assert {(row["candidate"], row["lr"]) for row in rungs[after]} == set(went_on)
+    table = {"train": {"steps": 3}, "rungs": 3, "keep": 0.6, "lrs": (1e-4, 1e-2)}
+    planned = RaceConfig(**table).heats(len(field))
+    assert [row["tokens"] // 64 for row in rows] == planned
     best = min(rungs[3], key=lambda row: row["kl"])
     winner = read_json(path, "architecture")
     assert (winner["name"], winner["lr"]) == (best["candidate"], best["lr"])

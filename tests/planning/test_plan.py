@@ -12,14 +12,21 @@ from typer.testing import CliRunner
 
 from tessera.cli import app
 from tessera.data.batch import Batch
+from tessera.eval.race import RaceConfig
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
+from tessera.pipeline import STAGES
 from tessera.planning.cluster import ClusterError, parse_cluster
+from tessera.planning.experience import experience
 from tessera.planning.layout import best, layouts
 from tessera.planning.memory import Layout, held_params, memory, root_params
+from tessera.planning.parent import parent_of
 from tessera.planning.step import step_time
-from tessera.planning.work import Job
+from tessera.planning.work import Job, jobs
+from tessera.recipe import loads
+from tessera.rl.experience import Answer, Group, rows
+from tessera.rl.rollouts import RolloutConfig
 from tessera.run import Run
 from tessera.train.activations import kept
 from tessera.train.engine import Trainer
@@ -152,6 +159,62 @@ def test_the_work_of_a_step_is_that_of_its_longest_documents(window):
     assert job.work() == Work.of(batch, window)
 
 
+RACE = """
+[parent]
+architecture = { hidden_size = 64, num_hidden_layers = 2, num_attention_heads = 4 }
+train = { steps = 1 }
+[data]
+tokenizer = "byte"
+[search]
+constraints = { parameters = "0.9x" }
+solutions = 4
+conditional = {}
+[search-dropped]
+method = "dropped"
+constraints = { parameters = "0.9x" }
+[race]
+searches = ["search", "search-dropped"]
+train = { steps = 10 }
+rungs = 3
+lrs = [1e-4, 1e-3]
+"""
+
+
+def test_a_race_is_planned_with_every_heat():
+    recipe = loads(RACE)
+    race = jobs(recipe, STAGES, parent_of(recipe, None))[-1]
+    assert race.heats == (10,) * 12 + (20,) * 3 + (40,) * 2  # 4 + 1 + 1, at two rates; 3; 2
+    assert best(race, parse_cluster("H100")).job.steps == 12 * 10 + 3 * 20 + 2 * 40
+    assert RaceConfig(train=TrainConfig(steps=10), rungs=9).heats(3) == [10, 10, 10, 20, 20]
+
+
+def policy(table: str, recipe: str = "grpo") -> Job:
+    read = loads(f"{RACE}[{recipe}]\nrewards = [{{ kind = 'exact', answer = 'a' }}]\n{table}")
+    return jobs(read, STAGES, parent_of(read, None))[-1]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_policy_learns_from_its_answers_and_from_each_prompt_once(window: int | None):
+    own = experience(RolloutConfig(prompts_per_rollout=6, samples=3, max_tokens=5), TRAIN)
+    own = replace(own, prompt=4)
+    answers = [Answer([0] * 5, [0.0] * 5, "stop", "", 1.0, {}, True, advantage=1.0)] * 3
+    (batch,) = rows([Group(i, "on", [0] * 4, answers) for i in range(6)], 200, "token")
+    assert own.work(window) == Work.of(batch, window)
+
+
+def test_a_policy_is_planned_with_its_reference_and_its_engine():
+    train = "train = { steps = 7, microbatch_tokens = 4096 }\nmax_tokens = 1000\n"
+    plain, kl = policy(train), policy(train + "kl = 0.1")
+    assert plain.tokens == 7 * 64 * (255 + 16 * 1000)
+    assert plain.teacher is None and kl.teacher == kl.student
+    held = memory(plain, Layout(1, 8, 1, False), 80e9)
+    assert held.engine == 4 * plain.config.num_params() == 8 * held.weights
+    assert policy(train + "updates_per_rollout = 4").tokens == plain.tokens // 4
+    pairs = policy(train + "paths = ['P']\npairs_per_step = 10", "rpo")
+    assert pairs.tokens == 7 * 10 * (255 + 2 * 1000) and pairs.teacher is not None
+    assert memory(pairs, Layout(1, 1, 1, False), 80e9).engine == 0
+
+
 def test_what_does_not_fit_says_which_part_and_what_would():
     job = Job("kd", TRAIN, LLAMA_405B, LLAMA_405B, states=True)
     plan = best(job, parse_cluster("8xH100"))
@@ -193,7 +256,7 @@ def test_a_recipe_is_planned_from_a_config_alone(config):
     assert "[bld]" in found.stdout and "[kd]" in found.stdout and "at 2 a GPU-hour" in found.stdout
     listed = CliRunner().invoke(app, [*words, "--cluster", "32x8xH100", "--json"])
     plans = json.loads(listed.stdout[: listed.stdout.rindex("]") + 1])
-    assert [plan["name"] for plan in plans] == ["bld", "kd", "sft"]
+    assert [plan["name"] for plan in plans] == ["bld", "kd", "sft", "rloo", "rpo-1", "rpo-2"]
     assert plans[1]["tokens"] == 19_074 * 2_097_152
 
 
