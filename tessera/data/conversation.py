@@ -63,8 +63,8 @@ class Chat:
         return cls(**json.loads(line))
 
 
-def switch_of(messages: Sequence[Message]) -> Mode | None:
-    """What the first line of the system prompt says, if it is the switch."""
+def switch_of(messages: Sequence[Mapping[str, Any]]) -> Mode | None:
+    """What the first line of the system prompt says, if it is the switch: there it is trained."""
     if not messages or messages[0]["role"] != "system":
         return None
     return SWITCH.get(messages[0]["content"].strip().split("\n")[0].strip())

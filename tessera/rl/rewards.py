@@ -21,12 +21,12 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
+from tessera.data.conversation import Mode, switch_of
 from tessera.generate.endpoint import EndpointConfig
 from tessera.recipe import Config, nearest
 from tessera.rl.jail.run import Isolation, Limits
 from tessera.rl.verifiers.answer import split_thoughts
 from tessera.rl.verifiers.code import CASES_TOGETHER
-from tessera.rl.verifiers.format import Switch, switch_of
 from tessera.rl.verifiers.instructions import read_instructions
 
 
@@ -52,10 +52,9 @@ class Sample:
         return split_thoughts(self.completion)[1]
 
     @property
-    def switch(self) -> Switch | None:
+    def switch(self) -> Mode | None:
         """What the system prompt asks of the thoughts."""
-        system = [m["content"] for m in self.messages if m["role"] == "system"]
-        return switch_of("\n".join(system))
+        return switch_of(self.messages)
 
 
 class RewardConfig(Config):

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.data.switch import obeys
+from tessera.rl.rewards import Sample
 from tessera.rl.verifiers.answer import boxed, final_statement, split_thoughts
 from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_number
-from tessera.rl.verifiers.format import switch_of, verify_format
+from tessera.rl.verifiers.format import verify_format
 from tessera.rl.verifiers.mathematics import verify_math
 from tessera.rl.verifiers.outcome import Outcome, right, unjudged
 
@@ -139,10 +140,15 @@ def test_what_was_cut_short_is_exempt_from_closing_its_thought():
         verify_format("", "of")  # pyright: ignore[reportArgumentType]
 
 
-def test_the_switch_is_read_from_the_system_prompt():
-    assert switch_of("detailed thinking on") == "on"
-    assert switch_of("Be kind.\nDetailed Thinking OFF\n") == "off"
-    assert switch_of("Be kind.") is None
+def asked(system: str) -> Sample:
+    return Sample([{"role": "system", "content": system}, {"role": "user", "content": "?"}], "", {})
+
+
+def test_the_switch_of_a_sample_is_that_of_the_data():
+    """What the instructions below it say of thinking is no switch: nobody is trained to obey it."""
+    assert asked("detailed thinking on").switch == "on"
+    assert asked("detailed thinking on\n\nNever say: detailed thinking off").switch == "on"
+    assert asked("Be kind.").switch is Sample([], "", {}).switch is None
 
 
 @pytest.mark.parametrize(

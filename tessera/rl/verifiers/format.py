@@ -8,24 +8,13 @@ NVIDIA's own checker: what is missing is length, which other rewards judge.
 
 from __future__ import annotations
 
-import re
-from typing import Literal
-
+from tessera.data.conversation import Mode
 from tessera.data.switch import obeys
 from tessera.rl.verifiers.answer import CLOSE, OPEN
 from tessera.rl.verifiers.outcome import Outcome, judged, right
 
-Switch = Literal["on", "off"]
-_SWITCH = re.compile(r"detailed thinking (on|off)\b", re.IGNORECASE)
 
-
-def switch_of(system: str) -> Switch | None:
-    """What a system prompt's `detailed thinking on|off` asks for; None where it does not say."""
-    found = _SWITCH.findall(system)
-    return found[-1].lower() if found else None
-
-
-def verify_format(completion: str, switch: Switch | None, *, truncated: bool = False) -> Outcome:
+def verify_format(completion: str, switch: Mode | None, *, truncated: bool = False) -> Outcome:
     """Whether thoughts stand where the switch wants them, and nowhere else.
 
     truncated: generation stopped at its limit, not at a stop token.
@@ -39,7 +28,7 @@ def verify_format(completion: str, switch: Switch | None, *, truncated: bool = F
     return judged(obeys(completion, switch), _why_not(completion, switch))
 
 
-def _why_not(completion: str, switch: Switch) -> str:
+def _why_not(completion: str, switch: Mode) -> str:
     opened, closed = completion.count(OPEN), completion.count(CLOSE)
     if switch == "off":
         return "off, but has tags of a thought" if opened or closed else "off, but says nothing"
