@@ -31,12 +31,12 @@ from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.model.weights import resolve, save_model
 from tessera.recipe import RecipeError
-from tessera.rl import pairs, prompts
+from tessera.rl import monitors, pairs, prompts
 from tessera.rl.advantages import rloo
-from tessera.rl.experience import row
+from tessera.rl.experience import Group, row
 from tessera.rl.pairs import Pair
 from tessera.rl.rewards import Reward, require_fields
-from tessera.rl.rollouts import RolloutConfig, Rollouts, whole
+from tessera.rl.rollouts import RolloutConfig, Rollouts, Sampled, whole
 from tessera.rl.rubric import Rubric
 from tessera.run import FailureError, Run
 from tessera.train.engine import Stats, Trainer, one_group
@@ -46,6 +46,7 @@ from tessera.train.optim import TrainConfig
 from tessera.train.parallel import Layout
 
 Distance = Literal["backward", "forward", "squared"]
+BARREN = 8  # rollouts without a pair in a row that end a run
 ORDER_STREAM = 0x2B0  # keeps the order of pairs apart from other draws of the same seed
 
 
@@ -160,20 +161,36 @@ class PairSource:
 
 
 class OnlinePairs(Rollouts):
-    """Rollouts whose rows hold the best and the worst answer of every group."""
+    """Rollouts whose rows hold the best and the worst answer of every group.
+
+    Where no step of a rollout would have a pair, further prompts are asked of the same weights.
+    """
+
+    def _complete(self, rollout: int, found: Sampled) -> None:
+        for further in range(1, BARREN + 1):
+            if self._most(len(_pairs(found.groups))) >= self.config.updates_per_rollout:
+                return
+            if further < BARREN:
+                self.run.say(f"rollout {rollout}: too few answers differ in worth; asking further")
+                self.engine.sync(whole(self.module), rollout)
+                more = self._sample(rollout, further)
+                found.groups += more.groups
+                for name, spent in more.seconds.items():
+                    found.seconds[name] = found.seconds.get(name, 0.0) + spent
+        monitors.keep_samples(found.groups, self.prompts, rollout, self.run)
+        raise FailureError(
+            f"{BARREN} rollouts in a row have no prompt whose answers differ in worth; see "
+            f"samples/{rollout:08}.jsonl of the run, and ask prompts that are neither always nor "
+            "never solved, or take more samples of each"
+        )
 
     def _rows(self, update: int) -> list[Batch]:
-        groups = self._groups[update :: self.config.updates_per_rollout]
-        found = [pair for group in groups if (pair := pairs.of_group(group))]
-        made = _even(pairs.rows(found, self.row_length))
-        total = sum(float(batch.streams["first"].sum()) for batch in made)
-        if not float(self.layout.sum(torch.tensor([total], dtype=torch.float64))):
-            raise FailureError(
-                "no prompt of a step has answers of different worth; see the run's samples/, ask "
-                "prompts that are neither always nor never solved, or more of them where that "
-                "happens (dynamic_sampling)"
-            )
-        return made
+        found = _pairs(self._groups)[update :: self.config.updates_per_rollout]
+        return _even(pairs.rows(found, self.row_length))
+
+
+def _pairs(groups: Sequence[Group]) -> list[Pair]:
+    return [pair for group in groups if (pair := pairs.of_group(group))]
 
 
 def _even(made: list[Batch]) -> list[Batch]:

@@ -39,7 +39,7 @@ from tessera.model.transformer import Transformer
 from tessera.rl import monitors
 from tessera.rl.advantages import Advantages, of_group
 from tessera.rl.ahead import Background
-from tessera.rl.curriculum import CurriculumConfig, order
+from tessera.rl.curriculum import CurriculumConfig, Order, order
 from tessera.rl.experience import Answer, Group, Level, pack, row, rows, spans, weight_of
 from tessera.rl.prompts import Prompt, judged_samples
 from tessera.rl.rewards import Reward, Sample
@@ -127,10 +127,8 @@ class Rollouts:
         self.prompts, self.config, self.rule = prompts, config, rule
         self.row_length, self.layout, self.run, self.rubric = row_length, layout, run, rubric
         self.keep_all = keep_all
-        rounds = -(-steps // config.updates_per_rollout)
-        asked = config.prompts_per_rollout * (1 + config.dynamic_sampling)
-        rates = [prompt.pass_rate for prompt in prompts]
-        self.order = order(rates, rounds, asked, config.curriculum, run.seed)
+        self._rounds = -(-steps // config.updates_per_rollout)
+        self.order = self._order(0)
         self._rollout = -1
         self._groups: list[Group] = []
         self._updates: list[list[Batch]] = []
@@ -140,6 +138,13 @@ class Rollouts:
         self._background = Background()
         self._flight: Future[Sampled] | None = None  # of the next rollout
         self._landed = -1  # a next rollout that is on disk, for a resume state took it along
+
+    def _order(self, number: int) -> Order:
+        """Which prompts each rollout asks: the first order, or another to fall back on."""
+        asked = self.config.prompts_per_rollout * (1 + self.config.dynamic_sampling)
+        rates = [prompt.pass_rate for prompt in self.prompts]
+        seed = self.run.seed + (number << 32)
+        return order(rates, self._rounds, asked, self.config.curriculum, seed)
 
     def batches(self, step: int) -> list[Batch]:
         """This process's rows of one optimizer step; see `Source`."""
@@ -205,11 +210,15 @@ class Rollouts:
             self.engine.sync(whole(self.module), rollout)
         if fresh:
             found = self._sample(rollout)
+        self._complete(rollout, found)
         if ahead:
             self._flight = self._background.submit(functools.partial(self._sample, rollout + 1))
         elif self.module.device.type == "cuda":
             self.engine.sleep()
         return found
+
+    def _complete(self, rollout: int, found: Sampled) -> None:
+        """Adds what a step cannot do without; every process comes here, and no flight is on."""
 
     def _received(self, rollout: int, found: Sampled) -> list[Group]:
         """Measures what was sampled, and keeps what later steps and readers need of it."""
@@ -224,18 +233,19 @@ class Rollouts:
             monitors.keep_samples(groups, self.prompts, rollout, self.run)
         return groups
 
-    def _sample(self, rollout: int) -> Sampled:
+    def _sample(self, rollout: int, further: int = 0) -> Sampled:
         """Answers to this process's share of the prompts, judged and compared.
 
+        further: how often it was asked before; other prompts come then, or others' answers to them.
         It may be called from another thread, so it talks to no other process.
         """
-        chosen = self.order.batches[rollout]
+        chosen = (self._order(further) if further else self.order).batches[rollout]
         own = chosen[self.layout.data_rank :: self.layout.data_world].tolist()
         wanted = -(-len(own) // (1 + self.config.dynamic_sampling))
         found = Sampled([])
         while own and len(found.groups) < wanted:
             part, own = own[:wanted], own[wanted:]
-            fresh = self._answered(rollout, part, found.seconds)
+            fresh = self._answered(further << 24 | rollout, part, found.seconds)
             enough = not (own and self.config.dynamic_sampling)
             found.groups += [g for g in fresh if enough or has_signal(g)]
         found.groups = found.groups[:wanted]

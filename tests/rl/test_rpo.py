@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch.nn.functional as F
 from tessera.data.chat import ChatEncoder
 from tessera.data.readers import DataError
 from tessera.data.tokenizer import load_tokenizer
-from tessera.objectives.rpo import RPO, Distance, RPOConfig, distance, stage
+from tessera.objectives.rpo import RPO, Distance, OnlinePairs, RPOConfig, distance, stage
 from tessera.rl.experience import Answer, Group
 from tessera.rl.pairs import Pair, of_files, of_group, rows
-from tessera.run import Run, read_metrics
+from tessera.run import FailureError, Run, read_metrics
 from tests import tiny
 from tests.rl.policy_runs import REWARDS, made
 from tests.toy import toy_config
@@ -136,6 +137,59 @@ def test_online_the_policy_learns_from_its_own_best_and_worst(home: Path):
     found = train(home, "online", **table, train=train_table, beta=0.1, eta=20.0, workers=1)
     rewards = [row["reward"] for row in found]
     assert sum(rewards[-5:]) > 1.1 * sum(rewards[:5])
+
+
+ONLINE = {"rewards": REWARDS, "prompts_per_rollout": 4, "samples": 3, "max_tokens": 6, "workers": 1}
+
+
+def flattened(monkeypatch: pytest.MonkeyPatch, barren: Callable[[int, int], bool]) -> list[Any]:
+    """Makes all answers worth the same where `barren(rollout, further)`; what was asked."""
+    plain, asked = OnlinePairs._answered, []
+
+    def answered(self: OnlinePairs, rollout: int, numbers: Any, seconds: Any) -> list[Group]:
+        groups = plain(self, rollout, numbers, seconds)
+        further, at = divmod(rollout, 1 << 24)
+        asked.append((at, further, list(numbers)))
+        for answer in (one for group in groups for one in group.answers if barren(at, further)):
+            answer.reward, answer.advantage = 1.0, 0.0
+        return groups
+
+    monkeypatch.setattr(OnlinePairs, "_answered", answered)
+    return asked
+
+
+@pytest.mark.parametrize("more", [{}, {"staleness": 1}, {"updates_per_rollout": 2}])
+def test_a_rollout_without_pairs_asks_further_and_a_stopped_run_is_the_same(
+    home: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, int]
+):
+    asked = flattened(monkeypatch, lambda rollout, further: rollout == 1 and further < 2)
+    steps = {"steps": 4, "lr": 1e-2, "microbatch_tokens": 512, "save_seconds": 1e-9}
+    name = "further" + "".join(more)
+    straight = train(home, name, **ONLINE, **more, train=steps)
+    others = [numbers for rollout, _, numbers in asked if rollout == 1]
+    assert len(others) == 3 and others[0] != others[1] != others[2]
+    plain = OnlinePairs.batches
+
+    def stopping(self: OnlinePairs, step: int) -> Any:
+        if step == 3 and not (home / f"{name}-stopped" / "seen").exists():
+            (home / f"{name}-stopped" / "seen").touch()
+            raise KeyboardInterrupt
+        return plain(self, step)
+
+    monkeypatch.setattr(OnlinePairs, "batches", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(home, f"{name}-stopped", **ONLINE, **more, train=steps)
+    assert train(home, f"{name}-stopped", **ONLINE, **more, train=steps) == straight
+
+
+def test_a_run_whose_rollouts_stay_barren_ends_and_keeps_what_was_answered(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = flattened(monkeypatch, lambda rollout, further: True)
+    with pytest.raises(FailureError, match="8 rollouts in a row .* samples/00000000.jsonl"):
+        train(home, "barren", **ONLINE)
+    assert [further for _, further, _ in asked] == list(range(8))
+    assert (home / "barren" / "samples" / "00000000.jsonl").is_file()
 
 
 @pytest.mark.parametrize(
