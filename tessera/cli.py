@@ -174,14 +174,18 @@ def check(
     What it prints is a recipe too, every default spelled out.
     """
     from tessera import estimate, pipeline, resolve
+    from tessera.doubts import doubts
     from tessera.recipe import load
 
     steps = resolve.plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
     if as_json:
         needs = [estimate.memory(step, steps) for step in steps]
         memory = [needed.as_json() if needed else None for needed in needs]
-        found = zip(steps, memory, strict=True)
-        _print_json([{**_step_values(step), "memory": bytes_} for step, bytes_ in found])
+        told = [
+            {"memory": one, "doubts": doubts(s, steps)}
+            for s, one in zip(steps, memory, strict=True)
+        ]
+        _print_json([{**_step_values(s), **more} for s, more in zip(steps, told, strict=True)])
         return
     for step in steps:
         print(f"# {step.name}: {_what_would_happen(step)}")
@@ -189,6 +193,8 @@ def check(
             print(f"# {counted:,} parameters in {step.files['path']}")
         if needed := estimate.memory(step, steps):
             print(f"# {needed.told()}")
+        for doubt in doubts(step, steps):
+            print(f"# DOUBT: {doubt}")
         print(resolve.table_text(step))
 
 

@@ -42,6 +42,7 @@ LEVELS = {
     "report": 6,
     "explain": 6,
     "lineage": 6,
+    "doubts": 6,
     "estimate": 6,
     "planning": 6,
     "quickstart": 6,
