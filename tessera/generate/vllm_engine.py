@@ -40,7 +40,7 @@ from tessera.model.config import ModelConfig
 from tessera.model.padding import widen
 from tessera.model.saving import write_model
 from tessera.model.servable import Format, refusals
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Transformer, holding
 
 MEMORY = Path("/dev/shm")
 PLUGIN = Path(__file__).parents[1] / "serve" / "vllm_plugin.py"
@@ -286,11 +286,9 @@ def untied(module: Transformer) -> Transformer:
     places only (0.32, `model_loader/reload`)."""
     if not module.config.tie_word_embeddings:
         return module
-    with torch.device("meta"):
-        copy = Transformer(replace(module.config, tie_word_embeddings=False))
     state = {**module.state_dict(), "lm_head.weight": module.head.detach().clone()}
-    copy.load_state_dict(state, assign=True)
-    return copy.requires_grad_(False)
+    config = replace(module.config, tie_word_embeddings=False)
+    return holding(config, lambda key, _: state[key]).requires_grad_(False)
 
 
 def checksum(file: Path) -> int:

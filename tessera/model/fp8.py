@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Transformer, holding
 
 SUFFIX = "_scale"  # of a weight's name
 LARGEST = 448.0  # of E4M3
@@ -71,14 +71,13 @@ def compressed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def rounded(module: Transformer) -> Transformer:
     """A frozen copy that computes with the weights as FP8 keeps them."""
-    with torch.device("meta"):
-        copy = Transformer(module.config)
-    state = {
-        key: dequantize(*quantize(one)).to(one.dtype) if is_rounded(key) else one
-        for key, one in module.state_dict().items()
-    }
-    copy.load_state_dict(state, assign=True)
-    return copy.requires_grad_(False).eval()
+    state = module.state_dict()
+
+    def tensor(key: str, _: torch.Size) -> Tensor:
+        one = state[key]
+        return dequantize(*quantize(one)).to(one.dtype) if is_rounded(key) else one
+
+    return holding(module.config, tensor).requires_grad_(False).eval()
 
 
 def write_config(directory: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tessera.model.config import ModelConfig, SwiGLU
 from tessera.model.servable import padded_head_dim, spans
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Transformer, holding
 
 MULTIPLE = 256  # the DeciLM dialect's widths
 
@@ -66,12 +66,8 @@ def widen(module: Transformer) -> Transformer:
     Tensors that need no padding are shared with `module`, not copied.
     """
     config = expressible(module.config)
-    with torch.device("meta"):
-        wide = Transformer(config)
     state = {k: _spread(k, v, module.config, config) for k, v in module.state_dict().items()}
-    shapes = {key: value.shape for key, value in wide.state_dict().items()}
-    padded = {key: _pad(state.get(key), shape, module.head) for key, shape in shapes.items()}
-    wide.load_state_dict(padded, assign=True)
+    wide = holding(config, lambda key, shape: _pad(state.get(key), shape, module.head))
     return wide.requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ head in chunks of tokens and never hold `(B, T, V)`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -165,3 +165,12 @@ class Transformer(nn.Module):
                 std = 0.02 if self.config.tie_word_embeddings or key[0] == "l" else 1.0
             weight.normal_(0.0, std, generator=generator)
         return self
+
+
+def holding(config: ModelConfig, tensor: Callable[[str, torch.Size], Tensor]) -> Transformer:
+    """A model of the tensors that are given for its names and shapes; it holds them, not copies."""
+    with torch.device("meta"):
+        module = Transformer(config)
+    found = {key: tensor(key, like.shape) for key, like in module.state_dict().items()}
+    module.load_state_dict(found, assign=True)
+    return module

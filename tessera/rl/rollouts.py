@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tessera import dist
@@ -35,7 +36,7 @@ from tessera.disk import atomic_write
 from tessera.generate.choice import EngineChoice
 from tessera.generate.engine import Completion, Engine, SamplingParams
 from tessera.model.context import Context
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Transformer, holding
 from tessera.rl import monitors
 from tessera.rl.advantages import Advantages, of_group
 from tessera.rl.ahead import Background
@@ -381,11 +382,10 @@ def whole(module: Transformer) -> Transformer:
     """The module, or where it is spread over processes a whole copy of it for this one."""
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return module
-    with torch.device("meta"):
-        copy = Transformer(module.config)
-    tensors = {
-        key: one.full_tensor() if isinstance(one, DTensor) else one
-        for key, one in module.state_dict().items()
-    }
-    copy.load_state_dict(tensors, assign=True)
-    return copy
+    state = module.state_dict()
+
+    def tensor(key: str, _: torch.Size) -> Tensor:
+        one = state[key]
+        return one.full_tensor() if isinstance(one, DTensor) else one
+
+    return holding(module.config, tensor)

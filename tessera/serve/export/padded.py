@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tessera.model.config import GQA, BlockConfig, ModelConfig, SwiGLU
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Transformer, holding
 from tessera.serve.export import hf
 
 
@@ -33,14 +33,11 @@ def unify(module: Transformer) -> Transformer:
     config = module.config
     attention, ffn = uniform_shape(config)
     blocks = (BlockConfig(attention, ffn),) * config.num_hidden_layers
-    with torch.device("meta"):
-        wide = Transformer(replace(config, blocks=blocks))
     own = module.state_dict()
-    tensors = {
-        key: _padded(key, own, value.shape, config, attention)
-        for key, value in wide.state_dict().items()
-    }
-    wide.load_state_dict(tensors, assign=True)
+    wide = holding(
+        replace(config, blocks=blocks),
+        lambda key, shape: _padded(key, own, shape, config, attention),
+    )
     return wide.requires_grad_(False)
 
 
