@@ -18,9 +18,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tessera import dist
+from tessera.data.batch import Batch
 from tessera.eval.compare import quality
 from tessera.model.weights import load_model
 from tessera.objectives.kd import KD, KDConfig
@@ -138,6 +140,31 @@ def _distil(
     return {"kl_before": before["kl"], **after}
 
 
+def blind_loss(batches: Sequence[Batch]) -> float:
+    """Nats a token of the best guess that sees no context: these very tokens' own frequencies.
+
+    It knows the held-out text, so a model that a race may be won by is below it by a wide margin.
+    """
+    labels = torch.cat([batch.labels.flatten() for batch in batches]).cpu()
+    weight = torch.cat([batch.weight.flatten() for batch in batches]).cpu().double()
+    share = torch.bincount(labels, weight) / weight.sum()
+    return float(torch.special.entr(share).sum())
+
+
+def _hopeless(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any]) -> str:
+    """What to say of a winner that no context has helped; "" of any other."""
+    heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
+    blind = blind_loss(heldout.heldout_batches(config.tokens))
+    if row["lm_loss"] < blind:
+        return ""
+    return (
+        f"all candidates are bad: the best has a held-out loss of {row['lm_loss']:.2f} nats a "
+        f"token, and guessing each by how frequent it is has {blind:.2f}. Give the race more steps "
+        "or other lrs, train the library longer, or ask for less in the constraints of the "
+        "searches; where the parent's own loss is no lower, the data are not its text"
+    )
+
+
 def speedup(candidate: Row) -> float | None:
     """The promised throughput over the parent's; None where no seconds were measured."""
     rates = [candidate[side].get("throughput") for side in ("predicted", "parent")]
@@ -214,4 +241,7 @@ def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
             break  # nobody is left to be compared with
     winner, lr = entries[0]
     run.say(f"{winner['name']} wins at lr {lr:g}")
+    best = next(row for row in reversed(table) if row["place"] == 1)
+    if doubt := _hopeless(best, config, run, inputs):
+        run.say(doubt)
     run.write_json("architecture", {**winner, "lr": lr})

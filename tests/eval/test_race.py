@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tessera.eval.race import RaceConfig, candidates, standing
+from tessera.data.batch import Batch
+from tessera.eval.race import RaceConfig, blind_loss, candidates, standing
 from tessera.model.weights import load_model
 from tessera.objectives.kd import KD, KDConfig, raced
 from tessera.objectives.lm import documents
@@ -174,6 +177,21 @@ def test_the_winners_rate_is_the_distillations(tmp_path: Path):
     assert raced(config, child).train.lr == read_json(path, "architecture")["lr"]
     with pytest.raises(RunError, match="chosen by no race"):
         raced(config, path.parent / "parent")
+
+
+def test_a_guess_without_context_is_the_entropy_of_the_labels():
+    labels = torch.tensor([[3, 3, 5, 5, 9, 9]])
+    weight = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
+    batch = Batch(labels, labels, weight, labels, labels)
+    assert blind_loss([batch, batch]) == pytest.approx(math.log(2))
+
+
+def test_a_race_of_bad_candidates_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = race(tmp_path)  # three steps of everything: bytes are guessed at
+    assert "all candidates are bad" in (path / "log.txt").read_text()
+    monkeypatch.setattr("tessera.eval.race.blind_loss", lambda batches: 99.0)
+    run_recipe(loads(RECIPE), tmp_path, redo=["race"], quiet=True)
+    assert "all candidates are bad" not in (path / "log.txt").read_text()
 
 
 def test_rates_are_different_and_above_zero():
