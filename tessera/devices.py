@@ -66,17 +66,20 @@ class Device:
         return self.memory_share * self.bandwidth
 
 
+def _tera(**peaks: float) -> dict[str, float]:
+    """Peaks by data type, of as many TFLOPS; float32 off the tensor cores, torch's default."""
+    return {dtype: peak * TFLOPS for dtype, peak in peaks.items()}
+
+
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("H100", 80 * GB, 3.35 * TB, {"bf16": 989 * TFLOPS, "fp8": 1979 * TFLOPS}, 450 * GB),
-        Device("H200", 141 * GB, 4.8 * TB, {"bf16": 989 * TFLOPS, "fp8": 1979 * TFLOPS}, 450 * GB),
-        Device("B200", 180 * GB, 7.7 * TB, {"bf16": 2250 * TFLOPS, "fp8": 4500 * TFLOPS}, 900 * GB),
-        Device("A100", 80 * GB, 2.039 * TB, {"bf16": 312 * TFLOPS}, 300 * GB),
-        Device("L40S", 48 * GB, 0.864 * TB, {"bf16": 362 * TFLOPS, "fp8": 733 * TFLOPS}, 32 * GB),
-        Device(
-            "RTX 4090", 24 * GB, 1.008 * TB, {"bf16": 165 * TFLOPS, "fp8": 330 * TFLOPS}, 32 * GB
-        ),
+        Device("H100", 80 * GB, 3.35 * TB, _tera(bf16=989, fp8=1979, fp32=67), 450 * GB),
+        Device("H200", 141 * GB, 4.8 * TB, _tera(bf16=989, fp8=1979, fp32=67), 450 * GB),
+        Device("B200", 180 * GB, 7.7 * TB, _tera(bf16=2250, fp8=4500, fp32=75), 900 * GB),
+        Device("A100", 80 * GB, 2.039 * TB, _tera(bf16=312, fp32=19.5), 300 * GB),
+        Device("L40S", 48 * GB, 0.864 * TB, _tera(bf16=362, fp8=733, fp32=91.6), 32 * GB),
+        Device("RTX 4090", 24 * GB, 1.008 * TB, _tera(bf16=165, fp8=330, fp32=82.6), 32 * GB),
     )
 }
 

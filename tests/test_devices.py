@@ -42,5 +42,6 @@ def test_software_reaches_less_than_the_data_sheet(device):
     assert device.link < device.bandwidth
     for dtype, peak in device.peak.items():
         assert dtype in DTYPES and device.flops(dtype) < peak
+    assert {"bf16", "fp32"} <= device.peak.keys()  # what a training computes in
     if "fp8" in device.peak:  # half the bytes, twice the operations; sheets round
         assert device.peak["fp8"] == pytest.approx(2 * device.peak["bf16"], rel=0.02)

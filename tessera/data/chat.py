@@ -34,6 +34,7 @@ from tessera.data.template import Template, TemplateError, template_of
 from tessera.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "all"]
+RULES = "chat-1"  # of how a conversation becomes ids; chat_records.FORMAT: of what it is read into
 _OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
 
 
@@ -71,7 +72,7 @@ class ChatEncoder:
     def identity(self) -> list[Any]:
         """What the documents of a conversation follow from, beside itself."""
         rules = [self.turns, self.switch, self.tokenizer.eos_ids]
-        return ["chat-1", self.tokenizer.fingerprint(), self.template.fingerprint(), *rules]
+        return [RULES, self.tokenizer.fingerprint(), self.template.fingerprint(), *rules]
 
     def prompt(
         self, messages: Sequence[Message], mode: Mode, tools: Sequence[dict[str, Any]] = ()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tessera.devices import Device, DeviceError
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
 from tessera.planning.cluster import Cluster
 from tessera.planning.memory import BYTES, Layout, held_params
@@ -24,9 +23,7 @@ from tessera.planning.work import Job
 from tessera.puzzle.memory import unit_params
 from tessera.train.flops import model_cost
 
-# float32 products off the tensor cores, which is torch's default (data sheets, dense).
-FLOAT32 = {"H100": 67e12, "H200": 67e12, "B200": 75e12, "A100": 19.5e12, "L40S": 91.6e12}
-FLOAT32["RTX 4090"] = 82.6e12
+NAMES = {"bfloat16": "bf16", "float32": "fp32"}  # torch's, and the data sheets'
 # Bytes a parameter: AdamW reads weight, gradient and two moments and writes three; clipping reads
 # the gradient and writes it.
 UPDATE = 4 * (4 + 3 + 2)
@@ -54,17 +51,6 @@ class StepTime:
         return self.flops / self.total / self.peak
 
 
-def peak(device: Device, dtype: str) -> float:
-    """Operations a second of products. Raises DeviceError for what the device's sheet lacks."""
-    if dtype == "bfloat16":
-        return device.peak["bf16"]
-    if device.name not in FLOAT32:
-        raise DeviceError(
-            f'no float32 peak is known of {device.name}; set train.dtype = "bfloat16"'
-        )
-    return FLOAT32[device.name]
-
-
 def microbatches(job: Job, layout: Layout) -> int:
     """Microbatches that each process runs a step: the last may be short on some."""
     train = job.train
@@ -74,7 +60,7 @@ def microbatches(job: Job, layout: Layout) -> int:
 def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     """The roofline of one optimizer step."""
     device, train = cluster.device, job.train
-    best = peak(device, train.dtype) * cluster.world
+    best = device.peak[NAMES[train.dtype]] * cluster.world
     flops = job.flops()
     done = flops + (_recomputed(job) if layout.gradient_checkpointing else 0)
     # Processes that get a microbatch less than the fullest wait for it.

@@ -13,6 +13,7 @@ Llama 3.x's long-context stretch is the tensor `rope_freqs.weight`, a divisor a 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,8 +136,6 @@ def rope_factors(config: ModelConfig) -> Tensor | None:
     """`(D/2,)` divisors of the plain frequencies, for Llama 3.x's scaling; None without it."""
     if config.rope_scaling is None or config.rope_scaling.rope_type != "llama3":
         return None
-    from dataclasses import replace
-
     return rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
 
 
