@@ -29,6 +29,9 @@ def serve(
         float, typer.Option(min=0, help="What requests have left after SIGTERM.")
     ] = 30.0,
     max_body_kib: Annotated[int, typer.Option(min=1, help="Of a request.")] = 1024,
+    prefix_cache: Annotated[
+        int, typer.Option(min=0, help="Tokens of prompts kept for those that begin alike.")
+    ] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Weights in int8, on a CPU.")] = False,
     web: Annotated[bool, typer.Option("--web", help="A page to chat on, at /.")] = False,
 ) -> None:
@@ -47,6 +50,7 @@ def serve(
         "timeout": timeout,
         "drain_seconds": drain_seconds,
         "max_body_kib": max_body_kib,
+        "prefix_cache": prefix_cache,
         "int8": int8,
         "web": web,
     }

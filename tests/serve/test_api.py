@@ -287,6 +287,16 @@ def test_others_are_served_with_a_key_only_and_a_taken_port_is_said(model: Path)
     assert "is it taken" in told
 
 
+def test_prompts_are_kept_for_those_that_begin_alike(model: Path):
+    from tessera.serve.api.run import serving
+
+    with serving(str(model), ServeConfig(prefix_cache=300)) as one:
+        engine = one.talker.engine
+        for end in (50, 51):
+            engine.generate([[*range(3, 40), end]], SamplingParams(max_tokens=2))
+        assert engine.stats.cached_tokens == 37
+
+
 def exported(home: Path, chat: bool = True) -> Path:
     """What vLLM is given, without weights; chat: its marks of a thought are single tokens."""
     decilm.write_config(tiny.config((("gqa-2", "swiglu-256"), ("noop", "swiglu-256"))), home)

@@ -33,7 +33,8 @@ class ServeError(ValueError):
 
 class ServeConfig(Config):
     """host: this machine alone unless told. batch: samples decoded together. queue: samples that
-    may wait. timeout: seconds of a request. drain_seconds: what requests have left at the end."""
+    may wait. timeout: seconds of a request. drain_seconds: what requests have left at the end.
+    prefix_cache: tokens of prompts whose KV is kept for later ones that begin alike."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -44,6 +45,7 @@ class ServeConfig(Config):
     timeout: float = Field(default=600.0, gt=0)
     drain_seconds: float = Field(default=30.0, ge=0)
     max_body_kib: int = Field(default=1024, ge=1)
+    prefix_cache: int = Field(default=0, ge=0)
     int8: bool = False
     web: bool = False
 
@@ -92,6 +94,7 @@ def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
         load_model(home, frozen=True),
         max_batch_size=config.batch,
         max_queue=config.queue,
+        prefix_cache_tokens=config.prefix_cache,
         int8=config.int8,
     )
     talker = Talker(engine, load_tokenizer(home), config.timeout)
