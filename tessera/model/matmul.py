@@ -33,7 +33,11 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` of x `(…, I)`, weight `(O, I)`, without a gradient."""
     if not (_enough(x, weight) and prefers_onednn(weight)):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    rows = x.reshape(-1, x.shape[-1])
+    found = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
+    # As torch's own product does: nobody else holds `found`, and a view would be taken for one of
+    # a tensor that lives on (FSDP warns of modules that return views).
+    return torch.ops.aten._unsafe_view(found, (*x.shape[:-1], len(weight)))
 
 
 class _Multiply(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tessera.model import matmul
+from tessera.model.fused import gated_down
 from tessera.model.matmul import ONEDNN_FROM, Projection, linear, prefers_onednn
 
 
@@ -38,3 +39,13 @@ def test_other_types_are_torchs_own(monkeypatch):
     x, weight = torch.randn(4, 8), torch.randn(5, 8)
     assert not prefers_onednn(weight.double()) and not prefers_onednn(weight.to("meta"))
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("rows", [3, 3000])
+def test_a_product_is_a_view_of_nothing(rows: int):
+    """FSDP2 warns of a module that returns a view, and torch's own product is none."""
+    x, weight = torch.randn(2, rows, 64, requires_grad=True), torch.randn(64, 64)
+    assert linear(x, weight)._base is None
+    assert gated_down(x, x, weight)._base is None
+    with torch.no_grad():
+        assert linear(x, weight)._base is None
