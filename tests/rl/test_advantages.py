@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,6 +39,14 @@ def test_rloo_is_the_reward_less_the_mean_of_the_others(values: list[float]):
 def test_std_makes_groups_alike_and_leaves_one_without_spread_alone():
     assert np.std(grpo([0.0, 0.0, 0.0, 1.0]), ddof=1) == pytest.approx(1, abs=1e-4)
     assert grpo([0.7, 0.7, 0.7]) == pytest.approx([0, 0, 0])
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1.3])
+def test_a_group_whose_answers_are_worth_the_same_pulls_at_nothing(reward: float):
+    # Sums of such numbers are rounded: the mean of three 0.1 is not 0.1.
+    for count in range(2, 17):
+        for rule in (grpo, partial(grpo, std=False), rloo):
+            assert not any(rule([reward] * count))
 
 
 def test_what_could_not_be_judged_is_in_nobodys_mean():
