@@ -76,3 +76,17 @@ def test_hidden_cosine_is_the_plain_one():
     weight = torch.rand(3, 7)
     plain = ((1 - F.cosine_similarity(child, parent, dim=-1)) * weight).sum()
     _same(losses.hidden_cosine(child, parent, weight), plain, child)
+
+
+def test_hidden_cosine_of_bfloat16_states_tells_small_distances():
+    # 1 - cos is of bfloat16's own resolution, 0.004, where a layer hardly changed.
+    torch.manual_seed(0)
+    child = torch.randn(64, 512).bfloat16().requires_grad_()
+    parent = (child.detach().float() + 0.03 * torch.randn(64, 512)).bfloat16()
+    exact = child.detach().double().requires_grad_()
+    plain = (1 - F.cosine_similarity(exact, parent.double(), dim=-1)).sum()
+    (slope,) = torch.autograd.grad(plain, exact)
+    ours = losses.hidden_cosine(child, parent, torch.ones(64))
+    (found,) = torch.autograd.grad(ours, child)
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-3)
+    assert (found.double() - slope).norm() < 0.01 * slope.norm()
