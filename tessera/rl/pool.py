@@ -75,7 +75,7 @@ class Pool:
         results: list[Outcome | None] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         try:
-            while None in results:
+            while waiting or self._busy():
                 self._start(min(self.size, len(waiting) + self._busy()))
                 self._hand_out(tasks, waiting)
                 for worker in self._heard():

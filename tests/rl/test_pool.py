@@ -89,6 +89,20 @@ def test_outcomes_come_in_the_order_of_the_tasks_and_workers_live_between_calls(
         assert pool.replaced == 0
 
 
+def test_what_is_done_is_not_looked_at_again_for_every_message(monkeypatch: pytest.MonkeyPatch):
+    looks = 0
+
+    def look(self: Outcome, other: object) -> bool:
+        nonlocal looks
+        looks += 1
+        return self is other
+
+    with Pool([ExactReward(kind="exact")], workers=2) as pool:
+        monkeypatch.setattr(Outcome, "__eq__", look)
+        pool.check([(0, sample("a", answer="a"))] * 200)
+    assert looks < 200
+
+
 def test_workers_end_with_the_process_that_made_them(tmp_path: Path):
     code = (
         "import os, signal\n"
