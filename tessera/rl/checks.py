@@ -24,11 +24,11 @@ from tessera.rl.verifiers.outcome import Outcome, unjudged, wrong
 def _code(reward: CodeReward, sample: Sample) -> Outcome:
     box: dict[str, Any] = {"limits": reward.limits, "isolation": reward.isolation}
     fields = sample.fields
-    if reward.inputs in fields:
-        cases = fields[reward.inputs], fields[reward.outputs]
-        return verify_outputs(sample.answer, *cases, **box)
-    setup = fields.get(reward.setup) or ""
-    return verify_asserts(sample.answer, fields[reward.tests], setup=setup, **box)
+    if reward.asserts(fields):
+        setup = fields.get(reward.setup) or ""
+        return verify_asserts(sample.answer, fields[reward.tests], setup=setup, **box)
+    cases = fields[reward.inputs], fields[reward.outputs]
+    return verify_outputs(sample.answer, *cases, **box)
 
 
 _CHECKS: dict[str, Callable[[Any, Sample], Outcome]] = {

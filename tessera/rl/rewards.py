@@ -127,6 +127,10 @@ class CodeReward(RewardConfig):
                 f"deadline = {self.deadline:g} cuts limits.seconds short; give {least:g}"
             )
 
+    def asserts(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is judged by its tests; a null, as JSON lines have it, is no test."""
+        return row.get(self.tests) is not None or row.get(self.inputs) is None
+
 
 class FunctionReward(RewardConfig):
     """Your own: `module:function`, called with a Sample in a worker; returns an Outcome."""
@@ -205,6 +209,6 @@ def _fields(reward: Reward, row: Mapping[str, Any]) -> list[str]:
     if isinstance(reward, InstructionsReward):
         return [reward.instructions, reward.arguments]
     if isinstance(reward, CodeReward):
-        return [reward.tests] if reward.inputs not in row else [reward.inputs, reward.outputs]
+        return [reward.tests] if reward.asserts(row) else [reward.inputs, reward.outputs]
     answer = getattr(reward, "answer", None)
     return [cast(str, answer)] if answer else []

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tessera.rl import checks
 from tessera.rl.pool import Pool
 from tessera.rl.rewards import (
+    CodeReward,
     ExactReward,
     FunctionReward,
     InstructionsReward,
@@ -154,6 +156,26 @@ def test_the_sum_is_weighted_and_nothing_where_a_part_could_not_be_judged():
     assert (one.reward, other.reward, none.reward) == (2.5, 0.5, None)
     assert none.parts["exact"].verdict == "wrong"
     assert none.parts["odd"].verdict == "could-not-judge"
+
+
+@pytest.mark.parametrize(
+    ("row", "judged_by"),
+    [
+        ({"tests": "assert f() == 1"}, "asserts"),
+        ({"inputs": ["1"], "outputs": ["1"]}, "outputs"),
+        ({"tests": "assert f() == 1", "inputs": None, "outputs": None}, "asserts"),
+        ({"tests": None, "inputs": ["1"], "outputs": ["1"]}, "outputs"),
+        ({"tests": "assert f() == 1", "inputs": ["1"], "outputs": ["1"]}, "asserts"),
+    ],
+)
+def test_code_is_judged_by_asserts_where_a_row_has_tests(
+    monkeypatch: pytest.MonkeyPatch, row: dict, judged_by: str
+):
+    for name in ("asserts", "outputs"):
+        monkeypatch.setattr(checks, f"verify_{name}", lambda *_, name=name, **__: right(name))
+    reward = CodeReward(kind="code")
+    require_fields([reward], row)
+    assert checks.check(reward, sample("x = 1", **row)).reason == judged_by
 
 
 def test_what_rewards_judge_by_must_be_in_the_row():
