@@ -74,8 +74,10 @@ def _read(found: Any) -> tuple[list[Message], str, str, float]:
         _text(found, ("chosen", "chosen_response")),
         _text(found, ("rejected", "rejected_response")),
     )
-    better, worse = found.get("chosen_reward", 1.0), found.get("rejected_reward", 0.0)
-    margin = float(better) - float(worse)
+    given = found.get("chosen_reward"), found.get("rejected_reward")
+    # NeMo-Aligner's defaults, for a null too.
+    better, worse = (d if g is None else float(g) for g, d in zip(given, (1.0, 0.0), strict=True))
+    margin = better - worse
     if margin <= 0:
         raise SchemaError(f"the chosen answer's reward {better} is not above {worse}")
     return messages, chosen, rejected, margin

@@ -209,6 +209,15 @@ def test_a_row_that_is_no_pair_is_named(home: Path, tmp_path: Path, row: Any, sa
         of_files([str(path)], encoder)
 
 
+def test_a_reward_that_is_null_is_not_known(home: Path, tmp_path: Path):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    nulls = {"chosen_reward": None, "rejected_reward": None}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | nulls) + "\n")
+    one, other = of_files([str(path)], ChatEncoder.of(load_tokenizer(home / "parent")))
+    assert one == other and other.margin == 1.0
+
+
 def test_a_pair_that_no_row_can_hold_says_what_to_raise():
     with pytest.raises(ValueError, match="raise train.microbatch_tokens"):
         rows(PAIRS, 8)
