@@ -62,7 +62,10 @@ def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
     """All prompts, each question once. Raises DataError for none, and for a file of bad rows."""
     found: dict[str, Prompt] = {}
     for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
-        found.setdefault(one.messages[-1]["content"], one)
+        asked, _ = set_switch(
+            one.messages, "on", config.switch
+        )  # in either mode it is one question
+        found.setdefault(json.dumps(asked), one)
     prompts = list(found.values())[: config.limit]
     if not prompts:
         raise DataError(

@@ -35,6 +35,18 @@ def test_rows_of_chats_are_asked_without_their_answers(tmp_path: Path):
     assert one.fields["answer"] == "4"
 
 
+def test_conversations_that_end_alike_are_different_questions(tmp_path: Path):
+    chats = [
+        [("user", "Name a colour."), ("assistant", "Red."), ("user", "Another one.")],
+        [("user", "Name a fruit."), ("assistant", "Plum."), ("user", "Another one.")],
+    ]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in chats]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    found = collect(PromptsConfig(paths=(str(path),), switch="enable_thinking"), 0)
+    assert [one.messages for one in found] == [row["messages"] for row in rows]
+
+
 def test_instructions_of_the_nemotron_rl_part_are_what_the_checker_reads(tmp_path: Path):
     told = {"instruction_id_list": ["punctuation:no_comma", "startend:end_checker"]}
     told["instruction_kwargs"] = [{"end_phrase": None}, {"end_phrase": "bye"}]
