@@ -84,6 +84,8 @@ class Process:
         except (BrokenPipeError, ValueError):  # closed before it could be asked
             raise self._died() from None
         for line in self.child.stdout:
+            if not line.endswith("\n"):
+                break  # killed while it wrote
             answer = json.loads(line)
             if answer.keys() != {"done"}:
                 if "error" in answer:

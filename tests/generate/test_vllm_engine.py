@@ -43,6 +43,8 @@ for line in sys.stdin:
         first = asked["prompts"][0][0]
         if first == 13 or (first == 12 and not os.path.exists(os.environ["STAND_IN_LOG"] + ".12")):
             open(os.environ["STAND_IN_LOG"] + ".12", "w").close()
+            if len(asked["prompts"][0]) > 1:
+                print('{"completions": [[[[1, ', end="", flush=True)
             sys.exit("out of memory, say")
         print(json.dumps({"done": 1}), flush=True)
         answer = {"completions": [[[[1, 2], [-0.5, -0.25], "stop", []]] for _ in asked["prompts"]]}
@@ -82,6 +84,15 @@ def test_a_process_that_dies_is_started_again_with_the_last_weights(stand_in: Pa
     assert told == [(1, 1)]
     assert stand_in.read_text().split() == ["open", "load", "generate", "open", "generate"]
     asked.close()
+
+
+def test_a_process_that_dies_within_its_answer_has_died(stand_in: Path):
+    with closing(engine()) as asked:
+        ((one,),) = asked.generate([[12, 1]], SamplingParams())
+        assert one.token_ids == [1, 2]
+        with pytest.raises(DiedError, match="out of memory, say"):
+            asked.generate([[13, 1]], SamplingParams())
+    assert stand_in.read_text().split().count("open") == 3
 
 
 def test_what_kills_it_twice_ends_the_run_with_its_last_words(stand_in: Path):
