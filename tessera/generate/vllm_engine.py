@@ -152,7 +152,11 @@ class VLLMEngine:
         self._process = Process(self.python, self._environment())
         plugin = {"plugin": str(PLUGIN)} if self.settings.plugin else {}
         told = {"arguments": self._arguments(), **plugin, **self._where()}
-        self.info = self._process.ask("open", **told)
+        try:
+            self.info = self._process.ask("open", **told)
+        except BaseException:
+            self._bury()
+            raise
 
     def _ask(self, do: str, told: Callable[[int], None] | None = None, **keys: Any) -> dict:
         """An answer, from a second process where the first dies over it."""

@@ -106,6 +106,19 @@ def test_what_kills_it_twice_ends_the_run_with_its_last_words(stand_in: Path):
     asked.close()
 
 
+def test_a_process_that_opens_no_model_is_ended(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
+    started: list[Process] = []
+
+    def refused(self: Process, do: str, told: object = None, **keys: object) -> dict:
+        started.append(self)
+        raise GenerationError("vLLM: ValueError: no such head size")
+
+    monkeypatch.setattr(Process, "ask", refused)
+    with pytest.raises(GenerationError, match="no such head size"):
+        engine()
+    assert started[0].child.poll() is not None
+
+
 def test_the_directory_in_memory_goes_with_the_engine(stand_in: Path):
     asked = engine(EQUAL)
     place = asked._place
