@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,7 +31,6 @@ from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.switch import DETAILED, obeys
-from tessera.disk import atomic_write
 from tessera.generate.choice import EngineChoice
 from tessera.generate.engine import Completion, Engine, SamplingParams
 from tessera.model.context import Context
@@ -45,6 +43,7 @@ from tessera.rl.experience import Answer, Group, Level, pack, row, rows, spans, 
 from tessera.rl.prompts import Prompt, judged_samples
 from tessera.rl.rewards import Reward, Sample
 from tessera.rl.rubric import Judged, Rubric
+from tessera.rl.shares import Shares
 from tessera.run import FailureError, Run
 from tessera.train.losses import token_log_probs
 from tessera.train.parallel import Layout
@@ -130,6 +129,7 @@ class Rollouts:
         self.keep_all = keep_all
         self._rounds = -(-steps // config.updates_per_rollout)
         self.order = self._order(0)
+        self._shares = Shares(run.path / "rollouts", config.updates_per_rollout, layout)
         self._rollout = -1
         self._groups: list[Group] = []
         self._updates: list[list[Batch]] = []
@@ -154,7 +154,7 @@ class Rollouts:
             self._metrics, self._seconds = {}, {}
         if rollout != self._rollout:
             if update:
-                self._groups = self._read(rollout)
+                self._groups = self._shares.read(rollout)
             else:
                 self._groups = self._received(rollout, self._sampled(rollout))
             self._rollout = rollout
@@ -172,39 +172,24 @@ class Rollouts:
     def state_dict(self) -> dict[str, Any]:
         """Rollouts follow from the step; what feeds several steps, or is in flight, is on disk."""
         self._saved = [*self._saved[-1:], self._rollout]
-        for old in self._kept():
-            if old < self._saved[0]:
-                self._path(old).unlink(missing_ok=True)
+        self._shares.forget(self._saved[0])
         if self._flight is not None:
             self._landed = self._rollout + 1
-            self._keep(self._landed, self._flight.result().groups)
-        return {"rollout": self._rollout, "landed": self._landed}
+            self._shares.keep(self._landed, self._flight.result().groups)
+        world = self.layout.data_world
+        return {"rollout": self._rollout, "landed": self._landed, "world": world}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._saved, self._landed = [state["rollout"]], state["landed"]
-
-    def _path(self, rollout: int) -> Path:
-        return self.run.path / "rollouts" / f"{rollout:08}-{self.layout.data_rank}.jsonl"
-
-    def _kept(self) -> list[int]:
-        names = (self.run.path / "rollouts").glob(f"*-{self.layout.data_rank}.jsonl")
-        return [int(path.name.split("-")[0]) for path in names]
-
-    def _keep(self, rollout: int, groups: Sequence[Group]) -> None:
-        self._path(rollout).parent.mkdir(exist_ok=True)
-        atomic_write(self._path(rollout), "".join(group.to_json() + "\n" for group in groups))
-
-    def _read(self, rollout: int) -> list[Group]:
-        assert self._path(rollout).is_file(), f"rollout {rollout} is gone, and so are its weights"
-        lines = self._path(rollout).read_text(encoding="utf-8").split("\n")
-        return [Group.from_json(line) for line in lines if line]
+        for rollout in (state["rollout"], state["landed"]):
+            self._shares.take_over(rollout, state["world"])
 
     def _sampled(self, rollout: int) -> Sampled:
         """What was answered for a rollout, now or ahead; sends the engine on to the next."""
         begun, flight, self._flight = time.monotonic(), self._flight, None
         ahead = self.config.staleness and rollout + 1 < len(self.order.batches)
         fresh = flight is None and rollout != self._landed
-        found = flight.result() if flight else Sampled([] if fresh else self._read(rollout))
+        found = flight.result() if flight else Sampled([] if fresh else self._shares.read(rollout))
         if flight:
             found.seconds["wait_seconds"] = time.monotonic() - begun
         if fresh or ahead:
@@ -229,7 +214,7 @@ class Rollouts:
             self._metrics["staleness"] = float(rollout - found.version)
         if self.config.updates_per_rollout > 1:
             self._remember(groups)
-            self._keep(rollout, groups)
+            self._shares.keep(rollout, groups)
         if rollout % self.config.samples_every == 0:
             monitors.keep_samples(groups, self.prompts, rollout, self.run)
         return groups
@@ -240,8 +225,8 @@ class Rollouts:
         further: how often it was asked before; other prompts come then, or others' answers to them.
         It may be called from another thread, so it talks to no other process.
         """
-        chosen = (self._order(further) if further else self.order).batches[rollout]
-        own = chosen[self.layout.data_rank :: self.layout.data_world].tolist()
+        order = self._order(further) if further else self.order
+        own = self._shares.own(order.batches[rollout].tolist())
         wanted = -(-len(own) // (1 + self.config.dynamic_sampling))
         found = Sampled([])
         while own and len(found.groups) < wanted:

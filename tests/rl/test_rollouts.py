@@ -14,6 +14,7 @@ from tessera.model.weights import load_model
 from tessera.rl.monitors import Guard
 from tessera.rl.rewards import FormatReward
 from tessera.rl.rollouts import RolloutConfig
+from tessera.rl.shares import joined, share
 from tessera.run import FailureError, Run, read_metrics
 from tests.rl.policy_runs import made, train
 from tests.test_dist import run_ranks
@@ -61,7 +62,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 def test_two_processes_are_one(home: Path):
-    jobs = [{"kl": 0.1}, STALE]
+    jobs = [{"kl": 0.1}, STALE, TWICE]
     for number, job in enumerate(jobs):
         train(str(home), str(home / f"one-{number}"), **job)
     asked = [{"home": str(home), "run": str(home / f"two-{n}"), **j} for n, j in enumerate(jobs)]
@@ -71,6 +72,39 @@ def test_two_processes_are_one(home: Path):
         for row, other in zip(read_metrics(one), read_metrics(two), strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
         torch.testing.assert_close(weights(one), weights(two), rtol=1e-3, atol=1e-4)
+
+
+def test_shares_are_equal_in_every_update_and_join_to_the_whole():
+    for updates, world, count in [(1, 1, 9), (1, 4, 8), (2, 2, 8), (3, 2, 12), (2, 3, 7)]:
+        shares = [share(range(count), updates, rank, world) for rank in range(world)]
+        assert joined(shares, updates) == list(range(count))
+        for update in range(updates):
+            fed = [own[update::updates] for own in shares]
+            assert sorted(sum(fed, [])) == list(range(update, count, updates))
+            assert count % (updates * world) or len({len(one) for one in fed}) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "fewer"),
+    [(TWICE, True), (STALE, False)],
+    ids=["fewer, within a rollout", "more, one in flight"],
+)
+def test_a_stopped_run_goes_on_with_another_number_of_processes(
+    home: Path, tmp_path: Path, more: dict, fewer: bool
+):
+    whole, run = home / "-".join(["whole", *more]), tmp_path / "run"
+    if not whole.exists():
+        train(str(home), str(whole), **more)
+    job = {"home": str(home), "run": str(run), **more}
+    if fewer:
+        run_ranks(CODE, json.dumps([job | {"stop": 3}]))
+        train(**job)
+    else:
+        train(**job, stop=3)
+        run_ranks(CODE, json.dumps([job]))
+    for row, other in zip(read_metrics(run), read_metrics(whole), strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(weights(run), weights(whole), rtol=1e-3, atol=1e-4)
 
 
 def test_a_stale_rollout_was_said_by_the_weights_of_one_ago(home: Path):
