@@ -27,7 +27,7 @@ class Answer:
 
     advantage: None, it is not trained on. parts: the score of each reward by name. old: log-probs
     under the trainer's weights of the rollout, where later steps need them. version: the rollout
-    whose weights answered.
+    whose weights answered. unjudged: why there is no reward, where it could not be judged.
     """
 
     ids: list[int]
@@ -40,6 +40,7 @@ class Answer:
     advantage: float | None = None
     old: list[float] | None = None
     version: int = 0
+    unjudged: str = ""
 
     @property
     def truncated(self) -> bool:

@@ -82,6 +82,7 @@ def _shown(prompt: Prompt, answer: Answer) -> dict[str, Any]:
         "text": answer.text,
         "reward": answer.reward,
         "parts": answer.parts,
+        "unjudged": answer.unjudged,
         "tokens": len(answer.ids),
         "finish_reason": answer.finish_reason,
     }

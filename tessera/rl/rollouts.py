@@ -301,6 +301,11 @@ class Rollouts:
             {name: outcome.score for name, outcome in judged.parts.items()},
             obeys(sample.completion, prompt.mode),
             version=one.version,
+            unjudged="; ".join(
+                f"{name}: {outcome.reason}"
+                for name, outcome in judged.parts.items()
+                if outcome.score is None
+            ),
         )
 
     def _reward(self, judged: Judged, length: int, truncated: bool) -> float | None:
@@ -322,9 +327,7 @@ class Rollouts:
         sums = torch.tensor([counted, pulled], dtype=torch.float64, device=dist.device())
         counted, pulled = self.layout.sum(sums).tolist()
         if not counted:
-            raise FailureError(
-                "no answer of a step could be judged; see the reasons in the run's samples/"
-            )
+            raise self._nothing_counts()
         # What nothing pulls at is not computed, and its weight is not lost: it scales the rest.
         skip = not self.keep_all and pulled > 0
         if skip:
@@ -332,6 +335,20 @@ class Rollouts:
         scale = pulled / counted if skip else 1.0
         made = rows(groups, self.row_length, self.config.level, scale)
         return made + [row([]) for _ in range(self._most(len(made)) - len(made))]
+
+    def _nothing_counts(self) -> FailureError:
+        """Why a step has no answer to learn from; its answers are kept to be read."""
+        monitors.keep_samples(self._groups, self.prompts, self._rollout, self.run)
+        answers = [answer for group in self._groups for answer in group.answers]
+        cut = sum(answer.truncated for answer in answers)
+        if self.config.overlong == "mask" and cut:
+            return FailureError(
+                f"no answer of a step counts: {cut} of {len(answers)} are cut at max_tokens = "
+                f'{self.config.max_tokens}, which overlong = "mask" leaves out; raise max_tokens, '
+                'or take overlong = "keep"'
+            )
+        file = self.run.path / "samples" / f"{self._rollout:08}.jsonl"
+        return FailureError(f"no answer of a step could be judged; the reasons are in {file}")
 
     def _most(self, count: int) -> int:
         """The most rows that any process has."""

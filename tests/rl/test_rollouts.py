@@ -174,6 +174,21 @@ def test_an_engine_of_other_weights_stops_the_run(tmp_path: Path):
     assert sum("cut at max_tokens" in line for line in said) == 1
 
 
+def test_a_step_whose_answers_are_all_cut_says_what_to_raise(home: Path, tmp_path: Path):
+    with pytest.raises(FailureError, match="are cut at max_tokens = 1, .*raise max_tokens"):
+        train(str(home), str(tmp_path / "run"), max_tokens=1, overlong="mask")
+
+
+def test_a_step_that_could_not_be_judged_says_where_the_reasons_are(home: Path, tmp_path: Path):
+    unable = [{"kind": "function", "function": "tests.rl.letters:unable"}]
+    with pytest.raises(FailureError, match="could be judged") as failed:
+        train(str(home), str(tmp_path / "run"), rewards=unable)
+    file = tmp_path / "run" / "samples" / "00000000.jsonl"
+    assert str(file) in str(failed.value)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows and all("KeyError: 'no letters'" in row["unjudged"] for row in rows)
+
+
 def test_settings_that_cannot_be_are_refused():
     rewards = (FormatReward(kind="format"),)
     with pytest.raises(ValueError, match="compared with its group"):
