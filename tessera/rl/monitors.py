@@ -17,7 +17,7 @@ import torch
 from tessera import dist
 from tessera.rl.experience import Answer, Group
 from tessera.rl.prompts import Prompt
-from tessera.run import FailureError, Run
+from tessera.run import FailureError, Run, read_metrics
 from tessera.train.parallel import Layout
 
 KEPT = 3  # of the best, of the worst and of all, a rollout whose samples are kept
@@ -97,7 +97,8 @@ class Guard:
     def __init__(self, run: Run, gap_limit: float) -> None:
         self.run, self.gap_limit = run, gap_limit
         self._told: set[str] = set()
-        self._first_length: float | None = None
+        before = (row.get("length") for row in read_metrics(run.path))  # where it was stopped
+        self._first_length: float | None = next((one for one in before if one is not None), None)
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """Raises FailureError where engine and trainer disagree on what was sampled."""

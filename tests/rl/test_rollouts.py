@@ -174,6 +174,17 @@ def test_an_engine_of_other_weights_stops_the_run(tmp_path: Path):
     assert sum("cut at max_tokens" in line for line in said) == 1
 
 
+def test_a_resumed_run_knows_how_long_its_first_answers_were(tmp_path: Path):
+    opened = {"stage": "grpo", "config": {}, "inputs": {}, "seed": 0, "quiet": True}
+    with Run.open(tmp_path / "r", **opened) as run:
+        Guard(run, 0.05)(0, {"length": 10.0})
+        run.log(1, length=10.0)
+        run.log(2)  # a step in the middle of a rollout
+    with Run.open(tmp_path / "r", **opened) as run:
+        Guard(run, 0.05)(2, {"length": 25.0})
+    assert "answers have 25 tokens, 10 at first" in (tmp_path / "r" / "log.txt").read_text()
+
+
 def test_a_step_whose_answers_are_all_cut_says_what_to_raise(home: Path, tmp_path: Path):
     with pytest.raises(FailureError, match="are cut at max_tokens = 1, .*raise max_tokens"):
         train(str(home), str(tmp_path / "run"), max_tokens=1, overlong="mask")
