@@ -20,6 +20,8 @@ from torch import Tensor
 
 from tessera.generate.engine import SamplingParams
 
+COLDEST = 1e-30  # of temperatures: what is divided by less overflows float32
+
 
 def uniforms(seed: int, key: int, sample: int, count: int) -> list[float]:
     """`count` numbers in [0, 1), one a position: Philox 4x64 (Salmon et al. 2011).
@@ -76,7 +78,7 @@ class Plan:
                 Filters(
                     None if len(chosen) == len(rows) else torch.tensor(chosen, device=device),
                     ranked,
-                    column([p.temperature for p in given]),
+                    column([max(p.temperature, COLDEST) for p in given]),
                     torch.tensor(top_k, device=device)[:, None] if min(top_k) < 2**31 else None,
                     column(top_p, torch.float64) if min(top_p) < 1 else None,
                     column(min_p) if max(min_p) > 0 else None,

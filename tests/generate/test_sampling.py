@@ -142,3 +142,12 @@ def test_noise_is_a_function_of_seed_key_sample_and_position():
     assert 0 <= min(stream) and max(stream) < 1
     # Written down: no release of numpy may change a completion.
     assert uniforms(0, 0, 0, 2) == [0.011546754286331562, 0.24154919656271812]
+
+
+def test_a_temperature_near_zero_is_greedy():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 10
+    for temperature in (1e-6, 1e-30, 1e-39, 5e-324):
+        for more in ({}, {"top_p": 0.9}):
+            plan = Plan.of([SamplingParams(temperature=temperature, **more)] * 4)
+            found = choose(logits, plan, torch.full((4,), 0.5, dtype=torch.float64))
+            assert torch.equal(found.tokens, logits.argmax(-1))
