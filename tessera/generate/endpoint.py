@@ -51,10 +51,11 @@ class EndpointConfig(Config):
 
 
 class Endpoint:
-    """An `Answerer` behind HTTP."""
+    """An `Answerer` behind HTTP. deadline: seconds for all tries of a request; None: no limit."""
 
-    def __init__(self, config: EndpointConfig, seed: int) -> None:
+    def __init__(self, config: EndpointConfig, seed: int, deadline: float | None = None) -> None:
         self.config, self.model, self.seed = config, config.model, seed
+        self.deadline = deadline
         self.asked = self.failed = 0
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
@@ -82,7 +83,7 @@ class Endpoint:
         self, client: httpx.AsyncClient, requests: Iterator[Request], receive: Receive
     ) -> None:
         for request in requests:
-            reply = await self._one(client, request)
+            reply = await self._in_time(client, request)
             self.asked += 1
             self.failed += reply.error is not None
             receive(request, reply)
@@ -91,6 +92,13 @@ class Endpoint:
                     f"{self.config.url}: {self.failed} of {self.asked} requests failed, the last "
                     f"one with: {reply.error}. What was answered is kept; the same command goes on"
                 )
+
+    async def _in_time(self, client: httpx.AsyncClient, request: Request) -> Reply:
+        try:
+            async with asyncio.timeout(self.deadline):
+                return await self._one(client, request)
+        except TimeoutError:
+            return Reply(error=f"no answer within {self.deadline:g} s")
 
     async def _one(self, client: httpx.AsyncClient, request: Request) -> Reply:
         path, body = _body(self.config, request, self.seed)

@@ -29,7 +29,8 @@ class Asked:
     """One reward of this kind: samples in, outcomes out."""
 
     def __init__(self, reward: AskedReward) -> None:
-        self.reward, self.endpoint = reward, Endpoint(reward.endpoint, seed=0)
+        self.reward = reward
+        self.endpoint = Endpoint(reward.endpoint, seed=0, deadline=reward.deadline)
 
     def __call__(self, samples: Sequence[Sample]) -> list[Outcome]:
         """The outcome of each sample, all asked at once."""

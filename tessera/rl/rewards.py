@@ -58,7 +58,8 @@ class Sample:
 
 
 class RewardConfig(Config):
-    """weight: its factor in the sum. deadline: seconds a sample, then its checker is killed.
+    """weight: its factor in the sum. deadline: seconds a sample, then its checker is killed, or its
+    server not waited for any more: could-not-judge.
 
     name: in tables and logs; the kind unless given.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,6 +62,8 @@ def _judged(messages: list[dict[str, str]]) -> str:
         return f"reward:{len(text) - 3}.5"
     reference = text.split("Reference answer:\n")[1].split("\n")[0]
     prediction = text.split("Prediction:\n")[1].split("\n")[0]
+    if prediction == "muse":
+        time.sleep(3)
     if prediction == "shrug":
         return "I cannot say."
     return f"Let me see.\nVerdict: {'right' if reference == prediction else 'wrong'}"
@@ -94,6 +97,16 @@ def test_a_reply_without_a_verdict_is_could_not_judge_and_an_unfinished_thought_
             shrugged, unfinished, good = rubric(given)
     assert shrugged.reward is None and "no verdict" in shrugged.parts["judge"].reason
     assert (unfinished.reward, good.reward) == (0.0, 1.0)
+
+
+def test_a_judge_that_takes_longer_than_the_deadline_has_not_judged():
+    asked = [{"role": "user", "content": "?"}]
+    given = [Sample(asked, text, {"answer": "1"}) for text in ("muse", "1")]
+    with judge(0.0) as url:
+        reward = JudgeReward(kind="judge", endpoint=endpoint(url), deadline=0.5)  # type: ignore[arg-type]
+        late, good = Asked(reward)(given)
+    assert late.verdict == "could-not-judge" and "within 0.5 s" in late.reason
+    assert good.verdict == "right"
 
 
 def test_a_judge_that_is_down_stops_the_run_with_the_reason():
