@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from tessera.data.batch import Batch
@@ -55,6 +55,16 @@ class PolicyConfig(RolloutConfig):
     kl: float = Field(default=0.0, ge=0)
     importance_cap: float | None = Field(default=None, ge=0)
     gap_limit: float = Field(default=0.05, gt=0)
+
+    @field_validator("dual_clip")
+    @classmethod
+    def _bounds_only_what_is_far(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError(
+                f"dual_clip = {value:g} stops every answer that is worse than its group from being "
+                "learned from; give a number above 1, or 0 for no bound"
+            )
+        return value
 
     @property
     def cap(self) -> float:

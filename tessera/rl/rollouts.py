@@ -84,6 +84,11 @@ class RolloutConfig(EngineChoice):
             raise ValueError(
                 "updates_per_rollout exceeds prompts_per_rollout: a step needs prompts"
             )
+        if self.overlong_buffer > self.max_tokens:
+            raise ValueError(
+                f"overlong_buffer = {self.overlong_buffer} exceeds max_tokens = {self.max_tokens}: "
+                "the shortest answer would lose reward; give a part of max_tokens"
+            )
         return self
 
 

@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 from tessera.cli import app
 from tessera.model.weights import load_model
+from tessera.objectives.grpo import GRPOConfig
 from tessera.rl.monitors import Guard
 from tessera.rl.rewards import FormatReward
 from tessera.rl.rollouts import RolloutConfig
 from tessera.rl.shares import joined, share
 from tessera.run import FailureError, Run, read_metrics
+from tessera.train.optim import TrainConfig
 from tests.rl.policy_runs import made, train
 from tests.test_dist import run_ranks
 
@@ -206,3 +208,9 @@ def test_settings_that_cannot_be_are_refused():
         RolloutConfig(samples=1, rewards=rewards)
     with pytest.raises(ValueError, match="exceeds prompts_per_rollout"):
         RolloutConfig(prompts_per_rollout=2, updates_per_rollout=3, rewards=rewards)
+    with pytest.raises(ValueError, match="overlong_buffer = 65 exceeds max_tokens = 64"):
+        RolloutConfig(max_tokens=64, overlong_buffer=65, rewards=rewards)
+    steps = TrainConfig(steps=1)
+    GRPOConfig(train=steps, rewards=rewards, dual_clip=3.0)
+    with pytest.raises(ValueError, match="dual_clip = 1 .* above 1"):
+        GRPOConfig(train=steps, rewards=rewards, dual_clip=1.0)
