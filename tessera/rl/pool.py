@@ -55,6 +55,7 @@ class Pool:
         self.replaced = 0
         self._workers: list[_Worker] = []
         self._failed = 0
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -63,27 +64,36 @@ class Pool:
         self.close()
 
     def close(self) -> None:
-        """Ends all workers at once."""
-        while self._workers:
-            self._kill(self._workers[0])
+        """Ends all workers at once; a call of `check` in another thread ends with RewardError."""
+        self._closed = True
+        self._end_workers()
+
+    def _end_workers(self) -> None:
+        for worker in list(self._workers):
+            self._kill(worker)
 
     def check(self, tasks: Sequence[tuple[int, Sample]]) -> list[Outcome]:
         """The outcome of each task (index of a reward, sample), in the order of the tasks.
 
-        Raises RewardError where workers cannot be started.
+        Raises RewardError where workers cannot be started, and after `close`.
         """
         results: list[Outcome | None] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         try:
             while waiting or self._busy():
+                if self._closed:
+                    break
                 self._start(min(self.size, len(waiting) + self._busy()))
                 self._hand_out(tasks, waiting)
                 for worker in self._heard():
                     self._receive(worker, results)
                 self._kill_late(results)
         except BaseException:
-            self.close()  # what they hold belongs to a call that is over
+            self._end_workers()  # what they hold belongs to a call that is over
             raise
+        if self._closed:
+            self._end_workers()  # one that was started while the others were ended
+            raise RewardError("the processes that judge were ended")
         return [outcome for outcome in results if outcome is not None]
 
     def _busy(self) -> int:
@@ -169,7 +179,8 @@ class Pool:
             pass
         worker.process.wait()
         worker.pipe.close()
-        self._workers.remove(worker)
+        if worker in self._workers:  # else `close` was there first
+            self._workers.remove(worker)
 
 
 def _end(process: subprocess.Popen[bytes]) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -135,6 +136,27 @@ def _runs(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state not in "ZX"
+
+
+def test_a_pool_that_is_closed_under_a_call_starts_nobody_again():
+    pool, failed = Pool([ODD], workers=1), []
+
+    def judge() -> None:
+        try:
+            pool.check([(0, sample("sleep"))] * 3)
+        except RewardError as error:
+            failed.append(str(error))
+
+    thread = threading.Thread(target=judge)
+    thread.start()
+    until = time.monotonic() + 60
+    while not pool._busy() and time.monotonic() < until:
+        time.sleep(0.01)
+    pool.close()
+    thread.join(60)
+    left = [worker.process.pid for worker in pool._workers]
+    pool.close()
+    assert not left and failed == ["the processes that judge were ended"]
 
 
 def test_a_function_that_is_not_there_is_said_before_anything_is_judged(capfd):
