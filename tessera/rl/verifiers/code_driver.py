@@ -6,7 +6,7 @@ token once every test has passed, or the outputs, which are compared where the p
 
 Tricks that policies have learned elsewhere, and what meets them here: leaving before the tests
 (`sys.exit(0)`: no token), replaced built-ins (tests get the ones from before), answers whose
-`__eq__` is always true (`differs`). Code written against this very file can still find the token in
+`__eq__` is always true (`honest`). Code written against this very file can still find the token in
 it; a program that reads and prints has nothing to find.
 """
 
