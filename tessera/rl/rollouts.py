@@ -230,8 +230,8 @@ class Rollouts:
         further: how often it was asked before; other prompts come then, or others' answers to them.
         It may be called from another thread, so it talks to no other process.
         """
-        order = self._order(further) if further else self.order
-        own = self._shares.own(order.batches[rollout].tolist())
+        drawn = self._order(further) if further else self.order
+        own = self._shares.own(drawn.batches[rollout].tolist())
         wanted = -(-len(own) // (1 + self.config.dynamic_sampling))
         found = Sampled([])
         while own and len(found.groups) < wanted:
