@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +136,16 @@ class Lock:
             self._descriptor = -1
 
 
-def remove_directory(directory: Path) -> None:
-    """Deletes a directory that nobody holds, leaving no half of it under its name.
+def remove_directories(*directories: Path) -> None:
+    """Deletes directories that nobody holds, leaving no half of one under its name.
 
-    Raises RunError naming the process that holds it.
+    Raises RunError naming the process that holds one of them; then none is deleted.
     """
-    lock = Lock(directory)
-    try:
-        trash = directory.with_name(f".{directory.name}.deleted-{os.getpid()}")
-        with writing(directory):
-            os.replace(directory, trash)
-            shutil.rmtree(trash)
-    finally:
-        lock.release()
+    with ExitStack() as held:
+        for directory in directories:
+            held.callback(Lock(directory).release)
+        for directory in directories:
+            trash = directory.with_name(f".{directory.name}.deleted-{os.getpid()}")
+            with writing(directory):
+                os.replace(directory, trash)
+                shutil.rmtree(trash)

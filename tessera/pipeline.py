@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera import dist
-from tessera.disk import remove_directory
+from tessera.disk import remove_directories
 from tessera.progress import clock
 from tessera.recipe import Recipe, RecipeError, nearest
 from tessera.resolve import Stage, Step, explain_change, plan, table_text
@@ -185,17 +185,20 @@ def run_recipe(
         for step in chosen:
             if step.action == "changed":
                 raise RunError(explain_change(step))
-        for step in steps:
-            abandoned = step in chosen and step.action == "run" and step.manifest is not None
-            # Also what is not run now: made from a measurement that is gone, it would look done.
-            stale = abandoned or step.action == "redo"
-            if stale and step.path.exists() and dist.is_main():
-                remove_directory(step.path)
+        # Also what is not run now: made from a measurement that is gone, it would look done.
+        stale = [step.path for step in steps if step.action == "redo" or _abandoned(step, chosen)]
+        if dist.is_main():
+            remove_directories(*(path for path in stale if path.exists()))
         dist.barrier()
         for number, step in enumerate(chosen, 1):
             _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
             dist.barrier()
     return chosen
+
+
+def _abandoned(step: Step, chosen: Sequence[Step]) -> bool:
+    """True for a run of another config that made nothing, and whose stage runs now."""
+    return step in chosen and step.action == "run" and step.manifest is not None
 
 
 def _choose(steps: Sequence[Step], only: Sequence[str] | None) -> list[Step]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tessera.disk import Lock, RunError, WriteError, atomic_write, fingerprint, remove_directory
+from tessera.disk import Lock, RunError, WriteError, atomic_write, fingerprint, remove_directories
 
 
 def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path):
@@ -98,12 +98,14 @@ def test_lock_of_a_killed_process_is_free(tmp_path: Path):
     Lock(tmp_path).release()
 
 
-def test_a_held_directory_is_not_removed(tmp_path: Path):
-    run = tmp_path / "run"
+def test_a_held_directory_is_not_removed_nor_one_named_beside_it(tmp_path: Path):
+    free, run = tmp_path / "free", tmp_path / "run"
+    free.mkdir()
     lock = Lock(run)
     with pytest.raises(RunError, match="in use"):
-        remove_directory(run)
+        remove_directories(free, run)
+    assert free.is_dir()
     lock.release()
     (run / "file").write_text("x")
-    remove_directory(run)
+    remove_directories(free, run)
     assert list(tmp_path.iterdir()) == []

@@ -243,6 +243,9 @@ def test_a_second_process_on_the_same_runs_is_refused(tmp_path: Path):
             run(tmp_path, text)
         with pytest.raises(RunError, match=f"in use by process {process.pid}"):
             run(tmp_path, text, redo=["kd"])
+        with pytest.raises(RunError, match=f"in use by process {process.pid}"):
+            run(tmp_path, text, redo=["data"])
+        assert is_done(tmp_path / "r" / "data")
         process.kill()
         process.communicate()
 
