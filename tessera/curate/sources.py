@@ -121,7 +121,7 @@ def _lines(shard: Shard) -> Iterator[tuple[int, Any]]:
 
 def _parsed(line: bytes, path: str, number: int) -> Any:
     try:
-        return json.loads(line.decode())
+        return json.loads(line.decode().removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
         told = f"not {what} ({getattr(error, 'reason', getattr(error, 'msg', 'nested too deep'))})"

@@ -137,7 +137,7 @@ def read_text(path: Path, separator: str) -> Iterator[Text | Bad]:
     line = 1
     for data in _stretches(path, separator.encode()):
         try:
-            text = data.decode().removeprefix("\ufeff").strip()
+            text = _text(data).strip()
             if text:
                 yield Text(text)
         except UnicodeDecodeError as error:
@@ -157,6 +157,11 @@ def _stretches(path: Path, separator: bytes) -> Iterator[bytes]:
                 del buffer[: at + len(separator)]
                 searched = 0
     yield bytes(buffer)
+
+
+def _text(data: bytes) -> str:
+    """UTF-8 without the mark that Windows' editors put before it."""
+    return data.decode().removeprefix("\ufeff")
 
 
 def read_jsonl(path: Path, field: str) -> Iterator[Text | Bad]:
@@ -182,7 +187,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Text | Bad]:
 def _field_of(line: bytes, field: str) -> str | Exception:
     """The text, or what is wrong: ValueError (not JSON), KeyError (its fields), TypeError."""
     try:
-        row = json.loads(line.decode())
+        row = json.loads(_text(line))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         return error
     if not isinstance(row, dict):
@@ -198,7 +203,7 @@ def _reason(error: Exception, field: str) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 ({error.reason})"
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg} at column {error.colno})"
+        return f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     return f'no field "{field}"' if isinstance(error, KeyError) else str(error)
 
 
@@ -242,7 +247,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield number, json.loads(line.decode())
+                        yield number, json.loads(_text(line))
                     except (ValueError, RecursionError) as error:
                         yield number, Bad(str(path), number, _reason(error, ""), _excerpt(line))
 
@@ -250,7 +255,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _json_list(path: Path) -> list[Any]:
     with _opened(path) as file:
         try:
-            rows = json.loads(file.read().decode())
+            rows = json.loads(_text(file.read()))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is {_reason(error, '')}") from None
     if not isinstance(rows, list):

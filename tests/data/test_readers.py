@@ -32,9 +32,11 @@ def test_the_same_documents_from_every_format(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": DOCUMENTS, "id": [1, 2, 3]}), table)
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(lines.read_bytes()))
+    windows = tmp_path / "windows.jsonl"
+    windows.write_bytes(b"\xef\xbb\xbf" + lines.read_bytes().replace(b"\n", b"\r\n"))
     odd = tmp_path / "odd.data"
     odd.write_bytes(lines.read_bytes())
-    for path in (text, lines, table, packed):
+    for path in (text, lines, table, packed, windows):
         assert texts(path) == DOCUMENTS
     assert texts(odd, format="jsonl") == DOCUMENTS
     with pytest.raises(DataError, match='set format = "text"'):
@@ -63,7 +65,7 @@ def test_broken_json_lines_are_located(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(
         b'{"text": "a"}\n{"text": "b"\n[1]\n{"text": 3}\n{"other": 1}\n'
-        b'{"text": "\xff"}\n{"text": "c"}'
+        b'{"text": "\xff"}\n{"text": "c"}\n{"text": "d'
     )
     assert texts(file) == ["a", "c"]
     assert bad(file) == [
@@ -72,7 +74,17 @@ def test_broken_json_lines_are_located(tmp_path: Path) -> None:
         f'{file}:4: "text" is a int, not text',
         f'{file}:5: no field "text"',
         f"{file}:6: not UTF-8 (invalid start byte)",
+        f"{file}:8: not JSON (Unterminated string starting at column 10)",
     ]
+
+
+def test_rows_of_a_file_from_windows(tmp_path: Path) -> None:
+    for name, rows in (
+        ("a.jsonl", b'{"a": 1}\r\n{"a": 2}\r\n'),
+        ("a.json", b'[{"a": 1}, {"a": 2}]'),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + rows)
+        assert list(readers.read_rows(tmp_path / name)) == [(1, {"a": 1}), (2, {"a": 2})]
 
 
 def test_a_missing_field_names_those_there_are(tmp_path: Path) -> None:
