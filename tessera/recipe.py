@@ -20,7 +20,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -204,7 +204,7 @@ def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel
 
 
 def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
-    if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict):
+    if get_origin(annotation) in (Annotated, Union, types.UnionType, list, tuple, dict):
         for argument in get_args(annotation):
             yield from _models_in(argument)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -115,7 +115,7 @@ class Documents:
         opened, self.pad_id = open_split(Path(path), split)
         self.sequence_length, self.tokens_per_step = sequence_length, tokens_per_step
         self.row_length = row_length or sequence_length
-        _check_sizes(sequence_length, self.row_length, tokens_per_step, microbatch_tokens)
+        check_sizes(sequence_length, self.row_length, tokens_per_step, microbatch_tokens)
         if len(opened) > 1 and not repeat:
             raise DataError(
                 f"{path} mixes {len(opened)} sources, which do not end together, so there is no "
@@ -325,12 +325,14 @@ def open_split(path: Path, split: str) -> tuple[list[OpenSource], int]:
     return found, described["pad_id"]
 
 
-def _check_sizes(
+def check_sizes(
     sequence_length: int, row_length: int, tokens_per_step: int, microbatch_tokens: int
 ) -> None:
+    """Raises DataError, naming the nearest that will do, for portions that no rows make up."""
     if row_length < sequence_length:
         raise DataError(
-            f"row_length = {row_length} does not hold sequence_length = {sequence_length}"
+            f"sequence_length = {sequence_length} is longer than a row of {row_length} positions; "
+            "lower it, or raise microbatch_tokens"
         )
     if tokens_per_step < 1 or tokens_per_step % row_length:
         near = max(1, round(tokens_per_step / row_length)) * row_length

@@ -32,7 +32,7 @@ from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import join
 from tessera.recipe import nearest, validate
 from tessera.run import Run, atomic_write, read_table
-from tessera.train.optim import TrainConfig
+from tessera.train.optim import DocumentTrainConfig
 
 Method = Literal["mip", "uniform", "dropped", "dropped-attention"]
 METHODS: tuple[Method, ...] = ("mip", "uniform", "dropped", "dropped-attention")
@@ -54,7 +54,7 @@ class FrontierConfig(BaseModel):
     points: tuple[float, ...] = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
     methods: tuple[Method, ...] = METHODS
     search: dict[str, Any] = {}
-    train: TrainConfig | None = None
+    train: DocumentTrainConfig | None = None
     lrs: tuple[float, ...] = ()
     cosine: float = Field(default=1.0, ge=0)
     tokens: int = Field(default=16_384, ge=1)

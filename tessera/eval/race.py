@@ -30,7 +30,7 @@ from tessera.objectives.lm import documents
 from tessera.puzzle.library import assemble
 from tessera.run import FailureError, Run, WriteError, is_done, read_json, read_table
 from tessera.train.engine import Trainer
-from tessera.train.optim import TrainConfig
+from tessera.train.optim import DocumentTrainConfig
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ class HeatConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: TrainConfig
+    train: DocumentTrainConfig
     cosine: float = Field(default=1.0, ge=0)
     tokens: int = Field(default=16_384, ge=1)
 

@@ -47,7 +47,7 @@ from tessera.puzzle.surgery import ParentStatistics, collect_statistics
 from tessera.run import Run
 from tessera.train.engine import Stats, Trainer
 from tessera.train.flops import Work, block_cost, subblock_cost
-from tessera.train.optim import TrainConfig
+from tessera.train.optim import DocumentTrainConfig, TrainConfig
 from tessera.train.parallel import gathered
 
 
@@ -60,7 +60,7 @@ class LocalConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: TrainConfig
+    train: DocumentTrainConfig
     layers: str | None = None  # "0-19, 31"; all of them unless given
     layers_at_once: int | None = Field(default=None, ge=1)  # all of them unless given
     calibration_tokens: int = Field(default=16_384, ge=1)  # for loss scales and channel importance

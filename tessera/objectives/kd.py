@@ -26,7 +26,7 @@ from tessera.run import Run, RunError, read_json
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence
-from tessera.train.optim import TrainConfig
+from tessera.train.optim import DocumentTrainConfig
 
 
 class KDConfig(BaseModel):
@@ -37,7 +37,7 @@ class KDConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: TrainConfig
+    train: DocumentTrainConfig
     cosine: float = Field(default=1.0, ge=0)  # α, on the sum over layers
     lm: float = Field(default=0.0, ge=0)  # weight of the LM loss
     lr_from: Literal["race"] | None = None  # instead of train.lr

@@ -27,7 +27,7 @@ from tessera.run import Run, RunError
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
 from tessera.train.losses import cross_entropy
-from tessera.train.optim import TrainConfig
+from tessera.train.optim import DocumentTrainConfig, TrainConfig
 from tessera.train.parallel import gathered
 
 
@@ -151,7 +151,7 @@ class ParentConfig(BaseModel):
 
     path: str | None = None
     architecture: ArchitectureConfig | None = None
-    train: TrainConfig | None = None
+    train: DocumentTrainConfig | None = None
 
     @field_validator("path")
     @classmethod
@@ -178,7 +178,7 @@ class CPTConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: TrainConfig
+    train: DocumentTrainConfig
 
 
 def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> None:

@@ -29,7 +29,7 @@ from tessera.run import Run, RunError
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Cost, Work, model_cost
 from tessera.train.losses import cross_entropy
-from tessera.train.optim import TrainConfig
+from tessera.train.optim import DocumentTrainConfig, TrainConfig
 from tessera.train.parallel import gathered
 
 MODES = {"on": ON, "off": OFF}
@@ -40,7 +40,7 @@ class SFTConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: TrainConfig
+    train: DocumentTrainConfig
     evaluate_every: int = Field(default=0, ge=0)
 
 

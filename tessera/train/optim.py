@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
+from tessera.data.documents import check_sizes
 from tessera.train.parallel import DTYPES, ParallelConfig, Spread, mesh_of
 from tessera.train.sinks import SinkName, check_installed
 
@@ -53,6 +54,16 @@ class TrainConfig(BaseModel):
     def spread(self) -> Spread:
         """How modules are spread over the processes, and in what they compute."""
         return Spread(self.parallel, DTYPES[self.dtype])
+
+
+def _of_whole_rows(config: TrainConfig) -> TrainConfig:
+    row = config.microbatch_tokens
+    check_sizes(config.sequence_length, row, config.tokens_per_step, row)
+    return config
+
+
+# Of stages that read documents. Checked with the recipe: --redo deletes before a stage begins.
+DocumentTrainConfig = Annotated[TrainConfig, AfterValidator(_of_whole_rows)]
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:

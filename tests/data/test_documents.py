@@ -197,7 +197,7 @@ def test_the_last_token_predicts_the_end(prepare: Any, stories: Path) -> None:
     [
         ({"tokens_per_step": 500}, "whole rows of 64 positions; the nearest is 512"),
         ({"microbatch_tokens": 63}, "does not hold one row of 64"),
-        ({"row_length": 32}, "row_length = 32 does not hold sequence_length = 64"),
+        ({"row_length": 32}, "sequence_length = 64 is longer than a row of 32"),
         ({"split": "test"}, 'no split "test"; it has: train, heldout'),
         ({"rank": 2, "world": 2}, "rank 2 of 2"),
     ],

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
+from tessera.train.optim import DocumentTrainConfig, TrainConfig, build_optimizer, lr_factor
 
 
 def _curve(**settings: object) -> list[float]:
@@ -37,3 +38,18 @@ def test_weight_decay_touches_matrices_only():
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert (matrix < 1).all() and (vector == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sequence_length": 8192}, "sequence_length = 8192 is longer than a row of 4096"),
+        ({"tokens_per_step": 5000}, "whole rows of 4096 positions; the nearest is 4096"),
+    ],
+)
+def test_rows_that_documents_do_not_fill_are_refused_with_the_recipe(
+    settings: dict[str, int], message: str
+):
+    TypeAdapter(TrainConfig).validate_python({"steps": 1, **settings})  # rollouts make other rows
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(DocumentTrainConfig).validate_python({"steps": 1, **settings})
