@@ -196,7 +196,17 @@ def _field_of(line: bytes, field: str) -> str | Exception:
         return KeyError(", ".join(row) or "none")
     if not isinstance(row[field], str):
         return TypeError(f'"{field}" is a {type(row[field]).__name__}, not text')
+    if not _speakable(row[field]):
+        return TypeError(f'"{field}" holds half a surrogate pair, which is no character')
     return row[field]
+
+
+def _speakable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _reason(error: Exception, field: str) -> str:

@@ -113,8 +113,16 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], bos: bool = False, *, special: bool = False
     ) -> list[list[int]]:
-        """`encode` of each text, in parallel where the library can."""
-        encoded = self._backend.encode(texts, special)
+        """`encode` of each text, in parallel where the library can.
+
+        Raises TokenizerError for a text with half a surrogate pair, which no bytes stand for.
+        """
+        try:
+            encoded = self._backend.encode(texts, special)
+        except (TypeError, UnicodeEncodeError):
+            for text in texts:
+                _check_speakable(text)
+            raise
         if not bos:
             return encoded
         if self.bos_id is None:
@@ -318,3 +326,14 @@ def _copy(source: Path, target: Path) -> None:
     if source.resolve() != target.resolve():
         with writing(target):
             shutil.copyfile(source, target)
+
+
+def _check_speakable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = ascii(text[max(0, error.start - 20) : error.end])
+        raise TokenizerError(
+            f"{around} ends with half a surrogate pair: bytes that are no UTF-8, or an escape of "
+            "JSON cut in two. Give the text in UTF-8"
+        ) from None

@@ -65,7 +65,7 @@ def test_broken_json_lines_are_located(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(
         b'{"text": "a"}\n{"text": "b"\n[1]\n{"text": 3}\n{"other": 1}\n'
-        b'{"text": "\xff"}\n{"text": "c"}\n{"text": "d'
+        b'{"text": "\xff"}\n{"text": "c"}\n{"text": "e\\ud83d"}\n{"text": "d'
     )
     assert texts(file) == ["a", "c"]
     assert bad(file) == [
@@ -74,7 +74,8 @@ def test_broken_json_lines_are_located(tmp_path: Path) -> None:
         f'{file}:4: "text" is a int, not text',
         f'{file}:5: no field "text"',
         f"{file}:6: not UTF-8 (invalid start byte)",
-        f"{file}:8: not JSON (Unterminated string starting at column 10)",
+        f'{file}:8: "text" holds half a surrogate pair, which is no character',
+        f"{file}:9: not JSON (Unterminated string starting at column 10)",
     ]
 
 

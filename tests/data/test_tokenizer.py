@@ -44,6 +44,12 @@ def test_bytes_round_trip_and_are_their_own_ids(text: str) -> None:
     assert BYTES.decode(ids) == text
 
 
+def test_half_a_surrogate_pair_is_refused_in_words() -> None:
+    for tokenizer in (BYTES, TRAINED):
+        with pytest.raises(TokenizerError, match=r"'caf.udce9' ends with half a surrogate pair"):
+            tokenizer.encode("caf\udce9 au lait")
+
+
 @quick
 @given(texts)
 def test_trained_bpe_round_trips(text: str) -> None:
