@@ -20,6 +20,8 @@ EXAMPLES = {
     "hop": "table 4=7 2=4 7=1 1=2 start=4 m n stop",
 }
 OWN = next(iter(EXAMPLES))
+# Tokens of a family's questions that the recipe's own do without.
+WORDS = {"hop": ("table", " stop")}
 EASY, HARD = "@3", "@6"  # steps, behind the family's name
 EVALUATIONS = ("parent", "child", "kd", "dropped", "sft", "grpo")
 # Less of everything, for a look in under two minutes: the figures are worse, the path is the same.
@@ -86,8 +88,11 @@ def recipe(task: str = OWN, fast: bool = False, overrides: Sequence[str] = ()) -
         raise RecipeError(f"--task {task}: the quickstart runs on {' or '.join(EXAMPLES)}")
     name = f"quickstart{'' if task == OWN else f'-{task}'}{'-fast' if fast else ''}"
     plan = load(recipe_path(), [*(FAST if fast else ()), f"name={name}", *overrides])
-    stages = (replace(spec, table=_speaking_of(task, spec.table)) for spec in plan.stages)
-    return replace(plan, stages=tuple(stages))
+    tables = {spec.name: _speaking_of(task, spec.table) for spec in plan.stages}
+    tokens = tables["data"]["tokenizer"]["tokens"]
+    answers = tokens.index("Work:")
+    tokens[answers:answers] = WORDS.get(task, ())
+    return replace(plan, stages=tuple(replace(s, table=tables[s.name]) for s in plan.stages))
 
 
 def _speaking_of(task: str, value: Any) -> Any:

@@ -28,9 +28,11 @@ def test_the_recipe_holds_every_stage_that_the_table_speaks_of(tmp_path: Path, f
     assert {speed for _, _, speed, _ in quickstart.ROWS} == models
 
 
-def test_the_families_differ_in_their_problems_alone():
+def test_the_families_differ_in_their_problems_and_words_alone():
     def words(task: str) -> str:
         stages = {spec.name: spec.table for spec in quickstart.recipe(task).stages}
+        tokens = stages["data"]["tokenizer"].pop("tokens")
+        assert {*quickstart.WORDS.get(task, ())} <= {*tokens} and len({*tokens}) == len(tokens)
         return json.dumps(stages).replace(f'"{task}', '"TASK')
 
     assert words("calc") == words("hop") and words("hop").count("TASK") == 16
