@@ -6,6 +6,7 @@ traceback), 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -37,7 +38,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:  # the reader, `head` say, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
-            complain(f"error: {error}")
+            complain(f"error: {_told(error)}")
             raise typer.Exit(1) from None
         except Exception as error:
             code = _exit_code(error)
@@ -47,6 +48,14 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(code) from None
 
     return guarded
+
+
+def _told(error: OSError) -> str:
+    """The system's words without its number, and what to do about a full disk."""
+    said = error.strerror or str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return where + said + ("; free some space and run the same command again" if full else "")
 
 
 def complain(text: str) -> None:

@@ -53,6 +53,8 @@ def audit_data(
             kept[number] = documents
 
     report = audit.audit(file, encoder, limit, keep)
+    if absent := sorted(set(row or ()) - set(kept)):
+        raise typer.BadParameter(f"--row {absent[0]}: {file} has no such row among those read")
     if as_json:
         print_json(report.as_json())
     else:
@@ -66,7 +68,7 @@ def audit_data(
 @guarded
 def curate_data(
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A recipe with [curate] tables.")
+        Path, typer.Argument(metavar="RECIPE", help="A recipe with tables of stage curate.")
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="e.g. curate.max_bad=0.1")

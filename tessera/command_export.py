@@ -34,7 +34,8 @@ def export(
         list[str] | None,
         typer.Option(
             help="Refuse unless this engine can load it, instead of the one the format is for; "
-            "may be repeated. vllm, vllm-cpu, llama.cpp, sglang or transformers."
+            "may be repeated. vllm, vllm-cpu, vllm-plugin, llama.cpp, sglang or "
+            "transformers."
         ),
     ] = None,
     fp8: Annotated[

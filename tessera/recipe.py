@@ -71,6 +71,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {file}{_recipes_near(file)}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{file} is a directory{_recipes_near(file / 'recipe')}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} is not a readable recipe: {error}") from None
     return loads(text, overrides, name=file.stem, where=str(file))

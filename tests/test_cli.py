@@ -89,6 +89,7 @@ def test_check_resolves_and_runs_nothing(recipe: Path):
     ("words", "message"),
     [
         (["run", "absent.toml"], "there is no recipe"),
+        (["run", "."], ". is a directory; Allowed: nano.toml"),
         (["run", "nano.toml", "parent.valu=1"], "did you mean 'value'"),
         (["run", "nano.toml", "prent.value=1"], "did you mean 'parent'"),
         (["run", "nano.toml", "--redo", "chld"], "did you mean 'child'"),

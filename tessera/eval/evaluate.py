@@ -92,7 +92,10 @@ def evaluate(
     ]
     if not config.judge and any(task.judging for task in asked):
         names = ", ".join(task.name for task in asked if task.judging)
-        raise EvalError(f"{names}: another model judges the answers; give judge = {{ url, model }}")
+        raise EvalError(
+            f"{names}: another model judges the answers; give judge = {{ url, model }}, or "
+            "--judge MODEL@URL"
+        )
     table, by_group = [], []
     if texts:
         table.append(perplexity(model, config.place(PERPLEXITY), config.limit))

@@ -118,7 +118,8 @@ def _parsed(kind: str, word: str, shorthand: str) -> None:
     try:
         parse_kind(kind, word)
     except ConfigError as error:
-        raise ValueError(f"{error}. Allowed too: {shorthand}") from None
+        stop = "" if str(error).endswith("?") else "."
+        raise ValueError(f"{error}{stop} Allowed too: {shorthand}") from None
 
 
 @dataclass(frozen=True)

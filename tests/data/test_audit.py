@@ -141,7 +141,7 @@ def test_the_command(files: tuple[Path, Path]) -> None:
     assert "refused  no messages  [1: rows 4]" in told.stdout
     found = run.invoke(app, [*words, "--json", "--limit", "2"])
     assert found.exit_code == 0 and json.loads(found.stdout)["clean"] is True
-    for wrong in (["--turns", "some"], ["--tokenizer", str(files[1] / "no")]):
+    for wrong in (["--turns", "some"], ["--row", "99"], ["--tokenizer", str(files[1] / "no")]):
         assert run.invoke(app, [*words, *wrong]).exit_code == 2
     absent = run.invoke(app, ["data", "audit", "no.jsonl", "--tokenizer", str(files[1])])
     assert absent.exit_code == 2
