@@ -26,6 +26,7 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str = "steps", *, quiet: bool = False) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
+        self._told = 0  # Steps of the last line printed.
         self._fresh = 0  # Steps made here; those of an earlier process tell nothing of the speed.
         self._amount = 0.0
         self._shown = not quiet and dist.is_main()
@@ -41,7 +42,7 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         if self._bar:
             self._bar.stop()
-        elif self._printed > self._begun:
+        elif self._printed > self._begun and self._told < self.done:
             self._print()
 
     def advance(self, steps: int = 1, amount: float | None = None, **numbers: float) -> None:
@@ -83,7 +84,7 @@ class Progress:
         self._bar.start()
 
     def _print(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._told = time.monotonic(), self.done
         if self._shown:
             line = f"{self.label}  {self.done}/{self.total}  {self.text()}"
             print(line, file=sys.stderr, flush=True)

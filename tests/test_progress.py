@@ -45,6 +45,14 @@ def test_lines_come_seldom_and_short_work_is_silent(time_at, capsys):
     assert [line.split()[:2] for line in lines] == [["score", "3/4"], ["score", "4/4"]]
 
 
+def test_the_last_line_comes_once(time_at, capsys):
+    with Progress("score", 2, "words") as bar:
+        bar.advance()
+        time_at(11)
+        bar.advance()
+    assert capsys.readouterr().err.count("2/2") == 1
+
+
 def test_a_bar_on_a_terminal(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
