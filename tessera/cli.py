@@ -7,7 +7,9 @@ traceback), 130 interrupted. Every import that costs time is inside the command 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,6 +66,9 @@ app.command("report")(report)
 
 def main() -> None:
     """The entry point of the `tessera` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a mosaic's bars on a Latin-1 terminal
     app()
 
 

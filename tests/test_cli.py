@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from tessera import pipeline
 from tessera.cli import app
+from tessera.model.families import config_dict, config_json
 from tests.pipeline_stages import STAGES
+from tests.tiny import config
 
 RECIPE = "[data]\n[parent]\n[child]\n[compare]\nmodels = ['child']\n"
 
@@ -48,6 +50,14 @@ def test_help_is_quick_and_brings_no_torch():
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime)
     assert min(seconds) < 0.5
+
+
+def test_a_terminal_without_the_bars_signs_shows_the_rest(tmp_path: Path):
+    (tmp_path / "config.json").write_text(config_json(config_dict(config())))
+    words = [sys.executable, "-m", "tessera", "show", str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    told = subprocess.run(words, env=environment, capture_output=True, check=True)
+    assert b"???" in told.stdout
 
 
 def test_version_and_what_a_bare_word_teaches():
