@@ -57,7 +57,7 @@ class LocalAnswerer:
 
     def _ask(self, batch: tuple[Request, ...], receive: Receive) -> None:
         from tessera.generate.engine import GenerationError, SamplingParams
-        from tessera.generate.text import opens_thought
+        from tessera.generate.text import said
 
         if any(request.embed for request in batch):
             raise AskError('a teacher of kind "engine" gives no vectors; use kind = "embedder"')
@@ -76,9 +76,7 @@ class LocalAnswerer:
             return None
         for request, prompt, (completion, *_) in zip(batch, prompts, found, strict=True):
             tokens = completion.token_ids
-            stopped = completion.finish_reason == "stop"
-            text = tokenizer.decode(tokens[:-1] if stopped else tokens)
-            thought, answer = split_output(text, opened=opens_thought(tokenizer, prompt))
+            thought, answer = split_output(said(tokenizer, prompt, tokens))
             reply = Reply(answer, thought, completion.finish_reason, len(tokens))
             receive(request, reply)
         return None

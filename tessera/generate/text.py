@@ -187,6 +187,17 @@ def opens_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     return tokenizer.decode(prompt[-TAIL:], special=True).rstrip().endswith(THINK)
 
 
+def said(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of a whole completion, without the token that ended it.
+
+    Where its prompt opened the thought it begins with that `<think>`: what reads it needs no
+    prompt to tell the thought from the answer.
+    """
+    ended = bool(tokens) and tokens[-1] in tokenizer.eos_ids
+    text = tokenizer.decode(tokens[: len(tokens) - ended])
+    return THINK + text if opens_thought(tokenizer, prompt) else text
+
+
 def split_thought(text: str, opened: bool = False) -> Piece:
     """Thought and answer of a whole text."""
     splitter = ThoughtSplitter(opened)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.requests import Handle
-from tessera.generate.text import THINK, Detokenizer, StopStrings, ThoughtSplitter
+from tessera.generate.text import Detokenizer, StopStrings, ThoughtSplitter, opens_thought
 from tessera.generate.torch_engine import TorchEngine
 
 
@@ -37,10 +37,10 @@ class Answer:
     """Tokens of a completion in, its text out. Where a thought led to no answer it is ""."""
 
     def __init__(self, tokenizer: Tokenizer, wanted: Wanted) -> None:
-        begun = tokenizer.decode(wanted.prompt[-8:], special=True).rstrip()
+        opened = opens_thought(tokenizer, wanted.prompt)
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(wanted.stops)
-        self._splitter = None if wanted.keep_thought else ThoughtSplitter(begun.endswith(THINK))
+        self._splitter = None if wanted.keep_thought else ThoughtSplitter(opened)
         self._text = ""
 
     def push(self, token: int) -> bool:

@@ -62,11 +62,6 @@ class Profiler:
         self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch)
         self.engine = open_engine(config, load_model(model, frozen=True), config.batch)
 
-    def text(self, ids: Sequence[int]) -> str:
-        """What was said, without the token that ended it."""
-        stops = set(self.tokenizer.eos_ids)
-        return self.tokenizer.decode([token for token in ids if token not in stops])
-
     def outcomes(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], rubric: Rubric
     ) -> list[list[bool | None]]:
@@ -79,7 +74,7 @@ class Profiler:
         )
         ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
         completions = self.engine.generate(ids, params, keys=numbers)
-        found = iter(rubric(judged_samples(prompts, completions, self.text)))
+        found = iter(rubric(judged_samples(self.tokenizer, prompts, ids, completions)))
         name, count = rubric.names[0], self.config.samples
         verdicts = [[next(found).parts[name].verdict for _ in range(count)] for _ in prompts]
         return [[None if v == "could-not-judge" else v == "right" for v in one] for one in verdicts]

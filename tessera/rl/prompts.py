@@ -7,7 +7,7 @@ whose answer, if they hold one, is not shown. A run keeps them as `prompts.jsonl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,9 @@ from tessera.data.readers import Bad, DataError, expand
 from tessera.data.schema import read_chats
 from tessera.data.switch import DETAILED, set_switch
 from tessera.data.tasks import problem
+from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import Completion
+from tessera.generate.text import said
 from tessera.recipe import Config
 from tessera.rl.rewards import Sample
 
@@ -122,19 +124,23 @@ def _instructions(arguments: Any) -> dict[str, Any]:
 
 
 def judged_samples(
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
+    ids: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Completion]],
-    decode: Callable[[Sequence[int]], str],
 ) -> list[Sample]:
-    """Samples in the order of prompts and their completions, as rewards take them."""
+    """Samples in the order of prompts and their completions, as rewards take them.
+
+    ids: of each prompt, as the engine was asked with it.
+    """
     return [
         Sample(
             prompt.messages,
-            decode(one.token_ids),
+            said(tokenizer, asked, one.token_ids),
             dict(prompt.fields),
             one.finish_reason == "length",
         )
-        for prompt, of_prompt in zip(prompts, completions, strict=True)
+        for prompt, asked, of_prompt in zip(prompts, ids, completions, strict=True)
         for one in of_prompt
     ]
 

@@ -38,7 +38,8 @@ class RewardError(ValueError):
 class Sample:
     """One completion to be judged: its prompt's messages, its text, and its row's own fields.
 
-    completion: the assistant's text, thoughts included. truncated: cut at the length limit.
+    completion: the assistant's text, thoughts included, and the `<think>` that its prompt opened.
+    truncated: cut at the length limit.
     """
 
     messages: Sequence[Mapping[str, str]]

@@ -251,7 +251,7 @@ class Rollouts:
         begun = time.monotonic()
         completions = self._generate(rollout, numbers, ids)
         generated = time.monotonic()
-        answers = self._judge(prompts, completions)
+        answers = self._judge(prompts, ids, completions)
         for name, spent in (
             ("generate_seconds", generated - begun),
             ("judge_seconds", time.monotonic() - generated),
@@ -281,20 +281,18 @@ class Rollouts:
         return self.engine.generate(ids, params, keys=keys)
 
     def _judge(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+        self,
+        prompts: Sequence[Prompt],
+        ids: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Completion]],
     ) -> list[list[Answer]]:
         """The answers to each prompt with what they are worth."""
-        samples = judged_samples(prompts, completions, self._text)
+        samples = judged_samples(self.encoder.tokenizer, prompts, ids, completions)
         judged = iter(zip(samples, self.rubric(samples), strict=True))
         return [
             [self._answer(prompt, one, *next(judged)) for one in of_prompt]
             for prompt, of_prompt in zip(prompts, completions, strict=True)
         ]
-
-    def _text(self, ids: Sequence[int]) -> str:
-        """What was said, without the token that ended it."""
-        tokenizer = self.encoder.tokenizer
-        return tokenizer.decode([token for token in ids if token not in tokenizer.eos_ids])
 
     def _answer(self, prompt: Prompt, one: Completion, sample: Sample, judged: Judged) -> Answer:
         return Answer(

@@ -17,6 +17,7 @@ from tessera.generate.text import (
     TextStream,
     ThoughtSplitter,
     opens_thought,
+    said,
     split_thought,
     stop_watch,
     thinking_budget,
@@ -194,6 +195,14 @@ def test_a_prompt_opens_a_thought_where_the_tag_is_the_last_thing_in_it():
     prompts = ("hm <think>", "hm <think>\n", "<think> hm", "<think></think>", "hm")
     opens = [opens_thought(tokenizer, tokenizer.encode(one, special=True)) for one in prompts]
     assert opens == [True, True, False, False, False]
+
+
+def test_what_was_said_ends_before_its_stop_token_and_begins_with_the_tag_of_its_prompt():
+    for prompt, text in (("hm <think>\n", "a cat</think>fish"), ("hm", "<think>a cat</think>fish")):
+        asked, tokens = BPE.encode(prompt, special=True), BPE.encode(text, special=True)
+        for ending in ([], [BPE.eos_ids[0]]):
+            assert said(BPE, asked, tokens + ending) == "<think>a cat</think>fish"
+    assert said(BPE, BPE.encode("hm"), [BPE.eos_ids[0]]) == said(BPE, [], []) == ""
 
 
 def test_a_budget_closes_the_thought_in_the_text():

@@ -1,0 +1,106 @@
+"""Where the prompt opens the thought, what is judged is the whole of it, the opening tag too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tessera.data.chat import ChatEncoder
+from tessera.data.template import Template
+from tessera.data.tokenizer import byte_tokenizer
+from tessera.generate.engine import Completion
+from tessera.rl.advantages import rloo
+from tessera.rl.experience import Answer
+from tessera.rl.profile import ProfileConfig, Profiler
+from tessera.rl.prompts import Prompt
+from tessera.rl.rewards import ExactReward, FormatReward
+from tessera.rl.rollouts import RolloutConfig, Rollouts
+from tessera.rl.rubric import Rubric
+from tessera.run import Run
+from tessera.train.parallel import Layout
+
+TOKENIZER = byte_tokenizer()
+PLAIN = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+OPENING = PLAIN + "<think>\n"
+REWARDS = (ExactReward(kind="exact"), FormatReward(kind="format"))
+SAID = ["1+1\n</think>\n\n2", "<think>1+1</think>2", "1+1", "2"]
+
+
+class Parrot:
+    """An engine that says `SAID`, the third time cut short."""
+
+    def generate(self, prompts: Sequence[list[int]], *_: Any, **__: Any) -> list[list[Completion]]:
+        return [list(self._said()) for _ in prompts]
+
+    def sync(self, *_: Any) -> None:
+        pass
+
+    def _said(self) -> Iterator[Completion]:
+        for number, text in enumerate(SAID):
+            ids = TOKENIZER.encode(text) + ([] if number == 2 else [TOKENIZER.eos_ids[0]])
+            yield Completion(ids, [0.0] * len(ids), "length" if number == 2 else "stop")
+
+
+def encoder(template: str) -> ChatEncoder:
+    return ChatEncoder(TOKENIZER, Template(template, TOKENIZER.special_names()))
+
+
+def prompt(mode: Any) -> Prompt:
+    says = {"role": "system", "content": f"detailed thinking {mode}"}
+    return Prompt("p", [says, {"role": "user", "content": "1+1?"}], mode, {"answer": "2"})
+
+
+def answers(where: Path, template: str, mode: str) -> list[Answer]:
+    config = RolloutConfig(prompts_per_rollout=1, samples=len(SAID), rewards=REWARDS, workers=1)
+    opened: Any = {"stage": "grpo", "config": {}, "inputs": {}, "seed": 0, "quiet": True}
+    engine: Any = Parrot()
+    with Run.open(where / "run", **opened) as run, Rubric(REWARDS, 1) as rubric:
+        rollouts = Rollouts(
+            engine,  # stands for the module, too: nothing is trained here
+            engine,
+            encoder(template),
+            [prompt(mode)],
+            config,
+            rule=rloo,
+            steps=1,
+            row_length=64,
+            layout=Layout(1, 1, 1, 0),
+            run=run,
+            rubric=rubric,
+        )
+        (group,) = rollouts._sample(0).groups
+    return group.answers
+
+
+@pytest.mark.parametrize(
+    ("template", "mode", "exact", "obedient"),
+    [
+        (OPENING, "on", [1, 1, 0, 0], [True, False, False, False]),
+        (OPENING, "off", [1, 1, 0, 0], [False] * 4),
+        (PLAIN, "on", [1, 1, 0, 1], [False, True, False, False]),
+        (PLAIN, "off", [1, 1, 0, 1], [False, False, True, True]),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_judged_as_one(
+    tmp_path: Path, template: str, mode: str, exact: list[int], obedient: list[bool]
+):
+    found = answers(tmp_path, template, mode)
+    assert [one.parts["exact"] for one in found] == exact
+    assert [one.obedient for one in found] == obedient
+    for number, one in enumerate(found):
+        exempt = mode == "on" and number == 2  # cut short
+        assert one.parts["format"] == float(obedient[number] or exempt)
+
+
+@pytest.mark.parametrize(("template", "right"), [(OPENING, 2), (PLAIN, 3)])
+def test_a_profile_reads_answers_as_the_training_does(template: str, right: int):
+    profiler = Profiler.__new__(Profiler)
+    profiler.config, profiler.seed = ProfileConfig(samples=len(SAID), rewards=REWARDS), 0
+    profiler.tokenizer, profiler.encoder = TOKENIZER, encoder(template)
+    profiler.engine = Parrot()  # type: ignore[assignment]
+    with Rubric(REWARDS, 1) as rubric:
+        (found,) = profiler.outcomes([prompt("on")], [0], rubric)
+    assert sum(map(bool, found)) == right
