@@ -139,6 +139,7 @@ class PairSource:
 
     def __init__(self, found: Sequence[Pair], config: RPOConfig, layout: Layout, seed: int) -> None:
         self.pairs, self.config, self.layout, self.seed = found, config, layout, seed
+        self._epoch, self._order = -1, np.empty(0, int)  # the epoch whose order is kept
 
     def batches(self, step: int) -> list[Batch]:
         """This process's rows of one step; see `Source`."""
@@ -150,8 +151,10 @@ class PairSource:
 
     def _at(self, place: int) -> int:
         epoch, at = divmod(place, len(self.pairs))
-        rng = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
-        return int(rng.permutation(len(self.pairs))[at])
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
+            self._epoch, self._order = epoch, rng.permutation(len(self.pairs))
+        return int(self._order[at])
 
     def state_dict(self) -> dict:
         return {}

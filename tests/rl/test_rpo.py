@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,20 @@ import torch.nn.functional as F
 from tessera.data.chat import ChatEncoder
 from tessera.data.readers import DataError
 from tessera.data.tokenizer import load_tokenizer
-from tessera.objectives.rpo import RPO, Distance, OnlinePairs, RPOConfig, distance, stage
+from tessera.objectives.rpo import (
+    ORDER_STREAM,
+    RPO,
+    Distance,
+    OnlinePairs,
+    PairSource,
+    RPOConfig,
+    distance,
+    stage,
+)
 from tessera.rl.experience import Answer, Group
 from tessera.rl.pairs import Pair, of_files, of_group, rows
 from tessera.run import FailureError, Run, read_metrics
+from tessera.train.parallel import Layout
 from tests import tiny
 from tests.rl.policy_runs import REWARDS, made
 from tests.toy import toy_config
@@ -129,6 +140,29 @@ def test_pairs_of_files_teach_their_preference(home: Path, tmp_path: Path):
     found = train(home, "offline", paths=[str(path)], pairs_per_step=6, beta=0.1)
     assert found[0]["gap_mean"] == pytest.approx(0.0, abs=1e-6)
     assert found[-1]["loss"] < 0.7 * found[0]["loss"] and found[-1]["accuracy"] == 1.0
+
+
+def test_pairs_come_in_the_order_of_each_epoch_which_is_drawn_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    found = [Pair([1], [n + 2], [0], 1.0) for n in range(11)]
+
+    def place(at: int) -> int:
+        epoch, at = divmod(at, len(found))
+        return int(np.random.default_rng([3, ORDER_STREAM, epoch]).permutation(len(found))[at])
+
+    expected = [[place(4 * step + i) for i in range(4)] for step in range(9)]
+    drawn, plain = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda key: drawn.append(key) or plain(key))
+
+    def read(steps: range) -> list[list[int]]:
+        source = PairSource(found, config(pairs_per_step=4), Layout(1, 1, 1, 0), 3)
+        labels = [torch.cat([b.labels.flatten() for b in source.batches(s)]) for s in steps]
+        return [[int(label) - 2 for label in one if label > 1] for one in labels]
+
+    assert [sorted(one) for one in read(range(9))] == [sorted(one) for one in expected]
+    assert len(drawn) == 4  # epochs that nine steps touch
+    assert [sorted(one) for one in read(range(5, 9))] == [sorted(one) for one in expected[5:]]
 
 
 def test_online_the_policy_learns_from_its_own_best_and_worst(home: Path):
