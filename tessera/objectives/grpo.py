@@ -3,7 +3,8 @@
     ρ_t = π(y_t) / π_old(y_t)
     ℓ_t = -min(ρ_t A, clip(ρ_t, 1-ε_low, 1+ε_high) A) + β (π_ref/π - log(π_ref/π) - 1)
 
-(DeepSeekMath, arXiv 2402.03300). A dual clip bounds the first term by c·A from below where A < 0
+(DeepSeekMath, arXiv 2402.03300). log(π_ref/π) counts within ±20, as in NeMo-RL; a token beyond has
+no slope of the second term. A dual clip bounds the first by c·A from below where A < 0
 (arXiv 1912.09729). π_old is the policy of the rollout in the trainer's own arithmetic; where an
 engine of another precision sampled, terms are weighed by min(π_old / π_engine, cap), truncated
 importance sampling. RLOO is the same with the others' mean as baseline; with one update a rollout
@@ -39,6 +40,8 @@ from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
 from tessera.train.losses import log_prob_loss, token_log_probs
 from tessera.train.optim import TrainConfig
+
+FAR = 20.0  # nats, NeMo-RL's bound: e^20 is 5e8 already, e^90 no float32 at all
 
 
 class PolicyConfig(RolloutConfig):
@@ -150,9 +153,11 @@ class _Curve:
         if "reference" not in self.streams:
             return -gain, -slope
         further = self.streams["reference"][part] - log_prob
+        beyond, further = further.abs() > FAR, further.clamp(-FAR, FAR)
         kl = further.exp() - further - 1
         self._note("kl", kl, part)
-        return config.kl * kl - gain, config.kl * (1 - further.exp()) - slope
+        pull = (1 - further.exp()).masked_fill(beyond, 0.0)
+        return config.kl * kl - gain, config.kl * pull - slope
 
     def _note(self, name: str, values: Tensor, part: slice) -> None:
         self.stats[name] = self.stats[name] + values @ self.weight[part]

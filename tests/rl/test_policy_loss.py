@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tessera.data.batch import Batch
 from tessera.generate.torch_engine import TorchEngine
-from tessera.objectives.grpo import GRPOConfig, PolicyGradient
+from tessera.objectives.grpo import FAR, GRPOConfig, PolicyGradient, _Curve
 from tessera.objectives.sft import SFT
 from tessera.rl.experience import Answer, Group, pieces, rows
 from tests import tiny
@@ -120,6 +120,25 @@ def test_rows_of_shared_prompts_give_the_plain_formula(changes: dict[str, Any]):
         for key, gradient in gradients.items():
             torch.testing.assert_close(found[key], gradient, atol=2e-5, rtol=1e-3)
     assert stats["entropy"] > 0 and stats["gap"] > 0
+
+
+def test_a_token_far_from_the_reference_has_a_bounded_distance_and_does_not_pull():
+    far = torch.tensor([-90.0, -20.5, -19.5, -3.0, 0.0, 3.0, 19.5, 20.5, 90.0, 2000.0])
+    zero, weight = torch.zeros_like(far), torch.ones_like(far)
+    streams = {"advantage": zero, "behaviour": zero, "reference": far}
+    log_prob = torch.zeros_like(far, requires_grad=True)
+    curve = _Curve(config(kl=0.3), streams, weight)
+    value, slope = curve(log_prob, zero, slice(None))
+    near = (log_prob - far).abs() <= FAR
+    further = far - log_prob
+    plainly = 0.3 * (further.exp() - further - 1)
+    (expected,) = torch.autograd.grad(plainly[near].sum(), log_prob)
+    torch.testing.assert_close(value[near], plainly[near], rtol=0, atol=0)
+    torch.testing.assert_close(slope, torch.where(near, expected, 0.0))
+    most = 0.3 * (torch.tensor([-FAR, FAR]).exp() - torch.tensor([-FAR, FAR]) - 1)
+    torch.testing.assert_close(value[far < -FAR], most[:1].expand(2))
+    torch.testing.assert_close(value[far > FAR], most[1:].expand(3))
+    assert curve.stats["kl"].isfinite()
 
 
 def test_advantage_one_on_policy_is_the_gradient_of_fine_tuning():
