@@ -13,6 +13,7 @@ cost <= most + slack; `divisible` is the program without its integers.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +96,8 @@ def solve(
     limits: name -> the most that `costs[name]` of the chosen options may sum to.
     forbidden: (layer, attention word, FFN word) that may not be chosen as two options.
     earlier: solutions to differ from: at most `overlap` of the places may agree (Puzzle's α).
-    Raises Infeasible where there is none, TimedOut where the time did not do to find one.
+    Raises Infeasible where there is none, TimedOut where the time did not do to find one, and
+    SearchError for a score that is no finite number.
     """
     places = _places(options)
     solver = _program(options, limits, forbidden)
@@ -201,6 +203,17 @@ def _pairs(
     return [(index[a], index[f]) for a, f in keys if a in index and f in index]
 
 
+def _require_finite(options: Sequence[Option]) -> None:
+    """HiGHS says that nothing is feasible where a score is NaN, and bounds nothing with -inf."""
+    for option in options:
+        if not math.isfinite(option.score):
+            raise SearchError(
+                f"layer {option.layer}, {option.kind} {option.word}: its score is {option.score}, "
+                "and no sum with that can be compared; score it again, or take the word out of the "
+                "space"
+            )
+
+
 @contextmanager
 def _no_banner() -> Iterator[None]:
     """HiGHS greets on the process's own stdout, before a solver can be told to be silent."""
@@ -221,7 +234,11 @@ def _program(
     limits: Mapping[str, float],
     forbidden: Sequence[tuple[int, str, str]],
 ) -> highspy.Highs:
-    """Rows in order: one a place, one a limit, one a pair that is forbidden."""
+    """Rows in order: one a place, one a limit, one a pair that is forbidden.
+
+    Raises SearchError for a score that is no finite number.
+    """
+    _require_finite(options)
     with _no_banner():
         solver = highspy.Highs()
     solver.silent()

@@ -6,8 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.puzzle.candidates import KEEP
-from tessera.puzzle.program import Infeasible, Option, TimedOut, relax, solve
+from tessera.puzzle.candidates import KEEP, Candidates
+from tessera.puzzle.program import (
+    Infeasible,
+    Option,
+    SearchError,
+    TimedOut,
+    divisible,
+    relax,
+    solve,
+)
 from tessera.puzzle.search import SearchConfig, search
 from tests.searching import (
     LAYERS,
@@ -58,6 +66,22 @@ def test_a_pair_covers_both_places_of_its_layer():
     cheap = [Option(o.layer, o.kind, o.word, -1.0 if o in blocks else 9.0, {}) for o in options]
     chosen = solve(cheap, {}).options
     assert [o.kind for o in chosen] == ["block"] * LAYERS
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_no_finite_number_is_refused_with_its_layer_and_word(score: float):
+    (case,) = cases_of({"parameters": 20.5}, priced(table(1)))
+    rows = scores(1)
+    bad = next(row for row in rows if row["layer"] == 1 and row["kind"] == "ffn")
+    bad["kl"] = score
+    says = f"layer 1, ffn {bad['word']}.* {score}"
+    config = SearchConfig(constraints={"parameters": 20.5})
+    with pytest.raises(SearchError, match=says):
+        search(config, PARENT, SPACE, rows, priced(table(1)))
+    options = Candidates.of(PARENT, SPACE, (), rows, "kl").options(case)
+    for ask in (solve, divisible):
+        with pytest.raises(SearchError, match=says):
+            ask(options, case.room() | KEEP)
 
 
 def test_what_gives_way_is_the_limit_where_that_costs_least():
