@@ -64,9 +64,7 @@ def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
     """All prompts, each question once. Raises DataError for none, and for a file of bad rows."""
     found: dict[str, Prompt] = {}
     for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
-        asked, _ = set_switch(
-            one.messages, "on", config.switch
-        )  # in either mode it is one question
+        asked, _ = set_switch(one.messages, "on", config.switch)  # one question in either mode
         found.setdefault(json.dumps(asked), one)
     prompts = list(found.values())[: config.limit]
     if not prompts:
