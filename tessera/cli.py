@@ -49,7 +49,10 @@ Overrides = Annotated[
 ]
 Redo = Annotated[
     list[str] | None,
-    typer.Option(help="Delete this stage's run, and all made from it, first; may be repeated."),
+    typer.Option(
+        help="Make this stage's run, and all made from it, anew; each is kept until its own stage "
+        "has made another. May be repeated."
+    ),
 ]
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A TOML file with one table a stage.")

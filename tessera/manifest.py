@@ -103,6 +103,12 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def runs_in(folder: Path, depth: str = "*") -> list[Path]:
+    """The run directories below a folder, without those that another is being made for."""
+    found = folder.glob(f"{depth}/run.json") if folder.is_dir() else []
+    return sorted(file.parent for file in found if not file.parent.name.startswith("."))
+
+
 def is_done(path: Path) -> bool:
     """True for a finished run; everything else may not be read."""
     return (path / "run.json").is_file() and read_manifest(path).status == "done"

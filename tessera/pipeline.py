@@ -14,14 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tessera import dist
-from tessera.disk import remove_directories
 from tessera.progress import clock
 from tessera.recipe import Recipe, RecipeError, nearest
+from tessera.redo import Mark, mark_all, replacing, settle, withdraw_marks
 from tessera.resolve import Stage, Step, explain_change, plan, table_text
 from tessera.run import FailureError, Run, RunError
 
@@ -175,25 +175,63 @@ def run_recipe(
 ) -> list[Step]:
     """Brings every stage of a recipe to `done`, or those named in `only`; returns their steps.
 
-    `redo` deletes the runs of the stages named, and of all that were made from them, first; a
-    run of another config that stopped before it made anything is deleted without being named.
+    `redo` makes the runs of the stages named, and of all that were made from them, anew: each is
+    kept until its own stage has made another. A run of another config that stopped before it
+    made anything is deleted without being named.
     Raises RunError with a diff where a recipe changed under a run, before anything is run.
     """
     with dist.processes(), _sigterm_interrupts():
-        steps = dist.broadcast(plan(recipe, Path(runs_dir), redo, stages))
+        steps = _settled(recipe, Path(runs_dir), redo, stages)
         chosen = _choose(steps, only)
         for step in chosen:
             if step.action == "changed":
                 raise RunError(explain_change(step))
         # Also what is not run now: made from a measurement that is gone, it would look done.
-        stale = [step.path for step in steps if step.action == "redo" or _abandoned(step, chosen)]
+        again = [step for step in steps if step.action == "redo"]
         if dist.is_main():
-            remove_directories(*(path for path in stale if path.exists()))
+            marks = {s.path: _mark(s, again, redo, only) for s in again if s.path.exists()}
+            mark_all(marks, [step.path for step in steps if _abandoned(step, chosen)])
         dist.barrier()
-        for number, step in enumerate(chosen, 1):
-            _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
-            dist.barrier()
+        with _withdrawn_on_error(steps):
+            for number, step in enumerate(chosen, 1):
+                _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
+                dist.barrier()
     return chosen
+
+
+def _settled(
+    recipe: Recipe, runs_dir: Path, redo: Sequence[str], stages: Mapping[str, Stage]
+) -> list[Step]:
+    """The plan, once what a killed process left half replaced has been put in order."""
+    steps = dist.broadcast(plan(recipe, runs_dir, redo, stages))
+    ended = [settle(s.path, s.fingerprint) for s in steps] if dist.is_main() else []
+    if dist.broadcast(any(ended)):
+        steps = dist.broadcast(plan(recipe, runs_dir, redo, stages))
+    return steps
+
+
+def _mark(
+    step: Step, again: Sequence[Step], redo: Sequence[str], only: Sequence[str] | None
+) -> Mark:
+    inputs = {
+        one.name: one.manifest.started if one.manifest else ""
+        for one in again
+        if step.reads(one.path)
+    }
+    # What --only leaves out does not keep a stage from being redone by the same words again.
+    named = tuple(redo) if only is None or step.name in redo else ()
+    return Mark(named=named, becomes=step.fingerprint, inputs=inputs)
+
+
+@contextmanager
+def _withdrawn_on_error(steps: Sequence[Step]) -> Iterator[None]:
+    """Leaves no mark on what a redo that failed has not come to, unless it is outdated already."""
+    try:
+        yield
+    except Exception:
+        if dist.is_main():
+            withdraw_marks([step.path for step in steps])
+        raise
 
 
 def _abandoned(step: Step, chosen: Sequence[Step]) -> bool:
@@ -232,14 +270,18 @@ def _bring_about(step: Step, title: str, quiet: bool) -> None:
     begun = time.monotonic()
     function = getattr(importlib.import_module(step.stage.module), step.stage.function)
     inputs = {**step.inputs, **step.files}
-    with Run.open(
-        step.path,
-        stage=step.stage.name,
-        config=step.resolved,
-        inputs=inputs,
-        seed=step.seed,
-        quiet=quiet,
-    ) as run:
+    kept = replacing(step.path, step.action == "redo") if dist.is_main() else nullcontext()
+    with (
+        kept,
+        Run.open(
+            step.path,
+            stage=step.stage.name,
+            config=step.resolved,
+            inputs=inputs,
+            seed=step.seed,
+            quiet=quiet,
+        ) as run,
+    ):
         run.write_file("recipe.toml", table_text(step))
         with _peers_alive(step.name):
             if step.stage.together or dist.is_main():

@@ -15,11 +15,11 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from tessera.recipe import Recipe, RecipeError, StageSpec, dumps, nearest, validate
+from tessera.redo import aside, holds_no_work, read_mark
 from tessera.run import Manifest, fingerprint_path, read_manifest, run_fingerprint
 
 Input = Path | list[Path] | None
 Action = Literal["run", "resume", "skip", "redo", "changed"]
-_NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock"}
 KINDS = {
     "parent": "model",
     "teacher": "model",
@@ -95,6 +95,8 @@ def plan(
 ) -> list[Step]:
     """Every stage of a recipe resolved, and what running it would do; runs and writes nothing.
 
+    A stage in `redo` of which the new run is here, and not yet all that follows from it, is not
+    begun again: that command was stopped, and this one goes on.
     Raises RecipeError or RunError for whatever can be known to be wrong beforehand.
     """
     names = [spec.name for spec in recipe.stages]
@@ -105,8 +107,22 @@ def plan(
             )
     steps: list[Step] = []
     for spec in recipe.stages:
-        steps.append(_resolve(spec, recipe, runs_dir, steps, redo, stages))
-    return steps
+        steps.append(_resolve(spec, recipe, runs_dir, steps, stages))
+    named = [name for name in redo if not _under_way(name, steps)]
+    decided: list[Step] = []
+    for step in steps:
+        decided.append(replace(step, action=_action(step, named, decided)))
+    return decided
+
+
+def _under_way(name: str, steps: Sequence[Step]) -> bool:
+    """True when a redo of this stage, by the same recipe, has begun it and has not ended."""
+    step = next(step for step in steps if step.name == name)
+    known = step.manifest and step.manifest.fingerprint
+    if known != step.fingerprint or read_mark(step.path):
+        return False
+    marks = [read_mark(path) for one in steps for path in (one.path, aside(one.path))]
+    return any(mark and name in mark.named for mark in marks)
 
 
 def _resolve(
@@ -114,7 +130,6 @@ def _resolve(
     recipe: Recipe,
     runs_dir: Path,
     before: Sequence[Step],
-    redo: Sequence[str],
     stages: Mapping[str, Stage],
 ) -> Step:
     if spec.stage not in stages:
@@ -135,25 +150,24 @@ def _resolve(
     path = runs_dir / recipe.name / spec.name
     identity = run_fingerprint(stage.name, dumped, recipe.seed, prints)
     manifest = read_manifest(path) if (path / "run.json").is_file() else None
-    step = Step(spec, stage, config, path, recipe.seed, inputs, files, identity, "run", manifest)
-    again = spec.name in redo or any(
-        one.action == "redo" and step.reads(one.path) for one in before
-    )
-    return replace(step, action=_action(step, again))
+    return Step(spec, stage, config, path, recipe.seed, inputs, files, identity, "run", manifest)
 
 
-def _action(step: Step, again: bool) -> Action:
-    manifest = step.manifest
-    if again or manifest is None:
-        return "redo" if again else "run"
-    if manifest.fingerprint == step.fingerprint:
+def _action(step: Step, named: Sequence[str], before: Sequence[Step]) -> Action:
+    """What running a step does; `before` are those above it, decided."""
+    if step.name in named or any(s.action == "redo" and step.reads(s.path) for s in before):
+        return "redo"
+    manifest, mark = step.manifest, read_mark(step.path)
+    if manifest is None:
+        return "run"
+    same = manifest.fingerprint == step.fingerprint
+    if mark:
+        begun = {s.name: s.manifest.started if s.manifest else "" for s in before}
+        if mark.becomes == step.fingerprint or (same and mark.outdated(begun)):
+            return "redo"
+    if same:
         return "skip" if manifest.status == "done" else "resume"
-    return "run" if manifest.status != "done" and _holds_no_work(step.path) else "changed"
-
-
-def _holds_no_work(path: Path) -> bool:
-    """True for a run that stopped before it made anything: a mistake put right begins anew."""
-    return {file.name for file in path.iterdir()} <= _NO_WORK
+    return "run" if manifest.status != "done" and holds_no_work(step.path) else "changed"
 
 
 def _outside(value: Any) -> Input:
@@ -273,7 +287,7 @@ def explain_change(step: Step) -> str:
     return (
         f"{step.path} is {manifest.status}, and the recipe has changed under it:\n"
         + "\n".join(lines)
-        + f"\nUndo the change, or delete that run and what was made from it: --redo {step.name}"
+        + f"\nUndo the change, or make that run and what follows from it anew: --redo {step.name}"
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from tessera.explain import explain, headline, render_changes
 from tessera.lineage import lineage, model_config
-from tessera.manifest import Manifest, read_manifest
+from tessera.manifest import Manifest, read_manifest, runs_in
 from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, NoOp, SwiGLU
 from tessera.progress import clock
 from tessera.run import RunError, read_json, read_table
@@ -39,8 +39,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if (path / "run.json").is_file():
         return _describe_run(path)
     for depth in ("*", "*/*"):  # the runs of a recipe, those of several
-        runs = [file.parent for file in path.glob(f"{depth}/run.json")] if path.is_dir() else []
-        if runs:
+        if runs := runs_in(path, depth):
             manifests = sorted(((read_manifest(run), run) for run in runs), key=_began)
             found = [_summary(one) | {"name": str(run.relative_to(path))} for one, run in manifests]
             return {"path": str(path), "runs": found}

@@ -63,5 +63,5 @@ STAGES = {
     "compare": Stage("compare", HERE, "MakeConfig", ("parent", "models*"), "table", "table"),
 }
 
-if __name__ == "__main__":  # python -m tests.pipeline_stages RUNS_DIR RECIPE_TEXT
-    run_recipe(loads(sys.argv[2]), sys.argv[1], quiet=True, stages=STAGES)
+if __name__ == "__main__":  # python -m tests.pipeline_stages RUNS_DIR RECIPE_TEXT [REDO ...]
+    run_recipe(loads(sys.argv[2]), sys.argv[1], redo=sys.argv[3:], quiet=True, stages=STAGES)

@@ -47,6 +47,7 @@ LEVELS = {
     "planning": 6,
     "quickstart": 6,
     "pipeline": 6,
+    "redo": 6,
     "resolve": 6,
     "show": 6,
 }

@@ -205,8 +205,8 @@ def test_the_resolved_table_is_a_recipe_of_the_same_stage(tmp_path: Path):
     assert table_text(kd).startswith("[kd]\n")
 
 
-def start(runs: Path, text: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.pipeline_stages", str(runs), text]
+def start(runs: Path, text: str, *redo: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.pipeline_stages", str(runs), text, *redo]
     return subprocess.Popen(
         command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True
     )

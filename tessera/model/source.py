@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tessera.manifest import read_manifest, runs_in
 from tessera.model.config import ModelConfig
 from tessera.model.families import read_config
-from tessera.run import read_manifest
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -58,7 +58,7 @@ def _model_in(directory: Path) -> Path:
         return _model_of_run(directory)
     if (directory / "config.json").is_file():
         return directory
-    runs = sorted(file.parent.name for file in directory.glob("*/run.json"))
+    runs = [run.name for run in runs_in(directory)]
     hint = f"; it holds the runs {', '.join(runs)}: name one" if runs else ""
     raise CheckpointError(f"{directory} holds no config.json, so it is no model directory{hint}")
 

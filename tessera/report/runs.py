@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tessera.lineage import ancestors
-from tessera.manifest import Manifest, read_manifest, read_metrics, read_timings, whole_lines
+from tessera.manifest import (
+    Manifest,
+    read_manifest,
+    read_metrics,
+    read_timings,
+    runs_in,
+    whole_lines,
+)
 from tessera.run import RunError
 from tessera.show import tables
 
@@ -75,7 +82,7 @@ def read_runs(path: Path) -> Runs:
     if (path / "run.json").is_file():
         found = [one for one in ancestors(path) if (one / "run.json").is_file()]
     else:
-        found = [file.parent for file in path.glob("*/run.json")] if path.is_dir() else []
+        found = runs_in(path)
     if not found:
         raise RunError(f"{path} holds no runs; give a recipe's runs (runs/NAME) or one of them")
     runs = [RunData(one, read_manifest(one)) for one in found]

@@ -62,7 +62,7 @@ def _of_whole_rows(config: TrainConfig) -> TrainConfig:
     return config
 
 
-# Of stages that read documents. Checked with the recipe: --redo deletes before a stage begins.
+# Of stages that read documents. Checked with the recipe, before anything runs.
 DocumentTrainConfig = Annotated[TrainConfig, AfterValidator(_of_whole_rows)]
 
 
