@@ -182,7 +182,7 @@ def check(
     What it prints is a recipe too, every default spelled out.
     """
     from tessera import estimate, pipeline, resolve
-    from tessera.doubts import doubts
+    from tessera.doubts import doubts, rate_told
     from tessera.recipe import load
 
     steps = resolve.plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
@@ -201,6 +201,8 @@ def check(
             print(f"# {counted:,} parameters in {step.files['path']}")
         if needed := estimate.memory(step, steps):
             print(f"# {needed.told()}")
+        if told := rate_told(step):
+            print(f"# {told}")
         for doubt in doubts(step, steps):
             print(f"# DOUBT: {doubt}")
         print(resolve.table_text(step))

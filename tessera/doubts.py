@@ -18,13 +18,14 @@ from tessera.eval.evaluate import PERPLEXITY, EvalConfig
 from tessera.model.config import KINDS
 from tessera.objectives.bld import BLDConfig
 from tessera.objectives.grpo import PolicyConfig
+from tessera.objectives.kd import KDConfig, raced
 from tessera.objectives.rpo import RPOConfig
 from tessera.objectives.sft import SFTConfig
 from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import read_space
 from tessera.resolve import Step
 from tessera.rl.profile import ProfileConfig
-from tessera.run import is_done
+from tessera.run import RunError, is_done
 
 REMOVED = {"dropped": ("attention", "ffn"), "dropped-attention": ("attention",)}
 Words = dict[str, set[str]]  # by kind, of all layers together
@@ -42,6 +43,20 @@ def doubts(step: Step, steps: Sequence[Step]) -> list[str]:
         case _:
             found = _speechless(step, steps)
     return [found] if found else []
+
+
+def rate_told(step: Step) -> str:
+    """Where a distillation takes its learning rate from, where that is not its own table."""
+    config = step.config
+    if not isinstance(config, KDConfig) or config.lr_from is None:
+        return ""
+    model = step.inputs["model"]
+    assert isinstance(model, Path)
+    try:
+        lr = f"lr {raced(config, model).train.lr:g}" if is_done(model) else "lr"
+    except RunError as error:
+        return str(error)
+    return f"{lr}, from {config.lr_from}; train.lr = {config.train.lr:g} is not used"
 
 
 def _origin(path: object, steps: Sequence[Step]) -> Step | None:

@@ -32,7 +32,8 @@ from tessera.train.optim import DocumentTrainConfig
 class KDConfig(BaseModel):
     """Weights of the three parts, and how to train.
 
-    lr_from = "race": at the learning rate that the model's architecture won its race with.
+    lr_from = "race": at the learning rate that the model's architecture won its race with,
+    whatever train.lr says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -106,7 +107,9 @@ def raced(config: KDConfig, model: Path) -> KDConfig:
 
 def stage(config: KDConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `kd`: distil `teacher` into `model` on `data`."""
-    config = raced(config, inputs["model"])
+    own, config = config.train.lr, raced(config, inputs["model"])
+    if config.lr_from:
+        run.say(f"lr {config.train.lr:g}, from {config.lr_from}; train.lr = {own:g} is not used")
     child = config.train.spread.load(inputs["model"])
     parent = config.train.spread.load(inputs["teacher"], frozen=True)
     source = training_documents(inputs["data"], config.train, run)

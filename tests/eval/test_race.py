@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from tessera.data.batch import Batch
+from tessera.doubts import rate_told
 from tessera.eval.race import RaceConfig, blind_loss, candidates, standing
 from tessera.model.weights import load_model
 from tessera.objectives.kd import KD, KDConfig, raced
 from tessera.objectives.lm import documents
-from tessera.pipeline import run_recipe
+from tessera.pipeline import STAGES, run_recipe
 from tessera.puzzle.library import assemble
 from tessera.recipe import RecipeError, loads, validate
+from tessera.resolve import plan
 from tessera.run import FailureError, Run, RunError, read_json, read_metrics, read_table
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
@@ -177,6 +179,19 @@ def test_the_winners_rate_is_the_distillations(tmp_path: Path):
     assert raced(config, child).train.lr == read_json(path, "architecture")["lr"]
     with pytest.raises(RunError, match="chosen by no race"):
         raced(config, path.parent / "parent")
+
+
+def test_a_rate_that_is_not_used_is_said_before_and_at_the_start(tmp_path: Path):
+    text = f'{RECIPE}[kd]\ntrain = {TRAIN}\nlr_from = "race"\n'
+
+    def told() -> str:
+        return rate_told(plan(loads(text, ["kd.train.lr=1e9"]), tmp_path, (), STAGES)[-1])
+
+    assert told() == "lr, from race; train.lr = 1e+09 is not used"
+    run_recipe(loads(text, ["kd.train.lr=1e9"]), tmp_path, quiet=True)
+    log = (tmp_path / "recipe" / "kd" / "log.txt").read_text()
+    assert log.count("lr 0.001, from race; train.lr = 1e+09 is not used") == 1
+    assert told() == "lr 0.001, from race; train.lr = 1e+09 is not used"
 
 
 def test_a_guess_without_context_is_the_entropy_of_the_labels():
