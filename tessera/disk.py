@@ -136,6 +136,21 @@ class Lock:
             self._descriptor = -1
 
 
+def in_use(directory: Path) -> bool:
+    """True where a process holds a directory; a reader, which asks, needs no right to write."""
+    try:
+        descriptor = os.open(directory / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def remove_directories(*directories: Path) -> None:
     """Deletes directories that nobody holds, leaving no half of one under its name.
 

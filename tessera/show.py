@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tessera.disk import in_use
 from tessera.explain import explain, headline, render_changes
 from tessera.lineage import lineage, model_config
 from tessera.manifest import Manifest, read_manifest, runs_in
@@ -29,6 +30,7 @@ from tessera.table import VIEWS, render_table, terminal_width
 ATTENTION_BAR, FFN_BAR = 8, 24
 TABLE_ROWS = 12
 WHOLE = ("compare", "race", "frontier")  # tables shown to their last row
+STOPPED = "stopped: no process works on it; the tessera run that began it, given again, goes on"
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _SHADES, _LEAST = "·░▒▓█", -9  # below 2^-9, then two powers of two a shade
 
@@ -41,7 +43,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     for depth in ("*", "*/*"):  # the runs of a recipe, those of several
         if runs := runs_in(path, depth):
             manifests = sorted(((read_manifest(run), run) for run in runs), key=_began)
-            found = [_summary(one) | {"name": str(run.relative_to(path))} for one, run in manifests]
+            found = [_summary(*one) | {"name": str(one[1].relative_to(path))} for one in manifests]
             return {"path": str(path), "runs": found}
     return {"path": str(path), "model": describe_model(model_config(path))}
 
@@ -54,7 +56,7 @@ def tables(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _describe_run(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
-    found: dict[str, Any] = {"path": str(path), **_summary(manifest), "error": manifest.error}
+    found: dict[str, Any] = {"path": str(path), **_summary(manifest, path), "error": manifest.error}
     found["lineage"] = lineage(path)
     try:
         found["model"] = describe_model(model_config(path))
@@ -71,9 +73,16 @@ def _began(pair: tuple[Manifest, Path]) -> tuple[str, str]:
     return str(pair[1].parent), pair[0].started
 
 
-def _summary(manifest: Manifest) -> dict[str, Any]:
+def _summary(manifest: Manifest, path: Path) -> dict[str, Any]:
     keys = ("name", "stage", "status", "seconds", "started", "seed", "versions")
-    return {key: getattr(manifest, key) for key in keys}
+    found = {key: getattr(manifest, key) for key in keys}
+    return found | {"status": status(manifest, path)}
+
+
+def status(manifest: Manifest, path: Path) -> str:
+    """The status of a run; `stopped` for one that was killed, and so could not say it itself."""
+    stopped = manifest.status == "running" and not in_use(path)
+    return "stopped" if stopped else manifest.status
 
 
 def describe_model(config: ModelConfig) -> dict[str, Any]:
@@ -100,11 +109,13 @@ def render(found: dict[str, Any], config: ModelConfig | None) -> str:
     if "runs" in found:
         rows = [{key: run[key] for key in ("name", "stage", "status")} for run in found["runs"]]
         times = [clock(r["seconds"]) if r["status"] == "done" else "-" for r in found["runs"]]
-        return render_table([row | {"took": t} for row, t in zip(rows, times, strict=True)])
+        listed = render_table([row | {"took": t} for row, t in zip(rows, times, strict=True)])
+        return listed + (f"\n\n{STOPPED}" if any(r["status"] == "stopped" for r in rows) else "")
     parts = []
     if "status" in found:
         took = f", {clock(found['seconds'])}" if found["status"] == "done" else ""
         parts.append(f"{found['path']}: {found['stage']}, {found['status']}{took}")
+        parts += [STOPPED] if found["status"] == "stopped" else []
         parts += [found["error"]] if found["error"] else []
         parts.append(_render_lineage(found["lineage"]))
     if config:

@@ -114,6 +114,20 @@ def test_describe_of_a_recipe_lists_its_runs(runs: Path):
     assert [row["name"] for row in above["runs"]] == ["nano/parent", "nano/search", "nano/child"]
 
 
+def test_what_no_process_works_on_is_stopped(runs: Path):
+    def said() -> tuple[str, str, str]:
+        found, home = describe(runs / "kd"), describe(runs)
+        return found["status"], render(found, None), render(home, None)
+
+    with Run.open(runs / "kd", stage="kd", config={}, inputs={}, seed=0, quiet=True) as run:
+        status, one, listed = said()
+        assert status == "running" and "stopped" not in one + listed
+        run.close()  # as the kernel does for a process that is killed
+        status, one, listed = said()
+    assert status == "stopped" and "given again, goes on" in one
+    assert "kd      kd      stopped  -" in listed and listed.endswith("goes on")
+
+
 def test_what_is_not_ours_is_refused(tmp_path: Path):
     (tmp_path / "kd").mkdir()
     with pytest.raises(RunError, match="did you mean 'kd'"):

@@ -10,6 +10,7 @@ from tessera.progress import clock
 from tessera.report.blocks import Block, Figure, Table, Text
 from tessera.report.chart import chart, legend
 from tessera.report.runs import Row, RunData, Runs
+from tessera.show import status
 from tessera.table import Column, cell, count
 
 
@@ -59,7 +60,7 @@ def _origin(run: RunData) -> Row:
     for value in manifest.inputs.values():
         names += [one["path"] for one in (value if isinstance(value, list) else [value]) if one]
     row: Row = {"run": run.name, "stage": run.manifest.stage, "made from": ", ".join(names) or None}
-    row |= {"status": manifest.status, "seed": str(manifest.seed)}
+    row |= {"status": status(manifest, run.path), "seed": str(manifest.seed)}
     return row | {"fingerprint": manifest.fingerprint[:12]}
 
 
