@@ -140,7 +140,7 @@ def quickstart(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     fast: Annotated[
-        bool, typer.Option("--fast", help="Less of everything: the path in two minutes.")
+        bool, typer.Option("--fast", help="Less of everything: the path in 2 to 5 minutes.")
     ] = False,
     task: Annotated[
         str, typer.Option(help="The problems: calc (arithmetic) or hop (a chain of lookups).")

@@ -24,7 +24,7 @@ OWN = next(iter(EXAMPLES))
 WORDS = {"hop": ("table", " stop")}
 EASY, HARD = "@3", "@6"  # steps, behind the family's name
 EVALUATIONS = ("parent", "child", "kd", "dropped", "sft", "grpo")
-# Less of everything, for a look in under two minutes: the figures are worse, the path is the same.
+# Less of everything, for a look in 2 to 5 minutes: the figures are worse, the path is the same.
 FAST = (
     "data.tasks={calc=16000}",
     "parent.train.steps=400",

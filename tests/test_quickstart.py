@@ -91,3 +91,9 @@ def test_the_short_quickstart_runs_and_every_stage_moves_its_number(tmp_path: Pa
     assert rows["child, distilled"]["speedup"] > 2.0
     assert rows["child, distilled"]["easy"] > rows["child, as assembled"]["easy"]
     assert rows["after RL, thinking on"]["obedience"] > 0.9
+
+
+def test_the_help_and_the_first_hour_agree_on_how_long_it_takes():
+    told = " ".join(CliRunner().invoke(app, ["quickstart", "--help"]).output.split())
+    page = (Path(__file__).parents[1] / "docs" / "first-hour.md").read_text(encoding="utf-8")
+    assert "2 to 5" in told and "Run the whole path (2 to 5 minutes)" in page
