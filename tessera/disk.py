@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -118,14 +119,12 @@ class Lock:
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(self._descriptor, fcntl.LOCK_EX):
             holder = os.read(self._descriptor, 32).decode() or "another"
             os.close(self._descriptor)
             raise RunError(
                 f"{directory} is in use by process {holder}; wait until it ends, or stop it"
-            ) from None
+            )
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
@@ -143,11 +142,19 @@ def in_use(directory: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _locked(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    """Takes a flock where it is free; one who only looks holds it for a moment, which is waited."""
+    for pause in (0.01, 0.1, 0.0):
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(pause)
     return False
 
 
