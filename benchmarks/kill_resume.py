@@ -27,7 +27,7 @@ from pathlib import Path
 
 RECIPE = Path(__file__).with_suffix(".toml")
 WORKING = re.compile(r"^\[\d+/\d+\] (\S+): (running|going on)", re.MULTILINE)
-TIMES = {"started", "finished", "seconds"}
+TIMES = {"started", "finished", "seconds", "cpu_seconds"}
 
 
 class Broken(Exception):
@@ -201,7 +201,7 @@ def contents(runs: Path) -> dict[str, object]:
     return {
         str(path.relative_to(runs)): _content(path)
         for path in sorted(runs.rglob("*"))
-        if path.is_file() and path.name not in (".lock", "log.txt")
+        if path.is_file() and path.name not in (".lock", "log.txt", "timings.jsonl")
     }
 
 

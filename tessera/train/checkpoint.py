@@ -191,7 +191,13 @@ def _plain_errors() -> Iterator[None]:
             yield
         except CheckpointException as failed:
             causes = [cause for cause, _ in failed.failures.values()]
-            for cause in causes:
-                if isinstance(cause, OSError):
-                    raise OSError(cause.errno, cause.strerror or str(cause)) from failed
+            for cause in filter(None, map(_refused, causes)):
+                raise OSError(cause.errno, cause.strerror or str(cause)) from failed
             raise FailureError(f"the resume state failed: {causes[0]}") from failed
+
+
+def _refused(error: BaseException | None) -> OSError | None:
+    """The system's refusal behind an error: where a disk is full, torch's zip writer names an end."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,22 @@ def test_a_full_disk_is_told_and_leaves_the_state_before(run: Run, monkeypatch):
     with pytest.raises(WriteError, match="No space left on device.*intact.*free some space"):
         saver.wait()
     assert [path.name for path in run.state_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("room", [400, 1_000, 20_000])
+def test_a_disk_that_fills_up_within_a_tensor_is_told(run: Run, room: int):
+    trainer = _trainer(run)
+    trainer.train_step(0)
+    saver = Saver(run.state_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        saver.save(1, trainer)
+        with pytest.raises(WriteError, match="File too large"):
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*run.state_path.iterdir()]
 
 
 def test_a_state_holds_no_more_than_the_next_step_needs(run: Run):
