@@ -197,7 +197,7 @@ def _plain_errors() -> Iterator[None]:
 
 
 def _refused(error: BaseException | None) -> OSError | None:
-    """The system's refusal behind an error: where a disk is full, torch's zip writer names an end."""
+    """The system's refusal behind an error; on a full disk torch's zip writer names its own end."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
