@@ -6,7 +6,6 @@ traceback), 130 interrupted.
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+
+from tessera.disk import advice_on
 
 MODEL = "a run directory, a Hugging Face directory or a hub id"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -54,8 +55,7 @@ def _told(error: OSError) -> str:
     """The system's words without its number, and what to do about a full disk."""
     said = error.strerror or str(error)
     where = f"{error.filename}: " if error.filename else ""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return where + said + ("; free some space and run the same command again" if full else "")
+    return where + said + advice_on(error)
 
 
 def complain(text: str) -> None:

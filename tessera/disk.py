@@ -41,15 +41,16 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        free = (
-            "; free some space and run the same command again"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else ""
-        )
+        reason, advice = error.strerror or str(error), advice_on(error)
         raise WriteError(
-            f"could not write {path}: {reason}. What was there is intact{free}."
+            f"could not write {path}: {reason}. What was there is intact{advice}."
         ) from (error)
+
+
+def advice_on(error: OSError) -> str:
+    """What to do about a full disk, as the end of a sentence; "" where it is another refusal."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "; free some space and run the same command again" if full else ""
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
