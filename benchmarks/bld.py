@@ -17,18 +17,18 @@ from pathlib import Path
 
 import torch
 
+from tessera.data.config import DataConfig
 from tessera.data.documents import Documents
-from tessera.data.prepare import DataConfig
 from tessera.data.prepare import stage as prepare
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.model.weights import load_model
-from tessera.objectives.bld import BLD
 from tessera.objectives.lm import documents
+from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary
 from tessera.puzzle.space import Space, SpaceConfig, build_space
 from tessera.puzzle.surgery import ParentStatistics, collect_statistics
-from tessera.run import Run
+from tessera.runs.run import Run
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 

@@ -50,10 +50,12 @@ print(json.dumps(dict(wall=wall, cpu=cpu, rows=len(done), tokens=tokens, trained
 
 def ours(home: Path, file: Path) -> dict[str, Any]:
     """Our stage and the first plan of rows, in this process."""
+    from tessera.data.config import DataConfig
     from tessera.data.documents import Documents
     from tessera.data.order import WINDOW
-    from tessera.data.prepare import DataConfig, stage
-    from tessera.run import Run, read_table
+    from tessera.data.prepare import stage
+    from tessera.runs.manifest import read_table
+    from tessera.runs.run import Run
 
     table = {"paths": str(file), "format": "chat", "tokenizer": str(home), "heldout": 0}
     config = DataConfig(**table)  # type: ignore[arg-type]

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from tessera.eval.compare import CompareConfig, speeds
 from tessera.model.config import KINDS, ModelConfig, uniform
+from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_config
 from tessera.puzzle.calibrate import Key, Prices, architectures, calibrate, monotone, promised
+from tessera.puzzle.compare import CompareConfig, speeds
 from tessera.puzzle.cost import CostConfig
 from tessera.puzzle.cost_table import Scenario, Words
 from tessera.puzzle.measure import Measured, Seconds, least_seconds, measure

@@ -25,13 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from tessera.curate import passes, stage
+from tessera.curate import passes, runner
 from tessera.curate.config import CurateConfig
-from tessera.curate.contamination import Decontaminate
-from tessera.curate.dedupe import clusters, signatures
-from tessera.curate.words import word_grams
-from tessera.recipe import validate
-from tessera.run import Run, read_table
+from tessera.curate.steps.contamination import Decontaminate
+from tessera.curate.steps.dedupe import clusters, signatures
+from tessera.curate.steps.words import word_grams
+from tessera.runs.manifest import read_table
+from tessera.runs.recipe import validate
+from tessera.runs.run import Run
 
 DATA = Path(__file__).parents[2] / "shared/data"
 AGAINST = [
@@ -142,18 +143,18 @@ def timed() -> Iterator[dict[str, float]]:
     def decide(home: Any, shards: Any, closing: Any, seed: Any) -> Any:
         return within(closing.step, originals[2], home, shards, closing, seed)
 
-    passes.ShardWriter._apply, passes.ShardWriter._keep, stage.decide = apply, keep, decide  # type: ignore[assignment]
+    passes.ShardWriter._apply, passes.ShardWriter._keep, runner.decide = apply, keep, decide  # type: ignore[assignment]
     try:
         yield seconds
     finally:
-        passes.ShardWriter._apply, passes.ShardWriter._keep, stage.decide = originals  # type: ignore[assignment]
+        passes.ShardWriter._apply, passes.ShardWriter._keep, runner.decide = originals  # type: ignore[assignment]
 
 
 def run_stage(where: Path, table: dict[str, Any]) -> None:
     config = validate(CurateConfig, table, "curate")
     dumped, inputs = config.model_dump(mode="json"), {"model": None}
     with Run.open(where, stage="curate", config=dumped, inputs=inputs, seed=0, quiet=True) as run:
-        stage.stage(config, run, inputs)
+        runner.stage(config, run, inputs)
         run.finish()
 
 

@@ -24,15 +24,15 @@ import numpy as np
 import tokenizers
 import torch
 
+from tessera.data.config import DataConfig
 from tessera.data.documents import Documents
 from tessera.data.encode import Encoder
 from tessera.data.order import WINDOW, plan_rows
-from tessera.data.prepare import DataConfig
 from tessera.data.prepare import stage as prepare
 from tessera.data.readers import Text, content_hash, read
 from tessera.data.sources import key_of
 from tessera.data.tokenizer import byte_tokenizer, load_tokenizer
-from tessera.run import Run
+from tessera.runs.run import Run
 
 SHARED = Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "data/tinystories/train_head_2316_stories.txt"

@@ -33,15 +33,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tessera.export.write import export_model
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.weights import load_model
-from tessera.serve.export import export_model
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.serve.interop import LlamaCpp, write_byte_tokenizer  # noqa: E402
+from tests.export.interop import LlamaCpp, write_byte_tokenizer  # noqa: E402
 
 SHAPE = {
     "vocab_size": 320,

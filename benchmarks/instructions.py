@@ -23,8 +23,8 @@ from typing import Any
 from tessera.data.conversation import CLOSE, OPEN
 from tessera.data.tasks import Problem, problem
 from tessera.pipeline import run_recipe
-from tessera.recipe import loads
-from tessera.run import read_manifest, read_table
+from tessera.runs.manifest import read_manifest, read_table
+from tessera.runs.recipe import loads
 from tessera.table import render_table
 
 WORDS = list("bdfghjmpqvxz")  # a token each, and none of "Answer" and the filler "k"

@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tessera.data.tokenizer import load_tokenizer
-from tessera.model.weights import load_model, resolve
-from tessera.serve.export import export_model
+from tessera.export.write import export_model
+from tessera.model.source import resolve
+from tessera.model.weights import load_model
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.serve.interop import greedy, llama_cpp  # noqa: E402
+from tests.export.interop import greedy, llama_cpp  # noqa: E402
 
 TEXTS = (
     "Once upon a time",

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from tessera.curate.dedupe import signatures
 from tessera.curate.passes import BATCH
-from tessera.curate.words import word_grams
+from tessera.curate.steps.dedupe import signatures
+from tessera.curate.steps.words import word_grams
 
 FILE = Path(__file__).parents[2] / "shared/data/gsm8k/train.jsonl"
 

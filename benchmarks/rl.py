@@ -38,8 +38,7 @@ from training import (
 )
 
 from tessera.data.batch import Batch
-from tessera.generate.choice import open_engine
-from tessera.model.matmul import multiply
+from tessera.model.cpu import multiply
 from tessera.model.transformer import Transformer
 from tessera.objectives.grpo import GRPOConfig, PolicyGradient
 from tessera.rl import advantages
@@ -48,9 +47,10 @@ from tessera.rl.rewards import Sample
 from tessera.rl.rollouts import Rollouts
 from tessera.rl.rubric import Judged
 from tessera.rl.verifiers.outcome import right
-from tessera.run import read_timings
+from tessera.runs.manifest import read_timings
 from tessera.train.engine import Trainer
 from tessera.train.flops import Work, model_cost
+from tessera.vllm.choice import open_engine
 
 PROMPTS, SAMPLES, NEW, PROMPT_TOKENS = 16, 8, 64, 67
 

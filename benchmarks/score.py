@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from tessera.data.batch import Batch
+from tessera.data.config import DataConfig
 from tessera.data.documents import heldout
-from tessera.data.prepare import DataConfig
 from tessera.data.prepare import stage as prepare
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
@@ -31,7 +31,7 @@ from tessera.puzzle.library import BlockLibrary, save_library
 from tessera.puzzle.score import Units, load_units, score_given
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
-from tessera.run import Run
+from tessera.runs.run import Run
 
 SHARED = Path(__file__).parents[2] / "shared"
 METRICS = ("kl", "lm_loss", "cosine", "agreement")

@@ -14,23 +14,16 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from tessera.generate.vllm_engine import PLUGIN
-from tessera.generate.vllm_process import find_python
+from tessera.export.engines import refusals
+from tessera.export.padding import expressible
+from tessera.export.write import export_model
 from tessera.model.config import ModelConfig
-from tessera.model.padding import expressible
-from tessera.model.servable import refusals
-from tessera.model.weights import load_config
+from tessera.model.source import load_config
 from tessera.puzzle.cost_table import Scenario
-from tessera.run import read_manifest, read_table
-from tessera.serve.export import export_model
-from tessera.serve.vllm_cost import (
-    Seconds,
-    VLLMCostConfig,
-    cache_bytes,
-    drive,
-    job,
-    seconds_of,
-)
+from tessera.puzzle.vllm_cost import Seconds, VLLMCostConfig, cache_bytes, drive, job, seconds_of
+from tessera.runs.manifest import read_manifest, read_table
+from tessera.vllm.engine import PLUGIN
+from tessera.vllm.process import find_python
 
 
 def main() -> None:

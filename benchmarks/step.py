@@ -34,7 +34,7 @@ from training import Clocked, matmul_flops, open_run, write_data
 from tessera import dist
 from tessera.data.documents import Documents
 from tessera.model.config import ModelConfig, uniform
-from tessera.model.matmul import multiply
+from tessera.model.cpu import multiply
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
 from tessera.train.engine import Trainer

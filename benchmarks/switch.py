@@ -23,7 +23,8 @@ from tessera.data.tasks import MODES, Problem, problem
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.weights import load_model, resolve
+from tessera.model.source import resolve
+from tessera.model.weights import load_model
 from tessera.table import render_table
 
 ROOT = Path(__file__).parents[1]

@@ -33,10 +33,11 @@ from tessera.data.batch import Batch, Ids
 from tessera.data.documents import Documents
 from tessera.data.store import TokenWriter
 from tessera.model.config import ModelConfig, uniform
-from tessera.model.matmul import multiply
+from tessera.model.cpu import multiply
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
-from tessera.run import Run, read_metrics
+from tessera.runs.manifest import read_metrics
+from tessera.runs.run import Run
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 

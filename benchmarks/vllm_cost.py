@@ -14,22 +14,22 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from tessera.export.padding import expressible
+from tessera.export.write import export_model
 from tessera.model.config import ModelConfig
-from tessera.model.padding import expressible
-from tessera.model.weights import load_config
+from tessera.model.source import load_config
 from tessera.puzzle.cost_table import CostTable, read_costs
-from tessera.run import read_json, read_manifest
-from tessera.serve.export import export_model
-from tessera.serve.vllm_cost import (
+from tessera.puzzle.vllm_cost import (
     Seconds,
     VLLMCostConfig,
     cache_bytes,
     drive,
-    find_python,
     job,
     seconds_of,
     served,
 )
+from tessera.runs.manifest import read_json, read_manifest
+from tessera.vllm.process import find_python
 
 
 def main() -> None:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tessera.data.tokenizer import Tokenizer, load_tokenizer
+    from tessera.export.write import export_model
     from tessera.generate.engine import Completion, SamplingParams
     from tessera.generate.torch_engine import TorchEngine
     from tessera.model.config import ModelConfig
+    from tessera.model.saving import save_model
     from tessera.model.transformer import Transformer
-    from tessera.model.weights import load_model, save_model
+    from tessera.model.weights import load_model
     from tessera.pipeline import run_recipe
-    from tessera.run import Run
-    from tessera.serve.export import export_model
+    from tessera.runs.run import Run
     from tessera.train.engine import Trainer
 
 __version__ = "0.1.0"
@@ -42,13 +43,13 @@ __all__ = [
 _HOMES = {
     "Completion": "generate.engine",
     "ModelConfig": "model.config",
-    "Run": "run",
+    "Run": "runs.run",
     "SamplingParams": "generate.engine",
     "Tokenizer": "data.tokenizer",
     "TorchEngine": "generate.torch_engine",
     "Trainer": "train.engine",
     "Transformer": "model.transformer",
-    "export_model": "serve.export",
+    "export_model": "export.write",
     "load_model": "model.weights",
     "load_tokenizer": "data.tokenizer",
     "run_recipe": "pipeline",

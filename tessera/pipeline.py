@@ -20,10 +20,11 @@ from typing import Any
 
 from tessera import dist
 from tessera.progress import clock
-from tessera.recipe import Recipe, RecipeError, nearest
-from tessera.redo import Mark, mark_all, replacing, settle, withdraw_marks
-from tessera.resolve import Stage, Step, explain_change, plan, table_text
-from tessera.run import FailureError, Run, RunError
+from tessera.runs.files import FailureError, RunError
+from tessera.runs.plan import Stage, Step, explain_change, plan, table_text
+from tessera.runs.recipe import Recipe, RecipeError, nearest
+from tessera.runs.redo import Mark, mark_all, replacing, settle, withdraw_marks
+from tessera.runs.run import Run
 
 _ROWS = (
     Stage("data", "tessera.data.prepare", "DataConfig", ("model=",), "data", paths=("files",)),
@@ -36,9 +37,7 @@ _ROWS = (
         paths=("path",),
         together=True,
     ),
-    Stage(
-        "bld", "tessera.objectives.bld", "BLDConfig", ("parent", "data"), "library", together=True
-    ),
+    Stage("bld", "tessera.puzzle.bld", "BLDConfig", ("parent", "data"), "library", together=True),
     Stage("merge", "tessera.puzzle.library", "MergeConfig", ("libraries*",), "library", "merge"),
     Stage(
         "score",
@@ -51,7 +50,7 @@ _ROWS = (
     Stage("cost", "tessera.puzzle.cost", "CostConfig", ("parent", "library"), "costs"),
     Stage(
         "cost_vllm",
-        "tessera.serve.vllm_cost",
+        "tessera.puzzle.vllm_cost",
         "VLLMCostConfig",
         ("parent", "library"),
         "costs",
@@ -65,7 +64,7 @@ _ROWS = (
     ),
     Stage(
         "couple",
-        "tessera.objectives.couple",
+        "tessera.puzzle.couple",
         "CoupleConfig",
         ("parent", "library", "searches*", "data"),
         "library",
@@ -73,7 +72,7 @@ _ROWS = (
     ),
     Stage(
         "race",
-        "tessera.eval.race",
+        "tessera.puzzle.race",
         "RaceConfig",
         ("parent", "library", "searches*", "data"),
         "architecture",
@@ -81,7 +80,7 @@ _ROWS = (
     ),
     Stage(
         "frontier",
-        "tessera.eval.frontier",
+        "tessera.puzzle.frontier",
         "FrontierConfig",
         ("parent", "library", "scores", "costs", "data"),
         "frontier",
@@ -113,7 +112,7 @@ _ROWS = (
     ),
     Stage(
         "curate",
-        "tessera.curate.stage",
+        "tessera.curate.runner",
         "CurateConfig",
         ("model=",),
         "chats",
@@ -156,10 +155,10 @@ _ROWS = (
         together=True,
     ),
     Stage(
-        "compare", "tessera.eval.compare", "CompareConfig", ("parent", "models*", "data"), "table"
+        "compare", "tessera.puzzle.compare", "CompareConfig", ("parent", "models*", "data"), "table"
     ),
     Stage("eval", "tessera.eval.evaluate", "EvalConfig", ("model",), "table"),
-    Stage("export", "tessera.serve.export", "ExportConfig", ("model",), "directory"),
+    Stage("export", "tessera.export.write", "ExportConfig", ("model",), "directory"),
 )
 STAGES: dict[str, Stage] = {row.name: row for row in _ROWS}
 

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from tessera.pipeline import run_recipe
-from tessera.recipe import Config, loads
-from tessera.resolve import Input, Stage
-from tessera.run import Run, read_json, read_metrics
+from tessera.runs.manifest import read_json, read_metrics
+from tessera.runs.plan import Input, Stage
+from tessera.runs.recipe import Config, loads
+from tessera.runs.run import Run
 
 
 class MakeConfig(Config):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tessera import dist
-from tessera.run import is_done, read_json
+from tessera.runs.manifest import is_done, read_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +58,7 @@ def test_sums_are_the_same_everywhere():
 
 def test_a_recipe_in_two_processes_is_written_once(tmp_path: Path):
     code = (
-        "import sys; from tessera import pipeline, recipe; from tests.pipeline_stages import *\n"
+        "import sys; from tessera.runs import recipe; from tests.pipeline_stages import *\n"
         "steps = run_recipe(recipe.loads(sys.argv[2]), sys.argv[1], quiet=True, stages=STAGES)\n"
         "print([step.action for step in steps])\n"
     )

@@ -19,25 +19,27 @@ import pytest
 import torch
 import typer
 
-from tessera import quickstart
-from tessera.cli import app
+from tessera.cli import quickstart
+from tessera.cli.main import app
 from tessera.data import tasks
 from tessera.data.tokenizer import train_bpe
 from tessera.eval.task import Data
 from tessera.eval.tasks.procedural import find
+from tessera.export import engines
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model import config, servable
+from tessera.model import config
 from tessera.model.families import FAMILIES
-from tessera.model.weights import load_model, save_model
+from tessera.model.saving import save_model
+from tessera.model.weights import load_model
 from tessera.puzzle.library import BlockLibrary, assemble, save_library
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import ParentStatistics, cut, linear_weight
-from tessera.recipe import load
 from tessera.rl.rewards import Sample
 from tessera.rl.rubric import Rubric
 from tessera.rl.verifiers.outcome import Outcome
-from tessera.run import is_done
+from tessera.runs.manifest import is_done
+from tessera.runs.recipe import load
 from tessera.train.flops import subblock_cost
 from tests import tiny
 
@@ -178,9 +180,9 @@ def test_a_library_holds_the_variant(lowrank: None, tmp_path: Path):
 
 def test_the_variant_is_refused_where_it_cannot_be_told(lowrank: None):
     model = tiny.config(MIXED)
-    for form in servable.FORMATS:
-        assert any("lowrank-3" in reason for reason in servable.format_refusals(model, form))
-    assert all(servable.refusals(model, engine) for engine in servable.ENGINES)
+    for form in engines.FORMATS:
+        assert any("lowrank-3" in reason for reason in engines.format_refusals(model, form))
+    assert all(engines.refusals(model, engine) for engine in engines.ENGINES)
     with pytest.raises(config.ConfigError, match="at most half of 16"):
         tiny.config((("lowrank-9", "noop"),)).num_params()
     with pytest.raises(config.ConfigError, match="linear, noop or lowrank-N"):

@@ -10,9 +10,10 @@ import pytest
 
 from tessera.pipeline import STAGES as REAL_STAGES
 from tessera.pipeline import run_recipe
-from tessera.recipe import RecipeError, loads
-from tessera.resolve import KINDS, Step, plan, table_text
-from tessera.run import RunError, is_done, read_json, read_manifest, read_metrics, read_table
+from tessera.runs.files import RunError
+from tessera.runs.manifest import is_done, read_json, read_manifest, read_metrics, read_table
+from tessera.runs.plan import KINDS, Step, plan, table_text
+from tessera.runs.recipe import RecipeError, loads
 from tests.pipeline_stages import STAGES
 
 RECIPE = """

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tessera.pipeline import STAGES
-from tessera.recipe import load
-from tessera.resolve import plan
+from tessera.runs.plan import plan
+from tessera.runs.recipe import load
 from tests import tiny
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))

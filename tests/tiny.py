@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tessera.model.config import ModelConfig
+from tessera.model.saving import save_model
 from tessera.model.transformer import Transformer
-from tessera.model.weights import save_model
 
 MOSAIC = (
     ("gqa-4", "swiglu-24"),

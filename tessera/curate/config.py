@@ -15,9 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, SerializeAsAny, Tag, field_validator, model_validator
 
-from tessera.curate.answers import Extract, Verify
-from tessera.curate.arrange import Blend, Order, Pair
-from tessera.curate.asking import (
+from tessera.ask.embedder import EmbedderConfig
+from tessera.ask.endpoint import EndpointConfig
+from tessera.ask.local import EngineConfig
+from tessera.curate.sources import SourceConfig
+from tessera.curate.steps.answers import Extract, Verify
+from tessera.curate.steps.arrange import Blend, Order, Pair
+from tessera.curate.steps.asking import (
     Asking,
     Classify,
     ExtractKnown,
@@ -25,18 +29,14 @@ from tessera.curate.asking import (
     Generate,
     Judge,
 )
-from tessera.curate.code import Code
-from tessera.curate.contamination import Decontaminate
-from tessera.curate.dedupe import Dedupe, NearDedupe
-from tessera.curate.filters import Label, Language, Length, Licence, Tags, Where
-from tessera.curate.similar import Nearest, SameProblem
-from tessera.curate.sources import SourceConfig
-from tessera.curate.votes import Majority, PassRate
+from tessera.curate.steps.code import Code
+from tessera.curate.steps.contamination import Decontaminate
+from tessera.curate.steps.dedupe import Dedupe, NearDedupe
+from tessera.curate.steps.filters import Label, Language, Length, Licence, Tags, Where
+from tessera.curate.steps.similar import Nearest, SameProblem
+from tessera.curate.steps.votes import Majority, PassRate
 from tessera.data.schema import Dialect
-from tessera.generate.embedder import EmbedderConfig
-from tessera.generate.endpoint import EndpointConfig
-from tessera.generate.local import EngineConfig
-from tessera.recipe import Config, RecipeError, nearest, validate
+from tessera.runs.recipe import Config, RecipeError, nearest, validate
 
 STEPS: dict[str, type[Config]] = {
     "extract_problems": ExtractProblems,

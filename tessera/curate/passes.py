@@ -25,14 +25,13 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.curate import rows
-from tessera.curate.arrange import Order
-from tessera.curate.rows import Drop
-from tessera.curate.steps import BatchStep, Result, RowStep, SetStep
+from tessera.curate.steps import BatchStep, Result, RowStep, SetStep, rows
+from tessera.curate.steps.arrange import Order
+from tessera.curate.steps.rows import Drop
 from tessera.data.conversation import Chat, SchemaError
 from tessera.data.readers import Bad
 from tessera.data.schema import Dialect, write_row
-from tessera.disk import atomic_write, sync, writing
+from tessera.runs.files import atomic_write, sync, writing
 
 BATCH = 1024  # rows that go through the steps together
 WRITE = "write"

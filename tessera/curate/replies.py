@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from tessera.generate.asking import Reply
-from tessera.journal import Journal
+from tessera.ask.ask import Reply
+from tessera.runs.journal import Journal
 
 
 class Replies:

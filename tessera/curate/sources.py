@@ -17,7 +17,7 @@ from pydantic import model_validator
 from tessera.data.conversation import Chat, SchemaError, check
 from tessera.data.readers import EXCERPT, Bad, DataError, expand, format_of, read_rows
 from tessera.data.schema import read_row
-from tessera.recipe import Config
+from tessera.runs.recipe import Config
 
 BLOCK = 1 << 20
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from tessera.disk import fingerprint, sync, writing
+from tessera.runs.files import fingerprint, sync, writing
 
 VERSION = 1  # raised whenever what readers or writers of entries mean changes
 GIB = 1 << 30

@@ -27,7 +27,7 @@ from tessera.data.mix import Interleaving
 from tessera.data.order import Order, Row, plan_rows
 from tessera.data.readers import DataError
 from tessera.data.store import open_tokens
-from tessera.run import read_json, read_manifest
+from tessera.runs.manifest import read_json, read_manifest
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessera.data.readers import DataError
-from tessera.disk import sync, writing
+from tessera.runs.files import sync, writing
 
 if TYPE_CHECKING:
     import pyarrow

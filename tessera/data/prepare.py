@@ -32,9 +32,9 @@ from tessera.data.sources import SPLITS, Scan, Source
 from tessera.data.template import FILE as TEMPLATE_FILE
 from tessera.data.template import template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from tessera.disk import atomic_write, writing
 from tessera.progress import Progress
-from tessera.run import Run
+from tessera.runs.files import atomic_write, writing
+from tessera.runs.run import Run
 
 __all__ = ["BPE", "DataConfig", "SourceConfig", "stage"]
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from tessera.data.conversation import Chat, SchemaError, check
 from tessera.data.dialects import alpaca, nemotron, openai, sharegpt
 from tessera.data.readers import EXCERPT, Bad, DataError, read_rows
-from tessera.disk import writing
+from tessera.runs.files import writing
 
 Dialect = Literal["nemotron", "nemotron-rendered", "openai", "sharegpt", "alpaca"]
 _READ: dict[str, tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Chat]]] = {

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera.data.readers import DataError
-from tessera.disk import atomic_write, writing
+from tessera.runs.files import atomic_write, writing
 
 HEADER_BYTES = 128
 BUFFER_IDS = 1 << 20

@@ -36,7 +36,7 @@ from tessera.data.formats import (
     read_model_file,
     train_bpe_backend,
 )
-from tessera.disk import atomic_write, writing
+from tessera.runs.files import atomic_write, writing
 
 __all__ = ["Tokenizer", "TokenizerError", "byte_tokenizer", "load_tokenizer", "train_bpe"]
 

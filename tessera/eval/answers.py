@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tessera.ask.ask import Answerer, Reply, Request
 from tessera.data.conversation import CLOSE, OPEN, Message, Mode
 from tessera.data.switch import DETAILED, set_switch
 from tessera.eval.task import Item, Task
-from tessera.generate.asking import Answerer, Reply, Request
-from tessera.journal import Journal
 from tessera.progress import Progress
-from tessera.recipe import Config
+from tessera.runs.journal import Journal
+from tessera.runs.recipe import Config
 
 Thinking = Literal["on", "off", "both"]
 

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tessera.ask.endpoint import Endpoint, EndpointConfig
+from tessera.ask.local import EngineConfig, load
 from tessera.data.conversation import Mode
 from tessera.data.switch import DETAILED
 from tessera.eval import scores
@@ -25,12 +27,11 @@ from tessera.eval.answers import Conversation, Mouth, Sampling, Thinking, answer
 from tessera.eval.perplexity import perplexity
 from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
-from tessera.generate.choice import EngineChoice
-from tessera.generate.endpoint import Endpoint, EndpointConfig
-from tessera.generate.local import EngineConfig, load
-from tessera.journal import Journal
 from tessera.rl.rewards import require_fields
-from tessera.run import FailureError, Run
+from tessera.runs.files import FailureError
+from tessera.runs.journal import Journal
+from tessera.runs.run import Run
+from tessera.vllm.choice import EngineChoice
 
 PERPLEXITY = "perplexity"
 

@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tessera.ask.ask import Answerer, Reply, Request
 from tessera.data.switch import obeys
-from tessera.disk import fingerprint
 from tessera.eval.answers import Conversation
 from tessera.eval.task import Measure, Task
-from tessera.generate.asking import Answerer, Reply, Request
-from tessera.journal import Journal
 from tessera.progress import Progress
 from tessera.rl.pool import Pool
 from tessera.rl.rewards import Sample
+from tessera.runs.files import fingerprint
+from tessera.runs.journal import Journal
 
 AT_ONCE = 256
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tessera.generate.cache import Slots
 from tessera.generate.engine import FinishReason
 from tessera.generate.packed import Packed
 from tessera.generate.reading import Prefix
 from tessera.generate.requests import Sample
 from tessera.generate.sampling import Choice, Plan, choose, uniforms
-from tessera.generate.slots import Slots
 
 
 class Batch:

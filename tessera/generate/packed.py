@@ -22,8 +22,8 @@ from torch import Tensor
 
 from tessera.generate.int8 import INT8_FROM, Int8Matrix, check_int8
 from tessera.model.config import GQA, NoOp
+from tessera.model.cpu import prefers_onednn
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
-from tessera.model.matmul import prefers_onednn
 from tessera.model.transformer import Block, Transformer
 
 # oneDNN's call costs some 8 us more than MKL's: below this many multiply-adds it is not repaid,

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tessera.generate.batch import Batch
+from tessera.generate.cache import Slots
 from tessera.generate.packed import Packed
 from tessera.generate.reading import Prefix, PrefixCache, Reading, common
 from tessera.generate.requests import Sample, Waiting, overdue
-from tessera.generate.slots import Slots
 from tessera.generate.stats import Stats, clock
 
 PREFILL_TOKENS = 2**14  # in one pass, padding included: bounds the activations' memory

@@ -14,6 +14,7 @@ from itertools import islice
 
 import torch
 
+from tessera.generate.cache import Slots
 from tessera.generate.engine import (
     ClosedError,
     Completion,
@@ -27,7 +28,6 @@ from tessera.generate.packed import Packed
 from tessera.generate.reading import Prefill, PrefixCache, padded
 from tessera.generate.requests import Handle, Waiting, Watch
 from tessera.generate.scheduler import Limits, Scheduler, similar
-from tessera.generate.slots import Slots
 from tessera.generate.stats import Stats, clock
 from tessera.model.transformer import Transformer
 

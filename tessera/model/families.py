@@ -15,14 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tessera.model.config import (
-    GQA,
-    BlockConfig,
-    ConfigError,
-    ModelConfig,
-    RopeScaling,
-    SwiGLU,
-)
+from tessera.model.config import GQA, BlockConfig, ConfigError, ModelConfig, RopeScaling, SwiGLU
 from tessera.model.nas import BARE_DEFAULTS, nas_blocks, per_layer_blocks
 from tessera.model.values import Values, number, whole
 

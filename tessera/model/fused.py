@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tessera.model.matmul import multiply
+from tessera.model.cpu import multiply
 
 
 class _RMSNorm(torch.autograd.Function):

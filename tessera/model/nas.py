@@ -12,16 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tessera.model.config import (
-    FFN,
-    GQA,
-    Attention,
-    BlockConfig,
-    ConfigError,
-    Linear,
-    NoOp,
-    SwiGLU,
-)
+from tessera.model.config import FFN, GQA, Attention, BlockConfig, ConfigError, Linear, NoOp, SwiGLU
 from tessera.model.values import Values, number, whole
 
 # What a bare list of blocks leaves out (a file with `block_configs` and no `model_type`): Llama

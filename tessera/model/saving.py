@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tessera import dist
-from tessera.disk import sync, writing
 from tessera.model.families import config_dict, config_json
 from tessera.model.names import hf_name
 from tessera.model.sharded import collect, files_of, is_sharded
 from tessera.model.source import CheckpointError, some
 from tessera.model.transformer import Transformer
+from tessera.runs.files import sync, writing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (

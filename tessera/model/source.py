@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tessera.manifest import read_manifest, runs_in
 from tessera.model.config import ModelConfig
 from tessera.model.families import read_config
+from tessera.runs.manifest import read_manifest, runs_in
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

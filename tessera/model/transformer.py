@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from tessera.model.cache import KVCache, LayerCache
 from tessera.model.config import BlockConfig, ModelConfig, NoOp
 from tessera.model.context import Context
+from tessera.model.cpu import linear
 from tessera.model.layers import RMSNorm, Subblock, rope_frequencies
-from tessera.model.matmul import linear
 
 
 class Block(nn.Module):

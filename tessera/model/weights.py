@@ -20,23 +20,9 @@ from torch import Tensor
 from tessera.model import fp8
 from tessera.model.families import read_config
 from tessera.model.names import hf_name
-from tessera.model.saving import (
-    INDEX,
-    SINGLE,
-    copy_tokenizer,
-    replacing,
-    save_model,
-    write_tensors,
-)
+from tessera.model.saving import INDEX, SINGLE, copy_tokenizer, replacing, save_model, write_tensors
 from tessera.model.sharded import place
-from tessera.model.source import (
-    PICKLES,
-    CheckpointError,
-    load_config,
-    pickle_error,
-    resolve,
-    some,
-)
+from tessera.model.source import PICKLES, CheckpointError, load_config, pickle_error, resolve, some
 from tessera.model.transformer import Transformer
 
 __all__ = [

@@ -25,21 +25,22 @@ from torch import Tensor, nn
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.choice import open_engine
 from tessera.model.context import Context
+from tessera.model.saving import save_model
+from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
-from tessera.model.weights import resolve, save_model
 from tessera.plot import Series, line_chart
 from tessera.rl import advantages, prompts
 from tessera.rl.monitors import Guard
 from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rollouts import RolloutConfig, Rollouts, whole
 from tessera.rl.rubric import Rubric
-from tessera.run import Run
+from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
 from tessera.train.losses import log_prob_loss, token_log_probs
 from tessera.train.optim import TrainConfig
+from tessera.vllm.choice import open_engine
 
 FAR = 20.0  # nats, NeMo-RL's bound: e^20 is 5e8 already, e^90 no float32 at all
 

@@ -20,10 +20,12 @@ from tessera.data.documents import Documents
 from tessera.data.tokenizer import load_tokenizer
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.context import Context
-from tessera.model.source import is_hub_id
+from tessera.model.saving import save_model
+from tessera.model.source import is_hub_id, load_config, resolve
 from tessera.model.transformer import Transformer
-from tessera.model.weights import find_tensors, load_config, load_model, resolve, save_model
-from tessera.run import Run, RunError
+from tessera.model.weights import find_tensors, load_model
+from tessera.runs.files import RunError
+from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
 from tessera.train.losses import cross_entropy

@@ -26,11 +26,10 @@ from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.choice import open_engine
 from tessera.model.context import Context
+from tessera.model.saving import save_model
+from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
-from tessera.model.weights import resolve, save_model
-from tessera.recipe import RecipeError
 from tessera.rl import monitors, pairs, prompts
 from tessera.rl.advantages import rloo
 from tessera.rl.experience import Group, row
@@ -38,12 +37,15 @@ from tessera.rl.pairs import Pair
 from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rollouts import RolloutConfig, Rollouts, Sampled, whole
 from tessera.rl.rubric import Rubric
-from tessera.run import FailureError, Run
+from tessera.runs.files import FailureError
+from tessera.runs.recipe import RecipeError
+from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
 from tessera.train.losses import cross_entropy, token_log_probs
 from tessera.train.optim import TrainConfig
 from tessera.train.parallel import Layout
+from tessera.vllm.choice import open_engine
 
 Distance = Literal["backward", "forward", "squared"]
 BARREN = 8  # rollouts without a pair in a row that end a run

@@ -20,12 +20,13 @@ from tessera import dist
 from tessera.data.batch import OFF, ON, Batch
 from tessera.data.documents import Documents
 from tessera.data.template import FILE as TEMPLATE_FILE
-from tessera.disk import atomic_write
 from tessera.model.context import Context
+from tessera.model.saving import save_model
+from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
-from tessera.model.weights import resolve, save_model
 from tessera.objectives.lm import documents, training_documents
-from tessera.run import Run, RunError
+from tessera.runs.files import RunError, atomic_write
+from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Cost, Work, model_cost
 from tessera.train.losses import cross_entropy

@@ -10,7 +10,7 @@
     reserve                       CUDA context, NCCL, and what an allocator cannot fill
 
 Splits follow `train/parallel.py`: what tensor parallelism leaves whole is whole here. Units are
-built whole on each process before they are sharded (`objectives/bld.py`): the part `units whole`.
+built whole on each process before they are sharded (`puzzle/bld.py`): the part `units whole`.
 """
 
 from __future__ import annotations

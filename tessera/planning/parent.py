@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from tessera.model.config import ModelConfig
-from tessera.model.source import is_hub_id
-from tessera.model.weights import load_config
+from tessera.model.source import is_hub_id, load_config
 from tessera.objectives.lm import ArchitectureConfig
-from tessera.recipe import Recipe, RecipeError, validate
+from tessera.runs.recipe import Recipe, RecipeError, validate
 
 BYTE_VOCABULARY = 259
 
 
 def config_of(path: Path) -> ModelConfig:
     """The config of a model directory, a run, or of a config.json itself."""
-    from tessera.show import model_config
+    from tessera.model.lineage import model_config
 
     return model_config(path)
 

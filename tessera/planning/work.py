@@ -13,21 +13,21 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from tessera.eval.frontier import FrontierConfig
-from tessera.eval.race import RaceConfig
 from tessera.model.config import ModelConfig, parse
-from tessera.objectives.bld import BLDConfig, units_of
 from tessera.objectives.grpo import PolicyConfig
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, ParentConfig
 from tessera.objectives.rpo import RPOConfig
 from tessera.objectives.sft import SFTConfig
 from tessera.planning.experience import Experience, experience
+from tessera.puzzle.bld import BLDConfig, units_of
+from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.library import Key, layer_groups
+from tessera.puzzle.race import RaceConfig
 from tessera.puzzle.search import SearchConfig
-from tessera.recipe import Recipe, RecipeError, StageSpec, nearest, validate
-from tessera.resolve import Stage
-from tessera.run import is_done, read_json
+from tessera.runs.manifest import is_done, read_json
+from tessera.runs.plan import Stage
+from tessera.runs.recipe import Recipe, RecipeError, StageSpec, nearest, validate
 from tessera.train.flops import Work, block_cost, model_cost, subblock_cost
 from tessera.train.optim import TrainConfig
 

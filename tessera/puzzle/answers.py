@@ -24,9 +24,9 @@ from torch import Tensor
 from tessera.data.batch import Batch, best_fit, collate, shift
 from tessera.data.tasks import problem
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
-from tessera.model.matmul import multiply
+from tessera.model.cpu import multiply
 from tessera.model.transformer import Transformer
-from tessera.run import read_json
+from tessera.runs.manifest import read_json
 from tessera.train.losses import chunks
 
 Text = tuple[str, str]  # prompt, answer: together they are the document

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tessera.devices import Device, DeviceError, find_device
 from tessera.puzzle.cost_table import Scenario
-from tessera.recipe import nearest
+from tessera.runs.recipe import nearest
 
 UTILISATION = 0.9  # share of a device's memory that serving engines fill; vLLM's default
 

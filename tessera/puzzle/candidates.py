@@ -10,13 +10,13 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from tessera.export.engines import refusals
 from tessera.model.config import KINDS, ModelConfig
-from tessera.model.servable import refusals
 from tessera.puzzle.cases import Case
 from tessera.puzzle.cost_table import Words
 from tessera.puzzle.program import Option, SearchError, Solution
 from tessera.puzzle.space import Space, forbidden_pairs, join, split
-from tessera.recipe import nearest
+from tessera.runs.recipe import nearest
 
 Architecture = list[tuple[str, str]]
 Cut = tuple[int, str, str]  # layer, attention word, FFN word

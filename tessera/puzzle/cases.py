@@ -14,10 +14,10 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tessera.puzzle.budget_words import read_amount, read_fits
-from tessera.puzzle.constraints import Asked, ConstraintError, Limit, Setting, limits
+from tessera.puzzle.budget_words import ConstraintError, read_amount, read_fits
+from tessera.puzzle.constraints import Asked, Limit, Setting, limits
 from tessera.puzzle.cost_table import Costs, CostTable, Words
-from tessera.recipe import nearest
+from tessera.runs.recipe import nearest
 
 
 @dataclass(frozen=True)

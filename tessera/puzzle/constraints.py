@@ -25,7 +25,7 @@ from tessera.puzzle.budget_words import (
     read_fits,
 )
 from tessera.puzzle.cost_table import CostTable, Words
-from tessera.recipe import nearest
+from tessera.runs.recipe import nearest
 
 Asked = float | str
 Terms = Mapping[tuple[str, str], float]

@@ -21,20 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from tessera.devices import CPU, DTYPES, Device, DeviceError, find_device
 from tessera.model.config import GQA, KINDS, ModelConfig, Variant, parse_kind
-from tessera.model.weights import load_config
-from tessera.puzzle.calibrate import (
-    Key,
-    Seconds,
-    architectures,
-    calibrate,
-    held_out,
-    monotone,
-)
+from tessera.model.source import load_config
+from tessera.puzzle.calibrate import Key, Seconds, architectures, calibrate, held_out, monotone
 from tessera.puzzle.cost_table import DEFAULT, Scenario
 from tessera.puzzle.measure import generation_seconds, measure
 from tessera.puzzle.probe import probe_cpu
 from tessera.puzzle.roofline import Serving, seconds_of
-from tessera.run import Run, read_json
+from tessera.runs.manifest import read_json
+from tessera.runs.run import Run
 
 __all__ = ["CostConfig", "cost_rows", "count", "generation_seconds", "monotone", "price", "stage"]
 

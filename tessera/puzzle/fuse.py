@@ -26,13 +26,15 @@ from tessera.generate.torch_engine import TorchEngine
 from tessera.model.config import ModelConfig, NoOp, SwiGLU
 from tessera.model.context import Context
 from tessera.model.layers import FeedForward, Subblock
+from tessera.model.saving import save_model
+from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model, resolve, save_model
+from tessera.model.weights import load_model
 from tessera.progress import Progress
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.dependency import dependency_matrix
 from tessera.puzzle.measure import generation_seconds
-from tessera.run import Run
+from tessera.runs.run import Run
 from tessera.train.losses import token_statistics
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from tessera.export.engines import spans
 from tessera.model.config import ConfigError, ModelConfig
-from tessera.model.servable import spans
 
 _SPAN = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
 

@@ -15,7 +15,7 @@ import torch
 
 from tessera.devices import CPU, Device
 from tessera.generate.packed import Matrix
-from tessera.generate.torch_engine import clock
+from tessera.generate.stats import clock
 
 ROWS, SIDE = 512, 2048  # of the products whose rate is the peak
 READ = 64 * 2**20  # bytes of weights that a single row streams; more than caches hold

@@ -29,15 +29,17 @@ from tessera.data.batch import Batch
 from tessera.data.documents import heldout
 from tessera.data.tasks import family
 from tessera.model.context import Context
+from tessera.model.cpu import multiply
 from tessera.model.layers import Subblock
-from tessera.model.matmul import multiply
 from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model
 from tessera.progress import Progress
 from tessera.puzzle.answers import Answers, load_tasks
 from tessera.puzzle.library import load_unit
 from tessera.puzzle.space import Space, join, read_space, write_space
-from tessera.run import Run, atomic_write, read_json
+from tessera.runs.files import atomic_write
+from tessera.runs.manifest import read_json
+from tessera.runs.run import Run
 from tessera.train.losses import chunks
 
 METRICS = ("kl", "lm_loss", "cosine", "agreement")

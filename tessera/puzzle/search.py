@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from tessera.export.engines import engines_of
 from tessera.model.config import KINDS, ModelConfig
-from tessera.model.servable import engines_of
-from tessera.model.weights import load_config
+from tessera.model.source import load_config
 from tessera.puzzle import baselines
 from tessera.puzzle.candidates import Architecture, Candidates
 from tessera.puzzle.cases import Case, Demand, cases
@@ -29,7 +29,8 @@ from tessera.puzzle.promises import promised, told
 from tessera.puzzle.score import METRICS
 from tessera.puzzle.space import Space, read_space
 from tessera.puzzle.sweep import Effort, Found, search_cases
-from tessera.run import Run, read_json, read_table
+from tessera.runs.manifest import read_json, read_table
+from tessera.runs.run import Run
 
 Method = Literal["mip", "uniform", "dropped", "dropped-attention", "greedy"]
 

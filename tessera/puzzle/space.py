@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tessera.export.engines import engines_of, refusals, spans
 from tessera.model.config import (
     GQA,
     KINDS,
@@ -26,9 +27,9 @@ from tessera.model.config import (
     name,
     parse_kind,
 )
-from tessera.model.servable import engines_of, refusals, spans
 from tessera.puzzle.layer_numbers import layer_numbers, layers_of
-from tessera.run import Run, read_json
+from tessera.runs.manifest import read_json
+from tessera.runs.run import Run
 
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 Pair = tuple[int, str, str]  # layer, attention word, FFN word

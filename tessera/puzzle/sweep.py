@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tessera.export.engines import refusals
 from tessera.model.config import ModelConfig
-from tessera.model.servable import refusals
 from tessera.puzzle.candidates import Architecture, Candidates, Cut, words_of
 from tessera.puzzle.cases import Case
 from tessera.puzzle.infeasible import explain

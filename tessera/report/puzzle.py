@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from tessera.explain import explain, headline
-from tessera.lineage import model_config, origin
+from tessera.model.lineage import model_config, origin
 from tessera.plot import Series
 from tessera.report.blocks import Block, Figure, Table, Text
 from tessera.report.chart import chart, legend
+from tessera.report.explain import explain, headline
 from tessera.report.mosaic import mosaic
 from tessera.report.runs import Runs
 from tessera.table import VIEWS, count, size

@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tessera.lineage import ancestors
-from tessera.manifest import (
+from tessera.model.lineage import ancestors
+from tessera.report.show import tables
+from tessera.runs.files import RunError
+from tessera.runs.manifest import (
     Manifest,
     read_manifest,
     read_metrics,
@@ -17,8 +19,6 @@ from tessera.manifest import (
     runs_in,
     whole_lines,
 )
-from tessera.run import RunError
-from tessera.show import tables
 
 Row = dict[str, Any]
 

@@ -10,7 +10,7 @@ from tessera.progress import clock
 from tessera.report.blocks import Block, Figure, Table, Text
 from tessera.report.chart import chart, legend
 from tessera.report.runs import Row, RunData, Runs
-from tessera.show import status
+from tessera.report.show import status
 from tessera.table import Column, cell, count
 
 

@@ -1,7 +1,7 @@
 """Rewards that a server gives: an LLM as judge, and a reward model. Both over the OpenAI API.
 
 A reply that did not come, or says no verdict, is could-not-judge. Requests are tried again as
-`generate/endpoint.py` does; a server that fails too often stops the run, which can go on later.
+`ask/endpoint.py` does; a server that fails too often stops the run, which can go on later.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from tessera.ask.ask import Reply, Request
+from tessera.ask.endpoint import Endpoint
 from tessera.data.conversation import Message
-from tessera.generate.asking import Reply, Request
-from tessera.generate.endpoint import Endpoint
 from tessera.rl.rewards import AskedReward, JudgeReward, Sample
 from tessera.rl.verifiers.outcome import Outcome, judged, unjudged, wrong
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tessera.recipe import Config
+from tessera.runs.recipe import Config
 
 ORDER_STREAM = 0x0C0  # keeps these draws apart from others of the same seed
 

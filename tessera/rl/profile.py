@@ -18,23 +18,17 @@ from pydantic import Field
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.choice import EngineChoice, open_engine
 from tessera.generate.engine import SamplingParams
-from tessera.journal import Journal
-from tessera.model.weights import load_model, resolve
+from tessera.model.source import resolve
+from tessera.model.weights import load_model
 from tessera.progress import Progress
-from tessera.recipe import RecipeError
-from tessera.rl.prompts import (
-    FILE,
-    Prompt,
-    PromptsConfig,
-    collect,
-    judged_samples,
-    write,
-)
+from tessera.rl.prompts import FILE, Prompt, PromptsConfig, collect, judged_samples, write
 from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rubric import Rubric
-from tessera.run import Run
+from tessera.runs.journal import Journal
+from tessera.runs.recipe import RecipeError
+from tessera.runs.run import Run
+from tessera.vllm.choice import EngineChoice, open_engine
 
 PORTION = 256  # samples at a time
 BINS = 10

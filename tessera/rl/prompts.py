@@ -22,8 +22,8 @@ from tessera.data.tasks import problem
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import Completion
 from tessera.generate.text import said
-from tessera.recipe import Config
 from tessera.rl.rewards import Sample
+from tessera.runs.recipe import Config
 
 FILE = "prompts.jsonl"
 # The names under which rows of other sets keep what a checker needs.

@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
+from tessera.ask.endpoint import EndpointConfig
 from tessera.data.conversation import Mode, switch_of
-from tessera.generate.endpoint import EndpointConfig
-from tessera.recipe import Config, nearest
 from tessera.rl.jail.run import Isolation, Limits
 from tessera.rl.verifiers.answer import split_thoughts
 from tessera.rl.verifiers.code import CASES_TOGETHER
 from tessera.rl.verifiers.instructions import read_instructions
+from tessera.runs.recipe import Config, nearest
 
 
 class RewardError(ValueError):

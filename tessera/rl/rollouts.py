@@ -31,7 +31,6 @@ from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.switch import DETAILED, obeys
-from tessera.generate.choice import EngineChoice
 from tessera.generate.engine import Completion, Engine, SamplingParams
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer, holding
@@ -44,9 +43,11 @@ from tessera.rl.prompts import Prompt, judged_samples
 from tessera.rl.rewards import Reward, Sample
 from tessera.rl.rubric import Judged, Rubric
 from tessera.rl.shares import Shares
-from tessera.run import FailureError, Run
+from tessera.runs.files import FailureError
+from tessera.runs.run import Run
 from tessera.train.losses import token_log_probs
 from tessera.train.parallel import Layout
+from tessera.vllm.choice import EngineChoice
 
 
 class RolloutConfig(EngineChoice):

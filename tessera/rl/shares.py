@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tessera.disk import atomic_write
 from tessera.rl.experience import Group
+from tessera.runs.files import atomic_write
 from tessera.train.parallel import Layout
 
 T = TypeVar("T")

@@ -30,8 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from tessera import dist
-from tessera.disk import atomic_write, sync, writing
-from tessera.run import FailureError
+from tessera.runs.files import FailureError, atomic_write, sync, writing
 
 if TYPE_CHECKING:
     from tessera.train.engine import Trainer

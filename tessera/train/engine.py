@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from tessera import dist
 from tessera.data.batch import Batch, Source, Telling
 from tessera.progress import Progress
-from tessera.run import FailureError, Run
+from tessera.runs.files import FailureError
+from tessera.runs.run import Run
 from tessera.train.checkpoint import Saver, load_state
 from tessera.train.flops import peak
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor

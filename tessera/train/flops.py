@@ -19,7 +19,7 @@ import torch
 from tessera import devices, dist
 from tessera.data.batch import Batch
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
-from tessera.model.matmul import multiply
+from tessera.model.cpu import multiply
 
 # Of the chips in `devices.py`, with less than the peaks there: a share of those would mislead.
 SLOWER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL", "RTX 4090 D", "RTX 4090 Laptop")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.model.matmul import multiply
+from tessera.model.cpu import multiply
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,11 +34,11 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tessera import dist
-from tessera.disk import RunError
 from tessera.model.config import GQA, ModelConfig, SwiGLU, Variant
 from tessera.model.sharded import whole
 from tessera.model.transformer import Block, Transformer
 from tessera.model.weights import load_model
+from tessera.runs.files import RunError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 from tessera import dist
-from tessera.disk import fingerprint
-from tessera.run import Run, read_metrics, read_timings
+from tessera.runs.files import fingerprint
+from tessera.runs.manifest import read_metrics, read_timings
+from tessera.runs.run import Run
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from tessera.curate.config import CurateConfig
-from tessera.curate.stage import stage
-from tessera.recipe import validate
-from tessera.run import Run
+from tessera.curate.runner import stage
+from tessera.runs.recipe import validate
+from tessera.runs.run import Run
 
 
 class Curated:

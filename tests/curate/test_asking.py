@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tessera.curate import prompts
+from tessera.ask.ask import AskError, Reply
 from tessera.curate.replies import Replies
-from tessera.generate.asking import AskError, Reply
-from tessera.run import FailureError
+from tessera.curate.steps import prompts
+from tessera.runs.files import FailureError
 from tests.curate.conftest import Curated, Server, killed, run_stage, write_lines
 
 Curate = Callable[..., Curated]

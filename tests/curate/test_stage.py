@@ -19,7 +19,7 @@ from tessera.data import parquet
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError, read_rows
 from tessera.data.schema import read_chats
-from tessera.run import read_table
+from tessera.runs.manifest import read_table
 from tests.curate.conftest import Curated, killed, lines, run_stage, write_lines
 
 Curate = Callable[..., Curated]

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tessera.curate.answers import boxed, equal, final_answer, normalised
 from tessera.curate.config import STEPS, CurateConfig
-from tessera.curate.rows import Drop
+from tessera.curate.steps.answers import boxed, equal, final_answer, normalised
+from tessera.curate.steps.rows import Drop
 from tessera.data.conversation import Chat
-from tessera.recipe import RecipeError, validate
+from tessera.runs.recipe import RecipeError, validate
 from tests.curate.conftest import Curated
 
 Curate = Callable[..., Curated]
@@ -84,7 +84,7 @@ def test_normalising_twice_changes_nothing():
 
 
 def test_a_verifier_may_be_any_function():
-    one = step("verify", verifier="tessera.curate.answers:exact")
+    one = step("verify", verifier="tessera.curate.steps.answers:exact")
     good = chat("q", "a", predicted_answer="1.0", expected_answer="1")
     assert reason(one.apply(good)) == "a wrong answer"
     assert one.apply(chat("q", "a", predicted_answer="1", expected_answer="1")).extra["correct"]

@@ -10,10 +10,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.curate import words
-from tessera.curate.contamination import Decontaminate
-from tessera.curate.dedupe import bands_for, clusters, signatures
-from tessera.curate.words import word_grams
+from tessera.curate.steps import words
+from tessera.curate.steps.contamination import Decontaminate
+from tessera.curate.steps.dedupe import bands_for, clusters, signatures
+from tessera.curate.steps.words import word_grams
 from tests.curate.conftest import write_lines
 
 texts = st.lists(st.text("aAbB c1.é\n", max_size=20), min_size=1, max_size=8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tessera.cli import app
+from tessera.cli.main import app
 from tessera.data.audit import CHECKS, audit, coloured, violations
 from tessera.data.chat import ChatEncoder, Document
 from tessera.data.conversation import Chat

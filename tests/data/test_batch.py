@@ -8,18 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.data.batch import (
-    ON,
-    TEXT,
-    Batch,
-    Sample,
-    best_fit,
-    chunks,
-    collate,
-    fill,
-    pack,
-    shift,
-)
+from tessera.data.batch import ON, TEXT, Batch, Sample, best_fit, chunks, collate, fill, pack, shift
 
 quick = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 corpora = st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=40), min_size=1, max_size=12)

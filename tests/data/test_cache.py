@@ -17,7 +17,7 @@ from tessera.data.cache import GIB, TokenCache
 from tessera.data.readers import DataError
 from tessera.data.store import open_tokens
 from tessera.data.tokenizer import byte_tokenizer, train_bpe
-from tessera.run import RunError
+from tessera.runs.files import RunError
 from tests.data.conftest import kill_stage
 from tests.data.test_prepare import decoded, written
 

@@ -20,8 +20,8 @@ from tessera.data.store import open_tokens
 from tessera.data.tasks import problem_chat
 from tessera.data.template import LLAMA3, template_of
 from tessera.data.tokenizer import load_tokenizer
-from tessera.recipe import RecipeError, validate
-from tessera.run import read_json, read_table
+from tessera.runs.manifest import read_json, read_table
+from tessera.runs.recipe import RecipeError, validate
 from tests.data.conftest import Prepare
 
 TOKENIZER: dict[str, Any] = {"bpe": 300, "chat": True}

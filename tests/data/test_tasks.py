@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tessera.cli import app
+from tessera.cli.main import app
 from tessera.data.conversation import Chat, fault, split_thought
 from tessera.data.schema import read_chats
 from tessera.data.tasks import TASKS, Problem, completion, document, problem, problem_chat, split_of

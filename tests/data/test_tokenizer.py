@@ -9,13 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.data.tokenizer import (
-    Tokenizer,
-    TokenizerError,
-    byte_tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from tessera.data.formats import TokenizerError
+from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 BYTES = byte_tokenizer()
 quick = settings(max_examples=200, deadline=None, database=None, derandomize=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tessera.ask.ask import Receive, Reply, Request
 from tessera.data.conversation import CLOSE, OPEN, Mode
 from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
@@ -18,8 +19,7 @@ from tessera.eval.perplexity import _logprobs
 from tessera.eval.scores import Scored, pass_at, summary
 from tessera.eval.task import Data, EvalError, Item, Task, ask
 from tessera.eval.tasks import find
-from tessera.generate.asking import Receive, Reply, Request
-from tessera.journal import Journal
+from tessera.runs.journal import Journal
 
 
 class Answerer:

@@ -20,8 +20,8 @@ from tessera.eval.evaluate import EvalConfig, evaluate
 from tessera.eval.perplexity import perplexity
 from tessera.eval.tasks.maths import BOX
 from tessera.generate.engine import SamplingParams
-from tessera.model.weights import save_model
-from tessera.recipe import RecipeError
+from tessera.model.saving import save_model
+from tessera.runs.recipe import RecipeError
 from tests import tiny
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'tessera[harness]'")

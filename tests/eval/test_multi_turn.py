@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
+from tessera.ask.ask import Receive, Reply, Request
 from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
 from tessera.eval.task import Data, Item
 from tessera.eval.tasks import find
 from tessera.eval.tasks.multi_turn import STEPS, goes_on, play, verify_turns
-from tessera.generate.asking import Receive, Reply, Request
-from tessera.journal import Journal
 from tessera.rl.rewards import Sample
 from tessera.rl.verifiers.outcome import Outcome
+from tessera.runs.journal import Journal
 
 Calls = Sequence[tuple[str, dict[str, Any]]]
 DONE = "That is done."

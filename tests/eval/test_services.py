@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tessera.eval.services import SERVICES, Services
+from tessera.eval.services import SERVICES
+from tessera.eval.services.base import Services
 from tessera.eval.services.fares import AIRPORTS, base_fare
 from tessera.eval.task import Data
 from tessera.eval.tasks.multi_turn import DOCS, every_set

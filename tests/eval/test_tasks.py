@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tessera.ask.ask import Receive, Reply, Request
 from tessera.data.conversation import CLOSE, OPEN
 from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
@@ -16,8 +17,7 @@ from tessera.eval.task import Data, EvalError, Item, Task, ask
 from tessera.eval.tasks import TASKS, find
 from tessera.eval.tasks.judged import duels, marks, mean_mark, win_share
 from tessera.eval.tasks.tools import read_calls
-from tessera.generate.asking import Receive, Reply, Request
-from tessera.journal import Journal
+from tessera.runs.journal import Journal
 
 Say = Callable[[Item], str]
 

@@ -11,12 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tessera.generate.engine import (
-    ClosedError,
-    GenerationError,
-    QueueFullError,
-    SamplingParams,
-)
+from tessera.generate.engine import ClosedError, GenerationError, QueueFullError, SamplingParams
 from tessera.generate.requests import EngineError
 from tessera.generate.torch_engine import TorchEngine
 from tests import tiny

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.model import decilm
+from tessera.export import decilm
 from tessera.model.cache import KVCache
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, name, parse
 from tessera.model.families import parse_config, read_config

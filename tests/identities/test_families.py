@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tessera.model.cache import KVCache
 from tessera.model.context import Context
-from tessera.model.weights import load_model, save_model
+from tessera.model.saving import save_model
+from tessera.model.weights import load_model
 from tests import tiny
 
 SIZES = {

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from tessera.model.config import RopeScaling
 from tessera.model.families import FAMILIES, config_dict, config_json, parse_config
 from tessera.model.names import hf_name, our_name
+from tessera.model.saving import save_model
+from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_config, load_model, save_model
+from tessera.model.weights import load_model
 from tests import tiny
 
 FULL: dict[str, Any] = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True}

@@ -6,16 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.model.config import (
-    GQA,
-    ConfigError,
-    Linear,
-    NoOp,
-    SwiGLU,
-    name,
-    parse,
-    parse_kind,
-)
+from tessera.model.config import GQA, ConfigError, Linear, NoOp, SwiGLU, name, parse, parse_kind
 from tests import tiny
 
 sizes = st.integers(1, 10**7)

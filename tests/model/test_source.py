@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tessera.model.source import CheckpointError, load_config, resolve
-from tessera.run import Run
+from tessera.runs.run import Run
 from tests import tiny
 
 

@@ -11,9 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tessera.disk import WriteError
 from tessera.model import saving
-from tessera.model.weights import CheckpointError, load_model, save_model
+from tessera.model.saving import save_model
+from tessera.model.source import CheckpointError
+from tessera.model.weights import load_model
+from tessera.runs.files import WriteError
 from tests import tiny
 
 GATE = "model.layers.0.mlp.gate_proj.weight"

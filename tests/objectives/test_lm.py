@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tessera.objectives.lm import ParentConfig
-from tessera.recipe import RecipeError, validate
+from tessera.runs.recipe import RecipeError, validate
 
 
 def test_a_parent_is_looked_at_before_anything_runs(tmp_path):

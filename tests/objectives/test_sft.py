@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tessera.cli import app
+from tessera.cli.main import app
 from tessera.data.batch import OFF, ON, Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.documents import Documents
@@ -21,8 +21,10 @@ from tessera.model.weights import load_model
 from tessera.objectives.lm import LM
 from tessera.objectives.sft import SFT, SFTConfig, stage
 from tessera.pipeline import run_recipe
-from tessera.recipe import loads
-from tessera.run import Run, RunError, read_metrics
+from tessera.runs.files import RunError
+from tessera.runs.manifest import read_metrics
+from tessera.runs.recipe import loads
+from tessera.runs.run import Run
 from tessera.train.engine import Objective
 from tests.toy import toy_batch, toy_model
 

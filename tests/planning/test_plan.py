@@ -10,9 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tessera.cli import app
+from tessera.cli.main import app
 from tessera.data.batch import Batch
-from tessera.eval.race import RaceConfig
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
@@ -24,10 +23,11 @@ from tessera.planning.memory import Layout, held_params, memory, root_params
 from tessera.planning.parent import parent_of
 from tessera.planning.step import step_time
 from tessera.planning.work import Job, jobs
-from tessera.recipe import loads
+from tessera.puzzle.race import RaceConfig
 from tessera.rl.experience import Answer, Group, rows
 from tessera.rl.rollouts import RolloutConfig
-from tessera.run import Run
+from tessera.runs.recipe import loads
+from tessera.runs.run import Run
 from tessera.train.activations import kept
 from tessera.train.engine import Trainer
 from tessera.train.flops import Work

@@ -19,8 +19,8 @@ from tessera.puzzle.library import BlockLibrary, load_unit, save_library
 from tessera.puzzle.score import ScoreConfig, load_units, score_answers, score_given
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
-from tessera.recipe import RecipeError, loads, validate
-from tessera.run import read_json, read_table
+from tessera.runs.manifest import read_json, read_table
+from tessera.runs.recipe import RecipeError, loads, validate
 from tests import tiny
 from tests.toy import toy_batch, toy_model
 
@@ -130,7 +130,7 @@ def test_what_is_no_problem_is_told_by_its_line(tmp_path: Path):
 
 
 def test_a_score_stage_has_a_column_for_each_task(tmp_path: Path):
-    from tests.eval.test_race import RECIPE
+    from tests.puzzle.test_race import RECIPE
 
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"prompt": "start 3 a+1 mod 10\nAnswer:", "answer": " 4"}) + "\n")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tessera.puzzle.budget_words import ConstraintError
 from tessera.puzzle.cases import Case, Demand, cases
-from tessera.puzzle.constraints import ConstraintError
 from tessera.puzzle.cost_table import CostTable, Scenario
 from tests.searching import PARENT, cases_of, priced, table
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tessera.model.context import Context
-from tessera.objectives.bld import BLD
 from tessera.pipeline import STAGES
+from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary, trainable_units
 from tessera.puzzle.memory import TRAINED, kept_numbers, training_memory, unit_params
 from tessera.puzzle.space import SpaceConfig, build_space
@@ -76,9 +76,9 @@ def test_activations_are_near_what_autograd_keeps():
 
 @pytest.fixture
 def planned(tmp_path: Path):
-    from tessera import estimate
-    from tessera.recipe import loads
-    from tessera.resolve import plan
+    from tessera.planning import estimate
+    from tessera.runs.plan import plan
+    from tessera.runs.recipe import loads
 
     tiny.saved(tmp_path / "model")
     (tmp_path / "text.txt").write_text("one<|endoftext|>two")

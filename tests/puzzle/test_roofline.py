@@ -9,7 +9,7 @@ import pytest
 
 from tessera.devices import DEVICES
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, uniform
-from tessera.model.weights import save_model
+from tessera.model.saving import save_model
 from tessera.puzzle import cost
 from tessera.puzzle.cost import CostConfig, cost_rows
 from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
@@ -25,8 +25,9 @@ from tessera.puzzle.roofline import (
 )
 from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import write_space
-from tessera.recipe import loads, validate
-from tessera.run import Run, read_json
+from tessera.runs.manifest import read_json
+from tessera.runs.recipe import loads, validate
+from tessera.runs.run import Run
 from tests.searching import LAYERS, SPACE, scores
 from tests.toy import toy_config, toy_model
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.model.servable import refusals
+from tessera.export.engines import refusals
 from tessera.puzzle.cost import CostConfig, cost_rows
 from tessera.puzzle.cost_table import Costs, CostTable, Scenario
 from tessera.puzzle.program import Infeasible, Option, solve

@@ -5,14 +5,8 @@ import pytest
 from tessera.model.config import ConfigError
 from tessera.puzzle.layer_numbers import layer_numbers
 from tessera.puzzle.library import union
-from tessera.puzzle.space import (
-    SpaceConfig,
-    build_space,
-    forbidden_pairs,
-    restrict,
-    with_pairs,
-)
-from tessera.recipe import RecipeError, validate
+from tessera.puzzle.space import SpaceConfig, build_space, forbidden_pairs, restrict, with_pairs
+from tessera.runs.recipe import RecipeError, validate
 from tests.toy import toy_config
 
 

@@ -12,13 +12,14 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
-from tessera.cli import app
+from tessera.cli.main import app
 from tessera.plot import Series
 from tessera.report import build, html
 from tessera.report.blocks import Figure
 from tessera.report.chart import MOST, chart
 from tessera.report.markdown import markdown
-from tessera.run import Run, RunError
+from tessera.runs.files import RunError
+from tessera.runs.run import Run
 
 HOSTILE = "<script>document.title = 'owned'</script>\n```\n| <img src=x onerror=alert(1)> |"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

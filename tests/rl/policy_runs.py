@@ -14,9 +14,9 @@ from typing import Any
 from tessera import dist
 from tessera.objectives.grpo import GRPOConfig, stage
 from tessera.pipeline import run_recipe
-from tessera.recipe import loads
 from tessera.rl import rollouts
-from tessera.run import Run
+from tessera.runs.recipe import loads
+from tessera.runs.run import Run
 
 RECIPE = """
 [data]

@@ -16,7 +16,7 @@ import pytest
 from tessera.rl.asked import Asked
 from tessera.rl.rewards import JudgeReward, ModelReward, Sample
 from tessera.rl.rubric import Rubric
-from tessera.run import FailureError
+from tessera.runs.files import FailureError
 
 pytest.importorskip("httpx")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tessera.rl.jail import JailError, Limits, require_isolation
+from tessera.rl.jail.run import JailError, Limits, require_isolation
 from tessera.rl.verifiers.code import extract_code, verify_asserts, verify_outputs
 
 try:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tessera.rl.jail import Ended, JailError, Limits, require_isolation, run
+from tessera.rl.jail import run
 from tessera.rl.jail import run as package_run
-from tessera.rl.jail.run import python
+from tessera.rl.jail.run import Ended, JailError, Limits, python, require_isolation
 
 QUICK = Limits(seconds=5, memory_mib=256, processes=8, output_kib=64, tmp_mib=8)
 

@@ -19,7 +19,7 @@ from tessera.rl.prompts import Prompt
 from tessera.rl.rewards import ExactReward, FormatReward
 from tessera.rl.rollouts import RolloutConfig, Rollouts
 from tessera.rl.rubric import Rubric
-from tessera.run import Run
+from tessera.runs.run import Run
 from tessera.train.parallel import Layout
 
 TOKENIZER = byte_tokenizer()

@@ -21,11 +21,11 @@ import pytest
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer, train_bpe
+from tessera.export import decilm
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model import decilm
 from tessera.model.weights import load_model
-from tessera.serve import vllm_server
+from tessera.vllm import server as vllm_server
 from tests import tiny
 from tests.rl.policy_runs import made
 
@@ -33,8 +33,8 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
-from tessera.serve.api.run import ServeConfig, ServeError  # noqa: E402
-from tessera.serve.api.vllm import command  # noqa: E402
+from tessera.serve.server import ServeConfig, ServeError  # noqa: E402
+from tessera.serve.vllm import command  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -288,7 +288,7 @@ def test_others_are_served_with_a_key_only_and_a_taken_port_is_said(model: Path)
 
 
 def test_prompts_are_kept_for_those_that_begin_alike(model: Path):
-    from tessera.serve.api.run import serving
+    from tessera.serve.server import serving
 
     with serving(str(model), ServeConfig(prefix_cache=300)) as one:
         engine = one.talker.engine
@@ -343,7 +343,7 @@ def test_keys_of_vllm_stand_in_its_environment_and_on_no_command_line(tmp_path: 
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():
-    page = (ROOT / "tessera/serve/api/page.html").read_text()
+    page = (ROOT / "tessera/serve/page.html").read_text()
     assert "http://" not in page and "https://" not in page and "//cdn" not in page
     assert "enable_thinking" in page and "innerHTML" not in page
 

@@ -18,14 +18,14 @@ from torch import nn
 from tessera import dist
 from tessera.data.batch import Batch
 from tessera.model.sharded import whole
-from tessera.objectives.bld import BLD
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM
 from tessera.objectives.sft import SFT
+from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
-from tessera.run import Run
+from tessera.runs.run import Run
 from tessera.train.engine import Objective, Trainer
 from tessera.train.optim import TrainConfig
 from tests import tiny

@@ -13,7 +13,8 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from tessera.objectives.lm import LM
-from tessera.run import Run, WriteError
+from tessera.runs.files import WriteError
+from tessera.runs.run import Run
 from tessera.train import checkpoint
 from tessera.train.checkpoint import META, Saver, load_state, states
 from tessera.train.engine import Trainer

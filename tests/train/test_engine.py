@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tessera.objectives.lm import LM
-from tessera.run import FailureError, Run, read_metrics
+from tessera.runs.files import FailureError
+from tessera.runs.manifest import read_metrics
+from tessera.runs.run import Run
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 from tests.toy import ToySource, toy_model

@@ -8,16 +8,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.data.batch import pack
-from tessera.model import matmul
+from tessera.model import cpu
 from tessera.model.transformer import Transformer
-from tessera.objectives.bld import BLD
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM
 from tessera.objectives.sft import SFT
+from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary, save_library
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
-from tessera.run import Run, read_metrics
+from tessera.runs.manifest import read_metrics
+from tessera.runs.run import Run
 from tessera.train import flops
 from tessera.train.engine import Trainer
 from tessera.train.flops import Work, model_cost, peak
@@ -32,7 +33,7 @@ FULL = Work(ROWS * LENGTH, ROWS * LENGTH * LENGTH)  # torch counts the masked ha
 @pytest.fixture(autouse=True)
 def counted_kernels(monkeypatch):
     """Only kernels that torch's counter knows."""
-    monkeypatch.setattr(matmul, "prefers_onednn", lambda weight: False)
+    monkeypatch.setattr(cpu, "prefers_onednn", lambda weight: False)
     with sdpa_kernel(SDPBackend.MATH):
         yield
 

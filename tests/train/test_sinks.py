@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tessera.manifest import run_fingerprint
 from tessera.objectives.lm import LM
-from tessera.run import Run, read_metrics
+from tessera.runs.manifest import read_metrics, run_fingerprint
+from tessera.runs.run import Run
 from tessera.train import sinks
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig

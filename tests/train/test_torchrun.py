@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tessera.model.weights import load_model
-from tessera.run import is_done, read_manifest, read_metrics
+from tessera.runs.manifest import is_done, read_manifest, read_metrics
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tessera.objectives.lm import LM
-from tessera.run import Run
+from tessera.runs.run import Run
 from tessera.train import engine
 from tessera.train import watch as watch_module
 from tessera.train.engine import Trainer

@@ -21,7 +21,8 @@ from functools import partial
 from typing import Any
 
 from tessera.data.conversation import Message
-from tessera.eval.services import SERVICES, Services
+from tessera.eval.services import SERVICES
+from tessera.eval.services.base import Services
 from tessera.eval.task import Data, EvalError, Item, Measure, Task, ask
 from tessera.eval.tasks.tools import read_calls
 from tessera.rl.rewards import FunctionReward, Sample

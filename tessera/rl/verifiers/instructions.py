@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tessera.recipe import nearest
 from tessera.rl.verifiers import constraints
 from tessera.rl.verifiers.language import UndetectedError
 from tessera.rl.verifiers.outcome import Outcome, unjudged
+from tessera.runs.recipe import nearest
 
 CONSTRAINTS: dict[str, Callable[..., bool]] = {
     "change_case:capital_word_frequency": constraints.capital_word_frequency,

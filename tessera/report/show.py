@@ -1,0 +1,251 @@
+"""A run, a model directory or a config.json for a person to look at; torch-free.
+
+    layer  attention            ffn
+        0  gqa-8  ████████      swiglu-14336  ████████████████████████
+        1  noop   ░░░░░░░░      swiglu-7168   ████████████░░░░░░░░░░░░
+
+A bar is KV heads out of the most, FFN width out of the widest; its shaded part is what was taken
+from the parent. With it: parameters, KV bytes a token, what the run was made from, what each word
+that was taken cost and saved (`report/explain.py`), and its tables. `describe` gives all of that as
+plain values for `--json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, NoOp, SwiGLU
+from tessera.model.lineage import lineage, model_config
+from tessera.progress import clock
+from tessera.report.explain import explain, headline, render_changes
+from tessera.runs.files import RunError, in_use
+from tessera.runs.manifest import Manifest, read_json, read_manifest, read_table, runs_in
+from tessera.table import VIEWS, render_table, terminal_width
+
+ATTENTION_BAR, FFN_BAR = 8, 24
+TABLE_ROWS = 12
+WHOLE = ("compare", "race", "frontier")  # tables shown to their last row
+STOPPED = "stopped: no process works on it; the tessera run that began it, given again, goes on"
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_SHADES, _LEAST = "·░▒▓█", -9  # below 2^-9, then two powers of two a shade
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What there is to say of a path, as JSON values. Raises RunError for what is none of ours."""
+    path = Path(path)
+    if (path / "run.json").is_file():
+        return _describe_run(path)
+    for depth in ("*", "*/*"):  # the runs of a recipe, those of several
+        if runs := runs_in(path, depth):
+            manifests = sorted(((read_manifest(run), run) for run in runs), key=_began)
+            found = [_summary(*one) | {"name": str(one[1].relative_to(path))} for one in manifests]
+            return {"path": str(path), "runs": found}
+    return {"path": str(path), "model": describe_model(model_config(path))}
+
+
+def tables(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every table of a run, by name."""
+    files = sorted((path / "tables").glob("*.jsonl"))
+    return {file.stem: read_table(path, file.stem) for file in files}
+
+
+def _describe_run(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    found: dict[str, Any] = {"path": str(path), **_summary(manifest, path), "error": manifest.error}
+    found["lineage"] = lineage(path)
+    try:
+        found["model"] = describe_model(model_config(path))
+    except RunError:
+        found["model"] = None
+    found["taken"] = explain(path)
+    found["tables"] = tables(path)
+    if (path / "tables" / "dependency.json").is_file():
+        found["dependency"] = read_json(path, "dependency")
+    return found
+
+
+def _began(pair: tuple[Manifest, Path]) -> tuple[str, str]:
+    return str(pair[1].parent), pair[0].started
+
+
+def _summary(manifest: Manifest, path: Path) -> dict[str, Any]:
+    keys = ("name", "stage", "status", "seconds", "started", "seed", "versions")
+    found = {key: getattr(manifest, key) for key in keys}
+    return found | {"status": status(manifest, path)}
+
+
+def status(manifest: Manifest, path: Path) -> str:
+    """The status of a run; `stopped` for one that was killed, and so could not say it itself."""
+    stopped = manifest.status == "running" and not in_use(path)
+    return "stopped" if stopped else manifest.status
+
+
+def describe_model(config: ModelConfig) -> dict[str, Any]:
+    """Words, parameters and KV bytes a token of an architecture, as JSON values."""
+    return {
+        "family": config.family,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "num_params": config.num_params(),
+        "kv_bytes_per_token": {
+            "float32": config.kv_bytes_per_token(4),
+            "bfloat16": config.kv_bytes_per_token(2),
+            "float8": config.kv_bytes_per_token(1),
+        },
+        "words": [list(words) for words in config.words],
+    }
+
+
+def render(found: dict[str, Any], config: ModelConfig | None) -> str:
+    """`describe`'s answer, and the architecture where there is one, as text."""
+    if "runs" in found:
+        rows = [{key: run[key] for key in ("name", "stage", "status")} for run in found["runs"]]
+        times = [clock(r["seconds"]) if r["status"] == "done" else "-" for r in found["runs"]]
+        listed = render_table([row | {"took": t} for row, t in zip(rows, times, strict=True)])
+        return listed + (f"\n\n{STOPPED}" if any(r["status"] == "stopped" for r in rows) else "")
+    parts = []
+    if "status" in found:
+        took = f", {clock(found['seconds'])}" if found["status"] == "done" else ""
+        parts.append(f"{found['path']}: {found['stage']}, {found['status']}{took}")
+        parts += [STOPPED] if found["status"] == "stopped" else []
+        parts += [found["error"]] if found["error"] else []
+        parts.append(_render_lineage(found["lineage"]))
+    if config:
+        parts.append(f"{_sizes(config)}\n{mosaic(config, _parent(found))}")
+    if found.get("taken"):
+        parts.append(f"{headline(found['taken'])}\n{render_changes(found['taken'])}")
+    if "dependency" in found:
+        parts.append(dependency_map(found["dependency"]))
+    parts += [render_named(name, rows) for name, rows in found.get("tables", {}).items()]
+    return "\n\n".join(parts)
+
+
+def _parent(found: dict[str, Any]) -> ModelConfig | None:
+    return model_config(found["taken"]["against"]) if found.get("taken") else None
+
+
+def render_named(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A table of a run under its name, as wide as the terminal allows."""
+    if rows and all("told" in row for row in rows):  # rows that say themselves what they mean
+        return "\n".join([name, *(f"  {row['told']}" for row in rows)])
+    limit = None if name in WHOLE else TABLE_ROWS
+    return f"{name}\n{render_table(rows, limit, VIEWS.get(name, ()), terminal_width())}"
+
+
+def _render_lineage(rows: Sequence[dict[str, Any]]) -> str:
+    width = max((len(row["name"]) for row in rows if row["inputs"]), default=0)
+    lines = ["made from"]
+    for row in rows:
+        made = ", ".join(
+            word if word == need else f"{need} {word}" for need, word in row["inputs"].items()
+        )
+        lines.append(f"  {row['name']:{width}}  <- {made}" if made else f"  {row['name']}")
+    return "\n".join(lines)
+
+
+def _sizes(config: ModelConfig) -> str:
+    full, half, quarter = (config.kv_bytes_per_token(size) for size in (4, 2, 1))
+    return (
+        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"{config.num_params():,} parameters, "
+        f"{full:,.0f} KV bytes a token in float32 ({half:,.0f} in bfloat16, {quarter:,.0f} in FP8)"
+    )
+
+
+def mosaic(config: ModelConfig, parent: ModelConfig | None = None) -> str:
+    """The architecture, one line a layer: its words, and a bar for each.
+
+    What the parent had there and the model has not is shaded.
+    """
+    blocks = [*config.blocks, *(parent.blocks if parent else ())]
+    wide = max((b.ffn.intermediate_size for b in blocks if isinstance(b.ffn, SwiGLU)), default=1)
+    heads = max(
+        (b.attention.num_key_value_heads for b in blocks if isinstance(b.attention, GQA)), default=1
+    )
+    first = max(len(words[0]) for words in [*config.words, ("attention", "")])
+    second = max(len(words[1]) for words in config.words)
+    lines = [f"layer  {'attention':{first + 2 + ATTENTION_BAR}}  ffn"]
+    for layer, block in enumerate(config.blocks):
+        own = parent.blocks[layer] if parent and layer < len(parent.blocks) else block
+        left = _bar(block.attention, own.attention, heads, ATTENTION_BAR)
+        right = _bar(block.ffn, own.ffn, wide, FFN_BAR)
+        attention, ffn = block.words
+        tiles = f"{attention:{first}}  {left:{ATTENTION_BAR}}  {ffn:{second}}  {right}"
+        lines.append(f"{layer:5}  {tiles}".rstrip())
+    return "\n".join(lines)
+
+
+def _bar(variant: Attention | FFN, parent: Attention | FFN, full: int, width: int) -> str:
+    bar = _solid(variant, full, width)
+    taken = len(_solid(parent, full, width)) - len(bar)
+    if isinstance(variant, NoOp) and not isinstance(parent, NoOp):
+        return "░" * (taken + len(bar))  # nothing is left to draw
+    return bar + "░" * taken
+
+
+def dependency_map(matrix: Sequence[Sequence[float]]) -> str:
+    """How much each block reads each earlier one (FFN Fusion §3.2), shaded by powers of two.
+
+    Line i, column j: the cosine distance that removing block i makes to what block j adds.
+    """
+    told = [f"{_SHADES[0]} below 2^{_LEAST}"]
+    told += [f"{s} from 2^{_LEAST + 2 * i}" for i, s in enumerate(_SHADES[1:])]
+    lines = [f"dependency of later blocks on each: {', '.join(told)}"]
+    tens = "".join(f"{j:<10}" for j in range(0, len(matrix), 10))
+    lines.append(f"layer  {tens}".rstrip())
+    for i, row in enumerate(matrix):
+        cells = "".join(_shade(value) if j > i else " " for j, value in enumerate(row))
+        lines.append(f"{i:5}  {cells}".rstrip())
+    return "\n".join(lines)
+
+
+def _shade(value: float) -> str:
+    if value < 2.0**_LEAST:
+        return _SHADES[0]
+    return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log2(value) - _LEAST) // 2)]
+
+
+def _solid(variant: Attention | FFN, full: int, width: int) -> str:
+    match variant:
+        case GQA(size) | SwiGLU(size):
+            eighths = max(1, round(8 * width * size / full))
+            return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+        case Chain():
+            return "─"
+        case _:
+            return "·"
+
+
+def samples(path: Path) -> list[dict[str, Any]]:
+    """The kept samples of a reinforcement learning run, of its first rollout and of its last.
+
+    Raises RunError for a run that keeps none.
+    """
+    files = sorted((path / "samples").glob("*.jsonl"))
+    if not files:
+        raise RunError(f"{path} keeps no samples; grpo, rloo and rpo runs do, in samples/")
+    ends = [files[0], *files[-1:]] if len(files) > 1 else files
+    return [
+        json.loads(line) for file in ends for line in file.read_text("utf-8").split("\n") if line
+    ]
+
+
+def render_samples(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Samples as they are read: what was asked, what was said, what it was worth and why."""
+    told = []
+    for row in rows:
+        parts = ", ".join(
+            f"{name} {'could not be judged' if score is None else format(score, '.3g')}"
+            for name, score in row["parts"].items()
+        )
+        worth = "left out" if row["reward"] is None else f"reward {row['reward']:.3g}"
+        head = f"rollout {row['rollout']}, {row['kind']}: {worth} ({parts}), {row['tokens']} tokens"
+        told.append(f"{head}, thinking {row['mode']}\n> {row['prompt']}\n{row['text']}")
+    return "\n\n".join(told)

@@ -1,0 +1,330 @@
+"""A run directory: everything one stage of one recipe made, and whether to believe it.
+
+    run.json       manifest: stage, status, resolved config, inputs and fingerprints, seed
+    recipe.toml    the stage's resolved table      metrics.jsonl  one object a logged step
+    log.txt        what was said                   timings.jsonl  how fast it was
+    tables/        NAME.jsonl, NAME.json
+    model/         Hugging Face layout             state/         for resuming, gone when done
+
+Done means `status = "done"`, written last, by rename; anything else is resumed or refused, never
+read. A run is known by its fingerprint: a hash of stage, resolved config, seed and the
+fingerprints of its inputs. What a stage computes is no business of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Self
+
+from tessera import dist
+from tessera.runs.files import (
+    FailureError,
+    Lock,
+    RunError,
+    WriteError,
+    atomic_write,
+    fingerprint,
+    writing,
+)
+from tessera.runs.manifest import (
+    Manifest,
+    Status,
+    fingerprint_path,
+    is_done,
+    now,
+    read_json,
+    read_manifest,
+    read_metrics,
+    read_table,
+    read_timings,
+    run_fingerprint,
+    versions,
+    whole_lines,
+)
+
+__all__ = [
+    "FailureError",
+    "Manifest",
+    "Run",
+    "RunError",
+    "WriteError",
+    "atomic_write",
+    "fingerprint",
+    "fingerprint_path",
+    "is_done",
+    "read_json",
+    "read_manifest",
+    "read_metrics",
+    "read_table",
+    "read_timings",
+    "run_fingerprint",
+]
+
+LOGS = ("metrics.jsonl", "timings.jsonl")  # one object a step
+InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
+
+
+class Run:
+    """One run directory, open for its stage; a context manager that records how it ended.
+
+    In a job of several processes only the main one writes; the others hold the same paths.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, lock: Lock | None, quiet: bool) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.name, self.stage = manifest.name, manifest.stage
+        self.seed, self.config = manifest.seed, manifest.config
+        self.model_path = path / "model"
+        self.state_path = path / "state"
+        self.tables = path / "tables"
+        self.quiet = quiet
+        self._lock = lock
+        self._writes = dist.is_main()
+        self._opened, self._opened_cpu = time.monotonic(), _cpu_seconds()
+        self._spent, self._spent_cpu = manifest.seconds, manifest.cpu_seconds
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        stage: str,
+        config: Mapping[str, Any],
+        inputs: InputPaths,
+        seed: int,
+        quiet: bool = False,
+    ) -> Run:
+        """Creates a run, or resumes one of the same fingerprint.
+
+        Raises RunError when it is finished, differs, belongs to another process, or when an
+        input is unfinished or missing.
+        """
+        path = Path(path)
+        lock = Lock(path) if dist.is_main() else None
+        try:
+            manifest = _begin(path, stage, dict(config), inputs, seed)
+            run = cls(path, manifest, lock, quiet)
+            run._save()
+            run._mend_logs()
+        except BaseException:
+            if lock:
+                lock.release()
+            raise
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.interrupted()
+        elif error is not None:
+            self.fail(f"{type(error).__name__}: {error}")
+        self.close()
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Appends one step's numbers to `metrics.jsonl`; what is not finite becomes null."""
+        self._log("metrics.jsonl", step, metrics)
+
+    def log_timing(self, step: int, **timings: float) -> None:
+        """Appends to `timings.jsonl`, apart from what two runs of one fingerprint agree on."""
+        self._log("timings.jsonl", step, timings)
+
+    def _log(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        numbers = {key: _number(value) for key, value in values.items()}
+        self._append(name, json.dumps({"step": step, **numbers}))
+
+    def rewind(self, step: int) -> None:
+        """Drops the steps after this one, so that a resumed run repeats no line."""
+        for name in LOGS:
+            if self._writes and (self.path / name).is_file():
+                kept = [row for row in whole_lines(self.path / name)[0] if row["step"] <= step]
+                atomic_write(self.path / name, _lines(kept))
+
+    def say(self, text: str) -> None:
+        """Prints a line for the user and keeps it in `log.txt`."""
+        if self._writes and not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+        self._append("log.txt", f"{now():%Y-%m-%d %H:%M:%S} {text}")
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes `tables/NAME.jsonl`, one object a row, whole or not at all.
+
+        Raises RunError for a number that is not finite: JSON has no word for it.
+        """
+        for index, row in enumerate(rows):
+            for column, value in row.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise RunError(f"table {name!r}: row {index} has {column} = {value}: {row}")
+        self.write_file(f"tables/{name}.jsonl", _lines(rows))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes `tables/NAME.json`, whole or not at all."""
+        text = json.dumps(value, indent=1, allow_nan=False, default=_plain)
+        self.write_file(f"tables/{name}.json", text + "\n")
+
+    def write_file(self, name: str, data: str | bytes) -> None:
+        """Writes a file of this run, whole or not at all; `name` is relative to it."""
+        file = self.path / name
+        if self._writes:
+            with writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, data)
+
+    def inherit(self, source: Path, *names: str) -> None:
+        """Copies tables of the run this one was made from; what `source` lacks is left out."""
+        for name in names:
+            for file in (source / "tables").glob(f"{name}.json*"):
+                self.write_file(f"tables/{file.name}", file.read_bytes())
+
+    def read_table(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one of this run's own tables."""
+        return read_table(self.path, name)
+
+    def finish(self) -> None:
+        """Declares the run done: the last thing written, after which nothing here changes."""
+        self._end("done")
+        if self._writes:
+            shutil.rmtree(self.state_path, ignore_errors=True)
+        self.close()
+
+    def fail(self, reason: str) -> None:
+        """Records that the stage stopped on an error; what it left stays for resuming."""
+        try:
+            self._append("log.txt", reason)
+            self._end("failed", reason)
+        except WriteError:
+            # On a full disk the manifest goes on saying "running", which is resumed just the same.
+            pass
+
+    def interrupted(self) -> None:
+        """Records that the user stopped the stage; what it left stays for resuming."""
+        self._end("interrupted")
+
+    def close(self) -> None:
+        """Lets another process open this directory."""
+        if self._lock:
+            self._lock.release()
+
+    def _end(self, status: Status, error: str | None = None) -> None:
+        if self.manifest.status == "done":  # A Ctrl-C that lands after the end does not undo it.
+            return
+        seconds = self._spent + time.monotonic() - self._opened
+        self.manifest = replace(
+            self.manifest,
+            status=status,
+            error=error,
+            finished=now().isoformat(),
+            seconds=round(seconds, 3),
+            cpu_seconds=round(self._spent_cpu + _cpu_seconds() - self._opened_cpu, 3),
+        )
+        self._save()
+
+    def _save(self) -> None:
+        text = json.dumps(asdict(self.manifest), indent=1, default=_plain)
+        self.write_file("run.json", text + "\n")
+
+    def _append(self, name: str, line: str) -> None:
+        if self._writes:
+            file = self.path / name
+            with writing(file), file.open("ab", buffering=0) as handle:
+                handle.write(line.encode() + b"\n")
+
+    def _mend_logs(self) -> None:
+        for file in (self.path / name for name in LOGS):
+            if self._writes and file.is_file():
+                rows, torn = whole_lines(file)
+                if torn:
+                    atomic_write(file, _lines(rows))
+
+
+def _begin(
+    path: Path, stage: str, config: dict[str, Any], inputs: InputPaths, seed: int
+) -> Manifest:
+    """The manifest to start or to go on with."""
+    references = {need: _reference(value, path.parent) for need, value in inputs.items()}
+    prints = {need: _print_of(value) for need, value in references.items()}
+    identity = run_fingerprint(stage, config, seed, prints)
+    if dist.is_main():  # The others would see what this one is just writing.
+        if (path / "run.json").is_file():
+            return _go_on(path, read_manifest(path), identity)
+        _refuse_foreign(path)
+    return Manifest(
+        name=path.name,
+        stage=stage,
+        status="running",
+        fingerprint=identity,
+        seed=seed,
+        config=config,
+        inputs=references,
+        versions=versions(),
+        started=now().isoformat(),
+    )
+
+
+def _refuse_foreign(path: Path) -> None:
+    foreign = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+    if foreign:
+        raise RunError(
+            f"{path} holds files ({', '.join(foreign[:3])}) but no run.json, so it is no run; "
+            "name another directory or empty this one"
+        )
+
+
+def _go_on(path: Path, manifest: Manifest, identity: str) -> Manifest:
+    if manifest.fingerprint != identity:
+        raise RunError(
+            f"{path} was begun with another config, seed or inputs; delete that directory to "
+            "begin again, or name another"
+        )
+    if manifest.status == "done":
+        raise RunError(
+            f"{path} is finished, and a finished run never changes; delete it to redo it"
+        )
+    return replace(manifest, status="running", finished=None, error=None)
+
+
+def _reference(value: Path | Sequence[Path] | None, near: Path) -> Any:
+    """How the manifest names an input: its path, relative where it is a sibling, and its hash."""
+    if value is None:
+        return None
+    if not isinstance(value, Path):
+        return [_reference(path, near) for path in value]
+    absolute, home = value.resolve(), near.resolve()
+    inside = absolute.is_relative_to(home)
+    shown = absolute.relative_to(home) if inside else absolute
+    return {"path": str(shown), "fingerprint": fingerprint_path(value)}
+
+
+def _print_of(reference: Any) -> Any:
+    if isinstance(reference, list):
+        return [_print_of(one) for one in reference]
+    return reference and reference["fingerprint"]
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, default=_plain) + "\n" for row in rows)
+
+
+def _number(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of the children that it has waited for."""
+    told = os.times()
+    return told.user + told.system + told.children_user + told.children_system

@@ -1,0 +1,68 @@
+"""Which engine a stage generates with: tessera's own, or stock vLLM. Torch-free until opened."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from tessera.runs.recipe import Config
+
+if TYPE_CHECKING:
+    from tessera.generate.engine import Engine
+    from tessera.model.transformer import Transformer
+
+# Arguments of vllm.LLM that the engine sets itself.
+OURS = {"model", "dtype", "quantization", "enforce_eager", "max_model_len", "max_num_seqs"}
+
+
+class VLLMConfig(Config):
+    """How vLLM is run.
+
+    python: that of an environment with vLLM; without, this one's or `.venv-vllm`'s. dtype: "auto"
+    is float32 on a CPU and bfloat16 on a GPU. quantization: "fp8" rounds weights as they are
+    loaded, on GPUs that have it. memory: share of the GPU for weights and cache; on a CPU
+    `cache_gib` says how large the cache is, left out it fits the queue up to 4 GiB. sleep: gives
+    a GPU's memory to the trainer between rollouts. plugin: tessera's own classes for the layers
+    that stock vLLM does not build (`vllm/plugin.py`), in this process alone. arguments:
+    further ones of `vllm.LLM`, such as tensor_parallel_size.
+    """
+
+    python: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["fp8"] | None = None
+    enforce_eager: bool = False
+    memory: float = Field(default=0.5, gt=0, le=1)
+    cache_gib: PositiveInt | None = None
+    max_model_len: PositiveInt | None = None
+    sleep: bool = True
+    plugin: bool = False
+    arguments: dict[str, bool | int | float | str] = {}
+
+    @field_validator("arguments")
+    @classmethod
+    def _ours(cls, value: dict) -> dict:
+        if taken := OURS & value.keys():
+            raise ValueError(f"{', '.join(sorted(taken))}: this table has a key of its own for it")
+        return value
+
+
+class EngineChoice(Config):
+    """engine: who generates, tessera's own engine or stock vLLM, run as `vllm` says."""
+
+    engine: Literal["tessera", "vllm"] = "tessera"
+    vllm: VLLMConfig = VLLMConfig()
+
+
+def open_engine(choice: EngineChoice, module: Transformer, batch: int) -> Engine:
+    """The engine on these weights, `batch` samples at a time; `close` it.
+
+    Raises GenerationError and RunError where vLLM is chosen and cannot be had.
+    """
+    if choice.engine == "vllm":
+        from tessera.vllm.engine import VLLMEngine
+
+        return VLLMEngine(module, choice.vllm, batch=batch)
+    from tessera.generate.torch_engine import TorchEngine
+
+    return TorchEngine(module, max_batch_size=batch)

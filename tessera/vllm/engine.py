@@ -1,0 +1,314 @@
+"""An engine over stock vLLM, in a process and an environment of its own.
+
+    module --sync--> a directory in memory, with checksums --> vLLM reads it in place
+    generate, score: token ids through a pipe
+
+The directory is what `tessera export` writes: a stock one where the layers are equal, DeciLM where
+they differ. What vLLM cannot load is refused before anything starts. Log-probs are the model's
+own, before temperature and filters, as every engine's are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tessera.export import decilm
+from tessera.export.engines import Format, refusals
+from tessera.export.padding import widen
+from tessera.generate.engine import (
+    ClosedError,
+    Completion,
+    GenerationError,
+    Progress,
+    SamplingParams,
+    check_sequences,
+    keys_of,
+)
+from tessera.model.config import ModelConfig
+from tessera.model.saving import write_model
+from tessera.model.transformer import Transformer, holding
+from tessera.runs.files import writing
+from tessera.vllm.choice import VLLMConfig
+from tessera.vllm.process import DiedError, Process, find_python
+
+MEMORY = Path("/dev/shm")
+PLUGIN = Path(__file__).with_name("plugin.py")
+PREFIX = "tessera-vllm-"
+BATCHED_TOKENS = 8192  # of prompts, that vLLM reads at once on a CPU
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class VLLMEngine:
+    """An `Engine` that stock vLLM computes; see the module's docstring.
+
+    batch: samples decoded together. Raises GenerationError for a model that vLLM cannot load,
+    RunError where there is no vLLM. A process that dies is started once more with the weights of
+    the last `sync`; a question that kills it twice raises DiedError (a FailureError) with its last
+    words. A thinking budget is not among vLLM's own options: GenerationError.
+    """
+
+    def __init__(
+        self, module: Transformer, config: VLLMConfig | None = None, *, batch: int = 256
+    ) -> None:
+        config = config or VLLMConfig()
+        self.settings, self.batch, self.version = config, batch, 0
+        self.python = find_python(config.python)
+        self.config, self.cuda = module.config, torch.cuda.is_available()
+        stock = "vllm" if self.cuda else "vllm-cpu"
+        self.form: Format = _form(module.config, "vllm-plugin" if config.plugin else stock)
+        self.room = config.max_model_len or module.config.max_position_embeddings
+        self._place = _folder()
+        weakref.finalize(self, shutil.rmtree, self._place, ignore_errors=True)
+        self._files: dict[str, int] = {}
+        self._process: Process | None = None
+        self._closed = self._asleep = False
+        self.info: dict[str, str] = {}
+        self.sync(module, 0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What vLLM computes in."""
+        chosen = self.settings.dtype
+        if chosen == "auto":
+            return torch.bfloat16 if self.cuda else torch.float32
+        return DTYPES[chosen]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        keys: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`. Seeds are vLLM's: the samples are not those of another engine."""
+        check_sequences(prompts, "prompt", self.config.vocab_size, self.room - 1)
+        if params.thinking is not None:
+            raise GenerationError(
+                "vLLM's engine takes no thinking budget; use tessera's own, or max_tokens"
+            )
+        told, total = None, len(prompts) * params.n
+        if progress is not None:
+            told = lambda done: progress(done, total)  # noqa: E731
+        answer = self._ask(
+            "generate",
+            told,
+            prompts=[list(prompt) for prompt in prompts],
+            seeds=[seed_of(params.seed, key) for key in keys_of(prompts, keys)],
+            sampling=_sampling(params),
+        )
+        return [
+            [self._completion(one, params.logprobs) for one in of_prompt]
+            for of_prompt in answer["completions"]
+        ]
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See `Engine.score`."""
+        check_sequences(sequences, "sequence", self.config.vocab_size, self.room - 1)
+        return self._ask("score", sequences=[list(one) for one in sequences])["scores"]
+
+    def sync(self, module: Transformer, version: int) -> None:
+        """See `Engine.sync`: written to memory, summed, read by vLLM in place."""
+        if module.config != self.config:
+            raise GenerationError("sync takes weights of the model that the engine was made for")
+        self._files = publish(module, self._place / "model", self.form, self.dtype)
+        if self._process is None:
+            self._start()
+        else:
+            if self._asleep:
+                self._ask("wake")
+            self._ask("load", **self._where())
+        self._asleep, self.version = False, version
+
+    def sleep(self) -> None:
+        """See `Engine.sleep`; vLLM's CPU build keeps what it has."""
+        if self.cuda and self.settings.sleep:
+            self._ask("sleep")
+            self._asleep = True
+
+    def close(self) -> None:
+        """End vLLM's process and free the memory."""
+        self._closed = True
+        if self._process is not None:
+            self._process.close()
+        self._process = None
+        shutil.rmtree(self._place, ignore_errors=True)
+
+    def _where(self) -> dict[str, Any]:
+        return {"model": str(self._place / "model"), "checksums": self._files}
+
+    def _start(self) -> None:
+        self._process = Process(self.python, self._environment())
+        plugin = {"plugin": str(PLUGIN)} if self.settings.plugin else {}
+        told = {"arguments": self._arguments(), **plugin, **self._where()}
+        try:
+            self.info = self._process.ask("open", **told)
+        except BaseException:
+            self._bury()
+            raise
+
+    def _ask(self, do: str, told: Callable[[int], None] | None = None, **keys: Any) -> dict:
+        """An answer, from a second process where the first dies over it."""
+        if self._closed:
+            raise ClosedError("the engine is closed: make another")
+        try:
+            if self._process is None:
+                self._start()
+            assert self._process is not None
+            return self._process.ask(do, told, **keys)
+        except DiedError:
+            if self._closed:  # by another thread, while this one waited for the answer
+                raise ClosedError("the engine was closed") from None
+            self._bury()
+        self._start()
+        try:
+            assert self._process is not None
+            return self._process.ask(do, told, **keys)
+        except DiedError:
+            self._bury()
+            raise
+
+    def _bury(self) -> None:
+        if self._process is not None:
+            self._process.close()
+        self._process = None
+
+    def _arguments(self) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "trust_remote_code": True,  # ours: the code that reads the exported config
+            "skip_tokenizer_init": True,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "enforce_eager": self.settings.enforce_eager or not self.cuda,
+            "max_model_len": self.room,
+            "max_num_seqs": self.batch,
+            "max_logprobs": -1,
+            "enable_prefix_caching": True,  # the samples of one prompt share it
+        }
+        if self.cuda:
+            told |= {"gpu_memory_utilization": self.settings.memory}
+            told |= {"enable_sleep_mode": self.settings.sleep}
+        else:  # a prompt read in pieces and a seed: "CPU Generator does not use offset" (0.32)
+            told |= {"enable_chunked_prefill": False}
+            told |= {"max_num_batched_tokens": max(self.room, BATCHED_TOKENS)}
+        if self.settings.quantization:
+            told["quantization"] = self.settings.quantization
+        return told | self.settings.arguments
+
+    def _environment(self) -> dict[str, str]:
+        if self.cuda:
+            given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            seen = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+            return {"CUDA_VISIBLE_DEVICES": seen[torch.cuda.current_device()]}
+        return {
+            "VLLM_CPU_KVCACHE_SPACE": str(self.settings.cache_gib or self._cache_gib()),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+
+    def _cache_gib(self) -> int:
+        """Whole GiB that hold every sample at full length, at most 4."""
+        needed = self.batch * self.room * self.config.kv_bytes_per_token(self.dtype.itemsize)
+        return min(4, 1 + int(needed // 2**30))
+
+    def _completion(self, sample: Sequence[Any], likeliest: int) -> Completion:
+        ids, logprobs, reason, rows = sample
+        top = [[(int(i), p) for i, p in row] for row in rows] if likeliest else []
+        for row in top:
+            row.sort(key=lambda pair: -pair[1])
+        return Completion(
+            ids,
+            logprobs,
+            "stop" if reason == "stop" else "length",
+            self.version,
+            [row[:likeliest] for row in top],
+        )
+
+
+def seed_of(seed: int, key: int) -> int:
+    """vLLM's seed of a prompt: a hash of ours, for its own are added to and so would meet."""
+    digest = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _sampling(params: SamplingParams) -> dict[str, Any]:
+    return {
+        "n": params.n,
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "repetition_penalty": params.repetition_penalty,
+        "stop_token_ids": list(params.stop_token_ids),
+        "logprobs": params.logprobs,
+    }
+
+
+def _form(config: ModelConfig, engine: str) -> Format:
+    """The format that vLLM loads this model from. Raises GenerationError with its reasons."""
+    stock = config.homogeneous
+    if stock and not refusals(config, engine, "hf"):
+        return "hf"
+    if not refusals(config, engine, "decilm"):
+        return "decilm"
+    reasons = refusals(config, engine, "hf" if stock else "decilm")
+    hint = "" if refusals(config, "vllm-plugin", "decilm") else "; vllm.plugin = true can"
+    raise GenerationError(f"vLLM cannot load this model: {'; '.join(reasons)}{hint}")
+
+
+def publish(
+    module: Transformer, directory: Path, form: Format, dtype: torch.dtype
+) -> dict[str, int]:
+    """Writes a model for vLLM; CRC-32 of each file of weights by its name.
+
+    Raises WriteError where the memory is full.
+    """
+    stock = form == "hf"
+    with writing(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        shown = untied(module if stock else widen(module))
+        write_model(shown, directory, dtype=dtype)
+        if not stock:
+            decilm.write_config(shown.config, directory, str(dtype).removeprefix("torch."))
+    return {file.name: checksum(file) for file in sorted(directory.glob("*.safetensors"))}
+
+
+def untied(module: Transformer) -> Transformer:
+    """The same function with a head of its own: vLLM loads tied weights anew into one of the two
+    places only (0.32, `model_loader/reload`)."""
+    if not module.config.tie_word_embeddings:
+        return module
+    state = {**module.state_dict(), "lm_head.weight": module.head.detach().clone()}
+    config = replace(module.config, tie_word_embeddings=False)
+    return holding(config, lambda key, _: state[key]).requires_grad_(False)
+
+
+def checksum(file: Path) -> int:
+    """CRC-32, block by block."""
+    found = 0
+    with file.open("rb") as handle:
+        while block := handle.read(2**24):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def _folder() -> Path:
+    """A directory in memory where there is one; what killed processes left is removed."""
+    parent = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    for left in parent.glob(f"{PREFIX}*-*"):
+        owner = left.name.removeprefix(PREFIX).split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))

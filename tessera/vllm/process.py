@@ -1,0 +1,118 @@
+"""The process that vLLM runs in, and the Python that has it. Torch-free.
+
+vLLM pins its own torch and transformers, so it lives in an environment of its own; this side talks
+to it through pipes (`vllm_worker.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tessera.generate.engine import GenerationError
+from tessera.runs.files import FailureError, RunError
+
+WORKER = Path(__file__).with_name("worker.py")
+ENVIRONMENT = Path(".venv-vllm/bin/python")  # what `make venv-vllm` builds
+# Scheduling in the same process: a spawned one starts later, and helps no offline queue.
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+def find_python(given: str | None) -> str:
+    """The Python that has vLLM. Raises RunError, with the way to get one."""
+    if given is not None:
+        if shutil.which(given) is None:
+            raise RunError(f"python = {given!r} is no program; `make venv-vllm` builds one")
+        return given
+    if importlib.util.find_spec("vllm"):
+        return sys.executable
+    if ENVIRONMENT.is_file():
+        return str(ENVIRONMENT)
+    raise RunError(
+        f"vLLM is neither installed beside tessera nor in {ENVIRONMENT}: `make venv-vllm` builds "
+        'that environment, and python = "PATH" names the Python of another'
+    )
+
+
+class DiedError(FailureError):
+    """The process ended without an answer; the text ends with what it said last."""
+
+
+class Process:
+    """A started worker.
+
+    environment: variables beside this process's own. `log` is where its standard error goes.
+    """
+
+    def __init__(self, python: str, environment: Mapping[str, str], script: Path = WORKER) -> None:
+        self.python = python
+        self.log = tempfile.NamedTemporaryFile("w+b", prefix="tessera-vllm-", suffix=".log")  # noqa: SIM115
+        self.child = subprocess.Popen(
+            [python, str(script)],
+            env={**os.environ, **QUIET, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def ask(self, do: str, told: Callable[[int], None] | None = None, **keys: Any) -> dict:
+        """The answer to one question; `told` hears how many samples are done.
+
+        Raises GenerationError with what the worker refused, DiedError where it is gone.
+        """
+        assert self.child.stdin is not None and self.child.stdout is not None
+        try:
+            self.child.stdin.write(json.dumps({"do": do, **keys}) + "\n")
+            self.child.stdin.flush()
+        except (BrokenPipeError, ValueError):  # closed before it could be asked
+            raise self._died() from None
+        for line in self.child.stdout:
+            if not line.endswith("\n"):
+                break  # killed while it wrote
+            answer = json.loads(line)
+            if answer.keys() != {"done"}:
+                if "error" in answer:
+                    raise GenerationError(f"vLLM: {answer['error']}")
+                return answer
+            if told:
+                told(answer["done"])
+        raise self._died()
+
+    def _died(self) -> DiedError:
+        code = self.child.wait()
+        self.log.seek(0)
+        said = self.log.read().decode("utf-8", "replace").splitlines()
+        return DiedError(
+            f"vLLM's process ({self.python}) ended with code {code}; its last words:\n"
+            + "\n".join(said[-12:])
+        )
+
+    def close(self, patience: float = 5.0) -> None:
+        """Ends it: its standard input first, then by force. Who waits for an answer hears it."""
+        assert self.child.stdin is not None and self.child.stdout is not None
+        with contextlib.suppress(OSError):
+            self.child.stdin.close()
+        try:
+            self.child.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        self.child.stdout.close()
+        self.log.close()
