@@ -21,7 +21,7 @@ from pathlib import Path
 
 from puzzle import SPACE, WORKS, Work, best_rates, label, run, spread, trained
 
-from tessera.runs.manifest import read_table
+from tessera.runs.run import read_table
 
 SCORES = {"kl": "kl", "lm_loss": "lm_loss", "cosine": "cosine"}
 LIBRARIES = ("pruned", "longer", "coupled")

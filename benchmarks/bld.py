@@ -20,9 +20,9 @@ import torch
 from tessera.data.config import DataConfig
 from tessera.data.documents import Documents
 from tessera.data.prepare import stage as prepare
+from tessera.model.checkpoint import load_model
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tessera.objectives.lm import documents
 from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary

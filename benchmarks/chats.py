@@ -51,11 +51,9 @@ print(json.dumps(dict(wall=wall, cpu=cpu, rows=len(done), tokens=tokens, trained
 def ours(home: Path, file: Path) -> dict[str, Any]:
     """Our stage and the first plan of rows, in this process."""
     from tessera.data.config import DataConfig
-    from tessera.data.documents import Documents
-    from tessera.data.order import WINDOW
+    from tessera.data.documents import WINDOW, Documents
     from tessera.data.prepare import stage
-    from tessera.runs.manifest import read_table
-    from tessera.runs.run import Run
+    from tessera.runs.run import Run, read_table
 
     table = {"paths": str(file), "format": "chat", "tokenizer": str(home), "heldout": 0}
     config = DataConfig(**table)  # type: ignore[arg-type]
@@ -97,8 +95,8 @@ def tokenizer(home: Path, rows: list[dict[str, Any]]) -> None:
 
 def rows_of(file: Path | None, copies: int) -> list[dict[str, Any]]:
     """Rows, each copy with a number in its question so that none is another's."""
-    from tessera.data.schema import write_row
-    from tessera.data.tasks import problem_rows
+    from tessera.data.dialects import write_row
+    from tessera.data.problems import problem_rows
 
     if file is None:
         rows = [write_row(chat, "nemotron") for chat in problem_rows("sort", 500)]

@@ -24,11 +24,21 @@ import torch
 from tessera.model.config import KINDS, ModelConfig, uniform
 from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
-from tessera.puzzle.calibrate import Key, Prices, architectures, calibrate, monotone, promised
 from tessera.puzzle.compare import CompareConfig, speeds
-from tessera.puzzle.cost import CostConfig
+from tessera.puzzle.cost import (
+    CostConfig,
+    Key,
+    Measured,
+    Prices,
+    Seconds,
+    architectures,
+    calibrate,
+    least_seconds,
+    measure,
+    monotone,
+    promised,
+)
 from tessera.puzzle.cost_table import Scenario, Words
-from tessera.puzzle.measure import Measured, Seconds, least_seconds, measure
 from tessera.puzzle.space import SpaceConfig, build_space
 
 SHARED = Path(__file__).parents[2] / "shared" / "models"

@@ -25,14 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from tessera.curate import passes, runner
+from tessera.curate import runner
+from tessera.curate import runner as passes
 from tessera.curate.config import CurateConfig
 from tessera.curate.steps.contamination import Decontaminate
-from tessera.curate.steps.dedupe import clusters, signatures
-from tessera.curate.steps.words import word_grams
-from tessera.runs.manifest import read_table
+from tessera.curate.steps.duplicates import clusters, signatures, word_grams
 from tessera.runs.recipe import validate
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_table
 
 DATA = Path(__file__).parents[2] / "shared/data"
 AGAINST = [

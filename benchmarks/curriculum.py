@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tessera.pipeline import run_recipe
-from tessera.runs.manifest import read_table
 from tessera.runs.recipe import loads
+from tessera.runs.run import read_table
 from tessera.table import render_table
 
 HARD = 9

@@ -25,9 +25,8 @@ import tokenizers
 import torch
 
 from tessera.data.config import DataConfig
-from tessera.data.documents import Documents
+from tessera.data.documents import WINDOW, Documents, plan_rows
 from tessera.data.encode import Encoder
-from tessera.data.order import WINDOW, plan_rows
 from tessera.data.prepare import stage as prepare
 from tessera.data.readers import Text, content_hash, read
 from tessera.data.sources import key_of

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tessera.export.write import export_model
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.weights import load_model
+from tessera.model.checkpoint import load_model
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from tessera.data.conversation import CLOSE, OPEN
-from tessera.data.tasks import Problem, problem
+from tessera.data.problems import Problem, problem
 from tessera.pipeline import run_recipe
-from tessera.runs.manifest import read_manifest, read_table
 from tessera.runs.recipe import loads
+from tessera.runs.run import read_manifest, read_table
 from tessera.table import render_table
 
 WORDS = list("bdfghjmpqvxz")  # a token each, and none of "Answer" and the filler "k"

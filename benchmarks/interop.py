@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tessera.data.tokenizer import load_tokenizer
 from tessera.export.write import export_model
+from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
-from tessera.model.weights import load_model
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

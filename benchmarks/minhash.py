@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tessera.curate.passes import BATCH
-from tessera.curate.steps.dedupe import signatures
-from tessera.curate.steps.words import word_grams
+from tessera.curate.runner import BATCH
+from tessera.curate.steps.duplicates import signatures, word_grams
 
 FILE = Path(__file__).parents[2] / "shared/data/gsm8k/train.jsonl"
 

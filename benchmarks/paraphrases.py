@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 
 from tessera.ask.ask import Reply, Request
 from tessera.ask.embedder import Embedder, EmbedderConfig, load
-from tessera.curate.steps.contamination import Decontaminate
-from tessera.curate.steps.similar import Nearest
+from tessera.curate.steps.contamination import Decontaminate, Nearest
 from tessera.data.conversation import Chat
 from tessera.data.readers import read_rows
 

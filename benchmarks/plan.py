@@ -30,8 +30,7 @@ from tessera.data.documents import Documents
 from tessera.model.transformer import Transformer
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM
-from tessera.planning.memory import Layout, memory
-from tessera.planning.work import Job
+from tessera.planning import Job, Layout, memory
 from tessera.train.engine import Trainer
 
 OBJECTIVES = ("lm", "kd")

@@ -15,8 +15,8 @@ import statistics
 from pathlib import Path
 
 from tessera.pipeline import run_recipe
-from tessera.runs.manifest import read_manifest, read_table
 from tessera.runs.recipe import loads
+from tessera.runs.run import read_manifest, read_table
 from tessera.table import render_table
 
 RECIPE = """

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tessera.pipeline import run_recipe
-from tessera.runs.manifest import read_json, read_table
 from tessera.runs.recipe import dumps, loads
+from tessera.runs.run import read_json, read_table
 
 SHARED = Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "data" / "tinystories" / "train_head_2316_stories.txt"

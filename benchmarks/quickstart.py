@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from tessera.cli.quickstart import EXAMPLES, HARD, ROWS, rendered, table
-from tessera.runs.manifest import read_table
+from tessera.runs.run import read_table
 from tessera.table import render_table
 
 EVALUATIONS = [(run, mode) for _, run, _, mode in ROWS if mode != "off"]

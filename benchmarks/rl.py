@@ -47,7 +47,7 @@ from tessera.rl.rewards import Sample
 from tessera.rl.rollouts import Rollouts
 from tessera.rl.rubric import Judged
 from tessera.rl.verifiers.outcome import right
-from tessera.runs.manifest import read_timings
+from tessera.runs.run import read_timings
 from tessera.train.engine import Trainer
 from tessera.train.flops import Work, model_cost
 from tessera.vllm.choice import open_engine

@@ -24,9 +24,9 @@ from tessera.data.batch import Batch
 from tessera.data.config import DataConfig
 from tessera.data.documents import heldout
 from tessera.data.prepare import stage as prepare
+from tessera.model.checkpoint import load_model
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tessera.puzzle.library import BlockLibrary, save_library
 from tessera.puzzle.score import Units, load_units, score_given
 from tessera.puzzle.space import SpaceConfig, build_space

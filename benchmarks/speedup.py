@@ -21,7 +21,7 @@ from tessera.model.config import ModelConfig
 from tessera.model.source import load_config
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.vllm_cost import Seconds, VLLMCostConfig, cache_bytes, drive, job, seconds_of
-from tessera.runs.manifest import read_manifest, read_table
+from tessera.runs.run import read_manifest, read_table
 from tessera.vllm.engine import PLUGIN
 from tessera.vllm.process import find_python
 

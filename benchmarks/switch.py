@@ -18,13 +18,13 @@ from typing import Any
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Mode, split_thought
+from tessera.data.problems import MODES, Problem, problem
 from tessera.data.switch import split_output, switch_metrics
-from tessera.data.tasks import MODES, Problem, problem
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
+from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
-from tessera.model.weights import load_model
 from tessera.table import render_table
 
 ROOT = Path(__file__).parents[1]

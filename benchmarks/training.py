@@ -36,8 +36,7 @@ from tessera.model.config import ModelConfig, uniform
 from tessera.model.cpu import multiply
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
-from tessera.runs.manifest import read_metrics
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 

@@ -28,7 +28,7 @@ from tessera.puzzle.vllm_cost import (
     seconds_of,
     served,
 )
-from tessera.runs.manifest import read_json, read_manifest
+from tessera.runs.run import read_json, read_manifest
 from tessera.vllm.process import find_python
 
 

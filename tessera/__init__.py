@@ -14,10 +14,9 @@ if TYPE_CHECKING:
     from tessera.export.write import export_model
     from tessera.generate.engine import Completion, SamplingParams
     from tessera.generate.torch_engine import TorchEngine
+    from tessera.model.checkpoint import load_model, save_model
     from tessera.model.config import ModelConfig
-    from tessera.model.saving import save_model
     from tessera.model.transformer import Transformer
-    from tessera.model.weights import load_model
     from tessera.pipeline import run_recipe
     from tessera.runs.run import Run
     from tessera.train.engine import Trainer
@@ -50,10 +49,10 @@ _HOMES = {
     "Trainer": "train.engine",
     "Transformer": "model.transformer",
     "export_model": "export.write",
-    "load_model": "model.weights",
+    "load_model": "model.checkpoint",
     "load_tokenizer": "data.tokenizer",
     "run_recipe": "pipeline",
-    "save_model": "model.weights",
+    "save_model": "model.checkpoint",
 }
 
 

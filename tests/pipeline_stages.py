@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 
 from tessera.pipeline import run_recipe
-from tessera.runs.manifest import read_json, read_metrics
 from tessera.runs.plan import Input, Stage
 from tessera.runs.recipe import Config, loads
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json, read_metrics
 
 
 class MakeConfig(Config):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tessera.puzzle.candidates import Architecture, Candidates, keeps
-from tessera.puzzle.cases import Case, Demand, cases
+from tessera.puzzle.constraints import Case, Demand, cases
 from tessera.puzzle.cost_table import DEFAULT, Costs, CostTable, Scenario
 from tessera.puzzle.space import Space, join
 from tests.toy import toy_config

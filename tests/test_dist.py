@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tessera import dist
-from tessera.runs.manifest import is_done, read_json
+from tessera.runs.run import is_done, read_json
 
 ROOT = Path(__file__).parents[1]
 

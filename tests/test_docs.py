@@ -21,7 +21,7 @@ import typer
 
 from tessera.cli import quickstart
 from tessera.cli.main import app
-from tessera.data import tasks
+from tessera.data import problems
 from tessera.data.tokenizer import train_bpe
 from tessera.eval.task import Data
 from tessera.eval.tasks.procedural import find
@@ -29,17 +29,16 @@ from tessera.export import engines
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model import config
+from tessera.model.checkpoint import load_model, save_model
 from tessera.model.families import FAMILIES
-from tessera.model.saving import save_model
-from tessera.model.weights import load_model
 from tessera.puzzle.library import BlockLibrary, assemble, save_library
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import ParentStatistics, cut, linear_weight
 from tessera.rl.rewards import Sample
 from tessera.rl.rubric import Rubric
 from tessera.rl.verifiers.outcome import Outcome
-from tessera.runs.manifest import is_done
 from tessera.runs.recipe import load
+from tessera.runs.run import is_done
 from tessera.train.flops import subblock_cost
 from tests import tiny
 
@@ -107,14 +106,14 @@ def test_the_benchmark_reads_its_rows(tmp_path: Path):
 
 
 def test_the_family_is_held_out_by_its_text_and_can_be_evaluated(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    monkeypatch.setattr(problems, "TASKS", dict(problems.TASKS))
     space: dict = {"__name__": "reverse"}
-    exec(named("tessera/data/tasks.py"), space)
+    exec(named("tessera/data/problems.py"), space)
     drawn = space["reverse"](np.random.default_rng(0), 5)
     letters = drawn.question.split()[1:]
     assert drawn.answer == "".join(reversed(letters)) and drawn.work.split()[-1] == drawn.answer
     train, held = (
-        {tasks.problem("reverse", 0, i, s).question for i in range(99)}
+        {problems.problem("reverse", 0, i, s).question for i in range(99)}
         for s in ("train", "heldout")
     )
     assert not train & held

@@ -11,9 +11,9 @@ import pytest
 from tessera.pipeline import STAGES as REAL_STAGES
 from tessera.pipeline import run_recipe
 from tessera.runs.files import RunError
-from tessera.runs.manifest import is_done, read_json, read_manifest, read_metrics, read_table
 from tessera.runs.plan import KINDS, Step, plan, table_text
 from tessera.runs.recipe import RecipeError, loads
+from tessera.runs.run import is_done, read_json, read_manifest, read_metrics, read_table
 from tests.pipeline_stages import STAGES
 
 RECIPE = """

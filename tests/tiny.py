@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.model.checkpoint import save_model
 from tessera.model.config import ModelConfig
-from tessera.model.saving import save_model
 from tessera.model.transformer import Transformer
 
 MOSAIC = (

@@ -26,8 +26,8 @@ from tessera import dist
 from tessera.ask.ask import AskError, Receive, Reply, Request
 from tessera.model.source import resolve
 from tessera.runs.files import fingerprint
-from tessera.runs.manifest import fingerprint_path
 from tessera.runs.recipe import Config
+from tessera.runs.run import fingerprint_path
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -86,8 +86,8 @@ def load(config: EngineConfig, model: Path | None, seed: int) -> LocalAnswerer:
     """The teacher of a model directory or run. Raises AskError without one."""
     from tessera.data.chat import ChatEncoder
     from tessera.data.tokenizer import load_tokenizer
-    from tessera.model.weights import load_model
-    from tessera.runs.manifest import fingerprint_path
+    from tessera.model.checkpoint import load_model
+    from tessera.runs.run import fingerprint_path
 
     if model is None:
         raise AskError(

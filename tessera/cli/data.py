@@ -79,8 +79,8 @@ def curate_data(
 ) -> None:
     """Run the curate stages of a recipe and print the rows in and out of each step."""
     from tessera import pipeline
-    from tessera.runs.manifest import read_table
     from tessera.runs.recipe import RecipeError, load
+    from tessera.runs.run import read_table
     from tessera.table import render_table
 
     plan = load(recipe, overrides or ())
@@ -114,8 +114,8 @@ def write_tasks(
     ] = "nemotron",
 ) -> None:
     """Write problems with answers as rows of chats, with the thought and without it."""
-    from tessera.data.schema import write_rows
-    from tessera.data.tasks import problem_rows
+    from tessera.data.dialects import write_rows
+    from tessera.data.problems import problem_rows
 
     if split not in ("train", "heldout"):
         raise typer.BadParameter(f'--split {split}: give "train" or "heldout"')

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tessera.data.config import BPE, DataConfig
-from tessera.data.formats import TokenizerError
 from tessera.data.template import TemplateError, template_of
-from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from tessera.data.tokenizer import Tokenizer, TokenizerError, byte_tokenizer, load_tokenizer
 from tessera.eval.evaluate import PERPLEXITY, EvalConfig
 from tessera.model.config import KINDS
 from tessera.objectives.grpo import PolicyConfig
@@ -26,8 +25,8 @@ from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import read_space
 from tessera.rl.profile import ProfileConfig
 from tessera.runs.files import RunError
-from tessera.runs.manifest import is_done
 from tessera.runs.plan import Step
+from tessera.runs.run import is_done
 
 REMOVED = {"dropped": ("attention", "ffn"), "dropped-attention": ("attention",)}
 Words = dict[str, set[str]]  # by kind, of all layers together

@@ -116,8 +116,8 @@ def run(
     """
     from tessera import dist, pipeline
     from tessera.report import show
-    from tessera.runs.manifest import is_done
     from tessera.runs.recipe import load
+    from tessera.runs.run import is_done
 
     plan = load(recipe, overrides or ())
     steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
@@ -182,15 +182,14 @@ def check(
 
     What it prints is a recipe too, every default spelled out.
     """
-    from tessera import pipeline
+    from tessera import pipeline, planning
     from tessera.cli.doubts import doubts, rate_told
-    from tessera.planning import estimate
     from tessera.runs import plan as resolve
     from tessera.runs.recipe import load
 
     steps = resolve.plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
     if as_json:
-        needs = [estimate.memory(step, steps) for step in steps]
+        needs = [planning.stage_memory(step, steps) for step in steps]
         memory = [needed.as_json() if needed else None for needed in needs]
         told = [
             {"memory": one, "doubts": doubts(s, steps)}
@@ -202,7 +201,7 @@ def check(
         print(f"# {step.name}: {_what_would_happen(step)}")
         if counted := _num_params(step):
             print(f"# {counted:,} parameters in {step.files['path']}")
-        if needed := estimate.memory(step, steps):
+        if needed := planning.stage_memory(step, steps):
             print(f"# {needed.told()}")
         if told := rate_told(step):
             print(f"# {told}")
@@ -234,7 +233,7 @@ def _what_would_happen(step: Step) -> str:
 
 def _num_params(step: Step) -> int | None:
     """Parameters of the checkpoint that a stage imports, where it can be read here."""
-    from tessera.model.lineage import model_config
+    from tessera.model.source import model_config
 
     path = step.files.get("path")
     if step.stage.name != "parent" or not isinstance(path, Path):
@@ -267,22 +266,20 @@ def plan(
 
     Times are a roofline of data sheets: a bound to compare by, not a promise.
     """
-    from tessera import pipeline
-    from tessera.planning import layout, report, work
-    from tessera.planning.cluster import parse_cluster
-    from tessera.planning.parent import config_of, parent_of
+    from tessera import pipeline, planning
+    from tessera.planning import config_of, parent_of, parse_cluster
     from tessera.runs.recipe import load
 
     machines = parse_cluster(cluster, network * 1e9 / 8)
     read = load(recipe, overrides or ())
     parent = parent_of(read, config)
-    jobs = work.jobs(read, pipeline.STAGES, parent, config_of(child) if child else None)
-    plans = [layout.best(job, machines) for job in jobs]
+    jobs = planning.jobs(read, pipeline.STAGES, parent, config_of(child) if child else None)
+    plans = [planning.best(job, machines) for job in jobs]
     if as_json:
         _print_json([found.as_json() for found in plans])
         return
-    print(report.told(plans, price))
-    if others := work.unplanned(read):
+    print(planning.told(plans, price))
+    if others := planning.unplanned(read):
         _complain(f"no plan is made of {', '.join(others)}")
 
 
@@ -359,8 +356,8 @@ def generate(
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.engine import SamplingParams
     from tessera.generate.torch_engine import TorchEngine
+    from tessera.model.checkpoint import load_model
     from tessera.model.source import resolve
-    from tessera.model.weights import load_model
 
     tokenizer = load_tokenizer(resolve(model))
     params = SamplingParams(

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tessera.report import build, html
+from tessera.report import page as build
+from tessera.report import page as html
 from tessera.runs.files import atomic_write
-from tessera.runs.manifest import is_done, read_table
 from tessera.runs.recipe import Recipe, RecipeError, load
+from tessera.runs.run import is_done, read_table
 from tessera.table import Column, Row, cell, count, render_table
 
 NAME = "quickstart.toml"

@@ -28,21 +28,21 @@ def report(
     By default PATH/report.html; of one run, report-NAME.html beside it: a finished run never
     changes.
     """
-    from tessera.report import build, html
-    from tessera.report.markdown import markdown as as_markdown
+    from tessera.report import page
+    from tessera.report.page import markdown as as_markdown
     from tessera.runs.files import atomic_write
 
-    runs, found = build.sections(path)
+    runs, found = page.sections(path)
     name = path.resolve().name
     done = sum(run.manifest.status == "done" for run in runs.all)
     told = f"{done} of {len(runs.all)} stages done; begun {runs.all[0].manifest.started[:10]}."
     if as_json:
-        print_json({"path": str(path), "sections": build.plain(found)})
+        print_json({"path": str(path), "sections": page.plain(found)})
         return
     if markdown:
         text = as_markdown(name, told, found)
     else:
-        text = html.page(name, told, found)
+        text = page.page(name, told, found)
         single = (path / "run.json").is_file()
         out = out or (path.parent / f"report-{name}.html" if single else path / "report.html")
     if out is None or str(out) == "-":

@@ -19,9 +19,9 @@ from tessera.ask.embedder import EmbedderConfig
 from tessera.ask.endpoint import EndpointConfig
 from tessera.ask.local import EngineConfig
 from tessera.curate.sources import SourceConfig
-from tessera.curate.steps.answers import Extract, Verify
+from tessera.curate.steps.answers import Extract, Majority, PassRate, Verify
 from tessera.curate.steps.arrange import Blend, Order, Pair
-from tessera.curate.steps.asking import (
+from tessera.curate.steps.ask import (
     Asking,
     Classify,
     ExtractKnown,
@@ -29,13 +29,10 @@ from tessera.curate.steps.asking import (
     Generate,
     Judge,
 )
-from tessera.curate.steps.code import Code
-from tessera.curate.steps.contamination import Decontaminate
-from tessera.curate.steps.dedupe import Dedupe, NearDedupe
-from tessera.curate.steps.filters import Label, Language, Length, Licence, Tags, Where
-from tessera.curate.steps.similar import Nearest, SameProblem
-from tessera.curate.steps.votes import Majority, PassRate
-from tessera.data.schema import Dialect
+from tessera.curate.steps.contamination import Decontaminate, Nearest, SameProblem
+from tessera.curate.steps.duplicates import Dedupe, NearDedupe
+from tessera.curate.steps.filters import Code, Label, Language, Length, Licence, Tags, Where
+from tessera.data.dialects import Dialect
 from tessera.runs.recipe import Config, RecipeError, nearest, validate
 
 STEPS: dict[str, type[Config]] = {

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import model_validator
 
 from tessera.data.conversation import Chat, SchemaError, check
+from tessera.data.dialects import read_row
 from tessera.data.readers import EXCERPT, Bad, DataError, expand, format_of, read_rows
-from tessera.data.schema import read_row
 from tessera.runs.recipe import Config
 
 BLOCK = 1 << 20

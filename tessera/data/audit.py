@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.data.chat import ChatEncoder, Document
 from tessera.data.conversation import CLOSE, OPEN, Chat, split_thought
+from tessera.data.dialects import read_chats
 from tessera.data.readers import Bad, DataError
-from tessera.data.schema import read_chats
 from tessera.data.switch import split_output
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from tessera.data.conversation import Chat, Mode, fault
 from tessera.data.dataset import DatasetPart, read_dataset_rows
+from tessera.data.dialects import chats_of, read_chats
 from tessera.data.readers import EXCERPT, Bad, Text
-from tessera.data.schema import chats_of, read_chats
 
-FORMAT = "chat-1"  # of what stands in the cache
+CHAT_FORMAT = "chat-1"  # of what stands in the cache
 
 
 def chat_records(path: Path, mode: Mode | None) -> Iterator[Text | Bad]:

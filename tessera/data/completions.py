@@ -15,7 +15,7 @@ from typing import Any
 from tessera.data.dataset import DatasetPart, read_dataset_rows
 from tessera.data.readers import EXCERPT, Bad, Text, read_rows
 
-FORMAT = "completion-1"  # of what stands in the cache
+COMPLETION_FORMAT = "completion-1"  # of what stands in the cache
 
 
 def file_records(path: Path) -> Iterator[Text | Bad]:

@@ -32,8 +32,8 @@ from pydantic import (
 )
 
 from tessera.data.dataset import local_dataset
+from tessera.data.problems import family
 from tessera.data.readers import Format, expand
-from tessera.data.tasks import family
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a directory of the run, too
 # Left out of the resolved table while at their defaults, so that a run made before these keys

@@ -4,11 +4,19 @@ A unit's documents are tokenised once, all of them in order, into an entry of th
 them are held out is decided by the source they stand in, so the entry serves every source, mix
 and recipe. Writing a split is then copying. Problems are drawn and tokenised anew: what they are
 follows from code and not from a file, and they cost little.
+
+Chats to ids: the template's text and the mask of what is trained, for a source's token files.
+
+The counterpart of `Encoder`. A chat gives one document or several (chat.py), or none where only the
+template or the tokenizer refuses it: such a row is quarantined when it is tokenised.
+
+Prompts and completions to ids: the mask holds the completion alone (`completions.py`).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,11 +28,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.data.batch import chunks, fill
-from tessera.data.cache import TokenCache
-from tessera.data.order import WINDOW
+from tessera.data.batch import OFF, ON, PLAIN, chunks, fill
+from tessera.data.chat import ChatEncoder
+from tessera.data.chat_records import CHAT_FORMAT
+from tessera.data.completions import COMPLETION_FORMAT
+from tessera.data.conversation import Chat
+from tessera.data.documents import WINDOW
 from tessera.data.readers import Bad
-from tessera.data.sources import SPLITS, Scan, Source, Split
+from tessera.data.sources import SPLITS, Scan, Source, Split, TokenCache
 from tessera.data.store import TokenWriter, blocks, open_tokens
 from tessera.data.tokenizer import Tokenizer
 from tessera.progress import Progress
@@ -258,3 +269,98 @@ def figures(counts: Mapping[str, int], offsets: NDArray[np.int64]) -> dict[str, 
         "longest": int(lengths.max(initial=0)),
         f"fill_{FILL_LENGTH}": round(fill(pieces, FILL_LENGTH), 4),
     }
+
+
+@dataclass(frozen=True)
+class ChatsEncoder:
+    """Turns chats into portions: the counterpart of `Encoder` for a source of chats."""
+
+    encoder: ChatEncoder
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.encoder.tokenizer
+
+    @property
+    def specials(self) -> int:
+        """Nothing is added that is not of the template."""
+        return 0
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the ids of a chat follow from, beside itself."""
+        return [CHAT_FORMAT, *self.encoder.identity]
+
+    def portions(self, texts: Iterable[str]) -> Iterator[Portion]:
+        """The documents of the chats, some chats at a time."""
+        rest = iter(texts)
+        first = 0
+        while some := [Chat.from_json(text) for text in itertools.islice(rest, TOKENIZE_AT_ONCE)]:
+            yield self._portion(some, first)
+            first += len(some)
+
+    def _portion(self, chats: list[Chat], first: int) -> Portion:
+        ids: list[NDArray[Any]] = [np.zeros(0, np.uint32)]
+        trained: list[NDArray[np.uint8]] = [np.zeros(0, np.uint8)]
+        origin, refused = [], []
+        for number, found in enumerate(self.encoder.encode_batch(chats), first):
+            if isinstance(found, str):
+                refused.append((number, found))
+                continue
+            for document in found:
+                ids.append(np.array(document.ids, np.uint32))
+                mark = ON if document.mode == "on" else OFF
+                trained.append(np.array(document.trained, np.uint8) * np.uint8(mark))
+                origin.append(number)
+        lengths = np.array([len(one) for one in ids[1:]], np.int64)
+        return Portion(
+            np.concatenate(ids),
+            lengths,
+            np.zeros(len(lengths), np.int64),
+            np.concatenate(trained),
+            np.array(origin, np.int64),
+            refused,
+        )
+
+
+@dataclass(frozen=True)
+class CompletionsEncoder:
+    """Turns pairs into portions: prompt and completion are encoded apart, as an engine does."""
+
+    encoder: Encoder
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.encoder.tokenizer
+
+    @property
+    def specials(self) -> int:
+        return self.encoder.specials
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the ids of a pair follow from, beside itself."""
+        return [COMPLETION_FORMAT, *self.encoder.identity]
+
+    def portions(self, texts: Iterable[str]) -> Iterator[Portion]:
+        """The documents of the pairs, some at a time."""
+        rest, first = iter(texts), 0
+        while some := [json.loads(text) for text in itertools.islice(rest, TOKENIZE_AT_ONCE)]:
+            prompts, completions = zip(*some, strict=True)
+            asked = self.tokenizer.encode_batch(list(prompts), bos=self.encoder.bos)
+            told = self.tokenizer.encode_batch(list(completions))
+            tail = list(self.encoder.end)
+            ids = [np.array(a + b + tail, np.uint32) for a, b in zip(asked, told, strict=True)]
+            marks = [
+                np.repeat(np.array([0, PLAIN], np.uint8), [len(a), len(b) + len(tail)])
+                for a, b in zip(asked, told, strict=True)
+            ]
+            sizes = [len(prompt.encode()) + len(told.encode()) for prompt, told in some]
+            yield Portion(
+                np.concatenate(ids),
+                np.array([len(one) for one in ids], np.int64),
+                np.array(sizes, np.int64),
+                np.concatenate(marks),
+                np.arange(first, first + len(some)),
+            )
+            first += len(some)

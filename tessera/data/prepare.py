@@ -20,15 +20,12 @@ from typing import Any
 import numpy as np
 
 from tessera import dist
-from tessera.data.cache import TokenCache
 from tessera.data.chat import ChatEncoder
 from tessera.data.config import BPE, DataConfig, Reading, SourceConfig
 from tessera.data.dataset import local_dataset
-from tessera.data.encode import Encoder, Encoding, SourceWriter
-from tessera.data.encode_chats import ChatsEncoder
-from tessera.data.encode_completions import CompletionsEncoder
+from tessera.data.encode import ChatsEncoder, CompletionsEncoder, Encoder, Encoding, SourceWriter
 from tessera.data.readers import DataError
-from tessera.data.sources import SPLITS, Scan, Source
+from tessera.data.sources import SPLITS, Scan, Source, TokenCache
 from tessera.data.template import FILE as TEMPLATE_FILE
 from tessera.data.template import template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe

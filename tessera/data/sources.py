@@ -1,4 +1,12 @@
-"""One source of documents: what it reads, which documents are held out, and their ids.
+"""What was read and tokenised before, kept by the fingerprint of all that it follows from.
+
+An entry is a directory under its key. It is built under a temporary name and renamed, so an entry
+that exists is whole; two processes that build the same one lose nothing but time, for the second
+rename finds the first one's work and drops its own. Entries are only ever read, touched and
+deleted. Whoever uses the cache holds a shared flock on it, and only who is alone in it deletes:
+what a killed process left half built, and the entries used least recently above the bound.
+
+One source of documents: what it reads, which documents are held out, and their ids.
 
 A source is a list of *units*: files, a split of a dataset, problems of a task. A unit's text is
 gone through twice. `scan` finds what is broken and hashes every document; the documents of a
@@ -11,27 +19,114 @@ document of the source.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import itertools
 import json
+import os
+import shutil
+import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tessera.data import completions
-from tessera.data.cache import TokenCache
-from tessera.data.chat_records import FORMAT as CHAT_FORMAT
-from tessera.data.chat_records import chat_records, dataset_records, spoken
+from tessera.data.chat_records import CHAT_FORMAT, chat_records, dataset_records, spoken
 from tessera.data.config import Reading, as_list
 from tessera.data.dataset import DatasetPart, dataset_identity, dataset_stamp, read_dataset
+from tessera.data.problems import completion, document, problem_chat
 from tessera.data.readers import Bad, DataError, Text, content_hash, expand, format_of, read
-from tessera.data.tasks import completion, document, problem_chat
+from tessera.runs.files import fingerprint, sync, writing
+
+VERSION = 1  # raised whenever what readers or writers of entries mean changes
+GIB = 1 << 30
+
+
+class TokenCache:
+    """A cache in `directory`, bounded to `gib` GiB when it is left; a context manager."""
+
+    def __init__(self, directory: Path, gib: float) -> None:
+        self.directory, self.gib = directory, gib
+        self.hits = self.misses = 0
+
+    def __enter__(self) -> Self:
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            # Not atomic: the shared lock is let go first, and another may come in between. Then
+            # this one is refused, or that one waits; both are fine.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # others read here; the last one to leave tidies up
+        else:
+            self._tidy()
+        finally:
+            os.close(self._lock)
+
+    def entry(self, identity: Any, build: Callable[[Path], None]) -> Path:
+        """The directory that `build` filled for this identity, now or at some earlier time.
+
+        identity: JSON values that `build`'s result follows from, and nothing else does.
+        """
+        path = self.directory / fingerprint([VERSION, identity])[:32]
+        if path.is_dir():
+            self.hits += 1
+            with writing(path):
+                os.utime(path)
+            return path
+        self.misses += 1
+        with writing(path):
+            building = Path(tempfile.mkdtemp(prefix=".building-", dir=self.directory))
+        try:
+            with writing(building):
+                build(building)
+            _move(building, path)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        return path
+
+    def _tidy(self) -> None:
+        entries = []
+        for path in self.directory.iterdir():
+            if path.name.startswith(".building-"):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_dir():
+                entries.append((path.stat().st_mtime_ns, path, _size(path)))
+        excess = sum(size for _, _, size in entries) - self.gib * GIB
+        for _, path, size in sorted(entries):
+            if excess <= 0:
+                return
+            doomed = path.with_name(f".building-{path.name}")  # no half of it under its key
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+            excess -= size
+
+
+def _move(building: Path, path: Path) -> None:
+    with writing(path):
+        sync(*building.iterdir(), building)
+        try:
+            building.rename(path)
+        except OSError:
+            if not path.is_dir():  # else another process was faster, and built the same
+                raise
+        sync(path.parent)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
@@ -154,7 +249,7 @@ def _records(path: Path, reading: Reading) -> Iterator[Text | Bad]:
 def _kind(path: Path, reading: Reading) -> list[str]:
     """The format of a file and the one setting that matters to it."""
     if reading.pairs:
-        return [completions.FORMAT]
+        return [completions.COMPLETION_FORMAT]
     if reading.chats:
         return [CHAT_FORMAT, str(reading.reasoning)]
     kind = format_of(path) if reading.format == "auto" else reading.format
@@ -178,7 +273,7 @@ def dataset_units(reading: Reading, split: str | None) -> list[Unit]:
                 "dataset",
                 dataset_identity(part),
                 *([CHAT_FORMAT, mode] if reading.chats else []),
-                *([completions.FORMAT] if reading.pairs else []),
+                *([completions.COMPLETION_FORMAT] if reading.pairs else []),
             ],
             lambda: dataset_stamp(part),
         )

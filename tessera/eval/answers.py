@@ -19,7 +19,7 @@ from tessera.data.conversation import CLOSE, OPEN, Message, Mode
 from tessera.data.switch import DETAILED, set_switch
 from tessera.eval.task import Item, Task
 from tessera.progress import Progress
-from tessera.runs.journal import Journal
+from tessera.runs.files import Journal
 from tessera.runs.recipe import Config
 
 Thinking = Literal["on", "off", "both"]

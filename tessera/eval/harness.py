@@ -23,19 +23,18 @@ import torch
 from pydantic import Field, PositiveInt
 
 from tessera.data.conversation import Message, Mode
-from tessera.data.formats import TokenizerError
 from tessera.data.switch import DETAILED, set_switch
 from tessera.data.template import Template, TemplateError, template_of
-from tessera.data.tokenizer import load_tokenizer
+from tessera.data.tokenizer import TokenizerError, load_tokenizer
 from tessera.eval.until import Wanted, complete
 from tessera.generate.engine import GenerationError, SamplingParams
 from tessera.generate.torch_engine import TorchEngine
+from tessera.model.checkpoint import load_model
 from tessera.model.source import CheckpointError, resolve
-from tessera.model.weights import load_model
 from tessera.progress import Progress
 from tessera.runs.files import fingerprint
-from tessera.runs.manifest import fingerprint_path
 from tessera.runs.recipe import Config, RecipeError, validate
+from tessera.runs.run import fingerprint_path
 
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]

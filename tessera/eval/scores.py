@@ -21,8 +21,7 @@ from tessera.eval.task import Measure, Task
 from tessera.progress import Progress
 from tessera.rl.pool import Pool
 from tessera.rl.rewards import Sample
-from tessera.runs.files import fingerprint
-from tessera.runs.journal import Journal
+from tessera.runs.files import Journal, fingerprint
 
 AT_ONCE = 256
 

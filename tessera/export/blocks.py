@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from tessera.export.engines import Format
-from tessera.export.padded import uniform_shape
+from tessera.export.hf import uniform_shape
+from tessera.model.checkpoint import save_model
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
-from tessera.model.families import config_dict
-from tessera.model.nas import SKIPPED
-from tessera.model.saving import save_model
+from tessera.model.families import SKIPPED, config_dict
 from tessera.model.transformer import Transformer
 
 MEGATRON_FILE = "heterogeneous_layers_config.json"

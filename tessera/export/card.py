@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tessera.export.engines import ENGINES
 from tessera.model.config import ModelConfig
 from tessera.runs.files import RunError
-from tessera.runs.manifest import read_manifest
+from tessera.runs.run import read_manifest
 
 if TYPE_CHECKING:
     from tessera.export.write import Report

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from tessera.export.padding import widen
+from tessera.model.checkpoint import save_model
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
-from tessera.model.nas import ffn_mult_width
-from tessera.model.saving import save_model
+from tessera.model.families import ffn_mult_width
 from tessera.model.transformer import Transformer
 
 REMOTE_CODE = ("configuration_decilm.py", "modeling_decilm.py")

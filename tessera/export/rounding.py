@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tessera.export.engines import Format
 from tessera.export.errors import ExportError
 from tessera.export.parity import Parity
-from tessera.model import fp8
-from tessera.model.saving import INDEX
+from tessera.model import checkpoint
+from tessera.model.checkpoint import INDEX
 
 FORMATS: tuple[Format, ...] = ("decilm", "hf", "padded")
 
@@ -29,7 +29,7 @@ def convert(directory: Path) -> None:
     places: dict[str, str] = {}
     total = 0
     for file in sorted(directory.glob("*.safetensors")):
-        tensors = fp8.compressed(load_file(file))
+        tensors = checkpoint.compressed(load_file(file))
         plain = {name: one.contiguous() for name, one in tensors.items()}
         save_file(plain, file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file.name)
@@ -37,7 +37,7 @@ def convert(directory: Path) -> None:
     if (directory / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    fp8.write_config(directory)
+    checkpoint.write_config(directory)
 
 
 def note(parity: Parity) -> str:

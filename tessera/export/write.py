@@ -25,16 +25,17 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from tessera.export import blocks, card, decilm, gguf, hf, padded, padding, parity, rounding
+from tessera.export import blocks, card, decilm, gguf, hf, padding, parity, rounding
+from tessera.export import hf as padded
 from tessera.export.engines import ENGINES, FORMATS, Format, format_refusals, known, refusals
 from tessera.export.errors import ExportError
-from tessera.export.gguf_vocab import read_vocabulary
+from tessera.export.gguf import read_vocabulary
 from tessera.export.parity import Parity
-from tessera.model import fp8
+from tessera.model import checkpoint
+from tessera.model.checkpoint import load_model
 from tessera.model.config import ModelConfig
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tessera.runs.files import sync, writing
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run
@@ -122,7 +123,7 @@ def export_model(
 
     engines: refuse unless these can load it; None for those the format is written for, empty
     for none. check: read the written files back and compare greedy tokens and logits. quantize:
-    round the projections (`tessera/model/fp8.py`), for decilm, hf and padded.
+    round the projections (`tessera/model/checkpoint.py`), for decilm, hf and padded.
 
     Raises ExportError, with the layer and the reason, before anything is written; `out` must be
     absent or empty. A failed export leaves nothing behind.
@@ -238,10 +239,10 @@ def _write(
             notes += padding.notes(module.config)
             decilm.write(module, partial, tokenizer_from=tokenizer)
         case "hf":
-            hf.write(module, partial, tokenizer_from=tokenizer)
+            hf.write_plain(module, partial, tokenizer_from=tokenizer)
         case "padded":
             notes += padded.notes(module.config)
-            padded.write(module, partial, tokenizer_from=tokenizer)
+            padded.write_padded(module, partial, tokenizer_from=tokenizer)
         case "puzzletron" | "megatron" | "per_layer":
             blocks.write(module, partial, form, tokenizer_from=tokenizer)
         case "gguf":
@@ -257,7 +258,7 @@ def _write(
 
 def _check(module: Transformer, form: Format, partial: Path, quantized: bool) -> Parity:
     if quantized:  # as the format has it: what is padded is scaled before it is rounded
-        module = fp8.rounded(padding.widen(module) if form == "decilm" else module)
+        module = checkpoint.rounded(padding.widen(module) if form == "decilm" else module)
     expected = parity.probe(module)
     if form == "gguf":
         return parity.compare(expected, gguf.read(partial / gguf.FILE_NAME, module.config))

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor
 from tessera.model.cache import LayerCache
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
-from tessera.model.cpu import Projection, linear
-from tessera.model.fused import gated_down, rms_norm
+from tessera.model.cpu import Projection, gated_down, linear, rms_norm
 
 
 class RMSNorm(nn.Module):

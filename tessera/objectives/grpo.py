@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer
+from tessera.model.checkpoint import save_model
 from tessera.model.context import Context
-from tessera.model.saving import save_model
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.plot import Series, line_chart

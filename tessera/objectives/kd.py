@@ -18,14 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from tessera.data.batch import Batch
+from tessera.model.checkpoint import save_model
 from tessera.model.context import Context
-from tessera.model.saving import save_model
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import Heldout, training_documents
 from tessera.runs.files import RunError
-from tessera.runs.manifest import read_json
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence

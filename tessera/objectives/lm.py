@@ -18,12 +18,11 @@ from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.documents import Documents
 from tessera.data.tokenizer import load_tokenizer
+from tessera.model.checkpoint import find_tensors, load_model, save_model
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.context import Context
-from tessera.model.saving import save_model
 from tessera.model.source import is_hub_id, load_config, resolve
 from tessera.model.transformer import Transformer
-from tessera.model.weights import find_tensors, load_model
 from tessera.runs.files import RunError
 from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer, one_group

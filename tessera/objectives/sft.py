@@ -20,8 +20,8 @@ from tessera import dist
 from tessera.data.batch import OFF, ON, Batch
 from tessera.data.documents import Documents
 from tessera.data.template import FILE as TEMPLATE_FILE
+from tessera.model.checkpoint import save_model
 from tessera.model.context import Context
-from tessera.model.saving import save_model
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import documents, training_documents

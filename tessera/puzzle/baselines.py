@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tessera.model.config import KINDS
 from tessera.puzzle.candidates import Architecture, Candidates, keeps
-from tessera.puzzle.cases import Case
+from tessera.puzzle.constraints import Case
 from tessera.puzzle.program import SearchError
 from tessera.puzzle.space import join
 from tessera.puzzle.sweep import Found

@@ -25,8 +25,6 @@ from tessera.model.config import ModelConfig, parse
 from tessera.model.context import Context
 from tessera.model.transformer import Block, Transformer
 from tessera.objectives.lm import documents
-from tessera.puzzle.importance import Importance
-from tessera.puzzle.layer_numbers import layer_numbers, layers_of
 from tessera.puzzle.library import (
     BlockLibrary,
     Key,
@@ -35,8 +33,17 @@ from tessera.puzzle.library import (
     trainable_units,
     unit_file,
 )
-from tessera.puzzle.space import Space, SpaceConfig, build_space, restrict, split, write_space
-from tessera.puzzle.surgery import ParentStatistics, collect_statistics
+from tessera.puzzle.space import (
+    Space,
+    SpaceConfig,
+    build_space,
+    layer_numbers,
+    layers_of,
+    restrict,
+    split,
+    write_space,
+)
+from tessera.puzzle.surgery import Importance, ParentStatistics, collect_statistics
 from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer
 from tessera.train.flops import Work, block_cost, subblock_cost

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tessera.export.engines import refusals
 from tessera.model.config import KINDS, ModelConfig
-from tessera.puzzle.cases import Case
+from tessera.puzzle.constraints import Case
 from tessera.puzzle.cost_table import Words
 from tessera.puzzle.program import Option, SearchError, Solution
 from tessera.puzzle.space import Space, forbidden_pairs, join, split

@@ -22,14 +22,13 @@ from torch import Tensor
 from tessera.data.batch import Batch
 from tessera.data.documents import heldout
 from tessera.generate.torch_engine import TorchEngine
+from tessera.model.checkpoint import load_model
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tessera.progress import Progress
+from tessera.puzzle.cost import Seconds, generation_seconds
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.measure import Seconds, generation_seconds
-from tessera.runs.manifest import read_json
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json
 from tessera.train.losses import token_statistics
 from tessera.train.parallel import gathered
 

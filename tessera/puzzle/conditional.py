@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tessera.data.batch import Batch
 from tessera.data.documents import heldout
+from tessera.model.checkpoint import load_model
 from tessera.model.config import KINDS
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tessera.puzzle.library import assemble
 from tessera.puzzle.score import Units, load_units, score_given
 from tessera.puzzle.space import Space, join

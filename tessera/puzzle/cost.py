@@ -1,4 +1,28 @@
-"""What each word costs: parameters and bytes counted, seconds measured or computed.
+"""Seconds of words and of whole models, on the engine they will run on (Puzzle §2.5).
+
+A word is measured in a model of `depth` equal layers of it, beside the same model with no layers
+at all; the difference is divided by `depth`. As many layers as the parent has fill caches as it
+does: of a parent of 12 layers, probes of 6 promise two thirds of the time, probes of 12 promise
+seven eighths. Whole architectures take turns with them, for `calibrate.py`. Weights are random,
+which costs the same as trained. A neighbour on the machine only ever adds, and for a while, so
+each decode step keeps its least time over all rounds: on two busy cores that repeats to 0.8-4.7 %,
+the least mean of a round to 2.7-5.3 %. On a CPU with one torch thread, seconds are the thread's
+own (`clock` of the torch engine).
+
+Prices of words corrected by whole models, so that sums promise what models take. Torch-free.
+
+A word repeated in a model of its own is not what it is between others: its weights and its cache
+push out what the next one needs, and six alike keep theirs nearer. So the parent and a few
+architectures of the space are timed beside the words. First all prices are scaled by s, the median
+of measured / promised; then each price p gets a factor f by ridge regression on relative errors,
+
+    min over f of  sum over models (sum of f·p / measured - 1)^2 / NOISE^2
+                 + sum over words (f - s)^2 / TRUST^2
+
+which leaves a price at the scale where no model speaks about it. What that is worth is told by
+models left out of the fit in turn.
+
+What each word costs: parameters and bytes counted, seconds measured or computed.
 
     source = "measured"   in this engine, corrected by whole models: `measure.py`, `calibrate.py`
              "counted"    no seconds at all
@@ -11,7 +35,11 @@ a run that goes on prices what is missing.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+import random
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +48,248 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from tessera.devices import CPU, DTYPES, Device, DeviceError, find_device
-from tessera.model.config import GQA, KINDS, ModelConfig, Variant, parse_kind
+from tessera.generate.engine import SamplingParams
+from tessera.generate.torch_engine import TorchEngine
+from tessera.model.config import GQA, KINDS, BlockConfig, ModelConfig, NoOp, Variant, parse_kind
 from tessera.model.source import load_config
-from tessera.puzzle.calibrate import Key, Seconds, architectures, calibrate, held_out, monotone
-from tessera.puzzle.cost_table import DEFAULT, Scenario
-from tessera.puzzle.measure import generation_seconds, measure
-from tessera.puzzle.probe import probe_cpu
-from tessera.puzzle.roofline import Serving, seconds_of
-from tessera.runs.manifest import read_json
-from tessera.runs.run import Run
+from tessera.model.transformer import Transformer
+from tessera.progress import Progress
+from tessera.puzzle.cost_table import DEFAULT, Scenario, Words
+from tessera.puzzle.roofline import Serving, probe_cpu, seconds_of
+from tessera.runs.run import Run, read_json
 
 __all__ = ["CostConfig", "cost_rows", "count", "generation_seconds", "monotone", "price", "stage"]
+
+Seconds = tuple[float, float]  # of prefill, of one decode step
+BASE = ("base", "")
+PREFILLS = 3  # a round has as many, for one run of decode steps, of which there are many
+
+
+def generation_seconds(engine: TorchEngine, vocab_size: int, scenario: Scenario) -> Seconds:
+    """Seconds of (prefill, one decode step) for the scenario's requests, all of equal length."""
+    prompts = prompts_of(scenario, vocab_size)
+    engine.reset_stats()
+    engine.generate(prompts, SamplingParams(max_tokens=scenario.new, temperature=0.0))
+    stats = engine.stats
+    return stats.prefill_seconds, stats.decode_seconds / max(1, stats.decode_steps)
+
+
+def prompts_of(scenario: Scenario, vocab_size: int) -> list[list[int]]:
+    """Random prompts of a fixed seed; their content does not matter for time."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, vocab_size, (scenario.batch, scenario.prompt)).tolist()
+
+
+def probe_config(config: ModelConfig, kind: str, variant: Variant, depth: int) -> ModelConfig:
+    """`depth` layers of one word and nothing else; depth 0 is the base."""
+    block = replace(BlockConfig(NoOp(), NoOp()), **{kind: variant})
+    return replace(config, blocks=(block,) * depth)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of the base and of each word, and of whole architectures timed beside them."""
+
+    words: dict[tuple[str, str], Seconds]
+    wholes: list[tuple[Words, Seconds]]
+
+
+def measure(
+    config: ModelConfig,
+    words: Iterable[tuple[str, str]],
+    wholes: Sequence[Words],
+    scenario: Scenario,
+    *,
+    rounds: int,
+    depth: int,
+    label: str,
+    quiet: bool = False,
+) -> Measured:
+    """What each (kind, word) adds, what the base takes, and what whole architectures take."""
+    shapes: dict[Hashable, ModelConfig] = {BASE: probe_config(config, "ffn", NoOp(), 0)}
+    for kind, word in words:
+        variant = parse_kind(kind, word)
+        if not isinstance(variant, NoOp):
+            shapes[kind, word] = probe_config(config, kind, variant, depth)
+    probes = list(shapes)
+    shapes |= {i: config.with_words(whole) for i, whole in enumerate(wholes)}
+    least = least_seconds(shapes, scenario, rounds, label, quiet)
+    base = least[BASE]
+    found = {key: np.maximum(0.0, (least[key] - base) / depth) for key in probes}
+    found[BASE] = base
+    return Measured(
+        {key: _pair(value) for key, value in found.items()},  # type: ignore[misc]
+        [(whole, _pair(least[i])) for i, whole in enumerate(wholes)],
+    )
+
+
+def least_seconds(
+    shapes: Mapping[Hashable, ModelConfig],
+    scenario: Scenario,
+    rounds: int,
+    label: str,
+    quiet: bool = False,
+) -> dict[Hashable, np.ndarray]:
+    """The least (prefill, decode step) of each model, `(2,)`; they take turns, round by round."""
+    least = {key: _Least(random_engine(shape), scenario) for key, shape in shapes.items()}
+    with Progress(label, rounds + 1, "probes", quiet=quiet) as bar:
+        for index in range(rounds + 1):
+            for one in least.values():
+                one.generate(counts=index > 0)  # the first round warms up
+            bar.advance(1, len(least))
+    for one in least.values():
+        one.engine.close()
+    return {key: one.seconds() for key, one in least.items()}
+
+
+class _Least:
+    """An engine, and the least time over its generations of the prefill and of each step."""
+
+    def __init__(self, engine: TorchEngine, scenario: Scenario) -> None:
+        self.engine, self.scenario = engine, scenario
+        self.prompts = prompts_of(scenario, engine.packed.config.vocab_size)
+        self.prefill = math.inf
+        self.steps: np.ndarray | float = math.inf
+
+    def generate(self, counts: bool) -> None:
+        for new in (*(1,) * (PREFILLS - 1), self.scenario.new):
+            self.engine.reset_stats()
+            self.engine.stats.each_step = steps = []
+            self.engine.generate(self.prompts, SamplingParams(max_tokens=new, temperature=0.0))
+            if counts:
+                self.prefill = min(self.prefill, self.engine.stats.prefill_seconds)
+        if counts:
+            self.steps = np.minimum(self.steps, steps)
+
+    def seconds(self) -> np.ndarray:
+        return np.array([self.prefill, np.mean(self.steps) if np.size(self.steps) else 0.0])
+
+
+def random_engine(config: ModelConfig) -> TorchEngine:
+    """An engine over random weights of this shape."""
+    module = Transformer(config).init_weights(0)
+    return TorchEngine(module.eval().requires_grad_(False))
+
+
+def _pair(values: np.ndarray) -> Seconds:
+    return float(values[0]), float(values[1])
+
+
+Key = tuple[str, str]
+Prices = Mapping[Key, Seconds]
+Timed = Sequence[tuple[Words, Seconds]]
+
+NOISE = 0.05  # how far, relatively, a model is from the sum of right prices
+TRUST = 0.10  # how far, relatively, a scaled price is from the right one
+FASTEST = 0.2  # no factor is below
+
+
+def architectures(parent: Words, words: Sequence[Key], count: int, seed: int = 0) -> list[Words]:
+    """The parent, then `count` architectures on the way from it to anywhere in the space.
+
+    Each keeps every word of the parent with a chance that falls from 3/4 to none.
+    """
+    rng = random.Random(seed)
+    offered = {kind: [word for k, word in words if k == kind] for kind in KINDS}
+    found: list[Words] = [parent]
+    for i in range(count):
+        kept = 0.75 * (1 - i / max(1, count - 1))
+        found.append(
+            [
+                tuple(
+                    own if rng.random() < kept else rng.choice(offered[kind])
+                    for kind, own in zip(KINDS, pair, strict=True)
+                )
+                for pair in parent
+            ]
+        )
+    return found
+
+
+def calibrate(prices: Prices, timed: Timed) -> dict[Key, Seconds]:
+    """The prices, prefill and decode each corrected by the models timed, and made `monotone`."""
+    if not timed:
+        return monotone(prices)
+    keys = list(prices)
+    columns = []
+    for column in range(2):
+        alone = np.array([prices[key][column] for key in keys])
+        rows = np.array([_counts(words, keys) for words, _ in timed]) * alone
+        seconds = np.array([pair[column] for _, pair in timed])
+        columns.append(alone * _factors(rows, seconds))
+    return monotone({key: (float(p), float(d)) for key, p, d in zip(keys, *columns, strict=True)})
+
+
+def _factors(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """rows `(models, words)`, what each word contributes to each model -> factors `(words,)`."""
+    count = rows.shape[1]
+    scale = float(np.median(seconds / rows.sum(1)))
+    a = np.concatenate([rows / seconds[:, None] / NOISE, np.eye(count) / TRUST])
+    b = np.concatenate([np.full(len(rows), 1 / NOISE), np.full(count, scale / TRUST)])
+    return np.maximum(FASTEST, np.linalg.lstsq(a, b, rcond=None)[0])
+
+
+def monotone(seconds: Prices) -> dict[Key, Seconds]:
+    """A narrower word never costs more than a wider one: noise is averaged away (isotonic).
+
+    Without this the search may pick a wide word for being measured faster by luck.
+    """
+    smoothed = dict(seconds)
+    for kind, prefix in (("attention", "gqa-"), ("ffn", "swiglu-")):
+        keys = [key for key in seconds if key[0] == kind and key[1].startswith(prefix)]
+        keys.sort(key=lambda key: int(key[1].removeprefix(prefix)))
+        columns = [_isotonic([seconds[key][i] for key in keys]) for i in range(2)]
+        smoothed |= {key: pair for key, pair in zip(keys, zip(*columns, strict=True), strict=True)}
+    return smoothed
+
+
+def _isotonic(values: list[float]) -> list[float]:
+    """The closest non-decreasing sequence (pool adjacent violators)."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [float(np.mean(pool)) for pool in pools for _ in pool]
+
+
+def _counts(words: Words, keys: Sequence[Key]) -> list[int]:
+    """How often each key is in an architecture; the base once."""
+    found = Counter((kind, w) for pair in words for kind, w in zip(KINDS, pair, strict=True))
+    return [1 if kind == "base" else found[kind, word] for kind, word in keys]
+
+
+def promised(prices: Prices, words: Words) -> Seconds:
+    """Seconds of (prefill, one decode step) that prices promise of an architecture."""
+    counts = _counts(words, list(prices))
+    prefill, decode = np.array(counts) @ np.array(list(prices.values()))
+    return float(prefill), float(decode)
+
+
+def held_out(prices: Prices, timed: Timed, scenario: Scenario) -> list[dict]:
+    """A row a model: measured, and promised by prices that were fitted without it."""
+    rows = []
+    for i, (words, measured) in enumerate(timed):
+        others = [*timed[:i], *timed[i + 1 :]]
+        rows.append(compared(words, promised(calibrate(prices, others), words), measured, scenario))
+    return rows
+
+
+def compared(words: Words, promise: Seconds, measured: Seconds, scenario: Scenario) -> dict:
+    """Promise beside measurement: prefill, one decode step and the scenario; errors relative."""
+    row: dict = {"words": [list(pair) for pair in words]}
+    pairs = {"prefill_seconds": 0, "decode_seconds": 1}
+    for name, i in pairs.items():
+        row |= _beside(name, promise[i], measured[i])
+    steps = scenario.new - 1
+    return row | _beside(
+        "seconds", promise[0] + steps * promise[1], measured[0] + steps * measured[1]
+    )
+
+
+def _beside(name: str, promise: float, measured: float) -> dict[str, float]:
+    error = promise / measured - 1
+    return {f"promised_{name}": promise, f"measured_{name}": measured, f"error_{name}": error}
 
 
 class CostConfig(BaseModel):

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from tessera.model.config import KINDS
-from tessera.runs.manifest import read_json, read_table
+from tessera.runs.run import read_json, read_table
 
 Words = Sequence[Sequence[str]]
 DEFAULT = "default"  # the scenario of a recipe that names none

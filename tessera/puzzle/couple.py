@@ -21,7 +21,6 @@ from pydantic import Field
 from tessera import dist
 from tessera.model.config import KINDS, ModelConfig
 from tessera.puzzle.bld import BLD, LocalConfig, calibration, train_units
-from tessera.puzzle.layer_numbers import layers_of
 from tessera.puzzle.library import (
     BlockLibrary,
     Key,
@@ -36,14 +35,14 @@ from tessera.puzzle.space import (
     Pair,
     Space,
     forbidden_pairs,
+    layers_of,
     read_space,
     split,
     with_pairs,
     write_space,
 )
 from tessera.puzzle.surgery import collect_statistics
-from tessera.runs.manifest import read_json
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json
 
 Words = Sequence[Sequence[str]]
 

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tessera.data.documents import heldout
+from tessera.model.checkpoint import load_model
 from tessera.model.config import KINDS
-from tessera.model.weights import load_model
 from tessera.plot import Series, line_chart
 from tessera.puzzle.compare import CompareConfig, quality, speeds
 from tessera.puzzle.constraints import NAMES
@@ -31,9 +31,8 @@ from tessera.puzzle.race import HeatConfig, heat
 from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import join
 from tessera.runs.files import atomic_write
-from tessera.runs.manifest import read_table
 from tessera.runs.recipe import nearest, validate
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_table
 from tessera.train.optim import DocumentTrainConfig
 
 Method = Literal["mip", "uniform", "dropped", "dropped-attention"]

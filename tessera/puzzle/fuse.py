@@ -1,4 +1,12 @@
-"""FFN Fusion: a run of FFNs with no attention between them becomes one wide FFN (§3.1).
+"""Which blocks of a model read what which others wrote (FFN Fusion §3.2).
+
+    h_j(X) = f_j(X) - X            what block j adds
+    M_ij   = 1 - cos(h_j, h_j without block i)      mean over tokens, for j > i
+
+A small M_ij says that block j hardly reads block i, so the two may run on the same input. The
+states below block i are the model's own, computed once a batch: M costs L²/2 blocks, not L².
+
+FFN Fusion: a run of FFNs with no attention between them becomes one wide FFN (§3.1).
 
     x + FFN_1(x) + FFN_2(x + FFN_1(x)) + …   ≈   x + Σ_i FFN_i(x)
     Σ_i FFN_i(norm_i(x)) = FFN(norm(x))      rows of gate and up, columns of down side by side
@@ -13,29 +21,67 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tessera.data.batch import Batch
 from tessera.data.documents import heldout
 from tessera.generate.torch_engine import TorchEngine
+from tessera.model.checkpoint import load_model, save_model
 from tessera.model.config import ModelConfig, NoOp, SwiGLU
 from tessera.model.context import Context
 from tessera.model.layers import FeedForward, Subblock
-from tessera.model.saving import save_model
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tessera.progress import Progress
+from tessera.puzzle.cost import generation_seconds
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.dependency import dependency_matrix
-from tessera.puzzle.measure import generation_seconds
 from tessera.runs.run import Run
 from tessera.train.losses import token_statistics
+
+
+@torch.no_grad()
+def dependency_matrix(
+    module: Transformer, batches: Sequence[Batch], tell: Callable[[], None] = lambda: None
+) -> Tensor:
+    """M `(L, L)`, zero on and below the diagonal and where either block is empty.
+
+    `tell` is called after each removed block of each batch.
+    """
+    depth = len(module.blocks)
+    sums, total = torch.zeros(depth, depth), 0.0
+    for batch in batches:
+        context = module.prepare(Context(batch.positions, batch.segments))
+        states = list(module.hidden_states(batch.tokens, context))
+        real = (batch.segments >= 0).float()
+        total += float(real.sum())
+        for removed in range(depth):
+            sums[removed] += _change(module, removed, states, context, real)
+            tell()
+    return sums / max(1.0, total)
+
+
+def _change(
+    module: Transformer, removed: int, states: Sequence[Tensor], context: Context, real: Tensor
+) -> Tensor:
+    """Row `removed` of M, summed over tokens `(L,)`."""
+    row = torch.zeros(len(module.blocks))
+    if torch.equal(states[removed], states[removed + 1]):
+        return row
+    x = states[removed]
+    for layer in range(removed + 1, len(module.blocks)):
+        out = module.blocks[layer](x, context)
+        own = states[layer + 1] - states[layer]
+        if own.any():
+            distance = 1 - F.cosine_similarity(out - x, own, dim=-1)
+            row[layer] = float((distance * real).sum())
+        x = out
+    return row
 
 
 class FuseError(ValueError):

@@ -22,18 +22,15 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from tessera import dist
+from tessera.model.checkpoint import load_model, save_model, whole
 from tessera.model.config import KINDS, BlockConfig, ModelConfig, name, parse_kind
 from tessera.model.layers import Subblock
-from tessera.model.saving import save_model
-from tessera.model.sharded import whole
 from tessera.model.source import resolve
 from tessera.model.transformer import Block, Transformer
-from tessera.model.weights import load_model
 from tessera.puzzle.space import Pair, Space, join, read_space, split, write_space
 from tessera.puzzle.surgery import ParentStatistics, copy_parameters, cut
 from tessera.runs.files import atomic_write
-from tessera.runs.manifest import read_json, read_manifest
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json, read_manifest
 from tessera.train.parallel import gathered
 
 Key = tuple[int, str, str]  # layer; attention, ffn or block; word

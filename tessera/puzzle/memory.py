@@ -17,7 +17,7 @@ from typing import Any
 from tessera.model.config import KINDS, ModelConfig, Variant, parse_kind
 from tessera.puzzle.library import Key, layer_groups
 from tessera.puzzle.space import split
-from tessera.train.activations import kept, working
+from tessera.train.flops import kept, working
 
 WEIGHT, TRAINED = 4, 16  # bytes a parameter
 

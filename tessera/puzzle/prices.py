@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessera.puzzle.candidates import Candidates
-from tessera.puzzle.cases import Case
-from tessera.puzzle.constraints import Limit
+from tessera.puzzle.constraints import Case, Limit
 from tessera.puzzle.program import Infeasible, TimedOut, divisible
 from tessera.puzzle.sweep import Effort, Found, best_of
 

@@ -23,14 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tessera import dist
 from tessera.data.batch import Batch
-from tessera.model.weights import load_model
+from tessera.model.checkpoint import load_model
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import documents
 from tessera.puzzle.compare import quality
 from tessera.puzzle.library import assemble
 from tessera.runs.files import FailureError, WriteError
-from tessera.runs.manifest import is_done, read_json, read_table
-from tessera.runs.run import Run
+from tessera.runs.run import Run, is_done, read_json, read_table
 from tessera.train.engine import Trainer
 from tessera.train.optim import DocumentTrainConfig
 

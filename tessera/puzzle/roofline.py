@@ -9,16 +9,27 @@ Q, K, V, gate and up are split by columns, their partners by rows, KV heads copi
 fewer of them than devices. A linear subblock is held whole by every device, so that it, like a
 no-op, needs no exchange. Constants and where they come from are in `devices.py`. Not modelled:
 wave quantisation, schedulers, paging, an embedding or head kept wider than the rest, overlap.
+
+This machine's CPU as a `Device`: what products, reads and calls take, measured in a second.
+
+The shares of the peak are 1, since the peak is what was reached. Products are the engine's own
+(`Matrix`), in float32, on as many threads as torch has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import os
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from tessera.devices import DTYPES, Device, DeviceError, find_device
+import torch
+
+from tessera.devices import CPU, DTYPES, Device, DeviceError, find_device
+from tessera.generate.packed import Matrix
+from tessera.generate.stats import clock
 from tessera.model.config import GQA, KINDS, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse_kind
 from tessera.puzzle.cost_table import Scenario
 
@@ -288,3 +299,46 @@ def largest_batch(
     weights = one - each
     room = share * (memory - weights) if of_free else share * memory - weights
     return max(0, math.floor(room / each)) if each else None
+
+
+ROWS, SIDE = 512, 2048  # of the products whose rate is the peak
+READ = 64 * 2**20  # bytes of weights that a single row streams; more than caches hold
+
+
+@torch.inference_mode()
+def probe_cpu(seconds: float = 0.5) -> Device:
+    """The CPU: peak from square products, bandwidth from one row, kernel from tiny calls.
+
+    seconds: for each of the three.
+    """
+    product = Matrix(torch.randn(SIDE, SIDE))
+    many = torch.randn(ROWS, SIDE)
+    peak = 2 * ROWS * SIDE * SIDE / _least(lambda: product(many), seconds)
+    wide = Matrix(torch.randn(READ // 4 // SIDE, SIDE))
+    row = torch.randn(1, SIDE)
+    bandwidth = READ / _least(lambda: wide(row), seconds)
+    tiny, little = Matrix(torch.randn(8, 8)), torch.randn(1, 8)
+    kernel = _least(lambda: tiny(little), seconds)
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return Device(
+        CPU,
+        memory,
+        bandwidth,
+        {"fp32": peak},
+        link=math.inf,
+        compute=1.0,
+        memory_share=1.0,
+        kernel=kernel,
+        hop=0.0,
+    )
+
+
+def _least(call: Callable[[], object], seconds: float) -> float:
+    """The least time of a call, by the engine's clock, repeated for this long."""
+    cpu = torch.device("cpu")
+    least, end = math.inf, time.monotonic() + seconds
+    while time.monotonic() < end or math.isinf(least):
+        start = clock(cpu)
+        call()
+        least = min(least, clock(cpu) - start)
+    return least

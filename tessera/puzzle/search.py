@@ -19,9 +19,8 @@ from tessera.model.config import KINDS, ModelConfig
 from tessera.model.source import load_config
 from tessera.puzzle import baselines
 from tessera.puzzle.candidates import Architecture, Candidates
-from tessera.puzzle.cases import Case, Demand, cases
 from tessera.puzzle.conditional import ConditionalConfig, Rescorer, Words, polish, tighten
-from tessera.puzzle.constraints import check
+from tessera.puzzle.constraints import Case, Demand, cases, check
 from tessera.puzzle.cost_table import Costs, read_costs, unavailable
 from tessera.puzzle.prices import shadow_prices
 from tessera.puzzle.program import SearchError
@@ -29,8 +28,7 @@ from tessera.puzzle.promises import promised, told
 from tessera.puzzle.score import METRICS
 from tessera.puzzle.space import Space, read_space
 from tessera.puzzle.sweep import Effort, Found, search_cases
-from tessera.runs.manifest import read_json, read_table
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json, read_table
 
 Method = Literal["mip", "uniform", "dropped", "dropped-attention", "greedy"]
 

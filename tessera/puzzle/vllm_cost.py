@@ -29,8 +29,7 @@ from tessera.export.padding import expressible
 from tessera.model.config import GQA, KINDS, BlockConfig, ModelConfig, NoOp, name, parse_kind
 from tessera.model.source import load_config
 from tessera.progress import Progress
-from tessera.puzzle.calibrate import monotone
-from tessera.puzzle.cost import CostConfig, count
+from tessera.puzzle.cost import CostConfig, count, monotone
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.space import Space, read_space
 from tessera.runs.files import FailureError, RunError

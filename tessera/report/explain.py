@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tessera.model.config import KINDS, ModelConfig, parse_kind
-from tessera.model.lineage import ancestors, holder, model_config, origin
+from tessera.model.source import ancestors, holder, model_config, origin
 from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
 from tessera.puzzle.space import join
 from tessera.runs.files import RunError
-from tessera.runs.manifest import read_table
+from tessera.runs.run import read_table
 from tessera.table import VIEWS, count, render_table, seconds, size, terminal_width
 
 COUNTED = ("parameters", "kv_bytes_per_token")

@@ -18,8 +18,7 @@ from tessera import dist
 from tessera.rl.experience import Answer, Group
 from tessera.rl.prompts import Prompt
 from tessera.runs.files import FailureError
-from tessera.runs.manifest import read_metrics
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics
 from tessera.train.parallel import Layout
 
 KEPT = 3  # of the best, of the worst and of all, a rollout whose samples are kept

@@ -19,13 +19,13 @@ from pydantic import Field
 from tessera.data.chat import ChatEncoder
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
+from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
-from tessera.model.weights import load_model
 from tessera.progress import Progress
 from tessera.rl.prompts import FILE, Prompt, PromptsConfig, collect, judged_samples, write
 from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rubric import Rubric
-from tessera.runs.journal import Journal
+from tessera.runs.files import Journal
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import Run
 from tessera.vllm.choice import EngineChoice, open_engine

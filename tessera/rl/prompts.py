@@ -15,10 +15,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tessera.data.conversation import Message, Mode
+from tessera.data.dialects import read_chats
+from tessera.data.problems import problem
 from tessera.data.readers import Bad, DataError, expand
-from tessera.data.schema import read_chats
 from tessera.data.switch import DETAILED, set_switch
-from tessera.data.tasks import problem
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import Completion
 from tessera.generate.text import said

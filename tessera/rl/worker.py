@@ -16,8 +16,7 @@ from multiprocessing.connection import Connection
 
 from pydantic import TypeAdapter
 
-from tessera.rl.checks import check, prepare
-from tessera.rl.rewards import Reward, Sample
+from tessera.rl.rewards import Reward, Sample, check, prepare
 
 PR_SET_PDEATHSIG = 1
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tessera.runs.files import Lock, atomic_write, remove_directories, writing
-from tessera.runs.manifest import is_done, read_manifest
+from tessera.runs.run import is_done, read_manifest
 
 MARK = ".redo"
 _NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock", MARK}

@@ -20,8 +20,8 @@ from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.text import Piece, TextStream, opens_thought, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
+from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
-from tessera.model.weights import load_model
 
 HELP = "/on  /off  /clear  /help  (Ctrl-C stops an answer, Ctrl-D leaves)"
 SAMPLING: dict[Mode, dict[str, float]] = {

@@ -17,10 +17,9 @@ import uvicorn
 from pydantic import Field
 
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.runner import EngineThread
-from tessera.generate.torch_engine import TorchEngine
+from tessera.generate.torch_engine import EngineThread, TorchEngine
+from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
-from tessera.model.weights import load_model
 from tessera.runs.recipe import Config
 from tessera.serve.app import Serving, build
 from tessera.serve.session import Talker

@@ -6,12 +6,20 @@
 A multiply-add is two operations; pairs are those inside documents in causal order, so padding and
 masked halves count as nothing, nor does what is computed again (gradient checkpointing). That is
 the "model FLOPs" of PaLM (2204.02311, appendix B), whose share of the peak is MFU.
+
+What a subblock keeps of each token for its backward pass, in numbers: layers.py and fused.py.
+
+norm         its input; its output, which the products behind it keep
+attention    q, k, v by documents; the output by documents and by rows
+FFN          gate and up; the rest is made again
+chain        what is between its matrices
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +28,7 @@ from tessera import devices, dist
 from tessera.data.batch import Batch
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.cpu import multiply
+from tessera.train.parallel import splits
 
 # Of the chips in `devices.py`, with less than the peaks there: a share of those would mislead.
 SLOWER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL", "RTX 4090 D", "RTX 4090 Laptop")
@@ -121,3 +130,31 @@ def _probed(size: int = 1024, tries: int = 5) -> float:
         multiply(a, b)
         best = min(best, time.perf_counter() - begun)
     return 2 * size**3 / best
+
+
+DOCUMENTS = 4 / 3  # rows of documents grouped by length are padded by a third at most (context.py)
+
+
+def kept(config: ModelConfig, variant: Variant, ways: int = 1) -> float:
+    """Numbers a token that one subblock keeps, on one of `ways` tensor-parallel processes."""
+    ways = ways if splits(config, variant, ways) else 1
+    match variant:
+        case NoOp():
+            return 0.0
+        case SwiGLU(intermediate_size=width):
+            return 2 * config.hidden_size + 2 * width / ways
+        case GQA(num_key_value_heads=heads):
+            q, kv = config.num_attention_heads * config.head_dim, heads * config.head_dim
+            return 2 * config.hidden_size + (DOCUMENTS * (2 * q + 2 * kv) + q) / ways
+        case Chain():
+            return 2 * config.hidden_size + variant.inner(config.hidden_size)
+
+
+def working(config: ModelConfig, variants: Iterable[Variant], ways: int = 1) -> float:
+    """Numbers a token that the backward pass of the widest FFN holds beside what is kept.
+
+    silu(gate), its product with up, and the slopes of that product, of gate and of up; around
+    them slopes of the residual stream.
+    """
+    widths = [v.intermediate_size for v in variants if isinstance(v, SwiGLU)]
+    return 5 * max(widths, default=0) / ways + 4 * config.hidden_size

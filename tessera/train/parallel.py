@@ -34,10 +34,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tessera import dist
+from tessera.model.checkpoint import load_model, whole
 from tessera.model.config import GQA, ModelConfig, SwiGLU, Variant
-from tessera.model.sharded import whole
 from tessera.model.transformer import Block, Transformer
-from tessera.model.weights import load_model
 from tessera.runs.files import RunError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -20,8 +20,7 @@ from typing import Any, Literal, Protocol
 
 from tessera import dist
 from tessera.runs.files import fingerprint
-from tessera.runs.manifest import read_metrics, read_timings
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics, read_timings
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 

@@ -35,8 +35,8 @@ from tessera.generate.engine import (
     check_sequences,
     keys_of,
 )
+from tessera.model.checkpoint import write_model
 from tessera.model.config import ModelConfig
-from tessera.model.saving import write_model
 from tessera.model.transformer import Transformer, holding
 from tessera.runs.files import writing
 from tessera.vllm.choice import VLLMConfig

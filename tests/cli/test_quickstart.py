@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tessera.cli import quickstart
 from tessera.cli.main import app
-from tessera.data.tasks import problem
+from tessera.data.problems import problem
 from tessera.pipeline import STAGES
 from tessera.runs.plan import plan
 from tessera.runs.recipe import RecipeError

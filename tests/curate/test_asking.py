@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tessera.ask.ask import AskError, Reply
-from tessera.curate.replies import Replies
-from tessera.curate.steps import prompts
+from tessera.curate.runner import Replies
+from tessera.curate.steps import ask
 from tessera.runs.files import FailureError
 from tests.curate.conftest import Curated, Server, killed, run_stage, write_lines
 
@@ -229,12 +229,12 @@ def test_the_nearest_problem_of_an_evaluation_is_judged(
 
 
 def test_a_reply_is_read_strictly():
-    assert prompts.verdict("no, wait\nVERDICT: yes") is True
-    assert prompts.verdict("**Verdict: No.**") is False
-    assert prompts.verdict("I would say VERDICT: yes or no") is None
-    assert prompts.told_answer("ANSWER: NONE") is None
-    assert prompts.told_answer("so\n**ANSWER: 42**") == "42"
-    assert prompts.told_problems("NONE") == []
-    assert prompts.fill("{question} \\frac{1}{2} {other}", question="{text}") == (
+    assert ask.verdict("no, wait\nVERDICT: yes") is True
+    assert ask.verdict("**Verdict: No.**") is False
+    assert ask.verdict("I would say VERDICT: yes or no") is None
+    assert ask.told_answer("ANSWER: NONE") is None
+    assert ask.told_answer("so\n**ANSWER: 42**") == "42"
+    assert ask.told_problems("NONE") == []
+    assert ask.fill("{question} \\frac{1}{2} {other}", question="{text}") == (
         "{text} \\frac{1}{2} {other}"
     )

@@ -17,9 +17,9 @@ import pytest
 from tessera.curate.sources import SourceConfig, plan_shards, read_shard
 from tessera.data import parquet
 from tessera.data.conversation import Chat
+from tessera.data.dialects import read_chats
 from tessera.data.readers import Bad, DataError, read_rows
-from tessera.data.schema import read_chats
-from tessera.runs.manifest import read_table
+from tessera.runs.run import read_table
 from tests.curate.conftest import Curated, killed, lines, run_stage, write_lines
 
 Curate = Callable[..., Curated]

@@ -10,10 +10,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.curate.steps import words
+from tessera.curate.steps import duplicates
 from tessera.curate.steps.contamination import Decontaminate
-from tessera.curate.steps.dedupe import bands_for, clusters, signatures
-from tessera.curate.steps.words import word_grams
+from tessera.curate.steps.duplicates import bands_for, clusters, signatures, word_grams
 from tests.curate.conftest import write_lines
 
 texts = st.lists(st.text("aAbB c1.é\n", max_size=20), min_size=1, max_size=8)
@@ -43,7 +42,7 @@ def test_equal_hashes_mean_equal_grams(found: list[str], n: int):
 def test_a_text_hashes_alike_wherever_it_stands(monkeypatch):
     found = [f"the {n} cats and 1{n} dogs, " * (n % 7) for n in range(200)]
     whole = word_grams(found, 3)
-    monkeypatch.setattr(words, "CHUNK", 100)
+    monkeypatch.setattr(duplicates, "CHUNK", 100)
     pieces = word_grams(found, 3)
     assert np.array_equal(whole.hashes, pieces.hashes)
     assert np.array_equal(whole.starts, pieces.starts)

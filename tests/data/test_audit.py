@@ -14,7 +14,7 @@ from tessera.cli.main import app
 from tessera.data.audit import CHECKS, audit, coloured, violations
 from tessera.data.chat import ChatEncoder, Document
 from tessera.data.conversation import Chat
-from tessera.data.schema import read_row
+from tessera.data.dialects import read_row
 from tessera.data.tokenizer import train_bpe
 
 BPE = train_bpe(["the cat sat on the mat and thought of fish"], 300, chat=True)

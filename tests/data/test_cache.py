@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tessera.data import encode, sources
-from tessera.data.cache import GIB, TokenCache
 from tessera.data.readers import DataError
+from tessera.data.sources import GIB, TokenCache
 from tessera.data.store import open_tokens
 from tessera.data.tokenizer import byte_tokenizer, train_bpe
 from tessera.runs.files import RunError
@@ -149,7 +149,7 @@ def test_an_entry_is_whole_or_absent(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from tessera.data.cache import TokenCache\n"
+        "import sys, time; from pathlib import Path; from tessera.data.sources import TokenCache\n"
         "def build(path):\n"
         "    (path / 'x').write_bytes(b'1'); print('ready', flush=True); time.sleep(60)\n"
         f"with TokenCache(Path({str(tmp_path)!r}), 1.0) as cache: cache.entry('a', build)\n"

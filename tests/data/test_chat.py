@@ -12,7 +12,7 @@ import pytest
 
 from tessera.data.chat import ChatEncoder, ChatError, Document
 from tessera.data.conversation import Chat
-from tessera.data.schema import read_row
+from tessera.data.dialects import read_row
 from tessera.data.switch import SwitchError, obeys, requested, set_switch, switch_metrics
 from tessera.data.template import LLAMA3, Template, TemplateError, template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe

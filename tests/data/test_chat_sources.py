@@ -13,15 +13,15 @@ from tessera.data.batch import OFF, ON
 from tessera.data.chat import ChatEncoder
 from tessera.data.config import DataConfig
 from tessera.data.conversation import Chat
+from tessera.data.dialects import read_row, write_row
 from tessera.data.documents import Documents
+from tessera.data.problems import problem_chat
 from tessera.data.readers import DataError
-from tessera.data.schema import read_row, write_row
 from tessera.data.store import open_tokens
-from tessera.data.tasks import problem_chat
 from tessera.data.template import LLAMA3, template_of
 from tessera.data.tokenizer import load_tokenizer
-from tessera.runs.manifest import read_json, read_table
 from tessera.runs.recipe import RecipeError, validate
+from tessera.runs.run import read_json, read_table
 from tests.data.conftest import Prepare
 
 TOKENIZER: dict[str, Any] = {"bpe": 300, "chat": True}

@@ -12,8 +12,8 @@ from tessera.data.documents import Documents
 from tessera.data.readers import DataError
 from tessera.data.tokenizer import load_tokenizer
 from tessera.pipeline import run_recipe
-from tessera.runs.manifest import read_table
 from tessera.runs.recipe import loads
+from tessera.runs.run import read_table
 
 SUMS = [(a, b) for a in range(8) for b in range(9)]
 ROWS = [{"prompt": f"{a} plus {b}?\n", "completion": f"{a + b}"} for a, b in SUMS]

@@ -12,7 +12,7 @@ import pytest
 from tessera.data.config import DataConfig
 from tessera.data.dataset import DatasetPart, dataset_identity, local_dataset, read_dataset
 from tessera.data.readers import Bad, DataError, Text
-from tessera.runs.manifest import read_json
+from tessera.runs.run import read_json
 from tests.data.test_prepare import decoded
 
 TEXTS = [f"row {i} " * (1 + i % 7) for i in range(60)]

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tessera.data import order as module
+from tessera.data import documents as module
 from tessera.data.batch import Batch
-from tessera.data.documents import Documents
-from tessera.data.order import Order
+from tessera.data.documents import Documents, Order
 from tessera.data.readers import DataError
 from tessera.data.store import open_tokens
 

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.data import order as module
-from tessera.data.documents import Documents, heldout
-from tessera.data.mix import Interleaving
+from tessera.data import documents as module
+from tessera.data.documents import Documents, Interleaving, heldout
 from tessera.data.readers import DataError
 from tests.data.test_documents import Rows, equal, order_spans, rows
 

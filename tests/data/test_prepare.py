@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from tessera.data.config import DataConfig
 from tessera.data.documents import Documents
+from tessera.data.problems import split_of
 from tessera.data.readers import DataError
 from tessera.data.store import TokenWriter, open_tokens
-from tessera.data.tasks import split_of
 from tessera.data.tokenizer import load_tokenizer
 from tessera.runs.files import RunError
-from tessera.runs.manifest import read_json, read_table
+from tessera.runs.run import read_json, read_table
 from tests.data.conftest import kill_stage
 
 

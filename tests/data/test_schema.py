@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tessera.data.conversation import Chat, SchemaError, fault, split_thought
+from tessera.data.dialects import Dialect, read_chats, read_row, write_row
 from tessera.data.readers import Bad, DataError
-from tessera.data.schema import Dialect, read_chats, read_row, write_row
 
 THOUGHT = "<think>\nTwice two.\n</think>\n\nFour."
 NEMOTRON: dict[str, Any] = {

@@ -11,8 +11,8 @@ import pytest
 from tessera.data.config import DataConfig
 from tessera.data.documents import Documents
 from tessera.data.readers import DataError
-from tessera.runs.manifest import read_json, read_table
 from tessera.runs.recipe import RecipeError, validate
+from tessera.runs.run import read_json, read_table
 
 SIZES: dict[str, Any] = {"sequence_length": 64, "tokens_per_step": 512, "microbatch_tokens": 64}
 

@@ -9,8 +9,16 @@ from typer.testing import CliRunner
 
 from tessera.cli.main import app
 from tessera.data.conversation import Chat, fault, split_thought
-from tessera.data.schema import read_chats
-from tessera.data.tasks import TASKS, Problem, completion, document, problem, problem_chat, split_of
+from tessera.data.dialects import read_chats
+from tessera.data.problems import (
+    TASKS,
+    Problem,
+    completion,
+    document,
+    problem,
+    problem_chat,
+    split_of,
+)
 
 
 def check_calc(drawn: Problem) -> bool:

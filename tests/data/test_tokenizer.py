@@ -9,8 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.data.formats import TokenizerError
-from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from tessera.data.tokenizer import (
+    Tokenizer,
+    TokenizerError,
+    byte_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 
 BYTES = byte_tokenizer()
 quick = settings(max_examples=200, deadline=None, database=None, derandomize=True)
@@ -191,7 +196,7 @@ def test_truncation_in_a_file_is_ignored(tmp_path: Path) -> None:
 
 def test_training_is_the_same_in_every_process() -> None:
     code = (
-        "from tessera.data.tokenizer import train_bpe; from tessera.data.tasks import document;"
+        "from tessera.data.tokenizer import train_bpe; from tessera.data.problems import document;"
         "t = train_bpe((document(n, 0, i) for n in ('calc', 'sort') for i in range(300)), 400);"
         "print([t.token(i) for i in range(t.vocab_size)])"
     )

@@ -14,12 +14,11 @@ from tessera.ask.ask import Receive, Reply, Request
 from tessera.data.conversation import CLOSE, OPEN, Mode
 from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
-from tessera.eval.evaluate import EvalConfig, evaluate
-from tessera.eval.perplexity import _logprobs
+from tessera.eval.evaluate import EvalConfig, _logprobs, evaluate
 from tessera.eval.scores import Scored, pass_at, summary
 from tessera.eval.task import Data, EvalError, Item, Task, ask
 from tessera.eval.tasks import find
-from tessera.runs.journal import Journal
+from tessera.runs.files import Journal
 
 
 class Answerer:

@@ -16,11 +16,10 @@ from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import CLOSE, OPEN, Mode
 from tessera.data.switch import set_switch
 from tessera.data.tokenizer import train_bpe
-from tessera.eval.evaluate import EvalConfig, evaluate
-from tessera.eval.perplexity import perplexity
+from tessera.eval.evaluate import EvalConfig, evaluate, perplexity
 from tessera.eval.tasks.maths import BOX
 from tessera.generate.engine import SamplingParams
-from tessera.model.saving import save_model
+from tessera.model.checkpoint import save_model
 from tessera.runs.recipe import RecipeError
 from tests import tiny
 
@@ -99,7 +98,7 @@ def asked(*args: Any) -> list[SimpleNamespace]:
 
 def direct(lm: TesseraLM, ids: list[int]) -> torch.Tensor:
     """Log-probs `(T,V)` behind each of these tokens, from the module itself."""
-    from tessera.model.weights import load_model
+    from tessera.model.checkpoint import load_model
 
     module = load_model(lm.asked.pretrained, frozen=True)
     with torch.inference_mode():

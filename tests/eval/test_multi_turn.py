@@ -17,7 +17,7 @@ from tessera.eval.tasks import find
 from tessera.eval.tasks.multi_turn import STEPS, goes_on, play, verify_turns
 from tessera.rl.rewards import Sample
 from tessera.rl.verifiers.outcome import Outcome
-from tessera.runs.journal import Journal
+from tessera.runs.files import Journal
 
 Calls = Sequence[tuple[str, dict[str, Any]]]
 DONE = "That is done."

@@ -17,7 +17,7 @@ from tessera.eval.task import Data, EvalError, Item, Task, ask
 from tessera.eval.tasks import TASKS, find
 from tessera.eval.tasks.judged import duels, marks, mean_mark, win_share
 from tessera.eval.tasks.tools import read_calls
-from tessera.runs.journal import Journal
+from tessera.runs.files import Journal
 
 Say = Callable[[Item], str]
 
@@ -219,7 +219,7 @@ def test_needles_stand_where_they_are_said_to_and_can_be_found():
 
 
 def test_procedural_questions_are_held_out_and_each_asked_once():
-    from tessera.data.tasks import split_of
+    from tessera.data.problems import split_of
 
     items = list(islice(find("calc@4").read(Data("calc@4")), 200))
     questions = [item.messages[-1]["content"] for item in items]

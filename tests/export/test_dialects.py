@@ -14,10 +14,9 @@ from tessera.export.blocks import MEGATRON_FILE
 from tessera.export.engines import ENGINES, refusals
 from tessera.export.errors import ExportError
 from tessera.export.write import export_model
+from tessera.model.checkpoint import load_model, save_model
 from tessera.model.config import ConfigError
-from tessera.model.saving import save_model
 from tessera.model.source import load_config
-from tessera.model.weights import load_model
 from tests import tiny
 from tests.export.interop import HETEROGENEOUS, random_model, write_byte_tokenizer
 

@@ -16,10 +16,9 @@ from tessera.export import write
 from tessera.export.errors import ExportError
 from tessera.export.padding import expressible
 from tessera.export.write import ExportConfig, export_model, stage
+from tessera.model.checkpoint import load_model, save_model
 from tessera.model.config import ConfigError
 from tessera.model.families import read_config
-from tessera.model.saving import save_model
-from tessera.model.weights import load_model
 from tessera.runs.files import WriteError
 from tessera.runs.run import Run
 from tests.export.interop import EQUAL, HETEROGENEOUS, random_model, write_byte_tokenizer

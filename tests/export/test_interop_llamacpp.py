@@ -11,10 +11,9 @@ from tessera.data.tokenizer import byte_tokenizer, load_tokenizer
 from tessera.export import gguf
 from tessera.export.errors import ExportError
 from tessera.export.write import export_model
+from tessera.model.checkpoint import load_model, save_model
 from tessera.model.config import RopeScaling
-from tessera.model.saving import save_model
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tests.export.interop import (
     EQUAL,
     HETEROGENEOUS,

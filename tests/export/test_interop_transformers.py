@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tessera.export.write import export_model
-from tessera.model.saving import save_model
-from tessera.model.weights import load_model
+from tessera.model.checkpoint import load_model, save_model
 from tests.export.interop import EQUAL, HETEROGENEOUS, PROMPTS, greedy, random_model
 
 transformers = pytest.importorskip("transformers", reason="needs transformers 5")

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from tessera.export.write import export_model
-from tessera.model.saving import save_model
+from tessera.model.checkpoint import load_model, save_model
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tessera.vllm import plugin as vllm_plugin
 from tests.export.interop import EQUAL, HETEROGENEOUS, PROMPTS, greedy, random_model
 

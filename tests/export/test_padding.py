@@ -7,7 +7,7 @@ import torch
 
 from tessera.export.decilm import ffn_mult
 from tessera.export.padding import expressible, notes, widen
-from tessera.model.nas import ffn_mult_width
+from tessera.model.families import ffn_mult_width
 from tests.export.interop import HETEROGENEOUS, random_model
 
 CASES = {

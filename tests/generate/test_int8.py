@@ -7,9 +7,9 @@ import torch
 
 from tessera.generate import packed as packing
 from tessera.generate.engine import GenerationError, SamplingParams
-from tessera.generate.int8 import Int8Matrix, check_int8
+from tessera.generate.packed import Int8Matrix, check_int8
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.weights import load_model
+from tessera.model.checkpoint import load_model
 from tests import tiny
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tessera.generate.cache import Prefill
 from tessera.generate.packed import Matrix, Packed, onednn_rows
-from tessera.generate.reading import Prefill
 from tests import tiny
 
 FAMILIES = [

@@ -8,8 +8,7 @@ import pytest
 
 from tessera.generate.engine import ClosedError, SamplingParams
 from tessera.generate.requests import EngineError
-from tessera.generate.runner import BROKEN, EngineThread
-from tessera.generate.torch_engine import TorchEngine
+from tessera.generate.torch_engine import BROKEN, EngineThread, TorchEngine
 from tests import tiny
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0)

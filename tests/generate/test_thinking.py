@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tessera.generate.engine import SamplingParams, Thinking
-from tessera.generate.thinking import Stage, Thought
+from tessera.generate.requests import Stage, Thought
 from tessera.generate.torch_engine import TorchEngine
 from tests import tiny
 

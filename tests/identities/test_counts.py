@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tessera.export import decilm
 from tessera.model.cache import KVCache
+from tessera.model.checkpoint import hf_name
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, name, parse
 from tessera.model.families import parse_config, read_config
 from tessera.model.layers import Subblock
-from tessera.model.names import hf_name
 from tessera.model.transformer import Transformer
 from tests import tiny
 

@@ -11,8 +11,8 @@ import torch
 
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
+from tessera.model.checkpoint import load_model
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tests import tiny
 
 LENGTHS = (5, 2, 9, 1, 6, 6, 3, 8)

@@ -12,9 +12,8 @@ import transformers
 from torch import Tensor
 
 from tessera.model.cache import KVCache
+from tessera.model.checkpoint import load_model, save_model
 from tessera.model.context import Context
-from tessera.model.saving import save_model
-from tessera.model.weights import load_model
 from tests import tiny
 
 SIZES = {

@@ -11,13 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tessera.model.checkpoint import hf_name, load_model, our_name, save_model
 from tessera.model.config import RopeScaling
 from tessera.model.families import FAMILIES, config_dict, config_json, parse_config
-from tessera.model.names import hf_name, our_name
-from tessera.model.saving import save_model
 from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 from tests import tiny
 
 FULL: dict[str, Any] = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True}

@@ -19,8 +19,7 @@ from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
-from tessera.runs.manifest import read_metrics
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics
 from tessera.train.engine import Objective, Trainer
 from tessera.train.optim import TrainConfig
 from tests.toy import ToySource, split_rows, toy_batch, toy_model

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tessera.model import cpu
-from tessera.model.cpu import ONEDNN_FROM, Projection, linear, prefers_onednn
-from tessera.model.fused import gated_down
+from tessera.model.cpu import ONEDNN_FROM, Projection, gated_down, linear, prefers_onednn
 
 
 @pytest.mark.parametrize("bias", [True, False])

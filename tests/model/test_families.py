@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tessera.model.config import ConfigError, RopeScaling
-from tessera.model.families import config_dict, parse_config, read_config
-from tessera.model.nas import ffn_mult_width
+from tessera.model.families import config_dict, ffn_mult_width, parse_config, read_config
 from tests import tiny
 
 LLAMA: dict[str, Any] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tessera.model.fused import gated_down, rms_norm
+from tessera.model.cpu import gated_down, rms_norm
 
 
 def _same(ours, plain, inputs: dict[str, torch.Tensor]) -> None:

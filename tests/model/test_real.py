@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from tessera.model.cache import KVCache
+from tessera.model.checkpoint import load_model
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
-from tessera.model.weights import load_model
 
 MODELS = ("stories260k", "tinystories-char-940k")
 STORIES = {"valid_5_stories": "valid_5_stories.txt", "train_head": "train_head_2316_stories.txt"}

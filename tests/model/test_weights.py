@@ -11,10 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tessera.model import saving
-from tessera.model.saving import save_model
+from tessera.model import checkpoint
+from tessera.model.checkpoint import load_model, save_model
 from tessera.model.source import CheckpointError
-from tessera.model.weights import load_model
 from tessera.runs.files import WriteError
 from tests import tiny
 
@@ -226,7 +225,7 @@ def test_a_full_disk_leaves_the_old_model(single, monkeypatch):
             )
         saved.append(save_file(tensors, file, metadata))
 
-    monkeypatch.setattr(saving, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(WriteError, match="No space left on device.*intact; free some space"):
         save_model(tiny.model(seed=1), single, max_shard_bytes=2000)
     assert saved and {file.name: file.read_bytes() for file in single.iterdir()} == before

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tessera.pipeline import run_recipe
-from tessera.runs.manifest import read_json
 from tessera.runs.recipe import loads
+from tessera.runs.run import read_json
 
 TRAIN = "{ steps = 4, tokens_per_step = 64, microbatch_tokens = 64, sequence_length = 32, lr = 5e-3"
 SHAPE = "{ hidden_size = 16, num_hidden_layers = 4, num_attention_heads = 2, intermediate_size = 16"

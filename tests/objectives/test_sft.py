@@ -17,14 +17,13 @@ from tessera.data.batch import OFF, ON, Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.documents import Documents
 from tessera.data.tokenizer import load_tokenizer
-from tessera.model.weights import load_model
+from tessera.model.checkpoint import load_model
 from tessera.objectives.lm import LM
 from tessera.objectives.sft import SFT, SFTConfig, stage
 from tessera.pipeline import run_recipe
 from tessera.runs.files import RunError
-from tessera.runs.manifest import read_metrics
 from tessera.runs.recipe import loads
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics
 from tessera.train.engine import Objective
 from tests.toy import toy_batch, toy_model
 

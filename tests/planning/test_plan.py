@@ -16,21 +16,28 @@ from tessera.model.config import ModelConfig, uniform
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
 from tessera.pipeline import STAGES
-from tessera.planning.cluster import ClusterError, parse_cluster
-from tessera.planning.experience import experience
-from tessera.planning.layout import best, layouts
-from tessera.planning.memory import Layout, held_params, memory, root_params
-from tessera.planning.parent import parent_of
-from tessera.planning.step import step_time
-from tessera.planning.work import Job, jobs
+from tessera.planning import (
+    ClusterError,
+    Job,
+    Layout,
+    best,
+    experience,
+    held_params,
+    jobs,
+    layouts,
+    memory,
+    parent_of,
+    parse_cluster,
+    root_params,
+    step_time,
+)
 from tessera.puzzle.race import RaceConfig
 from tessera.rl.experience import Answer, Group, rows
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.recipe import loads
 from tessera.runs.run import Run
-from tessera.train.activations import kept
 from tessera.train.engine import Trainer
-from tessera.train.flops import Work
+from tessera.train.flops import Work, kept
 from tessera.train.optim import TrainConfig
 from tests.toy import ToySource, toy_batch, toy_config, toy_model
 

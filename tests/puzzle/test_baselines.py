@@ -14,7 +14,7 @@ from tessera.puzzle.baselines import (
     uniform,
 )
 from tessera.puzzle.candidates import Candidates
-from tessera.puzzle.cases import Case, Demand, cases
+from tessera.puzzle.constraints import Case, Demand, cases
 from tessera.puzzle.cost import CostConfig, cost_rows
 from tessera.puzzle.cost_table import CostTable
 from tessera.puzzle.program import SearchError

@@ -9,8 +9,8 @@ import pytest
 
 from tessera.puzzle import bld
 from tessera.puzzle.library import LibraryError, layer_groups
-from tessera.runs.manifest import read_json, read_metrics
 from tessera.runs.recipe import RecipeError
+from tessera.runs.run import read_json, read_metrics
 from tests.objectives.recipes import BLD, TRAIN, run, tables, units
 
 WHOLE = f"[bld]\n{BLD}"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.devices import DEVICES
-from tessera.puzzle.budget_words import UNITS, ConstraintError, Fits, read_amount, read_fits
+from tessera.puzzle.constraints import UNITS, ConstraintError, Fits, read_amount, read_fits
 from tessera.puzzle.cost_table import Scenario
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.puzzle.calibrate import FASTEST, architectures, calibrate, compared, held_out, promised
+from tessera.puzzle.cost import FASTEST, architectures, calibrate, compared, held_out, promised
 from tessera.puzzle.cost_table import CostTable, Scenario
 
 PARENT = (("gqa-4", "swiglu-48"),) * 6

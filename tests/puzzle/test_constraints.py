@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tessera.puzzle.budget_words import ConstraintError
-from tessera.puzzle.cases import Case, Demand, cases
+from tessera.puzzle.constraints import Case, ConstraintError, Demand, cases
 from tessera.puzzle.cost_table import CostTable, Scenario
 from tests.searching import PARENT, cases_of, priced, table
 

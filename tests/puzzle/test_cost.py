@@ -7,16 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tessera.model.checkpoint import save_model
 from tessera.model.config import KINDS, parse_kind
-from tessera.model.saving import save_model
 from tessera.puzzle import cost
-from tessera.puzzle.calibrate import _isotonic
-from tessera.puzzle.cost import CostConfig, cost_rows
+from tessera.puzzle.cost import CostConfig, _isotonic, cost_rows
 from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
 from tessera.puzzle.space import Space, write_space
-from tessera.runs.manifest import read_json, read_table
 from tessera.runs.recipe import RecipeError, validate
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json, read_table
 from tests.toy import toy_config, toy_model
 
 SETTINGS = CostConfig(measure=False)

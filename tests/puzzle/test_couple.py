@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tessera.model.weights import load_model
+from tessera.model.checkpoint import load_model
 from tessera.puzzle import couple
 from tessera.puzzle.couple import CoupleConfig, choose_pairs, largest_pairs, most_chosen
 from tessera.puzzle.library import LibraryError, assemble, unit_file
 from tessera.puzzle.memory import unit_params
 from tessera.puzzle.space import Space, join, read_space
-from tessera.runs.manifest import read_json, read_table
+from tessera.runs.run import read_json, read_table
 from tessera.train.optim import TrainConfig
 from tests.objectives.recipes import BLD, SEARCH, UNITS, run, units
 from tests.toy import toy_config

@@ -8,15 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from tessera.model.saving import save_model
+from tessera.model.checkpoint import save_model
 from tessera.puzzle.candidates import Candidates
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.program import SearchError
 from tessera.puzzle.promises import proof
 from tessera.puzzle.search import SearchConfig, find, stage
-from tessera.runs.manifest import read_json, read_table
 from tessera.runs.recipe import RecipeError, validate
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json, read_table
 from tests.searching import PAIRS, PARENT, SPACE, scores, table
 from tests.toy import toy_model
 

@@ -7,16 +7,16 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from tests.puzzle.test_race import RECIPE as RACE
-from tests.puzzle.test_race import TRAIN
 
 from tessera.pipeline import run_recipe
 from tessera.puzzle import frontier
 from tessera.puzzle.frontier import FrontierConfig, summed_score
 from tessera.puzzle.library import LibraryError
 from tessera.puzzle.search import SearchConfig, find
-from tessera.runs.manifest import read_json, read_table
 from tessera.runs.recipe import RecipeError, loads, validate
+from tessera.runs.run import read_json, read_table
+from tests.puzzle.test_race import RECIPE as RACE
+from tests.puzzle.test_race import TRAIN
 
 RECIPE = (
     RACE[: RACE.index("[search]")]

@@ -11,11 +11,9 @@ import torch.nn.functional as F
 
 from tessera.export.engines import refusals
 from tessera.export.write import export_model
+from tessera.model.checkpoint import load_model, save_model
 from tessera.model.context import Context
-from tessera.model.saving import save_model
-from tessera.model.weights import load_model
-from tessera.puzzle.dependency import dependency_matrix
-from tessera.puzzle.fuse import fusable_runs, fuse, fuse_ffns
+from tessera.puzzle.fuse import dependency_matrix, fusable_runs, fuse, fuse_ffns
 from tests import tiny
 from tests.export.interop import random_model, write_byte_tokenizer
 from tests.toy import toy_batch, toy_model

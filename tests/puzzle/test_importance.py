@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from tessera.model.config import SwiGLU
-from tessera.puzzle.importance import channels, iterative_importance, removal_order, schedule
-from tessera.puzzle.surgery import collect_statistics, cut
+from tessera.puzzle.surgery import (
+    channels,
+    collect_statistics,
+    cut,
+    iterative_importance,
+    removal_order,
+    schedule,
+)
 from tessera.train.losses import PORTIONS, Portions
 from tests.toy import split_rows, toy_batch, toy_config, toy_model
 

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tessera.puzzle.cases import Demand, cases
+from tessera.puzzle.constraints import Demand, cases
 from tessera.puzzle.cost_table import CostTable, Scenario
-from tessera.puzzle.infeasible import explain
 from tessera.puzzle.program import Infeasible
-from tessera.puzzle.sweep import Effort, relaxation, search_cases
+from tessera.puzzle.sweep import Effort, explain, relaxation, search_cases
 from tests.searching import brute_force, candidates, cases_of, priced, table
 
 SCENARIO = Scenario(batch=2, prompt=4, new=10)

@@ -12,17 +12,16 @@ import torch
 
 from tessera.cli.doubts import rate_told
 from tessera.data.batch import Batch
-from tessera.model.weights import load_model
+from tessera.model.checkpoint import load_model
 from tessera.objectives.kd import KD, KDConfig, raced
 from tessera.objectives.lm import documents
 from tessera.pipeline import STAGES, run_recipe
 from tessera.puzzle.library import assemble
 from tessera.puzzle.race import RaceConfig, blind_loss, candidates, standing
 from tessera.runs.files import FailureError, RunError
-from tessera.runs.manifest import read_json, read_metrics, read_table
 from tessera.runs.plan import plan
 from tessera.runs.recipe import RecipeError, loads, validate
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json, read_metrics, read_table
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 

@@ -8,26 +8,25 @@ from pathlib import Path
 import pytest
 
 from tessera.devices import DEVICES
+from tessera.model.checkpoint import save_model
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, uniform
-from tessera.model.saving import save_model
 from tessera.puzzle import cost
 from tessera.puzzle.cost import CostConfig, cost_rows
 from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
-from tessera.puzzle.probe import probe_cpu
 from tessera.puzzle.roofline import (
     Serving,
     base_seconds,
     device_bytes,
     largest_batch,
     predict,
+    probe_cpu,
     seconds_of,
     word_seconds,
 )
 from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import write_space
-from tessera.runs.manifest import read_json
 from tessera.runs.recipe import loads, validate
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json
 from tests.searching import LAYERS, SPACE, scores
 from tests.toy import toy_config, toy_model
 

@@ -3,9 +3,15 @@ from __future__ import annotations
 import pytest
 
 from tessera.model.config import ConfigError
-from tessera.puzzle.layer_numbers import layer_numbers
 from tessera.puzzle.library import union
-from tessera.puzzle.space import SpaceConfig, build_space, forbidden_pairs, restrict, with_pairs
+from tessera.puzzle.space import (
+    SpaceConfig,
+    build_space,
+    forbidden_pairs,
+    layer_numbers,
+    restrict,
+    with_pairs,
+)
 from tessera.runs.recipe import RecipeError, validate
 from tests.toy import toy_config
 

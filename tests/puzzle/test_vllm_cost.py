@@ -17,9 +17,8 @@ from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import Space, write_space
 from tessera.puzzle.vllm_cost import VLLMCostConfig, seconds_of, served, unloadable
 from tessera.runs.files import FailureError, RunError
-from tessera.runs.manifest import read_json, read_table
 from tessera.runs.recipe import RecipeError, validate
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json, read_table
 from tessera.vllm import process
 from tessera.vllm.process import find_python
 from tests import tiny

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from tessera.cli.main import app
 from tessera.plot import Series
-from tessera.report import build, html
-from tessera.report.blocks import Figure
-from tessera.report.chart import MOST, chart
-from tessera.report.markdown import markdown
+from tessera.report import page
+from tessera.report.charts import MOST, chart
+from tessera.report.page import markdown
+from tessera.report.sections import Figure
 from tessera.runs.files import RunError
 from tessera.runs.run import Run
 
@@ -47,7 +47,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_sections_appear_where_the_runs_have_what_they_show(runs: Path):
-    _, found = build.sections(runs)
+    _, found = page.sections(runs)
     titles = [section.title for section in found]
     assert titles == [
         "In short",
@@ -58,19 +58,19 @@ def test_sections_appear_where_the_runs_have_what_they_show(runs: Path):
         "Cost",
         "Lineage",
     ]
-    short = build.plain(found)[0]["blocks"][0]["rows"]
+    short = page.plain(found)[0]["blocks"][0]["rows"]
     assert [row["value"] for row in short[:2]] == [
         "0.250 ± 0.020, 9.0 tokens",
         "0.750 ± 0.020, 9.0 tokens",
     ]
-    cost = next(one for one in build.plain(found) if one["title"] == "Cost")
+    cost = next(one for one in page.plain(found) if one["title"] == "Cost")
     rows = {row["run"]: row for row in cost["blocks"][1]["rows"]}
     assert rows["grpo"]["tokens"] == 300  # 3 steps of 2 s at 50 tokens a second
     assert rows["eval"]["tokens"] is None
 
 
 def test_drawings_are_well_formed(runs: Path):
-    _, found = build.sections(runs)
+    _, found = page.sections(runs)
     figures = [b for section in found for b in section.blocks if isinstance(b, Figure)]
     assert figures
     for one in figures:
@@ -87,9 +87,9 @@ class Tags(HTMLParser):
 
 
 def test_what_a_model_wrote_is_never_markup_and_nothing_is_fetched(runs: Path):
-    _, found = build.sections(runs)
+    _, found = page.sections(runs)
     tags = Tags()
-    tags.feed(html.page(HOSTILE, HOSTILE, found))
+    tags.feed(page.page(HOSTILE, HOSTILE, found))
     assert [tag for tag, _ in tags.found].count("script") == 1  # the page's own
     assert not any(tag in ("img", "link", "iframe") for tag, _ in tags.found)
     for _, attributes in tags.found:
@@ -98,7 +98,7 @@ def test_what_a_model_wrote_is_never_markup_and_nothing_is_fetched(runs: Path):
 
 
 def test_markdown_holds_the_same_and_escapes_it(runs: Path):
-    _, found = build.sections(runs)
+    _, found = page.sections(runs)
     text = markdown("toy", "told", found)
     assert "## Samples" in text and "| calc@3 |" in text
     outside = [line for line in text.splitlines() if not line.startswith("    ")]
@@ -126,14 +126,14 @@ def test_the_command_writes_beside_a_finished_run_and_never_into_it(runs: Path):
 
 def test_a_place_without_runs_is_refused(tmp_path: Path):
     with pytest.raises(RunError, match="holds no runs"):
-        build.sections(tmp_path / "nothing")
+        page.sections(tmp_path / "nothing")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
 def test_a_browser_renders_the_page_and_runs_no_script_of_a_sample(runs: Path, tmp_path: Path):
-    _, found = build.sections(runs)
+    _, found = page.sections(runs)
     file = tmp_path / "report.html"
-    file.write_text(html.page("toy", "told", found), encoding="utf-8")
+    file.write_text(page.page("toy", "told", found), encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()]

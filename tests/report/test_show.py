@@ -7,7 +7,7 @@ import pytest
 
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.families import config_dict, config_json
-from tessera.model.lineage import lineage, model_config
+from tessera.model.source import lineage, model_config
 from tessera.report.show import dependency_map, describe, mosaic, render
 from tessera.runs.files import RunError
 from tessera.runs.run import Run

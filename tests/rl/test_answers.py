@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tessera.data.switch import obeys
 from tessera.rl.rewards import Sample
 from tessera.rl.verifiers.answer import boxed, final_statement, split_thoughts
-from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_number
-from tessera.rl.verifiers.format import verify_format
+from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_format, verify_number
 from tessera.rl.verifiers.mathematics import verify_math
 from tessera.rl.verifiers.outcome import Outcome, right, unjudged
 

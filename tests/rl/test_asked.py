@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from tessera.rl.asked import Asked
 from tessera.rl.rewards import JudgeReward, ModelReward, Sample
-from tessera.rl.rubric import Rubric
+from tessera.rl.rubric import Asked, Rubric
 from tessera.runs.files import FailureError
 
 pytest.importorskip("httpx")

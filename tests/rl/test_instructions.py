@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tessera.rl.verifiers.constraints import sentences
 from tessera.rl.verifiers.instructions import (
     CONSTRAINTS,
     InstructionError,
     follow_list,
     read_instructions,
+    sentences,
     variants,
     verify_instructions,
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tessera.rl import checks
+from tessera.rl import rewards as checks
 from tessera.rl.pool import Pool
 from tessera.rl.rewards import (
     CodeReward,

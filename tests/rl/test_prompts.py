@@ -13,7 +13,7 @@ from tessera.rl.rewards import InstructionsReward, require_fields
 
 
 def test_problems_are_asked_once_and_never_held_out_ones():
-    from tessera.data.tasks import split_of
+    from tessera.data.problems import split_of
 
     found = collect(PromptsConfig(tasks={"calc@2": 200, "calc@3": 100}, off=0.25), 0)
     questions = [one.messages[-1]["content"] for one in found]

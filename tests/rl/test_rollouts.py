@@ -10,15 +10,13 @@ import torch
 from typer.testing import CliRunner
 
 from tessera.cli.main import app
-from tessera.model.weights import load_model
+from tessera.model.checkpoint import load_model
 from tessera.objectives.grpo import GRPOConfig
 from tessera.rl.monitors import Guard
 from tessera.rl.rewards import FormatReward
-from tessera.rl.rollouts import RolloutConfig
-from tessera.rl.shares import joined, share
+from tessera.rl.rollouts import RolloutConfig, joined, share
 from tessera.runs.files import FailureError
-from tessera.runs.manifest import read_metrics
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics
 from tessera.train.optim import TrainConfig
 from tests.rl.policy_runs import made, train
 from tests.test_dist import run_ranks

@@ -28,8 +28,7 @@ from tessera.objectives.rpo import (
 from tessera.rl.experience import Answer, Group
 from tessera.rl.pairs import Pair, of_files, of_group, rows
 from tessera.runs.files import FailureError
-from tessera.runs.manifest import read_metrics
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics
 from tessera.train.parallel import Layout
 from tests import tiny
 from tests.rl.policy_runs import REWARDS, made

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 
 from tessera.pipeline import run_recipe
-from tessera.report.runs import read_runs
+from tessera.report.sections import read_runs
 from tessera.report.show import describe
 from tessera.runs.files import RunError
-from tessera.runs.manifest import is_done, read_json, read_manifest, read_metrics, read_table
 from tessera.runs.plan import plan
 from tessera.runs.recipe import loads
 from tessera.runs.redo import aside
-from tessera.runs.run import Run
+from tessera.runs.run import Run, is_done, read_json, read_manifest, read_metrics, read_table
 from tests import pipeline_stages
 from tests.pipeline_stages import STAGES
 from tests.test_pipeline import RECIPE, actions, run, start, wait_for

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tessera.runs.files import RunError, WriteError
-from tessera.runs.manifest import (
+from tessera.runs.run import (
+    Run,
     fingerprint_path,
     is_done,
     read_json,
@@ -20,7 +21,6 @@ from tessera.runs.manifest import (
     read_metrics,
     read_table,
 )
-from tessera.runs.run import Run
 
 
 def open_run(path: Path, config: dict[str, Any] | None = None, **inputs: Any) -> Run:

@@ -24,7 +24,7 @@ from tessera.data.tokenizer import load_tokenizer, train_bpe
 from tessera.export import decilm
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.weights import load_model
+from tessera.model.checkpoint import load_model
 from tessera.vllm import server as vllm_server
 from tests import tiny
 from tests.rl.policy_runs import made

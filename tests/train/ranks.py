@@ -17,7 +17,7 @@ from torch import nn
 
 from tessera import dist
 from tessera.data.batch import Batch
-from tessera.model.sharded import whole
+from tessera.model.checkpoint import whole
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM
 from tessera.objectives.sft import SFT

@@ -11,8 +11,7 @@ import torch
 
 from tessera.objectives.lm import LM
 from tessera.runs.files import FailureError
-from tessera.runs.manifest import read_metrics
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
 from tests.toy import ToySource, toy_model

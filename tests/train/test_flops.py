@@ -17,8 +17,7 @@ from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary, save_library
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
-from tessera.runs.manifest import read_metrics
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics
 from tessera.train import flops
 from tessera.train.engine import Trainer
 from tessera.train.flops import Work, model_cost, peak

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tessera.puzzle.bld import BLDConfig
-from tessera.runs.manifest import read_metrics
+from tessera.runs.run import read_metrics
 from tessera.train.optim import TrainConfig
 from tessera.train.parallel import Layout, LayoutError, ParallelConfig
 from tests.test_dist import run_ranks

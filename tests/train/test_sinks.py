@@ -12,8 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from tessera.objectives.lm import LM
-from tessera.runs.manifest import read_metrics, run_fingerprint
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_metrics, run_fingerprint
 from tessera.train import sinks
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tessera.model.weights import load_model
-from tessera.runs.manifest import is_done, read_manifest, read_metrics
+from tessera.model.checkpoint import load_model
+from tessera.runs.run import is_done, read_manifest, read_metrics
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from tessera.curate.steps import Result, rows
+from tessera.curate.steps.answers import text_hash
 from tessera.curate.steps.rows import Drop
-from tessera.curate.steps.votes import text_hash
 from tessera.data.conversation import Chat
 from tessera.runs.recipe import Config
 

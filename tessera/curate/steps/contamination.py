@@ -4,6 +4,12 @@ The overlap of a row with a problem is the number of distinct word n-grams that 
 smaller of their numbers: 1 for a copy, for a copy within a longer text, and for a part of a
 problem. It sees copies, near-copies and light rewording; a real paraphrase shares few n-grams, and
 is found by `nearest` and `same_problem` (similar.py), as in the paper (§3.1).
+
+Decontamination of paraphrases: the nearest problem of an evaluation, and a judge.
+
+NeMo-Skills' way and the paper's (§3.1, §3.2): embed, take the nearest problem by cosine, ask a
+model whether the two are the same. `nearest` writes the nearest problem and its cosine into the row
+and `same_problem` asks about those above a threshold; each is resumed a request at a time.
 """
 
 from __future__ import annotations
@@ -15,13 +21,16 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
-from tessera.curate.steps import Result, rows
+from tessera.ask.ask import Reply, Request
+from tessera.curate.steps import Result, ask, rows
+from tessera.curate.steps.ask import Asking
+from tessera.curate.steps.duplicates import Hashes, word_grams
 from tessera.curate.steps.rows import Drop
-from tessera.curate.steps.words import Hashes, word_grams
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError, expand, read_rows
+from tessera.runs.files import FailureError
 from tessera.runs.recipe import Config
 
 
@@ -134,3 +143,78 @@ def _distinct(owners: NDArray[np.int64], hashes: Hashes) -> tuple[NDArray[Any], 
     new = np.ones(len(owners), bool)
     new[1:] = (owners[1:] != owners[:-1]) | (hashes[1:] != hashes[:-1])
     return owners[new], hashes[new]
+
+
+class Nearest(Config):
+    """Writes the problem of `against` that is nearest by embedding into `nearest`, its cosine into
+    `nearest_score`, and leaves out rows over `drop` without a judge.
+
+    teacher: of kind "embedder", or an endpoint that serves /embeddings.
+    """
+
+    step: Literal["nearest"]
+    teacher: str = "embedder"
+    against: list[EvalSet] = Field(min_length=1)
+    drop: float = Field(default=1.01, gt=0)
+    _vectors: NDArray[Any] = PrivateAttr()
+
+    def problems(self) -> list[Request]:
+        """What has to be embedded beside the rows."""
+        return [self._request(text) for text in self._texts]
+
+    def requests(self, chat: Chat) -> list[Request]:
+        return [self._request(rows.question(chat))]
+
+    def learn(self, replies: Sequence[Reply]) -> None:
+        """Takes the embeddings of the problems. Raises FailureError where one failed."""
+        failed = next((one.error for one in replies if one.vector is None), None)
+        if failed:
+            raise FailureError(f"a problem of `against` could not be embedded: {failed}")
+        self._vectors = _unit(np.array([one.vector for one in replies], np.float32))
+
+    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
+        reply = replies[0]
+        if reply.vector is None:
+            return Drop(f"{self.teacher}: {(reply.error or 'no vector')[:120]}")
+        scores = self._vectors @ _unit(np.array([reply.vector], np.float32))[0]
+        best = int(scores.argmax())
+        if scores[best] >= self.drop:
+            return Drop("contaminated by its embedding")
+        score = round(float(scores[best]), 4)
+        return rows.tagged(chat, self.step, nearest=self._texts[best], nearest_score=score)
+
+    def _request(self, text: str) -> Request:
+        return Request(self.teacher, [{"role": "user", "content": text}], embed=True)
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        return [text for one in self.against for text in one.problems()]
+
+
+class SameProblem(Asking):
+    """Asks whether a row is the problem that `nearest` found, and leaves it out if it is.
+
+    over: the cosine from which it is asked; "no verdict" counts as the same, for what slips through
+    cannot be mended later.
+    """
+
+    step: Literal["same_problem"]
+    over: float = 0.6
+    text: str = ask.SAME_PROBLEM
+
+    def requests(self, chat: Chat) -> list[Request]:
+        score = chat.extra.get("nearest_score")
+        if not isinstance(score, float | int) or score < self.over:
+            return []
+        fields = {"question": rows.question(chat), "nearest": str(chat.extra.get("nearest"))}
+        return [self.prompt(ask.fill(self.text, **fields))]
+
+    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
+        if error := replies[0].error:
+            return Drop(f"{self.teacher}: {error[:120]}")
+        said = ask.verdict(replies[0].text)
+        return chat if said is False else Drop("contaminated as judged")
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

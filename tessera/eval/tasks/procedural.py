@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 from functools import partial
 
-from tessera.data.tasks import TaskError, family, problem
+from tessera.data.problems import TaskError, family, problem
 from tessera.eval.task import Data, EvalError, Item, Measure, Task, ask
 from tessera.rl.rewards import ExactReward, FunctionReward, NumberReward
 from tessera.rl.rewards import Sample as Judged

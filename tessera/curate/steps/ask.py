@@ -1,4 +1,9 @@
-"""The steps that ask a model: solutions, problems out of forums, classes, answers, judgements.
+"""What a model is asked in the steps that judge and extract, and how its reply is read.
+
+Every prompt asks for a last line `KEY: VALUE`, which is parsed strictly: a reply without it is no
+verdict. A recipe may give a prompt of its own, with the same fields in braces.
+
+The steps that ask a model: solutions, problems out of forums, classes, answers, judgements.
 
 The pipelines of arXiv 2505.00949 §3.1 to §3.4: extract problems, classify them, extract the answers
 that are known, sample n solutions, judge what no rule can.
@@ -6,17 +11,102 @@ that are known, sample n solutions, judge what no rule can.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from tessera.ask.ask import Reply, Request
-from tessera.curate.steps import Result, prompts, rows
+from tessera.curate.steps import Result, rows
 from tessera.curate.steps.rows import Drop
 from tessera.data.conversation import Chat, Mode
 from tessera.data.switch import set_switch
 from tessera.runs.recipe import Config
+
+EXTRACT = """\
+Below is the beginning of a discussion in a forum about mathematics. If it poses one or more \
+problems that can be understood without the rest of the discussion, write each of them out in \
+full, with everything it needs and nothing of its solution: one problem after another, each \
+preceded by a line that holds only `PROBLEM:`. If it poses none, write only `NONE`.
+
+{text}"""
+
+ANSWER = """\
+Below are a problem and a discussion of it. If somebody in the discussion gives the final answer \
+to the problem, write it in its shortest form as the last line of your reply, like this: \
+`ANSWER: 42`. If nobody does, or they disagree, the last line is `ANSWER: NONE`.
+
+Problem:
+{question}
+
+Discussion:
+{text}"""
+
+KINDS = {
+    "proof": "does it ask to prove or show something, instead of asking for a value",
+    "multiple_choice": "does it ask to choose among options that it lists",
+    "binary": "is its answer one of two words, such as yes or no, or true or false",
+    "invalid": "does it lack context that is needed to solve it, refer to another problem, or "
+    "state no problem at all",
+}
+
+CLASSIFY = """\
+Here is a problem:
+
+{question}
+
+Concerning this problem: {what}? Think about it briefly, then end with the line `VERDICT: yes` or \
+`VERDICT: no`."""
+
+SAME_ANSWER = """\
+A problem, the answer that is known to be right, and the answer of a student are below. Is the \
+student's answer the same as the right one, be it written in another form? Do not solve the \
+problem. End with the line `VERDICT: yes` or `VERDICT: no`.
+
+Problem:
+{question}
+
+Right answer: {expected_answer}
+
+Student's answer: {predicted_answer}"""
+
+SAME_PROBLEM = """\
+Are these two the same problem in other words? They are, if who can solve one has solved the \
+other: other names or another order of sentences make no difference, other numbers do. End with \
+the line `VERDICT: yes` or `VERDICT: no`.
+
+First:
+{question}
+
+Second:
+{nearest}"""
+
+_VERDICT = re.compile(r"^[\W_]*verdict[\W_]*(yes|no)\b[\W_]*$", re.I | re.M)
+_ANSWER = re.compile(r"^[ \t*`]*answer:[ \t]*(.+?)[ \t*`]*$", re.I | re.M)
+_PROBLEM = re.compile(r"^[ \t*`#]*problem:[ \t*`]*$", re.I | re.M)
+
+
+def verdict(reply: str) -> bool | None:
+    """The last verdict line of a reply; None without one."""
+    found = _VERDICT.findall(reply)
+    return found[-1].lower() == "yes" if found else None
+
+
+def told_answer(reply: str) -> str | None:
+    """The last answer line of a reply; None without one, or where it says NONE."""
+    found = _ANSWER.findall(reply)
+    return None if not found or found[-1].strip().upper() == "NONE" else found[-1].strip()
+
+
+def told_problems(reply: str) -> list[str]:
+    """The problems that a reply lists."""
+    return [text for part in _PROBLEM.split(reply)[1:] if (text := part.strip())]
+
+
+def fill(prompt: str, **fields: str) -> str:
+    """The prompt with its fields; other braces, of LaTeX say, stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda m: fields.get(m[1], m[0]), prompt)
 
 
 class Asking(Config):
@@ -99,16 +189,16 @@ class ExtractProblems(Asking):
     """
 
     step: Literal["extract_problems"]
-    text: str = prompts.EXTRACT
+    text: str = EXTRACT
     longest: int = Field(default=80_000, ge=1)
 
     def requests(self, chat: Chat) -> list[Request]:
-        return [self.prompt(prompts.fill(self.text, text=rows.question(chat)[: self.longest]))]
+        return [self.prompt(fill(self.text, text=rows.question(chat)[: self.longest]))]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
             return Drop(f"{self.teacher}: {error[:120]}")
-        found = prompts.told_problems(replies[0].text)
+        found = told_problems(replies[0].text)
         if not found:
             return Drop("no problem in it")
         discussion = rows.question(chat)[: self.longest]
@@ -123,19 +213,19 @@ class ExtractKnown(Asking):
     """Writes the answer that a discussion gives into `expected_answer`, if it gives one (§3.1)."""
 
     step: Literal["extract_known"]
-    text: str = prompts.ANSWER
+    text: str = ANSWER
 
     def requests(self, chat: Chat) -> list[Request]:
         discussion = str(chat.extra.get("discussion", ""))
         if not discussion or chat.extra.get("expected_answer") is not None:
             return []
         fields = {"question": rows.question(chat), "text": discussion}
-        return [self.prompt(prompts.fill(self.text, **fields))]
+        return [self.prompt(fill(self.text, **fields))]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
             return Drop(f"{self.teacher}: {error[:120]}")
-        found = prompts.told_answer(replies[0].text)
+        found = told_answer(replies[0].text)
         return chat if found is None else rows.tagged(chat, self.step, expected_answer=found)
 
 
@@ -151,13 +241,12 @@ class Classify(Asking):
         default=["proof", "multiple_choice", "binary", "invalid"], min_length=1
     )
     keep: list[str] = ["open"]
-    text: str = prompts.CLASSIFY
+    text: str = CLASSIFY
 
     def requests(self, chat: Chat) -> list[Request]:
         question = rows.question(chat)
         return [
-            self.prompt(prompts.fill(self.text, question=question, what=prompts.KINDS[kind]))
-            for kind in self.kinds
+            self.prompt(fill(self.text, question=question, what=KINDS[kind])) for kind in self.kinds
         ]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
@@ -165,7 +254,7 @@ class Classify(Asking):
         for kind, reply in zip(self.kinds, replies, strict=True):
             if reply.error is not None:
                 return Drop(f"{self.teacher}: {reply.error[:120]}")
-            said = prompts.verdict(reply.text)
+            said = verdict(reply.text)
             if said is None:
                 return Drop(f"no verdict on {kind}")
             if said:
@@ -185,19 +274,19 @@ class Judge(Asking):
 
     step: Literal["judge"]
     keep: Literal["correct", "all"] = "correct"
-    text: str = prompts.SAME_ANSWER
+    text: str = SAME_ANSWER
 
     def requests(self, chat: Chat) -> list[Request]:
         fields = {name: chat.extra.get(name) for name in ("expected_answer", "predicted_answer")}
         if chat.extra.get("correct") is True or None in fields.values():
             return []
         told = {name: str(value) for name, value in fields.items()}
-        return [self.prompt(prompts.fill(self.text, question=rows.question(chat), **told))]
+        return [self.prompt(fill(self.text, question=rows.question(chat), **told))]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
             return Drop(f"{self.teacher}: {error[:120]}")
-        said = prompts.verdict(replies[0].text)
+        said = verdict(replies[0].text)
         if self.keep == "correct" and not said:
             return Drop("no verdict on the answer" if said is None else "judged wrong")
         return rows.tagged(chat, self.step, correct=said)

@@ -9,18 +9,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tessera.data.tasks import problem
+from tessera.data.problems import problem
 from tessera.data.tokenizer import byte_tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.pipeline import run_recipe
-from tessera.puzzle.answers import TaskError, drawn, encode, pack_problems, read_problems
 from tessera.puzzle.library import BlockLibrary, load_unit, save_library
-from tessera.puzzle.score import ScoreConfig, load_units, score_answers, score_given
+from tessera.puzzle.score import (
+    ScoreConfig,
+    TaskError,
+    drawn,
+    encode,
+    load_units,
+    pack_problems,
+    read_problems,
+    score_answers,
+    score_given,
+)
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
-from tessera.runs.manifest import read_json, read_table
 from tessera.runs.recipe import RecipeError, loads, validate
+from tessera.runs.run import read_json, read_table
 from tests import tiny
 from tests.toy import toy_batch, toy_model
 

@@ -1,16 +1,46 @@
 """Sections as one HTML page that needs nothing else: no network, no fonts, no script to be read.
 
 Every text is escaped, a model's above all; the only markup that passes is SVG drawn here.
+
+Sections as Markdown: texts, tables and samples; drawings are left to the page.
+
+A report from runs: the sections that have something to show, in the order of the path.
+
+A section is a function of the runs that yields blocks; to add one, write it and name it here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, is_dataclass
 from html import escape
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-from tessera.report.blocks import Block, Figure, Samples, Section, Table, Text
-from tessera.report.runs import Row
+from tessera.report import (
+    sections as puzzle,
+)
+from tessera.report import (
+    sections as reasoning,
+)
+from tessera.report import (
+    sections as summary,
+)
+from tessera.report import (
+    sections as training,
+)
+from tessera.report.sections import (
+    Block,
+    Figure,
+    Row,
+    Runs,
+    Samples,
+    Section,
+    Table,
+    Text,
+    read_runs,
+)
 from tessera.table import Column, cell
 
 # No request leaves the page, whatever got into it.
@@ -107,3 +137,86 @@ def _sample(question: str, answers: Sequence[tuple[str, str]]) -> str:
         f"<div><b>{escape(label)}</b><pre>{escape(text)}</pre></div>" for label, text in answers
     )
     return f'<article><h3>{escape(question)}</h3><div class="answers">{body}</div></article>'
+
+
+def markdown(title: str, told: str, found: Sequence[Section]) -> str:
+    """A document for a README, an issue or a model card."""
+    parts = [f"# {_safe(title)}", _safe(told)]
+    for section in found:
+        parts.append(f"## {_safe(section.title)}")
+        parts += [text for block in section.blocks if (text := _markdown_block(block))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_block(block: Block) -> str:
+    match block:
+        case Text(text):
+            return _safe(text)
+        case Figure():
+            return f"**{_safe(block.title)}.** {_safe(block.note)}" if block.note else ""
+        case Table():
+            return _markdown_table(block)
+        case Samples(items):
+            return "\n\n".join(_markdown_sample(*one) for one in items)
+
+
+def _markdown_table(one: Table) -> str:
+    keys = list(dict.fromkeys(key for row in one.rows for key in row))
+    view = {column.key: column for column in one.view}
+    columns = [view.get(key, Column(key, (key,), cell)) for key in keys]
+    lines = [[" ".join(c.heading).replace("- ", "") for c in columns], ["---"] * len(columns)]
+    for row in one.rows:
+        values = [(c, row.get(c.key)) for c in columns]
+        lines.append([cell(None) if v is None else c.text(v) for c, v in values])
+    table = "\n".join(f"| {' | '.join(map(_safe, line))} |" for line in lines)
+    return f"**{_safe(one.name)}**\n\n{table}"
+
+
+def _markdown_sample(question: str, answers: Sequence[tuple[str, str]]) -> str:
+    # Four spaces make a block of code that nothing in the text can end.
+    texts = [
+        f"{_safe(label)}\n\n" + "\n".join(f"    {line}" for line in text.splitlines())
+        for label, text in answers
+    ]
+    return "\n\n".join([f"**{_safe(question)}**", *texts])
+
+
+def _safe(text: str) -> str:
+    """One line of text that is neither HTML nor the end of a cell."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+SECTIONS: tuple[tuple[str, Callable[[Runs], Iterable[Block]]], ...] = (
+    ("In short", summary.summary),
+    ("The child", puzzle.architecture),
+    ("Frontier", puzzle.frontier),
+    ("Speed", puzzle.speed),
+    ("Accuracy, thinking on and off", reasoning.accuracy),
+    ("Training", training.curves),
+    ("Reinforcement learning", reasoning.reinforcement),
+    ("Samples", reasoning.samples),
+    ("Cost", training.cost),
+    ("Lineage", training.lineage),
+)
+
+
+def sections(path: Path) -> tuple[Runs, list[Section]]:
+    """The runs of a path and what there is to say of them. Raises RunError for no runs."""
+    runs = read_runs(path)
+    found = [Section(title, list(make(runs))) for title, make in SECTIONS]
+    return runs, [one for one in found if any(not isinstance(b, Text) for b in one.blocks)]
+
+
+def plain(found: Iterable[Section]) -> list[dict[str, Any]]:
+    """Sections as JSON values: texts, tables and samples; a drawing's numbers are in its table."""
+    return [
+        {"title": one.title, "blocks": [_plain(b) for b in one.blocks if not isinstance(b, Figure)]}
+        for one in found
+    ]
+
+
+def _plain(block: Block) -> dict[str, Any]:
+    if isinstance(block, Table):
+        return {"table": block.name, "rows": list(block.rows)}
+    assert is_dataclass(block)
+    return asdict(block)

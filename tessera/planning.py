@@ -1,0 +1,925 @@
+"""What a planned stage will take, as far as it can be said before anything has run.
+
+The machines of a plan: how many, of which device, joined how.
+
+The model that a recipe begins with, from words alone.
+
+What a policy learns from in one optimizer step, at most: the answers that it writes itself.
+
+    tokens    G (P - 1 + S A)         pairs    G (P (P - 1) / 2 + S (A P + A (A - 1) / 2))
+
+G groups a step, of one prompt of P tokens and S answers of A. A prompt stands once in a row and its
+answers go on from it (`rl/experience.py`); of a preference pair S is 2. Every answer is taken to be
+as long as `max_tokens`, and every group to have a signal: an upper bound. Generating and judging
+are no part of it.
+
+What a training takes on each device, by part, under a layout.
+
+    weights, gradients, moments   4, 4 and 8 bytes a trained parameter, split over shards: exact
+    teacher                       a frozen model in the arithmetic's type, split over shards
+    gathered                      two blocks and the root group whole, their gradients, and one
+                                  group in float32 on its way into the reduction
+    activations                   what the layers keep of one microbatch (model/layers.py, fused.py)
+    loss                          chunks of logits (train/losses.py)
+    engine                        whole weights in float32 on each device, of a policy that answers
+    reserve                       CUDA context, NCCL, and what an allocator cannot fill
+
+Splits follow `train/parallel.py`: what tensor parallelism leaves whole is whole here. Units are
+built whole on each process before they are sharded (`puzzle/bld.py`): the part `units whole`.
+
+Seconds of an optimizer step on a cluster, from data sheets: a roofline.
+
+    products         operations / (peak x share that software reaches)
+    passes           elementwise reads and writes / bandwidth
+    sharding         gathered weights and reduced gradients over the slower of the links they cross
+    tensor           four exchanges of activations a layer; nothing hides them
+    update           what AdamW reads and writes of each parameter held
+
+Sharding overlaps with products and passes; the longer counts (FSDP2 fetches the next block while
+one runs). Not modelled: stragglers, loading data, kernels too small to fill a device. Shares and
+links are those of `devices.py`.
+
+What a stage of a recipe has to train, as far as words tell: the input of a plan.
+
+Of a stage that trains a child nobody has searched yet, the parent's words stand in: an upper bound.
+So do as many candidates of a race as its searches may give, and answers as long as they may become.
+
+The fastest layout of a training that fits a cluster, or what would make one fit.
+
+Every way to write the world as replicate x shard x tensor, tensor inside a machine, with gradient
+checkpointing and without, is priced by `memory.py` and `step.py`: a few dozen, so all are tried.
+
+Plans as a person reads them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tessera.devices import GB, Device, DeviceError, find_device
+from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
+from tessera.model.source import is_hub_id, load_config
+from tessera.objectives.grpo import PolicyConfig
+from tessera.objectives.kd import KDConfig
+from tessera.objectives.lm import ArchitectureConfig, CPTConfig, ParentConfig
+from tessera.objectives.rpo import RPOConfig
+from tessera.objectives.sft import SFTConfig
+from tessera.puzzle.bld import BLDConfig, LocalConfig, units_of
+from tessera.puzzle.couple import CoupleConfig, largest_pairs
+from tessera.puzzle.frontier import FrontierConfig
+from tessera.puzzle.library import Key, layer_groups, pair_keys, union
+from tessera.puzzle.memory import Memory, kept_numbers, training_memory, unit_params
+from tessera.puzzle.race import RaceConfig
+from tessera.puzzle.search import SearchConfig
+from tessera.puzzle.space import Space, read_space
+from tessera.rl.rollouts import RolloutConfig
+from tessera.runs.plan import Stage, Step
+from tessera.runs.recipe import Recipe, RecipeError, StageSpec, nearest, validate
+from tessera.runs.run import is_done, read_json
+from tessera.train.flops import Work, block_cost, kept, model_cost, subblock_cost, working
+from tessera.train.losses import PORTIONS
+from tessera.train.optim import TrainConfig
+from tessera.train.parallel import splits
+
+
+def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:
+    """Of a stage that trains units. None for others, and while the parent is not known.
+
+    `couple` is bounded by the largest pairs its searches could choose. Raises ConfigError where
+    the words or layers asked for do not fit the parent.
+    """
+    config = step.config
+    if not isinstance(config, LocalConfig) or (parent := _parent(step, steps)) is None:
+        return None
+    if isinstance(config, BLDConfig):
+        _, keys = units_of(config, parent, step.name)
+    else:
+        assert isinstance(config, CoupleConfig)
+        if (space := _library_space(_stage_memory(step, "library"), steps)) is None:
+            return None
+        keys = pair_keys(largest_pairs(config, space, parent, step.name))
+    return training_memory(parent, keys, config.layers_at_once, config.train.microbatch_tokens)
+
+
+def _stage_memory(step: Step, need: str) -> Path:
+    path = step.inputs[need]
+    assert isinstance(path, Path)
+    return path
+
+
+def _parent(step: Step, steps: Sequence[Step]) -> ModelConfig | None:
+    """The parent's config, from its run or from the checkpoint that is to be imported."""
+    path = _stage_memory(step, "parent")
+    origin = next((other for other in steps if other.path == path), None)
+    if origin is None or is_done(path):
+        return load_config(path)
+    imported = origin.files.get("path")
+    return load_config(imported) if isinstance(imported, Path) else None
+
+
+def _library_space(path: Path, steps: Sequence[Step]) -> Space | None:
+    """The space of a library run, finished or planned."""
+    if is_done(path):
+        return read_space(path)
+    step = next(other for other in steps if other.path == path)
+    if isinstance(step.config, BLDConfig):
+        parent = _parent(step, steps)
+        return None if parent is None else units_of(step.config, parent, step.name)[0]
+    if "libraries" not in step.inputs:
+        return _library_space(_stage_memory(step, "library"), steps)
+    libraries = step.inputs["libraries"]
+    assert isinstance(libraries, list)
+    spaces = [_library_space(one, steps) for one in libraries]
+    known = [space for space in spaces if space is not None]
+    return union(known) if len(known) == len(spaces) else None
+
+
+# What one GPU sends to another machine in one direction: a 400 Gb/s port each, as DGX H100 has.
+NETWORK = 50 * GB
+_CLUSTER = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?([A-Za-z].*)")
+
+
+class ClusterError(ValueError):
+    """No such cluster; the text says how one is written."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`nodes` machines of `gpus` devices; network: bytes a second a device, one direction."""
+
+    nodes: int
+    gpus: int
+    device: Device
+    network: float = NETWORK
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus
+
+    def link(self, ranks: int) -> float:
+        """Bytes a second between `ranks` neighbours: the slower network where machines differ."""
+        return self.device.link if ranks <= self.gpus else min(self.device.link, self.network)
+
+    def __str__(self) -> str:
+        return f"{self.nodes}x{self.gpus}x{self.device.name}"
+
+
+def parse_cluster(text: str, network: float = NETWORK) -> Cluster:
+    """`9x8xH100`: 9 machines of 8; `8xH100`: one machine; `H100`: one device.
+
+    Raises ClusterError for what is none of these or has none of a thing.
+    """
+    match = _CLUSTER.fullmatch(text.strip())
+    if match is None:
+        raise ClusterError(
+            f"{text!r} is no cluster; write machines x devices x name, as 9x8xH100, 8xH100 or H100"
+        )
+    first, second, name = match.groups()
+    nodes, gpus = (int(first), int(second)) if second else (1, int(first or 1))
+    if nodes < 1 or gpus < 1:
+        raise ClusterError(f"{text!r} has no device; both numbers begin at 1")
+    try:
+        return Cluster(nodes, gpus, find_device(name), network)
+    except DeviceError as error:
+        raise ClusterError(str(error)) from None
+
+
+BYTE_VOCABULARY = 259
+
+
+def config_of(path: Path) -> ModelConfig:
+    """The config of a model directory, a run, or of a config.json itself."""
+    from tessera.model.source import model_config
+
+    return model_config(path)
+
+
+def parent_of(recipe: Recipe, config: Path | None) -> ModelConfig:
+    """The parent's config: given, read from its checkpoint, or built from its shape.
+
+    Raises RecipeError where none of these is there.
+    """
+    if config is not None:
+        return config_of(config)
+    table = next((spec.table for spec in recipe.stages if spec.stage == "parent"), None)
+    if table is None:
+        raise RecipeError("this recipe has no [parent]; give --config CONFIG.JSON")
+    if isinstance(path := table.get("path"), str):
+        if is_hub_id(path):
+            raise RecipeError(
+                f"the checkpoint {path} is not on this machine; give --config its config.json"
+            )
+        return load_config(path)
+    if not isinstance(table.get("architecture"), dict):
+        raise RecipeError("[parent] names no path; say parent.path=MODEL, or give --config")
+    shape = validate(ArchitectureConfig, table["architecture"], "parent.architecture")
+    return shape.model(_vocabulary(recipe), None, ())
+
+
+def _vocabulary(recipe: Recipe) -> int:
+    """Of a tokenizer that is trained by the recipe."""
+    tables = [spec.table for spec in recipe.stages if spec.stage == "data"]
+    wanted: Any = tables[0].get("tokenizer") if tables else None
+    if isinstance(wanted, dict) and isinstance(wanted.get("bpe"), int):
+        return wanted["bpe"]
+    if wanted == "byte":
+        return BYTE_VOCABULARY
+    raise RecipeError("the vocabulary is not known before the data is; give --config CONFIG.JSON")
+
+
+# Our own assumption: a question in its template. It counts once a group, so little hangs on it.
+PROMPT = 256
+
+
+@dataclass(frozen=True)
+class Experience:
+    """groups of a step, answers of a group that are learnt from, tokens of an answer and a prompt.
+
+    engine: weights to generate with stand beside those that are trained. written: answers of a
+    rollout, 0 where they are read from files.
+    """
+
+    groups: int
+    answers: int
+    length: int
+    prompt: int
+    engine: bool
+    written: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a step."""
+        return self.groups * (self.prompt - 1 + self.answers * self.length)
+
+    def work(self, window: int | None) -> Work:
+        """Of a step; window: the most tokens that one attends to."""
+        shared = _seen(self.prompt - 1, window)
+        answer = _seen(self.prompt - 1 + self.length, window) - shared
+        return Work(self.tokens, self.groups * (shared + self.answers * answer))
+
+    def train(self, given: TrainConfig) -> TrainConfig:
+        """The training as planned: its steps are as large as this, its documents as long."""
+        longest = self.prompt - 1 + self.length
+        told = {"tokens_per_step": self.tokens, "sequence_length": max(2, longest)}
+        return given.model_copy(update=told)
+
+
+def experience(config: RolloutConfig, train: TrainConfig) -> Experience:
+    """Of a step of `grpo`, `rloo` or `rpo`; of files, pairs as long as `max_tokens` says."""
+    groups, answers = -(-config.prompts_per_rollout // config.updates_per_rollout), config.samples
+    written = config.prompts_per_rollout * config.samples * (1 + config.dynamic_sampling)
+    if isinstance(config, RPOConfig):
+        answers = 2
+        if config.paths:
+            groups, written = config.pairs_per_step, 0
+    row = train.microbatch_tokens
+    length = min(config.max_tokens, row)
+    prompt = max(1, min(PROMPT, row - length + 1))
+    engine = bool(written) and config.engine == "tessera"
+    return Experience(groups, answers, length, prompt, engine, written)
+
+
+def _seen(length: int, window: int | None) -> int:
+    """Pairs of the first `length` tokens of a document with those that they attend to."""
+    whole = min(length, window or length)
+    return whole * (whole + 1) // 2 + (length - whole) * whole
+
+
+BYTES = {"float32": 4, "bfloat16": 2}
+# Our own assumption: nothing was run on a GPU yet. Half a gigabyte of context, NCCL's buffers, and
+# a twentieth of the device that an allocator splits off.
+CONTEXT, SPLIT = 2 * GB, 0.05
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A point of the search: `ParallelConfig` on a cluster."""
+
+    replicate: int
+    shard: int
+    tensor: int
+    gradient_checkpointing: bool
+
+    @property
+    def data(self) -> int:
+        return self.replicate * self.shard
+
+    def told(self) -> str:
+        """The recipe's words for it."""
+        words = f"tensor = {self.tensor}, shard = {self.shard}"
+        return f"{{ {words}, gradient_checkpointing = {str(self.gradient_checkpointing).lower()} }}"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes on the fullest device."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    moments: float = 0.0
+    teacher: float = 0.0
+    gathered: float = 0.0
+    activations: float = 0.0
+    loss: float = 0.0
+    engine: float = 0.0
+    units_whole: float = 0.0
+    reserve: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+def memory(job: Job, layout: Layout, device_memory: float, accelerator: bool = True) -> Parts:
+    """The parts of a job. accelerator: False leaves the reserve out and takes a CPU's chunks."""
+    parts = _units(job, layout) if job.student is None else _model(job, layout, accelerator)
+    reserve = CONTEXT + SPLIT * device_memory if accelerator else 0.0
+    return Parts(**{**asdict(parts), "reserve": reserve})
+
+
+def split_params(config: ModelConfig, block: BlockConfig, ways: int) -> int:
+    """Parameters of a block on one of `ways` tensor-parallel processes (`parallel.py`)."""
+    total = 0
+    for kind, variant in (("attention", block.attention), ("ffn", block.ffn)):
+        whole = config.subblock_params(kind, variant)
+        if not splits(config, variant, ways):
+            total += whole
+            continue
+        norm = config.hidden_size
+        total += norm + -(-(whole - norm) // ways)
+    return total
+
+
+def root_params(config: ModelConfig) -> int:
+    """Embedding, last norm and head."""
+    return config.num_params() - sum(
+        config.subblock_params(kind, variant)
+        for block in config.blocks
+        for kind, variant in (("attention", block.attention), ("ffn", block.ffn))
+    )
+
+
+def held_params(config: ModelConfig, tensor: int) -> int:
+    """Parameters of a model on one tensor-parallel process, before shards."""
+    return root_params(config) + sum(split_params(config, b, tensor) for b in config.blocks)
+
+
+def _variants(config: ModelConfig) -> list[Variant]:
+    return [variant for block in config.blocks for variant in (block.attention, block.ffn)]
+
+
+def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
+    student, train = job.student, job.train
+    assert student is not None
+    size, n = BYTES[train.dtype], train.microbatch_tokens
+    held = held_params(student, layout.tensor) / layout.shard
+    ways = layout.tensor
+    blocks = [kept(student, b.attention, ways) + kept(student, b.ffn, ways) for b in student.blocks]
+    inputs = student.hidden_size * sum(1 for numbers in blocks if numbers)
+    numbers = inputs + max(blocks) if layout.gradient_checkpointing else sum(blocks)
+    states = job.teacher.hidden_size * (len(job.teacher.blocks) + 1) if job.teacher else 0
+    numbers += working(student, _variants(student), ways) + (states if job.states else 0)
+    sharded = layout.data > 1 or train.dtype != "float32"
+    return Parts(
+        weights=4 * held,
+        gradients=4 * held,
+        moments=8 * held,
+        teacher=_teacher(job, layout, size, sharded),
+        gathered=_gathered(student, layout.tensor, size) if sharded else 0.0,
+        activations=size * n * numbers,
+        # A reference's log-probs are taken before the policy's: its logits are gone by then.
+        loss=loss_bytes(student, n, size, bool(job.teacher and not job.experience), accelerator),
+        engine=4 * student.num_params() if job.experience and job.experience.engine else 0.0,
+    )
+
+
+def _teacher(job: Job, layout: Layout, size: int, sharded: bool) -> float:
+    if job.teacher is None:
+        return 0.0
+    own = size * held_params(job.teacher, layout.tensor) / layout.shard
+    return own + (_whole_groups(job.teacher, layout.tensor, size) if sharded else 0.0)
+
+
+def _largest_block(config: ModelConfig, tensor: int) -> int:
+    return max(split_params(config, block, tensor) for block in config.blocks)
+
+
+def _whole_groups(config: ModelConfig, tensor: int, size: int) -> float:
+    """Two blocks, one at work and one on its way, and the root group."""
+    return size * (2 * _largest_block(config, tensor) + root_params(config))
+
+
+def _gathered(config: ModelConfig, tensor: int, size: int) -> float:
+    block, root = _largest_block(config, tensor), root_params(config)
+    gradients, reducing = size * (block + root), 4 * max(block, root)
+    return _whole_groups(config, tensor, size) + gradients + reducing
+
+
+def loss_bytes(config: ModelConfig, tokens: int, size: int, two: bool, accelerator: bool) -> float:
+    """Hidden states and their gradient, and the chunks of logits of one model or two.
+
+    A model's logits are made in the arithmetic's type and copied to float32, unless they are;
+    slopes are kept a slab, and probabilities of the parent a tile.
+    """
+    portions = PORTIONS["cuda" if accelerator else "cpu"]
+    rows = max(1, min(tokens, portions.chunk // config.vocab_size))
+    slab = min(tokens, max(rows, portions.slab))
+    logits = (4 + (size if size < 4 else 0)) * rows * config.vocab_size
+    slopes = (4 + (size if size < 4 else 0)) * slab * config.vocab_size
+    tile = 4 * min(portions.tile, rows * config.vocab_size) if two else 0
+    hidden = 2 * size * tokens * config.hidden_size
+    return hidden + logits * (2 if two else 1) + slopes + tile
+
+
+def _units(job: Job, layout: Layout) -> Parts:
+    """Block-wise distillation: float32, units of the largest group of layers, sharded parent."""
+    parent, train = job.config, job.train
+    groups = list(_groups(job))
+    units = max(sum(unit_params(parent, kind, word) for _, kind, word in g) for g in groups)
+    sharded = layout.data > 1
+    return Parts(
+        weights=4 * units / layout.shard,
+        gradients=4 * units / layout.shard,
+        moments=8 * units / layout.shard,
+        teacher=4 * parent.num_params() / layout.shard
+        + (_whole_groups(parent, 1, 4) if sharded else 0.0),
+        activations=4 * train.microbatch_tokens * kept_numbers(parent, job.units),
+        units_whole=4 * units if sharded else 0.0,
+    )
+
+
+def _groups(job: Job) -> Iterable[list[Key]]:
+    layers = len({layer for layer, _, _ in job.units})
+    return layer_groups(job.units, -(-layers // job.passes))
+
+
+NAMES = {"bfloat16": "bf16", "float32": "fp32"}  # torch's, and the data sheets'
+# Bytes a parameter: AdamW reads weight, gradient and two moments and writes three; clipping reads
+# the gradient and writes it.
+UPDATE = 4 * (4 + 3 + 2)
+HEAD_PASSES = 6  # float32 passes over a model's logits: written, maximum, exponential, loss, slope
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds a step, by part, and what they are of the peak."""
+
+    products: float
+    passes: float
+    sharding: float
+    tensor: float
+    update: float
+    flops: float
+    peak: float
+
+    @property
+    def total(self) -> float:
+        return max(self.products + self.passes, self.sharding) + self.tensor + self.update
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / self.total / self.peak
+
+
+def microbatches(job: Job, layout: Layout) -> int:
+    """Microbatches that each process runs a step: the last may be short on some."""
+    train = job.train
+    return math.ceil(train.tokens_per_step / train.microbatch_tokens / layout.data)
+
+
+def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
+    """The roofline of one optimizer step."""
+    device, train = cluster.device, job.train
+    best = device.peak[NAMES[train.dtype]] * cluster.world
+    flops = job.flops()
+    done = flops + (_recomputed(job) if layout.gradient_checkpointing else 0)
+    # Processes that get a microbatch less than the fullest wait for it.
+    rows = train.tokens_per_step / train.microbatch_tokens
+    waiting = microbatches(job, layout) * layout.data / rows
+    rate = device.rate() * layout.data * layout.tensor
+    return StepTime(
+        products=waiting * done / (best * device.compute),
+        passes=waiting * _passed(job, layout) / rate,
+        sharding=_sharding(job, layout, cluster),
+        tensor=_tensor(job, layout, cluster),
+        update=UPDATE * _trained(job, layout) / layout.shard / device.rate(),
+        flops=flops,
+        peak=best,
+    )
+
+
+def _recomputed(job: Job) -> float:
+    if job.student is None:
+        return 0.0
+    return model_cost(job.student, head=False).forward(job.work())
+
+
+def _trained(job: Job, layout: Layout) -> float:
+    """Parameters trained on one tensor-parallel process, before shards."""
+    if job.student is not None:
+        return held_params(job.student, layout.tensor)
+    return sum(unit_params(job.config, kind, word) for _, kind, word in job.units) / job.passes
+
+
+def _passed(job: Job, layout: Layout) -> float:
+    """Bytes that elementwise kernels of a step read and write, on all devices together."""
+    size, tokens = BYTES[job.train.dtype], job.train.tokens_per_step
+    again = 1 if layout.gradient_checkpointing else 0
+    total = 0.0
+    if job.student is not None:  # forward, and twice that backward
+        total += (3 + again) * _model_numbers(job.student) * size
+        total += 4 * HEAD_PASSES * job.student.vocab_size
+    if job.teacher is not None:
+        total += _model_numbers(job.teacher) * size
+        total += 4 * HEAD_PASSES * job.teacher.vocab_size if job.student is not None else 0
+    for _, _, word in job.units:
+        total += 3 * _numbers(job.config, parse(word)) * size / job.passes
+    return total * tokens
+
+
+def _model_numbers(config: ModelConfig) -> float:
+    return sum(_numbers(config, b.attention) + _numbers(config, b.ffn) for b in config.blocks)
+
+
+def _numbers(config: ModelConfig, variant: Variant) -> float:
+    """Numbers a token that a subblock's elementwise passes read and write, forward."""
+    around = 5 * config.hidden_size  # norm in and out; residual and delta in, their sum out
+    match variant:
+        case NoOp():
+            return 0.0
+        case GQA(num_key_value_heads=kv):
+            return around + 2 * (config.num_attention_heads + 2 * kv) * config.head_dim
+        case SwiGLU(intermediate_size=width):
+            return around + 3 * width
+        case Chain():
+            return around + 2 * variant.inner(config.hidden_size)
+
+
+def _sharding(job: Job, layout: Layout, cluster: Cluster) -> float:
+    """Seconds of all-gathers, reduce-scatters and, with replicas, all-reduces, of one process."""
+    size, rounds = BYTES[job.train.dtype], microbatches(job, layout)
+    trained, shard = _trained(job, layout), layout.shard
+    share, link = (shard - 1) / shard, cluster.link(shard * layout.tensor)
+    again = 2 if job.student is not None else 0  # forward and backward; units stay gathered
+    moved = (again * size + 4) * trained * share / link
+    if job.teacher is not None:
+        moved += size * held_params(job.teacher, layout.tensor) * share / link
+    if layout.replicate > 1:
+        copies = (layout.replicate - 1) / layout.replicate
+        moved += 2 * copies * 4 * trained / shard / cluster.link(cluster.world)
+    return rounds * moved
+
+
+def _tensor(job: Job, layout: Layout, cluster: Cluster) -> float:
+    """Seconds of all-reduces in tensor-parallel subblocks: two a layer forward, two backward."""
+    ways = layout.tensor
+    if ways == 1 or job.student is None:
+        return 0.0
+    size, rows = BYTES[job.train.dtype], job.train.microbatch_tokens
+    link, hop = cluster.link(ways), cluster.device.hop
+
+    def exchange(config: ModelConfig) -> float:
+        return 2 * hop + 2 * (ways - 1) / ways * rows * config.hidden_size * size / link
+
+    times = 4 + (2 if layout.gradient_checkpointing else 0)
+    total = times * len(job.student.blocks) * exchange(job.student)
+    if job.teacher is not None:
+        total += 2 * len(job.teacher.blocks) * exchange(job.teacher)
+    return microbatches(job, layout) * total
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training: of `student` whole (with a frozen `teacher`, perhaps), or of units of `parent`.
+
+    passes: how often the data is gone through, a group of layers each (block-wise distillation).
+    states: the teacher's residual streams are kept for a loss on them. heats: steps of each
+    training of a race. experience: what a policy writes itself; `teacher` is its reference.
+    """
+
+    name: str
+    train: TrainConfig
+    student: ModelConfig | None = None
+    teacher: ModelConfig | None = None
+    states: bool = False
+    units: tuple[Key, ...] = ()
+    passes: int = 1
+    heats: tuple[int, ...] = ()
+    experience: Experience | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The larger of the models."""
+        found = self.teacher or self.student
+        assert found is not None
+        return found
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return sum(self.heats) or self.passes * self.train.steps
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the whole training."""
+        return self.steps * self.train.tokens_per_step
+
+    def work(self) -> Work:
+        """Of a step, whose documents are as long as the longest there may be."""
+        if self.experience is not None:
+            return self.experience.work(self.config.sliding_window)
+        tokens, length = self.train.tokens_per_step, self.train.sequence_length
+        window = min(length, self.config.sliding_window or length)
+        return Work(tokens, round(tokens * (window - window * (window - 1) / (2 * length))))
+
+    def flops(self) -> float:
+        """Operations of a step."""
+        work, total = self.work(), 0
+        if self.student is not None:
+            total += model_cost(self.student).training(work)
+            total += model_cost(self.teacher).forward(work) if self.teacher else 0
+            return total
+        return self._unit_flops(work)
+
+    def _unit_flops(self, work: Work) -> float:
+        """Of one pass: the parent's blocks, and a share of the units."""
+        parent = self.config
+        total = sum(block_cost(parent, layer).forward(work) for layer in range(len(parent.blocks)))
+        for layer, kind, word in self.units:
+            own = subblock_cost(parent, parse(word)).training(work)
+            behind = (
+                subblock_cost(parent, parent.blocks[layer].ffn) if kind == "attention" else None
+            )
+            total += (own + (2 * behind.forward(work) if behind else 0)) / self.passes
+        return total
+
+
+def jobs(
+    recipe: Recipe,
+    stages: Mapping[str, Stage],
+    parent: ModelConfig,
+    child: ModelConfig | None = None,
+) -> list[Job]:
+    """The trainings of a recipe, in order, and what each trains. Raises RecipeError.
+
+    child: what the search will find, where that is known.
+    """
+    found = [_job(spec, recipe, stages, parent, child or parent) for spec in recipe.stages]
+    return [job for job in found if job is not None]
+
+
+def _job(
+    spec: StageSpec,
+    recipe: Recipe,
+    stages: Mapping[str, Stage],
+    parent: ModelConfig,
+    child: ModelConfig,
+) -> Job | None:
+    config = checked(spec, stages) if _trains(spec, stages) else None
+    match config:
+        case ParentConfig(train=TrainConfig() as train):
+            return Job(spec.name, train, student=parent)
+        case BLDConfig():
+            keys = tuple(units_of(config, parent, spec.name)[1])
+            groups = layer_groups(keys, config.layers_at_once)
+            return Job(spec.name, config.train, None, parent, units=keys, passes=len(groups))
+        case RaceConfig():
+            heats = tuple(config.heats(_candidates(spec, recipe, stages)))
+            return Job(spec.name, config.train, child, parent, config.cosine > 0, heats=heats)
+        case KDConfig():
+            return Job(spec.name, config.train, child, parent, config.cosine > 0)
+        case CPTConfig() | SFTConfig():
+            return Job(spec.name, config.train, student=child)
+        case PolicyConfig() | RPOConfig():
+            own = experience(config, config.train)
+            reference = child if isinstance(config, RPOConfig) or config.kl else None
+            return Job(spec.name, own.train(config.train), child, reference, experience=own)
+        case _:
+            return None
+
+
+TRAINS = ("parent", "bld", "race", "kd", "cpt", "sft", "grpo", "rloo", "rpo")
+
+
+def _trains(spec: StageSpec, stages: Mapping[str, Stage]) -> bool:
+    if spec.stage not in stages:
+        raise RecipeError(
+            f"[{spec.name}]: there is no stage {spec.stage!r}; {nearest(spec.stage, stages)}"
+        )
+    imported = spec.stage == "parent" and "train" not in spec.table
+    return spec.stage in TRAINS and not imported
+
+
+def _candidates(spec: StageSpec, recipe: Recipe, stages: Mapping[str, Stage]) -> int:
+    """How many architectures a race has at most: what its searches are asked for, or have found."""
+    return sum(_found(str(name), recipe, stages) for name in spec.table.get("searches", [])) or 1
+
+
+def _found(name: str, recipe: Recipe, stages: Mapping[str, Stage]) -> int:
+    search = next((one for one in recipe.stages if one.name == name), None)
+    if search is None:
+        return len(read_json(Path(name), "architectures")) if is_done(Path(name)) else 1
+    match checked(search, stages):
+        case SearchConfig(method="mip") as config:
+            return config.solutions + (config.conditional is not None)
+        case FrontierConfig() as config:
+            return len(config.methods) * len(config.points)
+        case _:
+            return 1
+
+
+def checked(spec: StageSpec, stages: Mapping[str, Stage]) -> BaseModel:
+    """The config of a stage; its needs are not looked for. Raises RecipeError."""
+    stage = stages[spec.stage]
+    needs = {mark.rstrip("?=*") for mark in stage.needs}
+    table = {key: value for key, value in spec.table.items() if key not in needs}
+    kind = getattr(importlib.import_module(stage.module), stage.config)
+    return validate(kind, table, spec.name)
+
+
+def unplanned(recipe: Recipe) -> Sequence[str]:
+    """Names of the stages that a plan says nothing of."""
+    return [spec.name for spec in recipe.stages if spec.stage not in TRAINS]
+
+
+DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training on one cluster. `fits` is False for the layout that comes nearest."""
+
+    job: Job
+    cluster: Cluster
+    layout: Layout
+    parts: Parts
+    time: StepTime
+    advice: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.parts.total <= self.cluster.device.memory
+
+    @property
+    def tokens_a_day(self) -> float:
+        return self.job.train.tokens_per_step / self.time.total * DAY
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole training."""
+        return self.job.steps * self.time.total
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds * self.cluster.world / 3600
+
+    def as_json(self) -> dict[str, Any]:
+        """Bytes, seconds, counts."""
+        return {
+            "name": self.job.name,
+            "cluster": str(self.cluster),
+            "fits": self.fits,
+            "layout": asdict(self.layout),
+            "microbatches": microbatches(self.job, self.layout),
+            "memory": {**asdict(self.parts), "total": self.parts.total},
+            "device_memory": self.cluster.device.memory,
+            "step_seconds": {**asdict(self.time), "total": self.time.total},
+            "mfu": self.time.mfu,
+            "tokens": self.job.tokens,
+            "tokens_a_day": self.tokens_a_day,
+            "gpu_hours": self.gpu_hours,
+            "advice": self.advice,
+        }
+
+
+def layouts(job: Job, cluster: Cluster) -> Iterator[Layout]:
+    """All ways to spread a job; units are not split by tensor parallelism nor run again."""
+    whole = job.student is not None
+    heads = job.config.num_attention_heads
+    for tensor in _divisors(cluster.gpus) if whole else [1]:
+        if heads % tensor:
+            continue
+        data = cluster.world // tensor
+        for shard in _divisors(data):
+            for again in (False, True) if whole else (False,):
+                yield Layout(data // shard, shard, tensor, again)
+
+
+def best(job: Job, cluster: Cluster) -> Plan:
+    """The fastest plan that fits; else the smallest, with what would make it fit."""
+    found = [_priced(job, cluster, layout) for layout in layouts(job, cluster)]
+    fitting = [plan for plan in found if plan.fits]
+    if fitting:
+        return min(fitting, key=lambda plan: (plan.time.total, plan.layout.tensor))
+    nearest = min(found, key=lambda plan: plan.parts.total)
+    return replace(nearest, advice=_advice(nearest))
+
+
+def _priced(job: Job, cluster: Cluster, layout: Layout) -> Plan:
+    parts = memory(job, layout, cluster.device.memory)
+    return Plan(job, cluster, layout, parts, step_time(job, layout, cluster))
+
+
+def _fitting(job: Job, cluster: Cluster) -> bool:
+    return any(
+        memory(job, layout, cluster.device.memory).total <= cluster.device.memory
+        for layout in layouts(job, cluster)
+    )
+
+
+def _advice(plan: Plan) -> str:
+    """Shorter microbatches, more machines, fewer layers at once: the first of each that fits."""
+    job, cluster = plan.job, plan.cluster
+    parts = asdict(plan.parts)
+    largest = max(parts, key=lambda part: parts[part])
+    found = [f"the largest part is {largest.replace('_', ' ')}"]
+    train, tokens = job.train, job.train.microbatch_tokens // 2
+    while tokens >= train.sequence_length:
+        shorter = replace(job, train=train.model_copy(update={"microbatch_tokens": tokens}))
+        if _fitting(shorter, cluster):
+            found.append(f"train.microbatch_tokens = {tokens} fits")
+            break
+        tokens //= 2
+    if job.states and _fitting(replace(job, states=False), cluster):
+        found.append("cosine = 0 fits")
+    for nodes in (cluster.nodes * 2**i for i in range(1, 9)):
+        if _fitting(job, replace(cluster, nodes=nodes)):
+            found.append(f"{nodes}x{cluster.gpus}x{cluster.device.name} fits")
+            break
+    if job.units:
+        layers = len({layer for layer, _, _ in job.units})
+        at_once = -(-layers // job.passes)
+        while at_once > 1:
+            at_once //= 2
+            if _fitting(replace(job, passes=-(-layers // at_once)), cluster):
+                found.append(f"layers_at_once = {at_once} fits")
+                break
+    return "; ".join(found)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def told(plans: Sequence[Plan], price: float | None = None) -> str:
+    """A paragraph a training: layout, memory by part, a step, the whole. price: a GPU-hour's."""
+    return "\n\n".join(_plan_lines(plan, price) for plan in plans)
+
+
+def _plan_lines(plan: Plan, price: float | None) -> str:
+    job, layout = plan.job, plan.layout
+    capacity = plan.cluster.device.memory
+    verdict = "fits" if plan.fits else "does not fit"
+    lines = [
+        f"[{job.name}]  {verdict} {plan.cluster}: {plan.parts.total / GB:.1f} of "
+        f"{capacity / GB:.0f} GB a GPU",
+        f"  memory    {_parts(plan)}",
+    ]
+    if plan.advice:
+        lines.append(f"  advice    {plan.advice}")
+    lines += [
+        f"  layout    {job.name}.train.parallel = {layout.told()}"
+        + (f", {layout.replicate} replicas" if layout.replicate > 1 else "")
+        + f", {microbatches(job, layout)} microbatches a process and step",
+        f"  step      {_seconds(plan)}, MFU {plan.time.mfu:.0%}",
+        f"  training  {_count(job.tokens)} tokens, {_count(plan.tokens_a_day)} a day: "
+        f"{plan.seconds / DAY:.2g} days, {plan.gpu_hours:,.0f} GPU-hours"
+        + (f", {price * plan.gpu_hours:,.0f} at {price:g} a GPU-hour" if price else ""),
+    ]
+    if job.heats:
+        lines.append(f"  heats     {len(job.heats)}, of {job.heats[0]} to {job.heats[-1]} steps")
+    if job.experience is not None and job.experience.written:
+        own = job.experience
+        lines.append(
+            f"  left out  generating and judging {own.written:,} answers a rollout, "
+            f"each of at most {own.length:,} tokens"
+        )
+    return "\n".join(lines)
+
+
+def _parts(plan: Plan) -> str:
+    parts = {name.replace("_", " "): value for name, value in asdict(plan.parts).items() if value}
+    return ", ".join(f"{name} {value / GB:.2g}" for name, value in parts.items())
+
+
+def _seconds(plan: Plan) -> str:
+    time = plan.time
+    names = ("products", "passes", "sharding", "tensor", "update")
+    parts = {name: getattr(time, name) for name in names}
+    listed = ", ".join(f"{name} {value:.2g}" for name, value in parts.items() if value)
+    return f"{time.total:.3g} s ({listed}; sharding runs beside products and passes)"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,.0f}"

@@ -1,0 +1,464 @@
+"""The runs that a report is about, and what they logged.
+
+What a section is made of: values that HTML, Markdown and JSON each show in their own way.
+
+Sections on the stages: curves of each training, where runs came from, what they cost.
+
+Sections on what models can do: tasks with thinking on and off, reinforcement, their texts.
+
+Sections on what Puzzle made: the child's mosaic, the frontier, promises against measurements.
+
+The first section: what came of it, a line a finding, before anything is explained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tessera.model.source import ancestors, model_config, origin
+from tessera.plot import Series
+from tessera.progress import clock
+from tessera.report.charts import chart, legend, mosaic
+from tessera.report.explain import explain, headline
+from tessera.report.show import status, tables
+from tessera.runs.files import RunError
+from tessera.runs.run import (
+    Manifest,
+    read_manifest,
+    read_metrics,
+    read_timings,
+    runs_in,
+    whole_lines,
+)
+from tessera.table import VIEWS, Column, cell, count, size
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run; what it lacks reads as empty."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @cached_property
+    def metrics(self) -> list[Row]:
+        return read_metrics(self.path)
+
+    @cached_property
+    def timings(self) -> list[Row]:
+        return read_timings(self.path)
+
+    @cached_property
+    def tables(self) -> dict[str, list[Row]]:
+        return tables(self.path)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that its steps went through."""
+        rows = [r for r in self.timings if r.get("seconds") and r.get("tokens_per_second")]
+        return sum(row["seconds"] * row["tokens_per_second"] for row in rows)
+
+    def lines(self, name: str) -> list[Row]:
+        """A file of JSON lines beside the tables; a torn last line is none."""
+        file = self.path / name
+        return whole_lines(file)[0] if file.is_file() else []
+
+    def json(self, name: str) -> Any:
+        file = self.path / "tables" / f"{name}.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of a recipe in the order they began, or those one run was made from."""
+
+    path: Path
+    all: tuple[RunData, ...]
+
+    def having(self, table: str) -> list[RunData]:
+        """The runs that hold a table of this name."""
+        return [run for run in self.all if run.tables.get(table)]
+
+    def find(self, name: str) -> RunData | None:
+        return next((run for run in self.all if run.name == name), None)
+
+
+def read_runs(path: Path) -> Runs:
+    """Raises RunError where there is neither a run nor a directory of runs."""
+    if (path / "run.json").is_file():
+        found = [one for one in ancestors(path) if (one / "run.json").is_file()]
+    else:
+        found = runs_in(path)
+    if not found:
+        raise RunError(f"{path} holds no runs; give a recipe's runs (runs/NAME) or one of them")
+    runs = [RunData(one, read_manifest(one)) for one in found]
+    return Runs(path, tuple(sorted(runs, key=lambda run: run.manifest.started)))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with their full keys; `view` says how known ones are shown, the rest follow.
+
+    folded: behind a click, for what few readers want.
+    """
+
+    name: str
+    rows: Sequence[dict[str, Any]]
+    view: Sequence[Column] = ()
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing: trusted SVG of our own, a caption, and (name, colour) of its lines."""
+
+    title: str
+    svg: str
+    note: str = ""
+    legend: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Texts that models wrote, under the question: (question, [(label, text)])."""
+
+    items: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+
+
+Block = Text | Table | Figure | Samples
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: Sequence[Block]
+
+
+def lines(rows: Sequence[Row], keys: Sequence[str]) -> list[Series]:
+    """The keys' values over the steps, as far as they were logged."""
+    found = []
+    for key in keys:
+        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+        told = [(x, y, f"{key} {y:.4g} at step {x}") for x, y in points]
+        if told:
+            found.append(Series(key, told))
+    return found
+
+
+def curves(runs: Runs) -> Iterator[Block]:
+    """Loss, held-out loss, speed and use of the machine of every training."""
+    yield Text(
+        "Loss in nats a token; long lines are averages of neighbouring steps. MFU is the share of "
+        "the machine's peak that the model's arithmetic took: measured on a CPU, the data sheet's "
+        "of a GPU."
+    )
+    for run in runs.all:
+        keys = list(dict.fromkeys(key for row in run.metrics for key in row))
+        told = [k for k in keys if k.startswith(("loss", "heldout")) or k in ("kl", "lm_loss")]
+        log = not any(key.startswith("reward") for key in keys)  # a policy's loss has both signs
+        series = lines(run.metrics, told)
+        if svg := chart(series, x="step", y="loss", log=log):
+            yield Figure(f"{run.name}: loss", svg, "", legend(series))
+        for key, y in (("tokens_per_second", "tokens/s"), ("mfu", "MFU")):
+            speed = lines(run.timings, [key])
+            if svg := chart(speed, x="step", y=y):
+                middle = median(p[1] for p in speed[0].points)
+                yield Figure(f"{run.name}: {y}", svg, f"Median {cell(float(middle))}.")
+
+
+def lineage(runs: Runs) -> Iterator[Block]:
+    """Every run with its inputs, fingerprint, seed and settings."""
+    yield Table("runs", [_origin(run) for run in runs.all])
+    software = {tuple(sorted(run.manifest.versions.items())) for run in runs.all}
+    for one in sorted(software):
+        yield Text("Made with " + ", ".join(f"{name} {version}" for name, version in one) + ".")
+
+
+def _origin(run: RunData) -> Row:
+    manifest = run.manifest
+    names = []
+    for value in manifest.inputs.values():
+        names += [one["path"] for one in (value if isinstance(value, list) else [value]) if one]
+    row: Row = {"run": run.name, "stage": run.manifest.stage, "made from": ", ".join(names) or None}
+    row |= {"status": status(manifest, run.path), "seed": str(manifest.seed)}
+    return row | {"fingerprint": manifest.fingerprint[:12]}
+
+
+def cost(runs: Runs) -> Iterator[Block]:
+    """Time and tokens of every stage."""
+    total = sum(run.manifest.seconds for run in runs.all)
+    tokens = sum(run.tokens for run in runs.all)
+    yield Text(
+        f"{clock(total)} in all on the clock of the machine that ran it, {count(tokens)} tokens "
+        "trained on (teacher and student of a distillation read the same tokens, counted once)."
+    )
+    rows = []
+    for run in sorted(runs.all, key=lambda run: -run.manifest.seconds):
+        spent = run.manifest.seconds
+        row: Row = {"run": run.name, "seconds": spent, "share": spent / total if total else None}
+        rows.append(row | {"cpu": run.manifest.cpu_seconds or None, "tokens": run.tokens or None})
+    yield Table(
+        "cost",
+        rows,
+        (
+            Column("run", ("run",), cell),
+            Column("seconds", ("time",), clock),
+            Column("cpu", ("CPU",), clock),
+            Column("share", ("share",), lambda value: f"{100 * value:.1f}%"),
+            Column("tokens", ("tokens",), count),
+        ),
+    )
+
+
+SHOWN = 4  # samples of each kind
+LONGEST = 1200  # characters of a sample
+
+
+def accuracy(runs: Runs) -> Iterator[Block]:
+    """Each task's value against the tokens of an answer, a line from off to on."""
+    evals = runs.having("eval")
+    rows: list[Row] = [{"run": run.name} | row for run in evals for row in run.tables["eval"]]
+    tasks: dict[str, dict[str, list[tuple[float, float, str]]]] = defaultdict(dict)
+    for row in rows:
+        if row.get("value") is None or row.get("tokens") is None:
+            continue
+        error = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
+        told = f"{row['run']}, {row['mode']}: {row['value']:.3f}{error}, {row['tokens']:.1f} tokens"
+        place = (row["tokens"], row["value"], told)
+        tasks[row["task"]].setdefault(row["run"], []).append(place)
+    for task, found in tasks.items():
+        series = [Series(name, sorted(points)) for name, points in found.items()]
+        metric = next(row["metric"] for row in rows if row["task"] == task)
+        svg = chart(series, x="tokens an answer", y=metric)
+        note = "A line joins one model's answers with reasoning off and on."
+        yield Figure(task, svg, note, legend(series))
+    if rows:
+        yield Table("eval", rows, VIEWS["eval"])
+
+
+def reinforcement(runs: Runs) -> Iterator[Block]:
+    """Reward and its parts, length, entropy, and the curriculum as planned and as it came."""
+    for run in runs.all:
+        keys = dict.fromkeys(key for row in run.metrics for key in row)
+        rewards = [key for key in keys if key.startswith("reward")]
+        if not rewards:
+            continue
+        for title, wanted in (
+            ("reward and its parts", rewards),
+            ("length of an answer, tokens", ["length"]),
+            ("entropy, nats a token", ["entropy"]),
+            ("shares of the answers", ["obedience", "truncated", "no_signal", "clipped"]),
+        ):
+            series = lines(run.metrics, wanted)
+            if svg := chart(series, x="step", y=title):
+                yield Figure(f"{run.name}: {title}", svg, "", legend(series))
+    for run in runs.having("curriculum"):
+        rows = run.tables["curriculum"]
+        for step in sorted({row["step"] for row in rows}):
+            part = [row for row in rows if row["step"] == step]
+            series = [
+                Series(kind, [(r["pass_rate"], r[kind], f"{r[kind]:.2f}") for r in part])
+                for kind in ("planned", "actual")
+            ]
+            svg = chart(series, x="pass rate before training", y="share of the prompts")
+            yield Figure(f"{run.name}: prompts from step {step}", svg, "", legend(series))
+    for run in runs.having("pass_rates"):
+        yield Table(f"{run.name}: pass rates before training", run.tables["pass_rates"])
+
+
+def samples(runs: Runs) -> Iterator[Block]:
+    """The same items answered by each model; then what a policy wrote first and last."""
+    yield from _answers(runs)
+    for run in runs.all:
+        files = sorted((run.path / "samples").glob("*.jsonl"))
+        if len(files) < 2:
+            continue
+        for word, file in (("first", files[0]), ("last", files[-1])):
+            rows = run.lines(f"samples/{file.name}")[: 2 * SHOWN]
+            yield Text(f"{run.name}: the {word} samples it kept (step {int(file.stem)}).")
+            yield Samples(
+                [
+                    (r["prompt"], [(f"{r['kind']}, reward {r['reward']:.2f}", _cut(r["text"]))])
+                    for r in rows
+                ]
+            )
+
+
+def _answers(runs: Runs) -> Iterator[Block]:
+    items: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for run in (one for one in runs.all if one.manifest.stage == "eval"):
+        verdicts = {}
+        for row in run.lines("verdicts.jsonl"):
+            if "outcomes" in row:
+                first = next(iter(row["outcomes"].values()), {})
+                place = (row["task"], row["item"], row["mode"], row["sample"])
+                verdicts[place] = first.get("verdict", "")
+        for row in run.lines("records.jsonl"):
+            if row.get("sample") or row.get("turn") or int(row["tokens"] or 0) == 0:
+                continue
+            place = (row["task"], row["item"])
+            if place not in items and sum(task == row["task"] for task, _ in items) >= SHOWN // 2:
+                continue
+            verdict = verdicts.get((*place, row["mode"], 0), "")
+            thought = f"{row['thought']}\n\n" if row.get("thought") else ""
+            label = f"{run.name}, {row['mode']}{': ' + verdict if verdict else ''}"
+            items[place].append((label, _cut(thought + row["text"])))
+    if items:
+        yield Text("The first items of each task, as every model answered them.")
+        yield Samples([(f"{task}, item {item}", found) for (task, item), found in items.items()])
+
+
+def _cut(text: str) -> str:
+    left = len(text) - LONGEST
+    return text if left <= 0 else f"{text[:LONGEST]}\n… and {left:,} more characters"
+
+
+def architecture(runs: Runs) -> Iterator[Block]:
+    """Each child against its parent, and what was taken."""
+    drawn: set[tuple[tuple[str, str], ...]] = set()
+    losses: list[Block] = []
+    for run in (one for one in runs.all if one.manifest.stage == "child"):
+        parent = origin(run.path)
+        if run.manifest.status != "done" or parent is None:
+            continue
+        before, after = model_config(parent), model_config(run.path)
+        if tuple(after.words) in drawn:
+            continue
+        drawn.add(tuple(after.words))
+        counts = (after.num_params(), before.num_params())
+        held = (after.kv_bytes_per_token(4), before.kv_bytes_per_token(4))
+        note = (
+            f"{count(counts[0])} of {count(counts[1])} parameters, "
+            f"{size(held[0])} of {size(held[1])} KV cache a token (float32). "
+            "Filled: kept; outlined: what the parent has there."
+        )
+        yield Figure(run.name, mosaic(after, before), note)
+        if found := explain(run.path):
+            losses.append(Text(f"{run.name}: {headline(found)}"))
+            name = f"{run.name}, layer by layer"
+            losses.append(Table(name, found["layers"], VIEWS["taken"], folded=True))
+    yield from losses
+
+
+def frontier(runs: Runs) -> Iterator[Block]:
+    """Harm against speed, for the integer program and for simpler methods."""
+    for run in runs.having("frontier"):
+        rows = run.tables["frontier"]
+        measured = all(row.get("speedup") is not None for row in rows)
+        key, word = ("speedup", "measured") if measured else ("promised", "promised")
+        methods: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        for row in rows:
+            if row.get(key) is not None and row.get("kl") is not None:
+                told = f"{row['method']}: {row[key]:.2f}x, KL {row['kl']:.3f}"
+                methods[row["method"]].append((row[key], row["kl"], told))
+        series = [Series(name, sorted(set(points))) for name, points in methods.items()]
+        x = f"generation speed, times the parent's ({word})"
+        healed = any(row.get("lr") for row in rows)
+        state = "after each was distilled" if healed else "as assembled, before any distillation"
+        note = f"Lower and further right is better. KL in nats a token, {state}; speed is {word}."
+        if any(not row.get("meets", True) for row in rows):
+            note += " A method that cannot reach a speed stands at the most it reaches."
+        svg = chart(series, x=x, y="KL to the parent", log=True)
+        yield Figure("Frontier", svg, note, legend(series))
+        bare = [{k: v for k, v in row.items() if k != "words"} for row in rows]
+        yield Table(f"{run.name}: all points", bare, VIEWS["frontier"], folded=True)
+
+
+def speed(runs: Runs) -> Iterator[Block]:
+    """What the cost table promised, against the clock."""
+    for run in runs.having("calibration"):
+        rows = run.tables["calibration"]
+        pairs = [(1e3 * r["promised_seconds"], 1e3 * r["measured_seconds"]) for r in rows]
+        points = [(p, m, f"promised {p:.1f} ms, took {m:.1f} ms") for p, m in pairs]
+        x, y = "promised, ms a batch", "measured, ms a batch"
+        svg = chart([Series("model", points)], x=x, y=y, joined=False, diagonal=True)
+        worst = max(abs(p / m - 1) for p, m in pairs)
+        note = (
+            f"{len(rows)} whole models timed against the sum of their blocks' costs; on the dashed "
+            f"line promise and clock agree. The furthest off: {100 * worst:.0f}%."
+        )
+        yield Figure("Promised against measured", svg, note)
+    for run in runs.having("compare"):
+        yield Table(run.name, run.tables["compare"], VIEWS["compare"])
+
+
+VIEW = (
+    Column("finding", ("finding",), cell),
+    Column("value", ("value",), cell),
+    Column("of", ("of",), cell),
+)
+
+
+def summary(runs: Runs) -> Iterator[Block]:
+    """Speed and closeness of what was compared, the last evaluations, exports, and the cost."""
+    rows = [*_speeds(runs), *_answer_findings(runs), *_exports(runs)]
+    if rows:
+        spent = sum(run.manifest.seconds for run in runs.all)
+        cpu = sum(run.manifest.cpu_seconds for run in runs.all)
+        told = clock(spent) + (f", {clock(cpu)} of CPU" if cpu else "")
+        rows.append({"finding": "time", "value": told, "of": f"{len(runs.all)} runs"})
+        yield Table("summary", rows, VIEW)
+
+
+def _speeds(runs: Runs) -> Iterator[Row]:
+    """Each compared model against the first, as it was measured and as it was promised."""
+    for run in runs.having("compare"):
+        first, *others = run.tables["compare"]
+        for row in others:
+            value = f"{row['speedup']:.2f}x"
+            if row.get("promised"):
+                value += f" (promised {row['promised']:.2f}x)"
+            value += f", {row['agreement']:.1%} of its next tokens"
+            yield {"finding": f"speed against {first['model']}", "value": value, "of": row["model"]}
+
+
+def _answer_findings(runs: Runs) -> Iterator[Row]:
+    """What the last model to be asked with the switch said, with the error of each share."""
+    asked = [run for run in runs.having("eval") if _modes(run.tables["eval"]) & {"on", "off"}]
+    for run in asked[-1:]:
+        for row in run.tables["eval"]:
+            if row.get("value") is None:
+                continue
+            error = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
+            value = f"{row['value']:.3f}{error}"
+            if row.get("tokens") is not None:
+                value += f", {row['tokens']:.1f} tokens"
+            if row.get("obedience") is not None:
+                value += f", the switch obeyed by {row['obedience']:.1%}"
+            finding = f"{row['task']}, thinking {row['mode']}"
+            yield {"finding": finding, "value": value, "of": run.name}
+
+
+def _modes(rows: list[Row]) -> set[Any]:
+    return {row.get("mode") for row in rows}
+
+
+def _exports(runs: Runs) -> Iterator[Row]:
+    """Whether the files of an export compute what the model does."""
+    for run in runs.all:
+        told = run.json("export") if run.manifest.stage == "export" else None
+        if told:
+            parity = told.get("parity") or {}
+            checked = f"{parity.get('tokens_equal')} of {parity.get('tokens')} greedy tokens equal"
+            value = f"{told['format']}, {checked if parity else 'not checked'}"
+            yield {"finding": "export", "value": value, "of": run.name}
