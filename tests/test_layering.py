@@ -53,6 +53,7 @@ LEVELS = {
 }
 # Where each heavy library may be imported: a file, or a folder with everything in it.
 CONFINED = {
+    "bfcl_eval": ["eval/bfcl.py"],
     "fastapi": ["serve/api"],
     "starlette": ["serve/api"],
     "uvicorn": ["serve/api"],
