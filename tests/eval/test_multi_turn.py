@@ -1,11 +1,9 @@
-"""BFCL's multi-turn sets: the answers of the data pass, and what does less does not."""
+"""BFCL's multi-turn sets as conversations: steps, turns, tools held back, records."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,39 +12,21 @@ from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
 from tessera.eval.task import Data, Item
 from tessera.eval.tasks import find
-from tessera.eval.tasks.multi_turn import STEPS, goes_on, play, verify_turns
-from tessera.rl.rewards import Sample
+from tessera.eval.tasks.multi_turn import STEPS, goes_on, turns_of, verify_turns
 from tessera.rl.verifiers.outcome import Outcome
 from tessera.runs.files import Journal
-
-Calls = Sequence[tuple[str, dict[str, Any]]]
-DONE = "That is done."
+from tests.eval.bfcl_calls import DONE, Call, said, sample, true_calls
 
 
-def said(calls: Calls) -> str:
-    rows = [{"name": name, "arguments": arguments} for name, arguments in calls]
-    return f"<TOOLCALL>{json.dumps(rows)}</TOOLCALL>"
+def judged(item: Item, turns: Sequence[Sequence[Sequence[Call]]]) -> Outcome:
+    """turns: the steps of each turn."""
+    answers = [text for steps in turns for text in (*map(said, steps), DONE)]
+    return verify_turns(sample(item, answers))
 
 
-def sample(item: Item, answers: Sequence[str]) -> Sample:
-    """What a worker gets, whose fields have been JSON; what others said between is left out."""
-    before = [{"role": "assistant", "content": one} for one in answers[:-1]]
-    fields = json.loads(json.dumps(item.fields))
-    return Sample([*item.messages, *before], answers[-1], fields)
-
-
-def written(turns: Sequence[Sequence[Calls]]) -> list[str]:
-    """Each turn's steps, and an answer without a call after them."""
-    return [text for steps in turns for text in (*map(said, steps), DONE)]
-
-
-def judged(item: Item, turns: Sequence[Sequence[Calls]]) -> Outcome:
-    return verify_turns(sample(item, written(turns)))
-
-
-def true(item: Item) -> list[list[Calls]]:
+def true(item: Item) -> list[list[list[Call]]]:
     """The data's calls, all of a turn in one answer."""
-    return [[calls] if calls else [] for calls in item.fields["calls"]]
+    return [[calls] if calls else [] for calls in true_calls(item)]
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +34,9 @@ def items(shared: Path) -> list[Item]:
     return list(find("bfcl_multi_turn").read(Data("", str(shared / "data"))))
 
 
-def test_every_answer_of_the_data_is_right_and_none_of_its_calls_is_refused(items: list[Item]):
-    assert len(items) == 600
-    assert {item.id: judged(item, true(item)).reason for item in items} == {
-        item.id: "" for item in items
-    }
-    results = [
-        result
-        for item in items
-        for turn in play(item.fields, [said(calls) for calls in item.fields["calls"] if calls])
-        for result in turn.results
-    ]
-    assert len(results) == sum(len(calls) for item in items for calls in item.fields["calls"])
-    assert not [one for one in results if isinstance(one, dict) and "error" in one]
-
-
 def test_one_call_a_step_does_what_all_in_one_do(items: list[Item]):
     for item in items:
-        steps = [[[call] for call in calls] for calls in item.fields["calls"]]
+        steps = [[[call] for call in calls] for calls in true_calls(item)]
         assert judged(item, steps).verdict == "right", item.id
 
 
@@ -80,24 +45,6 @@ def test_saying_nothing_or_calling_all_a_turn_late_is_wrong(items: list[Item]):
         turns = true(item)
         assert judged(item, [[] for _ in turns]).verdict == "wrong", item.id
         assert judged(item, [[], *turns[:-1]]).verdict == "wrong", item.id
-
-
-def test_without_any_one_call_that_changes_a_state_an_answer_is_wrong(items: list[Item]):
-    left = 0
-    for item in items[:200]:
-        turns = true(item)
-        for number, calls in enumerate(item.fields["calls"]):
-            for place in range(len(calls)):
-                less = [*calls[:place], *calls[place + 1 :]]
-                short = [*turns[:number], [less] if less else [], *turns[number + 1 :]]
-                if _state_after(item, turns, number) != _state_after(item, short, number):
-                    left += 1
-                    assert judged(item, short).verdict == "wrong", (item.id, calls[place])
-    assert left > 300
-
-
-def _state_after(item: Item, turns: Sequence[Sequence[Calls]], number: int) -> Any:
-    return play(item.fields, written(turns[: number + 1]))[number].state
 
 
 def test_calls_that_do_not_meet_may_come_in_any_order_and_more_may_be_called(items: list[Item]):
@@ -113,12 +60,12 @@ def test_calls_that_do_not_meet_may_come_in_any_order_and_more_may_be_called(ite
 
 def test_what_was_seen_in_a_turn_before_need_not_be_seen_again(items: list[Item]):
     (item,) = [one for one in items if one.id == "multi_turn_base_100"]
-    fund = [("fund_account", {"amount": 2203.4})]
-    late: Calls = [("get_stock_info", {"symbol": "NVDA"}), *fund]
+    fund: list[Call] = [("fund_account", {"amount": 2203.4})]
+    late: list[Call] = [("get_stock_info", {"symbol": "NVDA"}), *fund]
     assert judged(item, [[late[:1]], [fund]]).verdict == "right"
-    look: Calls = [("get_account_info", {})]
-    assert "a result is missing" in judged(item, [[look], [late]]).reason
-    assert "no call" in judged(item, [[], [late]]).reason
+    look: list[Call] = [("get_account_info", {})]
+    assert "execution_response_mismatch" in judged(item, [[look], [late]]).reason
+    assert "empty_turn_model_response" in judged(item, [[], [late]]).reason
 
 
 def test_a_thought_calls_nothing_and_calls_may_be_pythons(items: list[Item]):
@@ -164,9 +111,9 @@ class Knowing:
             self.asked += 1
             item = self.items[request.messages[1]["content"]]
             answers = [m["content"] for m in request.messages if m["role"] == "assistant"]
-            *ended, turn = play(item.fields, answers)
-            calls = item.fields["calls"][len(ended)]
-            text = said([calls[turn.steps]]) if turn.steps < len(calls) else DONE
+            *ended, steps = turns_of(item.fields, answers)
+            calls = true_calls(item)[len(ended)]
+            text = said([calls[len(steps)]]) if len(steps) < len(calls) else DONE
             receive(request, Reply(text, None, "stop", 3))
 
 
@@ -185,7 +132,7 @@ def test_a_conversation_is_held_scored_and_resumed_without_asking_again(
 
     first, second = Knowing(few), Knowing(few)
     talks, again = talk(first), talk(second)
-    steps = sum(len(calls) + 1 for item in few for calls in item.fields["calls"])
+    steps = sum(len(calls) + 1 for item in few for calls in true_calls(item))
     assert (first.asked, second.asked) == (steps, 0)
     assert [one.messages for one in talks] == [one.messages for one in again]
     path = tmp_path / "records.jsonl"

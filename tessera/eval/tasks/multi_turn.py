@@ -1,33 +1,27 @@
-"""BFCL's multi-turn sets: calls are run on simulated services, and what they do is judged.
+"""BFCL's multi-turn sets: calls are run on its services, and its `multi_turn_checker` judges.
 
-In a turn of the user's the model is asked, its calls are run and their results given back between
-`<TOOL_RESPONSE>` tags, until an answer holds no call that can be read. Over 20 answers with calls
-in one turn end the conversation, and it is wrong. The rule is BFCL v3's, as its authors' article
-and pull request 733 of ShishirPatil/gorilla have it: after each turn the services' state is that
-after the turn's true calls, and the results of those are among all that the model has been given
-so far. A turn without true calls (a function or parameter is missing) asks for nothing itself: what
-was done in it shows in the states after it. Functions that are not offered run all the same, as
-there: miss_func_49 is right by `tail`, two turns before it is offered.
+In each turn of the user's the model is asked, its calls are run and their results given back
+between `<TOOL_RESPONSE>` tags, until an answer holds no call that can be read. More than 20 answers
+with calls in one turn end the conversation, and it is wrong. After each turn that has true calls,
+the state of every service must be that after the true calls, and the results of the true calls must
+be among all results so far. In a turn without true calls (a function or parameter is missing)
+nothing is checked. Functions that are not offered run all the same, as in bfcl-eval.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from tessera.data.conversation import Message
-from tessera.eval.services import SERVICES
-from tessera.eval.services.base import Services
+from tessera.eval import bfcl
 from tessera.eval.task import Data, EvalError, Item, Measure, Task, ask
 from tessera.eval.tasks.tools import read_calls
 from tessera.rl.rewards import FunctionReward, Sample
 from tessera.rl.verifiers.answer import split_thoughts
-from tessera.rl.verifiers.outcome import Outcome, right, wrong
+from tessera.rl.verifiers.outcome import Outcome, judged, wrong
 
 SETS = ("base", "miss_func", "miss_param")
 DOCS = {
@@ -56,22 +50,12 @@ MORE = (
 RESULTS = "<TOOL_RESPONSE>{results}</TOOL_RESPONSE>"
 
 
-@dataclass(slots=True)
-class Turn:
-    """What answers did in one turn of the user's.
-
-    results: of all calls. last: of the last answer's. steps: answers with calls. state: after the
-    turn, None until an answer without a call ends it.
-    """
-
-    results: list[Any] = field(default_factory=list)
-    last: list[Any] = field(default_factory=list)
-    steps: int = 0
-    state: dict[str, Any] | None = None
-
-
 def multi_turn(kind: str, data: Data) -> Iterator[Item]:
-    """The items of one set, their services' descriptions read from `multi_turn_func_doc`."""
+    """The items of one set, their functions' descriptions read from `multi_turn_func_doc`.
+
+    Raises EvalError where bfcl-eval is not installed.
+    """
+    bfcl.official()
     answers = data.rows(f"bfcl/possible_answer/BFCL_v4_multi_turn_{kind}.jsonl")
     truth = {row["id"]: row["ground_truth"] for row in answers}
     docs: dict[str, dict[str, Any]] = {
@@ -100,10 +84,8 @@ def _item(
     for number, messages in enumerate(row["question"]):
         more = MORE.format(tools=_listed(docs, later[number])) if number in later else ""
         said.append("\n\n".join(filter(None, [more, *(one["content"] for one in messages)])))
-    fields = {
-        "services": {name: row["initial_config"].get(name) for name in row["involved_classes"]},
-        "calls": [[_true_call(text, docs) for text in calls] for calls in truth],
-    }
+    entry = {key: row[key] for key in ("id", "initial_config", "involved_classes")}
+    fields = {"calls": truth, "entry": entry}
     system = SYSTEM.format(tools=_listed(docs, first))
     return Item(str(row["id"]), ask(said[0], system), fields, {"set": kind}, tuple(said[1:]))
 
@@ -112,46 +94,38 @@ def _listed(docs: Mapping[str, Any], names: Sequence[str]) -> str:
     return json.dumps([docs[name] for name in names])
 
 
-def _true_call(text: str, docs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A call of the answers', in which arguments may stand by place."""
-    node = ast.parse(text, mode="eval").body
-    assert isinstance(node, ast.Call)
-    name = ast.unparse(node.func)
-    words = dict(zip(docs[name]["parameters"]["properties"], node.args, strict=False))
-    words |= {str(word.arg): word.value for word in node.keywords}
-    return name, {key: ast.literal_eval(value) for key, value in words.items()}
-
-
-def play(fields: Mapping[str, Any], answers: Sequence[str]) -> list[Turn]:
-    """The turns that answers make up; the last one is still open."""
-    services = _services(fields)
-    turns = [Turn()]
+def turns_of(fields: Mapping[str, Any], answers: Sequence[str]) -> list[list[list[str]]]:
+    """The calls of each answer with calls, by turn; the last turn has not ended."""
+    classes = fields["entry"]["involved_classes"]
+    turns: list[list[list[str]]] = [[]]
     for answer in answers:
-        turn = turns[-1]
         calls = read_calls(answer)
         if calls:
-            turn.steps += 1
-            turn.last = [services.call(*call) for call in calls]
-            turn.results += turn.last
+            turns[-1].append([bfcl.executable(call, classes) for call in calls])
         else:
-            turn.state = copy.deepcopy(services.state)
-            turns.append(Turn())
+            turns.append([])
     return turns
-
-
-def _services(fields: Mapping[str, Any]) -> Services:
-    configs = fields["services"]
-    return Services({name: SERVICES[name] for name in configs}, configs)
 
 
 def goes_on(item: Item, chat: Sequence[Message]) -> str | None:
     """The results of the last answer's calls, or what the user says in the next turn."""
-    *ended, turn = play(item.fields, _answers(chat))
-    if turn.steps > STEPS:
+    turns = turns_of(item.fields, _answers(chat))
+    ended = len(turns) - 1
+    if len(turns[-1]) > STEPS:
         return None
-    if turn.steps:
-        return RESULTS.format(results=json.dumps(turn.last))
-    return item.follow_ups[len(ended) - 1] if len(ended) <= len(item.follow_ups) else None
+    if turns[-1]:
+        steps = [calls for turn in turns for calls in turn]
+        results = bfcl.run(steps, item.fields["entry"])[-1]
+        return RESULTS.format(results=json.dumps([_value(one) for one in results]))
+    return item.follow_ups[ended - 1] if ended <= len(item.follow_ups) else None
+
+
+def _value(result: str) -> Any:
+    """bfcl-eval writes objects as JSON, and errors as plain text."""
+    try:
+        return json.loads(result)
+    except (ValueError, RecursionError):
+        return result
 
 
 def _answers(chat: Sequence[Mapping[str, str]]) -> list[str]:
@@ -162,35 +136,11 @@ def _answers(chat: Sequence[Mapping[str, str]]) -> list[str]:
 def verify_turns(sample: Sample) -> Outcome:
     """Whether every turn of the conversation did what the true calls in `fields["calls"]` do."""
     truth = sample.fields["calls"]
-    turns = play(sample.fields, [*_answers(sample.messages), sample.answer])
-    services = _services(sample.fields)
-    given: list[Any] = []
-    for number, calls in enumerate(truth, 1):
-        results = [services.call(*call) for call in calls]
-        turn = turns[number - 1] if number <= len(turns) else Turn()
-        if turn.state is None:
-            return wrong(f"turn {number} did not end: {turn.steps} answers with calls")
-        given += turn.results
-        if not calls:
-            continue
-        if not turn.steps:
-            return wrong(f"turn {number}: no call")
-        for name, state in services.state.items():
-            if turn.state[name] != state:
-                return wrong(f"turn {number}: another state of {name}")
-        if not _among(results, given):
-            return wrong(f"turn {number}: a result is missing")
-    return right()
-
-
-def _among(results: Sequence[Any], given: Sequence[Any]) -> bool:
-    """Whether each result was given, and as often."""
-    left = list(given)
-    for result in results:
-        if result not in left:
-            return False
-        left.remove(result)
-    return True
+    *turns, last = turns_of(sample.fields, [*_answers(sample.messages), sample.answer])
+    if len(turns) < len(truth):
+        return wrong(f"turn {len(turns) + 1} did not end: {len(last)} answers with calls")
+    why = bfcl.check_turns(turns, truth, sample.fields["entry"])
+    return judged(not why, why)
 
 
 REWARD = FunctionReward(kind="function", function=f"{__name__}:verify_turns")

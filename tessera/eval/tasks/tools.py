@@ -1,10 +1,9 @@
-"""Tool calls in the manner of BFCL: the calls of an answer against the calls that are possible.
+"""BFCL's single-turn sets: its `ast_checker` compares an answer's calls with the possible ones.
 
-The report's form (Llama-Nemotron's chat template): tools between `<AVAILABLE_TOOLS>` tags in the
-system prompt, calls as `<TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>`. An argument is
-right if it is among the values that BFCL lists for it; "" among them means that it may be left out.
-Calls in parallel match in any order. Where no tool fits, right is no call. The multi-turn sets,
-whose calls are run, are in `multi_turn.py`.
+Tools and calls have the form of Llama-Nemotron's chat template: tools between `<AVAILABLE_TOOLS>`
+tags in the system prompt, calls as `<TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>`.
+Where no tool fits (irrelevance), an answer without a call is right. The multi-turn sets, whose
+calls are run, are in `multi_turn.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from tessera.eval import bfcl
+from tessera.eval.bfcl import Call
 from tessera.eval.task import Data, EvalError, Item, Measure, Task, ask
 from tessera.rl.rewards import FunctionReward, Sample
 from tessera.rl.verifiers.outcome import Outcome, judged, wrong
@@ -41,12 +42,11 @@ SYSTEM = (
     "</TOOLCALL>. If none does, say so and call nothing."
 )
 _CALL = re.compile(r"<TOOLCALL>(.*?)(?:</TOOLCALL>|\Z)", re.DOTALL)
-_PLAIN = re.compile(r"[ ,./\-_*^'\"]")
-Call = tuple[str, dict[str, Any]]
 
 
-def bfcl(kind: str, data: Data) -> Iterator[Item]:
-    """The items of one set; the live sets' answers stand in `possible_answer`."""
+def single_turn(kind: str, data: Data) -> Iterator[Item]:
+    """The items of one set. Raises EvalError where bfcl-eval is not installed."""
+    bfcl.official()
     without = kind.endswith("irrelevance") or kind.endswith("relevance")
     truth: dict[str, Any] = {}
     if not without:
@@ -62,12 +62,13 @@ def bfcl(kind: str, data: Data) -> Iterator[Item]:
         rest = [one for one in turn if one["role"] != "system"]
         messages = [*ask("", system)[:1], *rest]
         wanted = truth.get(row["id"], "none" if kind.endswith("irrelevance") else "any")
-        yield Item(str(row["id"]), messages, {"calls": wanted}, {"set": kind})
+        fields = {"calls": wanted, "functions": row["function"], "set": kind}
+        yield Item(str(row["id"]), messages, fields, {"set": kind})
 
 
 def live(data: Data) -> Iterator[Item]:
     for name in LIVE:
-        yield from bfcl(SETS[name], data)
+        yield from single_turn(SETS[name], data)
 
 
 def verify_calls(sample: Sample) -> Outcome:
@@ -78,9 +79,8 @@ def verify_calls(sample: Sample) -> Outcome:
         return judged(bool(calls) == (wanted == "any"), "a call" if calls else "no call")
     if calls is None:
         return wrong("no calls that can be read")
-    if len(calls) != len(wanted):
-        return wrong(f"{len(calls)} calls instead of {len(wanted)}")
-    return judged(_matched(calls, wanted), "another call, or another argument")
+    why = bfcl.check_calls(calls, sample.fields["functions"], wanted, sample.fields["set"])
+    return judged(not why, why)
 
 
 def read_calls(answer: str) -> list[Call] | None:
@@ -116,69 +116,8 @@ def _python_call(node: ast.expr) -> Call:
     return ast.unparse(node.func), arguments
 
 
-def _matched(calls: Sequence[Call], wanted: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the calls can be paired with what is wanted, whatever their order.
-
-    A call fits few of what is wanted, so the search for a pairing is short.
-    """
-    if not calls:
-        return not wanted
-    first, rest = calls[0], calls[1:]
-    return any(
-        _fits(first, one) and _matched(rest, [*wanted[:i], *wanted[i + 1 :]])
-        for i, one in enumerate(wanted)
-    )
-
-
-def _fits(call: Call, wanted: Mapping[str, Any]) -> bool:
-    name, arguments = call
-    ((wanted_name, allowed),) = wanted.items()
-    # Functions with dots are offered with underscores by engines that allow no others.
-    if name != wanted_name and name != wanted_name.replace(".", "_"):
-        return False
-    if any(key not in allowed for key in arguments):
-        return False
-    return all(
-        _among(arguments[key], values) if key in arguments else "" in values
-        for key, values in allowed.items()
-    )
-
-
-def _among(value: Any, allowed: Sequence[Any]) -> bool:
-    return any(_same(value, one) for one in allowed)
-
-
-def _same(value: Any, wanted: Any) -> bool:
-    """BFCL's equality: numbers by value, texts without case, spaces and punctuation."""
-    if isinstance(value, bool) or isinstance(wanted, bool):
-        return value is wanted
-    if isinstance(value, int | float) and isinstance(wanted, int | float):
-        return float(value) == float(wanted)
-    if isinstance(value, str) and isinstance(wanted, str):
-        return _PLAIN.sub("", value).lower() == _PLAIN.sub("", wanted).lower()
-    if isinstance(value, list | tuple) and isinstance(wanted, list | tuple):
-        return len(value) == len(wanted) and all(map(_same, value, wanted))
-    if isinstance(value, dict) and isinstance(wanted, dict):
-        return _same_object(value, wanted)
-    return value == wanted
-
-
-def _same_object(value: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Nested objects list the values of each key, as arguments do."""
-    if any(key not in wanted for key in value):
-        return False
-    for key, allowed in wanted.items():
-        options = allowed if isinstance(allowed, list) else [allowed]
-        if key not in value:
-            if "" not in options:
-                return False
-        elif not (_among(value[key], options) or _same(value[key], allowed)):
-            return False
-    return True
-
-
 CALLS = Measure("accuracy", FunctionReward(kind="function", function=f"{__name__}:verify_calls"))
 TASKS = (
-    *(Task(name, partial(bfcl, kind), (CALLS,)) for name, kind in SETS.items()),
+    *(Task(name, partial(single_turn, kind), (CALLS,)) for name, kind in SETS.items()),
     Task("bfcl_live", live, (CALLS,), groups=("set",)),
 )
