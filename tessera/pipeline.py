@@ -22,9 +22,10 @@ from tessera import dist
 from tessera.progress import clock
 from tessera.runs.files import FailureError, RunError
 from tessera.runs.plan import Stage, Step, explain_change, plan, table_text
-from tessera.runs.recipe import Recipe, RecipeError, nearest
+from tessera.runs.recipe import Recipe, RecipeError
 from tessera.runs.redo import Mark, mark_all, replacing, settle, withdraw_marks
 from tessera.runs.run import Run
+from tessera.table import nearest
 
 _ROWS = (
     Stage("data", "tessera.data.prepare", "DataConfig", ("model=",), "data", paths=("files",)),

@@ -82,8 +82,9 @@ from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Space, read_space
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Stage, Step
-from tessera.runs.recipe import Recipe, RecipeError, StageSpec, nearest, validate
+from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
 from tessera.runs.run import is_done, read_json
+from tessera.table import nearest
 from tessera.train.flops import Work, block_cost, kept, model_cost, subblock_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from tessera.runs.recipe import Recipe, RecipeError, StageSpec, dumps, nearest, validate
+from tessera.runs.recipe import Recipe, RecipeError, StageSpec, dumps, validate
 from tessera.runs.redo import aside, holds_no_work, read_mark
 from tessera.runs.run import Manifest, fingerprint_path, read_manifest, run_fingerprint
+from tessera.table import nearest
 
 Input = Path | list[Path] | None
 Action = Literal["run", "resume", "skip", "redo", "changed"]

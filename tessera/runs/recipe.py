@@ -12,7 +12,6 @@ stage's table may hold is said by the config class beside the stage.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tessera.table import nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -54,14 +55,6 @@ class Recipe:
     name: str
     seed: int
     stages: tuple[StageSpec, ...]
-
-
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """The end of an error message: the nearest allowed word, and all of them."""
-    words = list(allowed)
-    near = difflib.get_close_matches(given, words, 1, 0.6)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}Allowed: {', '.join(words) or 'none'}"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
