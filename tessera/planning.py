@@ -54,7 +54,6 @@ Plans as a person reads them.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -739,11 +738,7 @@ def _found(name: str, recipe: Recipe, stages: Mapping[str, Stage]) -> int:
 
 def checked(spec: StageSpec, stages: Mapping[str, Stage]) -> BaseModel:
     """The config of a stage; its needs are not looked for. Raises RecipeError."""
-    stage = stages[spec.stage]
-    needs = {mark.rstrip("?=*") for mark in stage.needs}
-    table = {key: value for key, value in spec.table.items() if key not in needs}
-    kind = getattr(importlib.import_module(stage.module), stage.config)
-    return validate(kind, table, spec.name)
+    return stages[spec.stage].validate(spec)
 
 
 def unplanned(recipe: Recipe) -> Sequence[str]:

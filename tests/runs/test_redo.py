@@ -17,8 +17,7 @@ from tessera.report.show import describe
 from tessera.runs.files import RunError
 from tessera.runs.plan import plan
 from tessera.runs.recipe import loads
-from tessera.runs.redo import aside
-from tessera.runs.run import Run, is_done, read_json, read_manifest, read_metrics, read_table
+from tessera.runs.run import Run, aside, is_done, read_json, read_manifest, read_metrics, read_table
 from tests import pipeline_stages
 from tests.pipeline_stages import STAGES
 from tests.test_pipeline import RECIPE, actions, run, start, wait_for
