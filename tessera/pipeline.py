@@ -94,8 +94,8 @@ def run_recipe(
         dist.barrier()
         say = _printer(quiet)
         for step in chosen:
-            for doubt in step.doubts(steps):
-                say(f"{step.name}: DOUBT: {doubt}")
+            for warning in step.warnings(steps):
+                say(f"{step.name}: WARNING: {warning}")
         for number, step in enumerate(chosen, 1):
             _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
             dist.barrier()
@@ -156,7 +156,8 @@ def _bring_about(step: Step, title: str, quiet: bool) -> None:
         assert step.manifest is not None
         say(f"{title}: done before, in {clock(step.manifest.seconds)}")
         return
-    say(f"{title}: {'going on' if step.action == 'resume' else 'running'}")
+    verbs = {"resume": "going on", "redo": "running anew"}
+    say(f"{title}: {verbs.get(step.action, 'running')}")
     begun = time.monotonic()
     function = step.stage.load(step.stage.function)
     main = dist.is_main()

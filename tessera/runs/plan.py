@@ -118,16 +118,26 @@ class Step:
         """True when this step has that run among its inputs."""
         return path in flat(self.inputs)
 
-    def doubts(self, steps: Sequence[Step]) -> list[str]:
-        """What its config's `check` says of it, among the steps of its recipe; none when done."""
-        check = getattr(self.config, "check", None)
-        return check(self, steps) if check and self.action != "skip" else []
+    def warnings(self, steps: Sequence[Step]) -> list[str]:
+        """What will fail or surprise, by `warnings(step, steps)` of its config; none when done."""
+        warnings = getattr(self.config, "warnings", None)
+        return warnings(self, steps) if warnings and self.action != "skip" else []
+
+    def notes(self) -> list[str]:
+        """What its config's `notes` says of settings that come from its inputs."""
+        notes = getattr(self.config, "notes", None)
+        return notes(self) if notes else []
 
 
 def flat(inputs: Mapping[str, Input]) -> list[Path]:
     """All paths among inputs."""
     lists = [value if isinstance(value, list) else [value] for value in inputs.values()]
     return [path for paths in lists for path in paths if path is not None]
+
+
+def maker(path: Input, steps: Sequence[Step]) -> Step | None:
+    """The step that makes a directory; None where it is from outside of the recipe."""
+    return next((step for step in steps if step.path == path), None)
 
 
 def plan(
