@@ -317,7 +317,7 @@ def _no_template(step: Step, steps: Sequence[Step]) -> str:
         return "its tokenizer is trained without chat = true, so it has no marks" if lacks else ""
     if isinstance(config, DataConfig) and config.tokenizer == "byte":
         return _template_error(byte_tokenizer())
-    if isinstance(config, DataConfig) and config.tokenizer:
+    if isinstance(config, DataConfig) and isinstance(config.tokenizer, str):
         source = Path(config.tokenizer)
     elif step.stage.name == "parent" and "path" in step.spec.table:
         source = step.files["path"]
