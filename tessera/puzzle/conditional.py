@@ -19,35 +19,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from tessera.data.batch import Batch
-from tessera.data.documents import heldout
 from tessera.model.checkpoint import load_model
-from tessera.model.config import KINDS
+from tessera.model.config import name
 from tessera.model.transformer import Transformer
 from tessera.puzzle.library import assemble
-from tessera.puzzle.score import Units, load_units, score_given
+from tessera.puzzle.score import HeldoutConfig, Units, load_units, score_given
 from tessera.puzzle.space import Space, Unit
 
 Words = Sequence[tuple[str, str]]
 Rows = Sequence[Mapping]
 
 
-class ConditionalConfig(BaseModel):
+class ConditionalConfig(HeldoutConfig):
     """In how many steps the limits are tightened, and on how many tokens each is scored.
 
     polish: rounds after the last step, each of at most `changes` of all places (a share).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rounds: int = Field(default=4, ge=1)
     polish: int = Field(default=4, ge=0)
     changes: float = Field(default=0.25, gt=0, le=1)
     tokens: int = Field(default=4096, ge=1)
     microbatch_tokens: int = Field(default=2048, ge=1)
-    sequence_length: int = Field(default=256, ge=2)
 
 
 def tighten(
@@ -84,7 +80,7 @@ def polish(
     for _ in range(rounds):
         near = solve_near(rows, words, changes)
         if list(near) == list(words):
-            break  # no change within reach promises anything
+            break
         found = measure(near)
         if found[0] < own:
             words, (own, rows) = near, found
@@ -114,15 +110,9 @@ class Rescorer:
         module = load_model(parent, frozen=True)
         units = load_units(library / "library", module, space)
         for layer, block in enumerate(module.blocks):  # what was taken may be given back
-            for kind in KINDS:
-                units[Unit(layer, kind, space.words(layer, kind)[0])] = getattr(block, kind)
-        batches = heldout(
-            data,
-            sequence_length=config.sequence_length,
-            microbatch_tokens=config.microbatch_tokens,
-            tokens=config.tokens,
-        )
-        return cls(parent, library / "library", space, module, units, batches)
+            for kind, variant in block.config:
+                units[Unit(layer, kind, name(variant))] = getattr(block, kind)
+        return cls(parent, library / "library", space, module, units, config.heldout(data))
 
     def __call__(self, words: Words) -> Rows:
         """Rows like those of `scores.jsonl`, the parent's own words among them."""
@@ -133,11 +123,9 @@ class Rescorer:
         """(the assembled architecture's own metrics, the change each word makes to them)."""
         module = load_model(self.path, frozen=True)
         current = assemble(module, self.library, words).requires_grad_(False)
-        standing = dict.fromkeys(self.space.units(words))
-        swaps = {key: unit for key, unit in self.units.items() if key not in standing}
-        own, rows = score_given(self.parent, current, swaps, self.batches)
-        still = [
-            {"layer": layer, "kind": kind, "word": word, **dict.fromkeys(own, 0.0)}
-            for layer, kind, word in standing
-        ]
-        return own, [*rows, *still]
+        held = self.space.units(words)
+        others = {unit: module for unit, module in self.units.items() if unit not in held}
+        own, rows = score_given(self.parent, current, others, self.batches)
+        unchanged = dict.fromkeys(own, 0.0)
+        rows += [{**unit._asdict(), **unchanged} for unit in held]
+        return own, rows

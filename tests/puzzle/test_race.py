@@ -17,7 +17,7 @@ from tessera.objectives.kd import KD, KDConfig, raced
 from tessera.objectives.lm import documents
 from tessera.pipeline import STAGES, run_recipe
 from tessera.puzzle.library import assemble
-from tessera.puzzle.race import RaceConfig, blind_loss, candidates, standing
+from tessera.puzzle.race import RaceConfig, candidates, standing, unigram_entropy
 from tessera.runs.files import FailureError, RunError
 from tessera.runs.plan import plan
 from tessera.runs.recipe import RecipeError, loads, validate
@@ -199,13 +199,13 @@ def test_a_guess_without_context_is_the_entropy_of_the_labels():
     labels = torch.tensor([[3, 3, 5, 5, 9, 9]])
     weight = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
     batch = Batch(labels, labels, weight, labels, labels)
-    assert blind_loss([batch, batch]) == pytest.approx(math.log(2))
+    assert unigram_entropy([batch, batch]) == pytest.approx(math.log(2))
 
 
 def test_a_race_of_bad_candidates_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = race(tmp_path)  # three steps of everything: bytes are guessed at
     assert "all candidates are bad" in (path / "log.txt").read_text()
-    monkeypatch.setattr("tessera.puzzle.race.blind_loss", lambda batches: 99.0)
+    monkeypatch.setattr("tessera.puzzle.race.unigram_entropy", lambda batches: 99.0)
     run_recipe(loads(RECIPE), tmp_path, redo=["race"], quiet=True)
     assert "all candidates are bad" not in (path / "log.txt").read_text()
 
