@@ -206,8 +206,7 @@ class Memory:
         """The fields and their sum."""
         return {**asdict(self), "total": self.total}
 
-    def told(self) -> str:
-        """One line for a person."""
+    def __str__(self) -> str:
         return (
             f"memory about {_bytes(self.total)}: parent {_bytes(self.parent)}, units "
             f"{_bytes(self.units)} ({self.layers_at_once} of {self.layers} layers at once, "

@@ -16,17 +16,14 @@ measured KL is lower; where it is not, half as many changes are tried (a trust r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 
-from tessera.data.batch import Batch
 from tessera.model.checkpoint import load_model
 from tessera.model.config import name
-from tessera.model.transformer import Transformer
 from tessera.puzzle.library import assemble
-from tessera.puzzle.score import HeldoutConfig, Units, load_units, score_given
+from tessera.puzzle.score import HeldoutConfig, load_units, score_given
 from tessera.puzzle.space import Space, Unit
 
 Words = Sequence[tuple[str, str]]
@@ -91,28 +88,22 @@ def polish(
     return words
 
 
-@dataclass(frozen=True)
 class Rescorer:
-    """Scores of a whole library around any architecture of its space."""
+    """Scores of a whole library around any architecture of its space.
 
-    path: Path
-    library: Path
-    space: Space
-    parent: Transformer
-    units: Units
-    batches: Sequence[Batch]
+    parent, library and data: finished runs (parent may be a model directory).
+    """
 
-    @classmethod
-    def load(
-        cls, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
-    ) -> Rescorer:
-        """parent, library and data: finished runs (parent may be a model directory)."""
-        module = load_model(parent, frozen=True)
-        units = load_units(library / "library", module, space)
-        for layer, block in enumerate(module.blocks):  # what was taken may be given back
+    def __init__(
+        self, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
+    ) -> None:
+        self.path, self.library, self.space = parent, library / "library", space
+        self.parent = load_model(parent, frozen=True)
+        self.units = load_units(self.library, self.parent, space)
+        for layer, block in enumerate(self.parent.blocks):  # what was taken may be given back
             for kind, variant in block.config:
-                units[Unit(layer, kind, name(variant))] = getattr(block, kind)
-        return cls(parent, library / "library", space, module, units, config.heldout(data))
+                self.units[Unit(layer, kind, name(variant))] = getattr(block, kind)
+        self.batches = config.heldout(data)
 
     def __call__(self, words: Words) -> Rows:
         """Rows like those of `scores.jsonl`, the parent's own words among them."""

@@ -169,7 +169,7 @@ def speedup(candidate: Row) -> float | None:
     return rates[0] / rates[1] if all(rates) else None
 
 
-def standing(rows: Sequence[Row]) -> list[int]:
+def ranking(rows: Sequence[Row]) -> list[int]:
     """Which rows of a rung go by place: the best one of every candidate, best first.
 
     The lowest held-out KL wins; a tie goes to the earlier row. A candidate that misses the
@@ -221,7 +221,7 @@ def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
     table: list[Row] = []
     for rung in range(1, config.rungs + 1):
         rows = run_rung(rung, entries, config, run, inputs)
-        order = [rows[i] for i in standing(rows)]
+        order = [rows[i] for i in ranking(rows)]
         for place, row in enumerate(order, 1):
             row["place"] = place
         table += [*order, *(row for row in rows if row["place"] is None)]

@@ -16,7 +16,7 @@ from tessera.objectives.kd import KD, KDConfig, raced
 from tessera.objectives.lm import documents
 from tessera.pipeline import STAGES, run_recipe
 from tessera.puzzle.library import assemble
-from tessera.puzzle.race import RaceConfig, candidates, standing, unigram_entropy
+from tessera.puzzle.race import RaceConfig, candidates, ranking, unigram_entropy
 from tessera.runs.files import FailureError, RunError
 from tessera.runs.plan import plan
 from tessera.runs.recipe import RecipeError, loads, validate
@@ -151,10 +151,10 @@ def row(candidate: str, kl: float | None, meets: bool = True) -> dict[str, Any]:
 
 def test_places_go_by_kl_then_by_order_and_the_hopeless_stand_last():
     rows = [row("a", 0.3), row("b", 0.2), row("a", 0.1), row("c", 0.2), row("d", None)]
-    assert standing(rows) == [2, 1, 3, 4]  # a's better rate; the tie of b and c in their order
+    assert ranking(rows) == [2, 1, 3, 4]  # a's better rate; the tie of b and c in their order
     missed = [row("a", 0.1, meets=False), row("b", 0.5), row("c", None)]
-    assert standing(missed) == [1, 0, 2]
-    assert standing([row("a", 0.3, False), row("b", 0.2, False)]) == [1, 0]
+    assert ranking(missed) == [1, 0, 2]
+    assert ranking([row("a", 0.3, False), row("b", 0.2, False)]) == [1, 0]
 
 
 def test_a_candidate_that_diverges_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

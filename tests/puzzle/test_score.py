@@ -38,7 +38,9 @@ def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
         with torch.no_grad():
             log_q = F.log_softmax(swapped.logits(swapped(batch.tokens, context())), -1)
         kl = ((log_p.exp() * (log_p - log_q)).sum(-1) * batch.weight).sum()
-        torch.testing.assert_close(found[layer, kind, word]["kl"][0], kl.item(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found[layer, kind, word]["kl"][0], kl.item(), rtol=1e-4, atol=1e-5
+        )
         cosine = 1 - F.cosine_similarity(
             swapped(batch.tokens, context()), parent(batch.tokens, context()), dim=-1
         )
@@ -46,7 +48,9 @@ def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
         torch.testing.assert_close(found[layer, kind, word]["cosine"][0], own, rtol=1e-4, atol=1e-5)
         loss = -log_q.gather(-1, batch.labels[..., None]).squeeze(-1)
         own = (loss * batch.weight).sum().item()
-        torch.testing.assert_close(found[layer, kind, word]["lm_loss"][0], own, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found[layer, kind, word]["lm_loss"][0], own, rtol=1e-4, atol=1e-5
+        )
     kl, weight = found[()]["kl"]
     assert abs(kl) < 1e-5 * weight
     assert found[()]["agreement"] == (weight, weight)
