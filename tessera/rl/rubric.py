@@ -49,13 +49,13 @@ class Asked:
         if reply.error:
             return unjudged(reply.error)
         if isinstance(self.reward, JudgeReward):
-            verdict = judge.verdict(reply.text)
+            verdict = judge.verdict(reply.answer)
             if verdict is None:
-                return unjudged(f"no verdict in the judge's reply: {reply.text[-80:]!r}")
+                return unjudged(f"no verdict in the judge's reply: {reply.answer[-80:]!r}")
             return judged(verdict, "the judge says so")
-        scores = _REWARD.findall(reply.text)
+        scores = _REWARD.findall(reply.answer)
         if not scores:
-            return unjudged(f"no reward in the model's reply: {reply.text[-80:]!r}")
+            return unjudged(f"no reward in the model's reply: {reply.answer[-80:]!r}")
         score = float(scores[-1])
         return Outcome("right" if score >= self.reward.right_from else "wrong", score)
 

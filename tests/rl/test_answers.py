@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 
 from tessera.data.switch import obeys
 from tessera.rl.rewards import Sample
-from tessera.rl.verifiers.answer import (
-    boxed,
-    final_answer,
-    normalized,
-    same_answer,
-    split_thoughts,
-)
+from tessera.rl.verifiers.answer import boxed, final_answer, normalized, same_answer
 from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_format, verify_number
 from tessera.rl.verifiers.mathematics import verify_math
 from tessera.rl.verifiers.outcome import Outcome, right, unjudged
@@ -111,13 +105,6 @@ def test_cases_that_people_met(shared: Path):
         r["gold"] for r in rows if checks[r["kind"]](r["answer"], r["gold"]).verdict != r["want"]
     ]
     assert sorted(missed) == sorted(OPEN)
-
-
-def test_an_unclosed_thought_has_no_answer_yet():
-    assert split_thoughts("<think>a</think>b") == ("a", "b")
-    assert split_thoughts("a</think>b") == ("a", "b")
-    assert split_thoughts("<think>a") == ("a", "")
-    assert split_thoughts("b") == (None, "b")
 
 
 @pytest.mark.parametrize(

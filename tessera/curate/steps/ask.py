@@ -157,7 +157,7 @@ class ExtractProblems(ChatStep):
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
             return self.failed(error)
-        found = told_problems(replies[0].text)
+        found = told_problems(replies[0].answer)
         if not found:
             return Drop("no problem in it")
         discussion = rows.question(chat)[: self.longest]
@@ -187,7 +187,7 @@ class ExtractKnown(ChatStep):
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
             return self.failed(error)
-        found = told_answer(replies[0].text)
+        found = told_answer(replies[0].answer)
         return chat if found is None else rows.tagged(chat, self.step, expected_answer=found)
 
 
@@ -216,7 +216,7 @@ class Classify(ChatStep):
         for kind, reply in zip(self.kinds, replies, strict=True):
             if reply.error is not None:
                 return self.failed(reply.error)
-            said = judge.verdict(reply.text)
+            said = judge.verdict(reply.answer)
             if said is None:
                 return Drop(f"no verdict on {kind}")
             if said:
@@ -248,7 +248,7 @@ class Judge(ChatStep):
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
             return self.failed(error)
-        said = judge.verdict(replies[0].text)
+        said = judge.verdict(replies[0].answer)
         if self.keep == "correct" and not said:
             return Drop("no verdict on the answer" if said is None else "judged wrong")
         return rows.tagged(chat, self.step, correct=said)

@@ -187,7 +187,7 @@ class SameProblem(ChatStep):
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
             return self.failed(error)
-        said = judge.verdict(replies[0].text)
+        said = judge.verdict(replies[0].answer)
         return chat if said is False else Drop("contaminated as judged")
 
 

@@ -25,7 +25,8 @@ from typing import Any, ClassVar, Literal
 from numpy.typing import NDArray
 
 from tessera.ask.ask import Reply, Request
-from tessera.data.conversation import Chat, Message, split_thought
+from tessera.data.conversation import Chat, Message
+from tessera.data.thought import split_message
 from tessera.runs.recipe import Config
 
 Field = Literal["question", "answer", "all"]
@@ -96,12 +97,12 @@ def question(chat: Chat) -> str:
 
 def thought(chat: Chat) -> str | None:
     """The thought of the last answer; None for no answer, or one without a thought."""
-    return split_thought(chat.messages[-1])[0] if chat.answered else None
+    return split_message(chat.messages[-1]).thought if chat.answered else None
 
 
 def answer(chat: Chat) -> str:
     """The last answer without its thought; "" for a prompt."""
-    return split_thought(chat.messages[-1])[1] if chat.answered else ""
+    return split_message(chat.messages[-1]).answer if chat.answered else ""
 
 
 def text_of(chat: Chat, field: Field) -> str:

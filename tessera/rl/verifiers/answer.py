@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-OPEN, CLOSE = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _HASHES = re.compile(r"^\s*####[ \t]*(\S.*?)\s*$", re.MULTILINE)
 _STATED = re.compile(
@@ -34,20 +33,6 @@ _UNIT = re.compile(
     r"\s*(?:\\?[%$]|[°€£]|\^\\circ|\^\{\\circ\}|\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?)\Z"
 )
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}")
-
-
-def split_thoughts(completion: str) -> tuple[str | None, str]:
-    """Thoughts and answer: what stands before and after the first `</think>`.
-
-    Without a closing tag there are no thoughts (None) and all is answer, unless a thought was
-    opened and never closed: then there is no answer yet, which is "".
-    """
-    before, closing, after = completion.partition(CLOSE)
-    if closing:
-        return before.replace(OPEN, "", 1).strip(), after.strip()
-    if OPEN in completion:
-        return completion.split(OPEN, 1)[1].strip(), ""
-    return None, completion.strip()
 
 
 def final_answer(text: str) -> str | None:

@@ -13,15 +13,8 @@ from fractions import Fraction
 
 from tessera.data.conversation import Mode
 from tessera.data.switch import obeys
-from tessera.rl.verifiers.answer import (
-    CLOSE,
-    NUMBER,
-    OPEN,
-    final_answer,
-    fraction,
-    number,
-    plain_text,
-)
+from tessera.data.thought import CLOSE, OPEN
+from tessera.rl.verifiers.answer import NUMBER, final_answer, fraction, number, plain_text
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
 
 # A letter, alone or in the brackets and emphasis that models put around it.
