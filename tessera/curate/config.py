@@ -22,7 +22,8 @@ from tessera.curate.steps import answers, arrange, ask, contamination, duplicate
 from tessera.curate.steps.contamination import Nearest
 from tessera.curate.steps.rows import AskStep, RowStep, SetStep
 from tessera.data.dialects import Dialect
-from tessera.runs.recipe import Config, RecipeError, nearest, validate
+from tessera.runs.recipe import Config, RecipeError, validate
+from tessera.table import nearest
 
 Step = RowStep | SetStep | AskStep
 TeacherConfig = Annotated[

@@ -18,7 +18,7 @@ from typing import Any
 
 from tessera.rl.verifiers.language import UndetectedError, language_of
 from tessera.rl.verifiers.outcome import Outcome, unjudged
-from tessera.runs.recipe import nearest
+from tessera.table import nearest
 
 _RELATIONS: dict[str, Callable[[int, int], bool]] = {
     "at least": lambda count, bound: count >= bound,
