@@ -93,14 +93,11 @@ class Decontaminate(RowStep):
         having, sizes = self._index
         grams = word_grams(text, self.n, mask_digits=self.mask_digits)
         common = Counter(problem for gram in grams for problem in having.get(gram, ()))
-        return max(
-            (
-                (shared / min(len(grams), sizes[problem]), problem)
-                for problem, shared in common.items()
-                if shared >= min(self.least, sizes[problem])
-            ),
-            default=(0.0, 0),
-        )
+        best = (0.0, 0)
+        for problem, shared in common.items():
+            if shared >= min(self.least, sizes[problem]):
+                best = max(best, (shared / min(len(grams), sizes[problem]), problem))
+        return best
 
     @functools.cached_property
     def _index(self) -> tuple[dict[str, list[int]], list[int]]:
