@@ -2,8 +2,8 @@
 
 A dataset is a hub id or a directory: what `save_to_disk` wrote is memory-mapped, data files
 (Parquet, JSONL, ...) are streamed. One from the hub is downloaded once into the library's own
-cache and memory-mapped; with a `limit` it is streamed and only that
-much is fetched. A row without text is `Bad`, like a broken line of a file.
+cache and memory-mapped; with a `limit` it is streamed and only that much is fetched. A row without
+text is `Bad`, like a broken line of a file.
 """
 
 from __future__ import annotations
