@@ -5,7 +5,7 @@ the special tokens by name, `raise_exception` and `strftime_now`; `{% generation
 model has written. The clock stands still unless a time is given, so that rendering is a function.
 
 The built-in template is Llama 3's with Llama-Nemotron's additions: an answer of the history loses
-its thought, and tools are listed and called as JSON between tags.
+its thought, by the rule of thought.py, and tools are listed and called as JSON between tags.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ LLAMA3 = """\
 {%- for message in messages if message.role != "system" %}
     {%- set text = (message.content or "") | trim %}
     {%- if message.role == "assistant" %}
-        {%- set text = text.split("</think>")[-1] | trim %}
+        {%- set head = text.split("</think>")[0] %}
+        {%- set opened = "<think>" not in head and head != text or head.startswith("<think>") %}
+        {%- if opened and message.reasoning_content is not string %}
+            {%- set text = text.split("</think>")[1:] | join("</think>") | trim %}
+        {%- endif %}
         {%- if message.tool_calls %}
             {%- set calls %}
                 {%- for call in message.tool_calls %}

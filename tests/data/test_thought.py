@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tessera.ask.ask import Reply
 from tessera.data.conversation import Chat, tidy
 from tessera.data.switch import obeys
+from tessera.data.template import LLAMA3, Template
 from tessera.data.thought import CLOSE, OPEN, Splitter, Thought, split, split_message
 from tessera.rl.rewards import Sample
 
@@ -68,6 +69,9 @@ def test_every_reader_splits_a_text_alike(
     message = {"role": "assistant", "content": written}
     assert split_message(message) == found
     ask: Any = {"role": "user", "content": "?"}
+    builtin = Template(LLAMA3, {"bos_token": ""})
+    alone = {**message, "content": answer, "reasoning_content": ""}
+    assert builtin.render([ask, message]) == builtin.render([ask, alone])
     assert Chat([ask, message]).mode == ("off" if thought is None else "on")
     tags = (written.count(OPEN), written.count(CLOSE))
     obedient = tags == (1, 1) and closed and not unopened(text, opened) and bool(answer.strip())
@@ -107,5 +111,6 @@ def test_beside_a_field_for_thoughts_a_lone_closing_tag_is_text():
     read = tidy([asked, mention, asked, apart])
     assert split_message(read[1]).answer == mention["content"]
     assert split_message(read[3]) == Thought("2+2", "4", True)
+    assert mention["content"] in Template(LLAMA3, {"bos_token": ""}).render(read)
     tagged = {"role": "assistant", "content": f"{OPEN}a{CLOSE}b"}
     assert split_message(tidy([asked, tagged, asked, apart])[1]) == Thought("a", "b", True)
