@@ -53,8 +53,7 @@ def side(size: str, objective: str) -> None:
             tokens_per_step=STEP_TOKENS,
             microbatch_tokens=ROW,
             seed=0,
-            rank=layout.data_rank,
-            world=layout.data_world,
+            shard=(layout.data_rank, layout.data_world),
         )
         before = process_memory("VmRSS")
         module = train.spread.transformer(Transformer(config).init_weights(0))

@@ -117,8 +117,7 @@ def trained(size: str, steps: int, folder: Path) -> tuple[Trainer, Measured]:
         tokens_per_step=STEP_TOKENS,
         microbatch_tokens=ROW,
         seed=0,
-        rank=layout.data_rank,
-        world=layout.data_world,
+        shard=(layout.data_rank, layout.data_world),
     )
     source = Measured(documents, config)
     module = train.spread.transformer(Transformer(config).init_weights(0))

@@ -1,31 +1,10 @@
-"""Whose row is the next: rows of several sources interleaved evenly, in closed form.
+"""Prepared documents as a source of batches: an endless list of rows, a pure function of the seed.
 
-With shares p_1 … p_K of the rows, the first i rows hold
-
-    n_1 = ⌊i·q_1 + ½⌋,  n_2 = ⌊(i - n_1)·q_2 + ½⌋,  …,  the last source has the rest,
-    q_k = p_k / (p_k + … + p_K)
-
-of each. Every row raises exactly one n_k by one, and n_k stays within about a row of i·p_k: the mix
-holds in every step and not just on average, and row i is known without those before it. Shares are
-integers over 2³², so that no rounding of a machine decides whose row it is.
-
-The order of one source's rows: endless, and a pure function of the seed.
-
-Epoch e is a permutation of the documents drawn from (seed, e), cut into windows of a few thousand.
-A window's documents are packed into rows best-fit (batch.py) and its rows are shuffled. Rows of all
-epochs form one endless list. Planning a window reads lengths, not tokens, and any row is found
-without those before it, given the number of its window's first row.
-
-Prepared documents as a source of batches: rows in an order that is a pure function of the seed.
-
-Each source of a data run is an endless list of rows (order.py), and the lists of several are
-interleaved by weight (mix.py); no row holds two sources. Step s takes rows s·R … (s+1)·R - 1 and
-rank r every `world`-th of them. So a batch depends on (seed, step, rank) alone, and resuming needs
-no replay.
-
-A weight is a share of the trained tokens. Rows of one source may be fuller than those of another,
-so a source's share of the *rows* is its weight over the tokens that a row of it holds, which is
-taken from its first window.
+Epoch e of a source is a permutation of its documents drawn from (seed, e, name), cut into windows
+of a few thousand. A window's documents are packed into rows best-fit (batch.py) and its rows are
+shuffled. The lists of several sources are interleaved by weight; no row holds two sources. Step s
+takes rows s·R … (s+1)·R - 1 and rank r every `world`-th of them, so a batch depends on (seed, step,
+rank) alone, and resuming needs no replay.
 """
 
 from __future__ import annotations
@@ -50,7 +29,16 @@ ONE = 1 << 32
 
 
 class Interleaving:
-    """Rows of several sources as one endless list; shares: (K,), above 0, only ratios count."""
+    """Rows of several sources as one endless list; shares: (K,), above 0, only ratios count.
+
+    With shares p_1 … p_K of the rows, the first i rows hold
+
+        n_1 = ⌊i·q_1 + ½⌋,  n_2 = ⌊(i - n_1)·q_2 + ½⌋,  …,  the last source has the rest,
+        q_k = p_k / (p_k + … + p_K)
+
+    of each. Every row raises one n_k by one, and n_k stays within about a row of i·p_k. Shares are
+    integers over 2³², so the rounding of a machine decides nothing.
+    """
 
     def __init__(self, shares: Sequence[float]) -> None:
         self.factors = [round(ONE * share / sum(shares[k:])) for k, share in enumerate(shares[:-1])]
@@ -106,11 +94,10 @@ class Order:
         sequence_length: int,
         row_length: int,
         seed: int,
-        repeat: bool = True,
         stream: tuple[int, ...] = (),
         documents: NDArray[np.int64] | None = None,
     ) -> None:
-        self.offsets, self.seed, self.repeat, self.stream = offsets, seed, repeat, stream
+        self.offsets, self.seed, self.stream = offsets, seed, stream
         self.sequence_length, self.row_length = sequence_length, row_length
         self.documents = documents
         self._num_documents = len(offsets) - 1 if documents is None else len(documents)
@@ -135,15 +122,13 @@ class Order:
         self._at = self._windows.index(window)
         self._rows = self._plan(window)
 
-    def row(self, index: int) -> Row | None:
-        """Row `index`, None behind the end of the only epoch."""
+    def row(self, index: int) -> Row:
+        """Row `index`; a window that was not planned yet is."""
         if index < self._firsts[self._at]:
             at = bisect.bisect(self._firsts, index) - 1
             self.resume(self._windows[at], self._firsts[at])
         while index >= self._firsts[self._at] + len(self._rows):
             window, first = self.anchor
-            if not self.repeat and window + 1 >= self.num_windows:
-                return None
             self.resume(window + 1, first + len(self._rows))
         return self._rows[index - self._firsts[self._at]]
 
@@ -163,18 +148,25 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One source of a data run, as training sees it.
+class OpenSource:
+    """One source's split on disk, memory-mapped.
 
-    weight: share of the trained tokens that it is to have.
+    weight: share of the trained tokens that it is to have. trained: the mode of each id that is
+    trained, else 0; None where all are.
     """
 
     name: str
     weight: float
     ids: NDArray[Any]
     offsets: NDArray[np.int64]
+    trained: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class Part(OpenSource):
+    """One source of a data run, as training sees it."""
+
     order: Order
-    trained: NDArray[np.uint8] | None = None  # of chats: 0, or the mode of a trained id
 
     @property
     def num_documents(self) -> int:
@@ -225,7 +217,7 @@ class Documents:
         positions hold tokens in rows of 512, 98.9 % in rows of 2048).
     tokens_per_step: positions of an optimizer step over all ranks, a multiple of row_length.
     microbatch_tokens: the most positions a batch may have; at least row_length.
-    repeat=False: one epoch, its last step filled up with rows of weight 0; of a single source.
+    shard: (this rank, number of ranks).
     """
 
     def __init__(
@@ -238,34 +230,26 @@ class Documents:
         microbatch_tokens: int,
         seed: int,
         row_length: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-        repeat: bool = True,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        if not 0 <= rank < world:
-            raise DataError(f"rank {rank} of {world} processes; ranks count from 0")
         opened, self.pad_id = open_split(Path(path), split)
         self.sequence_length, self.tokens_per_step = sequence_length, tokens_per_step
         self.row_length = row_length or sequence_length
         check_sizes(sequence_length, self.row_length, tokens_per_step, microbatch_tokens)
-        if len(opened) > 1 and not repeat:
-            raise DataError(
-                f"{path} mixes {len(opened)} sources, which do not end together, so there is no "
-                "reading it once; let the data repeat"
-            )
         self.rows_per_batch = microbatch_tokens // self.row_length
-        self.split, self.seed, self.rank, self.world = split, seed, rank, world
-        self.parts = [self._part(one, repeat) for one in opened]
+        self.split, self.seed = split, seed
+        self.rank, self.world = shard
+        self.parts = [self._part(one) for one in opened]
         shares = [part.weight / part.trained_per_row for part in self.parts]
         self.mix = Interleaving(shares)
 
-    def _part(self, one: OpenSource, repeat: bool) -> Part:
+    def _part(self, one: OpenSource) -> Part:
         # By name: a source's own order is the same alone, in a mix, and in another mix.
         stream = (zlib.crc32(one.name.encode()),) if one.name else ()
         sizes = self.sequence_length, self.row_length
         chosen = None if one.trained is None else self._whole(one)
-        order = Order(one.offsets, *sizes, self.seed, repeat, stream, chosen)
-        return Part(one.name, one.weight, one.ids, one.offsets, order, one.trained)
+        order = Order(one.offsets, *sizes, self.seed, stream, chosen)
+        return Part(**vars(one), order=order)
 
     def _whole(self, one: OpenSource) -> NDArray[np.int64]:
         """The chats that a sequence holds. Raises DataError for none."""
@@ -284,20 +268,11 @@ class Documents:
         return self.tokens_per_step // self.row_length
 
     def batches(self, step: int) -> list[Batch]:
-        """This rank's microbatches of one step, equally many on every rank.
-
-        Raises DataError behind the last step of a source that does not repeat.
-        """
+        """This rank's microbatches of one step, equally many on every rank."""
         first = step * self.rows_per_step
-        rows = [self._row(i) for i in range(first, first + self.rows_per_step)]
-        if rows[0][1] is None:
-            raise DataError(
-                f"step {step + 1} is behind the end of the data, which is read once; "
-                f"lower `steps`, or let the data repeat"
-            )
-        return self._collate([(part, row or []) for part, row in rows])
+        return self._collate([self._row(i) for i in range(first, first + self.rows_per_step)])
 
-    def _row(self, index: int) -> tuple[Part, Row | None]:
+    def _row(self, index: int) -> tuple[Part, Row]:
         source, own = self.mix.row(index)
         part = self.parts[source]
         return part, part.order.row(own)
@@ -416,17 +391,6 @@ def heldout(
         seed=0,
     )
     return documents.heldout_batches(tokens, source=source)
-
-
-@dataclass(frozen=True)
-class OpenSource:
-    """One source's split on disk, memory-mapped; `trained` of chats is as in `Part`."""
-
-    name: str
-    weight: float
-    ids: NDArray[Any]
-    offsets: NDArray[np.int64]
-    trained: NDArray[np.uint8] | None
 
 
 def open_split(path: Path, split: str) -> tuple[list[OpenSource], int]:

@@ -1,21 +1,11 @@
-"""Tasks of the reasoning-gym library under the names `gym/NAME`; the only file that imports it.
-
-A level is the global level of the library's curriculum for that task, from 1; tasks without one
-have a single level. The library gives questions and answers and no worked thought: its problems
-can be asked, and trained on without reasoning, but not with it.
-
-Procedural documents with answers, for pipelines that must show an effect in minutes.
+"""Procedural documents with answers, for pipelines that must show an effect in minutes.
 
     start 6 m+3 n*3 o-3 p-3 mod 10          the question: labelled register arithmetic (`calc`)
     Work: m+3=9 n*3=7 o-3=4 p-3=1           the reasoning, left out of a quarter of the documents
     Answer: 1
 
-`level` grades the difficulty: operations in `calc`, lookups in `hop`, letters in `sort`, digits in
-`compare`. A small model cannot answer `calc` and `hop` at higher levels without writing the work
-down first. `gym/NAME` draws from the reasoning-gym library (gym.py), whose problems show no work.
-
-A problem is a pure function of (name, seed, index, split), and the hash of its question alone
-decides its split: no held-out question is ever trained on, whatever the seeds.
+`gym/NAME` draws from the reasoning-gym library, whose problems show no work. A problem is a pure
+function of (name, seed, index, split), and the hash of its question alone decides its split.
 """
 
 from __future__ import annotations
@@ -38,56 +28,6 @@ from tessera.data.thought import CLOSE, OPEN
 PREFIX = "gym/"
 TOP_LEVEL = 4
 SEEDS = 2**31 - 1
-
-
-class GymError(ValueError):
-    """A task that the library has not, or the library is not installed."""
-
-
-def levels_of(name: str) -> tuple[int, int]:
-    """The levels (inclusive) of the task `gym/NAME`. Raises GymError for none of that name."""
-    library = _library(name)
-    task = name.removeprefix(PREFIX)
-    if task not in library.DATASETS:
-        near = difflib.get_close_matches(task, library.DATASETS, n=1)
-        hint = f'did you mean "{PREFIX}{near[0]}"? ' if near else ""
-        raise GymError(f'no task "{name}" in reasoning-gym; {hint}it has {len(library.DATASETS)}')
-    return (1, TOP_LEVEL) if task in library.CURRICULA else (1, 1)
-
-
-def draw(name: str, rng: np.random.Generator, level: int) -> tuple[str, str]:
-    """(question, answer) of one problem of `gym/NAME`.
-
-    Raises GymError where the library cannot make it, or judges answers by code of its own.
-    """
-    library = _library(name)
-    task, settings = name.removeprefix(PREFIX), {"size": 1, "seed": int(rng.integers(SEEDS))}
-    try:
-        if task in library.CURRICULA:
-            curriculum = library.create_curriculum(task)
-            curriculum.set_global_level(level - 1)
-            make, _ = library.DATASETS[task]
-            entry = make(curriculum.generate_configuration(settings))[0]
-        else:
-            entry = library.create_dataset(task, **settings)[0]
-    except Exception as error:  # each task raises its own
-        raise GymError(f"reasoning-gym cannot draw {name} at level {level}: {error}") from error
-    if not isinstance(entry["answer"], str):
-        raise GymError(f"{name} has no answer in words; it can only be judged by the library")
-    return entry["question"], entry["answer"]
-
-
-def _library(name: str) -> Any:
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise GymError(
-            f'the task "{name}" needs the reasoning-gym library, which is not installed: '
-            "pip install 'tessera[gym]'"
-        )
-    from reasoning_gym import factory  # pyright: ignore[reportMissingImports]
-
-    return factory
-
-
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 HELDOUT_SHARE = 0.1
@@ -225,7 +165,7 @@ TASKS: dict[str, Family] = {
 def family(name: str) -> Family:
     """The family of that name; a TaskError names the nearest one."""
     if name.startswith(PREFIX):
-        return Family(functools.partial(_gym_problem, name), levels_of(name))
+        return Family(functools.partial(_gym_problem, name), _gym_levels(name))
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f'did you mean "{near[0]}"? ' if near else ""
@@ -233,9 +173,47 @@ def family(name: str) -> Family:
     return TASKS[name]
 
 
+def _gym_levels(name: str) -> tuple[int, int]:
+    library = _library(name)
+    task = name.removeprefix(PREFIX)
+    if task not in library.DATASETS:
+        near = difflib.get_close_matches(task, library.DATASETS, n=1)
+        hint = f'did you mean "{PREFIX}{near[0]}"? ' if near else ""
+        raise TaskError(f'no task "{name}" in reasoning-gym; {hint}it has {len(library.DATASETS)}')
+    return (1, TOP_LEVEL) if task in library.CURRICULA else (1, 1)
+
+
 def _gym_problem(name: str, rng: np.random.Generator, level: int) -> Problem:
-    question, answer = draw(name, rng, level)
-    return Problem(name, question, "", answer, level)
+    """A problem of reasoning-gym at a global level of its curriculum, from 1.
+
+    Raises TaskError where the library cannot make it, or judges answers by code of its own.
+    """
+    library = _library(name)
+    task, settings = name.removeprefix(PREFIX), {"size": 1, "seed": int(rng.integers(SEEDS))}
+    try:
+        if task in library.CURRICULA:
+            curriculum = library.create_curriculum(task)
+            curriculum.set_global_level(level - 1)
+            make, _ = library.DATASETS[task]
+            entry = make(curriculum.generate_configuration(settings))[0]
+        else:
+            entry = library.create_dataset(task, **settings)[0]
+    except Exception as error:  # each task raises its own
+        raise TaskError(f"reasoning-gym cannot draw {name} at level {level}: {error}") from error
+    if not isinstance(entry["answer"], str):
+        raise TaskError(f"{name} has no answer in words; it can only be judged by the library")
+    return Problem(name, entry["question"], "", entry["answer"], level)
+
+
+def _library(name: str) -> Any:
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise TaskError(
+            f'the task "{name}" needs the reasoning-gym library, which is not installed: '
+            "pip install 'tessera[gym]'"
+        )
+    from reasoning_gym import factory  # pyright: ignore[reportMissingImports]
+
+    return factory
 
 
 def problem(

@@ -1,22 +1,9 @@
-"""Tokenizer backends: every supported file format becomes one of two small classes.
-
-`Fast` wraps the `tokenizers` library: tokenizer.json, GPT-2's vocab.json + merges.txt, tiktoken
-ranks, the byte-level tokenizer and freshly trained BPE. `SentencePiece` wraps a tokenizer.model.
-
-tiktoken merges the adjacent pair whose *union* has the lowest rank; a BPE model merges the pair
-listed first. Listing every split of every token in order of the token's rank makes the two agree
-(tests compare the ids on the published vectors). No file here holds a split pattern, so tiktoken
-ranks are read with Llama 3's.
-
-Text to ids and back, whatever file the ids were defined in.
+"""Text to ids and back, whatever file the ids were defined in.
 
 `load_tokenizer(path)` takes a model, run or tokenizer directory, or a file: tokenizer.json,
-SentencePiece or tiktoken tokenizer.model, GPT-2's vocab.json + merges.txt. Which tokens begin and
-end a text is read from the Hugging Face files beside it (tokenizer_config.json,
-special_tokens_map.json, generation_config.json, config.json).
-
-`encode` adds nothing: no <s> unless `bos=True`, and the characters "<s>" in a text are characters
-unless `special=True`. It does not render chats and does not fetch from the hub.
+SentencePiece or tiktoken tokenizer.model, GPT-2's vocab.json + merges.txt. The Hugging Face files
+beside it say which tokens begin and end a text. `encode` adds nothing: no <s> unless `bos=True`,
+and the characters "<s>" in a text are characters unless `special=True`.
 """
 
 from __future__ import annotations
@@ -40,8 +27,6 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from tessera.data.thought import CLOSE, OPEN
 from tessera.runs.files import atomic_write, writing
-
-__all__ = ["Tokenizer", "TokenizerError", "byte_tokenizer", "load_tokenizer", "train_bpe"]
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CHAT_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # the last ends a turn
@@ -225,7 +210,11 @@ def byte_characters() -> list[str]:
 
 
 def tiktoken_backend(data: bytes, path: Path) -> Fast:
-    """The backend of tiktoken ranks (lines "base64 rank"), split as Llama 3 splits."""
+    """The backend of tiktoken ranks (lines "base64 rank"), split as Llama 3 splits.
+
+    tiktoken merges the adjacent pair whose union has the lowest rank, a BPE model the pair listed
+    first. Listing every split of every token in order of the token's rank makes the two agree.
+    """
     try:
         rows = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
@@ -264,53 +253,6 @@ def _byte_level(split: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pieces, as_bytes])
 
 
-def _finish(tokenizer: tokenizers.Tokenizer) -> Fast:
-    """Adds what stock software expects: specials 0, 1, 2 and a template that puts <bos> first."""
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (PAD, BOS, EOS)])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, 1)]
-    )
-    return Fast(tokenizer)
-
-
-def byte_backend() -> Fast:
-    """256 bytes and three specials: <pad> 0, <bos> 1, <eos> 2, byte b is id b + 3."""
-    tokens = [PAD, BOS, EOS, *byte_characters()]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = _byte_level(TRAINED_SPLIT)
-    return _finish(tokenizer)
-
-
-def train_bpe_backend(
-    texts: Iterable[str], vocab_size: int, tokens: Sequence[str] = (), specials: Sequence[str] = ()
-) -> Fast:
-    """A byte-level BPE of at most `vocab_size` tokens (fewer when the texts run out of pairs).
-
-    On top of them, `tokens` are always one token wherever they stand in a text, and `specials` are
-    read out of a text only where special tokens are asked for.
-    """
-    smallest = 256 + 3
-    if vocab_size < smallest:
-        raise TokenizerError(
-            f"bpe = {vocab_size} is below {smallest} (256 bytes and 3 specials); "
-            'give at least that, or tokenizer = "byte"'
-        )
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = _byte_level(TRAINED_SPLIT)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(t, special=True) for t in (PAD, BOS, EOS)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer=trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in specials])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens])
-    return _finish(tokenizer)
-
-
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 SIDE_FILES = (
     "tokenizer_config.json",
@@ -333,9 +275,8 @@ class Tokenizer:
     """One vocabulary. Build it with `load_tokenizer`, `byte_tokenizer` or `train_bpe`."""
 
     def __init__(self, backend: Backend, specials: Specials, home: Path | None = None) -> None:
-        self._backend = backend
-        self._specials = specials
-        self._home = home
+        self._backend, self._specials = backend, specials
+        self.home = home  # the directory of its files, None for one made here
 
     @property
     def vocab_size(self) -> int:
@@ -356,21 +297,19 @@ class Tokenizer:
         """The padding id, else the end token, else 0. `Batch.segments` marks padding, not this."""
         return next(i for i in (self._specials.pad, *self._specials.eos, 0) if i is not None)
 
-    @property
-    def home(self) -> Path | None:
-        """The directory of its files, None for one made here."""
-        return self._home
-
     def special_names(self) -> dict[str, str]:
         """The named special tokens, as chat templates know them: bos_token, eos_token, pad_token.
 
         Beside the three, whatever the tokenizer's own files name (unk_token …).
         """
-        named = {} if self._home is None else _named_specials(self._home)
-        own = {"bos_token": self.bos_id, "pad_token": self._specials.pad}
-        own["eos_token"] = self.eos_ids[0] if self.eos_ids else None
+        named = {} if self.home is None else _named_specials(self.home)
+        return self._own_names() | named
+
+    def _own_names(self) -> dict[str, str]:
+        eos = self.eos_ids[0] if self.eos_ids else None
+        own = {"bos_token": self.bos_id, "eos_token": eos, "pad_token": self._specials.pad}
         told = {key: None if i is None else self.token(i) for key, i in own.items()}
-        return {key: token for key, token in told.items() if token is not None} | named
+        return {key: token for key, token in told.items() if token is not None}
 
     @functools.cached_property
     def special_tokens(self) -> list[str]:
@@ -427,8 +366,8 @@ class Tokenizer:
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
         for name in (*VOCABULARY_FILES, *SIDE_FILES):
-            if self._home is not None and (self._home / name).is_file():
-                _copy(self._home / name, directory / name)
+            if self.home is not None and (self.home / name).is_file():
+                _copy(self.home / name, directory / name)
         if isinstance(self._backend, Fast) and not (directory / "tokenizer.json").is_file():
             atomic_write(directory / "tokenizer.json", self._backend.tokenizer.to_str(pretty=True))
         if not (directory / "tokenizer_config.json").is_file():
@@ -438,15 +377,10 @@ class Tokenizer:
 
     def _config(self) -> dict[str, Any]:
         fast = isinstance(self._backend, Fast)
-        names = {
-            "bos_token": None if self.bos_id is None else self.token(self.bos_id),
-            "eos_token": self.token(self.eos_ids[0]) if self.eos_ids else None,
-            "pad_token": None if self._specials.pad is None else self.token(self._specials.pad),
-        }
         return {
             "tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer",
             "clean_up_tokenization_spaces": False,
-            **{key: name for key, name in names.items() if name is not None},
+            **self._own_names(),
         }
 
     def _generation_config(self) -> dict[str, Any]:
@@ -459,29 +393,59 @@ class Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """The byte-level tokenizer: 259 ids, any text, no training."""
-    backend = byte_backend()
-    return Tokenizer(backend, _trained_specials(backend))
+    """Any text, no training: <pad> 0, <bos> 1, <eos> 2, byte b is id b + 3."""
+    tokens = [PAD, BOS, EOS, *byte_characters()]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = _byte_level(TRAINED_SPLIT)
+    return _finish(tokenizer)
 
 
 def train_bpe(
     texts: Iterable[str], vocab_size: int, tokens: Sequence[str] = (), *, chat: bool = False
 ) -> Tokenizer:
-    """A byte-level BPE learned from `texts`; the same texts give the same tokenizer.
+    """A byte-level BPE learned from `texts`, the same for the same texts.
 
-    tokens: texts that are one token each, on top. chat: so are the built-in template's marks and,
-    as plain text that stock parsers find, `<think>` and `</think>`.
+    It has at most `vocab_size` tokens, fewer when the texts run out of pairs. On top of them,
+    tokens: texts that are one token each wherever they stand. chat: so are the built-in template's
+    marks, where special tokens are asked for, and, as plain text that stock parsers find, `<think>`
+    and `</think>`.
     """
+    smallest = 256 + 3
+    if vocab_size < smallest:
+        raise TokenizerError(
+            f"bpe = {vocab_size} is below {smallest} (256 bytes and 3 specials); "
+            'give at least that, or tokenizer = "byte"'
+        )
     marks, thoughts = (CHAT_MARKS, (OPEN, CLOSE)) if chat else ((), ())
-    backend = train_bpe_backend(texts, vocab_size, [*thoughts, *tokens], marks)
-    return Tokenizer(backend, _trained_specials(backend))
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _byte_level(TRAINED_SPLIT)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(t, special=True) for t in (PAD, BOS, EOS)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in marks])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in (*thoughts, *tokens)])
+    return _finish(tokenizer)
 
 
-def _trained_specials(backend: Backend) -> Specials:
-    """A turn's end stops generation too, behind the document's end."""
+def _finish(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
+    """Adds what stock software expects: specials 0, 1, 2 and a template that puts <bos> first.
+
+    A turn's end stops generation too, behind the document's end.
+    """
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (PAD, BOS, EOS)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, 1)]
+    )
+    backend = Fast(tokenizer)
     ends = [backend.token_id(token) for token in (EOS, CHAT_MARKS[-1])]
     eos = tuple(i for i in ends if i is not None)
-    return Specials(backend.token_id(BOS), eos, backend.token_id(PAD))
+    return Tokenizer(backend, Specials(backend.token_id(BOS), eos, backend.token_id(PAD)))
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -524,11 +488,10 @@ def _from_file(path: Path) -> Tokenizer:
 
 def _read_specials(home: Path, backend: Fast | SentencePiece) -> Specials:
     """Named tokens first (tokenizer files), then ids (generation_config, else config)."""
-    named = _read_json(home / "special_tokens_map.json") | _read_json(
-        home / "tokenizer_config.json"
-    )
+    named = _named_specials(home)
     ids = _read_json(home / "generation_config.json") or _read_json(home / "config.json")
-    found = {key: _named(named.get(f"{key}_token"), backend) for key in ("bos", "eos", "pad")}
+    tokens = {key: named.get(f"{key}_token") for key in ("bos", "eos", "pad")}
+    found = {key: None if t is None else backend.token_id(t) for key, t in tokens.items()}
     ends = [found["eos"], *_as_list(ids.get("eos_token_id"))]
     guess = _own_specials(backend)
     eos = tuple(dict.fromkeys(i for i in ends if i is not None))
@@ -567,12 +530,6 @@ def _own_specials(backend: Fast | SentencePiece) -> Specials:
         if first is not None and None not in last:
             return Specials(first, tuple(i for i in last if i is not None), backend.token_id(pad))
     return Specials()
-
-
-def _named(value: Any, backend: Backend) -> int | None:
-    """The id of `"</s>"` or of `{"content": "</s>", ...}`."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return backend.token_id(content) if isinstance(content, str) else None
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

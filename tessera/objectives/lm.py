@@ -69,8 +69,7 @@ def documents(
         tokens_per_step=config.tokens_per_step,
         microbatch_tokens=config.microbatch_tokens,
         seed=seed,
-        rank=0 if alike else layout.data_rank,
-        world=1 if alike else layout.data_world,
+        shard=(0, 1) if alike else (layout.data_rank, layout.data_world),
     )
 
 

@@ -112,7 +112,7 @@ def test_a_state_of_another_order_is_refused(data: Path) -> None:
 @pytest.mark.parametrize("world", [2, 3, 8, 11])
 def test_ranks_partition_the_rows_of_a_step(data: Path, world: int) -> None:
     alone = Documents(data, **SIZES)
-    ranks = [Documents(data, **SIZES, rank=r, world=world) for r in range(world)]
+    ranks = [Documents(data, **SIZES, shard=(r, world)) for r in range(world)]
     for step in (0, 5, 9):
         shares = [source.batches(step) for source in ranks]
         assert len({len(share) for share in shares}) == 1
@@ -138,20 +138,6 @@ def test_long_rows_hold_the_same_predictions_with_less_padding(data: Path) -> No
     assert int(batch.positions[batch.segments >= 0].max()) < 64
 
 
-def test_without_repeat_one_epoch_and_then_an_error(data: Path) -> None:
-    source = Documents(data, **SIZES, repeat=False)
-    total, step = 0.0, 0
-    while True:
-        try:
-            batches = source.batches(step)
-        except DataError as error:
-            assert "behind the end of the data" in str(error)
-            break
-        assert sum(batch.tokens.numel() for batch in batches) == SIZES["tokens_per_step"]
-        total, step = total + sum(float(b.weight.sum()) for b in batches), step + 1
-    assert total == sum(int(n) - 1 for n in np.diff(source.parts[0].offsets))
-
-
 def test_heldout_batches_are_fixed(data: Path) -> None:
     def tokens(**changes: Any) -> Rows:
         source = Documents(data, split="heldout", **{**SIZES, **changes})
@@ -159,8 +145,7 @@ def test_heldout_batches_are_fixed(data: Path) -> None:
 
     assert tokens() == tokens(seed=9) == tokens(microbatch_tokens=64)
     ranks = [
-        Documents(data, split="heldout", **SIZES, rank=r, world=3).heldout_batches()
-        for r in range(3)
+        Documents(data, split="heldout", **SIZES, shard=(r, 3)).heldout_batches() for r in range(3)
     ]
     assert sum(map(rows, ranks), Rows()) == tokens()
     assert len({len(share) for share in ranks}) == 1
@@ -198,7 +183,6 @@ def test_the_last_token_predicts_the_end(prepare: Any, stories: Path) -> None:
         ({"microbatch_tokens": 63}, "does not hold one row of 64"),
         ({"row_length": 32}, "sequence_length = 64 is longer than a row of 32"),
         ({"split": "test"}, 'no split "test"; it has: train, heldout'),
-        ({"rank": 2, "world": 2}, "rank 2 of 2"),
     ],
 )
 def test_settings_that_do_not_fit(data: Path, changes: dict[str, Any], message: str) -> None:

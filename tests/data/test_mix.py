@@ -148,7 +148,7 @@ def test_resuming_gives_the_undisturbed_batches(mixed: Path, at: int) -> None:
 @pytest.mark.parametrize("world", [2, 3, 8, 11])
 def test_ranks_partition_the_rows_of_a_step(mixed: Path, world: int) -> None:
     alone = Documents(mixed, **SIZES)
-    ranks = [Documents(mixed, **SIZES, rank=r, world=world) for r in range(world)]
+    ranks = [Documents(mixed, **SIZES, shard=(r, world)) for r in range(world)]
     for step in (0, 5, 40):
         shared = [source.batches(step) for source in ranks]
         assert len({len(share) for share in shared}) == 1
@@ -156,9 +156,9 @@ def test_ranks_partition_the_rows_of_a_step(mixed: Path, world: int) -> None:
 
 
 def test_a_state_goes_on_with_another_number_of_ranks(mixed: Path) -> None:
-    source = Documents(mixed, **SIZES, rank=1, world=2)
+    source = Documents(mixed, **SIZES, shard=(1, 2))
     source.batches(9)
-    ranks = [Documents(mixed, **SIZES, rank=r, world=4) for r in range(4)]
+    ranks = [Documents(mixed, **SIZES, shard=(r, 4)) for r in range(4)]
     for one in ranks:
         one.load_state_dict(source.state_dict())
     whole = rows(Documents(mixed, **SIZES).batches(10))
@@ -206,7 +206,7 @@ def test_heldout_by_source_and_by_weight(mixed: Path) -> None:
         assert sum(float(b.weight.sum()) for b in batches) == part.num_predictions, one
     some = source.heldout_batches(200)
     assert 0 < sum(float(b.weight.sum()) for b in some) <= 200
-    ranks = [Documents(mixed, split="heldout", **SIZES, rank=r, world=2) for r in range(2)]
+    ranks = [Documents(mixed, split="heldout", **SIZES, shard=(r, 2)) for r in range(2)]
     shared = [rows(one.heldout_batches(200)) for one in ranks]
     assert sum(shared, Rows()) == rows(some)
     cut: dict[str, Any] = {"sequence_length": 64, "microbatch_tokens": 128, "tokens": 10_000}
@@ -223,11 +223,6 @@ def test_a_source_without_heldout_documents_is_left_out_there(
     assert [part.name for part in Documents(run, **SIZES).parts] == ["long", "short", "sums"]
     held = Documents(run, split="heldout", **SIZES)
     assert [part.name for part in held.parts] == ["short", "sums"]
-
-
-def test_a_mix_has_no_end(mixed: Path) -> None:
-    with pytest.raises(DataError, match="mixes 3 sources, which do not end together"):
-        Documents(mixed, **SIZES, repeat=False)
 
 
 def test_a_state_of_another_mix_is_refused(
