@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Mode
 from tessera.data.problems import MODES, Problem, problem
-from tessera.data.switch import switch_metrics
+from tessera.data.switch import obeys
 from tessera.data.thought import split, split_message
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
@@ -53,6 +53,26 @@ def answers(model: Path, problems: list[Problem], mode: Mode) -> Iterator[dict[s
         wanted = split_message(chat.messages[-1]).answer
         correct = split(text).answer.strip() == wanted
         yield {"mode": mode, "text": text, "correct": correct, "tokens": len(completion.token_ids)}
+
+
+def switch_metrics(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The switch as a contract: obedience, accuracy and tokens of each mode, over all its rows.
+
+    rows: {"mode": "on" or "off", "text": what was written, "correct": bool, "tokens": int} each,
+    and "opened" where the prompt held `<think>`. A mode without rows has no entries.
+    """
+    sums: dict[str, list[float]] = {}
+    for row in rows:
+        mode = row["mode"]
+        obedient = obeys(row["text"], mode, opened=row.get("opened", False))
+        values = (obedient, row["correct"], row["tokens"], 1)
+        sums[mode] = [a + b for a, b in zip(sums.get(mode, [0.0] * 4), values, strict=True)]
+    names = ("obedience", "accuracy", "tokens")
+    return {
+        f"{name}_{mode}": total / found[3]
+        for mode, found in sorted(sums.items(), reverse=True)
+        for name, total in zip(names, found, strict=False)
+    }
 
 
 def main() -> None:

@@ -169,54 +169,52 @@ def _text(data: bytes) -> str:
 def read_jsonl(path: Path, field: str) -> Iterator[Record[str] | Bad]:
     """The string under `field` of each line's object."""
     found = False
+    for number, line, row in _json_lines(path):
+        if isinstance(row, Bad):
+            yield row
+        elif isinstance(row, dict) and field not in row and not found:
+            raise DataError(
+                f'{path}:{number} has no field "{field}"; it has: {", ".join(row) or "none"}. '
+                "Set `field` to the one that holds the text"
+            )
+        elif reason := _no_text(row, field):
+            yield Bad(str(path), number, reason, _excerpt(line))
+        else:
+            found = True
+            yield Record(row[field])
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, bytes, Any]]:
+    """(number, line, value) of each line that is not blank; `Bad` for one that is no JSON."""
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            record = _field_of(line, field)
-            if isinstance(record, KeyError) and not found:
-                raise DataError(
-                    f'{path}:{number} has no field "{field}"; it has: {record.args[0]}. '
-                    "Set `field` to the one that holds the text"
-                )
-            if isinstance(record, Exception):
-                yield Bad(str(path), number, _reason(record, field), _excerpt(line))
-            else:
-                found = True
-                yield Record(record)
+            if line.strip():
+                try:
+                    yield number, line, json.loads(_text(line))
+                except (ValueError, RecursionError) as error:
+                    yield number, line, Bad(str(path), number, _reason(error), _excerpt(line))
 
 
-def _field_of(line: bytes, field: str) -> str | Exception:
-    """The text, or what is wrong: ValueError (not JSON), KeyError (its fields), TypeError."""
-    try:
-        row = json.loads(_text(line))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        return error
+def _no_text(row: Any, field: str) -> str | None:
     if not isinstance(row, dict):
-        return TypeError(f"a {type(row).__name__}, not an object")
+        return f"a {type(row).__name__}, not an object"
     if field not in row:
-        return KeyError(", ".join(row) or "none")
+        return f'no field "{field}"'
     if not isinstance(row[field], str):
-        return TypeError(f'"{field}" is a {type(row[field]).__name__}, not text')
-    if not _speakable(row[field]):
-        return TypeError(f'"{field}" holds half a surrogate pair, which is no character')
-    return row[field]
-
-
-def _speakable(text: str) -> bool:
+        return f'"{field}" is a {type(row[field]).__name__}, not text'
     try:
-        text.encode()
+        row[field].encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return f'"{field}" holds half a surrogate pair, which is no character'
+    return None
 
 
-def _reason(error: Exception, field: str) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 ({error.reason})"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
-    return f'no field "{field}"' if isinstance(error, KeyError) else str(error)
+    return str(error)
 
 
 def read_parquet(path: Path, field: str) -> Iterator[Record[str] | Bad]:
@@ -255,13 +253,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     elif format_of(path) == "parquet":
         yield from enumerate(_parquet_rows(path), 1)
     else:
-        with _opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(_text(line))
-                    except (ValueError, RecursionError) as error:
-                        yield number, Bad(str(path), number, _reason(error, ""), _excerpt(line))
+        yield from ((number, row) for number, _, row in _json_lines(path))
 
 
 def _json_list(path: Path) -> list[Any]:
@@ -269,7 +261,7 @@ def _json_list(path: Path) -> list[Any]:
         try:
             rows = json.loads(_text(file.read()))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is {_reason(error, '')}") from None
+            raise DataError(f"{path} is {_reason(error)}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}, not a list of rows")
     return rows

@@ -11,7 +11,7 @@ trace of a thought.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tessera.data.conversation import SWITCH, Message, Mode, switch_of
@@ -102,23 +102,3 @@ def obeys(text: str, mode: Mode, *, opened: bool = False) -> bool:
         text = OPEN + text
     once = text.count(OPEN) == text.count(CLOSE) == 1
     return once and text.lstrip().startswith(OPEN) and bool(split(text).answer.strip())
-
-
-def switch_metrics(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The switch as a contract: obedience, accuracy and tokens of each mode, over all its rows.
-
-    rows: {"mode": "on" or "off", "text": what was written, "correct": bool, "tokens": int} each,
-    and "opened" where the prompt held `<think>`. A mode without rows has no entries.
-    """
-    sums: dict[str, list[float]] = {}
-    for row in rows:
-        mode = row["mode"]
-        obedient = obeys(row["text"], mode, opened=row.get("opened", False))
-        values = (obedient, row["correct"], row["tokens"], 1)
-        sums[mode] = [a + b for a, b in zip(sums.get(mode, [0.0] * 4), values, strict=True)]
-    names = ("obedience", "accuracy", "tokens")
-    return {
-        f"{name}_{mode}": total / found[3]
-        for mode, found in sorted(sums.items(), reverse=True)
-        for name, total in zip(names, found, strict=False)
-    }

@@ -154,28 +154,17 @@ class Template:
         told = json.dumps([self.source, self.specials], sort_keys=True)
         return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[dict[str, Any]] = (),
-        add_generation_prompt: bool = False,
-        now: datetime = STILL,
-        **variables: Any,
-    ) -> str:
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
         """The text of a conversation. Raises TemplateError where the template refuses it."""
-        return self.spans(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            now=now,
-            **variables,
-        )[0]
+        return self.spans(messages, **{"add_generation_prompt": False, **variables})[0]
 
     def spans(
         self, messages: Sequence[Message], *, now: datetime = STILL, **variables: Any
     ) -> tuple[str, list[tuple[int, int]]]:
-        """(the text, [start, stop) of what `{% generation %}` marks in it)."""
+        """(the text, [start, stop) of what `{% generation %}` marks in it).
+
+        variables: `tools`, `add_generation_prompt` and whatever else the template reads.
+        """
         given = {"messages": list(messages), "strftime_now": now.strftime, **variables}
         given["tools"] = list(given.get("tools") or ()) or None
         try:

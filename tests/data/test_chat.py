@@ -13,7 +13,7 @@ import pytest
 from tessera.data.chat import ChatEncoder, ChatError, Document
 from tessera.data.conversation import Chat
 from tessera.data.dialects import read_row
-from tessera.data.switch import SwitchError, obeys, requested, set_switch, switch_metrics
+from tessera.data.switch import SwitchError, obeys, requested, set_switch
 from tessera.data.template import LLAMA3, Template, TemplateError, template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
@@ -419,15 +419,3 @@ def test_the_switch_replaces_what_was_said_and_keeps_instructions() -> None:
 )
 def test_obedience(text: str, on: bool, off: bool) -> None:
     assert (obeys(text, "on"), obeys(text, "off")) == (on, off)
-
-
-def test_metrics_of_the_switch_are_apart_for_both_modes() -> None:
-    rows = [
-        {"mode": "on", "text": "<think>x</think>2", "correct": True, "tokens": 8},
-        {"mode": "on", "text": "2", "correct": True, "tokens": 2},
-        {"mode": "off", "text": "2", "correct": False, "tokens": 2},
-    ]
-    assert switch_metrics(rows) == {
-        "obedience_on": 0.5, "accuracy_on": 1.0, "tokens_on": 5.0,
-        "obedience_off": 1.0, "accuracy_off": 0.0, "tokens_off": 2.0,
-    }  # fmt: skip
