@@ -28,7 +28,7 @@ from tessera.rl.rubric import Rubric
 from tessera.runs.files import Journal
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import Run
-from tessera.vllm.choice import EngineChoice, open_engine
+from tessera.vllm.config import EngineChoice, open_engine
 
 PORTION = 256  # samples at a time
 BINS = 10

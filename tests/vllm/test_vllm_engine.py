@@ -19,9 +19,10 @@ from tessera.generate.torch_engine import TorchEngine
 from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError
 from tessera.vllm import process
-from tessera.vllm.choice import VLLMConfig
-from tessera.vllm.engine import VLLMEngine, checksum, seed_of
+from tessera.vllm.config import VLLMConfig
+from tessera.vllm.engine import VLLMEngine, seed_of
 from tessera.vllm.process import DiedError, Process
+from tessera.vllm.worker import checksum
 from tests import tiny
 from tests.export.interop import EQUAL, HETEROGENEOUS, PROMPTS, random_model
 
@@ -110,7 +111,7 @@ def test_what_kills_it_twice_ends_the_run_with_its_last_words(stand_in: Path):
 def test_a_process_that_opens_no_model_is_ended(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
     started: list[Process] = []
 
-    def refused(self: Process, do: str, told: object = None, **keys: object) -> dict:
+    def refused(self: Process, do: str, progress: object = None, **keys: object) -> dict:
         started.append(self)
         raise GenerationError("vLLM: ValueError: no such head size")
 
