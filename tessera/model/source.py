@@ -13,8 +13,8 @@ from typing import Any
 from tessera.model.config import ModelConfig
 from tessera.model.families import read_config
 from tessera.runs.files import RunError
-from tessera.runs.recipe import nearest
 from tessera.runs.run import read_json, read_manifest, runs_in
+from tessera.table import nearest
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
