@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tessera.ask.ask import AskError, Receive, Reply, Request
 from tessera.data.thought import Splitter
-from tessera.vllm.choice import EngineChoice, open_engine
+from tessera.vllm.config import EngineChoice, open_engine
 
 if TYPE_CHECKING:
     from tessera.data.tokenizer import Tokenizer

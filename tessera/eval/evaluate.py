@@ -38,7 +38,7 @@ from tessera.rl.rewards import require_fields
 from tessera.runs.files import FailureError, Journal
 from tessera.runs.plan import Step
 from tessera.runs.run import Run
-from tessera.vllm.choice import EngineChoice
+from tessera.vllm.config import EngineChoice
 
 WINDOW = 4096
 

@@ -42,7 +42,7 @@ from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
 from tessera.train.losses import log_prob_loss, token_log_probs
 from tessera.train.optim import TrainConfig
-from tessera.vllm.choice import open_engine
+from tessera.vllm.config import open_engine
 
 FAR = 20.0  # nats, NeMo-RL's bound: e^20 is 5e8 already, e^90 no float32 at all
 

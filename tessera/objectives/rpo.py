@@ -47,7 +47,7 @@ from tessera.train.flops import Work, model_cost
 from tessera.train.losses import cross_entropy, token_log_probs
 from tessera.train.optim import TrainConfig
 from tessera.train.parallel import Layout
-from tessera.vllm.choice import open_engine
+from tessera.vllm.config import open_engine
 
 Distance = Literal["backward", "forward", "squared"]
 BARREN = 8  # rollouts without a pair in a row that end a run

@@ -58,7 +58,7 @@ from tessera.runs.files import FailureError, atomic_write
 from tessera.runs.run import Run
 from tessera.train.losses import token_log_probs
 from tessera.train.parallel import Layout
-from tessera.vllm.choice import EngineChoice
+from tessera.vllm.config import EngineChoice
 
 T = TypeVar("T")
 

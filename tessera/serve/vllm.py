@@ -12,7 +12,7 @@ from tessera.data.tokenizer import load_tokenizer
 from tessera.export import decilm
 from tessera.runs.files import RunError
 from tessera.serve.server import ServeConfig, ServeError, api_keys
-from tessera.vllm import server
+from tessera.vllm import worker
 from tessera.vllm.process import find_python
 
 
@@ -40,7 +40,7 @@ def command(model: str, config: ServeConfig, python: str | None = None) -> Comma
             f"{model} is no exported directory; vLLM needs one: tessera export {model} OUT "
             "--format decilm, then tessera serve OUT --engine vllm"
         )
-    words = [python or _python(), server.__file__, "--model", str(home)]
+    words = [python or _python(), worker.__file__, "serve", "--model", str(home)]
     words += ["--host", config.host, "--port", str(config.port)]
     words += ["--served-model-name", config.name or home.resolve().name]
     words += ["--max-num-seqs", str(config.batch)]
@@ -57,7 +57,7 @@ def command(model: str, config: ServeConfig, python: str | None = None) -> Comma
     note = _unparsed(home)
     words += [] if note else ["--reasoning-parser", "deepseek_r1"]
     keys = api_keys(config)
-    return Command(words, {server.KEYS: "\n".join(keys)} if keys else {}, note)
+    return Command(words, {worker.KEYS: "\n".join(keys)} if keys else {}, note)
 
 
 def _unparsed(home: Path) -> str:
