@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, SerializeAsAny, Tag, field_validator, model_validator
 
-from tessera.ask.embedder import EmbedderConfig
 from tessera.ask.endpoint import EndpointConfig
-from tessera.ask.local import EngineConfig
+from tessera.ask.local import EmbedderConfig, EngineConfig
 from tessera.curate.sources import SourceConfig
 from tessera.curate.steps.answers import Extract, Majority, PassRate, Verify
 from tessera.curate.steps.arrange import Blend, Order, Pair
