@@ -48,6 +48,7 @@ CONFINED = {
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
     "openai": ["ask/endpoint.py"],
+    "prometheus_client": ["serve"],
     "lm_eval": ["eval/harness.py"],
     "langdetect": ["rl/verifiers"],
     "math_verify": ["rl/verifiers"],
