@@ -39,8 +39,8 @@ from numpy.typing import NDArray
 from tessera import dist
 from tessera.ask import local
 from tessera.ask.ask import Answerer, Reply, Request
-from tessera.ask.local import EmbedderConfig
 from tessera.ask.endpoint import Endpoint, EndpointConfig
+from tessera.ask.local import EmbedderConfig
 from tessera.curate.config import CurateConfig, TeacherConfig
 from tessera.curate.sources import Shard, plan_shards, read_shard
 from tessera.curate.steps import AskStep, BatchStep, Result, RowStep, SetStep, rows

@@ -21,7 +21,7 @@ from tessera.data.switch import requested
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import FinishReason, SamplingParams, Thinking
 from tessera.generate.requests import Delta, Handle
-from tessera.generate.text import Piece, TextStream, opens_thought, stop_watch, thinking_budget
+from tessera.generate.text import Piece, TextStream, opens_thought, stop_criterion, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
 
 MAX_CHOICES = 128
@@ -242,8 +242,8 @@ class ServedModel:
             thinking=thinking,
         )
         stops, chat = request.stop or [], isinstance(request, ChatRequest)
-        watch = stop_watch(self.tokenizer, stops, prompt) if stops else None
-        handle = self.engine.submit(prompt, params, timeout=self.timeout, watch=watch)
+        stopping = stop_criterion(self.tokenizer, stops, prompt) if stops else None
+        handle = self.engine.submit(prompt, params, timeout=self.timeout, stopping=stopping)
         streams = [
             TextStream(self.tokenizer, prompt, stops=stops, thinking=chat, opened=opened)
             for _ in range(request.n)

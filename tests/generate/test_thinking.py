@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tessera.generate.engine import SamplingParams, Thinking
-from tessera.generate.requests import Stage, Thought
+from tessera.generate.requests import Thought
 from tessera.generate.torch_engine import TorchEngine
 from tests import tiny
 
@@ -53,9 +53,9 @@ def test_what_never_opens_is_no_thought():
     assert follow(thinking, [1, 7, 1, 1, 1, 1]) == [1, 7, 1, 5, 6, 1]
     thought = Thought(thinking)
     for token in (7, 5, 6):
-        assert thought.stage is not Stage.ANSWERING
+        assert thought.stage != "answering"
         thought.push(token)
-    assert thought.stage is Stage.ANSWERING
+    assert thought.stage == "answering"
 
 
 @pytest.mark.parametrize("slots", [1, 3, 64])
