@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -189,7 +189,8 @@ class Embedder:
             raise AskError(f"{self.directory}: {_first_line(error)}") from error
         wanted = self.config.max_tokens
         if wanted is not None:
-            positions = getattr(model[0].auto_model.config, "max_position_embeddings", wanted)
+            encoder: Any = model[0]
+            positions = getattr(encoder.auto_model.config, "max_position_embeddings", wanted)
             if wanted > positions:
                 raise AskError(
                     f"max_tokens = {wanted}: {self.directory} reads at most {positions} tokens"

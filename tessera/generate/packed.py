@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -230,10 +230,8 @@ class PackedLinear:
 
     def __init__(self, op: LinearMap, gain: Tensor, make: Make) -> None:
         first, *others = op.weights
-        *self.inner, self.last = (
-            make(first * gain, None),
-            *(make(w.clone(), None) for w in others),
-        )
+        weights = (first * gain, *(weight.clone() for weight in others))
+        *self.inner, self.last = (make(weight, None) for weight in weights)
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
         for matrix in self.inner:
@@ -266,10 +264,11 @@ class Packed:
             for layer, block in enumerate(config.blocks)
             if isinstance(block.attention, GQA)
         }
-        self.ops = [
+        layers: Any = module.layers
+        self.ops: list[PackedOp] = [
             _pack(subblock, subblock.norm.weight * self.root, layer, make)
-            for layer, block in enumerate(module.layers)
-            for subblock in (block.attention, block.ffn)  # type: ignore[union-attr]
+            for layer, block in enumerate(layers)
+            for subblock in (block.attention, block.ffn)
             if not isinstance(subblock.variant, NoOp)
         ]
         self.head = make(module.head * (module.norm.weight * self.root), None)

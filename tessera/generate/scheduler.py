@@ -89,8 +89,7 @@ class Batch:
         self._accept(0, chosen)
 
     def end_overdue(self, now: float) -> None:
-        ended = [(i, why) for i, one in enumerate(self.live) if (why := one.overdue(now))]
-        self._retire(ended)
+        self._retire([(i, why) for i, one in enumerate(self.live) if (why := one.overdue(now))])
 
     def clear(self) -> list[Sample]:
         """Empty every row; returns their samples."""
