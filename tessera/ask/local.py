@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tessera import dist
 from tessera.ask.ask import AskError, Receive, Reply, Request
-from tessera.data.switch import split_output
+from tessera.data.thought import Splitter
 from tessera.model.source import resolve
 from tessera.runs.files import fingerprint
 from tessera.runs.recipe import Config
@@ -85,8 +85,10 @@ class LocalAnswerer:
             return None
         for request, prompt, (completion, *_) in zip(batch, prompts, found, strict=True):
             tokens = completion.token_ids
-            thought, answer = split_output(said(self.tokenizer, prompt, tokens))
-            receive(request, Reply(answer, thought, completion.finish_reason, len(tokens)))
+            splitter = Splitter()
+            text = splitter.push(said(self.tokenizer, prompt, tokens)) + splitter.flush()
+            reply = Reply(text.answer, text.thought, completion.finish_reason, len(tokens))
+            receive(request, reply)
         return None
 
 

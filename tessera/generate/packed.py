@@ -20,17 +20,13 @@ from torch import Tensor
 
 from tessera.generate.engine import GenerationError
 from tessera.model.config import GQA, NoOp
-from tessera.model.cpu import prefers_onednn
+from tessera.model.cpu import onednn_product, onednn_rows, prefers_onednn, reordered
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.transformer import Transformer
 
 # Below this many weights, quantising the activations takes what the product saves: at 2**20 a
 # single row takes 1.16 times as long as in float32 and 8 rows 0.66, at 2**22 0.45 and 0.30.
 INT8_FROM = 2**20
-# oneDNN's call costs some 8 us more than MKL's: below this many multiply-adds it is not repaid,
-# and above this weight size it does not show, even for the single row that MKL reads fastest.
-ONEDNN_FROM = 2**18
-ONEDNN_ALWAYS = 2**20
 
 
 class Matrix:
@@ -42,14 +38,14 @@ class Matrix:
         self.onednn_rows = sys.maxsize
         if prefers_onednn(weight):
             self.onednn_rows = onednn_rows(weight.numel())
-            self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self.blocked = reordered(weight)
             # Left for few rows, if any; for those, (I, O) order streams faster than (O, I).
             few = self.transposed[:, : weight.shape[0] if self.onednn_rows > 1 else 0]
             self.transposed = few.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] >= self.onednn_rows:
-            return self._onednn(x)
+            return onednn_product(x, self.blocked, self.bias)
         if self.bias is None:
             return torch.mm(x, self.transposed)
         return torch.addmm(self.bias, x, self.transposed)
@@ -57,20 +53,11 @@ class Matrix:
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """`residual += x @ weight.T + bias`, in place."""
         if x.shape[0] >= self.onednn_rows:
-            residual.add_(self._onednn(x))
+            residual.add_(onednn_product(x, self.blocked, self.bias))
             return
         residual.addmm_(x, self.transposed)
         if self.bias is not None:
             residual.add_(self.bias)
-
-    def _onednn(self, x: Tensor) -> Tensor:
-        pointwise = torch.ops.mkldnn._linear_pointwise.default
-        return pointwise(x, self.blocked, self.bias, "none", [], "")
-
-
-def onednn_rows(size: int) -> int:
-    """From how many rows on oneDNN multiplies a weight of `size` elements faster than MKL."""
-    return 1 if size >= ONEDNN_ALWAYS else max(2, -(-ONEDNN_FROM // size))
 
 
 class Int8Matrix:

@@ -38,7 +38,7 @@ class EngineError(RuntimeError):
     """A step failed while this request was in it; the cause says how."""
 
 
-class Thought:
+class ThoughtBudget:
     """Enforces the budget of one completion's thought: `push` each token; `forced` is the next."""
 
     def __init__(self, thinking: Thinking) -> None:
@@ -119,7 +119,7 @@ class Sample:
     limit: int
     completion: Completion = field(default_factory=Completion)
     noise: list[float] = field(default_factory=list)
-    thought: Thought | None = None
+    thought: ThoughtBudget | None = None
     stopping: StoppingCriterion | None = None
     cancelled: bool = False
     done: bool = False
@@ -183,7 +183,7 @@ class Handle:
                 self.prompt,
                 params,
                 min(params.max_tokens, room - len(prompt)),
-                thought=None if params.thinking is None else Thought(params.thinking),
+                thought=None if params.thinking is None else ThoughtBudget(params.thinking),
                 stopping=None if stopping is None else stopping(),
             )
             for index in range(params.n)

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode
+from tessera.data.thought import Thought
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
-from tessera.generate.text import Piece, TextStream, opens_thought, thinking_budget
+from tessera.generate.text import TextStream, opens_thought, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
@@ -46,8 +47,8 @@ class Conversation:
             return "begun anew"
         return HELP if name == "/help" else f"{name} is no command; {HELP}"
 
-    def answer(self, question: str, show: Callable[[Piece], None]) -> str:
-        """Ask; `show` gets each `Piece` as it comes. Returns tokens and seconds as text.
+    def answer(self, question: str, show: Callable[[Thought], None]) -> str:
+        """Ask; `show` gets each `Thought` as it comes. Returns tokens and seconds as text.
 
         An answer that is interrupted is kept as far as it came.
         """
@@ -65,21 +66,23 @@ class Conversation:
             thinking=thinking,
             **SAMPLING[self.mode],  # type: ignore[arg-type]
         )
-        start, answer, handle = time.monotonic(), "", self.engine.submit(prompt, params)
+        start, text, handle = time.monotonic(), Thought(), self.engine.submit(prompt, params)
         (completion,), seen = handle.completions, 0
         try:
             while not handle.done:
                 self.engine.step()
                 fresh, seen = completion.token_ids[seen:], len(completion.token_ids)
                 piece = stream.push(fresh)
-                answer += piece.answer
+                text += piece
                 show(piece)
         except KeyboardInterrupt:
             handle.cancel()
             self.engine.step()
         piece = stream.finish()
+        text += piece
         show(piece)
-        self.messages.append({"role": "assistant", "content": answer + piece.answer})
+        apart = {} if text.thought is None else {"reasoning_content": text.thought}
+        self.messages.append({"role": "assistant", "content": text.answer, **apart})
         count, seconds = len(completion.token_ids), time.monotonic() - start
         thought = f", {stream.thought_tokens} of them thought" if stream.thought_tokens else ""
         return f"{count} tokens{thought}, {seconds:.1f} s, {count / seconds:,.0f} tokens/s"
@@ -103,11 +106,11 @@ def chat(model: str, mode: Mode, max_tokens: int, budget: int | None) -> None:
             console.print(f"\n{summary}", style="dim", markup=False)
 
 
-def _printer(console: Console) -> Callable[[Piece], None]:
+def _printer(console: Console) -> Callable[[Thought], None]:
     """Prints pieces as they come, the thought dimmed and an empty line before the answer."""
     in_thought = False
 
-    def show(piece: Piece) -> None:
+    def show(piece: Thought) -> None:
         nonlocal in_thought
         if piece.thought:
             in_thought = True

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tessera.generate.text import Piece, begun
+from tessera.data.thought import Thought, begun
 from tessera.serve.session import Session, Token, Update
 
 OPEN, CLOSE = "<TOOLCALL>", "</TOOLCALL>"
@@ -76,16 +76,16 @@ class ChatChoice:
     tools: ToolCalls = field(default_factory=ToolCalls)
     finish_reason: str | None = None
 
-    def add(self, update: Update) -> Piece:
+    def add(self, update: Update) -> Thought:
         """Returns the part that is certainly text."""
         answer = self.tools.push(update.piece.answer)
         if update.finish_reason is not None:
             answer += self.tools.flush()
             self.finish_reason = "tool_calls" if self.tools.calls else REASONS[update.finish_reason]
-        self.thought += update.piece.thought
+        self.thought += update.piece.thought or ""
         self.answer += answer
         self.tokens += update.tokens
-        return Piece(update.piece.thought, answer)
+        return Thought(update.piece.thought, answer)
 
     def message(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": self.answer, **_thought(self)}
@@ -94,7 +94,7 @@ class ChatChoice:
         return message
 
 
-def _thought(source: ChatChoice | Piece) -> dict[str, str]:
+def _thought(source: ChatChoice | Thought) -> dict[str, str]:
     """The thought under both names that servers use."""
     text = source.thought
     return {"reasoning_content": text, "reasoning": text} if text else {}

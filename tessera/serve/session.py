@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, tidy
 from tessera.data.switch import requested
+from tessera.data.thought import Thought
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import FinishReason, SamplingParams, Thinking
 from tessera.generate.requests import Delta, Handle
-from tessera.generate.text import Piece, TextStream, opens_thought, stop_criterion, thinking_budget
+from tessera.generate.text import TextStream, opens_thought, stop_criterion, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
 
 MAX_CHOICES = 128
@@ -121,7 +122,7 @@ class Update:
     """What one sample gained. finish_reason comes with the last piece."""
 
     sample: int
-    piece: Piece
+    piece: Thought
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
