@@ -45,7 +45,7 @@ WINDOW = 4096
 
 def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict[str, Any]:
     """The row of the task `perplexity`; limit: documents. Raises EvalError without a text."""
-    from tessera.data.readers import Text, expand, read
+    from tessera.data.readers import Bad, expand, read
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.torch_engine import TorchEngine
     from tessera.model.checkpoint import load_model
@@ -64,15 +64,15 @@ def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict
     total, tokens, size, documents = 0.0, 0, 0, 0
     for path in expand([place]):
         for one in read(path):
-            if not isinstance(one, Text):
+            if isinstance(one, Bad):
                 continue
             if limit is not None and documents >= limit:
                 break
             documents += 1
-            ids = tokenizer.encode(one.text, bos=True)
+            ids = tokenizer.encode(one.content, bos=True)
             logprobs = _logprobs(engine, ids, window)
             total, tokens = total + math.fsum(logprobs), tokens + len(logprobs)
-            size += len(one.text.encode())
+            size += len(one.content.encode())
     if not tokens:
         raise EvalError(f"perplexity: {place} holds no text")
     return {
