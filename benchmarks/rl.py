@@ -40,8 +40,9 @@ from training import (
 from tessera.data.batch import Batch
 from tessera.model.cpu import multiply
 from tessera.model.transformer import Transformer
-from tessera.objectives.grpo import GRPOConfig, PolicyGradient
+from tessera.objectives.grpo import PolicyGradient
 from tessera.rl import advantages
+from tessera.rl.policy import GRPOConfig
 from tessera.rl.prompts import Prompt
 from tessera.rl.rewards import Sample
 from tessera.rl.rollouts import Rollouts
@@ -66,7 +67,7 @@ class Text:
     def prompt(self, messages: Any, mode: str) -> list[int]:
         return self.ids[int(messages[0]["content"])]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], special: bool = False) -> str:
         return " ".join(map(str, ids))
 
 

@@ -67,19 +67,19 @@ from pydantic import BaseModel
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
 from tessera.model.source import is_hub_id, load_config
-from tessera.objectives.grpo import PolicyConfig
 from tessera.objectives.kd import KDConfig
-from tessera.objectives.lm import ArchitectureConfig, CPTConfig, ParentConfig
-from tessera.objectives.rpo import RPOConfig
-from tessera.objectives.sft import SFTConfig
+from tessera.objectives.lm import CPTConfig, SFTConfig
 from tessera.puzzle.bld import BLDConfig, LocalConfig, units_of
 from tessera.puzzle.couple import CoupleConfig, largest_pairs
 from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.library import Key, layer_groups, pair_keys, union
 from tessera.puzzle.memory import Memory, kept_numbers, training_memory, unit_params
+from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
 from tessera.puzzle.race import RaceConfig
 from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Space, read_space
+from tessera.rl.policy import PolicyConfig
+from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Stage, Step
 from tessera.runs.recipe import Recipe, RecipeError, StageSpec, nearest, validate

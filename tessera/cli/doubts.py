@@ -15,14 +15,14 @@ from tessera.data.template import TemplateError, template_of
 from tessera.data.tokenizer import Tokenizer, TokenizerError, byte_tokenizer, load_tokenizer
 from tessera.eval.evaluate import PERPLEXITY, EvalConfig
 from tessera.model.config import KINDS
-from tessera.objectives.grpo import PolicyConfig
 from tessera.objectives.kd import KDConfig, raced
-from tessera.objectives.rpo import RPOConfig
-from tessera.objectives.sft import SFTConfig
+from tessera.objectives.lm import SFTConfig
 from tessera.puzzle.bld import BLDConfig
 from tessera.puzzle.compare import CompareConfig
 from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import read_space
+from tessera.rl.policy import PolicyConfig
+from tessera.rl.preference import RPOConfig
 from tessera.rl.profile import ProfileConfig
 from tessera.runs.files import RunError
 from tessera.runs.plan import Step

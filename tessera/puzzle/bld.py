@@ -45,7 +45,7 @@ from tessera.puzzle.space import (
 )
 from tessera.puzzle.surgery import Importance, ParentStatistics, collect_statistics
 from tessera.runs.run import Run
-from tessera.train.engine import Stats, Trainer
+from tessera.train.engine import Objective, Stats, Trainer
 from tessera.train.flops import Work, block_cost, subblock_cost
 from tessera.train.optim import DocumentTrainConfig, TrainConfig
 from tessera.train.parallel import gathered
@@ -90,7 +90,7 @@ class BLDConfig(LocalConfig):
     importance: Importance = "iterative"
 
 
-class BLD:
+class BLD(Objective):
     """Trains every unit of a BlockLibrary against a frozen parent."""
 
     def __init__(self, parent: Transformer, statistics: ParentStatistics) -> None:
@@ -115,9 +115,6 @@ class BLD:
                 if stats:
                     yield total, stats
             x = out
-
-    def weight(self, batch: Batch) -> Tensor:
-        return batch.weight.sum()
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         assert isinstance(module, BlockLibrary)
