@@ -69,15 +69,22 @@ from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, Swi
 from tessera.model.source import is_hub_id, load_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
-from tessera.puzzle.bld import BLDConfig, LocalConfig, units_of
+from tessera.puzzle.bld import (
+    BLDConfig,
+    LocalConfig,
+    Memory,
+    kept_numbers,
+    training_memory,
+    unit_params,
+    units_of,
+)
 from tessera.puzzle.couple import CoupleConfig, largest_pairs
 from tessera.puzzle.frontier import FrontierConfig
-from tessera.puzzle.library import Key, layer_groups, pair_keys, union
-from tessera.puzzle.memory import Memory, kept_numbers, training_memory, unit_params
+from tessera.puzzle.library import layer_groups, union
 from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
 from tessera.puzzle.race import RaceConfig
 from tessera.puzzle.search import SearchConfig
-from tessera.puzzle.space import Space, read_space
+from tessera.puzzle.space import Space, Unit, read_space
 from tessera.rl.policy import PolicyConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
@@ -105,7 +112,7 @@ def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:
         assert isinstance(config, CoupleConfig)
         if (space := _library_space(_stage_memory(step, "library"), steps)) is None:
             return None
-        keys = pair_keys(largest_pairs(config, space, parent, step.name))
+        keys = largest_pairs(config, space, parent, step.name)
     return training_memory(parent, keys, config.layers_at_once, config.train.microbatch_tokens)
 
 
@@ -456,7 +463,7 @@ def _units(job: Job, layout: Layout) -> Parts:
     )
 
 
-def _groups(job: Job) -> Iterable[list[Key]]:
+def _groups(job: Job) -> Iterable[list[Unit]]:
     layers = len({layer for layer, _, _ in job.units})
     return layer_groups(job.units, -(-layers // job.passes))
 
@@ -610,7 +617,7 @@ class Job:
     student: ModelConfig | None = None
     teacher: ModelConfig | None = None
     states: bool = False
-    units: tuple[Key, ...] = ()
+    units: tuple[Unit, ...] = ()
     passes: int = 1
     heats: tuple[int, ...] = ()
     experience: Experience | None = None

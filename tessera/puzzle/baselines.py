@@ -17,7 +17,7 @@ from tessera.model.config import KINDS
 from tessera.puzzle.candidates import Architecture, Candidates, keeps
 from tessera.puzzle.constraints import Case
 from tessera.puzzle.program import SearchError
-from tessera.puzzle.space import join
+from tessera.puzzle.space import Unit
 from tessera.puzzle.sweep import Found
 
 
@@ -164,8 +164,8 @@ def _blocks(candidates: Candidates, case: Case, layer: int) -> list[tuple]:
         for ffn in candidates.space.words(layer, "ffn"):
             if (layer, attention, ffn) in candidates.refused:
                 continue
-            if (layer, attention, ffn) in candidates.pairs:
-                score = candidates.score(layer, "block", join(attention, ffn))
+            if (pair := Unit.pair(layer, attention, ffn)) in candidates.pairs:
+                score = candidates.score(*pair)
             else:
                 score = candidates.score(layer, "attention", attention)
                 score += candidates.score(layer, "ffn", ffn)

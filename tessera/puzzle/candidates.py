@@ -15,7 +15,7 @@ from tessera.model.config import KINDS, ModelConfig
 from tessera.puzzle.constraints import Case
 from tessera.puzzle.cost_table import Words
 from tessera.puzzle.program import Option, SearchError, Solution
-from tessera.puzzle.space import Space, forbidden_pairs, join, split
+from tessera.puzzle.space import Space, Unit, forbidden_pairs
 from tessera.runs.recipe import nearest
 
 Architecture = list[tuple[str, str]]
@@ -78,8 +78,8 @@ class Candidates:
         """The score of an architecture."""
         found = 0.0
         for layer, (attention, ffn) in enumerate(words):
-            if (layer, attention, ffn) in self.pairs:
-                found += self.score(layer, "block", join(attention, ffn))
+            if (pair := Unit.pair(layer, attention, ffn)) in self.pairs:
+                found += self.score(*pair)
             else:
                 found += self.score(layer, "attention", attention) + self.score(layer, "ffn", ffn)
         return found
@@ -90,7 +90,7 @@ class Candidates:
         return KEEP | ({CHANGED: self.near[1]} if self.near else {})
 
     @functools.cached_property
-    def pairs(self) -> frozenset[Cut]:
+    def pairs(self) -> frozenset[Unit]:
         return frozenset(self.space.pairs)
 
     @functools.cached_property
@@ -104,7 +104,7 @@ class Candidates:
     def forbidden(self, cuts: Collection[Cut]) -> list[Cut]:
         """What may not stand together as two words; trained together, two words are never those
         two trained apart."""
-        return [*self.refused, *self.space.pairs, *cuts]
+        return [*self.refused, *map(_cut, self.space.pairs), *cuts]
 
     def options(self, case: Case, cuts: Collection[Cut] = ()) -> list[Option]:
         """Every word at every place, and every pair trained together that may be served."""
@@ -117,13 +117,10 @@ class Candidates:
                     cost = costs((kind, word)) | self._changed(layer, {kind: word})
                     found.append(Option(layer, kind, word, score, cost))
         for pair in self.space.pairs:
-            if pair in self.refused or pair in cuts:
+            if _cut(pair) in self.refused or _cut(pair) in cuts:
                 continue
-            layer, attention, ffn = pair
-            word, both = join(attention, ffn), (("attention", attention), ("ffn", ffn))
-            score = self.score(layer, "block", word)
-            cost = costs(*both) | self._changed(layer, dict(both))
-            found.append(Option(layer, "block", word, score, cost))
+            cost = costs(*pair.parts) | self._changed(pair.layer, dict(pair.parts))
+            found.append(Option(*pair, self.score(*pair), cost))
         return found
 
     def _changed(self, layer: int, words: Mapping[str, str]) -> dict[str, float]:
@@ -136,6 +133,11 @@ class Candidates:
         """Whether one of the engines cannot load an architecture."""
         config = self.parent.with_words(list(words))
         return any(refusals(config, engine) for engine in self.engines)
+
+
+def _cut(pair: Unit) -> Cut:
+    (_, attention), (_, ffn) = pair.parts
+    return pair.layer, attention, ffn
 
 
 def _costs(case: Case, words: Mapping[str, str]) -> dict[str, float]:
@@ -158,6 +160,5 @@ def words_of(solution: Solution, layers: int) -> Architecture:
     """The (attention, FFN) words of every layer that a solution chose."""
     chosen: dict[tuple[int, str], str] = {}
     for option in solution.options:
-        parts = split(option.word) if option.kind == "block" else (option.word,)
-        chosen |= dict(zip(option.places, parts, strict=True))
+        chosen |= {(option.layer, kind): word for kind, word in Unit(*option.key).parts}
     return [(chosen[i, "attention"], chosen[i, "ffn"]) for i in range(layers)]

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from tessera.data.documents import heldout
 from tessera.model.checkpoint import load_model
-from tessera.model.config import KINDS
 from tessera.plot import Series, line_chart
 from tessera.puzzle.compare import CompareConfig, quality, speeds
 from tessera.puzzle.constraints import NAMES
@@ -29,7 +28,7 @@ from tessera.puzzle.library import assemble
 from tessera.puzzle.program import SearchError
 from tessera.puzzle.race import HeatConfig, heat
 from tessera.puzzle.search import SearchConfig, find
-from tessera.puzzle.space import join
+from tessera.puzzle.space import Unit
 from tessera.runs.files import atomic_write
 from tessera.runs.recipe import nearest, validate
 from tessera.runs.run import Run, read_table
@@ -150,8 +149,8 @@ def summed_score(words: Sequence[Sequence[str]], scores: Sequence[Mapping], metr
     table = {(r["layer"], r["kind"], r["word"]): float(r[metric]) for r in scores}
     total = 0.0
     for layer, pair in enumerate(words):
-        whole = (layer, "block", join(*pair))
-        apart = [(layer, kind, word) for kind, word in zip(KINDS, pair, strict=True)]
+        whole = Unit.pair(layer, *pair)
+        apart = [Unit(layer, kind, word) for kind, word in whole.parts]
         total += sum(table.get(key, 0.0) for key in ([whole] if whole in table else apart))
     return total
 
