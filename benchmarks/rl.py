@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +123,9 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             Text(ids),  # type: ignore[arg-type]
             prompts,
             config,
-            rule=partial(advantages.grpo, std=True),
-            steps=steps,
-            row_length=options.microbatch,
-            layout=config.train.spread.layout,
-            run=run,
-            rubric=Digits(),  # type: ignore[arg-type]
+            advantages.grpo,
+            run,
+            Digits(),  # type: ignore[arg-type]
         )
         Trainer(module, PolicyGradient(config), source, config.train, run).fit()
         source.marks.append((time.perf_counter(), time.process_time()))

@@ -279,7 +279,7 @@ class Experience:
         return given.model_copy(update=told)
 
 
-def experience(config: RolloutConfig, train: TrainConfig) -> Experience:
+def experience(config: RolloutConfig) -> Experience:
     """Of a step of `grpo`, `rloo` or `rpo`; of files, pairs as long as `max_tokens` says."""
     groups, answers = -(-config.prompts_per_rollout // config.updates_per_rollout), config.samples
     written = config.prompts_per_rollout * config.samples * (1 + config.dynamic_sampling)
@@ -287,7 +287,7 @@ def experience(config: RolloutConfig, train: TrainConfig) -> Experience:
         answers = 2
         if config.paths:
             groups, written = config.pairs_per_step, 0
-    row = train.microbatch_tokens
+    row = config.train.microbatch_tokens
     length = min(config.max_tokens, row)
     prompt = max(1, min(PROMPT, row - length + 1))
     engine = bool(written) and config.engine == "tessera"
@@ -706,7 +706,7 @@ def _job(
         case CPTConfig() | SFTConfig():
             return Job(spec.name, config.train, student=child)
         case PolicyConfig() | RPOConfig():
-            own = experience(config, config.train)
+            own = experience(config)
             reference = child if isinstance(config, RPOConfig) or config.kl else None
             return Job(spec.name, own.train(config.train), child, reference, experience=own)
         case _:

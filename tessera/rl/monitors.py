@@ -37,7 +37,7 @@ def measured(groups: Sequence[Group], names: Sequence[str], layout: Layout) -> d
         scores = [one.parts[name] for one in answers]
         judged = [score for score in scores if score is not None]
         pairs[f"reward/{name}"] = (sum(judged), len(judged))
-    flat = sum(not any(one.advantage for one in group.answers) for group in groups)
+    flat = sum(not group.has_signal for group in groups)
     pairs["no_signal"] = (flat, len(groups))
     for name, value in (
         ("length", sum(len(one.ids) for one in answers)),

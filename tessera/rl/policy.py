@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
 
-from tessera.data.chat import ChatEncoder
-from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
 from tessera.objectives.grpo import PolicyGradient, PolicyLossConfig
 from tessera.plot import Series, line_chart
-from tessera.rl import advantages, prompts
+from tessera.rl import advantages
+from tessera.rl.advantages import Advantages
+from tessera.rl.curriculum import Order
 from tessera.rl.monitors import Guard
-from tessera.rl.rewards import Reward, require_fields
-from tessera.rl.rollouts import RolloutConfig, Rollouts, whole
-from tessera.rl.rubric import Rubric
+from tessera.rl.rewards import Reward
+from tessera.rl.rollouts import RolloutConfig, Rollouts
 from tessera.runs.run import Run
 from tessera.train.engine import Trainer
-from tessera.train.optim import TrainConfig
-from tessera.vllm.choice import open_engine
 
 
 class PolicyConfig(RolloutConfig, PolicyLossConfig):
-    """train: `steps` are optimizer steps, `microbatch_tokens` is the length of a packed row, and
-    `tokens_per_step` is not used. gap_limit: see `Guard`."""
+    """gap_limit: see `Guard`."""
 
-    train: TrainConfig
     rewards: tuple[Reward, ...] = Field(min_length=1)
     gap_limit: float = Field(default=0.05, gt=0)
 
@@ -39,6 +33,10 @@ class PolicyConfig(RolloutConfig, PolicyLossConfig):
         if self.importance_cap is None:
             return 2.0 if self.staleness or self.engine != "tessera" else 0.0
         return self.importance_cap
+
+    @property
+    def keep_all(self) -> bool:
+        return self.kl > 0
 
 
 class GRPOConfig(PolicyConfig):
@@ -54,66 +52,38 @@ class RLOOConfig(PolicyConfig):
     kl: float = Field(default=0.01, ge=0)
 
 
-def train(
-    config: PolicyConfig, rule: advantages.Advantages, run: Run, inputs: Mapping[str, Path]
-) -> None:
+def train(config: PolicyConfig, rule: Advantages, run: Run, inputs: Mapping[str, Path]) -> None:
     """Trains `model` on `prompts` with the advantages of `rule`."""
     model, spread = inputs["model"], config.train.spread
-    questions = prompts.read(inputs["prompts"])
-    for prompt in questions:
-        require_fields(config.rewards, prompt.fields)
     module = spread.load(model)
-    reference = spread.load(model, frozen=True) if config.kl else None
-    encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
-    engine = open_engine(config, whole(module), config.engine_batch)
-    with closing(engine), Rubric(config.rewards, config.workers) as rubric:
-        source = Rollouts(
-            module,
-            engine,
-            encoder,
-            questions,
-            config,
-            rule=rule,
-            steps=config.train.steps,
-            row_length=config.train.microbatch_tokens,
-            layout=spread.layout,
-            run=run,
-            rubric=rubric,
-            keep_all=config.kl > 0,
-        )
-        _write_curriculum(source, run, config)
-        objective, guard = PolicyGradient(config, reference), Guard(run, config.gap_limit)
+    objective = PolicyGradient(config, spread.load(model, frozen=True) if config.kl else None)
+    with Rollouts.open(module, config, rule, run, inputs) as source:
+        if config.curriculum.order == "curriculum":
+            _write_curriculum(source.order, run)
+        guard = Guard(run, config.gap_limit)
         Trainer(module, objective, source, config.train, run, check=guard).fit()
     save_model(module, run.model_path, tokenizer_from=resolve(model))
 
 
-def _write_curriculum(source: Rollouts, run: Run, config: PolicyConfig) -> None:
-    """Which pass rates each part of the training has, planned and actual: a table and a chart."""
-    if config.curriculum.order == "random":
-        return
-    every = max(1, len(source.order.batches) // 8)
-    rows = source.order.table(every)
+def _write_curriculum(order: Order, run: Run) -> None:
+    """Planned and actual pass rates of each eighth of the training: a table and a chart."""
+    rows = order.table(max(1, len(order.batches) // 8))
     run.write_table("curriculum", rows)
     lines = [
         Series(
             f"{kind} from step {step}",
             [(r["pass_rate"], r[kind], f"{r[kind]:.2f}") for r in rows if r["step"] == step],
         )
-        for step in sorted({row["step"] for row in rows})[:: max(1, 8 // 3)]
+        for step in sorted({row["step"] for row in rows})[::2]
         for kind in ("planned", "actual")
     ]
-    chart = line_chart(
-        lines,
-        title="Pass rates of the prompts",
-        x="pass rate before training",
-        y="share of the prompts",
-    )
-    run.write_file("curriculum.svg", chart)
+    x, y = "pass rate before training", "share of the prompts"
+    run.write_file("curriculum.svg", line_chart(lines, title="Pass rates of the prompts", x=x, y=y))
 
 
 def grpo(config: GRPOConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `grpo`."""
-    train(config, functools.partial(advantages.grpo, std=config.std), run, inputs)
+    train(config, partial(advantages.grpo, std=config.std), run, inputs)
 
 
 def rloo(config: RLOOConfig, run: Run, inputs: dict[str, Path]) -> None:

@@ -60,9 +60,9 @@ def train(home: str, run: str, stop: int | None = None, within: bool = False, **
             raise KeyboardInterrupt
         return plain(self, step)
 
-    def breaking(self: rollouts.Rollouts, rollout: int, numbers: Any, seconds: Any):
-        groups = judged(self, rollout, numbers, seconds)
-        if rollout == stop and within:
+    def breaking(self: rollouts.Rollouts, key: int, numbers: Any, seconds: Any):
+        groups = judged(self, key, numbers, seconds)
+        if key == stop and within:
             raise KeyboardInterrupt
         return groups
 

@@ -13,7 +13,7 @@ from tessera.generate.torch_engine import TorchEngine
 from tessera.objectives.grpo import MAX_LOG_RATIO as FAR
 from tessera.objectives.grpo import PolicyGradient, _TokenLoss
 from tessera.objectives.lm import SFT
-from tessera.rl.experience import Answer, Group, pieces, rows
+from tessera.rl.experience import Answer, Group, rows, split_group
 from tessera.rl.policy import GRPOConfig
 from tests import tiny
 from tests.toy import toy_config
@@ -164,7 +164,7 @@ def test_a_row_holds_each_prompt_once_and_every_answer_once():
     trained = sum(int((batch.weight > 0).sum()) for batch in batches)
     assert trained == sum(len(a.ids) for g in GROUPS for a in g.answers)
     tokens = sum(int((batch.segments >= 0).sum()) for batch in batches)
-    found = [list(pieces(g, 40)) for g in GROUPS]
+    found = [list(split_group(g, 40)) for g in GROUPS]
     assert tokens == trained + sum(
         len(g.ids) - 1 for g, parts in zip(GROUPS, found, strict=True) for _ in parts
     )

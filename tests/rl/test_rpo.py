@@ -30,7 +30,6 @@ from tessera.rl.preference import (
 )
 from tessera.runs.files import FailureError
 from tessera.runs.run import Run, read_metrics
-from tessera.train.parallel import Layout
 from tests import tiny
 from tests.rl.policy_runs import REWARDS, made
 from tests.toy import toy_config
@@ -158,7 +157,7 @@ def test_pairs_come_in_the_order_of_each_epoch_which_is_drawn_once(
     monkeypatch.setattr(np.random, "default_rng", lambda key: drawn.append(key) or plain(key))
 
     def read(steps: range) -> list[list[int]]:
-        source = PairSource(found, config(pairs_per_step=4), Layout(1, 1, 1, 0), 3)
+        source = PairSource(found, config(pairs_per_step=4), 3)
         labels = [torch.cat([b.labels.flatten() for b in source.batches(s)]) for s in steps]
         return [[int(label) - 2 for label in one if label > 1] for one in labels]
 
