@@ -21,6 +21,7 @@ from tessera.data.batch import Batch, best_fit
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, SchemaError, tidy
 from tessera.data.readers import Bad, DataError, expand, read_rows
+from tessera.data.thought import split
 from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
@@ -79,7 +80,7 @@ def of_files(paths: Sequence[str], encoder: ChatEncoder) -> list[Pair]:
                 messages, chosen, rejected, margin = _read(value)
             except (SchemaError, KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path}:{number}: no pair: {error}") from None
-            mode = "on" if "</think>" in chosen else "off"
+            mode = "off" if split(chosen).thought is None else "on"
             better, worse = (encoder.tokenizer.encode(text) + stop for text in (chosen, rejected))
             found.append(Pair(encoder.prompt(messages, mode), better, worse, margin))
     return found
