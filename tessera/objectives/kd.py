@@ -23,8 +23,9 @@ from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM, Heldout, training_documents
 from tessera.runs.files import RunError
+from tessera.runs.plan import Step
 from tessera.runs.recipe import Config
-from tessera.runs.run import Run, read_json
+from tessera.runs.run import Run, is_done, read_json
 from tessera.train.engine import Objective, Stats, Trainer, context_of
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence
 from tessera.train.optim import DocumentTrainConfig
@@ -38,6 +39,17 @@ class KDConfig(Config):
     cosine: float = Field(default=1.0, ge=0)
     lm: float = Field(default=0.0, ge=0)
     lr_from: Literal["race"] | None = None
+
+    def notes(self, step: Step) -> list[str]:
+        """Where the learning rate comes from, if not from this table."""
+        model = step.inputs["model"]
+        if self.lr_from is None or not isinstance(model, Path):
+            return []
+        try:
+            lr = f"lr {raced(self, model).train.lr:g}" if is_done(model) else "lr"
+        except RunError as error:
+            return [str(error)]
+        return [f"{lr}, from {self.lr_from}; train.lr = {self.train.lr:g} is not used"]
 
 
 class KD(Objective):

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from tessera import dist
 from tessera.data.batch import OFF, ON, Batch
+from tessera.data.config import no_chat_template
 from tessera.data.documents import Documents
 from tessera.data.template import FILE as TEMPLATE_FILE
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError, atomic_write
+from tessera.runs.plan import Step
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run
 from tessera.train.engine import Objective, Stats, Trainer, context_of
@@ -166,6 +168,9 @@ class SFTConfig(Config):
 
     train: DocumentTrainConfig
     evaluate_every: int = Field(default=0, ge=0)
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        return no_chat_template(step, steps)
 
 
 def pretrain(

@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 
 from tessera.devices import Device, DeviceError, find_device
 from tessera.puzzle.cost_table import Costs, CostTable, Scenario, Words
-from tessera.runs.recipe import nearest
+from tessera.table import nearest
 
 UTILISATION = 0.9  # share of a device's memory that serving engines fill; vLLM's default
 

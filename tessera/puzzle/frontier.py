@@ -30,8 +30,9 @@ from tessera.puzzle.race import HeatConfig, heat
 from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import Unit
 from tessera.runs.files import atomic_write
-from tessera.runs.recipe import nearest, validate
+from tessera.runs.recipe import validate
 from tessera.runs.run import Run, read_table
+from tessera.table import nearest
 from tessera.train.optim import DocumentTrainConfig
 
 Method = Literal["mip", "uniform", "dropped", "dropped-attention"]

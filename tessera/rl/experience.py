@@ -8,7 +8,7 @@ because that predicts another token in each answer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -70,11 +70,9 @@ class Group:
         """Whether any answer has an advantage that is not 0."""
         return any(answer.advantage for answer in self.answers)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Group:
+        """The group of what `asdict` made of one."""
         return cls(**{**row, "answers": [Answer(**answer) for answer in row["answers"]]})
 
 

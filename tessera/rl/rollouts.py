@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
+from tessera.data.config import no_chat_template
 from tessera.data.switch import DETAILED, obeys
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine, SamplingParams
@@ -49,6 +50,7 @@ from tessera.rl.prompts import Prompt, judged_samples, read
 from tessera.rl.rewards import Reward, Sample, require_fields
 from tessera.rl.rubric import Judged, Rubric
 from tessera.runs.files import FailureError, atomic_write
+from tessera.runs.plan import Step
 from tessera.runs.run import Run
 from tessera.train.engine import context_of
 from tessera.train.losses import token_log_probs
@@ -86,6 +88,9 @@ class RolloutConfig(EngineChoice):
     engine_batch: int = Field(default=256, ge=1)
     workers: int = Field(default=2, ge=1)
     samples_every: int = Field(default=10, ge=1)  # rollouts between samples that are kept
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        return no_chat_template(step, steps)
 
     @property
     def keep_all(self) -> bool:
@@ -185,7 +190,7 @@ class Rollouts:
         number, update = divmod(step, self.config.updates_per_rollout)
         self._metrics, self._seconds = {}, {}
         if number != self._number:
-            self._groups = self._read(number) if update else self._begin(number)
+            self._groups = self._own(number) if update else self._begin(number)
             self._number = number
             self._updates = [self._rows(u) for u in range(self.config.updates_per_rollout)]
         return self._updates[update]
@@ -201,36 +206,37 @@ class Rollouts:
     def state_dict(self) -> dict[str, Any]:
         """Rollouts follow from the step; what feeds several steps, or is prefetched, is on disk."""
         self._saved = [*self._saved[-1:], self._number]
-        if dist.is_main():
-            for file in self._path(0).parent.glob("*.jsonl"):
-                if int(file.stem) < self._saved[0]:
-                    file.unlink(missing_ok=True)
+        for file in (self.run.path / "rollouts").glob("*.jsonl"):
+            if int(file.name.partition("-")[0]) < self._saved[0]:
+                file.unlink(missing_ok=True)
         if self._prefetched is not None:
             self._kept = self._number + 1
             self._keep(self._kept, self._prefetched.result().groups)
-        return {"rollout": self._number, "kept": self._kept}
+        return {"rollout": self._number, "kept": self._kept, "world": self.layout.data_world}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._saved, self._kept = [state["rollout"]], state["kept"]
+        """A state of any number of processes; what they kept is shared anew."""
+        self._saved, self._kept, world = [state["rollout"]], state["kept"], state["world"]
+        for number in (state["rollout"], state["kept"]):
+            if world != self.layout.data_world and self._path(number, 0, world).is_file():
+                shares = [self._read(number, rank, world) for rank in range(world)]
+                self._keep(number, self._share(joined(shares, self.config.updates_per_rollout)))
 
-    def _path(self, number: int) -> Path:
-        return self.run.path / "rollouts" / f"{number:08}.jsonl"
+    def _path(self, number: int, rank: int, world: int) -> Path:
+        return self.run.path / "rollouts" / f"{number:08}-{rank}-of-{world}.jsonl"
 
     def _keep(self, number: int, groups: Sequence[Group]) -> None:
-        """Writes the groups of all processes, a line each. Every process has to call it."""
-        line = json.dumps([group.to_json() for group in groups])
-        lines = dist.gather(line)[:: self.layout.tensor]
-        if dist.is_main():
-            self._path(number).parent.mkdir(exist_ok=True)
-            atomic_write(self._path(number), "".join(line + "\n" for line in lines))
+        """Writes this process's groups."""
+        path = self._path(number, self.layout.data_rank, self.layout.data_world)
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, "".join(json.dumps(asdict(group)) + "\n" for group in groups))
 
-    def _read(self, number: int) -> list[Group]:
-        """This process's groups, of a rollout that any number of processes kept."""
-        lines = self._path(number).read_text(encoding="utf-8").split("\n")
-        shares = [[Group.from_json(one) for one in json.loads(line)] for line in lines if line]
-        if len(shares) == self.layout.data_world:
-            return shares[self.layout.data_rank]
-        return self._share(joined(shares, self.config.updates_per_rollout))
+    def _read(self, number: int, rank: int, world: int) -> list[Group]:
+        lines = self._path(number, rank, world).read_text(encoding="utf-8").split("\n")
+        return [Group.from_json(json.loads(line)) for line in lines if line]
+
+    def _own(self, number: int) -> list[Group]:
+        return self._read(number, self.layout.data_rank, self.layout.data_world)
 
     def _share(self, items: Sequence[T]) -> list[T]:
         updates, layout = self.config.updates_per_rollout, self.layout
@@ -244,7 +250,7 @@ class Rollouts:
             found = prefetched.result()
             found.seconds["wait_seconds"] = time.monotonic() - started
         elif number == self._kept:
-            found = Rollout(self._read(number))
+            found = Rollout(self._own(number))
         prefetch = self.config.staleness and number + 1 < len(self.order.batches)
         if found is None or prefetch:
             self.engine.sync(unsharded(self.module), number)
