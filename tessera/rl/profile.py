@@ -2,8 +2,7 @@
 
     pass rate of a prompt = share of its judged samples that are right     (Llama-Nemotron §5.1)
 
-Prompts at or above `drop_from` teach nothing and are left out (the report: 0.75 of 8 samples).
-Samples are drawn in portions and kept in a journal, so a stopped profile goes on where it was.
+Verdicts are kept in a journal, so a stopped profile goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ BINS = 10
 
 class ProfileConfig(PromptsConfig, EngineChoice):
     """samples: of each prompt; 0 measures nothing. rewards: the first says what is right. Prompts
-    whose pass rate is `drop_from` or more are left out, as are those at `drop_to` or less."""
+    with a pass rate of `drop_from` or more (the report: 0.75 of 8 samples), or of `drop_to` or
+    less, are left out."""
 
     samples: int = Field(default=8, ge=0)
     rewards: tuple[Reward, ...] = ()
@@ -95,21 +96,18 @@ def measure(prompts: Sequence[Prompt], profiler: Profiler, kept: Journal, run: R
             for number, row in zip(part, rows, strict=True):
                 kept.add(str(number), {"right": row})
             progress.advance(len(part))
-    return [_with_rate(one, kept.get(str(n))["right"]) for n, one in enumerate(prompts)]
-
-
-def _with_rate(prompt: Prompt, right: Sequence[bool | None]) -> Prompt:
-    known = [one for one in right if one is not None]
-    rate = sum(known) / len(known) if known else None
-    return Prompt(prompt.id, prompt.messages, prompt.mode, prompt.fields, rate, len(known))
+    found = []
+    for number, prompt in enumerate(prompts):
+        known = [one for one in kept.get(str(number))["right"] if one is not None]
+        rate = sum(known) / len(known) if known else None
+        found.append(replace(prompt, pass_rate=rate, samples=len(known)))
+    return found
 
 
 def histogram(prompts: Sequence[Prompt], kept: Sequence[Prompt]) -> list[dict[str, Any]]:
     """Rows of ten bins of pass rate: prompts in them, and those that were kept."""
     total, left = (
-        Counter(
-            min(int(one.pass_rate * BINS), BINS - 1) for one in some if one.pass_rate is not None
-        )
+        Counter(min(int(rate * BINS), BINS - 1) for p in some if (rate := p.pass_rate) is not None)
         for some in (prompts, kept)
     )
     return [
@@ -131,18 +129,15 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
     profiler = Profiler(inputs["model"], config, run.seed)
     with Journal(run.path / "samples.jsonl") as kept, closing(profiler.engine):
         found = measure(prompts, profiler, kept, run)
-    chosen = [
-        one
-        for one in found
-        if one.pass_rate is not None and config.drop_to < one.pass_rate < config.drop_from
-    ]
+    low, high = config.drop_to, config.drop_from
+    chosen = [p for p in found if p.pass_rate is not None and low < p.pass_rate < high]
     run.write_table("pass_rates", histogram(found, chosen))
     unjudged = sum(one.pass_rate is None for one in found)
-    told = f"{len(chosen):,} of {len(found):,} prompts kept, {unjudged} could not be judged"
-    run.say(f"{run.name}: {told}")
+    kept_of = f"{len(chosen):,} of {len(found):,} prompts kept"
+    run.say(f"{run.name}: {kept_of}, {unjudged} could not be judged")
     if not chosen:
         raise RecipeError(
-            f"{run.name}: no prompt has a pass rate between {config.drop_to} and "
-            f"{config.drop_from}; give harder or easier ones, or move the bounds"
+            f"{run.name}: no prompt has a pass rate between {low} and {high}; give harder or "
+            "easier ones, or move the bounds"
         )
     run.write_file(FILE, write(chosen))
