@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pydantic import Field
 from tessera.data.chat import ChatEncoder
 from tessera.data.config import no_chat_template
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.engine import SamplingParams
+from tessera.generate.engine import Engine, SamplingParams
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 from tessera.progress import Progress
@@ -53,14 +53,14 @@ class ProfileConfig(PromptsConfig, EngineChoice):
         return no_chat_template(step, steps)
 
 
+@dataclass
 class Profiler:
     """A model that answers prompts and is judged."""
 
-    def __init__(self, model: Path, config: ProfileConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
-        self.tokenizer = load_tokenizer(resolve(model))
-        self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch)
-        self.engine = open_engine(config, load_model(model, frozen=True), config.batch)
+    config: ProfileConfig
+    encoder: ChatEncoder
+    engine: Engine
+    seed: int
 
     def outcomes(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], rubric: Rubric
@@ -69,12 +69,12 @@ class Profiler:
         params = SamplingParams(
             max_tokens=self.config.max_tokens,
             n=self.config.samples,
-            stop_token_ids=self.tokenizer.eos_ids,
+            stop_token_ids=self.encoder.tokenizer.eos_ids,
             seed=self.seed,
         )
         ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
         completions = self.engine.generate(ids, params, keys=numbers)
-        found = iter(rubric(judged_samples(self.tokenizer, prompts, ids, completions)))
+        found = iter(rubric(judged_samples(self.encoder.tokenizer, prompts, ids, completions)))
         name, count = rubric.names[0], self.config.samples
         verdicts = [[next(found).parts[name].verdict for _ in range(count)] for _ in prompts]
         return [[None if v == "could-not-judge" else v == "right" for v in one] for one in verdicts]
@@ -126,9 +126,11 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
         raise RecipeError(f"{run.name}: give rewards, the first of which says what is right")
     for prompt in prompts:
         require_fields(config.rewards, prompt.fields)
-    profiler = Profiler(inputs["model"], config, run.seed)
-    with Journal(run.path / "samples.jsonl") as kept, closing(profiler.engine):
-        found = measure(prompts, profiler, kept, run)
+    model = inputs["model"]
+    encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
+    engine = open_engine(config, load_model(model, frozen=True), config.batch)
+    with Journal(run.path / "samples.jsonl") as kept, closing(engine):
+        found = measure(prompts, Profiler(config, encoder, engine, run.seed), kept, run)
     low, high = config.drop_to, config.drop_from
     chosen = [p for p in found if p.pass_rate is not None and low < p.pass_rate < high]
     run.write_table("pass_rates", histogram(found, chosen))

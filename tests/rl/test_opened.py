@@ -95,10 +95,9 @@ def test_a_thought_that_the_prompt_opens_is_judged_as_one(
 
 @pytest.mark.parametrize(("template", "right"), [(OPENING, 2), (PLAIN, 3)])
 def test_a_profile_reads_answers_as_the_training_does(template: str, right: int):
-    profiler = Profiler.__new__(Profiler)
-    profiler.config, profiler.seed = ProfileConfig(samples=len(SAID), rewards=REWARDS), 0
-    profiler.tokenizer, profiler.encoder = TOKENIZER, encoder(template)
-    profiler.engine = Parrot()  # type: ignore[assignment]
+    engine: Any = Parrot()
+    config = ProfileConfig(samples=len(SAID), rewards=REWARDS)
+    profiler = Profiler(config, encoder(template), engine, 0)
     with Rubric(REWARDS, 1) as rubric:
         (found,) = profiler.outcomes([prompt("on")], [0], rubric)
     assert sum(map(bool, found)) == right
