@@ -119,18 +119,15 @@ def judged_samples(
     ids: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Completion]],
 ) -> list[Sample]:
-    """Samples in the order of prompts and their completions, as rewards take them.
-
-    ids: of each prompt, as the engine was asked with it.
-    """
+    """Samples in the order of prompts and their completions. ids: those that the engine got."""
     return [
         Sample(
             prompt.messages,
-            said(tokenizer, asked, one.token_ids),
+            said(tokenizer, prompt_ids, one.token_ids),
             dict(prompt.fields),
             one.finish_reason == "length",
         )
-        for prompt, asked, of_prompt in zip(prompts, ids, completions, strict=True)
+        for prompt, prompt_ids, of_prompt in zip(prompts, ids, completions, strict=True)
         for one in of_prompt
     ]
 
