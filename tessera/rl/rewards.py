@@ -24,7 +24,7 @@ from tessera.ask.endpoint import EndpointConfig
 from tessera.data.conversation import Mode, switch_of
 from tessera.data.thought import split
 from tessera.rl.jail.run import Isolation, JailError, Limits, require_isolation
-from tessera.rl.verifiers import instructions, mathematics
+from tessera.rl.verifiers import language, mathematics
 from tessera.rl.verifiers.code import CASES_TOGETHER, verify_asserts, verify_outputs
 from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_format, verify_number
 from tessera.rl.verifiers.instructions import read_instructions, verify_instructions
@@ -145,7 +145,7 @@ class InstructionsReward(RewardConfig):
         return [self.instructions, self.arguments]
 
     def prepare(self) -> None:
-        instructions.require_library()
+        language.require_detector()
 
     def check(self, sample: Sample) -> Outcome:
         given = sample.fields[self.instructions], sample.fields[self.arguments]
