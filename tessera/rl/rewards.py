@@ -284,7 +284,7 @@ def prepare(rewards: Sequence[Reward]) -> None:
             if reward.kind == "math":
                 mathematics.require_library()
             elif reward.kind == "instructions":
-                language.require_detector()
+                language.require_library()
             elif reward.kind == "code" and reward.isolation == "namespaces":
                 require_isolation()
             elif reward.kind == "function":
