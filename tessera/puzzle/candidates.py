@@ -1,37 +1,40 @@
 """What a search chooses from: words and pairs, their scores, and what may not stand together.
 
 An architecture's score is the sum over its words, or its pairs where two words were trained
-together (Puzzle §2.4). Column names of `scores.jsonl` are looked up here; costs are the cases'.
+together (Puzzle §2.4).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tessera.export.engines import refusals
 from tessera.model.config import KINDS, ModelConfig
-from tessera.puzzle.constraints import Case
+from tessera.puzzle.constraints import BatchChoice
 from tessera.puzzle.cost_table import Words
 from tessera.puzzle.program import Option, SearchError, Solution
-from tessera.puzzle.space import Space, forbidden_pairs, join, split
+from tessera.puzzle.space import Pair, Space, forbidden_pairs, join, split
 from tessera.runs.recipe import nearest
 
 Architecture = list[tuple[str, str]]
-Cut = tuple[int, str, str]  # layer, attention word, FFN word
 
-# What a model cannot do without, as limits: at least one attention and one FFN must stay.
+# Limits that hold whatever the budget: at least one attention and one FFN must stay.
 KEEP = {"attention left": -1.0, "FFNs left": -1.0}
-CHANGED = "words changed"  # from `near`, where a search is to stay close to an architecture
 _KEPT = {"attention left": ("attention", "gqa-"), "FFNs left": ("ffn", "swiglu-")}
+CHANGED = "words changed"  # where a search is to stay near an architecture
 _NO_DAMAGE = ("layer", "kind", "word", "tokens", "agreement")
 
 
-def score_columns(rows: Sequence[Mapping]) -> list[str]:
-    """The columns of `scores.jsonl` that can be minimised: in every row, and lower is better."""
-    shared = [c for c in rows[0] if all(c in row for row in rows)] if rows else []
-    return [column for column in shared if column not in _NO_DAMAGE]
+@dataclass(frozen=True)
+class Found:
+    """An architecture, the batches it is to be served at, and the solver's proof, if any."""
+
+    words: Architecture
+    choice: BatchChoice
+    solution: Solution | None = None
+    meets: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,21 @@ class Candidates:
         engines: Sequence[str],
         rows: Sequence[Mapping],
         metric: str,
+        near: tuple[Architecture, int] | None = None,
     ) -> Candidates:
-        """From rows of `scores.jsonl`. Raises SearchError for a column that they have not."""
-        columns = score_columns(rows)
+        """From rows of `scores.jsonl`. metric: a column that is in every row and lower is better.
+
+        Raises SearchError for another.
+        """
+        columns = [c for c in rows[0] if all(c in row for row in rows)] if rows else []
+        columns = [column for column in columns if column not in _NO_DAMAGE]
         if rows and metric not in columns:
             why = "higher is better there" if metric == "agreement" else "scores.jsonl has none"
             raise SearchError(f"search.minimize = {metric!r}: {why}; {nearest(metric, columns)}")
         # An engine that the library was made for binds whatever is chosen from it.
-        bound = (*engines, *space.servable)
+        engines = tuple(dict.fromkeys((*engines, *space.servable)))
         table = {(r["layer"], r["kind"], r["word"]): float(r[metric]) for r in rows}
-        return cls(parent, space, tuple(dict.fromkeys(bound)), table)
+        return cls(parent, space, engines, table, near)
 
     def score(self, layer: int, kind: str, word: str) -> float:
         """The damage of a word, or of a pair (kind `block`), in its place."""
@@ -74,14 +82,17 @@ class Candidates:
             return self.scores.get(key, 0.0)
         return self.scores[key]
 
+    def block_score(self, layer: int, attention: str, ffn: str) -> float:
+        """The damage of two words in a layer."""
+        if (layer, attention, ffn) in self.pairs:
+            return self.score(layer, "block", join(attention, ffn))
+        return self.score(layer, "attention", attention) + self.score(layer, "ffn", ffn)
+
     def total(self, words: Words) -> float:
         """The score of an architecture."""
         found = 0.0
         for layer, (attention, ffn) in enumerate(words):
-            if (layer, attention, ffn) in self.pairs:
-                found += self.score(layer, "block", join(attention, ffn))
-            else:
-                found += self.score(layer, "attention", attention) + self.score(layer, "ffn", ffn)
+            found += self.block_score(layer, attention, ffn)
         return found
 
     @property
@@ -90,41 +101,43 @@ class Candidates:
         return KEEP | ({CHANGED: self.near[1]} if self.near else {})
 
     @functools.cached_property
-    def pairs(self) -> frozenset[Cut]:
+    def pairs(self) -> frozenset[Pair]:
         return frozenset(self.space.pairs)
 
     @functools.cached_property
-    def refused(self) -> frozenset[Cut]:
+    def refused(self) -> frozenset[Pair]:
         """The (layer, attention, FFN) that an engine cannot load whatever is around them."""
         if not self.engines:
             return frozenset()
         found = forbidden_pairs(self.space, self.parent, self.engines)
         return frozenset((layer, a, f) for layer, pairs in enumerate(found) for a, f in pairs)
 
-    def forbidden(self, cuts: Collection[Cut]) -> list[Cut]:
+    def forbidden(self, cuts: Collection[Pair] = ()) -> list[Pair]:
         """What may not stand together as two words; trained together, two words are never those
         two trained apart."""
         return [*self.refused, *self.space.pairs, *cuts]
 
-    def options(self, case: Case, cuts: Collection[Cut] = ()) -> list[Option]:
+    def options(self, choice: BatchChoice, cuts: Collection[Pair] = ()) -> list[Option]:
         """Every word at every place, and every pair trained together that may be served."""
-        costs = functools.cache(lambda *words: _costs(case, dict(words)))  # equal in every layer
-        found = []
+        costs = functools.cache(lambda *words: _costs(choice, dict(words)))  # equal in every layer
+        return [
+            Option(
+                layer, kind, word, self.score(layer, kind, word),
+                costs(*words.items()) | self._changed(layer, words),
+            )
+            for layer, kind, word, words in self._offers(cuts)
+        ]  # fmt: skip
+
+    def _offers(self, cuts: Collection[Pair]) -> Iterator[tuple[int, str, str, dict[str, str]]]:
+        """(layer, kind, word, kind -> word of each place that it covers)."""
         for layer in range(len(self.space.layers)):
             for kind in KINDS:
                 for word in self.space.words(layer, kind):
-                    score = self.score(layer, kind, word)
-                    cost = costs((kind, word)) | self._changed(layer, {kind: word})
-                    found.append(Option(layer, kind, word, score, cost))
+                    yield layer, kind, word, {kind: word}
         for pair in self.space.pairs:
-            if pair in self.refused or pair in cuts:
-                continue
-            layer, attention, ffn = pair
-            word, both = join(attention, ffn), (("attention", attention), ("ffn", ffn))
-            score = self.score(layer, "block", word)
-            cost = costs(*both) | self._changed(layer, dict(both))
-            found.append(Option(layer, "block", word, score, cost))
-        return found
+            if pair not in self.refused and pair not in cuts:
+                layer, *words = pair
+                yield layer, "block", join(*words), dict(zip(KINDS, words, strict=True))
 
     def _changed(self, layer: int, words: Mapping[str, str]) -> dict[str, float]:
         if self.near is None:
@@ -138,15 +151,16 @@ class Candidates:
         return any(refusals(config, engine) for engine in self.engines)
 
 
-def _costs(case: Case, words: Mapping[str, str]) -> dict[str, float]:
-    """What a place's words, or a pair's, cost under each limit; what `KEEP` counts is negative."""
-    found = case.costs(words)
-    for name, (kind, prefix) in _KEPT.items():
-        found[name] = -1.0 if words.get(kind, "").startswith(prefix) else 0.0
-    return found
+def _costs(choice: BatchChoice, words: Mapping[str, str]) -> dict[str, float]:
+    """What the words of a place cost under each limit; what `KEEP` counts is negative."""
+    kept = {
+        name: -1.0 if words.get(kind, "").startswith(prefix) else 0.0
+        for name, (kind, prefix) in _KEPT.items()
+    }
+    return choice.costs(words) | kept
 
 
-def keeps(words: Words) -> bool:
+def keeps_both_kinds(words: Words) -> bool:
     """Whether at least one attention and one FFN are left."""
     return all(
         any(pair[KINDS.index(kind)].startswith(prefix) for pair in words)
@@ -154,7 +168,7 @@ def keeps(words: Words) -> bool:
     )
 
 
-def words_of(solution: Solution, layers: int) -> Architecture:
+def chosen_words(solution: Solution, layers: int) -> Architecture:
     """The (attention, FFN) words of every layer that a solution chose."""
     chosen: dict[tuple[int, str], str] = {}
     for option in solution.options:
