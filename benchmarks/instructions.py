@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tessera.data.conversation import CLOSE, OPEN
 from tessera.data.problems import Problem, problem
+from tessera.data.thought import CLOSE, OPEN
 from tessera.pipeline import run_recipe
 from tessera.runs.recipe import loads
 from tessera.runs.run import read_manifest, read_table

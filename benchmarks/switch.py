@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tessera.data.chat import ChatEncoder
-from tessera.data.conversation import Mode, split_thought
+from tessera.data.conversation import Mode
 from tessera.data.problems import MODES, Problem, problem
-from tessera.data.switch import split_output, switch_metrics
+from tessera.data.switch import switch_metrics
+from tessera.data.thought import split, split_message
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
@@ -49,8 +50,8 @@ def answers(model: Path, problems: list[Problem], mode: Mode) -> Iterator[dict[s
     prompts = [encoder.prompt(chat.messages[:1], mode) for chat in chats]
     for chat, (completion,) in zip(chats, engine.generate(prompts, params), strict=True):
         text = tokenizer.decode(completion.token_ids)
-        wanted = split_thought(chat.messages[-1])[1]
-        correct = split_output(text)[1].strip() == wanted
+        wanted = split_message(chat.messages[-1]).answer
+        correct = split(text).answer.strip() == wanted
         yield {"mode": mode, "text": text, "correct": correct, "tokens": len(completion.token_ids)}
 
 

@@ -1,55 +1,12 @@
-"""What a planned stage will take, as far as it can be said before anything has run.
+"""What a recipe's trainings take on a cluster: memory by part, seconds of a step, the best layout.
 
-The machines of a plan: how many, of which device, joined how.
+    memory   weights 4, gradients 4 and moments 8 bytes a trained parameter, split over shards;
+             what FSDP gathers; activations of a microbatch; chunks of logits; an engine's weights
+    seconds  max(operations / achieved peak + elementwise bytes / bandwidth, sharding / link)
+             + tensor-parallel exchanges + update
 
-The model that a recipe begins with, from words alone.
-
-What a policy learns from in one optimizer step, at most: the answers that it writes itself.
-
-    tokens    G (P - 1 + S A)         pairs    G (P (P - 1) / 2 + S (A P + A (A - 1) / 2))
-
-G groups a step, of one prompt of P tokens and S answers of A. A prompt stands once in a row and its
-answers go on from it (`rl/experience.py`); of a preference pair S is 2. Every answer is taken to be
-as long as `max_tokens`, and every group to have a signal: an upper bound. Generating and judging
-are no part of it.
-
-What a training takes on each device, by part, under a layout.
-
-    weights, gradients, moments   4, 4 and 8 bytes a trained parameter, split over shards: exact
-    teacher                       a frozen model in the arithmetic's type, split over shards
-    gathered                      two blocks and the root group whole, their gradients, and one
-                                  group in float32 on its way into the reduction
-    activations                   what the layers keep of one microbatch (model/layers.py, fused.py)
-    loss                          chunks of logits (train/losses.py)
-    engine                        whole weights in float32 on each device, of a policy that answers
-    reserve                       CUDA context, NCCL, and what an allocator cannot fill
-
-Splits follow `train/parallel.py`: what tensor parallelism leaves whole is whole here. Units are
-built whole on each process before they are sharded (`puzzle/bld.py`): the part `units whole`.
-
-Seconds of an optimizer step on a cluster, from data sheets: a roofline.
-
-    products         operations / (peak x share that software reaches)
-    passes           elementwise reads and writes / bandwidth
-    sharding         gathered weights and reduced gradients over the slower of the links they cross
-    tensor           four exchanges of activations a layer; nothing hides them
-    update           what AdamW reads and writes of each parameter held
-
-Sharding overlaps with products and passes; the longer counts (FSDP2 fetches the next block while
-one runs). Not modelled: stragglers, loading data, kernels too small to fill a device. Shares and
-links are those of `devices.py`.
-
-What a stage of a recipe has to train, as far as words tell: the input of a plan.
-
-Of a stage that trains a child nobody has searched yet, the parent's words stand in: an upper bound.
-So do as many candidates of a race as its searches may give, and answers as long as they may become.
-
-The fastest layout of a training that fits a cluster, or what would make one fit.
-
-Every way to write the world as replicate x shard x tensor, tensor inside a machine, with gradient
-checkpointing and without, is priced by `memory.py` and `step.py`: a few dozen, so all are tried.
-
-Plans as a person reads them.
+Every layout replicate x shard x tensor, with gradient checkpointing and without, is priced.
+Not modelled: generating and judging, stragglers, loading data, kernels too small for a device.
 """
 
 from __future__ import annotations
@@ -66,20 +23,27 @@ from pydantic import BaseModel
 
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
-from tessera.model.source import is_hub_id, load_config
+from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.grpo import PolicyConfig
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import ArchitectureConfig, CPTConfig, ParentConfig
 from tessera.objectives.rpo import RPOConfig
 from tessera.objectives.sft import SFTConfig
-from tessera.puzzle.bld import BLDConfig, LocalConfig, units_of
+from tessera.puzzle.bld import (
+    BLDConfig,
+    LocalConfig,
+    Memory,
+    kept_numbers,
+    training_memory,
+    unit_params,
+    units_of,
+)
 from tessera.puzzle.couple import CoupleConfig, largest_pairs
 from tessera.puzzle.frontier import FrontierConfig
-from tessera.puzzle.library import Key, layer_groups, pair_keys, union
-from tessera.puzzle.memory import Memory, kept_numbers, training_memory, unit_params
+from tessera.puzzle.library import layer_groups, union
 from tessera.puzzle.race import RaceConfig
 from tessera.puzzle.search import SearchConfig
-from tessera.puzzle.space import Space, read_space
+from tessera.puzzle.space import Space, Unit, read_space
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Stage, Step
 from tessera.runs.recipe import Recipe, RecipeError, StageSpec, nearest, validate
@@ -105,7 +69,7 @@ def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:
         assert isinstance(config, CoupleConfig)
         if (space := _library_space(_stage_memory(step, "library"), steps)) is None:
             return None
-        keys = pair_keys(largest_pairs(config, space, parent, step.name))
+        keys = largest_pairs(config, space, parent, step.name)
     return training_memory(parent, keys, config.layers_at_once, config.train.microbatch_tokens)
 
 
@@ -195,20 +159,13 @@ def parse_cluster(text: str, network: float = NETWORK) -> Cluster:
 BYTE_VOCABULARY = 259
 
 
-def config_of(path: Path) -> ModelConfig:
-    """The config of a model directory, a run, or of a config.json itself."""
-    from tessera.model.source import model_config
-
-    return model_config(path)
-
-
 def parent_of(recipe: Recipe, config: Path | None) -> ModelConfig:
     """The parent's config: given, read from its checkpoint, or built from its shape.
 
     Raises RecipeError where none of these is there.
     """
     if config is not None:
-        return config_of(config)
+        return model_config(config)
     table = next((spec.table for spec in recipe.stages if spec.stage == "parent"), None)
     if table is None:
         raise RecipeError("this recipe has no [parent]; give --config CONFIG.JSON")
@@ -268,8 +225,8 @@ class Experience:
     def train(self, given: TrainConfig) -> TrainConfig:
         """The training as planned: its steps are as large as this, its documents as long."""
         longest = self.prompt - 1 + self.length
-        told = {"tokens_per_step": self.tokens, "sequence_length": max(2, longest)}
-        return given.model_copy(update=told)
+        size = {"tokens_per_step": self.tokens, "sequence_length": max(2, longest)}
+        return given.model_copy(update=size)
 
 
 def experience(config: RolloutConfig, train: TrainConfig) -> Experience:
@@ -312,10 +269,12 @@ class Layout:
     def data(self) -> int:
         return self.replicate * self.shard
 
-    def told(self) -> str:
-        """The recipe's words for it."""
-        words = f"tensor = {self.tensor}, shard = {self.shard}"
-        return f"{{ {words}, gradient_checkpointing = {str(self.gradient_checkpointing).lower()} }}"
+    def __str__(self) -> str:
+        """As a recipe's `train.parallel` says it."""
+        again = str(self.gradient_checkpointing).lower()
+        return (
+            f"{{ tensor = {self.tensor}, shard = {self.shard}, gradient_checkpointing = {again} }}"
+        )
 
 
 @dataclass(frozen=True)
@@ -456,7 +415,7 @@ def _units(job: Job, layout: Layout) -> Parts:
     )
 
 
-def _groups(job: Job) -> Iterable[list[Key]]:
+def _groups(job: Job) -> Iterable[list[Unit]]:
     layers = len({layer for layer, _, _ in job.units})
     return layer_groups(job.units, -(-layers // job.passes))
 
@@ -610,7 +569,7 @@ class Job:
     student: ModelConfig | None = None
     teacher: ModelConfig | None = None
     states: bool = False
-    units: tuple[Key, ...] = ()
+    units: tuple[Unit, ...] = ()
     passes: int = 1
     heats: tuple[int, ...] = ()
     experience: Experience | None = None
@@ -869,27 +828,27 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def told(plans: Sequence[Plan], price: float | None = None) -> str:
-    """A paragraph a training: layout, memory by part, a step, the whole. price: a GPU-hour's."""
-    return "\n\n".join(_plan_lines(plan, price) for plan in plans)
-
-
-def _plan_lines(plan: Plan, price: float | None) -> str:
-    job, layout = plan.job, plan.layout
+def render_plan(plan: Plan, price: float | None = None) -> str:
+    """A paragraph: layout, memory by part, a step, the whole training. price: of a GPU-hour."""
+    job, layout, time = plan.job, plan.layout, plan.time
+    parts = {name.replace("_", " "): value for name, value in asdict(plan.parts).items() if value}
+    names = ("products", "passes", "sharding", "tensor", "update")
+    step = [f"{name} {value:.2g}" for name in names if (value := getattr(time, name))]
     capacity = plan.cluster.device.memory
     verdict = "fits" if plan.fits else "does not fit"
     lines = [
         f"[{job.name}]  {verdict} {plan.cluster}: {plan.parts.total / GB:.1f} of "
         f"{capacity / GB:.0f} GB a GPU",
-        f"  memory    {_parts(plan)}",
+        f"  memory    {', '.join(f'{name} {value / GB:.2g}' for name, value in parts.items())}",
     ]
     if plan.advice:
         lines.append(f"  advice    {plan.advice}")
     lines += [
-        f"  layout    {job.name}.train.parallel = {layout.told()}"
+        f"  layout    {job.name}.train.parallel = {layout}"
         + (f", {layout.replicate} replicas" if layout.replicate > 1 else "")
         + f", {microbatches(job, layout)} microbatches a process and step",
-        f"  step      {_seconds(plan)}, MFU {plan.time.mfu:.0%}",
+        f"  step      {time.total:.3g} s ({', '.join(step)}; sharding runs beside products and "
+        f"passes), MFU {time.mfu:.0%}",
         f"  training  {_count(job.tokens)} tokens, {_count(plan.tokens_a_day)} a day: "
         f"{plan.seconds / DAY:.2g} days, {plan.gpu_hours:,.0f} GPU-hours"
         + (f", {price * plan.gpu_hours:,.0f} at {price:g} a GPU-hour" if price else ""),
@@ -903,19 +862,6 @@ def _plan_lines(plan: Plan, price: float | None) -> str:
             f"each of at most {own.length:,} tokens"
         )
     return "\n".join(lines)
-
-
-def _parts(plan: Plan) -> str:
-    parts = {name.replace("_", " "): value for name, value in asdict(plan.parts).items() if value}
-    return ", ".join(f"{name} {value / GB:.2g}" for name, value in parts.items())
-
-
-def _seconds(plan: Plan) -> str:
-    time = plan.time
-    names = ("products", "passes", "sharding", "tensor", "update")
-    parts = {name: getattr(time, name) for name in names}
-    listed = ", ".join(f"{name} {value:.2g}" for name, value in parts.items() if value)
-    return f"{time.total:.3g} s ({listed}; sharding runs beside products and passes)"
 
 
 def _count(number: float) -> str:

@@ -11,11 +11,15 @@ import numpy as np
 from tessera.puzzle.candidates import Architecture, Candidates, keeps_both_kinds
 from tessera.puzzle.constraints import BatchChoice, Budgets, batch_choices
 from tessera.puzzle.cost_table import DEFAULT, Costs, CostTable, Scenario
-from tessera.puzzle.space import Space, join
+from tessera.puzzle.space import Space, Unit
 from tests.toy import toy_config
 
 ATTENTION, FFN = ("gqa-4", "gqa-1", "noop"), ("swiglu-48", "swiglu-12", "noop")
-PAIRS = ((0, "gqa-1", "swiglu-12"), (1, "noop", "swiglu-12"), (1, "noop", "swiglu-48"))
+PAIRS = (
+    Unit.pair(0, "gqa-1", "swiglu-12"),
+    Unit.pair(1, "noop", "swiglu-12"),
+    Unit.pair(1, "noop", "swiglu-48"),
+)
 LAYERS = 2
 SPACE = Space(((ATTENTION, FFN),) * LAYERS, PAIRS)
 PARENT = toy_config(layers=LAYERS)
@@ -49,13 +53,9 @@ def table(seed: int, scenario: Scenario | None = None, measured: bool = False) -
 def scores(seed: int) -> list[dict]:
     """A random damage of every word and pair."""
     rng = np.random.default_rng(seed)
-    found = [
+    return [
         {"layer": layer, "kind": kind, "word": word, "kl": float(rng.uniform(0, 5))}
-        for layer, kind, word in SPACE.replacements()
-    ]
-    return found + [
-        {"layer": layer, "kind": "block", "word": join(a, f), "kl": float(rng.uniform(0, 5))}
-        for layer, a, f in PAIRS
+        for layer, kind, word in (*SPACE.replacements(), *PAIRS)
     ]
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from tessera.data.conversation import CLOSE, OPEN, Message, Mode
+from tessera.data.conversation import Message, Mode
+from tessera.data.thought import CLOSE, OPEN, split
 from tessera.runs.files import fingerprint
 
 
@@ -49,6 +50,11 @@ class Reply:
     tokens: int = 0
     vector: list[float] | None = None
     error: str | None = None
+
+    @property
+    def answer(self) -> str:
+        """The text behind the thought, also where a server left the thought in the text."""
+        return self.text if self.thought is not None else split(self.text).answer
 
     @property
     def message(self) -> Message:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from tessera.ask.ask import AskError, Receive, Reply, Request
-from tessera.data.switch import split_output
+from tessera.data.thought import Splitter
 from tessera.vllm.choice import EngineChoice, open_engine
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ class LocalAnswerer:
             return None
         for request, prompt, (completion, *_) in zip(batch, prompts, found, strict=True):
             tokens = completion.token_ids
-            thought, answer = split_output(said(tokenizer, prompt, tokens))
-            reply = Reply(answer, thought, completion.finish_reason, len(tokens))
+            splitter = Splitter()
+            told = splitter.push(said(tokenizer, prompt, tokens)) + splitter.flush()
+            reply = Reply(told.answer, told.thought, completion.finish_reason, len(tokens))
             receive(request, reply)
         return None
 

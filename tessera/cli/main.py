@@ -267,18 +267,19 @@ def plan(
     Times are a roofline of data sheets: a bound to compare by, not a promise.
     """
     from tessera import pipeline, planning
-    from tessera.planning import config_of, parent_of, parse_cluster
+    from tessera.model.source import model_config
+    from tessera.planning import parent_of, parse_cluster
     from tessera.runs.recipe import load
 
     machines = parse_cluster(cluster, network * 1e9 / 8)
     read = load(recipe, overrides or ())
     parent = parent_of(read, config)
-    jobs = planning.jobs(read, pipeline.STAGES, parent, config_of(child) if child else None)
+    jobs = planning.jobs(read, pipeline.STAGES, parent, model_config(child) if child else None)
     plans = [planning.best(job, machines) for job in jobs]
     if as_json:
         _print_json([found.as_json() for found in plans])
         return
-    print(planning.told(plans, price))
+    print("\n\n".join(planning.render_plan(plan, price) for plan in plans))
     if others := planning.unplanned(read):
         _complain(f"no plan is made of {', '.join(others)}")
 

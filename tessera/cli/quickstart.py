@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tessera.report import page as build
-from tessera.report import page as html
+from tessera.report import page as report_page
 from tessera.runs.files import atomic_write
 from tessera.runs.recipe import Recipe, RecipeError, load
 from tessera.runs.run import is_done, read_table
@@ -163,8 +162,8 @@ def _share(value: float, error: float | None) -> str:
 def write_report(home: Path) -> Path:
     """Writes the page of a finished quickstart; returns where it is."""
     page = home / "report.html"
-    _, found = build.sections(home)
-    atomic_write(page, html.page(home.name, "What the quickstart made.", found))
+    _, found = report_page.sections(home)
+    atomic_write(page, report_page.html(home.name, "What the quickstart made.", found))
     return page
 
 

@@ -42,7 +42,7 @@ def report(
     if markdown:
         text = as_markdown(name, told, found)
     else:
-        text = page.page(name, told, found)
+        text = page.html(name, told, found)
         single = (path / "run.json").is_file()
         out = out or (path.parent / f"report-{name}.html" if single else path / "report.html")
     if out is None or str(out) == "-":

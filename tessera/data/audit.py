@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessera.data.chat import ChatEncoder, Document
-from tessera.data.conversation import CLOSE, OPEN, Chat, split_thought
+from tessera.data.conversation import Chat
 from tessera.data.dialects import read_chats
 from tessera.data.readers import Bad, DataError
-from tessera.data.switch import split_output
+from tessera.data.thought import CLOSE, OPEN, opens, split, split_message
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -147,15 +147,16 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     if not stretches:
         return ["answer"]
     last, (start, stop) = documents[-1], _stretches(documents[-1])[-1]
-    thought, answer = split_thought(chat.messages[-1])
+    wanted = split_message(chat.messages[-1])
     written, before = decode(last.ids[start:stop]), decode(last.ids[:start])
     asked = encoder.prompt(chat.messages[:-1], chat.mode, chat.tools)
-    opened = decode(asked).rstrip().endswith(OPEN)
-    told, said = split_output(written, opened=opened)
+    opened = opens(decode(asked))
+    told = split(written, opened)
+    begins = opened or written.lstrip().startswith(OPEN)
     found: list[str] = []
-    if chat.mode == "on" and (told is None or told != thought):
+    if chat.mode == "on" and not (begins and told.thought == wanted.thought):
         found.append("first thought")
-    if said.strip() != answer.strip() and not chat.messages[-1].get("tool_calls"):
+    if told.answer.strip() != wanted.answer.strip() and not chat.messages[-1].get("tool_calls"):
         found.append("answer")
     ends = [document.ids[stop - 1] for document in documents for _, stop in _stretches(document)]
     if not set(ends) <= set(encoder.tokenizer.eos_ids):
@@ -168,7 +169,8 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     if chat.mode == "off" and any(OPEN in text or CLOSE in text for text in texts):
         found.append("off-row")
     asked_at = max(i for i, one in enumerate(chat.messages) if one["role"] == "user")
-    old = [split_thought(one)[0] for one in chat.messages[:asked_at] if one["role"] == "assistant"]
+    history = [one for one in chat.messages[:asked_at] if one["role"] == "assistant"]
+    old = [split_message(one).thought for one in history]
     if any(one and f"{one}\n{CLOSE}" in before for one in old):
         found.append("history")
     answers = [one for one in chat.messages if one["role"] == "assistant"]
@@ -196,8 +198,8 @@ def _written(documents: list[Document]) -> Iterator[tuple[Document, int, int]]:
 
 def _repeated(texts: list[str], answers: list[dict[str, Any]]) -> bool:
     """Whether a text is trained more often than it is an answer."""
-    said = [split_thought(one)[1].strip() for one in answers]
-    wrote = [split_output(text)[1].strip() for text in texts]
+    said = [split_message(one).answer.strip() for one in answers]
+    wrote = [split(text).answer.strip() for text in texts]
     return any(wrote.count(text) > max(1, said.count(text)) for text in set(wrote) if text)
 
 

@@ -19,18 +19,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from tessera.data.conversation import (
-    CLOSE,
-    OPEN,
-    Chat,
-    Message,
-    Mode,
-    answer_fault,
-    fault,
-    split_thought,
-)
+from tessera.data.conversation import Chat, Message, Mode, answer_fault, fault
 from tessera.data.switch import DETAILED, set_switch
 from tessera.data.template import Template, TemplateError, template_of
+from tessera.data.thought import CLOSE, OPEN, split, split_message
 from tessera.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "all"]
@@ -255,7 +247,7 @@ class _Turns:
         thought is put before it. Raises TemplateError where the two do not fit together.
         """
         before, message = self.before(index), self.messages[index]
-        prompt, thought = self.prompt(index), split_thought(message)[0]
+        prompt, thought = self.prompt(index), split_message(message).thought
         opened = _OPENED.search(prompt)
         if opened and bool(opened[1]) == bool(thought):
             cannot = "not think although reasoning is on" if thought else "only think"
@@ -284,10 +276,12 @@ class _Turns:
 
 
 def _without_thought(message: Message) -> Message:
+    """An answer alone. An empty `reasoning_content` says that tags in it are its own text."""
     if message["role"] != "assistant":
         return message
-    answer = split_thought(message)[1]
-    return {k: v for k, v in message.items() if k != "reasoning_content"} | {"content": answer}
+    answer = split_message(message).answer
+    rest = {k: v for k, v in message.items() if k != "reasoning_content"} | {"content": answer}
+    return rest | {"reasoning_content": ""} if OPEN in answer or CLOSE in answer else rest
 
 
 def _thought_text(message: Message) -> str:
@@ -295,8 +289,4 @@ def _thought_text(message: Message) -> str:
     content, apart = message["content"], message.get("reasoning_content")
     if isinstance(apart, str):
         return f"{OPEN}\n{apart.strip()}\n{CLOSE}\n\n"
-    if CLOSE not in content:
-        return ""
-    end = content.index(CLOSE) + len(CLOSE)
-    space = len(content[end:]) - len(content[end:].lstrip())
-    return content[: end + space].lstrip()
+    return content.removesuffix(split(content).answer).lstrip()

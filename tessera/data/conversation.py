@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tessera.data.thought import CLOSE, OPEN, split_message
+
 Mode = Literal["on", "off"]
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 ALIASES = {"developer": "system", "ipython": "tool", "function": "tool"}
-OPEN, CLOSE = "<think>", "</think>"
 SWITCH: dict[str, Mode] = {"detailed thinking on": "on", "detailed thinking off": "off"}
 
 
@@ -50,7 +51,7 @@ class Chat:
         said = self.reasoning or switch_of(self.messages)
         if said or not self.answered:
             return said or "off"
-        return "on" if split_thought(self.messages[-1])[0] is not None else "off"
+        return "on" if split_message(self.messages[-1]).thought is not None else "off"
 
     def to_json(self) -> str:
         """One line that `from_json` reads back."""
@@ -70,22 +71,6 @@ def switch_of(messages: Sequence[Mapping[str, Any]]) -> Mode | None:
     return SWITCH.get(messages[0]["content"].strip().split("\n")[0].strip())
 
 
-def split_thought(message: Mapping[str, Any]) -> tuple[str | None, str]:
-    """(the thought, the answer) of an assistant's message; None where it has no thought.
-
-    The thought is without its tags and the white space around it, the answer without the white
-    space that parts it from the thought.
-    """
-    content = message["content"]
-    apart = message.get("reasoning_content")
-    if isinstance(apart, str):
-        return apart.strip(), content
-    if CLOSE not in content:
-        return None, content
-    thought, _, answer = content.partition(CLOSE)
-    return thought.replace(OPEN, "", 1).strip(), answer.lstrip()
-
-
 def tidy(messages: Any) -> list[Message]:
     """The messages in the form of this file, each a dict of its own; nulls are left out.
 
@@ -93,7 +78,13 @@ def tidy(messages: Any) -> list[Message]:
     """
     if not isinstance(messages, list) or not messages:
         raise SchemaError("no messages")
-    return [_tidy(index, message) for index, message in enumerate(messages)]
+    found = [_tidy(index, message) for index, message in enumerate(messages)]
+    if any("reasoning_content" in one for one in found):
+        for one in found:  # thoughts have a field of their own: a lone `</think>` is text
+            if one["role"] == "assistant" and not one["content"].lstrip().startswith(OPEN):
+                if CLOSE in one["content"]:
+                    one.setdefault("reasoning_content", "")
+    return found
 
 
 def _tidy(index: int, message: Any) -> Message:
@@ -221,16 +212,19 @@ def answer_fault(message: Message, mode: Mode) -> str | None:
     """Why an answer does not do what the switch says, None if it does."""
     content = message["content"]
     opened, closed = content.count(OPEN), content.count(CLOSE)
-    thought, answer = split_thought(message)
+    found = split_message(message)
     if mode == "off":
-        return "a thought although reasoning is off" if opened or closed or thought else None
-    if thought is None:
-        return "a thought that does not end" if opened else "no thought although reasoning is on"
+        return "a thought although reasoning is off" if opened or closed or found.thought else None
+    if opened and not closed:
+        return "a thought that does not end"
+    if not opened and not closed and found.thought is None:
+        return "no thought although reasoning is on"
     if isinstance(message.get("reasoning_content"), str):
         if opened or closed:
             return "a thought in content beside reasoning_content"
     elif (opened, closed) != (1, 1) or not content.lstrip().startswith(OPEN):
         return "not one thought at the beginning of the answer"
-    if not thought:
+    if not found.thought:
         return "an empty thought"
-    return None if answer.strip() or message.get("tool_calls") else "no answer behind the thought"
+    said = found.answer.strip() or message.get("tool_calls")
+    return None if said else "no answer behind the thought"

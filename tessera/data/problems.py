@@ -31,8 +31,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tessera.data.conversation import CLOSE, OPEN, Chat, Mode
+from tessera.data.conversation import Chat, Mode
 from tessera.data.switch import set_switch
+from tessera.data.thought import CLOSE, OPEN
 
 PREFIX = "gym/"
 TOP_LEVEL = 4

@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tessera.data.conversation import CLOSE, OPEN, SWITCH, Message, Mode, switch_of
+from tessera.data.conversation import SWITCH, Message, Mode, switch_of
+from tessera.data.thought import CLOSE, OPEN, split
 
 DETAILED, NO_THINK = "detailed thinking", "/no_think"
 _SOFT = re.compile(r"(?<!\S)/(no_)?think(?!\S)")
@@ -90,27 +91,17 @@ def requested(
     return soft or switch_of(cleaned), cleaned
 
 
-def split_output(text: str, *, opened: bool = False) -> tuple[str | None, str]:
-    """(the thought, the answer) of what a model wrote, as it is streamed to a client.
-
-    opened: the prompt already holds `<think>`. An unfinished thought has the answer "".
-    """
-    if not opened and not text.lstrip().startswith(OPEN):
-        return None, text
-    inner = text if opened else text.lstrip().removeprefix(OPEN)
-    thought, _, answer = inner.partition(CLOSE)
-    return thought.strip(), answer.lstrip()
-
-
 def obeys(text: str, mode: Mode, *, opened: bool = False) -> bool:
-    """Whether what a model wrote does what the switch said."""
+    """Whether what a model wrote does what the switch said.
+
+    opened: its prompt ended with `<think>`. A thought that nobody opened does not obey.
+    """
     if mode == "off":
         return OPEN not in text and CLOSE not in text and bool(text.strip())
     if opened:
         text = OPEN + text
-    thought, answer = split_output(text)
     once = text.count(OPEN) == text.count(CLOSE) == 1
-    return once and thought is not None and bool(answer.strip())
+    return once and text.lstrip().startswith(OPEN) and bool(split(text).answer.strip())
 
 
 def switch_metrics(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

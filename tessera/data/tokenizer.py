@@ -38,13 +38,13 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from tessera.data.thought import CLOSE, OPEN
 from tessera.runs.files import atomic_write, writing
 
 __all__ = ["Tokenizer", "TokenizerError", "byte_tokenizer", "load_tokenizer", "train_bpe"]
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CHAT_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # the last ends a turn
-THINK = ("<think>", "</think>")
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -472,7 +472,7 @@ def train_bpe(
     tokens: texts that are one token each, on top. chat: so are the built-in template's marks and,
     as plain text that stock parsers find, `<think>` and `</think>`.
     """
-    marks, thoughts = (CHAT_MARKS, THINK) if chat else ((), ())
+    marks, thoughts = (CHAT_MARKS, (OPEN, CLOSE)) if chat else ((), ())
     backend = train_bpe_backend(texts, vocab_size, [*thoughts, *tokens], marks)
     return Tokenizer(backend, _trained_specials(backend))
 

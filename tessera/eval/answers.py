@@ -15,8 +15,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tessera.ask.ask import Answerer, Reply, Request
-from tessera.data.conversation import CLOSE, OPEN, Message, Mode
+from tessera.data.conversation import Message, Mode
 from tessera.data.switch import DETAILED, set_switch
+from tessera.data.thought import CLOSE, OPEN
 from tessera.eval.task import Item, Task
 from tessera.progress import Progress
 from tessera.runs.files import Journal

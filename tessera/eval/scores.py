@@ -16,6 +16,7 @@ from typing import Any
 
 from tessera.ask.ask import Answerer, Reply, Request
 from tessera.data.switch import obeys
+from tessera.data.thought import split
 from tessera.eval.answers import Conversation
 from tessera.eval.task import Measure, Task
 from tessera.progress import Progress
@@ -92,7 +93,7 @@ def ask_judge(
     scored = []
     for talk, names in zip(talks, keys, strict=True):
         whole = all(name in verdicts for name in names)
-        replies = [verdicts.get(name)["text"] for name in names] if whole else []
+        replies = [split(verdicts.get(name)["text"]).answer for name in names] if whole else []
         mark = task.judging.read(replies) if whole else None
         scored.append(_scored(talk, {task.judging.name: mark}))
     return scored

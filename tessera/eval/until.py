@@ -11,10 +11,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tessera.data.thought import Splitter, split
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.requests import Handle
-from tessera.generate.text import Detokenizer, StopStrings, ThoughtSplitter, opens_thought
+from tessera.generate.text import Detokenizer, StopStrings, opens_thought
 from tessera.generate.torch_engine import TorchEngine
 
 
@@ -40,7 +41,8 @@ class Answer:
         opened = opens_thought(tokenizer, wanted.prompt)
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(wanted.stops)
-        self._splitter = None if wanted.keep_thought else ThoughtSplitter(opened)
+        self._splitter = None if wanted.keep_thought else Splitter(opened)
+        self._thinks = False
         self._text = ""
 
     def push(self, token: int) -> bool:
@@ -54,11 +56,15 @@ class Answer:
         if self._splitter is not None:
             self._text += self._stops.push(self._splitter.flush().answer)
         self._text += self._stops.flush()
-        return self._text
+        whole = self._splitter is None or self._thinks
+        return self._text if whole else split(self._text).answer
 
     def _add(self, text: str) -> None:
-        fresh = text if self._splitter is None else self._splitter.push(text).answer
-        self._text += self._stops.push(fresh)
+        if self._splitter is not None:
+            piece = self._splitter.push(text)
+            self._thinks |= piece.thought is not None
+            text = piece.answer
+        self._text += self._stops.push(text)
 
 
 def complete(

@@ -19,7 +19,7 @@ from typing import Any
 
 from tessera.export.engines import Format
 from tessera.export.hf import uniform_shape
-from tessera.model.checkpoint import save_model
+from tessera.model.checkpoint import write_model
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
 from tessera.model.families import SKIPPED, config_dict
 from tessera.model.transformer import Transformer
@@ -30,8 +30,8 @@ MEGATRON_FILE = "heterogeneous_layers_config.json"
 def write(
     module: Transformer, directory: Path, form: Format, tokenizer_from: Path | None = None
 ) -> None:
-    """Write weights, config and, for Megatron, its JSON into `directory`, which must not exist."""
-    save_model(module, directory, tokenizer_from=tokenizer_from)
+    """Write weights, config and, for Megatron, its JSON into `directory`, which exists."""
+    write_model(module, directory, tokenizer_from=tokenizer_from)
     told = (per_layer if form == "per_layer" else puzzletron)(module.config)
     (directory / "config.json").write_text(json.dumps(told, indent=2) + "\n")
     if form == "megatron":

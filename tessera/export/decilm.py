@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tessera.export.padding import widen
-from tessera.model.checkpoint import save_model
+from tessera.model.checkpoint import write_model
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
 from tessera.model.families import ffn_mult_width
 from tessera.model.transformer import Transformer
@@ -123,9 +123,9 @@ def write(
     tokenizer_from: Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write weights, config, remote code and tokenizer into `directory`, which must not exist."""
+    """Write weights, config, remote code and tokenizer into `directory`, which exists."""
     wide = widen(module)
-    save_model(wide, directory, tokenizer_from=tokenizer_from, dtype=dtype)
+    write_model(wide, directory, tokenizer_from=tokenizer_from, dtype=dtype)
     write_config(wide.config, directory, str(dtype).removeprefix("torch."))
 
 

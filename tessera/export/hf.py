@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from tessera.export.errors import ExportError
-from tessera.model.checkpoint import save_model
+from tessera.model.checkpoint import write_model
 from tessera.model.config import GQA, BlockConfig, ModelConfig, SwiGLU
 from tessera.model.families import FAMILIES, config_dict
 from tessera.model.transformer import Transformer, holding
 
 
 def write_plain(module: Transformer, directory: Path, tokenizer_from: Path | None = None) -> None:
-    """Write a homogeneous model and its tokenizer into `directory`, which must not exist.
+    """Write a homogeneous model and its tokenizer into `directory`, which exists.
 
     Raises ExportError for properties that no stock family has together.
     """
@@ -37,7 +37,7 @@ def write_plain(module: Transformer, directory: Path, tokenizer_from: Path | Non
             f"no stock family has all the properties of this {module.config.family} model (biases, "
             f"QK norm, sliding window); families are {', '.join(FAMILIES)}. Use --format decilm"
         )
-    save_model(module, directory, tokenizer_from=tokenizer_from)
+    write_model(module, directory, tokenizer_from=tokenizer_from)
 
 
 def uniform_shape(config: ModelConfig) -> tuple[GQA, SwiGLU]:
@@ -87,7 +87,7 @@ def _repeated(value: Tensor, old: object, new: GQA, head_dim: int) -> Tensor:
 
 
 def write_padded(module: Transformer, directory: Path, tokenizer_from: Path | None = None) -> None:
-    """Write the uniform model into `directory`, which must not exist."""
+    """Write the uniform model into `directory`, which exists."""
     write_plain(unify(module), directory, tokenizer_from=tokenizer_from)
 
 

@@ -15,10 +15,8 @@ that is asked for.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +34,7 @@ from tessera.model.checkpoint import load_model
 from tessera.model.config import ModelConfig
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
-from tessera.runs.files import sync, writing
+from tessera.runs.files import replacing
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run
 
@@ -135,7 +133,7 @@ def export_model(
     directory = resolve(source)
     module = load_model(source, frozen=True)
     _refuse(module.config, form, TARGETS[form] if engines is None else engines)
-    with _beside(place) as partial:
+    with replacing(place) as partial:
         notes = _write(module, form, partial, directory, strict=engines is None or bool(engines))
         if quantize:
             rounding.convert(partial)
@@ -191,41 +189,6 @@ def _search_hint(config: ModelConfig, engines: Sequence[str]) -> str:
     return f". A search keeps to what loads with servable = [{names}]"
 
 
-@contextmanager
-def _beside(place: Path) -> Iterator[Path]:
-    """A directory that becomes `place` when the block ends well, and is gone when it does not."""
-    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    with writing(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_overs(place)
-        try:
-            yield partial
-            for path in (*partial.iterdir(), partial):
-                sync(path)
-            os.replace(partial, place)
-            sync(place.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_left_overs(place: Path) -> None:
-    """Delete what killed exports to this place left beside it; a living one keeps its own."""
-    for partial in place.parent.glob(f".{place.name}.*.partial"):
-        process = partial.name.split(".")[-2]
-        if process.isdigit() and (int(process) == os.getpid() or not _alive(int(process))):
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
 def _write(
     module: Transformer, form: Format, partial: Path, directory: Path, strict: bool
 ) -> list[str]:
@@ -248,7 +211,6 @@ def _write(
         case "gguf":
             vocabulary = read_vocabulary(directory, strict=strict)
             notes = vocabulary.notes
-            partial.mkdir()
             gguf.write(module, partial / gguf.FILE_NAME, vocabulary, card.title(directory))
     for name in ("LICENSE", "NOTICE"):
         if (directory / name).is_file():

@@ -1,6 +1,6 @@
 """From streamed tokens to text: whole characters, stop strings, thought and answer.
 
-    tokens -> Detokenizer -> StopStrings -> ThoughtSplitter -> (thought, answer)
+    tokens -> Detokenizer -> StopStrings -> Splitter -> (thought, answer)
 
 Each holds back what later tokens may still change: the bytes of an unfinished character, the
 beginning of a stop string, of a tag. So what was given out is final, and however the tokens are
@@ -10,13 +10,12 @@ cut into pushes, the pieces join to the same text. It renders no chats.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+from tessera.data.thought import CLOSE, OPEN, Splitter, Thought, begun, opens
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import GenerationError, Thinking
 from tessera.generate.requests import Watch
 
-THINK, END_THINK = "<think>", "</think>"
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 CONTEXT = 4  # tokens before a text that decide whether its first space belongs to it
 TAIL = 8  # tokens at a prompt's end that tell whether it opens a thought
@@ -65,15 +64,6 @@ class Detokenizer:
         return self.tokenizer.decode(ids, special=self.special)
 
 
-def begun(text: str, marks: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a mark."""
-    longest = min(len(text), max(map(len, marks), default=1) - 1)
-    for size in range(longest, 0, -1):
-        if any(mark.startswith(text[-size:]) for mark in marks):
-            return size
-    return 0
-
-
 class StopStrings:
     """Cuts a text before the stop string that is complete first; `stopped` says it was there."""
 
@@ -104,87 +94,9 @@ class StopStrings:
         return held
 
 
-class Piece(NamedTuple):
-    """Text that was added to the thought and to the answer."""
-
-    thought: str = ""
-    answer: str = ""
-
-    def __add__(self, other: Piece) -> Piece:  # type: ignore[override]
-        return Piece(self.thought + other.thought, self.answer + other.answer)
-
-
-class ThoughtSplitter:
-    """Tells the thought from the answer.
-
-    A text that begins with `<think>`, white space aside, is a thought up to `</think>` and an
-    answer behind it; any other is all answer. With `opened` (the prompt ended with the tag) it is
-    a thought from the first character. White space around the thought, and between it and the
-    answer, belongs to neither.
-    """
-
-    def __init__(self, opened: bool = False) -> None:
-        self.stage = "thought" if opened else "before"
-        self._held = ""
-        self._fresh = opened  # nothing but white space yet, which is dropped
-
-    @property
-    def answering(self) -> bool:
-        return self.stage == "answer"
-
-    def push(self, text: str) -> Piece:
-        self._held += text
-        piece = Piece()
-        if self.stage == "before":
-            piece += self._before()
-        if self.stage == "thought":
-            piece += self._thought()
-        if self.stage == "answer":
-            piece += self._answer()
-        return piece
-
-    def flush(self) -> Piece:
-        """What was held back, where the text ends here."""
-        held, self._held = self._held, ""
-        if self.stage == "thought":
-            return Piece(thought=self._trimmed(held).rstrip())
-        return Piece(answer=self._trimmed(held))
-
-    def _before(self) -> Piece:
-        start = self._held.lstrip()
-        if start.startswith(THINK):
-            self.stage, self._fresh = "thought", True
-            self._held = start[len(THINK) :]
-        elif not THINK.startswith(start):
-            self.stage = "answer"
-        return Piece()
-
-    def _thought(self) -> Piece:
-        thought, tag, rest = self._held.partition(END_THINK)
-        if tag:
-            piece = Piece(thought=self._trimmed(thought).rstrip())
-            self.stage, self._held, self._fresh = "answer", rest, True
-            return piece
-        # Space stays back with the tag: only what follows says whether it is inside the thought.
-        kept = thought[: len(thought) - begun(thought, [END_THINK])].rstrip()
-        self._held = self._held[len(kept) :]
-        return Piece(thought=self._trimmed(kept))
-
-    def _answer(self) -> Piece:
-        held, self._held = self._held, ""
-        return Piece(answer=self._trimmed(held))
-
-    def _trimmed(self, text: str) -> str:
-        """The text less the white space it begins with, where nothing came before."""
-        if self._fresh:
-            text = text.lstrip()
-            self._fresh = not text
-        return text
-
-
 def opens_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     """Whether a prompt ends with `<think>`, so that what follows begins inside the thought."""
-    return tokenizer.decode(prompt[-TAIL:], special=True).rstrip().endswith(THINK)
+    return opens(tokenizer.decode(prompt[-TAIL:], special=True))
 
 
 def said(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
@@ -195,13 +107,7 @@ def said(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> 
     """
     ended = bool(tokens) and tokens[-1] in tokenizer.eos_ids
     text = tokenizer.decode(tokens[: len(tokens) - ended])
-    return THINK + text if opens_thought(tokenizer, prompt) else text
-
-
-def split_thought(text: str, opened: bool = False) -> Piece:
-    """Thought and answer of a whole text."""
-    splitter = ThoughtSplitter(opened)
-    return splitter.push(text) + splitter.flush()
+    return OPEN + text if opens_thought(tokenizer, prompt) else text
 
 
 class TextStream:
@@ -224,7 +130,7 @@ class TextStream:
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt, special=special)
         self._stops = StopStrings(stops)
-        self._splitter = ThoughtSplitter(opened) if thinking else None
+        self._splitter = Splitter(opened) if thinking else None
         self.thought_tokens = 0  # those that came before the answer, the tags' among them
         self._tokens = 0
 
@@ -232,26 +138,26 @@ class TextStream:
     def stopped(self) -> bool:
         return self._stops.stopped
 
-    def push(self, tokens: Sequence[int]) -> Piece:
+    def push(self, tokens: Sequence[int]) -> Thought:
         """What these tokens make final."""
-        piece = Piece()
+        piece = Thought()
         for token in tokens:
             self._tokens += 1
             piece += self._split(self._stops.push(self._detokenizer.push(token)))
         return piece
 
-    def finish(self) -> Piece:
+    def finish(self) -> Thought:
         """The rest, where no more tokens come."""
         rest = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
         piece = self._split(rest)
         return piece if self._splitter is None else piece + self._splitter.flush()
 
-    def _split(self, text: str) -> Piece:
+    def _split(self, text: str) -> Thought:
         if self._splitter is None:
-            return Piece(answer=text)
-        thinking = self._splitter.stage == "thought"
+            return Thought(answer=text)
+        thinking = self._splitter.thinking
         piece = self._splitter.push(text)
-        if thinking or self._splitter.stage == "thought":
+        if thinking or self._splitter.thinking:
             self.thought_tokens = self._tokens
         return piece
 
@@ -279,9 +185,9 @@ def thinking_budget(tokenizer: Tokenizer, max_tokens: int, opened: bool = False)
 
     opened: whether the prompt ends with `<think>`, so that the first token is of the thought.
     """
-    close = tuple(tokenizer.encode(f"\n{END_THINK}\n\n", special=True))
-    starts = () if opened else _spellings(tokenizer, THINK, ("", "\n"))
-    return Thinking(max_tokens, (close, *_spellings(tokenizer, END_THINK, BEFORE)), starts)
+    close = tuple(tokenizer.encode(f"\n{CLOSE}\n\n", special=True))
+    starts = () if opened else _spellings(tokenizer, OPEN, ("", "\n"))
+    return Thinking(max_tokens, (close, *_spellings(tokenizer, CLOSE, BEFORE)), starts)
 
 
 def _spellings(

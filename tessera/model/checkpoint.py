@@ -39,7 +39,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ from tessera import dist
 from tessera.model.families import config_dict, config_json, read_config
 from tessera.model.source import PICKLES, CheckpointError, load_config, pickle_error, resolve, some
 from tessera.model.transformer import Transformer, holding
-from tessera.runs.files import sync, writing
+from tessera.runs.files import replacing
 
 __all__ = [
     "CheckpointError",
@@ -63,7 +63,6 @@ __all__ = [
     "find_tensors",
     "load_config",
     "load_model",
-    "replacing",
     "resolve",
     "save_model",
     "write_tensors",
@@ -271,74 +270,48 @@ def save_model(
     together = is_sharded(module)
     if not (together or dist.is_main()):
         return
-    with (replacing_together if together else replacing)(Path(directory)) as temporary:
-        write_model(module, temporary, max_shard_bytes, together=together, dtype=dtype)
-        if dist.is_main() and tokenizer_from is not None:
-            copy_tokenizer(Path(tokenizer_from), temporary)
+    _refuse_foreign(Path(directory))
+    with (_replacing_together if together else replacing)(Path(directory)) as temporary:
+        write_model(
+            module,
+            temporary,
+            tokenizer_from=tokenizer_from,
+            max_shard_bytes=max_shard_bytes,
+            dtype=dtype,
+            together=together,
+        )
 
 
 def write_model(
     module: Transformer,
     directory: Path,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     *,
-    together: bool = False,
+    tokenizer_from: str | Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
+    together: bool = False,
 ) -> None:
-    """Write weights and config into a directory that is there, by this process alone.
+    """Write weights, config and tokenizer into an existing directory, by this process alone.
 
     together: by every process of a job, each some of the shards.
     """
     tensors = {hf_name(key): tensor for key, tensor in module.state_dict().items()}
     write_tensors(tensors, directory, max_shard_bytes, together=together, dtype=dtype)
-    if dist.is_main() or not together:
-        values = config_dict(module.config)
-        values["torch_dtype"] = str(dtype or module.head.dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(config_json(values), encoding="utf-8")
+    if together and not dist.is_main():
+        return
+    values = config_dict(module.config)
+    values["torch_dtype"] = str(dtype or module.head.dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(config_json(values), encoding="utf-8")
+    if tokenizer_from is not None:
+        copy_tokenizer(Path(tokenizer_from), directory)
 
 
 @contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """An empty sibling directory that takes the place of `directory` when the block succeeds.
-
-    Raises WriteError when the system refuses a write; what stood there is then intact.
-    Raises CheckpointError before anything is written where `directory` holds what is no model's.
-    """
-    directory = directory.resolve()
-    temporary, old = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
-    with writing(directory):
-        if old.exists() and not directory.exists():  # killed between the two renames below
-            os.replace(old, directory)
-        _refuse_foreign(directory)
-        for left_over in (temporary, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            sync(*temporary.iterdir(), temporary)
-            if directory.exists():
-                os.replace(directory, old)
-            os.replace(temporary, directory)
-            sync(directory.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def replacing_together(directory: Path) -> Iterator[Path]:
-    """`replacing` for all processes of a job at once, on a file system that they share.
-
-    The main one makes the directory and renames it when everybody has written.
-    """
-    if dist.is_main():
-        with replacing(directory) as temporary:
-            dist.broadcast(temporary)
-            yield temporary
-            dist.barrier()
-    else:
-        yield dist.broadcast(None)
-        dist.barrier()
+def _replacing_together(directory: Path) -> Iterator[Path]:
+    """`replacing` for all processes of a job at once, on a file system that they share."""
+    with replacing(directory) if dist.is_main() else nullcontext() as temporary:
+        yield dist.broadcast(temporary)
+        dist.barrier()  # all have written before the main one renames
     dist.barrier()
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -131,6 +131,15 @@ class BlockConfig:
     attention: Attention
     ffn: FFN
 
+    @classmethod
+    def of(cls, attention: str, ffn: str) -> BlockConfig:
+        """The block of these words. Raises ConfigError."""
+        return cls(parse_kind("attention", attention), parse_kind("ffn", ffn))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[str, Variant]]:
+        """("attention", its variant), then ("ffn", its variant)."""
+        return zip(KINDS, (self.attention, self.ffn), strict=True)
+
     @property
     def words(self) -> tuple[str, str]:
         return name(self.attention), name(self.ffn)
@@ -207,11 +216,7 @@ class ModelConfig:
 
     def with_words(self, words: Iterable[Sequence[str]]) -> ModelConfig:
         """This config with another architecture: one (attention, ffn) pair of words a layer."""
-        blocks = tuple(
-            BlockConfig(parse_kind("attention", a), parse_kind("ffn", f))  # type: ignore[arg-type]
-            for a, f in words
-        )
-        return replace(self, blocks=blocks)
+        return replace(self, blocks=tuple(BlockConfig.of(*pair) for pair in words))
 
     def subblock_params(self, kind: str, variant: Variant) -> int:
         """Parameters of one subblock, its norm included; 0 for `noop`."""
@@ -240,9 +245,7 @@ class ModelConfig:
         tables = 1 if self.tie_word_embeddings else 2
         outside = tables * self.vocab_size * self.hidden_size + self.hidden_size
         return outside + sum(
-            self.subblock_params(kind, getattr(block, kind))
-            for block in self.blocks
-            for kind in KINDS
+            self.subblock_params(kind, variant) for block in self.blocks for kind, variant in block
         )
 
     def kv_bytes(self, variant: Variant, bytes_per_value: float = 4) -> float:
@@ -257,5 +260,4 @@ class ModelConfig:
 
 def uniform(attention: str, ffn: str, layers: int) -> tuple[BlockConfig, ...]:
     """`layers` equal blocks of these words."""
-    block = BlockConfig(parse_kind("attention", attention), parse_kind("ffn", ffn))  # type: ignore[arg-type]
-    return (block,) * layers
+    return (BlockConfig.of(attention, ffn),) * layers

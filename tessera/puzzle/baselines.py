@@ -12,6 +12,7 @@ from tessera.model.config import KINDS
 from tessera.puzzle.candidates import Architecture, Candidates, Found, keeps_both_kinds
 from tessera.puzzle.constraints import BatchChoice
 from tessera.puzzle.program import SearchError
+from tessera.puzzle.space import Unit
 
 Choices = Sequence[BatchChoice]
 
@@ -39,7 +40,7 @@ def dropped_attention(candidates: Candidates, choices: Choices) -> Found:
     """The parent without the attentions whose removal scores least, as few as that."""
     kinds = ("attention",)
     able = _removable(candidates, "dropped-attention", kinds)
-    ranking = {layer: candidates.score(layer, "attention", "noop") for layer in able}
+    ranking = {layer: candidates.score(Unit(layer, "attention", "noop")) for layer in able}
     return _first(candidates, choices, _dropped(candidates, ranking, kinds))
 
 
@@ -151,5 +152,5 @@ def _blocks(candidates: Candidates, choice: BatchChoice, layer: int) -> list[tup
         )
         for attention in candidates.space.words(layer, "attention")
         for ffn in candidates.space.words(layer, "ffn")
-        if (layer, attention, ffn) not in candidates.refused
+        if Unit.pair(layer, attention, ffn) not in candidates.refused
     ]

@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from tessera.data.batch import Batch
-from tessera.model.config import ModelConfig, parse
+from tessera.model.config import ModelConfig, Variant, parse
 from tessera.model.context import Context
 from tessera.model.transformer import Block, Transformer
 from tessera.objectives.lm import documents
 from tessera.puzzle.library import (
     BlockLibrary,
-    Key,
     layer_groups,
     save_library,
     trainable_units,
@@ -36,17 +37,17 @@ from tessera.puzzle.library import (
 from tessera.puzzle.space import (
     Space,
     SpaceConfig,
+    Unit,
     build_space,
     layer_numbers,
     layers_of,
     restrict,
-    split,
     write_space,
 )
 from tessera.puzzle.surgery import Importance, ParentStatistics, collect_statistics
 from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer
-from tessera.train.flops import Work, block_cost, subblock_cost
+from tessera.train.flops import Work, block_cost, kept, subblock_cost, working
 from tessera.train.optim import DocumentTrainConfig, TrainConfig
 from tessera.train.parallel import gathered
 
@@ -137,7 +138,8 @@ class BLD:
             for word, _ in module.units(layer, "ffn"):
                 total += subblock_cost(config, parse(word)).training(work)
             for word, _ in module.units(layer, "block"):
-                total += sum(subblock_cost(config, parse(p)).training(work) for p in split(word))
+                parts = map(parse, word.split("+"))
+                total += sum(subblock_cost(config, part).training(work) for part in parts)
         return total
 
     @torch.no_grad()
@@ -166,8 +168,8 @@ def _outputs(
 
 
 def train_units(
-    keys: Sequence[Key],
-    make: Callable[[Sequence[Key]], BlockLibrary],
+    keys: Sequence[Unit],
+    make: Callable[[Sequence[Unit]], BlockLibrary],
     objective: BLD,
     config: LocalConfig,
     run: Run,
@@ -197,11 +199,89 @@ def calibration(config: LocalConfig, data: Path, seed: int, device: torch.device
     return [batch.to(device) for batch in source.heldout_batches(config.calibration_tokens)]
 
 
-def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, list[Key]]:
+def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, list[Unit]]:
     """The space that a run of this config covers, and its trainable units."""
     layers = layers_of(config.layers, parent, f"{run}.layers")
     space = restrict(build_space(config.space, parent), layers)
     return space, trainable_units(space)
+
+
+WEIGHT, TRAINED = 4, 16  # bytes a parameter
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, and of how many layers units train at once."""
+
+    parent: int
+    units: int
+    activations: int
+    layers_at_once: int
+    layers: int
+
+    @property
+    def total(self) -> int:
+        return self.parent + self.units + self.activations
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields and their sum."""
+        return {**asdict(self), "total": self.total}
+
+    def told(self) -> str:
+        """One line for a person."""
+        return (
+            f"memory about {_bytes(self.total)}: parent {_bytes(self.parent)}, units "
+            f"{_bytes(self.units)} ({self.layers_at_once} of {self.layers} layers at once, "
+            f"{TRAINED} bytes a parameter), activations about {_bytes(self.activations)}"
+        )
+
+
+def training_memory(
+    parent: ModelConfig, keys: Sequence[Unit], layers_at_once: int | None, microbatch_tokens: int
+) -> Memory:
+    """What it takes to train the units of `keys`, `layers_at_once` layers together (None: all)."""
+    groups = layer_groups(keys, layers_at_once)
+    return Memory(
+        parent=WEIGHT * parent.num_params(),
+        units=TRAINED
+        * max((sum(unit_params(parent, *k[1:]) for k in g) for g in groups), default=0),
+        activations=round(WEIGHT * microbatch_tokens * kept_numbers(parent, keys)) if keys else 0,
+        layers_at_once=max((len({key[0] for key in group}) for group in groups), default=0),
+        layers=len({layer for layer, _, _ in keys}),
+    )
+
+
+def unit_params(parent: ModelConfig, kind: str, word: str) -> int:
+    """Parameters of a unit; of both subblocks for kind `block`."""
+    return sum(parent.subblock_params(k, parse(w)) for k, w in Unit(0, kind, word).parts)
+
+
+def kept_numbers(parent: ModelConfig, keys: Sequence[Unit], *, working_too: bool = True) -> float:
+    """Numbers a token that the units of one layer keep for their backward, of the largest layer.
+
+    Behind attention runs the parent's FFN. working_too: and what the widest FFN's backward pass
+    holds beside that.
+    """
+    layers: dict[int, float] = {}
+    variants: list[Variant] = []
+    for unit in keys:
+        layer = unit.layer
+        own = [parse(word) for _, word in unit.parts]
+        own += [parent.blocks[layer].ffn] if unit.kind == "attention" else []
+        # All units of a layer share what enters; each keeps its distance from the parent instead.
+        layers[layer] = layers.get(layer, 0) + sum(kept(parent, v) for v in own)
+        variants += own
+    most = max(layers.values(), default=0)
+    return most + (working(parent, variants) if working_too else 0)
+
+
+def _bytes(count: float) -> str:
+    """`3.2 GB`, decimal."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
 
 
 def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
@@ -213,7 +293,7 @@ def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     statistics = collect_statistics(parent, batches, config.importance, layers)
     run.say(f"{len(keys)} units in {len(layers)} layers")
 
-    def make(group: Sequence[Key]) -> BlockLibrary:
+    def make(group: Sequence[Unit]) -> BlockLibrary:
         return BlockLibrary.from_parent(parent, space, statistics, group)
 
     objective = BLD(parent, statistics)

@@ -7,7 +7,7 @@ together (Puzzle §2.4).
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tessera.export.engines import refusals
@@ -15,7 +15,7 @@ from tessera.model.config import KINDS, ModelConfig
 from tessera.puzzle.constraints import BatchChoice
 from tessera.puzzle.cost_table import Words
 from tessera.puzzle.program import Option, SearchError, Solution
-from tessera.puzzle.space import Pair, Space, forbidden_pairs, join, split
+from tessera.puzzle.space import Space, Unit, forbidden_pairs
 from tessera.runs.recipe import nearest
 
 Architecture = list[tuple[str, str]]
@@ -41,14 +41,14 @@ class Found:
 class Candidates:
     """A space of words with their scores, for a parent and the engines that must load the child.
 
-    scores: (layer, kind, word) -> damage; the parent's own words score 0 where they have none.
+    scores: the damage of each unit; the parent's own words score 0 where they have none.
     near: an architecture, and how many places may hold another word than it does.
     """
 
     parent: ModelConfig
     space: Space
     engines: tuple[str, ...]
-    scores: Mapping[tuple[int, str, str], float]
+    scores: Mapping[Unit, float]
     near: tuple[Architecture, int] | None = None
 
     @classmethod
@@ -72,21 +72,21 @@ class Candidates:
             raise SearchError(f"search.minimize = {metric!r}: {why}; {nearest(metric, columns)}")
         # An engine that the library was made for binds whatever is chosen from it.
         engines = tuple(dict.fromkeys((*engines, *space.servable)))
-        table = {(r["layer"], r["kind"], r["word"]): float(r[metric]) for r in rows}
+        table = {Unit(r["layer"], r["kind"], r["word"]): float(r[metric]) for r in rows}
         return cls(parent, space, engines, table, near)
 
-    def score(self, layer: int, kind: str, word: str) -> float:
-        """The damage of a word, or of a pair (kind `block`), in its place."""
-        key = (layer, kind, word)
-        if kind != "block" and word == self.space.words(layer, kind)[0]:
-            return self.scores.get(key, 0.0)
-        return self.scores[key]
+    def score(self, unit: Unit) -> float:
+        """The damage of a word, or of a pair of words trained together, in its place."""
+        if unit.kind != "block" and unit.word == self.space.words(unit.layer, unit.kind)[0]:
+            return self.scores.get(unit, 0.0)
+        return self.scores[unit]
 
     def block_score(self, layer: int, attention: str, ffn: str) -> float:
         """The damage of two words in a layer."""
-        if (layer, attention, ffn) in self.pairs:
-            return self.score(layer, "block", join(attention, ffn))
-        return self.score(layer, "attention", attention) + self.score(layer, "ffn", ffn)
+        pair = Unit.pair(layer, attention, ffn)
+        if pair in self.pairs:
+            return self.score(pair)
+        return sum(self.score(Unit(layer, kind, word)) for kind, word in pair.parts)
 
     def total(self, words: Words) -> float:
         """The score of an architecture."""
@@ -101,49 +101,45 @@ class Candidates:
         return KEEP | ({CHANGED: self.near[1]} if self.near else {})
 
     @functools.cached_property
-    def pairs(self) -> frozenset[Pair]:
+    def pairs(self) -> frozenset[Unit]:
         return frozenset(self.space.pairs)
 
     @functools.cached_property
-    def refused(self) -> frozenset[Pair]:
-        """The (layer, attention, FFN) that an engine cannot load whatever is around them."""
+    def refused(self) -> frozenset[Unit]:
+        """The pairs of words that an engine cannot load whatever is around them."""
         if not self.engines:
             return frozenset()
         found = forbidden_pairs(self.space, self.parent, self.engines)
-        return frozenset((layer, a, f) for layer, pairs in enumerate(found) for a, f in pairs)
+        return frozenset(
+            Unit.pair(layer, *words) for layer, all in enumerate(found) for words in all
+        )
 
-    def forbidden(self, cuts: Collection[Pair] = ()) -> list[Pair]:
-        """What may not stand together as two words; trained together, two words are never those
-        two trained apart."""
-        return [*self.refused, *self.space.pairs, *cuts]
+    def forbidden(self, cuts: Collection[Unit] = ()) -> list[tuple[int, str, str]]:
+        """(layer, attention, FFN) that may not stand together as two words; trained together, two
+        words are never those two trained apart."""
+        pairs = (*self.refused, *self.space.pairs, *cuts)
+        return [(pair.layer, *(word for _, word in pair.parts)) for pair in pairs]  # type: ignore[misc]
 
-    def options(self, choice: BatchChoice, cuts: Collection[Pair] = ()) -> list[Option]:
+    def options(self, choice: BatchChoice, cuts: Collection[Unit] = ()) -> list[Option]:
         """Every word at every place, and every pair trained together that may be served."""
         costs = functools.cache(lambda *words: _costs(choice, dict(words)))  # equal in every layer
+        apart = (
+            Unit(layer, kind, word)
+            for layer in range(len(self.space.layers))
+            for kind in KINDS
+            for word in self.space.words(layer, kind)
+        )
+        together = (p for p in self.space.pairs if p not in self.refused and p not in cuts)
         return [
-            Option(
-                layer, kind, word, self.score(layer, kind, word),
-                costs(*words.items()) | self._changed(layer, words),
-            )
-            for layer, kind, word, words in self._offers(cuts)
-        ]  # fmt: skip
+            Option(*unit, self.score(unit), costs(*unit.parts) | self._changed(unit))
+            for unit in (*apart, *together)
+        ]
 
-    def _offers(self, cuts: Collection[Pair]) -> Iterator[tuple[int, str, str, dict[str, str]]]:
-        """(layer, kind, word, kind -> word of each place that it covers)."""
-        for layer in range(len(self.space.layers)):
-            for kind in KINDS:
-                for word in self.space.words(layer, kind):
-                    yield layer, kind, word, {kind: word}
-        for pair in self.space.pairs:
-            if pair not in self.refused and pair not in cuts:
-                layer, *words = pair
-                yield layer, "block", join(*words), dict(zip(KINDS, words, strict=True))
-
-    def _changed(self, layer: int, words: Mapping[str, str]) -> dict[str, float]:
+    def _changed(self, unit: Unit) -> dict[str, float]:
         if self.near is None:
             return {}
-        own = set(zip(KINDS, self.near[0][layer], strict=True))
-        return {CHANGED: float(len(set(words.items()) - own))}
+        own = set(zip(KINDS, self.near[0][unit.layer], strict=True))
+        return {CHANGED: float(len(set(unit.parts) - own))}
 
     def refuses(self, words: Words) -> bool:
         """Whether one of the engines cannot load an architecture."""
@@ -172,6 +168,5 @@ def chosen_words(solution: Solution, layers: int) -> Architecture:
     """The (attention, FFN) words of every layer that a solution chose."""
     chosen: dict[tuple[int, str], str] = {}
     for option in solution.options:
-        parts = split(option.word) if option.kind == "block" else (option.word,)
-        chosen |= dict(zip(option.places, parts, strict=True))
+        chosen |= {(option.layer, kind): word for kind, word in Unit(*option.key).parts}
     return [(chosen[i, "attention"], chosen[i, "ffn"]) for i in range(layers)]

@@ -28,7 +28,7 @@ from tessera.model.config import KINDS
 from tessera.model.transformer import Transformer
 from tessera.puzzle.library import assemble
 from tessera.puzzle.score import Units, load_units, score_given
-from tessera.puzzle.space import Space, join
+from tessera.puzzle.space import Space, Unit
 
 Words = Sequence[tuple[str, str]]
 Rows = Sequence[Mapping]
@@ -115,7 +115,7 @@ class Rescorer:
         units = load_units(library / "library", module, space)
         for layer, block in enumerate(module.blocks):  # what was taken may be given back
             for kind in KINDS:
-                units[layer, kind, space.words(layer, kind)[0]] = getattr(block, kind)
+                units[Unit(layer, kind, space.words(layer, kind)[0])] = getattr(block, kind)
         batches = heldout(
             data,
             sequence_length=config.sequence_length,
@@ -133,7 +133,7 @@ class Rescorer:
         """(the assembled architecture's own metrics, the change each word makes to them)."""
         module = load_model(self.path, frozen=True)
         current = assemble(module, self.library, words).requires_grad_(False)
-        standing = {(layer, kind, word) for layer, kind, word in _places(words, self.space)}
+        standing = dict.fromkeys(self.space.units(words))
         swaps = {key: unit for key, unit in self.units.items() if key not in standing}
         own, rows = score_given(self.parent, current, swaps, self.batches)
         still = [
@@ -141,14 +141,3 @@ class Rescorer:
             for layer, kind, word in standing
         ]
         return own, [*rows, *still]
-
-
-def _places(words: Words, space: Space) -> list[tuple[int, str, str]]:
-    """What an architecture holds in each place; a pair trained together is one thing."""
-    found = []
-    for layer, pair in enumerate(words):
-        if (layer, *pair) in space.pairs:
-            found.append((layer, "block", join(*pair)))
-        else:
-            found += [(layer, kind, word) for kind, word in zip(KINDS, pair, strict=True)]
-    return found

@@ -20,24 +20,20 @@ from pydantic import Field
 
 from tessera import dist
 from tessera.model.config import KINDS, ModelConfig
-from tessera.puzzle.bld import BLD, LocalConfig, calibration, train_units
+from tessera.puzzle.bld import BLD, LocalConfig, calibration, train_units, unit_params
 from tessera.puzzle.library import (
     BlockLibrary,
-    Key,
     LibraryError,
     layer_groups,
     link_library,
     load_library,
-    pair_keys,
 )
-from tessera.puzzle.memory import unit_params
 from tessera.puzzle.space import (
-    Pair,
     Space,
+    Unit,
     forbidden_pairs,
     layers_of,
     read_space,
-    split,
     with_pairs,
     write_space,
 )
@@ -76,8 +72,8 @@ def choose_pairs(
     parent: ModelConfig,
     architectures: Sequence[Words],
     layers: Sequence[int],
-) -> list[Pair]:
-    """(layer, attention, FFN) of every pair to train, by layer.
+) -> list[Unit]:
+    """Every pair to train, by layer.
 
     Left out: pairs that are the parent, that have no weights, that the library already holds, or
     that an engine of the space cannot load.
@@ -92,13 +88,13 @@ def choose_pairs(
             for f in filter(ffn.__contains__, kept["ffn"]):
                 trivial = (a, f) in (parent.words[layer], ("noop", "noop"))
                 wanted = config.pairs == "product" or (a, f) in chosen
-                known = (layer, a, f) in space.pairs
-                if wanted and not (trivial or known or (a, f) in refused[layer]):
-                    found.append((layer, a, f))
+                pair = Unit.pair(layer, a, f)
+                if wanted and not (trivial or pair in space.pairs or (a, f) in refused[layer]):
+                    found.append(pair)
     return found
 
 
-def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: str) -> list[Pair]:
+def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: str) -> list[Unit]:
     """The pairs of the words of most parameters: no search can choose more to train.
 
     The parent's own pair is among them, because a search may choose words that have it not.
@@ -111,7 +107,7 @@ def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: 
         ]
         kept = zip(largest, (config.attention, config.ffn), strict=True)
         product = itertools.product(*(words[:most] for words, most in kept))
-        found += [(layer, a, f) for a, f in product]
+        found += [Unit.pair(layer, a, f) for a, f in product]
     return found
 
 
@@ -132,16 +128,15 @@ def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     batches = calibration(config, inputs["data"], run.seed, parent.device)
     objective = BLD(parent, collect_statistics(parent, batches))
 
-    def apart(group: Sequence[Key]) -> BlockLibrary:
-        wanted = [(layer, *split(word)) for layer, _, word in group]
-        return BlockLibrary.from_pairs(parent, source, wanted)
+    def apart(group: Sequence[Unit]) -> BlockLibrary:
+        return BlockLibrary.from_pairs(parent, source, group)
 
-    train_units(pair_keys(pairs), apart, objective, config, run, inputs["data"])
+    train_units(pairs, apart, objective, config, run, inputs["data"])
     if dist.is_main():
         link_library(source, run.path / "library")
     dist.barrier()
     rows: list[dict[str, Any]] = []
-    for group in layer_groups(pair_keys(pairs), config.layers_at_once):
+    for group in layer_groups(pairs, config.layers_at_once):
         joint = load_library(run.path / "library", parent.config, group).to(parent.device)
         before, after = (objective.measure(m, batches) for m in (apart(group), joint))
         rows += _rows(group, before, after)
@@ -152,7 +147,7 @@ def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
 
 
 def _rows(
-    group: Iterable[Key], before: Mapping[str, float], after: Mapping[str, float]
+    group: Iterable[Unit], before: Mapping[str, float], after: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """{layer, word, apart, joint} of each pair: the block loss of its words trained either way."""
     logged = [(layer, word, f"bld/{layer:02d}.block.{word}") for layer, _, word in group]

@@ -23,17 +23,15 @@ from torch import nn
 
 from tessera import dist
 from tessera.model.checkpoint import load_model, save_model, whole
-from tessera.model.config import KINDS, BlockConfig, ModelConfig, name, parse_kind
+from tessera.model.config import BlockConfig, ModelConfig, name, parse_kind
 from tessera.model.layers import Subblock
 from tessera.model.source import resolve
 from tessera.model.transformer import Block, Transformer
-from tessera.puzzle.space import Pair, Space, join, read_space, split, write_space
+from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import ParentStatistics, copy_parameters, cut
 from tessera.runs.files import atomic_write
 from tessera.runs.run import Run, read_json, read_manifest
 from tessera.train.parallel import gathered
-
-Key = tuple[int, str, str]  # layer; attention, ffn or block; word
 
 
 class LibraryError(ValueError):
@@ -49,7 +47,7 @@ class BlockLibrary(nn.ModuleDict):
         parent: Transformer,
         space: Space,
         statistics: ParentStatistics,
-        only: Collection[Key] | None = None,
+        only: Collection[Unit] | None = None,
     ) -> BlockLibrary:
         """All units (or `only` these) with weights cut from the parent; `noop` has none."""
         library = cls()
@@ -59,24 +57,24 @@ class BlockLibrary(nn.ModuleDict):
             scale = statistics.linear_scale[kind][layer]
             with gathered(parent.blocks[layer]):
                 unit = cut(source, parent.config, parse_kind(kind, word), importance, scale)
-            library[unit_key(layer, kind, word)] = unit
+            library[str(Unit(layer, kind, word))] = unit
         return library.to(parent.device).requires_grad_()
 
     @classmethod
     def from_pairs(
-        cls, parent: Transformer, directory: Path, pairs: Iterable[Pair]
+        cls, parent: Transformer, directory: Path, pairs: Iterable[Unit]
     ) -> BlockLibrary:
-        """A block a (layer, attention, FFN), its weights those that a library trained apart."""
+        """A block a pair, its weights those that a library trained apart."""
         library = cls()
-        for layer, *words in pairs:
-            unit = _empty(parent.config, "block", join(*words))
-            for kind, word in zip(KINDS, words, strict=True):
-                source = getattr(parent.blocks[layer], kind)
+        for pair in pairs:
+            block = _empty(parent.config, pair)
+            for kind, word in pair.parts:
+                source = getattr(parent.blocks[pair.layer], kind)
                 if word != name(source.variant):
-                    source = load_unit(directory, parent.config, layer, kind, word)
-                with gathered(parent.blocks[layer]):
-                    copy_parameters(source, getattr(unit, kind))
-            library[unit_key(layer, "block", join(*words))] = unit
+                    source = load_unit(directory, parent.config, Unit(pair.layer, kind, word))
+                with gathered(parent.blocks[pair.layer]):
+                    copy_parameters(source, getattr(block, kind))
+            library[str(pair)] = block
         return library.to(parent.device).requires_grad_()
 
     @property
@@ -86,37 +84,28 @@ class BlockLibrary(nn.ModuleDict):
 
     def units(self, layer: int, kind: str) -> Iterator[tuple[str, nn.Module]]:
         """(word, Subblock, or Block for kind `block`) of one layer and kind."""
-        prefix = unit_key(layer, kind, "")
+        prefix = str(Unit(layer, kind, ""))
         for key, unit in self.items():
             if key.startswith(prefix):
                 yield key.removeprefix(prefix), unit
 
 
-def trainable_units(space: Space) -> list[Key]:
-    """(layer, kind, word) of every replacement that has weights, by layer."""
-    return [key for key in space.replacements() if key[2] != "noop"]
+def trainable_units(space: Space) -> list[Unit]:
+    """Every replacement that has weights, by layer."""
+    return [unit for unit in space.replacements() if unit.word != "noop"]
 
 
-def pair_keys(pairs: Iterable[Pair]) -> list[Key]:
-    """The keys of pairs' units."""
-    return [(layer, "block", join(attention, ffn)) for layer, attention, ffn in pairs]
-
-
-def layer_groups(keys: Sequence[Key], layers_at_once: int | None) -> list[list[Key]]:
-    """Keys by layer, `layers_at_once` layers that have any together; all of them for None."""
-    layers = sorted({layer for layer, _, _ in keys})
+def layer_groups(units: Sequence[Unit], layers_at_once: int | None) -> list[list[Unit]]:
+    """Units by layer, `layers_at_once` layers that have any together; all of them for None."""
+    layers = sorted({layer for layer, _, _ in units})
     step = layers_at_once or max(1, len(layers))
     chosen = [set(layers[i : i + step]) for i in range(0, len(layers), step)]
-    return [[key for key in keys if key[0] in group] for group in chosen]
+    return [[unit for unit in units if unit[0] in group] for group in chosen]
 
 
-def unit_key(layer: int, kind: str, word: str) -> str:
-    return f"{layer:02d}/{kind}/{word}"
-
-
-def unit_file(directory: Path, key: Key) -> Path:
+def unit_file(directory: Path, unit: Unit) -> Path:
     """Where a library directory keeps a unit."""
-    return directory / f"{unit_key(*key)}.safetensors"
+    return directory / f"{unit}.safetensors"
 
 
 def save_library(library: BlockLibrary, directory: Path) -> None:
@@ -130,42 +119,38 @@ def save_library(library: BlockLibrary, directory: Path) -> None:
     dist.barrier()
 
 
-def load_library(directory: Path, config: ModelConfig, keys: Iterable[Key]) -> BlockLibrary:
-    """The trained units of these keys. Raises LibraryError for one that is not there."""
+def load_library(directory: Path, config: ModelConfig, units: Iterable[Unit]) -> BlockLibrary:
+    """These trained units. Raises LibraryError for one that is not there."""
     library = BlockLibrary()
-    for key in keys:
-        library[unit_key(*key)] = load_unit(directory, config, *key)
+    for unit in units:
+        library[str(unit)] = load_unit(directory, config, unit)
     return library
 
 
-def load_unit(
-    directory: Path, config: ModelConfig, layer: int, kind: str, word: str
-) -> Subblock | Block:
+def load_unit(directory: Path, config: ModelConfig, unit: Unit) -> Subblock | Block:
     """One unit from a library directory: a Subblock, or a Block for kind `block`.
 
     A `noop` is made without a file. Raises LibraryError naming what the library holds there.
     """
-    unit = _empty(config, kind, word)
-    if word == "noop":
-        return unit
-    path = unit_file(directory, (layer, kind, word))
+    module = _empty(config, unit)
+    if unit.word == "noop":
+        return module
+    path = unit_file(directory, unit)
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
         raise LibraryError(
-            f"the library {directory} has no {word} for layer {layer} ({kind}); it holds "
-            f"{', '.join(known) or 'nothing there'}. Add the word to bld.space, or merge the "
+            f"the library {directory} has no {unit.word} for layer {unit.layer} ({unit.kind}); it "
+            f"holds {', '.join(known) or 'nothing there'}. Add the word to bld.space, or merge the "
             "library that holds it: [merge] libraries = [...]."
         )
-    unit.load_state_dict(load_file(path))
-    return unit
+    module.load_state_dict(load_file(path))
+    return module
 
 
-def _empty(config: ModelConfig, kind: str, word: str) -> Subblock | Block:
-    if kind != "block":
-        return Subblock(config, parse_kind(kind, word))
-    attention, ffn = split(word)
-    variants = parse_kind("attention", attention), parse_kind("ffn", ffn)
-    return Block(config, BlockConfig(*variants))  # type: ignore[arg-type]
+def _empty(config: ModelConfig, unit: Unit) -> Subblock | Block:
+    if unit.kind == "block":
+        return Block(config, BlockConfig.of(*unit.word.split("+")))
+    return Subblock(config, parse_kind(unit.kind, unit.word))
 
 
 def load_pair(
@@ -175,15 +160,15 @@ def load_pair(
 
     The parent's own word changes only where it was trained together with the other.
     """
-    word = join(*words)
-    if unit_file(directory, (layer, "block", word)).exists():
-        block = load_unit(directory, parent.config, layer, "block", word)
+    pair = Unit.pair(layer, *words)
+    if unit_file(directory, pair).exists():
+        block = load_unit(directory, parent.config, pair)
         assert isinstance(block, Block)
         return {"attention": block.attention, "ffn": block.ffn}
     found = {}
-    for kind, word in zip(KINDS, words, strict=True):
+    for kind, word in pair.parts:
         if word != name(getattr(parent.blocks[layer], kind).variant):
-            found[kind] = load_unit(directory, parent.config, layer, kind, word)
+            found[kind] = load_unit(directory, parent.config, Unit(layer, kind, word))
     return found
 
 

@@ -47,7 +47,7 @@ from tessera.model.layers import Subblock
 from tessera.model.transformer import Block, Transformer
 from tessera.progress import Progress
 from tessera.puzzle.library import load_unit
-from tessera.puzzle.space import Space, join, read_space, write_space
+from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.runs.files import atomic_write
 from tessera.runs.run import Run, read_json
 from tessera.train.losses import chunks
@@ -236,7 +236,7 @@ class ScoreConfig(BaseModel):
         return [source for source in self.tasks.values() if isinstance(source, str)]
 
 
-Units = dict[tuple[int, str, str], Subblock | Block]
+Units = dict[Unit, Subblock | Block]
 
 
 @dataclass(frozen=True)
@@ -336,11 +336,12 @@ def variants(current: Transformer, units: Units, batch: Batch) -> Iterator[tuple
     context = current.prepare(Context(batch.positions, batch.segments))
     states, middles = _states(current, batch, context)
     yield (), states[-1]
-    for (layer, kind, word), unit in units.items():
+    for key, unit in units.items():
+        layer, kind, _ = key
         x = _replaced(current.blocks[layer], kind, unit, states[layer], middles[layer], context)
         for block in current.blocks[layer + 1 :]:
             x = block(x, context)
-        yield (layer, kind, word), x
+        yield key, x
 
 
 def _target(parent: Transformer, batch: Batch) -> Target:
@@ -370,14 +371,10 @@ def _replaced(
 
 def load_units(library: Path, parent: Transformer, space: Space) -> Units:
     """Every replacement of the space, trained; `noop` included, and pairs trained together."""
-    units: Units = {
-        key: load_unit(library, parent.config, *key).requires_grad_(False)
-        for key in space.replacements()
+    return {
+        unit: load_unit(library, parent.config, unit).requires_grad_(False)
+        for unit in (*space.replacements(), *space.pairs)
     }
-    for layer, attention, ffn in space.pairs:
-        key = (layer, "block", join(attention, ffn))
-        units[key] = load_unit(library, parent.config, *key).requires_grad_(False)
-    return units
 
 
 def score_given(

@@ -42,7 +42,7 @@ from tessera.puzzle.program import (
     solve,
 )
 from tessera.puzzle.score import METRICS
-from tessera.puzzle.space import Pair, Space, read_space
+from tessera.puzzle.space import Space, Unit, read_space
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json, read_table
 
@@ -66,7 +66,7 @@ class Solver:
     time_limit: float = 60.0  # of each program
     solutions: int = 1
     overlap: float = 0.8
-    cuts: set[Pair] = field(default_factory=set)
+    cuts: set[Unit] = field(default_factory=set)
 
     def architectures(self) -> list[Found]:
         """The best ones, best first; fewer than wanted where no more differ enough.
@@ -126,7 +126,9 @@ class Solver:
                 continue
         return sorted(found, key=lambda pair: pair[0])
 
-    def _program(self, choice: BatchChoice) -> tuple[list[Option], dict[str, float], list[Pair]]:
+    def _program(
+        self, choice: BatchChoice
+    ) -> tuple[list[Option], dict[str, float], list[tuple[int, str, str]]]:
         """(options, limits, forbidden pairs)."""
         limits = choice.bounds() | self.candidates.limits
         options = self.candidates.options(choice, self.cuts)
@@ -142,7 +144,7 @@ class Solver:
             refused = self._refused_layer(words)
             if refused is None:
                 return solution, words
-            self.cuts.add((refused, *words[refused]))
+            self.cuts.add(Unit.pair(refused, *words[refused]))
 
     def _refused_layer(self, words: Architecture) -> int | None:
         """Where to cut an architecture that an engine refuses as a whole, though no pair alone.

@@ -11,10 +11,10 @@ a named engine cannot load at a layer, whatever stands beside them.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -65,9 +65,33 @@ def layers_of(spec: str | None, parent: ModelConfig, where: str) -> tuple[int, .
 
 
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
-Pair = tuple[int, str, str]  # layer, attention word, FFN word
 ATTENTION = ("divisors", "linear", "noop")
 FFN = ("75%", "50%", "25%", "10%", "linear", "noop")
+
+
+class Unit(NamedTuple):
+    """What may stand in a layer. `str(unit)`, as "03/ffn/swiglu-256", is its key in a library.
+
+    kind: attention, ffn, or block for a pair of words trained together, "gqa-2+swiglu-256".
+    """
+
+    layer: int
+    kind: str
+    word: str
+
+    @classmethod
+    def pair(cls, layer: int, attention: str, ffn: str) -> Unit:
+        """Two words of a layer trained together."""
+        return cls(layer, "block", f"{attention}+{ffn}")
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """(kind, word) of each subblock: one, or two of a pair."""
+        kinds = KINDS if self.kind == "block" else (self.kind,)
+        return tuple(zip(kinds, self.word.split("+"), strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.layer:02d}/{self.kind}/{self.word}"
 
 
 class LayerWords(BaseModel):
@@ -160,24 +184,33 @@ def _parsed(kind: str, word: str, shorthand: str) -> None:
 class Space:
     """`layers[i]` is (attention words, FFN words) of layer i, the parent's first.
 
-    `pairs` are (layer, attention, FFN) that the library holds trained together: where a pair is
-    here, those two words at that layer mean the coupled weights, in scores as in models.
+    `pairs` are what the library holds trained together: where a pair is here, those two words at
+    that layer mean the coupled weights, in scores as in models.
     `servable`: the engines that this space was made for, which must load what is chosen from it.
     """
 
     layers: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
-    pairs: tuple[Pair, ...] = ()
+    pairs: tuple[Unit, ...] = ()
     servable: tuple[str, ...] = ()
 
     def words(self, layer: int, kind: str) -> tuple[str, ...]:
         return self.layers[layer][KINDS.index(kind)]
 
-    def replacements(self) -> Iterator[tuple[int, str, str]]:
-        """(layer, kind, word) of every subblock that is not the parent's own."""
+    def units(self, words: Iterable[Sequence[str]]) -> list[Unit]:
+        """What an architecture holds in each place; a pair trained together is one unit."""
+        found: list[Unit] = []
+        for layer, both in enumerate(words):
+            pair = Unit.pair(layer, *both)
+            apart = [Unit(layer, kind, word) for kind, word in zip(KINDS, both, strict=True)]
+            found += [pair] if pair in self.pairs else apart
+        return found
+
+    def replacements(self) -> Iterator[Unit]:
+        """Every subblock that is not the parent's own, by layer."""
         for layer in range(len(self.layers)):
             for kind in KINDS:
                 for word in self.words(layer, kind)[1:]:
-                    yield layer, kind, word
+                    yield Unit(layer, kind, word)
 
     def without(self, words: Collection[tuple[str, str]]) -> Space:
         """The space less these (kind, word), and less the pairs that hold one of them."""
@@ -188,37 +221,26 @@ class Space:
             )
             for attention, ffn in self.layers
         )
-        kept = [p for p in self.pairs if not set(zip(KINDS, p[1:], strict=True)) & set(words)]
+        kept = [pair for pair in self.pairs if not set(pair.parts) & set(words)]
         return replace(self, layers=layers, pairs=tuple(kept))
 
 
-def with_pairs(space: Space, pairs: Iterable[Pair]) -> Space:
+def with_pairs(space: Space, pairs: Iterable[Unit]) -> Space:
     """The space with these pairs too, by layer."""
     return replace(space, pairs=tuple(sorted({*space.pairs, *pairs})))
-
-
-def join(attention: str, ffn: str) -> str:
-    """The word of a pair trained together: `gqa-2+swiglu-256`."""
-    return f"{attention}+{ffn}"
-
-
-def split(word: str) -> tuple[str, str]:
-    """(attention, FFN) of a pair's word."""
-    attention, _, ffn = word.partition("+")
-    return attention, ffn
 
 
 def write_space(space: Space, run: Run) -> None:
     """Leave a space in a run's tables: `space.json`, `pairs.json` and `servable.json`."""
     run.write_json("space", [[list(words) for words in layer] for layer in space.layers])
-    run.write_json("pairs", [list(pair) for pair in space.pairs])
+    run.write_json("pairs", [[pair.layer, *pair.word.split("+")] for pair in space.pairs])
     run.write_json("servable", list(space.servable))
 
 
 def read_space(directory: Path) -> Space:
     """The space of a finished library or score run."""
     layers = tuple((tuple(a), tuple(f)) for a, f in read_json(directory, "space"))
-    pairs = tuple((i, a, f) for i, a, f in read_json(directory, "pairs"))
+    pairs = tuple(Unit.pair(*pair) for pair in read_json(directory, "pairs"))
     return Space(layers, pairs, tuple(read_json(directory, "servable")))
 
 
@@ -394,6 +416,5 @@ def _refused(
 
 def _with_pair(parent: ModelConfig, layer: int, words: tuple[str, str]) -> ModelConfig:
     blocks = list(parent.blocks)
-    variants = (parse_kind(kind, word) for kind, word in zip(KINDS, words, strict=True))
-    blocks[layer] = BlockConfig(*variants)  # type: ignore[arg-type]
+    blocks[layer] = BlockConfig.of(*words)
     return replace(parent, blocks=tuple(blocks))

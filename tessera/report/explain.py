@@ -18,7 +18,7 @@ from typing import Any
 from tessera.model.config import KINDS, ModelConfig, parse_kind
 from tessera.model.source import ancestors, holder, model_config, origin
 from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
-from tessera.puzzle.space import join
+from tessera.puzzle.space import Unit
 from tessera.runs.files import RunError
 from tessera.runs.run import read_table
 from tessera.table import VIEWS, count, render_table, seconds, size, terminal_width
@@ -47,7 +47,7 @@ class Prices:
 
     def layer_kl(self, parent: ModelConfig, layer: int, words: tuple[str, str]) -> float | None:
         """The score of a layer's two words, as a pair where they were trained together."""
-        pair = self.scores.get((layer, "block", join(*words)))
+        pair = self.scores.get(Unit.pair(layer, *words))
         if pair is not None:
             return pair
         apart = [self.kl(parent, layer, *one) for one in zip(KINDS, words, strict=True)]
@@ -148,7 +148,7 @@ class _Sides:
     def layer(self, layer: int) -> Row:
         old, new = _words(self.before, layer), _words(self.after, layer)
         row: Row = {"layer": layer}
-        together = any((layer, "block", join(*pair)) in self.prices.scores for pair in (old, new))
+        together = any(Unit.pair(layer, *pair) in self.prices.scores for pair in (old, new))
         for kind, was, now in zip(KINDS, old, new, strict=True):
             row[kind] = was if was == now else f"{was} -> {now}"
             if was != now:

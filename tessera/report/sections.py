@@ -1,15 +1,4 @@
-"""The runs that a report is about, and what they logged.
-
-What a section is made of: values that HTML, Markdown and JSON each show in their own way.
-
-Sections on the stages: curves of each training, where runs came from, what they cost.
-
-Sections on what models can do: tasks with thinking on and off, reinforcement, their texts.
-
-Sections on what Puzzle made: the child's mosaic, the frontier, promises against measurements.
-
-The first section: what came of it, a line a finding, before anything is explained.
-"""
+"""The sections of a report: functions from the runs of a recipe to what a page shows of them."""
 
 from __future__ import annotations
 
@@ -20,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
+from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, SwiGLU
 from tessera.model.source import ancestors, model_config, origin
-from tessera.plot import Series
 from tessera.progress import clock
-from tessera.report.charts import chart, legend, mosaic
+from tessera.report.charts import Series, chart
 from tessera.report.explain import explain, headline
 from tessera.report.show import status, tables
 from tessera.runs.files import RunError
@@ -112,40 +101,52 @@ def read_runs(path: Path) -> Runs:
 class Text:
     """A paragraph."""
 
+    kind: ClassVar = "text"
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with their full keys; `view` says how known ones are shown, the rest follow.
+    """Rows of a table; `view` says how known keys are shown, the others follow. folded: a click
+    away, for what few readers want."""
 
-    folded: behind a click, for what few readers want.
-    """
-
+    kind: ClassVar = "table"
     name: str
-    rows: Sequence[dict[str, Any]]
+    rows: Sequence[Row]
     view: Sequence[Column] = ()
     folded: bool = False
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing: trusted SVG of our own, a caption, and (name, colour) of its lines."""
+    """A chart: SVG of `charts.py` and a note."""
 
+    kind: ClassVar = "figure"
     title: str
     svg: str
     note: str = ""
-    legend: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """A row a layer, a bar for attention and one for the FFN: (word, size now, size before), the
+    sizes in percent of the parent's largest."""
+
+    kind: ClassVar = "mosaic"
+    title: str
+    layers: Sequence[Sequence[tuple[str, float, float]]]
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Samples:
     """Texts that models wrote, under the question: (question, [(label, text)])."""
 
+    kind: ClassVar = "samples"
     items: Sequence[tuple[str, Sequence[tuple[str, str]]]]
 
 
-Block = Text | Table | Figure | Samples
+Block = Text | Table | Figure | Mosaic | Samples
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,8 @@ class Section:
 
 def lines(rows: Sequence[Row], keys: Sequence[str]) -> list[Series]:
     """The keys' values over the steps, as far as they were logged."""
-    found = []
-    for key in keys:
-        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-        told = [(x, y, f"{key} {y:.4g} at step {x}") for x, y in points]
-        if told:
-            found.append(Series(key, told))
-    return found
+    every = {key: [(r["step"], r[key]) for r in rows if r.get(key) is not None] for key in keys}
+    return [Series(key, points) for key, points in every.items() if points]
 
 
 def curves(runs: Runs) -> Iterator[Block]:
@@ -174,11 +170,10 @@ def curves(runs: Runs) -> Iterator[Block]:
     )
     for run in runs.all:
         keys = list(dict.fromkeys(key for row in run.metrics for key in row))
-        told = [k for k in keys if k.startswith(("loss", "heldout")) or k in ("kl", "lm_loss")]
+        losses = [k for k in keys if k.startswith(("loss", "heldout")) or k in ("kl", "lm_loss")]
         log = not any(key.startswith("reward") for key in keys)  # a policy's loss has both signs
-        series = lines(run.metrics, told)
-        if svg := chart(series, x="step", y="loss", log=log):
-            yield Figure(f"{run.name}: loss", svg, "", legend(series))
+        if svg := chart(lines(run.metrics, losses), x="step", y="loss", log=log):
+            yield Figure(f"{run.name}: loss", svg)
         for key, y in (("tokens_per_second", "tokens/s"), ("mfu", "MFU")):
             speed = lines(run.timings, [key])
             if svg := chart(speed, x="step", y=y):
@@ -238,20 +233,17 @@ def accuracy(runs: Runs) -> Iterator[Block]:
     """Each task's value against the tokens of an answer, a line from off to on."""
     evals = runs.having("eval")
     rows: list[Row] = [{"run": run.name} | row for run in evals for row in run.tables["eval"]]
-    tasks: dict[str, dict[str, list[tuple[float, float, str]]]] = defaultdict(dict)
+    tasks: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(dict)
     for row in rows:
-        if row.get("value") is None or row.get("tokens") is None:
-            continue
-        error = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
-        told = f"{row['run']}, {row['mode']}: {row['value']:.3f}{error}, {row['tokens']:.1f} tokens"
-        place = (row["tokens"], row["value"], told)
-        tasks[row["task"]].setdefault(row["run"], []).append(place)
+        if row.get("value") is not None and row.get("tokens") is not None:
+            place = (row["tokens"], row["value"])
+            tasks[row["task"]].setdefault(row["run"], []).append(place)
     for task, found in tasks.items():
         series = [Series(name, sorted(points)) for name, points in found.items()]
         metric = next(row["metric"] for row in rows if row["task"] == task)
         svg = chart(series, x="tokens an answer", y=metric)
         note = "A line joins one model's answers with reasoning off and on."
-        yield Figure(task, svg, note, legend(series))
+        yield Figure(task, svg, note)
     if rows:
         yield Table("eval", rows, VIEWS["eval"])
 
@@ -269,19 +261,18 @@ def reinforcement(runs: Runs) -> Iterator[Block]:
             ("entropy, nats a token", ["entropy"]),
             ("shares of the answers", ["obedience", "truncated", "no_signal", "clipped"]),
         ):
-            series = lines(run.metrics, wanted)
-            if svg := chart(series, x="step", y=title):
-                yield Figure(f"{run.name}: {title}", svg, "", legend(series))
+            if svg := chart(lines(run.metrics, wanted), x="step", y=title):
+                yield Figure(f"{run.name}: {title}", svg)
     for run in runs.having("curriculum"):
         rows = run.tables["curriculum"]
         for step in sorted({row["step"] for row in rows}):
             part = [row for row in rows if row["step"] == step]
             series = [
-                Series(kind, [(r["pass_rate"], r[kind], f"{r[kind]:.2f}") for r in part])
+                Series(kind, [(r["pass_rate"], r[kind]) for r in part])
                 for kind in ("planned", "actual")
             ]
             svg = chart(series, x="pass rate before training", y="share of the prompts")
-            yield Figure(f"{run.name}: prompts from step {step}", svg, "", legend(series))
+            yield Figure(f"{run.name}: prompts from step {step}", svg)
     for run in runs.having("pass_rates"):
         yield Table(f"{run.name}: pass rates before training", run.tables["pass_rates"])
 
@@ -352,12 +343,40 @@ def architecture(runs: Runs) -> Iterator[Block]:
             f"{size(held[0])} of {size(held[1])} KV cache a token (float32). "
             "Filled: kept; outlined: what the parent has there."
         )
-        yield Figure(run.name, mosaic(after, before), note)
+        yield Mosaic(run.name, bars(after, before), note)
         if found := explain(run.path):
             losses.append(Text(f"{run.name}: {headline(found)}"))
             name = f"{run.name}, layer by layer"
             losses.append(Table(name, found["layers"], VIEWS["taken"], folded=True))
     yield from losses
+
+
+def bars(config: ModelConfig, parent: ModelConfig) -> list[list[tuple[str, float, float]]]:
+    """The layers of a Mosaic: KV heads in percent of the parent's most, FFN width of its widest."""
+    blocks = [*config.blocks, *parent.blocks]
+    heads = [b.attention.num_key_value_heads for b in blocks if isinstance(b.attention, GQA)]
+    widths = [b.ffn.intermediate_size for b in blocks if isinstance(b.ffn, SwiGLU)]
+    heads, widths = max(heads, default=1), max(widths, default=1)
+
+    def percent(variant: Attention | FFN) -> float:
+        match variant:
+            case GQA(size):
+                return round(100 * size / heads, 1)
+            case SwiGLU(size):
+                return round(100 * size / widths, 1)
+            case Chain():
+                return 4.0
+            case _:
+                return 0.0
+
+    rows = []
+    for layer, block in enumerate(config.blocks):
+        own = parent.blocks[layer] if layer < len(parent.blocks) else block
+        pairs = zip(
+            block.words, (block.attention, block.ffn), (own.attention, own.ffn), strict=True
+        )
+        rows.append([(word, percent(now), percent(was)) for word, now, was in pairs])
+    return rows
 
 
 def frontier(runs: Runs) -> Iterator[Block]:
@@ -377,15 +396,14 @@ def frontier(runs: Runs) -> Iterator[Block]:
         if any(row.get("lr") for row in rows):
             states = {"kl": "after each was distilled", "kl_before": "before distillation"}
         for column, state in states.items():
-            methods: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+            methods: dict[str, list[tuple[float, float]]] = defaultdict(list)
             for row in found:
                 if row.get(key) and row.get(column):
-                    told = f"{row['method']}: {row[key]:.2f}x, KL {row[column]:.3f}"
-                    methods[row["method"]].append((row[key], row[column], told))
+                    methods[row["method"]].append((row[key], row[column]))
             series = [Series(name, sorted(set(points))) for name, points in methods.items()]
             x = f"{what}, times the parent's ({word})"
             svg = chart(series, x=x, y="KL to the parent", log=True)
-            yield Figure(f"Frontier, {state}", svg, note, legend(series))
+            yield Figure(f"Frontier, {state}", svg, note)
         bare = [{k: v for k, v in row.items() if k != "words"} for row in rows]
         yield Table(f"{run.name}: all points", bare, VIEWS["frontier"], folded=True)
 
@@ -395,9 +413,8 @@ def speed(runs: Runs) -> Iterator[Block]:
     for run in runs.having("calibration"):
         rows = run.tables["calibration"]
         pairs = [(1e3 * r["promised_seconds"], 1e3 * r["measured_seconds"]) for r in rows]
-        points = [(p, m, f"promised {p:.1f} ms, took {m:.1f} ms") for p, m in pairs]
         x, y = "promised, ms a batch", "measured, ms a batch"
-        svg = chart([Series("model", points)], x=x, y=y, joined=False, diagonal=True)
+        svg = chart([Series("model", pairs)], x=x, y=y, joined=False, diagonal=True)
         worst = max(abs(p / m - 1) for p, m in pairs)
         note = (
             f"{len(rows)} whole models timed against the sum of their blocks' costs; on the dashed "

@@ -19,6 +19,7 @@ from tessera.data.batch import Batch, best_fit
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, SchemaError, tidy
 from tessera.data.readers import Bad, DataError, expand, read_rows
+from tessera.data.thought import split
 from tessera.rl.experience import Answer, Group, Piece, row, spans
 
 
@@ -59,7 +60,7 @@ def _of_file(path: Path, encoder: ChatEncoder) -> Iterator[Pair]:
             messages, chosen, rejected, margin = _read(found)
         except (SchemaError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}:{number}: no pair: {error}") from None
-        mode = "on" if "</think>" in chosen else "off"
+        mode = "off" if split(chosen).thought is None else "on"
         better, worse = (encoder.tokenizer.encode(text) + stop for text in (chosen, rejected))
         yield Pair(encoder.prompt(messages, mode), better, worse, margin)
 

@@ -29,9 +29,9 @@ from pydantic import Field
 
 from tessera.ask.endpoint import EndpointConfig
 from tessera.data.conversation import Mode, switch_of
+from tessera.data.thought import split
 from tessera.rl.jail.run import Isolation, JailError, Limits, require_isolation
 from tessera.rl.verifiers import instructions, mathematics
-from tessera.rl.verifiers.answer import split_thoughts
 from tessera.rl.verifiers.code import CASES_TOGETHER, verify_asserts, verify_outputs
 from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_format, verify_number
 from tessera.rl.verifiers.instructions import read_instructions, verify_instructions
@@ -60,7 +60,7 @@ class Sample:
     @property
     def answer(self) -> str:
         """What is said after the thoughts."""
-        return split_thoughts(self.completion)[1]
+        return split(self.completion).answer.strip()
 
     @property
     def switch(self) -> Mode | None:

@@ -81,13 +81,13 @@ class Asked:
 
     def _read(self, reply: Reply) -> Outcome:
         if isinstance(self.reward, JudgeReward):
-            verdicts = _VERDICT.findall(reply.text)
+            verdicts = _VERDICT.findall(reply.answer)
             if not verdicts:
-                return unjudged(f"no verdict in the judge's reply: {reply.text[-80:]!r}")
+                return unjudged(f"no verdict in the judge's reply: {reply.answer[-80:]!r}")
             return judged(verdicts[-1].lower() == "right", "the judge says so")
-        scores = _REWARD.findall(reply.text)
+        scores = _REWARD.findall(reply.answer)
         if not scores:
-            return unjudged(f"no reward in the model's reply: {reply.text[-80:]!r}")
+            return unjudged(f"no reward in the model's reply: {reply.answer[-80:]!r}")
         score = float(scores[-1])
         good = score >= self.reward.right_from
         return Outcome("right" if good else "wrong", score, "")

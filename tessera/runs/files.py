@@ -229,3 +229,30 @@ class Journal:
         """The row of a key, its key among the fields."""
         self._reader.seek(self._at[key])
         return json.loads(self._reader.readline())
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """An empty sibling directory that takes the place of `directory` when the block succeeds.
+
+    Raises WriteError when the system refuses a write. Whatever the block raises, what stood there
+    is then intact.
+    """
+    directory = directory.resolve()
+    temporary, old = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
+    with writing(directory):
+        if old.exists() and not directory.exists():  # killed between the two renames below
+            os.replace(old, directory)
+        for left_over in (temporary, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            sync(*temporary.rglob("*"), temporary)
+            if directory.exists():
+                os.replace(directory, old)
+            os.replace(temporary, directory)
+            sync(directory.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

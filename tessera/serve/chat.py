@@ -16,9 +16,10 @@ from rich.console import Console
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode
+from tessera.data.thought import Thought
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
-from tessera.generate.text import Piece, TextStream, opens_thought, thinking_budget
+from tessera.generate.text import TextStream, opens_thought, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
@@ -56,7 +57,7 @@ class Conversation:
         return HELP if word == "/help" else f"{word} is no command; {HELP}"
 
     def answer(self, question: str, show: Any) -> str:
-        """Asks; `show` gets each `Piece` as it comes. Returns tokens and seconds as text.
+        """Asks; `show` gets each `Thought` as it comes. Returns tokens and seconds as text.
 
         An answer that is interrupted stands as far as it came.
         """
@@ -74,7 +75,7 @@ class Conversation:
             thinking=thinking,
             **SAMPLING[self.mode],  # type: ignore[arg-type]
         )
-        begun, told, handle = time.monotonic(), Piece(), self.engine.submit(prompt, params)
+        begun, told, handle = time.monotonic(), Thought(), self.engine.submit(prompt, params)
         (completion,), seen = handle.completions, 0
         try:
             while not handle.done:
@@ -89,7 +90,8 @@ class Conversation:
         piece = stream.finish()
         told += piece
         show(piece)
-        self.messages.append({"role": "assistant", "content": told.answer})
+        apart = {} if told.thought is None else {"reasoning_content": told.thought}
+        self.messages.append({"role": "assistant", "content": told.answer, **apart})
         count, seconds = len(completion.token_ids), time.monotonic() - begun
         thought = f", {stream.thought_tokens} of them thought" if stream.thought_tokens else ""
         return f"{count} tokens{thought}, {seconds:.1f} s, {count / seconds:,.0f} tokens/s"
@@ -119,7 +121,7 @@ class _Shown:
     def __init__(self, console: Console) -> None:
         self.console, self.thought, self.answered = console, False, False
 
-    def __call__(self, piece: Piece) -> None:
+    def __call__(self, piece: Thought) -> None:
         if piece.thought:
             self.thought = True
             self.console.print(piece.thought, style="dim italic", end="", markup=False)

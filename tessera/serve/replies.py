@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tessera.generate.text import Piece, begun
+from tessera.data.thought import Thought, begun
 from tessera.serve.session import News, Talk, Token
 
 OPEN, CLOSE = "<TOOLCALL>", "</TOOLCALL>"
@@ -80,17 +80,17 @@ class Choice:
     calls: ToolCalls = field(default_factory=ToolCalls)
     finish_reason: str | None = None
 
-    def take(self, news: News) -> Piece:
+    def take(self, news: News) -> Thought:
         """Adds what is new; returns the part that is certainly text."""
         answer = self.calls.push(news.piece.answer)
         if news.finish_reason is not None:
             answer += self.calls.flush()
             called = bool(self.calls.calls)
             self.finish_reason = "tool_calls" if called else REASONS[news.finish_reason]
-        self.thought += news.piece.thought
+        self.thought += news.piece.thought or ""
         self.answer += answer
         self.tokens += news.tokens
-        return Piece(news.piece.thought, answer)
+        return Thought(news.piece.thought, answer)
 
     def message(self) -> dict[str, Any]:
         """An assistant's message; both names that servers use for the thought."""

@@ -12,10 +12,11 @@ from typing import Any
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode, tidy
 from tessera.data.switch import requested
+from tessera.data.thought import Thought
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import FinishReason, SamplingParams, Thinking
 from tessera.generate.requests import Handle
-from tessera.generate.text import Piece, TextStream, opens_thought, stop_watch, thinking_budget
+from tessera.generate.text import TextStream, opens_thought, stop_watch, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
 from tessera.serve.schema import ChatRequest, CompletionRequest, Sampled
 
@@ -34,7 +35,7 @@ class News:
     """What one sample gained. finish_reason comes with the last piece."""
 
     sample: int
-    piece: Piece
+    piece: Thought
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -62,7 +63,7 @@ class Talk:
         }
 
     async def news(self) -> AsyncIterator[News]:
-        """Pieces of every sample as they come. A reader that leaves cancels the request."""
+        """Thoughts of every sample as they come. A reader that leaves cancels the request."""
         with self.handle:
             async for delta in self.handle:
                 stream = self.streams[delta.sample]

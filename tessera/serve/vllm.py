@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from tessera.data.conversation import CLOSE, OPEN
+from tessera.data.thought import CLOSE, OPEN
 from tessera.data.tokenizer import load_tokenizer
 from tessera.export import decilm
 from tessera.runs.files import RunError

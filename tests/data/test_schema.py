@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tessera.data.conversation import Chat, SchemaError, fault, split_thought
+from tessera.data.conversation import Chat, SchemaError, fault
 from tessera.data.dialects import Dialect, read_chats, read_row, write_row
 from tessera.data.readers import Bad, DataError
 
@@ -192,7 +192,6 @@ def test_the_mode_of_rows_that_do_not_say_it() -> None:
     assert read_row(SHAREGPT).mode == read_row(ALPACA).mode == "off"
     assert read_row(OPENAI).mode == "on"
     assert read_row({**ALPACA, "output": THOUGHT}).mode == "on"
-    assert split_thought({"content": THOUGHT}) == ("Twice two.", "Four.")
 
 
 def test_a_file_is_read_to_its_end_with_the_numbers_of_its_rows(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tessera.cli.main import app
-from tessera.data.conversation import Chat, fault, split_thought
+from tessera.data.conversation import Chat, fault
 from tessera.data.dialects import read_chats
 from tessera.data.problems import (
     TASKS,
@@ -19,6 +19,7 @@ from tessera.data.problems import (
     problem_chat,
     split_of,
 )
+from tessera.data.thought import Thought, split_message
 
 
 def check_calc(drawn: Problem) -> bool:
@@ -116,8 +117,9 @@ def test_a_problem_as_a_chat_in_both_variants(name: str) -> None:
     drawn = problem(name, 0, 3)
     on, off = drawn.chat("on"), drawn.chat("off")
     assert fault(on) is None and fault(off) is None
-    assert split_thought(on.messages[-1]) == (f"Work: {drawn.work}", f"Answer: {drawn.answer}")
-    assert split_thought(off.messages[-1]) == (None, f"Answer: {drawn.answer}")
+    wanted = Thought(f"Work: {drawn.work}", f"Answer: {drawn.answer}", True)
+    assert split_message(on.messages[-1]) == wanted
+    assert split_message(off.messages[-1]) == Thought(None, f"Answer: {drawn.answer}")
     assert [problem_chat(name, 0, i).mode for i in range(4)] == ["on", "off"] * 2
 
 

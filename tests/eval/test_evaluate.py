@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tessera.ask.ask import Receive, Reply, Request
-from tessera.data.conversation import CLOSE, OPEN, Mode
+from tessera.data.conversation import Mode
+from tessera.data.thought import CLOSE, OPEN
 from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
 from tessera.eval.evaluate import EvalConfig, _logprobs, evaluate

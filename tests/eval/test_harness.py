@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tessera.data.chat import ChatEncoder
-from tessera.data.conversation import CLOSE, OPEN, Mode
+from tessera.data.conversation import Mode
 from tessera.data.switch import set_switch
+from tessera.data.thought import CLOSE, OPEN
 from tessera.data.tokenizer import train_bpe
 from tessera.eval.evaluate import EvalConfig, evaluate, perplexity
 from tessera.eval.tasks.maths import BOX

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tessera.ask.ask import Receive, Reply, Request
-from tessera.data.conversation import CLOSE, OPEN
+from tessera.data.thought import CLOSE, OPEN
 from tessera.eval import scores
 from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
 from tessera.eval.task import Data, EvalError, Item, Task, ask

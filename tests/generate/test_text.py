@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
 
 import pytest
 
+from tessera.data.thought import Thought, split
 from tessera.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 from tessera.generate.engine import GenerationError, SamplingParams
 from tessera.generate.text import (
     Detokenizer,
-    Piece,
     StopStrings,
     TextStream,
-    ThoughtSplitter,
     opens_thought,
     said,
-    split_thought,
     stop_watch,
     thinking_budget,
 )
@@ -105,55 +102,16 @@ def test_what_cannot_begin_a_stop_string_is_not_held_back():
         StopStrings(["x", ""])
 
 
-@pytest.mark.parametrize(
-    "text, opened, piece",
-    [
-        ("<think>\nhm\n</think>\n\nyes", False, Piece("hm", "yes")),
-        ("\n<think>a <b> c</think>yes\n", False, Piece("a <b> c", "yes\n")),
-        ("hm\n</think>\n\nyes", True, Piece("hm", "yes")),
-        ("<think>cut off \n", False, Piece("cut off", "")),
-        ("no thought <think>x</think>", False, Piece("", "no thought <think>x</think>")),
-        (" plain", False, Piece("", " plain")),
-        ("<think></think> <think>", False, Piece("", "<think>")),
-        ("a </thin", True, Piece("a </thin", "")),
-        ("<thin", False, Piece("", "<thin")),
-        ("", True, Piece("", "")),
-    ],
-)
-def test_thought_and_answer_are_told_apart_wherever_the_pieces_are_cut(text, opened, piece):
-    assert split_thought(text, opened) == piece
-    draw = random.Random(2)
-    for _ in range(100):
-        splitter, found = ThoughtSplitter(opened), Piece()
-        for part in cuts(text, draw):
-            found += splitter.push(part)
-            assert piece.thought.startswith(found.thought)
-            assert piece.answer.startswith(found.answer)
-        assert found + splitter.flush() == piece
-
-
-def test_random_texts_split_as_a_regular_expression_says():
-    draw = random.Random(3)
-    parts = ("<think>", "</think>", "\n", " ", "x", "<", "th", "ink>", "y z")
-    for _ in range(2000):
-        text = "".join(draw.choices(parts, k=7))
-        found = re.fullmatch(r"\s*<think>(.*?)(?:</think>(.*))?", text, re.DOTALL)
-        wanted = Piece("", text)
-        if found:
-            wanted = Piece(found[1].strip(), (found[2] or "").lstrip())
-        assert split_thought(text) == wanted
-
-
 def test_a_stream_counts_the_tokens_of_the_thought_and_ends_at_a_stop_string():
     ids = BPE.encode("<think>\nhm.\n</think>\n\nyes, END and more")
-    stream, found = TextStream(BPE, stops=["END"]), Piece()
+    stream, found = TextStream(BPE, stops=["END"]), Thought()
     for token in ids:
         found += stream.push([token])
-    assert found + stream.finish() == Piece("hm.", "yes, ") and stream.stopped
+    assert found + stream.finish() == Thought("hm.", "yes, ", True) and stream.stopped
     thought = BPE.encode("<think>\nhm.\n</think>")
     assert len(thought) <= stream.thought_tokens <= len(thought) + 1  # the tag's end may be merged
     plain = TextStream(BPE, thinking=False)
-    assert plain.push(ids) + plain.finish() == Piece("", BPE.decode(ids))
+    assert plain.push(ids) + plain.finish() == Thought(None, BPE.decode(ids))
     assert plain.thought_tokens == 0
 
 
@@ -216,5 +174,5 @@ def test_a_budget_closes_the_thought_in_the_text():
         assert text.count("</think>") == 1
         assert tokenizer.decode(done.token_ids[10:]).startswith("\n</think>\n\n")
         stream = TextStream(tokenizer, prompt, opened=True)
-        assert stream.push(done.token_ids) + stream.finish() == split_thought(text, opened=True)
+        assert stream.push(done.token_ids) + stream.finish() == split(text, opened=True)
         assert stream.thought_tokens == 10 + len("\n</think>")

@@ -9,10 +9,10 @@ import torch
 
 from tessera.model.checkpoint import load_model
 from tessera.puzzle import couple
+from tessera.puzzle.bld import unit_params
 from tessera.puzzle.couple import CoupleConfig, choose_pairs, largest_pairs, most_chosen
-from tessera.puzzle.library import LibraryError, assemble, unit_file
-from tessera.puzzle.memory import unit_params
-from tessera.puzzle.space import Space, join, read_space
+from tessera.puzzle.library import LibraryError, assemble, load_unit, unit_file
+from tessera.puzzle.space import Space, Unit, read_space
 from tessera.runs.run import read_json, read_table
 from tessera.train.optim import TrainConfig
 from tests.objectives.recipes import BLD, SEARCH, UNITS, run, units
@@ -60,30 +60,30 @@ def test_pairs_are_the_product_of_the_kept_words_or_what_was_chosen():
     parent = toy_config(layers=2)
     product = choose_pairs(CONFIG, _space(), parent, found, [0, 1])
     words = {(a, f) for a in ("gqa-4", "gqa-2", "noop") for f in ("swiglu-24", "noop")}
-    assert set(product) == {(i, *w) for i in (0, 1) for w in words - {("noop", "noop")}}
+    assert set(product) == {Unit.pair(i, *w) for i in (0, 1) for w in words - {("noop", "noop")}}
     chosen = CONFIG.model_copy(update={"pairs": "chosen"})
     pairs = choose_pairs(chosen, _space(), parent, found, [0, 1])
     assert set(pairs) == {
-        (0, "gqa-2", "swiglu-24"),
-        (1, "gqa-4", "noop"),
-        (1, "gqa-2", "swiglu-24"),
+        Unit.pair(0, "gqa-2", "swiglu-24"),
+        Unit.pair(1, "gqa-4", "noop"),
+        Unit.pair(1, "gqa-2", "swiglu-24"),
     }
     fewer = CONFIG.model_copy(update={"attention": 1, "ffn": 1})
-    assert choose_pairs(fewer, _space(), parent, found, [1]) == [(1, "gqa-2", "swiglu-24")]
+    assert choose_pairs(fewer, _space(), parent, found, [1]) == [Unit.pair(1, "gqa-2", "swiglu-24")]
 
 
 def test_pairs_that_the_library_holds_or_an_engine_refuses_are_left_out():
     found, parent = [_words("gqa-2 swiglu-24", "gqa-2 noop")], toy_config(layers=2)
-    held = _space(pairs=((0, "gqa-2", "noop"),), servable=("llama.cpp",))
+    held = _space(pairs=(Unit.pair(0, "gqa-2", "noop"),), servable=("llama.cpp",))
     pairs = choose_pairs(CONFIG, held, parent, found, [0, 1])
-    assert pairs == [(0, "gqa-2", "swiglu-24"), (1, "gqa-2", "swiglu-24")]
+    assert pairs == [Unit.pair(layer, "gqa-2", "swiglu-24") for layer in (0, 1)]
 
 
 def test_the_largest_pairs_bound_those_of_any_search():
     parent, config = toy_config(layers=2), CONFIG.model_copy(update={"attention": 2, "ffn": 2})
 
     def total(pairs) -> int:
-        return sum(unit_params(parent, "block", join(a, f)) for _, a, f in pairs)
+        return sum(unit_params(parent, *pair[1:]) for pair in pairs)
 
     most = total(largest_pairs(config, _space(), parent, "couple"))
     for a in ("gqa-4", "gqa-2", "noop"):
@@ -102,7 +102,7 @@ def test_the_library_keeps_every_word_and_gains_the_pairs(runs):
     before, after = units(runs / "bld"), units(runs / "couple")
     space = read_space(runs / "couple")
     assert before.items() <= after.items()
-    added = {unit_file(Path(), (i, "block", join(a, f))).as_posix() for i, a, f in space.pairs}
+    added = {unit_file(Path(), pair).as_posix() for pair in space.pairs}
     assert set(after) - set(before) == added
     assert space.layers == read_space(runs / "bld").layers
     sample = runs / "couple" / "library" / next(iter(before))
@@ -112,16 +112,15 @@ def test_the_library_keeps_every_word_and_gains_the_pairs(runs):
 def test_scores_and_search_run_again_on_pairs(runs):
     space = read_space(runs / "score-2")
     rows = {(r["layer"], r["word"]) for r in read_table(runs / "score-2", "scores")}
-    assert {(i, join(a, f)) for i, a, f in space.pairs} <= rows
+    assert {(pair.layer, pair.word) for pair in space.pairs} <= rows
     words = read_json(runs / "search-2", "architecture")["words"]
     child = load_model(runs / "child")
-    held = [(i, *pair) for i, pair in enumerate(words) if (i, *pair) in space.pairs]
+    held = [unit for unit in space.units(words) if unit.kind == "block"]
     assert held and [list(pair) for pair in child.config.words] == words
-    for layer, a, f in held:
-        block = couple.load_library(runs / "couple" / "library", child.config, [
-            (layer, "block", join(a, f))
-        ])[f"{layer:02d}/block/{join(a, f)}"]  # fmt: skip
-        for mine, theirs in zip(child.blocks[layer].parameters(), block.parameters(), strict=True):
+    for pair in held:
+        block = load_unit(runs / "couple" / "library", child.config, pair)
+        own = child.blocks[pair.layer]
+        for mine, theirs in zip(own.parameters(), block.parameters(), strict=True):
             assert torch.equal(mine, theirs)
 
 

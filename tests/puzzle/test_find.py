@@ -34,7 +34,7 @@ def _inputs(folder: Path, scenarios: dict[str, Scenario], batches: tuple[int, ..
     extra = {"lm_loss": 0.5, "agreement": -0.1, "tokens": 9}
     _written(folder / "score", "scores", [row | extra | {"task.calc": 1.0} for row in scores(3)])
     _written(folder / "score", "space", [[list(words) for words in pair] for pair in SPACE.layers])
-    _written(folder / "score", "pairs", [list(pair) for pair in PAIRS])
+    _written(folder / "score", "pairs", [[p.layer, *p.word.split("+")] for p in PAIRS])
     _written(folder / "score", "servable", [])
     _written(folder / "score", "block_influence", [0.2, 0.1])
     rows = []

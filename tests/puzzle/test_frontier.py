@@ -13,7 +13,7 @@ from tessera.puzzle.candidates import Candidates
 from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.library import LibraryError
 from tessera.puzzle.search import SearchConfig, find
-from tessera.puzzle.space import Space
+from tessera.puzzle.space import Space, Unit
 from tessera.runs.recipe import RecipeError, loads, validate
 from tessera.runs.run import read_json, read_table
 from tests.puzzle.test_race import RECIPE as RACE
@@ -104,7 +104,9 @@ def test_a_pair_counts_once():
         {"layer": 0, "kind": "block", "word": "gqa-1+noop", "kl": 2.5},
         {"layer": 1, "kind": "ffn", "word": "noop", "kl": 4.0},
     ]
-    space = Space(((("gqa-4", "gqa-1"), ("swiglu-48", "noop")),) * 2, ((0, "gqa-1", "noop"),))
+    space = Space(
+        ((("gqa-4", "gqa-1"), ("swiglu-48", "noop")),) * 2, (Unit.pair(0, "gqa-1", "noop"),)
+    )
     words = Candidates.of(toy_config(layers=2), space, (), scores, "kl")
     assert words.total([("gqa-1", "noop"), ("gqa-4", "noop")]) == 6.5
 

@@ -9,9 +9,8 @@ import torch
 
 from tessera.model.context import Context
 from tessera.pipeline import STAGES
-from tessera.puzzle.bld import BLD
+from tessera.puzzle.bld import BLD, TRAINED, kept_numbers, training_memory, unit_params
 from tessera.puzzle.library import BlockLibrary, trainable_units
-from tessera.puzzle.memory import TRAINED, kept_numbers, training_memory, unit_params
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import collect_statistics
 from tests import tiny

@@ -13,7 +13,7 @@ from tessera.model.config import KINDS
 from tessera.model.context import Context
 from tessera.puzzle.library import BlockLibrary, assemble, load_unit, save_library, unit_file
 from tessera.puzzle.score import load_units, score_batch, score_given
-from tessera.puzzle.space import SpaceConfig, build_space, join
+from tessera.puzzle.space import SpaceConfig, Unit, build_space
 from tessera.puzzle.surgery import collect_statistics
 from tests.toy import toy_batch, toy_model
 
@@ -34,7 +34,7 @@ def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
     log_p = F.log_softmax(parent.logits(parent(batch.tokens, context())), -1)
     for layer, kind, word in space.replacements():
         swapped = toy_model().requires_grad_(False)
-        swapped.replace(layer, kind, load_unit(library, parent.config, layer, kind, word))
+        swapped.replace(layer, kind, load_unit(library, parent.config, Unit(layer, kind, word)))
         with torch.no_grad():
             log_q = F.log_softmax(swapped.logits(swapped(batch.tokens, context())), -1)
         kl = ((log_p.exp() * (log_p - log_q)).sum(-1) * batch.weight).sum()
@@ -81,13 +81,14 @@ def test_a_pair_stands_for_both_words(tmp_path):
     """A pair saved from the two trained words scores, and assembles, as those two together."""
     parent, space, library = _library(tmp_path)
     words = ("gqa-1", "swiglu-24")
+    pair = Unit.pair(1, *words)
     block = copy.deepcopy(parent.blocks[1])
-    for kind, word in zip(KINDS, words, strict=True):
-        setattr(block, kind, load_unit(library, parent.config, 1, kind, word))
-    path = unit_file(library, (1, "block", join(*words)))
+    for kind, word in pair.parts:
+        setattr(block, kind, load_unit(library, parent.config, Unit(1, kind, word)))
+    path = unit_file(library, pair)
     path.parent.mkdir(parents=True)
     save_file(block.state_dict(), path)
-    paired = replace(space, pairs=((1, *words),))
+    paired = replace(space, pairs=(pair,))
     batch = toy_batch(2)
     found = score_batch(parent, load_units(library, parent, paired), batch)
     architecture = list(parent.config.words)
@@ -95,7 +96,7 @@ def test_a_pair_stands_for_both_words(tmp_path):
     child = assemble(toy_model(), library, architecture).requires_grad_(False)
     whole = score_batch(parent, {}, batch, current=child)[()]
     for metric, value in whole.items():
-        assert abs(found[1, "block", join(*words)][metric] - value) < 1e-3
+        assert abs(found[pair][metric] - value) < 1e-3
 
 
 def test_an_architecture_of_parent_words_is_the_parent_bit_for_bit(tmp_path):
@@ -114,7 +115,7 @@ def test_an_assembled_model_is_what_its_words_say(tmp_path):
     for layer, pair in enumerate(words):
         for kind, word in zip(KINDS, pair, strict=True):
             if word not in ("noop", *parent.config.words[layer]):
-                unit = load_unit(library, parent.config, layer, kind, word)
+                unit = load_unit(library, parent.config, Unit(layer, kind, word))
                 own = getattr(child.layers[layer], kind)
                 assert all(
                     torch.equal(a, b)

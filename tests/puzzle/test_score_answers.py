@@ -26,7 +26,7 @@ from tessera.puzzle.score import (
     score_answers,
     score_given,
 )
-from tessera.puzzle.space import SpaceConfig, build_space
+from tessera.puzzle.space import SpaceConfig, Unit, build_space
 from tessera.puzzle.surgery import collect_statistics
 from tessera.runs.recipe import RecipeError, loads, validate
 from tessera.runs.run import read_json, read_table
@@ -88,7 +88,7 @@ def test_a_replacement_scores_as_the_whole_model_with_it(tmp_path: Path):
     sums = total(parent, portions, load_units(tmp_path, parent, space))
     for layer, kind, word in space.replacements():
         swapped = toy_model().requires_grad_(False)
-        swapped.replace(layer, kind, load_unit(tmp_path, parent.config, layer, kind, word))
+        swapped.replace(layer, kind, load_unit(tmp_path, parent.config, Unit(layer, kind, word)))
         own = sums[layer, kind, word]
         assert own["task.t.accuracy"] / 12 == accuracy(swapped, found)
         loss = 0.0
@@ -103,7 +103,8 @@ def test_each_metric_is_averaged_with_its_own_weight(tmp_path: Path):
     parent = toy_model().requires_grad_(False)
     found = problems(parent)
     portions = pack_problems("t", found, row_length=40, pad_id=0)
-    changed = {(1, "ffn", "noop"): load_unit(tmp_path, parent.config, 1, "ffn", "noop")}
+    noop = Unit(1, "ffn", "noop")
+    changed = {noop: load_unit(tmp_path, parent.config, noop)}
     batch = toy_batch(2)
     own, (row,) = score_given(parent, parent, changed, [batch], answers=portions)
     sums = total(parent, portions, changed)

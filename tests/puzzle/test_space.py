@@ -6,6 +6,7 @@ from tessera.model.config import ConfigError
 from tessera.puzzle.library import union
 from tessera.puzzle.space import (
     SpaceConfig,
+    Unit,
     build_space,
     forbidden_pairs,
     layer_numbers,
@@ -149,7 +150,7 @@ def test_a_parent_whose_changes_an_engine_cannot_load_has_no_servable_space():
 
 def test_the_parts_of_a_space_make_the_whole():
     whole = build_space(SpaceConfig(servable=("vllm",)), toy_config(layers=5))
-    whole = with_pairs(whole, [(3, "gqa-2", "swiglu-24"), (0, "gqa-1", "noop")])
+    whole = with_pairs(whole, [Unit.pair(3, "gqa-2", "swiglu-24"), Unit.pair(0, "gqa-1", "noop")])
     first, second = restrict(whole, [0, 1]), restrict(whole, [2, 3, 4])
     assert not [key for key in first.replacements() if key[0] > 1]
     assert union([first, second]) == whole

@@ -13,9 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tessera.cli.main import app
-from tessera.plot import Series
 from tessera.report import page
-from tessera.report.charts import MOST, chart
+from tessera.report.charts import MAX_POINTS, Series, averaged, chart
 from tessera.report.page import markdown
 from tessera.report.sections import Figure
 from tessera.runs.files import RunError
@@ -89,8 +88,8 @@ class Tags(HTMLParser):
 def test_what_a_model_wrote_is_never_markup_and_nothing_is_fetched(runs: Path):
     _, found = page.sections(runs)
     tags = Tags()
-    tags.feed(page.page(HOSTILE, HOSTILE, found))
-    assert [tag for tag, _ in tags.found].count("script") == 1  # the page's own
+    tags.feed(page.html(HOSTILE, HOSTILE, found))
+    assert [tag for tag, _ in tags.found].count("script") == 0
     assert not any(tag in ("img", "link", "iframe") for tag, _ in tags.found)
     for _, attributes in tags.found:
         assert not any(name == "src" or name.startswith("on") for name in attributes)
@@ -99,17 +98,27 @@ def test_what_a_model_wrote_is_never_markup_and_nothing_is_fetched(runs: Path):
 
 def test_markdown_holds_the_same_and_escapes_it(runs: Path):
     _, found = page.sections(runs)
-    text = markdown("toy", "told", found)
+    text = markdown("toy", "subtitle", found)
     assert "## Samples" in text and "| calc@3 |" in text
     outside = [line for line in text.splitlines() if not line.startswith("    ")]
     assert not any("<script" in line or "<img" in line for line in outside)
 
 
 def test_a_long_line_is_averaged_and_a_log_axis_leaves_out_what_it_cannot_show():
-    points = [(float(i), float(i % 2), "") for i in range(10 * MOST)]
-    line = ElementTree.fromstring(chart([Series("a", points)], x="x", y="y")).find("polyline")
-    assert line is not None and len(line.get("points", "").split()) <= MOST
-    assert chart([Series("a", [(1.0, 0.0, "")])], x="x", y="y", log=True) == ""
+    points = averaged([(float(i), float(i % 2)) for i in range(10 * MAX_POINTS)])
+    assert len(points) == MAX_POINTS and {y for _, y in points} == {0.5}
+    assert averaged(points) == points and averaged([]) == []
+    assert chart([Series("a", [(1.0, 0.0)])], x="x", y="y", log=True) == ""
+
+
+def test_a_chart_draws_and_names_every_line():
+    series = [Series(f"m<{i}>", [(1 + i, 0.1 + i), (2 + i, 0.2)]) for i in range(7)]
+    for log in (False, True):
+        root = ElementTree.fromstring(chart(series, x="steps & more", y="loss", log=log))
+        texts = {
+            (text.text or "").strip() for text in root.iter("{http://www.w3.org/2000/svg}text")
+        }
+        assert {"steps & more", "loss", *(one.name for one in series)} <= texts
 
 
 def test_the_command_writes_beside_a_finished_run_and_never_into_it(runs: Path):
@@ -133,7 +142,7 @@ def test_a_place_without_runs_is_refused(tmp_path: Path):
 def test_a_browser_renders_the_page_and_runs_no_script_of_a_sample(runs: Path, tmp_path: Path):
     _, found = page.sections(runs)
     file = tmp_path / "report.html"
-    file.write_text(page.page("toy", "told", found), encoding="utf-8")
+    file.write_text(page.html("toy", "subtitle", found), encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tessera.data.switch import obeys
 from tessera.rl.rewards import Sample
-from tessera.rl.verifiers.answer import boxed, final_statement, split_thoughts
+from tessera.rl.verifiers.answer import boxed, final_statement
 from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_format, verify_number
 from tessera.rl.verifiers.mathematics import verify_math
 from tessera.rl.verifiers.outcome import Outcome, right, unjudged
@@ -32,13 +32,6 @@ def test_the_last_closed_box_is_the_statement():
     assert final_statement("so\n#### 1,234 \n") == "1,234"
     assert final_statement("The answer is 3. No: the final answer is **4**.") == "4"
     assert final_statement("nothing is said") is None
-
-
-def test_an_unclosed_thought_has_no_answer_yet():
-    assert split_thoughts("<think>a</think>b") == ("a", "b")
-    assert split_thoughts("a</think>b") == ("a", "b")
-    assert split_thoughts("<think>a") == ("a", "")
-    assert split_thoughts("b") == (None, "b")
 
 
 @pytest.mark.parametrize(

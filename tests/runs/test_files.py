@@ -15,6 +15,7 @@ from tessera.runs.files import (
     atomic_write,
     fingerprint,
     remove_directories,
+    replacing,
 )
 
 
@@ -116,3 +117,28 @@ def test_a_held_directory_is_not_removed_nor_one_named_beside_it(tmp_path: Path)
     (run / "file").write_text("x")
     remove_directories(free, run)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path):
+    place = tmp_path / "place"
+    for name in ("old", "new"):
+        with replacing(place) as temporary:
+            (temporary / "folder").mkdir()
+            (temporary / "folder" / name).touch()
+    with pytest.raises(WriteError) as error, replacing(place) as temporary:
+        (temporary / "half").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(place) in str(error.value)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == [
+        "place",
+        "place/folder",
+        "place/folder/new",
+    ]
+
+
+def test_a_directory_that_a_kill_left_between_two_renames_is_put_back(tmp_path: Path):
+    for name in (".place.old", ".place.tmp"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(KeyError), replacing(tmp_path / "place"):
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["place"]

@@ -15,7 +15,7 @@ from tessera.objectives.lm import LM
 from tessera.objectives.sft import SFT
 from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary, save_library
-from tessera.puzzle.space import SpaceConfig, build_space
+from tessera.puzzle.space import SpaceConfig, Unit, build_space
 from tessera.puzzle.surgery import collect_statistics
 from tessera.runs.run import Run, read_metrics
 from tessera.train import flops
@@ -82,7 +82,7 @@ def _bld(attention=("gqa-2", "linear"), ffn=("50%", "linear"), only=None):
 def _pair(directory):
     library, objective = _bld()
     save_library(library, directory)
-    pairs = [(1, "gqa-2", "swiglu-24"), (1, "gqa-4", "linear")]
+    pairs = [Unit.pair(1, "gqa-2", "swiglu-24"), Unit.pair(1, "gqa-4", "linear")]
     return BlockLibrary.from_pairs(objective.parent, directory, pairs), objective
 
 

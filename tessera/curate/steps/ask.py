@@ -254,7 +254,7 @@ class Classify(Asking):
         for kind, reply in zip(self.kinds, replies, strict=True):
             if reply.error is not None:
                 return Drop(f"{self.teacher}: {reply.error[:120]}")
-            said = verdict(reply.text)
+            said = verdict(reply.answer)
             if said is None:
                 return Drop(f"no verdict on {kind}")
             if said:

@@ -12,7 +12,8 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tessera.data.conversation import Chat, Message, split_thought
+from tessera.data.conversation import Chat, Message
+from tessera.data.thought import split_message
 
 Field = Literal["question", "answer", "all"]
 EXCERPT = 200
@@ -33,12 +34,12 @@ def question(chat: Chat) -> str:
 
 def thought(chat: Chat) -> str | None:
     """The thought of the last answer; None for no answer, or one without a thought."""
-    return split_thought(chat.messages[-1])[0] if chat.answered else None
+    return split_message(chat.messages[-1]).thought if chat.answered else None
 
 
 def answer(chat: Chat) -> str:
     """The last answer without its thought; "" for a prompt."""
-    return split_thought(chat.messages[-1])[1] if chat.answered else ""
+    return split_message(chat.messages[-1]).answer if chat.answered else ""
 
 
 def text_of(chat: Chat, field: Field) -> str:

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from tessera.data.conversation import Message, split_thought
+from tessera.data.conversation import Message
+from tessera.data.thought import split
 from tessera.eval.task import Data, Item, Judging, Measure, Task, ask
 from tessera.rl.rewards import ExactReward
 
@@ -112,7 +113,8 @@ def _pair(question: str, a: str, b: str) -> str:
 
 
 def _said(message: Message) -> str:
-    return split_thought(message)[1] if message["role"] == "assistant" else message["content"]
+    text = message["content"]
+    return split(text).answer if message["role"] == "assistant" else text
 
 
 TASKS = (

@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 from tessera.data.conversation import Message
+from tessera.data.thought import split
 from tessera.eval import bfcl
 from tessera.eval.task import Data, EvalError, Item, Measure, Task, ask
 from tessera.eval.tasks.tools import read_calls
 from tessera.rl.rewards import FunctionReward, Sample
-from tessera.rl.verifiers.answer import split_thoughts
 from tessera.rl.verifiers.outcome import Outcome, judged, wrong
 
 SETS = ("base", "miss_func", "miss_param")
@@ -130,7 +130,7 @@ def _value(result: str) -> Any:
 
 def _answers(chat: Sequence[Mapping[str, str]]) -> list[str]:
     said = [message["content"] for message in chat if message["role"] == "assistant"]
-    return [split_thoughts(one)[1] for one in said]
+    return [split(one).answer.strip() for one in said]
 
 
 def verify_turns(sample: Sample) -> Outcome:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from tessera.data.problems import TaskError, family, problem
+from tessera.data.thought import split
 from tessera.eval.task import Data, EvalError, Item, Measure, Task, ask
 from tessera.rl.rewards import ExactReward, FunctionReward, NumberReward
 from tessera.rl.rewards import Sample as Judged
@@ -27,13 +28,14 @@ WORK = Measure("work", SAME_WORK, modes=("on", "text"))
 
 
 def same_work(sample: Judged) -> Outcome:
-    """Whether the thought holds the work of the problem, step by step.
+    """Whether the thought (the whole text without one) holds the work of the problem.
 
     An answer can be right by a shortcut; its work cannot.
     """
-    thought = " ".join(sample.completion.partition("</think>")[0].split())
+    found = split(sample.completion)
+    shown = " ".join((found.answer if found.thought is None else found.thought).split())
     wanted = " ".join(str(sample.fields["work"]).split())
-    return judged(bool(wanted) and wanted in thought, "another work")
+    return judged(bool(wanted) and wanted in shown, "another work")
 
 
 def drawn(name: str, level: int | None, data: Data) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""Where the answer of a completion stands: after the thoughts, and in its final statement.
+"""The final statement of an answer.
 
 The last statement counts, in the order of how explicit its form is: `\\boxed{...}` (what the
 report's prompts ask for), GSM8K's `#### 42`, "the answer is 42". Nothing here knows mathematics.
@@ -8,26 +8,11 @@ from __future__ import annotations
 
 import re
 
-OPEN, CLOSE = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _HASHES = re.compile(r"^\s*####[ \t]*(\S.*?)\s*$", re.MULTILINE)
 _STATED = re.compile(
     r"\banswer\b(?:[ \t]+is\b|[ \t]*[:=])[ \t:*]*(?=([^\s:*][^\n]*))", re.IGNORECASE
 )
-
-
-def split_thoughts(completion: str) -> tuple[str | None, str]:
-    """Thoughts and answer: what stands before and after the first `</think>`.
-
-    Without a closing tag there are no thoughts (None) and all is answer, unless a thought was
-    opened and never closed: then there is no answer yet, which is "".
-    """
-    before, closing, after = completion.partition(CLOSE)
-    if closing:
-        return before.replace(OPEN, "", 1).strip(), after.strip()
-    if OPEN in completion:
-        return completion.split(OPEN, 1)[1].strip(), ""
-    return None, completion.strip()
 
 
 def boxed(text: str) -> str | None:

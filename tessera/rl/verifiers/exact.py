@@ -16,7 +16,8 @@ from fractions import Fraction
 
 from tessera.data.conversation import Mode
 from tessera.data.switch import obeys
-from tessera.rl.verifiers.answer import CLOSE, OPEN, final_statement
+from tessera.data.thought import CLOSE, OPEN
+from tessera.rl.verifiers.answer import final_statement
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
 
 _NUMBER = re.compile(
