@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tessera.runs.recipe import nearest
+from tessera.table import nearest
 
 GB, TB, TFLOPS = 1e9, 1e12, 1e12
 # Best FP8 product found on an H200 (the same die): 1453 of 1979 TFLOPS; bf16 reaches 0.80 (Bekman,

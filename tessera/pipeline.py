@@ -8,158 +8,62 @@ an existing run stops everything with a diff. It is `make` for models.
 
 from __future__ import annotations
 
-import importlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tessera import dist
 from tessera.progress import clock
-from tessera.runs.files import FailureError, RunError
+from tessera.runs.files import FailureError, Lock, RunError, remove_directories
 from tessera.runs.plan import Stage, Step, explain_change, plan, table_text
-from tessera.runs.recipe import Recipe, RecipeError, nearest
-from tessera.runs.redo import Mark, mark_all, replacing, settle, withdraw_marks
-from tessera.runs.run import Run
+from tessera.runs.recipe import Recipe, RecipeError
+from tessera.runs.run import Run, replacing_run, settle
+from tessera.table import nearest
 
+# The table of contents of the paper. A row: name, needs, gives; module, config class, how it runs.
+# fmt: off
 _ROWS = (
-    Stage("data", "tessera.data.prepare", "DataConfig", ("model=",), "data", paths=("files",)),
-    Stage(
-        "parent",
-        "tessera.objectives.lm",
-        "ParentConfig",
-        ("data?",),
-        "model",
-        paths=("path",),
-        together=True,
-    ),
-    Stage("bld", "tessera.puzzle.bld", "BLDConfig", ("parent", "data"), "library", together=True),
-    Stage("merge", "tessera.puzzle.library", "MergeConfig", ("libraries*",), "library", "merge"),
-    Stage(
-        "score",
-        "tessera.puzzle.score",
-        "ScoreConfig",
-        ("parent", "library", "data"),
-        "scores",
-        paths=("files",),
-    ),
-    Stage("cost", "tessera.puzzle.cost", "CostConfig", ("parent", "library"), "costs"),
-    Stage(
-        "cost_vllm",
-        "tessera.puzzle.vllm_cost",
-        "VLLMCostConfig",
-        ("parent", "library"),
-        "costs",
-    ),
-    Stage(
-        "search",
-        "tessera.puzzle.search",
-        "SearchConfig",
-        ("parent", "scores", "costs", "library?", "data?"),
-        "architecture",
-    ),
-    Stage(
-        "couple",
-        "tessera.puzzle.couple",
-        "CoupleConfig",
-        ("parent", "library", "searches*", "data"),
-        "library",
-        together=True,
-    ),
-    Stage(
-        "race",
-        "tessera.puzzle.race",
-        "RaceConfig",
-        ("parent", "library", "searches*", "data"),
-        "architecture",
-        together=True,
-    ),
-    Stage(
-        "frontier",
-        "tessera.puzzle.frontier",
-        "FrontierConfig",
-        ("parent", "library", "scores", "costs", "data"),
-        "frontier",
-    ),
-    Stage(
-        "child",
-        "tessera.puzzle.library",
-        "ChildConfig",
-        ("parent", "library", "architecture"),
-        "model",
-    ),
-    Stage("fuse", "tessera.puzzle.fuse", "FuseConfig", ("model", "data"), "model"),
-    Stage(
-        "kd",
-        "tessera.objectives.kd",
-        "KDConfig",
-        ("model", "teacher", "data"),
-        "model",
-        together=True,
-    ),
-    Stage(
-        "cpt",
-        "tessera.objectives.lm",
-        "CPTConfig",
-        ("model", "data"),
-        "model",
-        "cpt",
-        together=True,
-    ),
-    Stage(
-        "curate",
-        "tessera.curate.runner",
-        "CurateConfig",
-        ("model=",),
-        "chats",
-        paths=("files",),
-        together=True,
-    ),
-    Stage("sft", "tessera.objectives.sft", "SFTConfig", ("model", "data"), "model", together=True),
-    Stage(
-        "profile",
-        "tessera.rl.profile",
-        "ProfileConfig",
-        ("model",),
-        "prompts",
-        paths=("paths",),
-    ),
-    Stage(
-        "grpo",
-        "tessera.objectives.grpo",
-        "GRPOConfig",
-        ("model", "prompts"),
-        "model",
-        together=True,
-    ),
-    Stage(
-        "rloo",
-        "tessera.objectives.grpo",
-        "RLOOConfig",
-        ("model", "prompts"),
-        "model",
-        "rloo",
-        together=True,
-    ),
-    Stage(
-        "rpo",
-        "tessera.objectives.rpo",
-        "RPOConfig",
-        ("model", "prompts?"),
-        "model",
-        paths=("paths",),
-        together=True,
-    ),
-    Stage(
-        "compare", "tessera.puzzle.compare", "CompareConfig", ("parent", "models*", "data"), "table"
-    ),
-    Stage("eval", "tessera.eval.evaluate", "EvalConfig", ("model",), "table"),
-    Stage("export", "tessera.export.write", "ExportConfig", ("model",), "directory"),
+    Stage("data", "model=", "data", ".data.prepare", "DataConfig", paths=("files",)),
+    Stage("parent", "data?", "model",
+          ".objectives.lm", "ParentConfig", paths=("path",), together=True),
+    Stage("bld", "parent data", "library", ".puzzle.bld", "BLDConfig", together=True),
+    Stage("merge", "libraries*", "library", ".puzzle.library", "MergeConfig", function="merge"),
+    Stage("score", "parent library data", "scores",
+          ".puzzle.score", "ScoreConfig", paths=("files",)),
+    Stage("cost", "parent library", "costs", ".puzzle.cost", "CostConfig"),
+    Stage("cost_vllm", "parent library", "costs", ".puzzle.vllm_cost", "VLLMCostConfig"),
+    Stage("search", "parent scores costs library? data?", "architecture",
+          ".puzzle.search", "SearchConfig"),
+    Stage("couple", "parent library searches* data", "library",
+          ".puzzle.couple", "CoupleConfig", together=True),
+    Stage("race", "parent library searches* data", "architecture",
+          ".puzzle.race", "RaceConfig", together=True),
+    Stage("frontier", "parent library scores costs data", "frontier",
+          ".puzzle.frontier", "FrontierConfig"),
+    Stage("child", "parent library architecture", "model", ".puzzle.library", "ChildConfig"),
+    Stage("fuse", "model data", "model", ".puzzle.fuse", "FuseConfig"),
+    Stage("kd", "model teacher data", "model", ".objectives.kd", "KDConfig", together=True),
+    Stage("cpt", "model data", "model",
+          ".objectives.lm", "CPTConfig", function="cpt", together=True),
+    Stage("curate", "model=", "chats",
+          ".curate.runner", "CurateConfig", paths=("files",), together=True),
+    Stage("sft", "model data", "model", ".objectives.sft", "SFTConfig", together=True),
+    Stage("profile", "model", "prompts", ".rl.profile", "ProfileConfig", paths=("paths",)),
+    Stage("grpo", "model prompts", "model", ".objectives.grpo", "GRPOConfig", together=True),
+    Stage("rloo", "model prompts", "model",
+          ".objectives.grpo", "RLOOConfig", function="rloo", together=True),
+    Stage("rpo", "model prompts?", "model",
+          ".objectives.rpo", "RPOConfig", paths=("paths",), together=True),
+    Stage("compare", "parent models* data", "table", ".puzzle.compare", "CompareConfig"),
+    Stage("eval", "model", "table", ".eval.evaluate", "EvalConfig"),
+    Stage("export", "model", "directory", ".export.write", "ExportConfig"),
 )
+# fmt: on
 STAGES: dict[str, Stage] = {row.name: row for row in _ROWS}
 
 
@@ -180,62 +84,49 @@ def run_recipe(
     Raises RunError with a diff where a recipe changed under a run, before anything is run.
     """
     with dist.processes(), _sigterm_interrupts():
-        steps = _settled(recipe, Path(runs_dir), redo, stages)
+        steps = _settled(recipe, Path(runs_dir), redo, stages, only)
         chosen = _choose(steps, only)
         for step in chosen:
             if step.action == "changed":
                 raise RunError(explain_change(step))
-        # Also what is not run now: made from a measurement that is gone, it would look done.
-        again = [step for step in steps if step.action == "redo"]
         if dist.is_main():
-            marks = {s.path: _mark(s, again, redo, only) for s in again if s.path.exists()}
-            mark_all(marks, [step.path for step in steps if _abandoned(step, chosen)])
+            _claim(steps, chosen)
         dist.barrier()
-        with _withdrawn_on_error(steps):
-            for number, step in enumerate(chosen, 1):
-                _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
-                dist.barrier()
+        say = _printer(quiet)
+        for step in chosen:
+            for warning in step.warnings(steps):
+                say(f"{step.name}: WARNING: {warning}")
+        for number, step in enumerate(chosen, 1):
+            _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
+            dist.barrier()
     return chosen
 
 
 def _settled(
-    recipe: Recipe, runs_dir: Path, redo: Sequence[str], stages: Mapping[str, Stage]
+    recipe: Recipe,
+    runs_dir: Path,
+    redo: Sequence[str],
+    stages: Mapping[str, Stage],
+    only: Sequence[str] | None,
 ) -> list[Step]:
     """The plan, once what a killed process left half replaced has been put in order."""
-    steps = dist.broadcast(plan(recipe, runs_dir, redo, stages))
-    ended = [settle(s.path, s.fingerprint) for s in steps] if dist.is_main() else []
+    steps = dist.broadcast(plan(recipe, runs_dir, redo, stages, only))
+    ended = [settle(step.path, step.fingerprint) for step in steps] if dist.is_main() else []
     if dist.broadcast(any(ended)):
-        steps = dist.broadcast(plan(recipe, runs_dir, redo, stages))
+        steps = dist.broadcast(plan(recipe, runs_dir, redo, stages, only))
     return steps
 
 
-def _mark(
-    step: Step, again: Sequence[Step], redo: Sequence[str], only: Sequence[str] | None
-) -> Mark:
-    inputs = {
-        one.name: one.manifest.started if one.manifest else ""
-        for one in again
-        if step.reads(one.path)
-    }
-    # What --only leaves out does not keep a stage from being redone by the same words again.
-    named = tuple(redo) if only is None or step.name in redo else ()
-    return Mark(named=named, becomes=step.fingerprint, inputs=inputs)
+def _claim(steps: Sequence[Step], chosen: Sequence[Step]) -> None:
+    """Deletes chosen runs of another config that made nothing.
 
-
-@contextmanager
-def _withdrawn_on_error(steps: Sequence[Step]) -> Iterator[None]:
-    """Leaves no mark on what a redo that failed has not come to, unless it is outdated already."""
-    try:
-        yield
-    except Exception:
-        if dist.is_main():
-            withdraw_marks([step.path for step in steps])
-        raise
-
-
-def _abandoned(step: Step, chosen: Sequence[Step]) -> bool:
-    """True for a run of another config that made nothing, and whose stage runs now."""
-    return step in chosen and step.action == "run" and step.manifest is not None
+    Raises RunError, with nothing deleted, where a process works on a run that is to be redone.
+    """
+    with ExitStack() as held:
+        for step in steps:
+            if step.action == "redo" and step.path.exists():
+                held.enter_context(Lock(step.path))
+        remove_directories(*(s.path for s in chosen if s.action == "run" and s.manifest))
 
 
 def _choose(steps: Sequence[Step], only: Sequence[str] | None) -> list[Step]:
@@ -260,39 +151,46 @@ def _choose(steps: Sequence[Step], only: Sequence[str] | None) -> list[Step]:
 
 
 def _bring_about(step: Step, title: str, quiet: bool) -> None:
-    say = _quiet if quiet or not dist.is_main() else _loud
+    say = _printer(quiet)
     if step.action == "skip":
         assert step.manifest is not None
         say(f"{title}: done before, in {clock(step.manifest.seconds)}")
         return
-    say(f"{title}: {'going on' if step.action == 'resume' else 'running'}")
+    verbs = {"resume": "going on", "redo": "running anew"}
+    say(f"{title}: {verbs.get(step.action, 'running')}")
     begun = time.monotonic()
-    function = getattr(importlib.import_module(step.stage.module), step.stage.function)
-    inputs = {**step.inputs, **step.files}
-    kept = replacing(step.path, step.action == "redo") if dist.is_main() else nullcontext()
+    function = step.stage.load(step.stage.function)
+    main = dist.is_main()
     with (
-        kept,
+        replacing_run(step.path, step.action == "redo") if main else nullcontext(),
         Run.open(
             step.path,
             stage=step.stage.name,
             config=step.resolved,
-            inputs=inputs,
+            inputs={**step.inputs, **step.files},
             seed=step.seed,
             quiet=quiet,
         ) as run,
     ):
         run.write_file("recipe.toml", table_text(step))
         with _peers_alive(step.name):
-            if step.stage.together or dist.is_main():
+            if step.stage.together or main:
                 function(step.config, run, step.inputs)
             dist.barrier()
         run.finish()
     say(f"{title}: done in {clock(time.monotonic() - begun)}")
 
 
+def _printer(quiet: bool) -> Callable[[str], None]:
+    """Prints a line on stderr, in the main process, unless `quiet`."""
+    if quiet or not dist.is_main():
+        return lambda text: None
+    return lambda text: print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _peers_alive(name: str) -> Iterator[None]:
-    """Turns the error of a collective whose other side is gone into a sentence."""
+    """Raises a FailureError for a collective that failed because another process is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -300,17 +198,9 @@ def _peers_alive(name: str) -> Iterator[None]:
             raise
         raise FailureError(
             f"{name}: process {dist.rank()} of {dist.world()} lost another one "
-            f"({str(error).splitlines()[0]}). What ended that one is said by it, or by torchrun; "
+            f"({str(error).splitlines()[0]}). That process or torchrun prints why it ended; "
             "the same command again goes on from the last state saved"
         ) from error
-
-
-def _loud(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _quiet(text: str) -> None:
-    pass
 
 
 @contextmanager

@@ -11,7 +11,6 @@ Not modelled: generating and judging, stragglers, loading data, kernels too smal
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,8 +45,9 @@ from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Space, Unit, read_space
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Stage, Step
-from tessera.runs.recipe import Recipe, RecipeError, StageSpec, nearest, validate
+from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
 from tessera.runs.run import is_done, read_json
+from tessera.table import nearest
 from tessera.train.flops import Work, block_cost, kept, model_cost, subblock_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig
@@ -697,11 +697,7 @@ def _found(name: str, recipe: Recipe, stages: Mapping[str, Stage]) -> int:
 
 def checked(spec: StageSpec, stages: Mapping[str, Stage]) -> BaseModel:
     """The config of a stage; its needs are not looked for. Raises RecipeError."""
-    stage = stages[spec.stage]
-    needs = {mark.rstrip("?=*") for mark in stage.needs}
-    table = {key: value for key, value in spec.table.items() if key not in needs}
-    kind = getattr(importlib.import_module(stage.module), stage.config)
-    return validate(kind, table, spec.name)
+    return stages[spec.stage].validate(spec)
 
 
 def unplanned(recipe: Recipe) -> Sequence[str]:

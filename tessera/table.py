@@ -1,4 +1,4 @@
-"""Rows of numbers as text for a person: aligned columns, digits grouped, nothing cut silently.
+"""Text for a person: aligned tables, numbers with their units, the nearest allowed name.
 
 A table that people read often has a view: its columns in the order they are asked for, under
 short headings with units. Rows keep their full keys, and `--json` prints those.
@@ -6,9 +6,10 @@ short headings with units. Rows keep their full keys, and `--json` prints those.
 
 from __future__ import annotations
 
+import difflib
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,14 @@ def size(value: float) -> str:
         if abs(value) >= unit:
             return f"{value / unit:.3g} {name}"
     return f"{value:.3g} B"
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """The end of an error message: the nearest allowed word, and all of them."""
+    words = list(allowed)
+    near = difflib.get_close_matches(given, words, 1, 0.6)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Allowed: {', '.join(words) or 'none'}"
 
 
 def _is_number(value: Any) -> bool:

@@ -55,13 +55,14 @@ def table(config: MakeConfig, run: Run, inputs: dict[str, Input]) -> None:
 
 
 HERE = "tests.pipeline_stages"
-STAGES = {
-    "data": Stage("data", HERE, "MakeConfig", ("model=",), "data", "make"),
-    "parent": Stage("parent", HERE, "MakeConfig", ("data?",), "model", "make", ("path",)),
-    "kd": Stage("kd", HERE, "CountConfig", ("model", "teacher", "data"), "model", "count"),
-    "child": Stage("child", HERE, "MakeConfig", ("parent",), "model", "make"),
-    "compare": Stage("compare", HERE, "MakeConfig", ("parent", "models*"), "table", "table"),
-}
+ROWS = (
+    Stage("data", "model=", "data", HERE, "MakeConfig", "make"),
+    Stage("parent", "data?", "model", HERE, "MakeConfig", "make", ("path",)),
+    Stage("kd", "model teacher data", "model", HERE, "CountConfig", "count"),
+    Stage("child", "parent", "model", HERE, "MakeConfig", "make"),
+    Stage("compare", "parent models*", "table", HERE, "MakeConfig", "table"),
+)
+STAGES = {row.name: row for row in ROWS}
 
 if __name__ == "__main__":  # python -m tests.pipeline_stages RUNS_DIR RECIPE_TEXT [REDO ...]
     run_recipe(loads(sys.argv[2]), sys.argv[1], redo=sys.argv[3:], quiet=True, stages=STAGES)

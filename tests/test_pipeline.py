@@ -11,7 +11,7 @@ import pytest
 from tessera.pipeline import STAGES as REAL_STAGES
 from tessera.pipeline import run_recipe
 from tessera.runs.files import RunError
-from tessera.runs.plan import KINDS, Step, plan, table_text
+from tessera.runs.plan import KINDS, Step, plan, table_text, with_defaults
 from tessera.runs.recipe import RecipeError, loads
 from tessera.runs.run import is_done, read_json, read_manifest, read_metrics, read_table
 from tests.pipeline_stages import STAGES
@@ -254,9 +254,62 @@ def test_a_second_process_on_the_same_runs_is_refused(tmp_path: Path):
 def test_the_real_table_is_in_order_and_its_needs_are_given():
     given = {"data?", "model="}
     for stage in REAL_STAGES.values():
-        for need in stage.needs:
+        for need in stage.needs.split():
             plain = need.rstrip("?*")
             assert KINDS.get(plain, plain) in given or need in given, (
                 f"{stage.name} needs {need} before anything gives it"
             )
         given.add(stage.gives)
+
+
+DEFAULTS = """
+[defaults]
+value = 5
+steps = 3
+[data]
+[parent]
+[child]
+value = 7
+[kd]
+[compare]
+models = ["child"]
+"""
+
+
+def test_defaults_complete_the_stages_that_have_such_a_key(tmp_path: Path):
+    steps = {step.name: step for step in plan(loads(DEFAULTS), tmp_path, (), STAGES)}
+    values = {n: s.resolved["value"] for n, s in steps.items() if "value" in s.resolved}
+    assert values == {"data": 5, "parent": 5, "child": 7, "compare": 5}
+    assert steps["kd"].resolved["steps"] == 3
+    changed = plan(loads(DEFAULTS, ["defaults.steps=4"]), tmp_path, (), STAGES)
+    assert next(s for s in changed if s.name == "kd").resolved["steps"] == 4
+
+
+@pytest.mark.parametrize(("key", "near"), [("valu", "value"), ("stps", "steps")])
+def test_a_default_that_no_stage_takes_is_refused(tmp_path: Path, key: str, near: str):
+    text = f'[defaults]\n{key} = 1\n[data]\n[parent]\n[kd]\nmodel = "parent"'
+    with pytest.raises(RecipeError, match=rf"defaults\.{key}: .*'defaults\.{near}'"):
+        plan(loads(text), tmp_path, (), STAGES)
+
+
+def test_default_tables_complete_key_by_key_and_switch_nothing_on(tmp_path: Path):
+    text = """
+[defaults]
+train = { steps = 3, sequence_length = 64, lr = 1e-3 }
+[data]
+tokenizer = "byte"
+tasks = { calc = 40 }
+[parent]
+architecture = {}
+train = { lr = 2e-3 }
+[bld]
+"""
+    steps = {s.name: s for s in plan(loads(text), tmp_path, (), REAL_STAGES)}
+    trained = [steps[name].resolved["train"] for name in ("parent", "bld")]
+    assert [table["lr"] for table in trained] == [2e-3, 1e-3]
+    assert all((t["steps"], t["sequence_length"]) == (3, 64) for t in trained)
+    without = with_defaults(loads(text.replace("train = { lr = 2e-3 }", "")), REAL_STAGES)
+    assert without.stages[1].table == {"architecture": {}}
+    wrong = text.replace("sequence_length", "sequence_lenth")
+    with pytest.raises(RecipeError, match=r"defaults\.train\.sequence_lenth: .*sequence_length"):
+        plan(loads(wrong), tmp_path, (), REAL_STAGES)

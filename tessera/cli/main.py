@@ -183,7 +183,6 @@ def check(
     What it prints is a recipe too, every default spelled out.
     """
     from tessera import pipeline, planning
-    from tessera.cli.doubts import doubts, rate_told
     from tessera.runs import plan as resolve
     from tessera.runs.recipe import load
 
@@ -191,11 +190,11 @@ def check(
     if as_json:
         needs = [planning.stage_memory(step, steps) for step in steps]
         memory = [needed.as_json() if needed else None for needed in needs]
-        told = [
-            {"memory": one, "doubts": doubts(s, steps)}
+        more = [
+            {"memory": one, "warnings": s.warnings(steps)}
             for s, one in zip(steps, memory, strict=True)
         ]
-        _print_json([{**_step_values(s), **more} for s, more in zip(steps, told, strict=True)])
+        _print_json([{**_step_values(s), **one} for s, one in zip(steps, more, strict=True)])
         return
     for step in steps:
         print(f"# {step.name}: {_what_would_happen(step)}")
@@ -203,10 +202,10 @@ def check(
             print(f"# {counted:,} parameters in {step.files['path']}")
         if needed := planning.stage_memory(step, steps):
             print(f"# {needed.told()}")
-        if told := rate_told(step):
-            print(f"# {told}")
-        for doubt in doubts(step, steps):
-            print(f"# DOUBT: {doubt}")
+        for note in step.notes():
+            print(f"# {note}")
+        for warning in step.warnings(steps):
+            print(f"# WARNING: {warning}")
         print(resolve.table_text(step))
 
 
@@ -269,10 +268,11 @@ def plan(
     from tessera import pipeline, planning
     from tessera.model.source import model_config
     from tessera.planning import parent_of, parse_cluster
+    from tessera.runs.plan import with_defaults
     from tessera.runs.recipe import load
 
     machines = parse_cluster(cluster, network * 1e9 / 8)
-    read = load(recipe, overrides or ())
+    read = with_defaults(load(recipe, overrides or ()), pipeline.STAGES)
     parent = parent_of(read, config)
     jobs = planning.jobs(read, pipeline.STAGES, parent, model_config(child) if child else None)
     plans = [planning.best(job, machines) for job in jobs]

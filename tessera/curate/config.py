@@ -33,7 +33,8 @@ from tessera.curate.steps.contamination import Decontaminate, Nearest, SameProbl
 from tessera.curate.steps.duplicates import Dedupe, NearDedupe
 from tessera.curate.steps.filters import Code, Label, Language, Length, Licence, Tags, Where
 from tessera.data.dialects import Dialect
-from tessera.runs.recipe import Config, RecipeError, nearest, validate
+from tessera.runs.recipe import Config, RecipeError, validate
+from tessera.table import nearest
 
 STEPS: dict[str, type[Config]] = {
     "extract_problems": ExtractProblems,

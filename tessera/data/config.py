@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,10 @@ from pydantic import (
 from tessera.data.dataset import local_dataset
 from tessera.data.problems import family
 from tessera.data.readers import Format, expand
+from tessera.data.template import TemplateError, template_of
+from tessera.data.tokenizer import Tokenizer, TokenizerError, byte_tokenizer, load_tokenizer
+from tessera.runs.plan import Step, maker
+from tessera.runs.run import is_done
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a directory of the run, too
 # Left out of the resolved table while at their defaults, so that a run made before these keys
@@ -269,6 +274,13 @@ class DataConfig(Reading):
         return self
 
     @property
+    def holds_chats(self) -> bool:
+        return any(one.chats for one in self.readings.values())
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        return no_chat_template(step, steps) if self.holds_chats else []
+
+    @property
     def readings(self) -> dict[str, Reading]:
         """The sources by name, in the order of their names; the only one of a flat table is ""."""
         return dict(sorted(self.sources.items())) if self.sources else {"": self}
@@ -286,6 +298,49 @@ class DataConfig(Reading):
         found = [path for one in self.readings.values() for path in one.inputs()]
         named = isinstance(self.tokenizer, str) and self.tokenizer != "byte"
         return [*found, Path(self.tokenizer)] if named else found  # type: ignore[arg-type]
+
+
+def no_chat_template(step: Step, steps: Sequence[Step]) -> list[str]:
+    """A warning for a stage that renders chats, where its tokenizer cannot.
+
+    A model keeps the tokenizer of what it is made from, down to a checkpoint or to data. Nothing is
+    said of a tokenizer that is not there yet.
+    """
+    reason = _no_template(step, steps)
+    return [f"it renders chats, and {reason}"] if reason else []
+
+
+def _no_template(step: Step, steps: Sequence[Step]) -> str:
+    config = step.config
+    if isinstance(config, DataConfig) and isinstance(config.tokenizer, BPE):
+        lacks = not (config.tokenizer.chat or config.tokenizer.tokens)
+        return "its tokenizer is trained without chat = true, so it has no marks" if lacks else ""
+    if isinstance(config, DataConfig) and config.tokenizer == "byte":
+        return _template_error(byte_tokenizer())
+    if isinstance(config, DataConfig) and isinstance(config.tokenizer, str):
+        source = Path(config.tokenizer)
+    elif step.stage.name == "parent" and "path" in step.spec.table:
+        source = step.files["path"]
+    else:
+        needs = ("model", "parent", "data")
+        source = next((step.inputs[need] for need in needs if step.inputs.get(need)), None)
+    if not isinstance(source, Path):
+        return ""
+    origin = maker(source, steps)
+    if origin is not None and not is_done(source):
+        return _no_template(origin, steps)
+    try:
+        return _template_error(load_tokenizer(source))
+    except TokenizerError:
+        return ""
+
+
+def _template_error(tokenizer: Tokenizer) -> str:
+    try:
+        template_of(tokenizer)
+    except TemplateError as error:
+        return str(error)
+    return ""
 
 
 def as_list(value: str | list[str]) -> list[str]:

@@ -27,6 +27,7 @@ from pydantic import Field
 
 from tessera.ask.endpoint import Endpoint, EndpointConfig
 from tessera.ask.local import EngineConfig, load
+from tessera.data.config import no_chat_template
 from tessera.data.conversation import Mode
 from tessera.data.switch import DETAILED
 from tessera.eval import scores
@@ -35,6 +36,7 @@ from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
 from tessera.rl.rewards import require_fields
 from tessera.runs.files import FailureError, Journal
+from tessera.runs.plan import Step
 from tessera.runs.run import Run
 from tessera.vllm.choice import EngineChoice
 
@@ -122,6 +124,10 @@ class EvalConfig(EngineChoice):
     endpoint: EndpointConfig | None = None
     judge: EndpointConfig | None = None
     workers: int = Field(default_factory=lambda: min(8, os.cpu_count() or 1), ge=1)
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        chats = self.asking == "chat" and not self.endpoint and set(self.tasks) != {PERPLEXITY}
+        return no_chat_template(step, steps) if chats else []
 
     @property
     def modes(self) -> tuple[Mode, ...]:

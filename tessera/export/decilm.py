@@ -1,44 +1,60 @@
-"""The dialect of the released Llama-Nemotron models: `DeciLMForCausalLM` with `block_configs`.
+"""`config.json` of models whose layers differ, in the words of others.
 
-    n_heads_in_group = query heads / KV heads        ffn_mult = 3 * width / (2 * hidden_size)
+    decilm       the released Llama-Nemotron models: `DeciLMForCausalLM` with `block_configs`
+    puzzletron   Model-Optimizer's AnyModel: the base model's config.json with `block_configs`
+    megatron     Megatron-LM's heterogeneous-layers JSON, beside puzzletron's config.json
+    per_layer    transformers 5: the base model's config.json with `per_layer_config`
 
-Every reader takes the width back as `int(2 * ffn_mult * hidden_size / 3)`, rounded up to a
-multiple of 256, so only such widths exist; others, and biases that come all or none, are padded
-with zeros (`padding.py`). Tensor names are Hugging Face's; absent subblocks have neither tensors
-nor norm. The checkpoint carries two Python files: engines need the one to read the config,
-transformers the other to build the model.
+Stock engines build the first alone. Model-Optimizer and tessera read the second, Megatron's
+converters the third; transformers (5.24) reads the last's config, and builds no Llama after it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
+from tessera.export.padding import uniform
+from tessera.model import families
+from tessera.model.checkpoint import FP8_CONFIG
+from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU, Variant
+from tessera.model.families import SKIPPED, ffn_mult_width, rope_scaling_dict
 
-from tessera.export.padding import widen
-from tessera.model.checkpoint import write_model
-from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU
-from tessera.model.families import ffn_mult_width
-from tessera.model.transformer import Transformer
-
+# Engines need the one to read the config, transformers the other to build the model.
 REMOTE_CODE = ("configuration_decilm.py", "modeling_decilm.py")
+MEGATRON_FILE = "heterogeneous_layers_config.json"
 
 
-def ffn_mult(width: int, hidden_size: int) -> float:
-    """The multiplier of a width, six decimals as released; the reader's rule gives it back."""
-    multiplier = round(3 * width / (2 * hidden_size), 6)
-    assert ffn_mult_width(multiplier, hidden_size) == width, f"{width} does not survive"
-    return multiplier
+def write_config(
+    config: ModelConfig, directory: Path, dtype: str = "float32", *, fp8: bool = False
+) -> None:
+    """Write a DeciLM directory but for its weights: config.json and code, of `expressible`."""
+    values = config_dict(config, dtype) | ({"quantization_config": FP8_CONFIG} if fp8 else {})
+    write_json(values, directory / "config.json")
+    for file in REMOTE_CODE:
+        (directory / file).write_text(_template(file))
+
+
+def is_own_code(directory: Path) -> bool:
+    """Whether the Python files of a directory are those that `write_config` puts there."""
+    found = {path.name: path.read_text(errors="replace") for path in directory.glob("*.py")}
+    return found == {file: _template(file) for file in REMOTE_CODE}
+
+
+def _template(file: str) -> str:
+    return (resources.files("tessera.export") / "remote" / file).read_text()
+
+
+def write_json(values: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """`config.json` of an expressible config, key for key as in the released models."""
+    """DeciLM's `config.json` of an expressible config, key for key as in the released models."""
     eos = list(config.eos_token_id)
-    written = {
+    values = {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {
@@ -47,7 +63,7 @@ def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         },
         "attention_bias": config.qkv_bias,
         "attention_dropout": 0.0,
-        "block_configs": [block_dict(block, config) for block in config.blocks],
+        "block_configs": [_decilm_block(block, config) for block in config.blocks],
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
         "hidden_act": "silu",
@@ -61,7 +77,7 @@ def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "num_key_value_heads": None,
         "pretraining_tp": 1,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": rope_scaling(config),
+        "rope_scaling": rope_scaling_dict(config.rope_scaling),
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
@@ -70,78 +86,105 @@ def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "vocab_size": config.vocab_size,
     }
     if config.pad_token_id is not None:
-        written["pad_token_id"] = config.pad_token_id
+        values["pad_token_id"] = config.pad_token_id
     if config.head_dim * config.num_attention_heads != config.hidden_size:
-        written["head_dim"] = config.head_dim  # absent in the released files; vLLM reads it
-    return written
+        values["head_dim"] = config.head_dim  # absent in the released files; vLLM reads it
+    return values
 
 
-def rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
-    """The `rope_scaling` entry, with the keys its type has."""
-    scaling = config.rope_scaling
-    if scaling is None:
-        return None
-    if scaling.rope_type == "llama3":
-        return asdict(scaling)
-    return {"rope_type": scaling.rope_type, "factor": scaling.factor}
+def ffn_mult(width: int, hidden_size: int) -> float:
+    """The multiplier of a width, `3 * width / (2 * hidden_size)`, six decimals as released.
+
+    Readers round up to multiples of 256, so that only such widths exist.
+    """
+    multiplier = round(3 * width / (2 * hidden_size), 6)
+    assert ffn_mult_width(multiplier, hidden_size) == width, f"{width} does not survive"
+    return multiplier
 
 
-def block_dict(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
+def _decilm_block(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
     """One `block_configs` entry: all 8 + 4 keys, null where a size does not apply."""
-    attention, ffn = block.attention, block.ffn
-    group = (
-        config.num_attention_heads // attention.num_key_value_heads
-        if isinstance(attention, GQA)
-        else None
-    )
-    multiplier = (
-        ffn_mult(ffn.intermediate_size, config.hidden_size) if isinstance(ffn, SwiGLU) else None
-    )
+    heads, width = _kv_heads(block), _width(block)
     return {
         "attention": {
-            "n_heads_in_group": group,
-            "no_op": isinstance(attention, NoOp),
+            "n_heads_in_group": heads and config.num_attention_heads // heads,
+            "no_op": isinstance(block.attention, NoOp),
             "num_sink_tokens": None,
-            "replace_with_linear": isinstance(attention, Linear),
+            "replace_with_linear": isinstance(block.attention, Linear),
             "sparsify": None,
             "unshifted_sink": False,
             "use_prefill_window_in_sink_attention": False,
             "window_length": None,
         },
         "ffn": {
-            "ffn_mult": multiplier,
-            "no_op": isinstance(ffn, NoOp),
-            "replace_with_linear": isinstance(ffn, Linear),
+            "ffn_mult": width and ffn_mult(width, config.hidden_size),
+            "no_op": isinstance(block.ffn, NoOp),
+            "replace_with_linear": isinstance(block.ffn, Linear),
             "sparsify": None,
         },
     }
 
 
-def write(
-    module: Transformer,
-    directory: Path,
-    tokenizer_from: Path | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write weights, config, remote code and tokenizer into `directory`, which exists."""
-    wide = widen(module)
-    write_model(wide, directory, tokenizer_from=tokenizer_from, dtype=dtype)
-    write_config(wide.config, directory, str(dtype).removeprefix("torch."))
+def puzzletron(config: ModelConfig) -> dict[str, Any]:
+    """The base model's `config.json`, its sizes the greatest of any layer, with `block_configs`."""
+    common = {"sparsify": None, "weights_precision": "bf16"}
+    blocks = [
+        {
+            "attention": {
+                **_kind(block.attention),
+                **common,
+                "num_key_value_heads": _kv_heads(block),
+                "llama4": None,
+                "mamba": None,
+            },
+            "ffn": {**_kind(block.ffn), **common, "intermediate_size": _width(block), "moe": None},
+            "parallel_blocks": None,
+        }
+        for block in config.blocks
+    ]
+    return {**families.config_dict(uniform(config)), "block_configs": blocks}
 
 
-def write_config(config: ModelConfig, directory: Path, dtype: str = "float32") -> None:
-    """Write what is not weights, `config.json` and the remote code, of an expressible config."""
-    text = json.dumps(config_dict(config, dtype), indent=2) + "\n"
-    (directory / "config.json").write_text(text)
-    for file in REMOTE_CODE:
-        (directory / file).write_text(_template(file))
+def megatron(config: ModelConfig) -> dict[str, Any]:
+    """Megatron-LM's JSON of heterogeneous layers."""
+    blocks = [
+        {
+            "attention": {**_kind(block.attention), "num_query_groups": _kv_heads(block)},
+            "mlp": {**_kind(block.ffn), "ffn_hidden_size": _width(block)},
+        }
+        for block in config.blocks
+    ]
+    return {"block_configs": blocks}
 
 
-def is_own_code(directory: Path) -> bool:
-    """Whether the Python files of a directory are those that `write_config` puts there."""
-    found = {path.name: path.read_text(errors="replace") for path in directory.glob("*.py")}
-    return found == {file: _template(file) for file in REMOTE_CODE}
+def per_layer(config: ModelConfig) -> dict[str, Any]:
+    """The base model's `config.json` with `per_layer_config`: the layers that differ from it."""
+    base = uniform(config)
+    digits = len(str(config.num_hidden_layers - 1))
+    layers: dict[str, Any] = {}
+    for layer, (block, common) in enumerate(zip(config.blocks, base.blocks, strict=True)):
+        overrides: dict[str, Any] = {}
+        if (heads := _kv_heads(block)) and block.attention != common.attention:
+            overrides["num_key_value_heads"] = heads
+        if (width := _width(block)) and block.ffn != common.ffn:
+            overrides["intermediate_size"] = width
+        skipped = [name for name, kind in SKIPPED.items() if getattr(block, kind) == NoOp()]
+        overrides |= {"skip": skipped} if skipped else {}
+        if block != common:
+            layers[f"{layer:0{digits}}"] = overrides
+    return {**families.config_dict(base), "per_layer_config": layers}
 
 
-def _template(file: str) -> str:
-    return (resources.files("tessera.export") / "remote" / file).read_text()
+def _kv_heads(block: BlockConfig) -> int | None:
+    return block.attention.num_key_value_heads if isinstance(block.attention, GQA) else None
+
+
+def _width(block: BlockConfig) -> int | None:
+    return block.ffn.intermediate_size if isinstance(block.ffn, SwiGLU) else None
+
+
+def _kind(variant: Variant) -> dict[str, bool]:
+    return {
+        "no_op": isinstance(variant, NoOp),
+        "replace_with_linear": isinstance(variant, Linear),
+    }

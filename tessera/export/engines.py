@@ -35,6 +35,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
+class ExportError(ValueError):
+    """A model that cannot be exported as asked; the text says why and what to do instead."""
+
+
 # vllm/v1/attention/backends/cpu_attn.py, CPUAttentionBackend.get_supported_head_sizes
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 

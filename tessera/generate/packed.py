@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tessera.generate.engine import GenerationError
 from tessera.model.config import GQA, NoOp
-from tessera.model.cpu import prefers_onednn
+from tessera.model.cpu import onednn_product, onednn_rows, prefers_onednn, reordered
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.transformer import Block, Transformer
 
@@ -98,12 +98,6 @@ def check_int8(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-# oneDNN's call costs some 8 us more than MKL's: below this many multiply-adds it is not repaid,
-# and above this weight size it does not show, even for the single row that MKL reads fastest.
-ONEDNN_FROM = 2**18
-ONEDNN_ALWAYS = 2**20
-
-
 class Turn:
     """The rotation of a pass's rows `(R, D/2)`, widened once for every count of KV heads.
 
@@ -145,14 +139,14 @@ class Matrix:
         self.onednn_rows = sys.maxsize
         if prefers_onednn(weight):
             self.onednn_rows = onednn_rows(weight.numel())
-            self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self.blocked = reordered(weight)
             # Left for few rows, if any; for those, (I, O) order streams faster than (O, I).
             few = self.transposed[:, : weight.shape[0] if self.onednn_rows > 1 else 0]
             self.transposed = few.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] >= self.onednn_rows:
-            return self._onednn(x)
+            return onednn_product(x, self.blocked, self.bias)
         if self.bias is None:
             return torch.mm(x, self.transposed)
         return torch.addmm(self.bias, x, self.transposed)
@@ -160,15 +154,11 @@ class Matrix:
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """`residual += x @ weight.T + bias`, in place."""
         if x.shape[0] >= self.onednn_rows:
-            residual.add_(self._onednn(x))
+            residual.add_(onednn_product(x, self.blocked, self.bias))
             return
         residual.addmm_(x, self.transposed)
         if self.bias is not None:
             residual.add_(self.bias)
-
-    def _onednn(self, x: Tensor) -> Tensor:
-        pointwise = torch.ops.mkldnn._linear_pointwise.default
-        return pointwise(x, self.blocked, self.bias, "none", [], "")
 
 
 class Make(Protocol):
@@ -180,11 +170,6 @@ class Make(Protocol):
 def make_int8(weight: Tensor, bias: Tensor | None = None) -> Matrix | Int8Matrix:
     """In int8 where that is the faster."""
     return (Int8Matrix if weight.numel() >= INT8_FROM else Matrix)(weight, bias)
-
-
-def onednn_rows(size: int) -> int:
-    """From how many rows on oneDNN multiplies a weight of `size` elements faster than MKL."""
-    return 1 if size >= ONEDNN_ALWAYS else max(2, -(-ONEDNN_FROM // size))
 
 
 class PackedAttention:

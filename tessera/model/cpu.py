@@ -1,19 +1,10 @@
-"""Products of a weight and many rows, by the faster of the CPU's two libraries.
+"""All tuning for CPUs: which library multiplies, and operations that keep less for backward.
 
-    y = x Wᵀ + b;   dx = dy W;   dW = dyᵀ x;   db = Σ dy
-
-torch multiplies float32 matrices with MKL, which keeps other vendors' AVX-512 chips to AVX2;
-oneDNN, in the same wheel, does not: 240 against 107 GFLOP/s on one core of an EPYC. Everything
-else (few rows, other types and devices, DTensors) is torch's own product. The choice is a rule
-and no trial, so that equal machines give equal bits.
-
-Operations with hand-written gradients that keep less for the backward pass than autograd does.
-
-    rms_norm      keeps x and 1/rms    autograd, on a CPU, also x/rms: torch composes the norm there
-    gated_down    keeps gate and up    autograd also silu(gate), and its product with up
-
-What is not kept is an elementwise function of what is, and is made again. Together that is a third
-of what a layer holds. Both are differentiable once; DTensors go autograd's way.
+torch multiplies float32 matrices with MKL, which limits other vendors' AVX-512 chips to AVX2;
+oneDNN, in the same wheel, does not: 240 against 107 GFLOP/s on one core of an EPYC.
+`prefers_onednn` is the one switch, a rule and no trial, so that equal machines give equal bits.
+Few rows, other types, other devices and DTensors go to torch's own product. Everything here is
+differentiable once.
 """
 
 from __future__ import annotations
@@ -23,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-ONEDNN_FROM = 2**21  # multiply-adds; below, the longer call is not repaid
+ONEDNN_FROM = 2**21  # multiply-adds; below, oneDNN's longer call is not repaid
+# The same for a weight that oneDNN has reordered once (some 8 us more than MKL a call), and the
+# weight size above which even a single row, which MKL reads fastest, does not show it.
+REORDERED_FROM, REORDERED_ALWAYS = 2**18, 2**20
 
 
 def prefers_onednn(weight: Tensor) -> bool:
@@ -32,6 +26,21 @@ def prefers_onednn(weight: Tensor) -> bool:
     plain = plain and weight.device.type == "cpu" and weight.dtype == torch.float32
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return plain and wide and torch.backends.mkldnn.is_available()
+
+
+def onednn_rows(size: int) -> int:
+    """From how many rows on oneDNN multiplies a reordered weight of `size` elements faster."""
+    return 1 if size >= REORDERED_ALWAYS else max(2, -(-REORDERED_FROM // size))
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` of x `(N, I)`, weight `(O, I)` or what `reordered` returns for it."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def reordered(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's own order, for `onednn_product` alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def _enough(x: Tensor, weight: Tensor) -> bool:
@@ -43,9 +52,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (_enough(x, weight) and prefers_onednn(weight)):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    found = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
-    # As torch's own product does: nobody else holds `found`, and a view would be taken for one of
-    # a tensor that lives on (FSDP warns of modules that return views).
+    found = onednn_product(rows, weight, bias)
+    # A plain view would make FSDP warn of a module that returns a view; nobody else holds `found`.
     return torch.ops.aten._unsafe_view(found, (*x.shape[:-1], len(weight)))
 
 
@@ -82,6 +90,8 @@ class Projection(nn.Linear):
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Keeps x and 1/rms; autograd on a CPU composes the norm and keeps x/rms too."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float):  # type: ignore[override]
         inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -111,6 +121,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _GatedDown(torch.autograd.Function):
+    """Keeps gate and up; autograd also silu(gate) and its product with up, made again here."""
+
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None):  # type: ignore[override]
         ctx.save_for_backward(gate, up, weight)
@@ -132,8 +144,10 @@ class _GatedDown(torch.autograd.Function):
         return d_gate, d_up, dw, rows.sum(0) if needs_bias else None
 
 
-def gated_down(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`(silu(gate)·up) @ weight.T + bias` of gate and up `(…, F)`, weight `(C, F)`."""
+def gated_down(gate: Tensor, up: Tensor, down: nn.Linear) -> Tensor:
+    """`down(silu(gate)·up)` of gate and up `(…, F)`."""
+    if isinstance(down.weight, DTensor):  # its sum over processes is a hook of the module
+        return down(F.silu(gate) * up)
     if torch.is_grad_enabled():
-        return _GatedDown.apply(gate, up, weight, bias)  # type: ignore[return-value]
-    return multiply(F.silu(gate).mul_(up), weight, bias)
+        return _GatedDown.apply(gate, up, down.weight, down.bias)  # type: ignore[return-value]
+    return multiply(F.silu(gate).mul_(up), down.weight, down.bias)

@@ -1,20 +1,10 @@
-"""Values of a `config.json`, checked: one function a kind of number. Torch-free.
+"""Hugging Face's `config.json`, read and written. Torch-free.
 
-How others write an architecture whose layers differ. Torch-free.
-
-block_configs      the released Puzzle models (DeciLM), Model-Optimizer and Megatron: an entry a
-                   layer says `no_op`, `replace_with_linear`, or a size: of attention the query
-                   heads that share a KV head (`n_heads_in_group`) or the KV heads, of the FFN
-                   a multiplier that stands for a width (`ffn_mult`) or the width
-per_layer_config   transformers 5: what a layer has other than the model, by its number
-
-Hugging Face's `config.json`, read and written. Torch-free.
-
-Four dialects are read: the stock families (`llama`, `mistral`, `qwen2`, `qwen3`), the released
-Puzzle models' `nemotron-nas` (`nas.py`; arXiv 2505.00949), and our own `tessera`, which spells
-every field out and the architecture in words. Two are written: the stock one where it says
-everything there is to say, so that stock software loads the directory, and `tessera` otherwise.
-Reading back what was written gives the same `ModelConfig`.
+Read are the stock families, also with layers that differ (Model-Optimizer's `block_configs`,
+transformers 5's `per_layer_config`), the released Puzzle models' `nemotron-nas` (arXiv 2505.00949),
+and our own `tessera`, which spells every field out and the architecture in words. Written is the
+stock one where it says everything, so that stock software loads the directory, and `tessera`
+otherwise. Reading back what was written gives the same config.
 """
 
 from __future__ import annotations
@@ -23,7 +13,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +29,28 @@ from tessera.model.config import (
     SwiGLU,
 )
 
-Values = Mapping[str, Any]
+JSON = Mapping[str, Any]  # an object of a config.json
 
-
-def whole(values: Values, key: str, default: int | None = None) -> int:
-    """A whole number above 0; ConfigError, naming the key, for anything else."""
-    value = default if values.get(key) is None else values[key]
-    if value is None:
-        raise ConfigError(f"{key!r} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key} is {value!r}; it must be a whole number above 0")
-    return value
-
-
-def number(values: Values, key: str, default: float | None = None) -> float:
-    """A number above 0; ConfigError, naming the key, for anything else."""
-    value = default if values.get(key) is None else values[key]
-    if value is None:
-        raise ConfigError(f"{key!r} is missing")
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{key} is {value!r}; it must be a number above 0")
-    return float(value)
-
+# What the config class of each stock family takes for keys that a file leaves out.
+_LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+_QWEN = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "max_window_layers": 28,
+    "sliding_window": 4096,
+}
+FAMILIES: dict[str, JSON] = {
+    "llama": {"max_position_embeddings": 2048, **_LLAMA_TOKENS},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        **_LLAMA_TOKENS,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+}
+SUPPORTED = f"{', '.join(FAMILIES)}, nemotron-nas and tessera"
 
 # What a bare list of blocks leaves out (a file with `block_configs` and no `model_type`): Llama
 # 3.1's, whose children all the published lists are. Sizes and words never come from here.
@@ -79,125 +68,6 @@ BARE_DEFAULTS: dict[str, Any] = {
     "bos_token_id": 128000,
     "eos_token_id": [128001, 128008, 128009],
 }
-
-
-def ffn_mult_width(ffn_mult: float, hidden_size: int) -> int:
-    """The FFN width a DeciLM `ffn_mult` stands for: `2/3 * mult * C`, up to a multiple of 256."""
-    return math.ceil(int(2 * ffn_mult * hidden_size / 3) / 256) * 256
-
-
-def nas_blocks(values: Values) -> tuple[BlockConfig, ...]:
-    """The blocks that `block_configs` lists. Raises ConfigError, naming the layer."""
-    entries = values.get("block_configs")
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError("'block_configs' is missing; a nemotron-nas config holds one a layer")
-    blocks = []
-    for layer, entry in enumerate(entries):
-        try:
-            blocks.append(_block(entry, values))
-        except (ConfigError, KeyError) as error:
-            raise ConfigError(f"block_configs[{layer}]: {error}") from None
-    return tuple(blocks)
-
-
-def _block(entry: Values, values: Values) -> BlockConfig:
-    attention, ffn = entry["attention"], entry["ffn"]
-    for part, key in [
-        *((attention, key) for key in ("window_length", "num_sink_tokens", "sparsify", "mamba")),
-        *((ffn, key) for key in ("sparsify", "moe")),
-        (entry, "parallel_blocks"),
-    ]:
-        if part.get(key):
-            raise ConfigError(f"{key} is not supported")
-    return BlockConfig(_attention(attention, values), _ffn(ffn, values))
-
-
-def _attention(entry: Values, values: Values) -> Attention:
-    if entry.get("no_op"):
-        return NoOp()
-    if entry.get("replace_with_linear"):
-        return Linear()
-    if entry.get("num_key_value_heads"):
-        return GQA(whole(entry, "num_key_value_heads"))
-    group, heads = whole(entry, "n_heads_in_group"), whole(values, "num_attention_heads")
-    if heads % group:
-        raise ConfigError(f"n_heads_in_group {group} does not divide the {heads} query heads")
-    return GQA(heads // group)
-
-
-def _ffn(entry: Values, values: Values) -> FFN:
-    if entry.get("no_op"):
-        return NoOp()
-    if entry.get("replace_with_linear"):
-        return Linear()
-    if entry.get("intermediate_size"):
-        return SwiGLU(whole(entry, "intermediate_size"))
-    return SwiGLU(ffn_mult_width(number(entry, "ffn_mult"), whole(values, "hidden_size")))
-
-
-# transformers' names of what a layer may skip.
-SKIPPED = {"attention": "attention", "mlp": "ffn"}
-_OVERRIDES = ("intermediate_size", "num_key_value_heads", "skip")
-
-
-def per_layer_blocks(common: BlockConfig, values: Values) -> tuple[BlockConfig, ...]:
-    """The blocks of a stock config, each `common` but for what `per_layer_config` says of it.
-
-    Raises ConfigError, naming the layer, for what no word says.
-    """
-    blocks = [common] * whole(values, "num_hidden_layers")
-    for key, told in (values.get("per_layer_config") or {}).items():
-        if not str(key).isdigit() or int(key) >= len(blocks):
-            raise ConfigError(f"per_layer_config names layer {key!r}; there are {len(blocks)}")
-        unknown = [name for name in told if name not in _OVERRIDES]
-        skipped = told.get("skip") or []
-        if unknown or not {*skipped} <= SKIPPED.keys():
-            raise ConfigError(
-                f"per_layer_config[{key!r}] sets {', '.join(unknown or skipped)}; supported are "
-                f"{', '.join(_OVERRIDES)} (of {', '.join(SKIPPED)})"
-            )
-        blocks[int(key)] = _overridden(common, told, [SKIPPED[name] for name in skipped])
-    return tuple(blocks)
-
-
-def _overridden(block: BlockConfig, told: Values, skipped: list[str]) -> BlockConfig:
-    if "num_key_value_heads" in told:
-        block = block.with_("attention", GQA(whole(told, "num_key_value_heads")))
-    if "intermediate_size" in told:
-        block = block.with_("ffn", SwiGLU(whole(told, "intermediate_size")))
-    for kind in skipped:
-        block = block.with_(kind, NoOp())
-    return block
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A stock architecture and what its config class takes for keys a file leaves out."""
-
-    architecture: str
-    defaults: Values = field(default_factory=dict)
-
-
-_LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
-_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "max_window_layers": 28}
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048, **_LLAMA_TOKENS}),
-    "mistral": Family(
-        "MistralForCausalLM",
-        {
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
-            **_LLAMA_TOKENS,
-        },
-    ),
-    "qwen2": Family("Qwen2ForCausalLM", {**_QWEN, "sliding_window": 4096}),
-    "qwen3": Family("Qwen3ForCausalLM", {**_QWEN, "sliding_window": 4096, "head_dim": 128}),
-}
-SUPPORTED = f"{', '.join(FAMILIES)}, nemotron-nas and tessera"
-
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -220,37 +90,41 @@ def read_config(path: Path) -> ModelConfig:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def parse_config(values: Values) -> ModelConfig:
+def parse_config(values: JSON) -> ModelConfig:
     """The ModelConfig a `config.json`'s object describes; `config_dict` is the inverse.
 
     Raises ConfigError for what we cannot run, naming it and what is supported.
     """
     if values.get("model_type") is None and "block_configs" in values:
         values = {**BARE_DEFAULTS, **values, "model_type": "nemotron-nas"}
-    model_type = values.get("model_type")
     _refuse_unsupported(values)
-    if model_type == "tessera":
+    if values["model_type"] == "tessera":
         return _parse_tessera(values)
-    if model_type == "nemotron-nas":
-        return _parse_nemotron_nas(values)
-    return _parse_stock(values)
+    family = "llama" if values["model_type"] == "nemotron-nas" else values["model_type"]
+    values = {**FAMILIES[family], **values}
+    return ModelConfig(
+        **_common_fields(values),
+        **_biases_and_norms(family, values),
+        family=family,
+        blocks=_blocks(values),
+        sliding_window=_sliding_window(family, values),
+    )
 
 
-def _refuse_unsupported(values: Values) -> None:
-    model_type, known = values.get("model_type"), {*FAMILIES, "nemotron-nas", "tessera"}
+def _refuse_unsupported(values: JSON) -> None:
+    model_type = values.get("model_type")
     architecture = (values.get("architectures") or ["?"])[0]
-    if any(values.get(key) for key in _EXPERTS) or "moe" in str(model_type).lower():
+    named = f"{architecture} (model_type {model_type!r})"
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+    if any(values.get(key) for key in experts) or "moe" in str(model_type).lower():
         raise ConfigError(
-            f"{architecture} (model_type {model_type!r}) is a mixture of experts, which is not "
-            f"supported; dense models of {SUPPORTED} are"
+            f"{named} is a mixture of experts, which is not supported; dense models of "
+            f"{SUPPORTED} are"
         )
     if model_type is None:
         raise ConfigError("names no model_type, so it is not the config.json of a model")
-    if model_type not in known:
-        raise ConfigError(
-            f"unsupported architecture {architecture} (model_type {model_type!r}); "
-            f"supported are {SUPPORTED}"
-        )
+    if model_type not in {*FAMILIES, "nemotron-nas", "tessera"}:
+        raise ConfigError(f"unsupported architecture {named}; supported are {SUPPORTED}")
     if not architecture.endswith("ForCausalLM") and architecture != "?":
         raise ConfigError(
             f"unsupported architecture {architecture}: only language models (…ForCausalLM) of "
@@ -258,75 +132,59 @@ def _refuse_unsupported(values: Values) -> None:
         )
     if (act := values.get("hidden_act") or "silu") not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {act!r} is not supported; only 'silu' is")
-    _refuse_quantized(values.get("quantization_config") or {})
+    if rounding := values.get("quantization_config"):
+        groups = (rounding.get("config_groups") or {}).values()
+        strategies = {(group.get("weights") or {}).get("strategy") for group in groups}
+        if rounding.get("format") != "float-quantized" or not strategies <= {"channel", "tensor"}:
+            raise ConfigError(
+                f"quantization_config of {rounding.get('quant_method', 'an unknown method')!r} is "
+                "not supported, but for compressed-tensors' FP8 with a scale a tensor or a "
+                "channel; give the plain, unquantized checkpoint"
+            )
 
 
-def _refuse_quantized(told: Values) -> None:
-    """All but weights in FP8 with a scale a tensor or an output channel (`fp8.py`)."""
-    if not told:
-        return
-    groups = (told.get("config_groups") or {}).values()
-    strategies = {(group.get("weights") or {}).get("strategy") for group in groups}
-    if told.get("format") != "float-quantized" or not strategies <= {"channel", "tensor"}:
-        raise ConfigError(
-            f"quantization_config of {told.get('quant_method', 'an unknown method')!r} is not "
-            "supported, but for compressed-tensors' FP8 with a scale a tensor or a channel; give "
-            "the plain, unquantized checkpoint"
-        )
-
-
-def _parse_stock(values: Values) -> ModelConfig:
-    family = values["model_type"]
-    values = {**FAMILIES[family].defaults, **values}
-    heads = whole(values, "num_attention_heads")
-    key_value = whole(values, "num_key_value_heads", heads)
-    if values.get("block_configs"):  # Model-Optimizer's AnyModel
-        blocks = nas_blocks(values)
-    else:
-        block = BlockConfig(GQA(key_value), SwiGLU(whole(values, "intermediate_size")))
-        blocks = per_layer_blocks(block, values)
-    return ModelConfig(
-        **_common(values),
-        **_family_fields(family, values),
-        family=family,
-        blocks=blocks,
-        sliding_window=_sliding_window(family, values),
-    )
-
-
-def _common(values: Values) -> dict[str, Any]:
-    """The fields that stock files and `nemotron-nas` share."""
-    hidden, heads = whole(values, "hidden_size"), whole(values, "num_attention_heads")
+def _common_fields(values: JSON) -> dict[str, Any]:
+    hidden, heads = _integer(values, "hidden_size"), _integer(values, "num_attention_heads")
     if values.get("head_dim") is None and hidden % heads:
         raise ConfigError(
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give head_dim"
         )
     theta, scaling = _rope(values)
-    return {
-        "vocab_size": whole(values, "vocab_size"),
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "head_dim": whole(values, "head_dim", hidden // heads),
-        "rms_norm_eps": number(values, "rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": whole(values, "max_position_embeddings", 2048),
-        "tie_word_embeddings": bool(values.get("tie_word_embeddings", False)),
-        **_token_ids(values),
-    }
-
-
-def _token_ids(values: Values) -> dict[str, Any]:
     eos = values.get("eos_token_id")
     return {
+        "vocab_size": _integer(values, "vocab_size"),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "head_dim": _integer(values, "head_dim", hidden // heads),
+        "rms_norm_eps": _number(values, "rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": _integer(values, "max_position_embeddings", 2048),
+        "tie_word_embeddings": bool(values.get("tie_word_embeddings", False)),
         "bos_token_id": values.get("bos_token_id"),
         "eos_token_id": () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         "pad_token_id": values.get("pad_token_id"),
     }
 
 
-def _family_fields(family: str, values: Values) -> dict[str, Any]:
-    """What the families do not say in one way: biases and QK norm, as properties."""
+def _integer(values: JSON, key: str, default: int | None = None) -> int:
+    return _positive(values, key, default, int, "a whole number")
+
+
+def _number(values: JSON, key: str, default: float | None = None) -> float:
+    return float(_positive(values, key, default, int | float, "a number"))
+
+
+def _positive(values: JSON, key: str, default: float | None, kind: Any, what: str) -> Any:
+    value = default if values.get(key) is None else values[key]
+    if value is None:
+        raise ConfigError(f"{key!r} is missing")
+    if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
+        raise ConfigError(f"{key} is {value!r}; it must be {what} above 0")
+    return value
+
+
+def _biases_and_norms(family: str, values: JSON) -> dict[str, Any]:
     bias = bool(values.get("attention_bias"))
     match family:
         case "mistral":
@@ -338,7 +196,7 @@ def _family_fields(family: str, values: Values) -> dict[str, Any]:
     return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(values.get("mlp_bias"))}
 
 
-def _sliding_window(family: str, values: Values) -> int | None:
+def _sliding_window(family: str, values: JSON) -> int | None:
     """The window of every layer, or None. Windows on some layers only are refused."""
     window = values.get("sliding_window")
     if window is None or family == "llama":
@@ -357,15 +215,15 @@ def _sliding_window(family: str, values: Values) -> int | None:
             "layers with and without a sliding window in one model are not supported "
             f"(sliding_window {window} on {kinds.count('sliding_attention')} of {layers} layers)"
         )
-    return whole(values, "sliding_window") if "sliding_attention" in kinds else None
+    return _integer(values, "sliding_window") if "sliding_attention" in kinds else None
 
 
-def _rope(values: Values) -> tuple[float, RopeScaling | None]:
+def _rope(values: JSON) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_parameters` (transformers 5) or the older two keys."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError("rope_parameters that differ between kinds of layers are not supported")
-    theta = number(rope, "rope_theta", number(values, "rope_theta", 10_000.0))
+    theta = _number(rope, "rope_theta", _number(values, "rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
@@ -374,49 +232,133 @@ def _rope(values: Values) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind not in ("linear", "llama3"):
         raise ConfigError(f"rope type {kind!r} is not supported; default, linear and llama3 are")
-    scaling = RopeScaling(rope_type=kind, factor=number(rope, "factor"))
+    scaling = RopeScaling(rope_type=kind, factor=_number(rope, "factor"))
     if kind == "linear":
         return theta, scaling
-    limit = whole(values, "max_position_embeddings", 2048)
+    limit = _integer(values, "max_position_embeddings", 2048)
     return theta, dataclasses.replace(
         scaling,
-        low_freq_factor=number(rope, "low_freq_factor", 1.0),
-        high_freq_factor=number(rope, "high_freq_factor", 4.0),
-        original_max_position_embeddings=whole(rope, "original_max_position_embeddings", limit),
+        low_freq_factor=_number(rope, "low_freq_factor", 1.0),
+        high_freq_factor=_number(rope, "high_freq_factor", 4.0),
+        original_max_position_embeddings=_integer(rope, "original_max_position_embeddings", limit),
     )
 
 
-# The released Puzzle models: `nemotron-nas`.
+# Layers that differ.
 
 
-def _parse_nemotron_nas(values: Values) -> ModelConfig:
-    blocks = nas_blocks(values)
-    values = {**FAMILIES["llama"].defaults, **values}
-    fields = _family_fields("llama", values)
-    return ModelConfig(**_common(values), **fields, family="llama", blocks=blocks)
+def _blocks(values: JSON) -> tuple[BlockConfig, ...]:
+    if values.get("block_configs") or values["model_type"] == "nemotron-nas":
+        return _listed_blocks(values)
+    heads = _integer(values, "num_key_value_heads", _integer(values, "num_attention_heads"))
+    block = BlockConfig(GQA(heads), SwiGLU(_integer(values, "intermediate_size")))
+    return _overridden_blocks(block, values)
+
+
+def _listed_blocks(values: JSON) -> tuple[BlockConfig, ...]:
+    """The blocks of `block_configs`: `no_op`, `replace_with_linear`, or a size.
+
+    Of attention the query heads that share a KV head (`n_heads_in_group`) or the KV heads, of the
+    FFN a multiplier that stands for a width (`ffn_mult`) or the width.
+    """
+    entries = values.get("block_configs")
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError("'block_configs' is missing; a nemotron-nas config holds one a layer")
+    blocks = []
+    for layer, entry in enumerate(entries):
+        try:
+            blocks.append(_listed_block(entry, values))
+        except (ConfigError, KeyError) as error:
+            raise ConfigError(f"block_configs[{layer}]: {error}") from None
+    return tuple(blocks)
+
+
+def _listed_block(entry: JSON, values: JSON) -> BlockConfig:
+    attention, ffn = entry["attention"], entry["ffn"]
+    for part, keys in (
+        (attention, ("window_length", "num_sink_tokens", "sparsify", "mamba")),
+        (ffn, ("sparsify", "moe")),
+        (entry, ("parallel_blocks",)),
+    ):
+        if unsupported := [key for key in keys if part.get(key)]:
+            raise ConfigError(f"{unsupported[0]} is not supported")
+    return BlockConfig(_listed_attention(attention, values), _listed_ffn(ffn, values))
+
+
+def _listed_attention(entry: JSON, values: JSON) -> Attention:
+    if entry.get("no_op"):
+        return NoOp()
+    if entry.get("replace_with_linear"):
+        return Linear()
+    if entry.get("num_key_value_heads"):
+        return GQA(_integer(entry, "num_key_value_heads"))
+    group, heads = _integer(entry, "n_heads_in_group"), _integer(values, "num_attention_heads")
+    if heads % group:
+        raise ConfigError(f"n_heads_in_group {group} does not divide the {heads} query heads")
+    return GQA(heads // group)
+
+
+def _listed_ffn(entry: JSON, values: JSON) -> FFN:
+    if entry.get("no_op"):
+        return NoOp()
+    if entry.get("replace_with_linear"):
+        return Linear()
+    if entry.get("intermediate_size"):
+        return SwiGLU(_integer(entry, "intermediate_size"))
+    return SwiGLU(ffn_mult_width(_number(entry, "ffn_mult"), _integer(values, "hidden_size")))
+
+
+def ffn_mult_width(ffn_mult: float, hidden_size: int) -> int:
+    """The FFN width a DeciLM `ffn_mult` stands for: `2/3 * mult * C`, up to a multiple of 256."""
+    return math.ceil(int(2 * ffn_mult * hidden_size / 3) / 256) * 256
+
+
+SKIPPED = {"attention": "attention", "mlp": "ffn"}  # transformers' names of what a layer may skip
+_OVERRIDES = ("intermediate_size", "num_key_value_heads", "skip")
+
+
+def _overridden_blocks(common: BlockConfig, values: JSON) -> tuple[BlockConfig, ...]:
+    """Each block `common` but for what `per_layer_config` says of it."""
+    blocks = [common] * _integer(values, "num_hidden_layers")
+    for key, overrides in (values.get("per_layer_config") or {}).items():
+        if not str(key).isdigit() or int(key) >= len(blocks):
+            raise ConfigError(f"per_layer_config names layer {key!r}; there are {len(blocks)}")
+        unknown = [name for name in overrides if name not in _OVERRIDES]
+        skipped = overrides.get("skip") or []
+        if unknown or not {*skipped} <= SKIPPED.keys():
+            raise ConfigError(
+                f"per_layer_config[{key!r}] sets {', '.join(unknown or skipped)}; supported are "
+                f"{', '.join(_OVERRIDES)} (of {', '.join(SKIPPED)})"
+            )
+        block = common
+        if "num_key_value_heads" in overrides:
+            block = block.with_("attention", GQA(_integer(overrides, "num_key_value_heads")))
+        if "intermediate_size" in overrides:
+            block = block.with_("ffn", SwiGLU(_integer(overrides, "intermediate_size")))
+        for name in skipped:
+            block = block.with_(SKIPPED[name], NoOp())
+        blocks[int(key)] = block
+    return tuple(blocks)
 
 
 # Our own dialect, and writing.
 
 
-def _parse_tessera(values: Values) -> ModelConfig:
+def _parse_tessera(values: JSON) -> ModelConfig:
     known = {f.name for f in dataclasses.fields(ModelConfig)} - {"blocks"}
     given = {key: value for key, value in values.items() if key in known}
     given["rope_theta"], given["rope_scaling"] = _rope(values)
     given["eos_token_id"] = tuple(given.get("eos_token_id") or ())
     for key in ("vocab_size", "hidden_size", "num_attention_heads", "head_dim"):
-        whole(values, key)
-    return ModelConfig(**given, blocks=()).with_words(_word_pairs(values.get("blocks")))
-
-
-def _word_pairs(blocks: Any) -> list[list[str]]:
+        _integer(values, key)
+    blocks = values.get("blocks")
     if not isinstance(blocks, list):
         raise ConfigError("'blocks' is missing: a list of [attention, ffn] words, one a layer")
     for layer, words in enumerate(blocks):
         pair = isinstance(words, list) and len(words) == 2
         if not pair or not all(isinstance(word, str) for word in words):
             raise ConfigError(f"blocks[{layer}] is {words!r}; it must be [attention, ffn] words")
-    return blocks
+    return ModelConfig(**given, blocks=()).with_words(blocks)
 
 
 def config_dict(config: ModelConfig) -> dict[str, Any]:
@@ -440,7 +382,7 @@ def config_dict(config: ModelConfig) -> dict[str, Any]:
 def _stock_dict(config: ModelConfig) -> dict[str, Any]:
     block, eos = config.blocks[0], list(config.eos_token_id)
     values = {
-        "architectures": [FAMILIES[config.family].architecture],
+        "architectures": [f"{config.family.capitalize()}ForCausalLM"],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -452,7 +394,7 @@ def _stock_dict(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_dict(config.rope_scaling),
+        "rope_scaling": rope_scaling_dict(config.rope_scaling),
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
@@ -471,7 +413,8 @@ def _stock_dict(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _rope_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def rope_scaling_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The `rope_scaling` entry, with the keys its type has."""
     if scaling is None:
         return None
     if scaling.rope_type == "linear":
@@ -479,11 +422,10 @@ def _rope_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return dataclasses.asdict(scaling)
 
 
-def config_json(values: Values) -> str:
+def config_json(values: JSON) -> str:
     """`config.json`'s text: indented, with one block of words a line."""
-    text = json.dumps(values, indent=2)
     if "blocks" not in values:
-        return text + "\n"
+        return json.dumps(values, indent=2) + "\n"
     text = json.dumps({**values, "blocks": []}, indent=2)
     lines = ",\n".join(f"    {json.dumps(words)}" for words in values["blocks"])
     return text.replace('"blocks": []', f'"blocks": [\n{lines}\n  ]') + "\n"

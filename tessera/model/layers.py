@@ -15,9 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from tessera.model.cache import LayerCache
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
 from tessera.model.cpu import Projection, gated_down, linear, rms_norm
@@ -68,16 +66,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + rotated * sin).type_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     """Causal attention inside each document. q `(B,T,H,D)`, k and v `(B,T,K,D)` -> `(B,T,H,D)`.
 
-    Without a cache, packed rows are cut into their documents, which are grouped by length, so
-    the work grows with the documents' squared lengths and not with the row's; what documents
-    share at their beginning all of them read. With one, the new keys and values join it and every
-    query sees the past of its own row.
+    Packed rows are cut into their documents, which are grouped by length, so the work grows with
+    the documents' squared lengths and not with the row's. A prefix that documents share is read
+    by all of them.
     """
-    if cache is not None:
-        return _attend_cached(q, cache.append(k, v, context.positions), context, cache)
     if context.simple:
         return _sdpa(q, k, v, context.sliding_mask(q.shape[1]))
     return _attend_documents(q, k, v, context)
@@ -110,16 +105,6 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tens
     return torch.cat(parts)[plan.inverse].unflatten(0, context.positions.shape)
 
 
-def _attend_cached(q: Tensor, kv: tuple[Tensor, Tensor], context: Context, cache: LayerCache):
-    k, v = kv
-    seen = torch.arange(k.shape[1], device=q.device)
-    distance = context.positions[:, :, None] - seen  # (B, T, S)
-    allowed = distance >= 0
-    if context.sliding_window:
-        allowed &= distance < context.sliding_window
-    return _sdpa(q, k, v, allowed[:, None])
-
-
 class Attention(nn.Module):
     """Grouped-query attention with RoPE. x `(B,T,C)` -> `(B,T,C)`."""
 
@@ -137,7 +122,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -146,7 +131,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = context.rope
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        return self.o_proj(attend(q, k, v, context, cache).flatten(-2))
+        return self.o_proj(attend(q, k, v, context).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -159,11 +144,8 @@ class FeedForward(nn.Module):
         self.up_proj = Projection(hidden, width, bias=bias)
         self.down_proj = Projection(width, hidden, bias=bias)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-        if isinstance(down.weight, DTensor):  # its sum over processes is a hook of the module
-            return down(F.silu(gate) * up)
-        return gated_down(gate, up, down.weight, down.bias)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return gated_down(self.gate_proj(x), self.up_proj(x), self.down_proj)
 
 
 class LinearMap(nn.Module):
@@ -184,7 +166,7 @@ class LinearMap(nn.Module):
         """The matrices, the first applied first."""
         return list(self.parameters())
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         for weight in self.weights:
             x = linear(x, weight)
         return x
@@ -201,12 +183,10 @@ class Subblock(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.op = _operation(config, variant)
 
-    def forward(
-        self, x: Tensor, context: Context, cache: LayerCache | None = None
-    ) -> Tensor | float:
+    def forward(self, x: Tensor, context: Context) -> Tensor | float:
         if isinstance(self.variant, NoOp):
             return 0.0
-        return self.op(self.norm(x), context, cache)
+        return self.op(self.norm(x), context)
 
 
 def _operation(config: ModelConfig, variant: Variant) -> nn.Module:

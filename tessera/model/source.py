@@ -1,8 +1,7 @@
-"""What a `MODEL` argument means: a finished run, a Hugging Face directory or a hub id. Torch-free.
+"""What a `MODEL` argument means, and what a run was made from. Torch-free.
 
-Files that are refused are refused here: pickle can run any code when it is read.
-
-What a run was made from, and the architecture it holds; torch-free.
+A model is a finished run, a Hugging Face directory or a hub id. Pickles are refused here: reading
+one can run any code.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any
 from tessera.model.config import ModelConfig
 from tessera.model.families import read_config
 from tessera.runs.files import RunError
-from tessera.runs.recipe import nearest
 from tessera.runs.run import read_json, read_manifest, runs_in
+from tessera.table import nearest
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -60,24 +59,22 @@ def is_hub_id(source: str | Path) -> bool:
 
 def _model_in(directory: Path) -> Path:
     if (directory / "run.json").is_file():
-        return _model_of_run(directory)
+        manifest = read_manifest(directory)
+        if manifest.status != "done":
+            raise CheckpointError(
+                f"{directory} is a run that is not done ({manifest.status}); finish it by running "
+                "its recipe again"
+            )
+        if not (directory / "model" / "config.json").is_file():
+            raise CheckpointError(
+                f"{directory} is a run of stage {manifest.stage!r}, which gives no model"
+            )
+        return directory / "model"
     if (directory / "config.json").is_file():
         return directory
     runs = [run.name for run in runs_in(directory)]
     hint = f"; it holds the runs {', '.join(runs)}: name one" if runs else ""
     raise CheckpointError(f"{directory} holds no config.json, so it is no model directory{hint}")
-
-
-def _model_of_run(run: Path) -> Path:
-    manifest = read_manifest(run)
-    if manifest.status != "done":
-        raise CheckpointError(
-            f"{run} is a run that is not done ({manifest.status}); finish it by running its "
-            "recipe again"
-        )
-    if not (run / "model" / "config.json").is_file():
-        raise CheckpointError(f"{run} is a run of stage {manifest.stage!r}, which gives no model")
-    return run / "model"
 
 
 def _directory_of(file: Path) -> Path:
@@ -111,23 +108,17 @@ def pickle_error(file: Path) -> CheckpointError:
     )
 
 
-def some(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def model_config(path: str | Path) -> ModelConfig:
-    """The architecture of a run (its model, or the one its search chose), a model directory or a
-    config.json. Raises RunError where there is none."""
-    from tessera.model.families import read_config
+    """The architecture of a run, finished or not, of a model directory or of a config.json.
 
+    A run's is that of its model, or the one its search chose. Raises RunError where there is none.
+    """
     path = Path(path)
     for file in (path, path / "config.json", path / "model" / "config.json"):
         if file.is_file():
             return read_config(file)
     if (path / "tables" / "architecture.json").is_file():
-        parent = _lineage_path(path, read_manifest(path).inputs["parent"]["path"])
+        parent = path.parent / read_manifest(path).inputs["parent"]["path"]
         return model_config(parent).with_words(read_json(path, "architecture")["words"])
     if not path.exists():
         siblings = sorted(p.name for p in path.parent.glob("*") if not p.name.startswith("."))
@@ -137,39 +128,31 @@ def model_config(path: str | Path) -> ModelConfig:
 
 def lineage(path: Path) -> list[dict[str, Any]]:
     """The runs and directories a run was made from, ancestors first, itself last."""
-    found: dict[Path, dict[str, Any]] = {}
-    _trace(path, found)
-    return list(found.values())
+    return list(_trace(path, {}).values())
 
 
-def _trace(path: Path, found: dict[Path, dict[str, Any]]) -> None:
+def ancestors(path: Path) -> list[Path]:
+    """The directories a run was made from, ancestors first, itself last; all resolved."""
+    return list(_trace(path, {}))
+
+
+def _trace(path: Path, found: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
     key = path.resolve()
     if key in found:
-        return
+        return found
     if not (path / "run.json").is_file():
         found[key] = {"name": str(path), "stage": None, "inputs": {}}
-        return
+        return found
     manifest = read_manifest(path)
     inputs: dict[str, Any] = {}
     for need, reference in manifest.inputs.items():
         references = reference if isinstance(reference, list) else [reference]
         given = [one["path"] for one in references if one]
         inputs |= {need: ", ".join(given)} if given else {}
-        for one in given:
-            _trace(_lineage_path(path, one), found)
+        for one in given:  # relative to the directory that holds the run
+            _trace(path.parent / one, found)
     found[key] = {"name": manifest.name, "stage": manifest.stage, "inputs": inputs}
-
-
-def _lineage_path(run: Path, recorded: str) -> Path:
-    """An input as its manifest names it: relative to the directory that holds the run."""
-    return run.parent / recorded
-
-
-def ancestors(path: Path) -> list[Path]:
-    """The directories a run was made from, ancestors first, itself last; all resolved."""
-    found: dict[Path, dict[str, Any]] = {}
-    _trace(path, found)
-    return list(found)
+    return found
 
 
 def holder(path: str | Path) -> Path:
@@ -188,6 +171,6 @@ def origin(path: Path) -> Path | None:
     inputs = read_manifest(path).inputs
     for need in ("teacher", "parent"):
         if inputs.get(need):
-            return _lineage_path(path, inputs[need]["path"])
+            return path.parent / inputs[need]["path"]
     model = inputs.get("model")
-    return origin(_lineage_path(path, model["path"])) if model else None
+    return origin(path.parent / model["path"]) if model else None

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tessera.model.cache import KVCache, LayerCache
 from tessera.model.config import BlockConfig, ModelConfig, NoOp
 from tessera.model.context import Context
 from tessera.model.cpu import linear
@@ -32,14 +31,14 @@ class Block(nn.Module):
         self.attention = Subblock(config, block.attention)
         self.ffn = Subblock(config, block.ffn)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(self._run, x, context, use_reentrant=False)  # type: ignore[return-value]
-        return self._run(x, context, cache)
+        return self._run(x, context)
 
-    def _run(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def _run(self, x: Tensor, context: Context) -> Tensor:
         if not isinstance(self.attention.variant, NoOp):  # adding 0.0 would copy the stream
-            x = x + self.attention(x, context, cache)
+            x = x + self.attention(x, context)
         if not isinstance(self.ffn.variant, NoOp):
             x = x + self.ffn(x, context)
         return x
@@ -100,7 +99,6 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         context: Context | None = None,
-        cache: KVCache | None = None,
         *,
         output_hidden_states: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -110,16 +108,14 @@ class Transformer(nn.Module):
         A module whose parameters are sharded is to be called, so that they are gathered: its
         `head` holds afterwards until the backward pass is over.
         """
-        states = self.hidden_states(tokens, context, cache)
+        states = self.hidden_states(tokens, context)
         if output_hidden_states:
             kept = list(states)
             return self.norm(kept[-1]), kept
         *_, last = states
         return self.norm(last)
 
-    def hidden_states(
-        self, tokens: Tensor, context: Context | None = None, cache: KVCache | None = None
-    ) -> Iterator[Tensor]:
+    def hidden_states(self, tokens: Tensor, context: Context | None = None) -> Iterator[Tensor]:
         """The residual stream `(B,T,C)` entering layer 0, 1, …, L-1, and leaving the last.
 
         A generator: the layer runs when the next state is asked for.
@@ -127,8 +123,8 @@ class Transformer(nn.Module):
         context = self.prepare(Context.rows(tokens) if context is None else context)
         x = self.embed_tokens(tokens)
         yield x
-        for i, block in enumerate(self.blocks):
-            x = block(x, context, cache.layers[i] if cache else None)
+        for block in self.blocks:
+            x = block(x, context)
             yield x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
+from tessera.data.config import no_chat_template
 from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import save_model
 from tessera.model.context import Context
@@ -35,6 +36,7 @@ from tessera.rl.monitors import Guard
 from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rollouts import RolloutConfig, Rollouts, whole
 from tessera.rl.rubric import Rubric
+from tessera.runs.plan import Step
 from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
@@ -59,6 +61,9 @@ class PolicyConfig(RolloutConfig):
     kl: float = Field(default=0.0, ge=0)
     importance_cap: float | None = Field(default=None, ge=0)
     gap_limit: float = Field(default=0.05, gt=0)
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        return no_chat_template(step, steps)
 
     @field_validator("dual_clip")
     @classmethod

@@ -24,7 +24,8 @@ from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import Heldout, training_documents
 from tessera.runs.files import RunError
-from tessera.runs.run import Run, read_json
+from tessera.runs.plan import Step
+from tessera.runs.run import Run, is_done, read_json
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Work, model_cost
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence
@@ -44,6 +45,17 @@ class KDConfig(BaseModel):
     cosine: float = Field(default=1.0, ge=0)  # α, on the sum over layers
     lm: float = Field(default=0.0, ge=0)  # weight of the LM loss
     lr_from: Literal["race"] | None = None  # instead of train.lr
+
+    def notes(self, step: Step) -> list[str]:
+        """Where the learning rate comes from, if not from this table."""
+        model = step.inputs["model"]
+        if self.lr_from is None or not isinstance(model, Path):
+            return []
+        try:
+            lr = f"lr {raced(self, model).train.lr:g}" if is_done(model) else "lr"
+        except RunError as error:
+            return [str(error)]
+        return [f"{lr}, from {self.lr_from}; train.lr = {self.train.lr:g} is not used"]
 
 
 class KD:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
+from tessera.data.config import no_chat_template
 from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import save_model
 from tessera.model.context import Context
@@ -38,6 +39,7 @@ from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rollouts import RolloutConfig, Rollouts, Sampled, whole
 from tessera.rl.rubric import Rubric
 from tessera.runs.files import FailureError
+from tessera.runs.plan import Step
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer, one_group
@@ -65,6 +67,9 @@ class RPOConfig(RolloutConfig):
     eta: float = Field(default=1.0, gt=0)
     distance: Distance = "backward"
     sft: float = Field(default=0.0, ge=0)
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        return no_chat_template(step, steps)
 
 
 def distance(kind: Distance, gap: Tensor, target: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tessera import dist
 from tessera.data.batch import OFF, ON, Batch
+from tessera.data.config import no_chat_template
 from tessera.data.documents import Documents
 from tessera.data.template import FILE as TEMPLATE_FILE
 from tessera.model.checkpoint import save_model
@@ -26,6 +27,7 @@ from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import documents, training_documents
 from tessera.runs.files import RunError, atomic_write
+from tessera.runs.plan import Step
 from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer, one_group
 from tessera.train.flops import Cost, Work, model_cost
@@ -43,6 +45,9 @@ class SFTConfig(BaseModel):
 
     train: DocumentTrainConfig
     evaluate_every: int = Field(default=0, ge=0)
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        return no_chat_template(step, steps)
 
 
 class SFT:

@@ -16,7 +16,7 @@ from tessera.puzzle.constraints import BatchChoice
 from tessera.puzzle.cost_table import Words
 from tessera.puzzle.program import Option, SearchError, Solution
 from tessera.puzzle.space import Space, Unit, forbidden_pairs
-from tessera.runs.recipe import nearest
+from tessera.table import nearest
 
 Architecture = list[tuple[str, str]]
 

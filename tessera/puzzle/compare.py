@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tessera.data.batch import Batch
+from tessera.data.config import DataConfig
 from tessera.data.documents import heldout
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
@@ -28,6 +29,7 @@ from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.puzzle.cost import Seconds, generation_seconds
 from tessera.puzzle.cost_table import Scenario, share_of
+from tessera.runs.plan import Step
 from tessera.runs.run import Run, read_json
 from tessera.train.losses import token_statistics
 from tessera.train.parallel import gathered
@@ -45,6 +47,20 @@ class CompareConfig(BaseModel):
     tokens: int = Field(default=32_768, ge=1)
     sequence_length: int = Field(default=256, ge=2)
     microbatch_tokens: int = Field(default=4096, ge=1)
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        """A sentence where the table names no data and the nearest data above are chats."""
+        chats = {s.name: s.config.holds_chats for s in steps if isinstance(s.config, DataConfig)}
+        nearest = next((s.name for s in steps if s.path == step.inputs.get("data")), "")
+        if "data" in step.spec.table or not chats.get(nearest):
+            return []
+        names = list(chats)
+        texts = [name for name in names[: names.index(nearest)] if not chats[name]]
+        other = f'; say {step.name}.data = "{texts[-1]}" to compare on text' if texts else ""
+        return [
+            f"loss, KL and agreement are measured on [{nearest}], which holds chats, because it "
+            f"is the nearest data above{other}"
+        ]
 
 
 @torch.no_grad()

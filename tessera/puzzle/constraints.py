@@ -13,10 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tessera import table as text
 from tessera.devices import Device, DeviceError, find_device
 from tessera.puzzle.cost_table import Costs, CostTable, Scenario, Words
-from tessera.runs.recipe import nearest
+from tessera.table import nearest, size
 
 Given = float | str  # the value of a budget in a recipe
 
@@ -368,7 +367,7 @@ class BatchChoice:
             raise ConstraintError(
                 f"{name} is asked as a share of the parent's, but the parent meets the memory "
                 "asked for at none of the batches that the cost stage priced (at batch "
-                f"{here.scenario.batch} it takes {text.size(here.total(self.parent)['bytes'])}); "
+                f"{here.scenario.batch} it takes {size(here.total(self.parent)['bytes'])}); "
                 f'give it in units ("{EXAMPLES[COLUMNS[name][1]]}"), allow more memory, or price '
                 "smaller batches in cost.batches"
             )

@@ -26,8 +26,9 @@ from tessera.puzzle.program import SearchError
 from tessera.puzzle.race import HeatConfig, heat
 from tessera.puzzle.search import SearchConfig, find
 from tessera.runs.files import atomic_write
-from tessera.runs.recipe import Config, nearest, validate
+from tessera.runs.recipe import Config, validate
 from tessera.runs.run import Run
+from tessera.table import nearest
 from tessera.train.optim import DocumentTrainConfig
 
 Method = Literal["mip", "uniform", "dropped", "dropped-attention"]

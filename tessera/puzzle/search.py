@@ -42,7 +42,8 @@ from tessera.puzzle.program import (
     solve,
 )
 from tessera.puzzle.score import METRICS
-from tessera.puzzle.space import Space, Unit, read_space
+from tessera.puzzle.space import Space, Unit, offered, read_space
+from tessera.runs.plan import Step
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json, read_table
 
@@ -422,6 +423,18 @@ class SearchConfig(Config):
         names = [value] if isinstance(value, str) else value
         listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
         return engines_of(names) if listed else value
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        """A sentence where layers are to be dropped and the space is known to offer no noop."""
+        kinds = {"dropped": KINDS, "dropped-attention": KINDS[:1]}.get(self.method, ())
+        words = offered(step.inputs["scores"], steps) if kinds else None
+        missing = [kind for kind in kinds if words is not None and "noop" not in words[kind]]
+        if not missing:
+            return []
+        return [
+            f'method = "{self.method}" removes layers, and the space offers no noop for '
+            f"the {' nor for the '.join(missing)}: add it to space.{missing[-1]} of the [bld] table"
+        ]
 
     @property
     def budgets(self) -> Budgets:

@@ -29,7 +29,8 @@ from tessera.model.config import (
     name,
     parse_kind,
 )
-from tessera.runs.run import Run, read_json
+from tessera.runs.plan import Input, Step, maker
+from tessera.runs.run import Run, is_done, read_json
 
 _SPAN = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
 
@@ -242,6 +243,29 @@ def read_space(directory: Path) -> Space:
     layers = tuple((tuple(a), tuple(f)) for a, f in read_json(directory, "space"))
     pairs = tuple(Unit.pair(*pair) for pair in read_json(directory, "pairs"))
     return Space(layers, pairs, tuple(read_json(directory, "servable")))
+
+
+def offered(path: Input, steps: Sequence[Step]) -> dict[str, set[str]] | None:
+    """By kind, the words at any layer of a library or of scores: those of a finished run, else
+    those that the recipe's `space` lists; None where neither is known."""
+    if not isinstance(path, Path):
+        return None
+    if is_done(path):
+        layers = read_space(path).layers
+        return {kind: {w for words in layers for w in words[i]} for i, kind in enumerate(KINDS)}
+    step = maker(path, steps)
+    if step is None:
+        return None
+    space = getattr(step.config, "space", None)
+    if isinstance(space, SpaceConfig):
+        lists = [space, *space.layers.values()]
+        return {kind: {w for one in lists for w in getattr(one, kind) or ()} for kind in KINDS}
+    libraries = step.inputs.get("libraries") or [step.inputs.get("library")]
+    found = [offered(one, steps) for one in (libraries if isinstance(libraries, list) else ())]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return None
+    return {kind: set().union(*(one[kind] for one in known)) for kind in KINDS}
 
 
 def restrict(space: Space, layers: Collection[int]) -> Space:

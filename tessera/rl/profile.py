@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from tessera.data.chat import ChatEncoder
+from tessera.data.config import no_chat_template
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.model.checkpoint import load_model
@@ -26,6 +27,7 @@ from tessera.rl.prompts import FILE, Prompt, PromptsConfig, collect, judged_samp
 from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rubric import Rubric
 from tessera.runs.files import Journal
+from tessera.runs.plan import Step
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import Run
 from tessera.vllm.choice import EngineChoice, open_engine
@@ -45,6 +47,9 @@ class ProfileConfig(PromptsConfig, EngineChoice):
     max_tokens: int = Field(default=512, ge=1)
     batch: int = Field(default=128, ge=1)
     workers: int = Field(default=2, ge=1)
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        return no_chat_template(step, steps)
 
 
 class Profiler:

@@ -37,7 +37,8 @@ from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_forma
 from tessera.rl.verifiers.instructions import read_instructions, verify_instructions
 from tessera.rl.verifiers.mathematics import verify_math
 from tessera.rl.verifiers.outcome import Outcome, unjudged, wrong
-from tessera.runs.recipe import Config, nearest
+from tessera.runs.recipe import Config
+from tessera.table import nearest
 
 
 class RewardError(ValueError):

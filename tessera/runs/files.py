@@ -1,13 +1,8 @@
 """Files that survive a crash: written whole or not at all, owned by one process, known by hash.
 
 `atomic_write` goes through a temporary file, fsync and rename; `Lock` is a flock, which the
-kernel releases however its holder dies; `fingerprint` is the hash of a value's canonical JSON.
-
-Rows on disk, one JSON line each as they come, found again by key: what was paid for is kept.
-
-A line is appended by one write, so a process that is killed loses the line under way at most, and
-half a line is cut off when the journal is opened again. In memory is where each row stands, not the
-row: thoughts of many problems are larger than the memory of one process.
+kernel releases however its holder dies; `fingerprint` is the hash of a value's canonical JSON;
+`Journal` appends rows that are found again by key.
 """
 
 from __future__ import annotations
@@ -28,11 +23,11 @@ MEBIBYTE = 1 << 20
 
 
 class RunError(ValueError):
-    """A run directory that cannot be used as asked; the text says what to do."""
+    """A run directory that cannot be used this way; the text says what to do."""
 
 
 class FailureError(RunError):
-    """The work went wrong, not the user's words (a loss that is not finite): exit code 1."""
+    """The work failed, not the user's input (a loss that is not finite): exit code 1."""
 
     exit_code = 1
 
@@ -47,10 +42,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason, advice = error.strerror or str(error), advice_on(error)
+        reason = error.strerror or str(error)
         raise WriteError(
-            f"could not write {path}: {reason}. What was there is intact{advice}."
-        ) from (error)
+            f"could not write {path}: {reason}. What was there is intact{advice_on(error)}."
+        ) from error
 
 
 def advice_on(error: OSError) -> str:
@@ -62,9 +57,8 @@ def advice_on(error: OSError) -> str:
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Replaces a file so that a reader, or a crash, sees the old bytes or the new, never a mix.
 
-    One writer at a time, as a run's lock sees to: the temporary name is fixed, so that what a
-    killed process left is replaced by the next one instead of piling up.
-    Raises WriteError when the system refuses; the old file is then intact.
+    One writer at a time, as a run's lock ensures: the temporary name is fixed, so the next writer
+    replaces what a killed process left. Raises WriteError; the old file is then intact.
     """
     data = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.tmp")
@@ -117,9 +111,10 @@ def file_identity(path: Path) -> tuple[int, str]:
 
 
 class Lock:
-    """One process's hold on a directory, through a flock on its `.lock`.
+    """One process's hold on a directory, through a flock on its `.lock`; a context manager.
 
-    Raises RunError naming the process that holds it already.
+    filelock empties the file on every attempt, so it cannot name the holder; this one does.
+    Raises RunError naming the process that holds the directory already.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -135,6 +130,12 @@ class Lock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
     def release(self) -> None:
         """Lets the next process in; a second call does nothing."""
         if self._descriptor >= 0:
@@ -143,7 +144,7 @@ class Lock:
 
 
 def in_use(directory: Path) -> bool:
-    """True where a process holds a directory; a reader, which asks, needs no right to write."""
+    """True where a process holds a directory. Needs no right to write there."""
     try:
         descriptor = os.open(directory / ".lock", os.O_RDONLY)
     except FileNotFoundError:
@@ -155,7 +156,7 @@ def in_use(directory: Path) -> bool:
 
 
 def _locked(descriptor: int, kind: int) -> bool:
-    """Takes a flock where it is free; one who only looks holds it for a moment, which is waited."""
+    """Takes a flock where it is free; waits for `in_use`, which holds one for a moment."""
     for pause in (0.01, 0.1, 0.0):
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -172,7 +173,7 @@ def remove_directories(*directories: Path) -> None:
     """
     with ExitStack() as held:
         for directory in directories:
-            held.callback(Lock(directory).release)
+            held.enter_context(Lock(directory))
         for directory in directories:
             trash = directory.with_name(f".{directory.name}.deleted-{os.getpid()}")
             with writing(directory):
@@ -181,7 +182,11 @@ def remove_directories(*directories: Path) -> None:
 
 
 class Journal:
-    """Rows by key; a context manager. The later row of a key replaces the earlier one."""
+    """Rows by key, one JSON line each; a context manager. A key's later row replaces the earlier.
+
+    A killed process loses at most the line it was writing; opening cuts half a line off. Memory
+    holds the offset of each row, not the row.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -7,16 +7,25 @@ more, and a mistake in the last stage is found before the first one runs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from tessera.runs.recipe import Recipe, RecipeError, StageSpec, dumps, nearest, validate
-from tessera.runs.redo import aside, holds_no_work, read_mark
-from tessera.runs.run import Manifest, fingerprint_path, read_manifest, run_fingerprint
+from tessera.runs.recipe import Recipe, RecipeError, StageSpec, dumps, models_in, validate
+from tessera.runs.run import (
+    Manifest,
+    aside,
+    fingerprint_path,
+    holds_no_work,
+    read_manifest,
+    run_fingerprint,
+    started,
+    without_execution,
+)
+from tessera.table import nearest
 
 Input = Path | list[Path] | None
 Action = Literal["run", "resume", "skip", "redo", "changed"]
@@ -27,7 +36,7 @@ KINDS = {
     "searches": "architecture",
     "libraries": "library",
 }
-# What a table may also name for a kind, though nothing takes it unnamed.
+# What a table may also name for a kind, though no stage takes it unnamed.
 ALSO = {("frontier", "architecture")}
 
 
@@ -35,26 +44,42 @@ ALSO = {("frontier", "architecture")}
 class Stage:
     """A row of the table of stages.
 
-    needs: `data` comes from the nearest run before that gives data; `data?` may be absent;
-    `model=` is taken only where the table names it; `models*` is a list in the table. `parent`
-    and `teacher` are models made by a `parent` stage.
-    paths: config keys that may name files outside; what those hold is part of the fingerprint.
+    needs: `data` comes from the nearest run above that gives data; `data?` may be absent; `model=`
+    is taken only where the table names it; `models*` is a list in the table. `parent` and `teacher`
+    are models made by a `parent` stage.
+    module: relative to tessera (".puzzle.bld"), or absolute; it holds the config class `config` and
+    the function `function(config, run, inputs)`.
+    paths: config keys that may name files outside; the files' contents are part of the fingerprint.
     together: every process of the job works on it; otherwise the main one, and the others wait.
     """
 
     name: str
+    needs: str
+    gives: str
     module: str
     config: str
-    needs: tuple[str, ...]
-    gives: str
     function: str = "stage"
     paths: tuple[str, ...] = ()
     together: bool = False
 
+    def load(self, name: str) -> Any:
+        """The config class or the function of this stage, by name."""
+        return getattr(importlib.import_module(self.module, "tessera"), name)
+
+    def keys(self) -> set[str]:
+        """The needs' names: keys of a table that name inputs and are not the config's."""
+        return {need.rstrip("?=*") for need in self.needs.split()}
+
+    def validate(self, spec: StageSpec) -> BaseModel:
+        """The config of a table without its inputs. Raises RecipeError."""
+        keys = self.keys()
+        table = {key: value for key, value in spec.table.items() if key not in keys}
+        return validate(self.load(self.config), table, spec.name)
+
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a recipe, resolved: what it is given, what it will be known by, what to do."""
+    """One stage of a recipe, resolved: its inputs, its fingerprint, and what running it does."""
 
     spec: StageSpec
     stage: Stage
@@ -76,9 +101,32 @@ class Step:
         """The config with every default spelled out, as JSON values."""
         return self.config.model_dump(mode="json")
 
+    @property
+    def outdated(self) -> bool:
+        """True where an input has been made anew, or deleted, since this run was begun."""
+        listed = self.manifest.inputs.values() if self.manifest else ()
+        inputs = [
+            one for value in listed for one in (value if isinstance(value, list) else [value])
+        ]
+        return any(
+            one["started"] != started(self.path.parent / one["path"])
+            for one in inputs
+            if one and "started" in one
+        )
+
     def reads(self, path: Path) -> bool:
         """True when this step has that run among its inputs."""
         return path in flat(self.inputs)
+
+    def warnings(self, steps: Sequence[Step]) -> list[str]:
+        """What will fail or surprise, by `warnings(step, steps)` of its config; none when done."""
+        warnings = getattr(self.config, "warnings", None)
+        return warnings(self, steps) if warnings and self.action != "skip" else []
+
+    def notes(self) -> list[str]:
+        """What its config's `notes` says of settings that come from its inputs."""
+        notes = getattr(self.config, "notes", None)
+        return notes(self) if notes else []
 
 
 def flat(inputs: Mapping[str, Input]) -> list[Path]:
@@ -87,18 +135,25 @@ def flat(inputs: Mapping[str, Input]) -> list[Path]:
     return [path for paths in lists for path in paths if path is not None]
 
 
+def maker(path: Input, steps: Sequence[Step]) -> Step | None:
+    """The step that makes a directory; None where it is from outside of the recipe."""
+    return next((step for step in steps if step.path == path), None)
+
+
 def plan(
     recipe: Recipe,
     runs_dir: Path,
     redo: Sequence[str],
     stages: Mapping[str, Stage],
+    only: Sequence[str] | None = None,
 ) -> list[Step]:
     """Every stage of a recipe resolved, and what running it would do; runs and writes nothing.
 
-    A stage in `redo` of which the new run is here, and not yet all that follows from it, is not
-    begun again: that command was stopped, and this one goes on.
+    A stage in `redo` that has been redone, while what follows from it (of `only`) has not, is kept:
+    an earlier command was stopped, and this one finishes it.
     Raises RecipeError or RunError for whatever can be known to be wrong beforehand.
     """
+    recipe = with_defaults(recipe, stages)
     names = [spec.name for spec in recipe.stages]
     for name in redo:
         if name not in names:
@@ -108,21 +163,97 @@ def plan(
     steps: list[Step] = []
     for spec in recipe.stages:
         steps.append(_resolve(spec, recipe, runs_dir, steps, stages))
-    named = [name for name in redo if not _under_way(name, steps)]
+    begun = {name for name in redo if _under_way(name, steps, only)}
+    following = _following(begun, steps)
     decided: list[Step] = []
     for step in steps:
-        decided.append(replace(step, action=_action(step, named, decided)))
+        anew = step.name in redo and step.name not in begun
+        anew = anew or any(s.action == "redo" and step.reads(s.path) for s in decided)
+        action = "redo" if anew else _action(step, step in following)
+        decided.append(replace(step, action=action))
     return decided
 
 
-def _under_way(name: str, steps: Sequence[Step]) -> bool:
-    """True when a redo of this stage, by the same recipe, has begun it and has not ended."""
+def with_defaults(recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
+    """The recipe with each stage's table completed from `[defaults]`.
+
+    Raises RecipeError for a stage that there is not, and for a default that no stage has a key for.
+    """
+    for spec in recipe.stages:
+        if spec.stage not in stages:
+            raise RecipeError(
+                f"[{spec.name}]: there is no stage {spec.stage!r}; {nearest(spec.stage, stages)}"
+            )
+    specs, allowed = [], set[str]()
+    for spec in recipe.stages:
+        stage = stages[spec.stage]
+        given = {key: recipe.defaults[key] for key in stage.keys() & recipe.defaults.keys()}
+        table = {**given, **spec.table}
+        if recipe.defaults:
+            config = stage.load(stage.config)
+            table = _completed(table, recipe.defaults, config, "defaults", allowed)
+            allowed |= {f"defaults.{key}" for key in stage.keys()}
+        specs.append(replace(spec, table=table))
+    if unknown := _paths(recipe.defaults, "defaults") - allowed:
+        first = min(unknown)
+        raise RecipeError(f"{first}: no stage has such a key; {nearest(first, sorted(allowed))}")
+    return replace(recipe, stages=tuple(specs), defaults={})
+
+
+def _completed(
+    table: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    config: type[BaseModel],
+    where: str,
+    allowed: set[str],
+) -> dict[str, Any]:
+    """A table with what `config` has of the defaults; adds the config's key paths to `allowed`.
+
+    A default that is a table completes one that is there or required: it switches nothing on.
+    """
+    result = dict(table)
+    for key, info in config.model_fields.items():
+        path = f"{where}.{key}"
+        allowed.add(path)
+        value = defaults.get(key)
+        inner = next(iter(models_in(info.annotation)), None)
+        if isinstance(value, dict) and inner:
+            own = table.get(key, {})
+            completed = (
+                _completed(own, value, inner, path, allowed) if isinstance(own, dict) else own
+            )
+            if key in table or (completed and info.default is not None):
+                result[key] = completed
+        elif key in defaults:
+            allowed |= _paths(value, path)
+            result.setdefault(key, value)
+    return result
+
+
+def _paths(value: Any, where: str) -> set[str]:
+    """The dotted paths of a value and of all tables inside of it, without the outermost."""
+    if not isinstance(value, dict):
+        return set()
+    found = {f"{where}.{key}" for key in value}
+    return found.union(*(_paths(inner, f"{where}.{key}") for key, inner in value.items()))
+
+
+def _following(names: Collection[str], steps: Sequence[Step]) -> list[Step]:
+    """The steps named and all that are made from them."""
+    found: list[Step] = []
+    for step in steps:
+        if step.name in names or any(step.reads(one.path) for one in found):
+            found.append(step)
+    return found
+
+
+def _under_way(name: str, steps: Sequence[Step], only: Sequence[str] | None) -> bool:
+    """True when a redo of this stage, by the same recipe, has replaced it and is not finished."""
     step = next(step for step in steps if step.name == name)
-    known = step.manifest and step.manifest.fingerprint
-    if known != step.fingerprint or read_mark(step.path):
+    if step.outdated or not step.manifest or step.manifest.fingerprint != step.fingerprint:
         return False
-    marks = [read_mark(path) for one in steps for path in (one.path, aside(one.path))]
-    return any(mark and name in mark.named for mark in marks)
+    left = [one for one in _following([name], steps) if only is None or one.name in only]
+    return any(one.outdated or aside(one.path).exists() for one in left)
 
 
 def _resolve(
@@ -132,39 +263,27 @@ def _resolve(
     before: Sequence[Step],
     stages: Mapping[str, Stage],
 ) -> Step:
-    if spec.stage not in stages:
-        raise RecipeError(
-            f"[{spec.name}]: there is no stage {spec.stage!r}; {nearest(spec.stage, stages)}"
-        )
     stage = stages[spec.stage]
     later = [one.name for one in recipe.stages[len(before) :]]
     inputs = resolve_inputs(spec, stage, before, later, stages)
-    table = {key: value for key, value in spec.table.items() if key not in inputs}
-    config = validate(
-        getattr(importlib.import_module(stage.module), stage.config), table, spec.name
-    )
+    config = stage.validate(spec)
     files = {key: _outside(getattr(config, key, None)) for key in stage.paths}
     known = {step.path: step.fingerprint for step in before}
     prints = {need: _prints(value, known) for need, value in {**inputs, **files}.items()}
-    dumped = config.model_dump(mode="json")
     path = runs_dir / recipe.name / spec.name
-    identity = run_fingerprint(stage.name, dumped, recipe.seed, prints)
+    identity = run_fingerprint(stage.name, config.model_dump(mode="json"), recipe.seed, prints)
     manifest = read_manifest(path) if (path / "run.json").is_file() else None
     return Step(spec, stage, config, path, recipe.seed, inputs, files, identity, "run", manifest)
 
 
-def _action(step: Step, named: Sequence[str], before: Sequence[Step]) -> Action:
-    """What running a step does; `before` are those above it, decided."""
-    if step.name in named or any(s.action == "redo" and step.reads(s.path) for s in before):
-        return "redo"
-    manifest, mark = step.manifest, read_mark(step.path)
+def _action(step: Step, follows: bool) -> Action:
+    """What running a step does; `follows`: it is part of a redo that was stopped."""
+    manifest = step.manifest
     if manifest is None:
         return "run"
     same = manifest.fingerprint == step.fingerprint
-    if mark:
-        begun = {s.name: s.manifest.started if s.manifest else "" for s in before}
-        if mark.becomes == step.fingerprint or (same and mark.outdated(begun)):
-            return "redo"
+    if step.outdated and (same or follows or not _own_changes(step, manifest)):
+        return "redo"
     if same:
         return "skip" if manifest.status == "done" else "resume"
     return "run" if manifest.status != "done" and holds_no_work(step.path) else "changed"
@@ -193,7 +312,7 @@ def resolve_inputs(
 ) -> dict[str, Input]:
     """Where each of a stage's needs comes from. Raises RecipeError for one that nothing gives."""
     inputs: dict[str, Input] = {}
-    for mark in stage.needs:
+    for mark in stage.needs.split():
         need = mark.rstrip("?=*")
         kind = KINDS.get(need, need)
         given = spec.table.get(need)
@@ -276,19 +395,20 @@ def explain_change(step: Step) -> str:
     """The diff of a step against the run that stands in its place, and what to do."""
     manifest = step.manifest
     assert manifest is not None
-    lines = []
-    if manifest.stage != step.stage.name:
-        lines.append(f"  stage: {manifest.stage} -> {step.stage.name}")
-    if manifest.seed != step.seed:
-        lines.append(f"  seed: {manifest.seed} -> {step.seed}")
-    lines += _diff(manifest.config, step.resolved, f"{step.name}.")
-    if not lines:
-        lines.append("  the config is the same, and what it is made from is not")
+    lines = _own_changes(step, manifest) or ["the config is the same, and an input is not"]
     return (
         f"{step.path} is {manifest.status}, and the recipe has changed under it:\n"
-        + "\n".join(lines)
-        + f"\nUndo the change, or make that run and what follows from it anew: --redo {step.name}"
+        + "".join(f"  {line}\n" for line in lines)
+        + f"Undo the change, or make that run and what follows from it anew: --redo {step.name}"
     )
+
+
+def _own_changes(step: Step, manifest: Manifest) -> list[str]:
+    """Lines on stage, seed and config where they differ from the run's; inputs are left out."""
+    old = {"stage": manifest.stage, "seed": manifest.seed}
+    new = {"stage": step.stage.name, "seed": step.seed}
+    configs = without_execution(manifest.config), without_execution(step.resolved)
+    return _diff(old, new) + _diff(*configs, f"{step.name}.")
 
 
 def _diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -298,5 +418,5 @@ def _diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> l
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += _diff(before, after, f"{prefix}{key}.")
         elif before != after:
-            lines.append(f"  {prefix}{key}: {before!r} -> {after!r}")
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines

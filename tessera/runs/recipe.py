@@ -1,28 +1,30 @@
 """A recipe: one TOML file, one table a stage, in pipeline order.
 
     name = "nano"                     # and `seed`: the only keys outside tables
-    [parent]                          # the key is the run's name ...
-    [kd-long]                         # ... and, up to its first "-", the stage: this one is `kd`
-    stage = "kd"                      # unless it says so itself
+    [defaults]                        # of every stage that has such a key; a stage's own wins
+    train = { sequence_length = 512 }
+    [parent]                          # the key is the run's name
+    [kd-long]                         # and, up to its first "-", the stage: this one is `kd`
+    stage = "kd"                      # unless the table names it
     train.lr = 3e-4
 
-This file reads, overrides and checks; which stages exist is `pipeline.py`'s to say, and what a
-stage's table may hold is said by the config class beside the stage.
+The stages are listed in `pipeline.py`; a stage's keys are those of the config class beside it.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tessera.table import nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -54,14 +56,7 @@ class Recipe:
     name: str
     seed: int
     stages: tuple[StageSpec, ...]
-
-
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """The end of an error message: the nearest allowed word, and all of them."""
-    words = list(allowed)
-    near = difflib.get_close_matches(given, words, 1, 0.6)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}Allowed: {', '.join(words) or 'none'}"
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -105,9 +100,11 @@ def loads(
         raise RecipeError(f"name: {recipe_name!r} names no directory; use letters, digits, - and _")
     if type(seed) is not int or seed < 0:
         raise RecipeError(f"seed: {seed!r} is no seed; give a whole number from 0 up")
+    defaults = tables.pop("defaults", {})
     if not tables:
         raise RecipeError(f"{name}: holds no stage; a recipe is one [table] a stage")
-    return Recipe(recipe_name, seed, tuple(_spec(key, table) for key, table in tables.items()))
+    specs = tuple(_spec(key, table) for key, table in tables.items())
+    return Recipe(recipe_name, seed, specs, defaults)
 
 
 def _line_of(error: tomllib.TOMLDecodeError, text: str) -> str:
@@ -200,15 +197,15 @@ def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel
     """The model whose fields a location inside `model` lists; the nearest above, if none."""
     for part in location:
         if part in model.model_fields:
-            inner = list(_models_in(model.model_fields[part].annotation))
-            model = inner[0] if inner else model
+            model = next(iter(models_in(model.model_fields[part].annotation)), model)
     return model
 
 
-def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    """The config classes that a field's annotation mentions."""
     if get_origin(annotation) in (Annotated, Union, types.UnionType, list, tuple, dict):
         for argument in get_args(annotation):
-            yield from _models_in(argument)
+            yield from models_in(argument)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
 

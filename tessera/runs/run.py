@@ -1,20 +1,12 @@
-"""The manifest of a run directory, and reading what a finished run holds.
-
-A run is known by its fingerprint: a hash of stage, resolved config, seed and the fingerprints of
-its inputs. It follows from words alone, so a whole recipe's fingerprints are known before any of
-it is run. Writing is `run.py`'s.
-
-A run directory: everything one stage of one recipe made, and whether to believe it.
+"""A run directory: everything one stage of one recipe made, and whether to believe it.
 
     run.json       manifest: stage, status, resolved config, inputs and fingerprints, seed
     recipe.toml    the stage's resolved table      metrics.jsonl  one object a logged step
-    log.txt        what was said                   timings.jsonl  how fast it was
+    log.txt        the messages printed            timings.jsonl  how fast each step was
     tables/        NAME.jsonl, NAME.json
     model/         Hugging Face layout             state/         for resuming, gone when done
 
-Done means `status = "done"`, written last, by rename; anything else is resumed or refused, never
-read. A run is known by its fingerprint: a hash of stage, resolved config, seed and the
-fingerprints of its inputs. What a stage computes is no business of this file.
+`status = "done"` is written last, by rename; a run without it is resumed or refused, never read.
 """
 
 from __future__ import annotations
@@ -28,54 +20,35 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from tessera import dist
 from tessera.runs.files import (
-    FailureError,
     Lock,
     RunError,
     WriteError,
     atomic_write,
     file_identity,
     fingerprint,
+    remove_directories,
     writing,
 )
 
-__all__ = [
-    "FailureError",
-    "Manifest",
-    "Run",
-    "RunError",
-    "WriteError",
-    "atomic_write",
-    "fingerprint",
-    "fingerprint_path",
-    "is_done",
-    "read_json",
-    "read_manifest",
-    "read_metrics",
-    "read_table",
-    "read_timings",
-    "run_fingerprint",
-]
-
 Status = Literal["running", "done", "failed", "interrupted"]
-EXECUTION = {  # of a `train` table
-    "parallel",
-    "save_seconds",
-    "save_total_limit",
-    "report_to",
-    "quiet_seconds",
-}
+# Keys of a `train` table that change how a run is carried out and not what it makes.
+EXECUTION = {"parallel", "save_seconds", "save_total_limit", "report_to", "quiet_seconds"}
+LOGS = ("metrics.jsonl", "timings.jsonl")  # one object a step
+NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock"}
+InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The contents of `run.json`."""
+    """The contents of `run.json`. An input is its path, fingerprint and, of a run, its start."""
 
     name: str
     stage: str
@@ -119,13 +92,13 @@ def run_fingerprint(
 ) -> str:
     """The identity of a run; `inputs` holds fingerprints, by need, None for an absent one.
 
-    How a training is carried out (`EXECUTION`) is no part of it: it may go on on other machines.
+    `EXECUTION` is no part of it: a training may be resumed on other machines.
     """
-    return fingerprint([stage, what_is_made(config), seed, dict(inputs)])
+    return fingerprint([stage, without_execution(config), seed, dict(inputs)])
 
 
-def what_is_made(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the keys of its `train` table that change how, and not what."""
+def without_execution(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the `EXECUTION` keys of its `train` table."""
     train = config.get("train")
     if not isinstance(train, Mapping):
         return dict(config)
@@ -148,8 +121,13 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def started(path: Path) -> str | None:
+    """When the run in a directory was begun; None where there is no run."""
+    return read_manifest(path).started if (path / "run.json").is_file() else None
+
+
 def runs_in(folder: Path, depth: str = "*") -> list[Path]:
-    """The run directories below a folder, without those that another is being made for."""
+    """The run directories below a folder, without old ones that are being made anew."""
     found = folder.glob(f"{depth}/run.json") if folder.is_dir() else []
     return sorted(file.parent for file in found if not file.parent.name.startswith("."))
 
@@ -217,10 +195,6 @@ def versions() -> dict[str, str]:
 def now() -> dt.datetime:
     """The time in UTC."""
     return dt.datetime.now(dt.UTC)
-
-
-LOGS = ("metrics.jsonl", "timings.jsonl")  # one object a step
-InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
 
 
 class Run:
@@ -453,7 +427,8 @@ def _reference(value: Path | Sequence[Path] | None, near: Path) -> Any:
     absolute, home = value.resolve(), near.resolve()
     inside = absolute.is_relative_to(home)
     shown = absolute.relative_to(home) if inside else absolute
-    return {"path": str(shown), "fingerprint": fingerprint_path(value)}
+    found = {"path": str(shown), "fingerprint": fingerprint_path(value)}
+    return {**found, "started": began} if (began := started(value)) else found
 
 
 def _print_of(reference: Any) -> Any:
@@ -477,5 +452,71 @@ def _plain(value: Any) -> Any:
 
 def _cpu_seconds() -> float:
     """CPU time of this process and of the children that it has waited for."""
-    told = os.times()
-    return told.user + told.system + told.children_user + told.children_system
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def aside(path: Path) -> Path:
+    """Where a run is kept while another is made in its place."""
+    return path.with_name(f".{path.name}.old")
+
+
+def holds_no_work(path: Path) -> bool:
+    """True for a run that stopped before it made anything, so a corrected recipe may restart it."""
+    return not path.exists() or {file.name for file in path.iterdir()} <= NO_WORK
+
+
+@contextmanager
+def replacing_run(path: Path, anew: bool) -> Iterator[None]:
+    """Keeps the old run at `aside(path)` until the new one is done; `anew` where it begins now.
+
+    An error before the new run holds any work puts the old one back. The old run's lock moves with
+    it, so no other process takes it for one that a killed process left.
+    """
+    old = aside(path)
+    if not old.exists() and not (anew and path.exists()):
+        yield
+        return
+    with Lock(old if old.exists() else path):
+        if not old.exists():
+            with writing(old):
+                os.replace(path, old)
+        elif anew and path.exists():  # An unfinished attempt: the run worth keeping is the older.
+            remove_directories(path)
+        try:
+            yield
+        except BaseException:
+            if holds_no_work(path):
+                _put_back(path)
+            raise
+        shutil.rmtree(old)
+
+
+def settle(path: Path, fingerprint: str) -> bool:
+    """Ends what a process killed inside `replacing_run` left; False where nothing was to end.
+
+    The old run is put back where the new one holds no work, or where `fingerprint`, the recipe's,
+    is the old run's and not the new one's. Raises RunError where a process works on it.
+    """
+    old = aside(path)
+    if not old.exists():
+        return False
+    with Lock(old):
+        if is_done(path):
+            shutil.rmtree(old)
+        elif holds_no_work(path) or _known_by(old) == fingerprint != _known_by(path):
+            _put_back(path)
+        else:
+            return False
+    return True
+
+
+def _known_by(path: Path) -> str | None:
+    return read_manifest(path).fingerprint if (path / "run.json").is_file() else None
+
+
+def _put_back(path: Path) -> None:
+    if path.exists():
+        remove_directories(path)
+    with writing(path):
+        os.replace(aside(path), path)

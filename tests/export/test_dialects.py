@@ -10,9 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from tessera.cli.main import app
-from tessera.export.blocks import MEGATRON_FILE
-from tessera.export.engines import ENGINES, refusals
-from tessera.export.errors import ExportError
+from tessera.export.decilm import MEGATRON_FILE
+from tessera.export.engines import ENGINES, ExportError, refusals
 from tessera.export.write import export_model
 from tessera.model.checkpoint import load_model, save_model
 from tessera.model.config import ConfigError

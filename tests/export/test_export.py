@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tessera.export import write
-from tessera.export.errors import ExportError
+from tessera.export.engines import ExportError
 from tessera.export.padding import expressible
 from tessera.export.write import ExportConfig, export_model, stage
-from tessera.model.checkpoint import load_model, save_model
+from tessera.model.checkpoint import load_model, save_model, write_model
 from tessera.model.config import ConfigError
 from tessera.model.families import read_config
 from tessera.runs.files import WriteError
@@ -134,26 +134,24 @@ def test_the_place_must_be_absent_or_empty(child, tmp_path):
 
 
 def test_files_that_compute_something_else_are_not_kept(child, tmp_path, monkeypatch):
-    written = write.decilm.write
-
-    def corrupt(module, directory, tokenizer_from=None):
-        written(module, directory, tokenizer_from)
+    def corrupt(module, directory, **keys):
+        write_model(module, directory, **keys)
         with (directory / "model.safetensors").open("r+b") as file:
             file.seek(-40_000, 2)
             file.write(b"\x3f" * 4_000)
 
-    monkeypatch.setattr(write.decilm, "write", corrupt)
+    monkeypatch.setattr(write, "write_model", corrupt)
     with pytest.raises(ExportError, match="do not compute what the source does"):
         export_model(child, tmp_path / "out", "decilm")
     assert [p.name for p in tmp_path.iterdir()] == ["child"]
 
 
 def test_a_full_disk_leaves_nothing_behind(child, tmp_path, monkeypatch):
-    def full(module, directory, tokenizer_from=None):
+    def full(module, directory, **keys):
         (directory / "config.json").write_text("{")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(write.decilm, "write", full)
+    monkeypatch.setattr(write, "write_model", full)
     with pytest.raises(WriteError, match="No space left on device"):
         export_model(child, tmp_path / "out", "decilm")
     assert [p.name for p in tmp_path.iterdir()] == ["child"]

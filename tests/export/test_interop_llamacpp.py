@@ -9,8 +9,8 @@ import pytest
 
 from tessera.data.tokenizer import byte_tokenizer, load_tokenizer
 from tessera.export import gguf
-from tessera.export.errors import ExportError
-from tessera.export.write import export_model
+from tessera.export.engines import ExportError
+from tessera.export.write import GGUF_FILE, export_model
 from tessera.model.checkpoint import load_model, save_model
 from tessera.model.config import RopeScaling
 from tessera.model.transformer import Transformer
@@ -48,7 +48,7 @@ def test_random_children_give_the_same_tokens(words, changes, tmp_path):
     save_model(module, tmp_path / "child")
     write_byte_tokenizer(tmp_path / "child")
     export_model(tmp_path / "child", tmp_path / "out", "gguf")
-    with llama_cpp(tmp_path / "out" / gguf.FILE_NAME, tmp_path / "log") as server:
+    with llama_cpp(tmp_path / "out" / GGUF_FILE, tmp_path / "log") as server:
         for prompt in PROMPTS:
             tokens, logprobs = greedy(module, prompt, 24)
             theirs, given = server.complete(prompt, 24)
@@ -64,7 +64,7 @@ def test_real_checkpoints_tell_their_stories(name, shared: Path, tmp_path):
     tokenizer = load_tokenizer(source)
     text = (shared / "data" / "tinystories" / "valid_5_stories.txt").read_text()
     stories = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    with llama_cpp(tmp_path / "out" / gguf.FILE_NAME, tmp_path / "log") as server:
+    with llama_cpp(tmp_path / "out" / GGUF_FILE, tmp_path / "log") as server:
         for story in json.loads((source / "expected_outputs.json").read_text())["greedy"]:
             prompt, expected = story["prompt_ids"], story["greedy_ids"]
             tokens, _ = server.complete(prompt, len(expected) - len(prompt))
@@ -84,7 +84,7 @@ def test_a_child_cut_from_a_real_checkpoint(shared: Path, tmp_path):
         value.copy_(parent.state_dict()[key][tuple(slice(n) for n in value.shape)])
     save_model(module, tmp_path / "child", tokenizer_from=shared / "models" / "stories260k")
     export_model(tmp_path / "child", tmp_path / "out", "gguf")
-    with llama_cpp(tmp_path / "out" / gguf.FILE_NAME, tmp_path / "log") as server:
+    with llama_cpp(tmp_path / "out" / GGUF_FILE, tmp_path / "log") as server:
         for prompt in ([1], [1, 403, 407, 261, 378]):
             assert server.complete(prompt, 48)[0] == greedy(module, prompt, 48)[0]
 
@@ -95,7 +95,7 @@ def test_a_byte_level_tokenizer_reads_text_as_llama_cpp_does(tmp_path):
     export_model(tmp_path / "child", tmp_path / "out", "gguf")
     ours = load_tokenizer(tmp_path / "child")
     texts = ["Once upon a time, there was", "  the dog's 2 legs\n\tran", "Zoë 日本 ∑ x²", "a\r\nb"]
-    with llama_cpp(tmp_path / "out" / gguf.FILE_NAME, tmp_path / "log") as server:
+    with llama_cpp(tmp_path / "out" / GGUF_FILE, tmp_path / "log") as server:
         for text in texts:
             assert server.tokenize(text) == ours.encode(text)
 
@@ -121,7 +121,7 @@ def test_a_tokenizer_without_merges_splits_the_same_whatever_its_pattern(tmp_pat
     tokenizer = byte_tokenizer()
     tokenizer.save(tmp_path / "child")
     export_model(tmp_path / "child", tmp_path / "out", "gguf")
-    with llama_cpp(tmp_path / "out" / gguf.FILE_NAME, tmp_path / "log") as server:
+    with llama_cpp(tmp_path / "out" / GGUF_FILE, tmp_path / "log") as server:
         text = "12+3 = 15, said Zoë.\n"
         assert server.tokenize(text) == tokenizer.encode(text, bos=True)
 
@@ -137,6 +137,6 @@ def test_the_file_holds_the_modules_numbers(shared: Path, tmp_path):
     source = shared / "models" / "stories260k"
     export_model(source, tmp_path / "out", "gguf", check=False)
     module = load_model(source)
-    back = gguf.read(tmp_path / "out" / gguf.FILE_NAME, module.config)
+    back = gguf.read(tmp_path / "out" / GGUF_FILE, module.config)
     for key, value in module.state_dict().items():
         assert value.equal(back.state_dict()[key]), key

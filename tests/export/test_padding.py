@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tessera.export.decilm import ffn_mult
-from tessera.export.padding import expressible, notes, widen
+from tessera.export.padding import expressible, expressible_notes, widen
 from tessera.model.families import ffn_mult_width
 from tests.export.interop import HETEROGENEOUS, random_model
 
@@ -37,7 +37,7 @@ def test_what_needs_no_padding_is_shared():
     assert wide.config == module.config
     for key, value in module.state_dict().items():
         assert wide.state_dict()[key].data_ptr() == value.data_ptr()
-    assert notes(module.config) == []
+    assert expressible_notes(module.config) == []
 
 
 def test_padding_twice_is_padding_once():

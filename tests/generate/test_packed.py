@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tessera.generate.cache import Prefill
-from tessera.generate.packed import Matrix, Packed, onednn_rows
+from tessera.generate.packed import Matrix, Packed
+from tessera.model.cpu import onednn_rows
 from tests import tiny
 
 FAMILIES = [

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.export import decilm
-from tessera.model.cache import KVCache
+from tessera.generate.cache import Slots
+from tessera.generate.packed import Packed
 from tessera.model.checkpoint import hf_name
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, name, parse
 from tessera.model.families import parse_config, read_config
@@ -36,8 +37,9 @@ def test_counted_is_built(words, flags):
     with torch.device("meta"):
         module = Transformer(config)
     assert config.num_params() == sum(p.numel() for p in module.parameters())
-    cache = KVCache(config, batch_size=3, max_length=7)
-    assert cache.num_bytes() == 3 * 7 * config.kv_bytes_per_token()
+    slots = Slots(Packed(tiny.model(config)))
+    slots.reserve(rows=3, columns=7)
+    assert slots.num_bytes() == 3 * 7 * config.kv_bytes_per_token()
 
 
 @pytest.mark.parametrize("variant", [GQA(2), SwiGLU(12), Linear(), NoOp()], ids=name)
@@ -49,8 +51,7 @@ def test_a_subblock_has_the_parameters_its_word_counts(variant):
 
 
 def test_absent_attention_costs_no_memory():
-    config = tiny.config([("noop", "swiglu-8"), ("linear", "noop")])
-    assert KVCache(config, 8, 100).num_bytes() == config.kv_bytes_per_token() == 0
+    assert tiny.config([("noop", "swiglu-8"), ("linear", "noop")]).kv_bytes_per_token() == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""decode = prefill, for every mix of words, rows of different lengths in one cache."""
+"""decode = prefill, for every mix of words: the engine's log-probs against the module's forward."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import itertools
 import pytest
 import torch
 
-from tessera.model.cache import KVCache
-from tessera.model.context import Context
+from tessera.generate.engine import SamplingParams
+from tessera.generate.torch_engine import TorchEngine
+from tessera.model.transformer import Transformer
 from tests import tiny
 
 ATTENTION = ("gqa-1", "gqa-2", "gqa-4", "linear", "noop")
 FFN = ("swiglu-8", "swiglu-40", "linear", "noop")
-PROMPTS = (3, 7, 5)
-NEW = 6
+VOCABULARY = 29
+SAMPLED = SamplingParams(max_tokens=7, temperature=1.0, seed=1, logprobs=VOCABULARY)
 
 mixes = [
     (("gqa-2", "swiglu-16"), mix, ("gqa-4", "swiglu-8"))
@@ -23,26 +24,19 @@ mixes = [
 
 
 @torch.no_grad()
-def assert_decode_is_prefill(module, prompts=PROMPTS, new=NEW):
-    """Ragged prefill (padded behind), then one token a row a step, against whole rows."""
-    rows = [
-        tiny.tokens(module.config.vocab_size, length + new, seed=i)
-        for i, length in enumerate(prompts)
-    ]
-    expected = [module(row[None])[0] for row in rows]
-    cache = KVCache(module.config, len(rows), max(prompts) + new)
-    batch = torch.zeros(len(rows), max(prompts), dtype=torch.long)
-    for i, length in enumerate(prompts):
-        batch[i, :length] = rows[i][:length]
-    hidden = module(batch, Context.rows(batch), cache)
-    for i, length in enumerate(prompts):
-        torch.testing.assert_close(hidden[i, :length], expected[i][:length], atol=1e-5, rtol=0)
-    for step in range(new):
-        positions = torch.tensor(prompts)[:, None] + step
-        token = torch.stack([row[p] for row, p in zip(rows, positions, strict=True)])
-        hidden = module(token, Context(positions), cache)
-        wanted = torch.stack([e[p] for e, p in zip(expected, positions, strict=True)])
-        torch.testing.assert_close(hidden, wanted, atol=1e-5, rtol=0)
+def assert_decode_is_prefill(module: Transformer, lengths=(3, 7, 5), **engine: int) -> None:
+    """Prompts of different lengths in one batch; all log-probs of every step, first token to last.
+
+    The first new token's come from the engine's prefill, the others' from its decode steps.
+    """
+    prompts = [tiny.tokens(VOCABULARY, n, seed=i).tolist() for i, n in enumerate(lengths)]
+    found = TorchEngine(module, **engine).generate(prompts, SAMPLED)
+    for prompt, (completion,) in zip(prompts, found, strict=True):
+        tokens = torch.tensor([prompt + completion.token_ids])
+        expected = module.logits(module(tokens))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        rows = [[value for _, value in sorted(top)] for top in completion.top_logprobs]
+        assert len(rows) == SAMPLED.max_tokens
+        torch.testing.assert_close(torch.tensor(rows), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("words", mixes, ids=lambda words: "+".join(words[1]))
@@ -68,11 +62,6 @@ def test_decode_is_prefill_without_any_attention():
     assert_decode_is_prefill(tiny.model([("noop", "swiglu-8"), ("linear", "noop")]))
 
 
-@torch.no_grad()
-def test_chunked_prefill_is_prefill():
-    module, tokens = tiny.model(sliding_window=5), tiny.tokens(29, 2, 12)
-    cache = KVCache(module.config, 2, 12)
-    expected, positions = module(tokens), torch.arange(12).expand(2, -1)
-    for chunk in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        hidden = module(tokens[:, chunk], Context(positions[:, chunk]), cache)
-        torch.testing.assert_close(hidden, expected[:, chunk], atol=1e-5, rtol=0)
+@pytest.mark.parametrize("chunk", [1, 5, 6])
+def test_prefill_in_chunks_is_prefill(chunk):
+    assert_decode_is_prefill(tiny.model(sliding_window=5), (12, 12), chunk_tokens=chunk)

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from tessera.model.cache import KVCache
+from tessera.generate.engine import SamplingParams
+from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model, save_model
-from tessera.model.context import Context
 from tests import tiny
 
 SIZES = {
@@ -113,11 +113,7 @@ def test_greedy_tokens_equal_transformers(case, tmp_path):
     model, prompt, new = reference(case), tiny.tokens(61, 1, 30), 20
     model.save_pretrained(tmp_path)
     wanted = model.generate(prompt, max_new_tokens=new, do_sample=False, eos_token_id=None)
-    module = load_model(tmp_path, frozen=True)
-    cache = KVCache(module.config, 1, 30 + new)
-    found, context = prompt, Context.rows(prompt)
-    for _ in range(new):
-        hidden = module(found[:, -context.positions.shape[1] :], context, cache)
-        found = torch.cat((found, module.logits(hidden[:, -1:]).argmax(-1)), dim=1)
-        context = Context(torch.tensor([[found.shape[1] - 1]]))
-    assert torch.equal(found, wanted)
+    engine = TorchEngine(load_model(tmp_path, frozen=True))
+    params = SamplingParams(max_tokens=new, temperature=0)
+    ((found,),) = engine.generate(prompt.tolist(), params)
+    assert prompt[0].tolist() + found.token_ids == wanted[0].tolist()

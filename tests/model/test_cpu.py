@@ -1,13 +1,22 @@
-"""Whichever library multiplies, the product and its gradients are torch's own."""
+"""Products and hand-written gradients are torch's own, whichever library multiplies."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tessera.model import cpu
-from tessera.model.cpu import ONEDNN_FROM, Projection, gated_down, linear, prefers_onednn
+from tessera.model.cpu import ONEDNN_FROM, Projection, linear, prefers_onednn, rms_norm
+
+
+def gated_down(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`cpu.gated_down` through these weights."""
+    down = nn.Linear(1, 1, device="meta")
+    del down.weight, down.bias
+    down.weight, down.bias = weight, bias  # type: ignore[assignment]
+    return cpu.gated_down(gate, up, down)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -48,3 +57,52 @@ def test_a_product_is_a_view_of_nothing(rows: int):
     assert gated_down(x, x, weight)._base is None
     with torch.no_grad():
         assert linear(x, weight)._base is None
+
+
+def assert_same(ours, plain, inputs: dict[str, torch.Tensor]) -> None:
+    upstream = torch.randn_like(plain)
+    torch.testing.assert_close(ours, plain)
+    trained = [x for x in inputs.values() if x.requires_grad]
+    found = torch.autograd.grad(ours, trained, upstream)
+    for mine, theirs in zip(found, torch.autograd.grad(plain, trained, upstream), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def tensors(trained: str, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    wanted = trained.split()
+    return {k: torch.randn(shape, requires_grad=k in wanted) for k, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("trained", ["x weight", "x", "weight"])
+def test_rms_norm(trained):
+    inputs = tensors(trained, x=(2, 5, 12), weight=(12,))
+    plain = F.rms_norm(inputs["x"], (12,), inputs["weight"], 1e-5)
+    assert_same(rms_norm(**inputs, eps=1e-5), plain, inputs)
+
+
+@pytest.mark.parametrize("trained", ["gate up weight bias", "gate", "up weight", "weight", "bias"])
+def test_gated_down(trained):
+    inputs = tensors(trained, gate=(2, 5, 7), up=(2, 5, 7), weight=(6, 7), bias=(6,))
+    plain = F.linear(F.silu(inputs["gate"]) * inputs["up"], inputs["weight"], inputs["bias"])
+    assert_same(gated_down(**inputs), plain, inputs)
+
+
+def test_without_gradients_the_values_are_theassert_same():
+    inputs = tensors("", gate=(3, 7), up=(3, 7), weight=(6, 7))
+    trained = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    with torch.no_grad():
+        assert torch.equal(gated_down(**inputs), gated_down(**trained))
+    assert torch.equal(gated_down(**inputs), gated_down(**trained).detach())
+
+
+def test_a_layer_keeps_x_gate_and_up_alone():
+    inputs = tensors("x gate", x=(4, 6), gate=(4, 6), up=(4, 6))
+    ones = torch.ones(6)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        gated_down(inputs["gate"], inputs["up"], torch.eye(6))
+        rms_norm(inputs["x"], ones, 1e-5)
+    assert sorted(kept) == [4, 6, 24, 24, 24, 36]  # 1/rms, weights; x, gate, up

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from tessera.cli.doubts import rate_told
 from tessera.data.batch import Batch
 from tessera.model.checkpoint import load_model
 from tessera.objectives.kd import KD, KDConfig, raced
@@ -185,14 +184,14 @@ def test_the_winners_rate_is_the_distillations(tmp_path: Path):
 def test_a_rate_that_is_not_used_is_said_before_and_at_the_start(tmp_path: Path):
     text = f'{RECIPE}[kd]\ntrain = {TRAIN}\nlr_from = "race"\n'
 
-    def told() -> str:
-        return rate_told(plan(loads(text, ["kd.train.lr=1e9"]), tmp_path, (), STAGES)[-1])
+    def notes() -> list[str]:
+        return plan(loads(text, ["kd.train.lr=1e9"]), tmp_path, (), STAGES)[-1].notes()
 
-    assert told() == "lr, from race; train.lr = 1e+09 is not used"
+    assert notes() == ["lr, from race; train.lr = 1e+09 is not used"]
     run_recipe(loads(text, ["kd.train.lr=1e9"]), tmp_path, quiet=True)
     log = (tmp_path / "recipe" / "kd" / "log.txt").read_text()
     assert log.count("lr 0.001, from race; train.lr = 1e+09 is not used") == 1
-    assert told() == "lr 0.001, from race; train.lr = 1e+09 is not used"
+    assert notes() == ["lr 0.001, from race; train.lr = 1e+09 is not used"]
 
 
 def test_a_guess_without_context_is_the_entropy_of_the_labels():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,8 +18,7 @@ from tessera.report.show import describe
 from tessera.runs.files import RunError
 from tessera.runs.plan import plan
 from tessera.runs.recipe import loads
-from tessera.runs.redo import aside
-from tessera.runs.run import Run, is_done, read_json, read_manifest, read_metrics, read_table
+from tessera.runs.run import Run, aside, is_done, read_json, read_manifest, read_metrics, read_table
 from tests import pipeline_stages
 from tests.pipeline_stages import STAGES
 from tests.test_pipeline import RECIPE, actions, run, start, wait_for
@@ -171,3 +171,34 @@ def test_a_redo_that_goes_on_and_fails_forgets_nothing(tmp_path: Path, monkeypat
     run(tmp_path, MEASURED)
     home = tmp_path / "r"
     assert read_json(home / "child", "of") == {"parent": read_json(home / "parent", "value")}
+
+
+def test_a_measurement_alone_is_made_anew_as_often_as_it_is_named(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(pipeline_stages, "make", measure)
+    run(tmp_path, MEASURED)
+    parent = tmp_path / "r" / "parent"
+    values = [read_json(parent, "value")]
+    for _ in range(2):
+        run(tmp_path, MEASURED, redo=["parent"], only=["parent"])
+        values.append(read_json(parent, "value"))
+    assert len(set(values)) == 3
+    assert actions(tmp_path, MEASURED) == {"data": "skip", "parent": "skip", "child": "redo"}
+
+
+def test_a_redo_under_a_changed_recipe_goes_on_when_named_again(tmp_path: Path):
+    run(tmp_path)
+    words = ("parent.value=2", "child.value=7", "child.fail=true")
+    with pytest.raises(RuntimeError, match="as asked"):
+        run(tmp_path, RECIPE, *words, redo=["parent"])
+    begun = read_manifest(tmp_path / "r" / "parent").started
+    assert actions(tmp_path, RECIPE, *words[:2])["child"] == "changed"
+    run(tmp_path, RECIPE, *words[:2], redo=["parent"])
+    assert read_manifest(tmp_path / "r" / "parent").started == begun
+    assert read_json(tmp_path / "r" / "child", "value") == 10
+
+
+def test_what_was_made_from_a_deleted_run_is_outdated(tmp_path: Path):
+    run(tmp_path)
+    shutil.rmtree(tmp_path / "r" / "parent")
+    planned = {"data": "skip", "parent": "run", "child": "redo", "kd": "redo", "compare": "redo"}
+    assert actions(tmp_path) == planned

@@ -153,7 +153,11 @@ def test_inputs_are_named_by_sibling_path_and_known_by_fingerprint(tmp_path: Pat
     (outside / "config.json").write_text("{}")
     run = open_run(tmp_path / "runs" / "kd2", model=parent.path, models=[outside], data=None)
     assert run.manifest.inputs == {
-        "model": {"path": "parent", "fingerprint": parent.manifest.fingerprint},
+        "model": {
+            "path": "parent",
+            "fingerprint": parent.manifest.fingerprint,
+            "started": parent.manifest.started,
+        },
         "models": [{"path": str(outside), "fingerprint": fingerprint_path(outside)}],
         "data": None,
     }

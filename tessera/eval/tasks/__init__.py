@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tessera.eval.task import EvalError, Task
 from tessera.eval.tasks import code, judged, maths, multi_turn, procedural, tools, words
-from tessera.runs.recipe import nearest
+from tessera.table import nearest
 
 TASKS: dict[str, Task] = {
     task.name: task

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessera.rl.verifiers.outcome import Outcome, unjudged
-from tessera.runs.recipe import nearest
+from tessera.table import nearest
 
 
 class UndetectedError(Exception):

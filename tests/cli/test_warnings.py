@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tessera.cli.doubts import doubts
 from tessera.pipeline import STAGES
 from tessera.runs.plan import plan
 from tessera.runs.recipe import load, loads
@@ -53,13 +52,13 @@ asking = "text"
 
 
 def told(*overrides: str) -> dict[str, str]:
-    """The doubts of the recipe's stages, by name."""
+    """The warnings on the recipe's stages, by name."""
     return of(loads(RECIPE, overrides))
 
 
 def of(recipe) -> dict[str, str]:
     steps = plan(recipe, Path("absent"), (), STAGES)
-    return {step.name: " ".join(found) for step in steps if (found := doubts(step, steps))}
+    return {step.name: " ".join(found) for step in steps if (found := step.warnings(steps))}
 
 
 def test_what_cannot_go_well_is_said_of_the_stage():

@@ -113,33 +113,27 @@ def test_an_index_that_is_none(content, sharded):
     assert "is not an index of shards" in refusal(sharded)
 
 
-@pytest.mark.parametrize("cut", [1, 1000])
-def test_a_truncated_file_says_how_many_bytes(cut, single):
-    file = single / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-cut])
-    expected = f"{file} is truncated: expected {len(whole)} bytes by its header, found "
-    assert refusal(single).startswith(expected + str(len(whole) - cut))
-
-
 @pytest.mark.parametrize(
-    ("content", "text"),
+    "damage",
     [
-        (lambda whole: whole[:100], "bytes for its header alone, found 100"),
-        (lambda whole: whole[:5], r"is corrupt, or no safetensors file (5 bytes)"),
-        (lambda whole: b"", r"is corrupt, or no safetensors file (0 bytes)"),
-        (lambda whole: b"\xff" * 300, "is corrupt, or no safetensors file"),
-        (lambda whole: whole[:8] + b"\xff" + whole[9:], "its header cannot be read"),
-        (lambda whole: whole + b"more", "is corrupt: expected"),
-        (lambda whole: whole.replace(b'"F32"', b'"F99"', 1), "is corrupt: "),
-        (lambda whole: b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+        lambda whole: whole[:-1],
+        lambda whole: whole[:-1000],
+        lambda whole: whole[:100],
+        lambda whole: whole[:5],
+        lambda whole: b"",
+        lambda whole: b"\xff" * 300,
+        lambda whole: whole[:8] + b"\xff" + whole[9:],
+        lambda whole: whole + b"more",
+        lambda whole: whole.replace(b'"F32"', b'"F99"', 1),
+        lambda whole: b"version https://git-lfs.github.com/spec/v1",
     ],
 )
-def test_a_corrupt_file_is_named(content, text, single):
+def test_a_damaged_file_is_named_with_its_size(damage, single):
     file = single / "model.safetensors"
-    file.write_bytes(content(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes()))
     message = refusal(single)
-    assert message.startswith(str(file)) and text in message
+    assert message.startswith(str(file))
+    assert str(file.stat().st_size) in message or "git lfs pull" in message
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
@@ -243,6 +237,6 @@ def test_what_a_kill_left_behind_is_cleared(single, tmp_path):
 @pytest.mark.parametrize("name", ["notes.md", "thesis.tex", "folder"])
 def test_a_directory_that_is_no_model_is_not_replaced(name, tmp_path):
     (tmp_path / name).mkdir() if name == "folder" else (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=f"no model's .{name}. and would be replaced"):
+    with pytest.raises(CheckpointError, match=name):
         save_model(tiny.model(), tmp_path)
     assert (tmp_path / name).exists()
