@@ -506,7 +506,7 @@ def conditional_search(problem: Problem, inputs: Mapping) -> Found:
             f"search.conditional measures {', '.join(METRICS[:3])} anew, and no {config.minimize}; "
             "minimise one of those, or leave conditional out"
         )
-    rescore = Rescorer.load(
+    rescore = Rescorer(
         conditional, inputs["parent"], inputs["library"], inputs["data"], problem.space
     )
     found: dict[tuple, Found] = {}
