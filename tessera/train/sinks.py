@@ -60,7 +60,7 @@ def _tensorboard(run: Run, start: int) -> Sink:
 
 
 def _wandb(run: Run, start: int) -> Sink:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     project, name = names(run)
     opened = wandb.init(
@@ -76,7 +76,7 @@ def _wandb(run: Run, start: int) -> Sink:
 
 
 def _trackio(run: Run, start: int) -> Sink:
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]
 
     project, name = names(run)
     with contextlib.redirect_stdout(sys.stderr):
