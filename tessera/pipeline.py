@@ -21,7 +21,7 @@ from tessera import dist
 from tessera.progress import clock
 from tessera.runs.files import FailureError, Lock, RunError, remove_directories
 from tessera.runs.plan import Stage, Step, explain_change, plan, table_text
-from tessera.runs.recipe import Recipe, RecipeError
+from tessera.runs.recipe import Recipe, RecipeError, identity
 from tessera.runs.run import Run, replacing_run, settle
 from tessera.table import nearest
 
@@ -169,6 +169,7 @@ def _bring_about(step: Step, title: str, quiet: bool) -> None:
             step.path,
             stage=step.stage.name,
             config=step.resolved,
+            identity=identity(step.config),
             inputs={**step.inputs, **step.files},
             seed=step.seed,
             quiet=quiet,

@@ -40,6 +40,16 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def identity(config: BaseModel) -> dict[str, Any]:
+    """A config as JSON values, without the keys that only change how it is carried out.
+
+    A class of configs names those in its `EXECUTION`.
+    """
+    nested = {key: identity(value) for key, value in config if isinstance(value, BaseModel)}
+    kept = (config.model_dump(mode="json") | nested).items()
+    return {key: value for key, value in kept if key not in getattr(config, "EXECUTION", ())}
+
+
 @dataclass(frozen=True)
 class StageSpec:
     """One table of a recipe: the run's name, its stage, and the rest of the table."""
