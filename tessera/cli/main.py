@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tessera.cli import run, look, use  # noqa: F401, I001  (their commands, in this order)
+import tessera.cli.run  # noqa: F401  (its commands are first in the help)
+from tessera.cli import look, use  # noqa: F401
 from tessera.cli.common import app, data
 
 app.add_typer(data, name="data")
