@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from tessera.curate import runner
-from tessera.curate import runner as passes
 from tessera.curate.config import CurateConfig
 from tessera.curate.steps.contamination import Decontaminate
 from tessera.curate.steps.duplicates import clusters, signatures, word_grams
@@ -121,7 +120,7 @@ def write_rows(path: Path, count: int) -> None:
 def timed() -> Iterator[dict[str, float]]:
     """CPU seconds of each step: its batches, its digests, its decision."""
     seconds: dict[str, float] = defaultdict(float)
-    originals = passes.ShardWriter._apply, passes.ShardWriter._keep, passes.decide
+    originals = runner.ShardWriter._apply, runner.ShardWriter._keep, runner.decide
 
     def within(name: str, function: Callable[..., Any], *words: Any) -> Any:
         begun = time.process_time()
@@ -142,11 +141,11 @@ def timed() -> Iterator[dict[str, float]]:
     def decide(home: Any, shards: Any, closing: Any, seed: Any) -> Any:
         return within(closing.step, originals[2], home, shards, closing, seed)
 
-    passes.ShardWriter._apply, passes.ShardWriter._keep, runner.decide = apply, keep, decide  # type: ignore[assignment]
+    runner.ShardWriter._apply, runner.ShardWriter._keep, runner.decide = apply, keep, decide  # type: ignore[assignment]
     try:
         yield seconds
     finally:
-        passes.ShardWriter._apply, passes.ShardWriter._keep, runner.decide = originals  # type: ignore[assignment]
+        runner.ShardWriter._apply, runner.ShardWriter._keep, runner.decide = originals  # type: ignore[assignment]
 
 
 def run_stage(where: Path, table: dict[str, Any]) -> None:
@@ -292,8 +291,8 @@ def contamination() -> str:
     for n, share in settings:
         step = _decontaminate(n, share)
         for kind, copies in kinds.items():
-            found[kind].append(float((step.overlaps(copies)[0] >= share).mean()))
-        shares, _ = step.overlaps(train)
+            found[kind].append(float((_shares(step, copies) >= share).mean()))
+        shares = _shares(step, train)
         found["GSM8K train, as it is: rows"].append(float((shares >= share).sum()))
         if (n, share) == (5, 0.4):
             caught = [(s, t) for s, t in zip(shares, train, strict=True) if s >= share]
@@ -313,6 +312,10 @@ def _problems(one: dict[str, str]) -> list[str]:
     return found.problems()
 
 
+def _shares(step: Decontaminate, texts: list[str]) -> np.ndarray:
+    return np.array([step.overlap(text)[0] for text in texts])
+
+
 def _decontaminate(n: int, share: float) -> Decontaminate:
     table = {"step": "decontaminate", "against": AGAINST, "n": n, "share": share}
     return Decontaminate.model_validate({**table, "least": 1 if n > 8 else 3})
@@ -330,10 +333,10 @@ def near_copies() -> str:
             copy[rng.randrange(len(copy))] = rng.choice(vocabulary)
         pairs.append(" ".join(copy))
     firsts = [" ".join(text) for text in texts]
-    labels = clusters(signatures(word_grams(firsts + pairs, 3)), 0.8)
+    labels = clusters(signatures(word_grams(text, 3) for text in firsts + pairs), 0.8)
     bins: dict[str, list[bool]] = defaultdict(list)
     for index, (a, b) in enumerate(zip(firsts, pairs, strict=True)):
-        one, other = (set(word_grams([t], 3).hashes.tolist()) for t in (a, b))
+        one, other = (word_grams(text, 3) for text in (a, b))
         jaccard = len(one & other) / len(one | other)
         low = min(int(jaccard * 10) / 10, 0.9) if jaccard < 1 else 1.0
         bins[f"{low:.1f}"].append(bool(labels[index] == labels[len(firsts) + index]))

@@ -40,7 +40,7 @@ def main() -> None:
 def ours(texts: list[str]) -> Callable[[], Any]:
     def run() -> None:
         for at in range(0, len(texts), BATCH):
-            signatures(word_grams(texts[at : at + BATCH], 3))
+            signatures(word_grams(text, 3) for text in texts[at : at + BATCH])
 
     return run
 

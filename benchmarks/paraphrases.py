@@ -187,7 +187,7 @@ def _counter(corpus: list[str], size: int = 4096) -> Embed:
 def caught_by_grams(texts: list[str], share: float = 0.4) -> int:
     """How many texts `decontaminate` leaves out as it stands."""
     step = Decontaminate.model_validate({"step": "decontaminate", "against": AGAINST})
-    return int((step.overlaps(texts)[0] >= share).sum())
+    return sum(step.overlap(text)[0] >= share for text in texts)
 
 
 # What is told

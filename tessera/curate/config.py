@@ -3,7 +3,6 @@
 [curate]
 sources = [{ paths = "gsm8k/train.jsonl", question = "question", license = "mit" }]
 teachers.teacher = { url = "http://10.0.0.1:8000/v1", model = "deepseek-ai/DeepSeek-R1" }
-teachers.embedder = { kind = "embedder", model = "sentence-transformers/all-MiniLM-L6-v2" }
 [[curate.steps]]
 step = "dedupe"
 field = "question"
@@ -11,7 +10,7 @@ field = "question"
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, SerializeAsAny, Tag, field_validator, model_validator
 
@@ -19,49 +18,14 @@ from tessera.ask.embedder import EmbedderConfig
 from tessera.ask.endpoint import EndpointConfig
 from tessera.ask.local import EngineConfig
 from tessera.curate.sources import SourceConfig
-from tessera.curate.steps.answers import Extract, Majority, PassRate, Verify
-from tessera.curate.steps.arrange import Blend, Order, Pair
-from tessera.curate.steps.ask import (
-    Asking,
-    Classify,
-    ExtractKnown,
-    ExtractProblems,
-    Generate,
-    Judge,
-)
-from tessera.curate.steps.contamination import Decontaminate, Nearest, SameProblem
-from tessera.curate.steps.duplicates import Dedupe, NearDedupe
-from tessera.curate.steps.filters import Code, Label, Language, Length, Licence, Tags, Where
+from tessera.curate.steps import answers, arrange, ask, contamination, duplicates, filters
+from tessera.curate.steps.contamination import Nearest
+from tessera.curate.steps.rows import AskStep, RowStep, SetStep
 from tessera.data.dialects import Dialect
 from tessera.runs.recipe import Config, RecipeError, validate
 from tessera.table import nearest
 
-STEPS: dict[str, type[Config]] = {
-    "extract_problems": ExtractProblems,
-    "classify": Classify,
-    "extract_known": ExtractKnown,
-    "generate": Generate,
-    "extract_answer": Extract,
-    "verify": Verify,
-    "judge": Judge,
-    "majority": Majority,
-    "pass_rate": PassRate,
-    "tags": Tags,
-    "where": Where,
-    "label": Label,
-    "licence": Licence,
-    "length": Length,
-    "language": Language,
-    "code": Code,
-    "dedupe": Dedupe,
-    "near_dedupe": NearDedupe,
-    "decontaminate": Decontaminate,
-    "nearest": Nearest,
-    "same_problem": SameProblem,
-    "pair": Pair,
-    "blend": Blend,
-    "order": Order,
-}
+Step = RowStep | SetStep | AskStep
 TeacherConfig = Annotated[
     Annotated[EndpointConfig, Tag("openai")]
     | Annotated[EngineConfig, Tag("engine")]
@@ -76,6 +40,20 @@ def _kind(value: Any) -> str:
     return getattr(value, "kind", "openai")
 
 
+def _steps() -> dict[str, type[Step]]:
+    """Every step by the name that its config's `step` allows."""
+    found = {}
+    for module in (ask, answers, filters, duplicates, contamination, arrange):
+        for one in vars(module).values():
+            if isinstance(one, type) and issubclass(one, RowStep | SetStep | AskStep):
+                for name in get_args(one.model_fields["step"].annotation):
+                    found[name] = one
+    return found
+
+
+STEPS = _steps()
+
+
 class CurateConfig(Config):
     """The table of the stage.
 
@@ -84,7 +62,7 @@ class CurateConfig(Config):
     """
 
     sources: list[SourceConfig] = Field(min_length=1)
-    steps: list[SerializeAsAny[Config]] = []
+    steps: list[SerializeAsAny[Step]] = []
     teachers: dict[str, TeacherConfig] = {}
     dialect: Dialect = "openai"
     format: Literal["jsonl", "parquet"] = "jsonl"
@@ -93,7 +71,7 @@ class CurateConfig(Config):
 
     @field_validator("steps", mode="before")
     @classmethod
-    def _known_steps(cls, value: Any) -> list[Config]:
+    def _known_steps(cls, value: Any) -> list[Step]:
         if not isinstance(value, list):
             raise ValueError("steps are a list of tables: [[curate.steps]]")
         return [_step(number, one) for number, one in enumerate(value, 1)]
@@ -101,14 +79,8 @@ class CurateConfig(Config):
     @model_validator(mode="after")
     def _teachers_are_named(self) -> CurateConfig:
         for number, step in enumerate(self.steps, 1):
-            wanted = step.teacher if isinstance(step, Asking | Nearest) else None
-            if wanted is not None and wanted not in self.teachers:
-                raise ValueError(
-                    f"step {number} asks the teacher {wanted!r}, and `teachers` names none such; "
-                    + nearest(wanted, self.teachers)
-                )
-            if wanted is not None:
-                _check_gives(self.teachers[wanted], f"step {number}", wanted, step)
+            if isinstance(step, AskStep):
+                _check_teacher(self.teachers, number, step)
         return self
 
     @property
@@ -122,34 +94,36 @@ class CurateConfig(Config):
         local = [one for one in self.teachers.values() if isinstance(one, EmbedderConfig)]
         return found + [one.model for one in local]
 
-    def named(self) -> list[tuple[str, Any]]:
+    def named(self) -> list[tuple[str, Step]]:
         """The steps under the names they are counted by: `2 dedupe`."""
-        return [(f"{n} {getattr(one, 'step')}", one) for n, one in enumerate(self.steps, 1)]  # noqa: B009
+        return [(f"{number} {one.step}", one) for number, one in enumerate(self.steps, 1)]
 
 
-def _check_gives(teacher: Config, where: str, name: str, step: Config) -> None:
-    """Raises ValueError where answers are asked of an embedder, or vectors of an engine."""
-    vectors = isinstance(step, Nearest)
-    if vectors and isinstance(teacher, EngineConfig):
+def _check_teacher(teachers: dict[str, TeacherConfig], number: int, step: AskStep) -> None:
+    """Raises ValueError where a step's teacher is not there, or gives no answers or no vectors."""
+    name = step.teacher
+    asks = f"step {number} asks the teacher {name!r}"
+    if name not in teachers:
+        raise ValueError(f"{asks}, which `teachers` does not name; {nearest(name, teachers)}")
+    if isinstance(step, Nearest) and isinstance(teachers[name], EngineConfig):
         raise ValueError(
-            f"{where} asks the teacher {name!r} for vectors, and an engine gives none; make it "
+            f"{asks} for vectors, and an engine gives none; make it "
             '{ kind = "embedder", model = "DIR OR HUB ID" }, or an endpoint that serves /embeddings'
         )
-    if isinstance(teacher, EmbedderConfig) and not vectors:
+    if isinstance(teachers[name], EmbedderConfig) and not isinstance(step, Nearest):
         raise ValueError(
-            f"{where} asks the teacher {name!r} for answers, and an embedder gives vectors alone; "
+            f"{asks} for answers, and an embedder gives vectors; "
             'name an endpoint, or a teacher of kind "engine"'
         )
 
 
-def _step(number: int, table: Any) -> Config:
-    if isinstance(table, Config):
+def _step(number: int, table: Any) -> Step:
+    if isinstance(table, Step):
         return table
     name = table.get("step") if isinstance(table, dict) else None
-    where = f"step {number}"
     if name not in STEPS:
-        raise ValueError(f"{where}: there is no step {name!r}; {nearest(str(name), STEPS)}")
+        raise ValueError(f"step {number}: there is no step {name!r}; {nearest(str(name), STEPS)}")
     try:
-        return validate(STEPS[name], table, f"{where} ({name})")
+        return validate(STEPS[name], table, f"step {number} ({name})")
     except RecipeError as error:
         raise ValueError(str(error)) from None

@@ -1,26 +1,18 @@
-"""Replies on disk, as they come: a request that was answered is never asked again.
-
-Passes over the shards: steps that need no barrier between them go over a shard together.
-
-    pass 0   read, row steps …                 | digest of a set step
-             decide: all digests, no text
-    pass 1   its verdicts, row steps …         | digest of the next one
-
-so a row is read and written once a set step, not once a step. A step that asks a model begins a
-pass of its own, behind its journal. A shard is done when its counts are there, written last, by
-rename; whatever a killed process left of it is written anew. Files of a pass:
-
-    part-00007.jsonl   rows, and .npy: their digests     counts-00007.json    in, out, reasons
-    removed-00007.jsonl  what was left out and why       verdicts.npy         of the whole set
-
-Stage `curate`: rows in, chats out, step by step, with counts in and out of each.
+"""Stage `curate`: rows in, chats out, step by step, with counts in and out of each.
 
     chats/part-*         the rows that came through, in the dialect and format of the table
     removed/*.jsonl      every other row: where it came from, which step left it out, and why
     tables/steps.jsonl   rows in and out of each step; reasons.jsonl, sources.jsonl
 
-Passes (passes.py) go over shards; in a job of several processes every one takes its share of the
-shards, over a disk that all see, and the main one decides what all rows together decide.
+Steps that need no barrier between them go over a shard together, as a pass. A set step ends a pass:
+the main process decides from the digests of all rows, and the next pass carries its verdicts out.
+A step that asks begins one. Each process of a job works on its own shards, on a disk that all see.
+Files of a pass:
+
+    part-00007.jsonl     rows; digest-00007.npy: what the set step has to know of them
+    removed-00007.jsonl  what was left out and why
+    counts-00007.json    in, out, reasons; written last, by rename: the shard is done
+    journal-00007.jsonl  replies, each written as it comes; verdicts.npy: of the whole set
 """
 
 from __future__ import annotations
@@ -30,6 +22,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TextIO
 
@@ -41,12 +34,11 @@ from tessera.ask import embedder, local
 from tessera.ask.ask import Answerer, Reply, Request
 from tessera.ask.embedder import EmbedderConfig
 from tessera.ask.endpoint import Endpoint, EndpointConfig
-from tessera.curate.config import CurateConfig, TeacherConfig
+from tessera.curate.config import CurateConfig, Step, TeacherConfig
 from tessera.curate.sources import Shard, plan_shards, read_shard
-from tessera.curate.steps import AskStep, BatchStep, Result, RowStep, SetStep, rows
-from tessera.curate.steps.arrange import Order
+from tessera.curate.steps import rows
 from tessera.curate.steps.contamination import Nearest
-from tessera.curate.steps.rows import Drop
+from tessera.curate.steps.rows import AskStep, Drop, Result, RowStep, SetStep
 from tessera.data import parquet
 from tessera.data.conversation import Chat, SchemaError
 from tessera.data.dialects import Dialect, write_row
@@ -56,6 +48,9 @@ from tessera.runs.files import Journal, atomic_write, sync, writing
 from tessera.runs.run import Run
 
 __all__ = ["CurateConfig", "stage"]
+BATCH = 1024  # rows that go through the steps together
+READ, WRITE = "read", "write"
+REASONS = 50  # kept apart a step and shard; the rest are counted together
 
 
 class Replies:
@@ -94,11 +89,6 @@ class Replies:
         return Reply(**row)
 
 
-BATCH = 1024  # rows that go through the steps together
-WRITE = "write"
-REASONS = 50  # kept apart a step and shard; the rest are counted together
-
-
 @dataclass
 class Count:
     """What came into a step, what went out, and why the rest did not."""
@@ -129,10 +119,10 @@ class ShardWriter:
         self,
         home: Path,
         number: int,
-        closing: SetStep | Order | None = None,
+        closing: SetStep | None = None,
         dialect: Dialect | None = None,
     ) -> None:
-        """closing: the set step behind the pass. dialect: of the rows, where it is the last."""
+        """closing: the set step that ends the pass. dialect: of the rows, in the last pass."""
         self.home, self.number, self.closing = home, number, closing
         self.dialect: Dialect | None = dialect
         self.counts: dict[str, Count] = {}
@@ -149,17 +139,18 @@ class ShardWriter:
         """The name of one of the shard's files."""
         return self.home / f"{what}-{self.number:05}.{suffix}"
 
-    def write(self, batches: Iterable[list[Chat]], steps: Sequence[tuple[str, Any]]) -> None:
-        """Sends the batches through row steps and writes what comes out.
+    def write(self, chats: Iterable[Chat], steps: Sequence[tuple[str, RowStep]]) -> None:
+        """Sends the rows through row steps and writes what comes out.
 
-        `steps` are (name for the counts, step). Whoever makes the batches counts through `note`.
+        steps: with their names for the counts. Whoever makes the rows counts through `note`.
         """
+        coming = iter(chats)
         with writing(self.home):
             self.home.mkdir(parents=True, exist_ok=True)
             part, removed = self._temporary("part"), self._temporary("removed")
             with part.open("w", encoding="utf-8") as out, removed.open("w", encoding="utf-8") as no:
                 self._removed = no
-                for batch in batches:
+                while batch := list(islice(coming, BATCH)):
                     for name, step in steps:
                         batch = self._apply(name, step, batch)
                     self._keep(batch, out)
@@ -193,11 +184,9 @@ class ShardWriter:
         told = {"row": f"{bad.file}:{bad.line}", "step": name, "reason": bad.reason}
         self._removed.write(json.dumps({**told, "excerpt": bad.excerpt}) + "\n")
 
-    def _apply(self, name: str, step: RowStep | BatchStep, batch: list[Chat]) -> list[Chat]:
+    def _apply(self, name: str, step: RowStep, batch: list[Chat]) -> list[Chat]:
         self.counts.setdefault(name, Count())
-        results = step.apply_all(batch) if isinstance(step, BatchStep) else map(step.apply, batch)
-        noted = zip(batch, results, strict=True)
-        return [one for chat, result in noted for one in self.note(name, chat, result)]
+        return [one for chat in batch for one in self.note(name, chat, step.apply(chat))]
 
     def _keep(self, batch: list[Chat], out: TextIO) -> None:
         if self.dialect is not None:
@@ -297,15 +286,12 @@ def _line_starts(path: Path) -> NDArray[np.int64]:
     return np.concatenate(found)[:-1]
 
 
-def decide(home: Path, shards: int, closing: SetStep | Order, seed: int) -> None:
+def decide(home: Path, shards: int, closing: SetStep, seed: int) -> None:
     """Writes verdicts.npy from all digests of a pass, unless it is there."""
     if (home / "verdicts.npy").is_file():
         return
     found = np.concatenate([np.load(home / f"digest-{n:05}.npy") for n in range(shards)])
-    if isinstance(closing, Order):
-        verdicts = closing.permutation(found, seed)
-    else:
-        verdicts = closing.decide(found, seed) if len(found) else np.zeros(0, np.int8)
+    verdicts = closing.decide(found, seed) if len(found) else np.zeros(0, np.int8)
     temporary = home / ".verdicts.tmp.npy"
     with writing(home):
         np.save(temporary, verdicts)
@@ -313,30 +299,17 @@ def decide(home: Path, shards: int, closing: SetStep | Order, seed: int) -> None
         os.replace(temporary, home / "verdicts.npy")
 
 
-def in_batches(chats: Iterable[Chat], size: int = BATCH) -> Iterator[list[Chat]]:
-    """The rows, so many at a time."""
-    batch: list[Chat] = []
-    for chat in chats:
-        batch.append(chat)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-READ = "read"
-Named = tuple[str, Any]
-
-
 @dataclass
 class Pass:
-    """What goes over a shard together: a verdict, what is asked, row steps, the next digest."""
+    """What goes over a shard together: a verdict, what is asked, row steps, the next digest.
 
-    opening: Named | None = None
-    ask: Named | None = None
-    steps: list[Named] = field(default_factory=list)
-    closing: Named | None = None
+    Steps stand with the names that they are counted by.
+    """
+
+    opening: tuple[str, SetStep] | None = None
+    ask: tuple[str, AskStep] | None = None
+    steps: list[tuple[str, RowStep]] = field(default_factory=list)
+    closing: tuple[str, SetStep] | None = None
 
     @property
     def title(self) -> str:
@@ -345,16 +318,15 @@ class Pass:
         return ", ".join(one[0] for one in parts if one) or (READ if not self.opening else "write")
 
 
-def passes_of(named: Sequence[Named]) -> list[Pass]:
-    """The steps as passes: one more behind every set step, and before every step that asks."""
+def passes_of(named: Sequence[tuple[str, Step]]) -> list[Pass]:
+    """The steps as passes: a new one behind every set step, and for every step that asks."""
     found = [Pass()]
     for name, step in named:
-        if isinstance(step, SetStep | Order):
+        if isinstance(step, SetStep):
             found[-1].closing = (name, step)
             found.append(Pass(opening=(name, step)))
         elif isinstance(step, AskStep):
-            untouched = len(found) > 1 and not (found[-1].steps or found[-1].ask)
-            if not untouched:
+            if len(found) == 1 or found[-1].steps or found[-1].ask:
                 found.append(Pass())
             found[-1].ask = (name, step)
         else:
@@ -399,21 +371,21 @@ class Pipeline:
             for number in mine:
                 writer = self._writer(index, number)
                 if not writer.done:
-                    writer.write(self._batches(writer, index, one, before), one.steps)
+                    writer.write(self._coming(writer, index, one, before), one.steps)
                     self._journal(index, number).unlink(missing_ok=True)
                     bar.advance(1, writer.rows)
                 else:
                     bar.advance(1, 0)
 
-    def _batches(
+    def _coming(
         self, writer: ShardWriter, index: int, one: Pass, before: Parts | None
-    ) -> Iterator[list[Chat]]:
+    ) -> Iterator[Chat]:
         """The rows of a shard as they come to the row steps of a pass."""
         if before is None:
-            return in_batches(self._read(writer))
+            return self._read(writer)
         if one.ask is None:
-            return in_batches(_arrivals(writer, one, before, writer.note))
-        return in_batches(self._asked(writer, index, one, before))
+            return _arrivals(writer, one, before, writer.note)
+        return self._asked(writer, index, one, before)
 
     def _read(self, writer: ShardWriter) -> Iterator[Chat]:
         shard = self.shards[writer.number]
@@ -540,7 +512,7 @@ def _arrivals(writer: ShardWriter, one: Pass, before: Parts, note: Any) -> Itera
     """The rows of a shard, the verdicts of the set step before carried out."""
     if one.opening is None:
         yield from (chat for chat, _ in before.read(writer.number))
-    elif isinstance(one.opening[1], Order):
+    elif one.opening[1].reorders:
         for chat in before.read_in_order(writer.number):
             yield from note(one.opening[0], chat, chat)
     else:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tessera.ask import judge
 from tessera.ask.ask import Answerer, Reply, Request
 from tessera.data.switch import obeys
 from tessera.data.thought import split
@@ -64,16 +65,15 @@ def score(
 
 
 def ask_judge(
-    talks: Sequence[Conversation], task: Task, verdicts: Journal, judge: Answerer, *, quiet: bool
+    talks: Sequence[Conversation], task: Task, verdicts: Journal, teacher: Answerer, *, quiet: bool
 ) -> list[Scored]:
     """Scores by a judge; what it replied is kept, so the same answer is never judged twice."""
     assert task.judging is not None
     plans = []
     for talk in talks:
         asked = task.judging.prompts(talk.item, talk.messages)
-        sampling = {"temperature": 0.0, "max_tokens": 4096}
-        plans.append([Request(f"judge of {task.name}", one, sampling) for one in asked])
-    keys = [[f"judge-{one.key(judge.model)}" for one in plan] for plan in plans]
+        plans.append([judge.request(f"judge of {task.name}", one, 4096) for one in asked])
+    keys = [[f"judge-{one.key(teacher.model)}" for one in plan] for plan in plans]
     wanted = {
         key: one
         for plan, names in zip(plans, keys, strict=True)
@@ -84,12 +84,12 @@ def ask_judge(
 
         def receive(request: Request, reply: Reply) -> None:
             if reply.error is None:
-                key = f"judge-{request.key(judge.model)}"
-                verdicts.add(key, {"task": task.name, "text": reply.text})
+                key = f"judge-{request.key(teacher.model)}"
+                verdicts.add(key, {"task": task.name, "text": reply.answer})
             progress.advance(1)
 
         if wanted:
-            judge.ask(wanted.values(), receive)
+            teacher.ask(wanted.values(), receive)
     scored = []
     for talk, names in zip(talks, keys, strict=True):
         whole = all(name in verdicts for name in names)

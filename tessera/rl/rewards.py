@@ -31,7 +31,7 @@ from tessera.ask.endpoint import EndpointConfig
 from tessera.data.conversation import Mode, switch_of
 from tessera.data.thought import split
 from tessera.rl.jail.run import Isolation, JailError, Limits, require_isolation
-from tessera.rl.verifiers import instructions, mathematics
+from tessera.rl.verifiers import language, mathematics
 from tessera.rl.verifiers.code import CASES_TOGETHER, verify_asserts, verify_outputs
 from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_format, verify_number
 from tessera.rl.verifiers.instructions import read_instructions, verify_instructions
@@ -284,7 +284,7 @@ def prepare(rewards: Sequence[Reward]) -> None:
             if reward.kind == "math":
                 mathematics.require_library()
             elif reward.kind == "instructions":
-                instructions.require_library()
+                language.require_detector()
             elif reward.kind == "code" and reward.isolation == "namespaces":
                 require_isolation()
             elif reward.kind == "function":

@@ -1,36 +1,24 @@
-"""Rewards that a server gives: an LLM as judge, and a reward model. Both over the OpenAI API.
-
-A reply that did not come, or says no verdict, is could-not-judge. Requests are tried again as
-`ask/endpoint.py` does; a server that fails too often stops the run, which can go on later.
-
-What a completion is worth: the weighted sum of its rewards, or nothing where one cannot tell.
+"""What a completion is worth: the weighted sum of its rewards, or nothing where one cannot tell.
 
 A reward that could not judge leaves the sample out of its group: any number in its place would be
-learned from. Checkers run in the killable processes of `pool.py`; judges and reward models are
-asked over HTTP (`asked.py`).
+learned from. Checkers run in the killable processes of `pool.py`. Judges and reward models are
+asked over HTTP; a server that fails too often stops the run, which can go on later.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from tessera.ask import judge
 from tessera.ask.ask import Reply, Request
 from tessera.ask.endpoint import Endpoint
-from tessera.data.conversation import Message
 from tessera.rl.pool import Pool
 from tessera.rl.rewards import AskedReward, CheckedReward, JudgeReward, Reward, Sample, names
 from tessera.rl.verifiers.outcome import Outcome, judged, unjudged, wrong
 
-TEMPLATE = (
-    "Say whether a prediction gives the same answer as the reference. Only the final answer "
-    "counts, not its form or the way to it.\n\nQuestion:\n{question}\n\nReference answer:\n{answer}"
-    "\n\nPrediction:\n{prediction}\n\nEnd with one line: Verdict: right, or Verdict: wrong."
-)
-_FIELD = re.compile(r"\{(question|answer|prediction)\}")
-_VERDICT = re.compile(r"verdict\W{0,4}(right|wrong)\b", re.IGNORECASE)
 _REWARD = re.compile(r"reward[\s:=*]{0,3}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
@@ -43,54 +31,33 @@ class Asked:
 
     def __call__(self, samples: Sequence[Sample]) -> list[Outcome]:
         """The outcome of each sample, all asked at once."""
-        found: dict[int, Outcome] = {}
-        requests = []
-        for number, sample in enumerate(samples):
-            if not sample.answer:
-                found[number] = wrong("no answer")
-            else:
-                requests.append(Request(str(number), self._asks(sample), self._sampling()))
-        self._ask(requests, found)
-        return [found[number] for number in range(len(samples))]
+        answered = [sample for sample in samples if sample.answer]
+        found = judge.replies(self.endpoint, [self._request(sample) for sample in answered])
+        outcomes = map(self._outcome, found)
+        return [next(outcomes) if sample.answer else wrong("no answer") for sample in samples]
 
-    def _ask(self, requests: Iterable[Request], found: dict[int, Outcome]) -> None:
-        def receive(request: Request, reply: Reply) -> None:
-            number = int(request.teacher)
-            found[number] = unjudged(reply.error) if reply.error else self._read(reply)
-
-        self.endpoint.ask(requests, receive)
-
-    def _asks(self, sample: Sample) -> list[Message]:
+    def _request(self, sample: Sample) -> Request:
         if not isinstance(self.reward, JudgeReward):
             asked = [dict(message) for message in sample.messages]
-            return [*asked, {"role": "assistant", "content": sample.answer}]
+            return judge.request("", [*asked, {"role": "assistant", "content": sample.answer}], 64)
         question = next(m["content"] for m in reversed(sample.messages) if m["role"] == "user")
-        said = {
-            "question": question,
-            "answer": str(sample.fields[self.reward.answer]),
-            "prediction": sample.answer,
-        }
-        # One pass and no `format`: braces of LaTeX are no fields, nor is "{answer}" in a question.
-        text = _FIELD.sub(lambda found: said[found[1]], self.reward.template or TEMPLATE)
-        return [{"role": "user", "content": text}]
+        expected = str(sample.fields[self.reward.answer])
+        text = judge.same_answer(question, expected, sample.answer, self.reward.template)
+        return judge.request("", text, self.reward.max_tokens)
 
-    def _sampling(self) -> dict:
+    def _outcome(self, reply: Reply) -> Outcome:
+        if reply.error:
+            return unjudged(reply.error)
         if isinstance(self.reward, JudgeReward):
-            return {"temperature": 0.0, "max_tokens": self.reward.max_tokens}
-        return {"temperature": 0.0, "max_tokens": 64}
-
-    def _read(self, reply: Reply) -> Outcome:
-        if isinstance(self.reward, JudgeReward):
-            verdicts = _VERDICT.findall(reply.answer)
-            if not verdicts:
+            verdict = judge.verdict(reply.answer)
+            if verdict is None:
                 return unjudged(f"no verdict in the judge's reply: {reply.answer[-80:]!r}")
-            return judged(verdicts[-1].lower() == "right", "the judge says so")
+            return judged(verdict, "the judge says so")
         scores = _REWARD.findall(reply.answer)
         if not scores:
             return unjudged(f"no reward in the model's reply: {reply.answer[-80:]!r}")
         score = float(scores[-1])
-        good = score >= self.reward.right_from
-        return Outcome("right" if good else "wrong", score, "")
+        return Outcome("right" if score >= self.reward.right_from else "wrong", score)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class _TensorBoard:
 
 class _WandB:
     def __init__(self, run: Run, start: int) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         project, name = names(run)
         self.run = wandb.init(
@@ -86,7 +86,7 @@ class _WandB:
 
 class _Trackio:
     def __init__(self, run: Run, start: int) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         project, name = names(run)
         with contextlib.redirect_stdout(sys.stderr):

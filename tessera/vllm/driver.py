@@ -12,6 +12,9 @@ where seconds[scenario][round] is [of one new token, of all of them]. It imports
 which that environment need not hold.
 """
 
+# vllm is not installed here, and pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 import json
 import os
 import random

@@ -9,6 +9,9 @@ its standard input does, or the process that started it. Imports nothing of tess
 environment need not hold.
 """
 
+# vllm is not installed here, and pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json

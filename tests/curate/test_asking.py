@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tessera.ask import judge
 from tessera.ask.ask import AskError, Reply
 from tessera.curate.runner import Replies
 from tessera.curate.steps import ask
@@ -213,28 +214,31 @@ def test_the_nearest_problem_of_an_evaluation_is_judged(
         return {"data": [{"embedding": [body["input"][0].count(one) for one in words]}]}
 
     embedder = serve(embed)
-    judge = serve(lambda body: "VERDICT: yes" if "fruit" in str(body) else "VERDICT: no")
+    teacher = serve(lambda body: "VERDICT: yes" if "fruit" in str(body) else "VERDICT: no")
     against = [{"paths": str(exam), "field": "p"}]
     steps: list[dict[str, Any]] = [
         {"step": "nearest", "against": against},
         {"step": "same_problem", "over": 0.7},
     ]
     rows = [{"q": "apples, fruit, pears"}, {"q": "car and car"}, {"q": "nothing of it"}]
-    teachers = {"embedder": embedder.teacher(), "teacher": judge.teacher()}
+    teachers = {"embedder": embedder.teacher(), "teacher": teacher.teacher()}
     made = curate(rows, steps, source=SOURCE, teachers=teachers)
     assert [row["messages"][0]["content"] for row in made.rows] == ["car and car", "nothing of it"]
     assert made.rows[0]["nearest"] == "a red car"
-    assert len(judge.asked) == 2
+    assert len(teacher.asked) == 2
     assert len(embedder.asked) == 5
 
 
 def test_a_reply_is_read_strictly():
-    assert ask.verdict("no, wait\nVERDICT: yes") is True
-    assert ask.verdict("**Verdict: No.**") is False
-    assert ask.verdict("I would say VERDICT: yes or no") is None
+    assert judge.verdict("no, wait\nVERDICT: yes") is True
+    assert judge.verdict("**Verdict: No.**") is False
+    assert judge.verdict("Final verdict: right") is True
+    assert judge.verdict("I would say VERDICT: yes or no") is None
+    short = judge.same_answer("{answer}?", "1", "2", "{question} {answer} {prediction}")
+    assert short == "{answer}? 1 2"
     assert ask.told_answer("ANSWER: NONE") is None
     assert ask.told_answer("so\n**ANSWER: 42**") == "42"
     assert ask.told_problems("NONE") == []
-    assert ask.fill("{question} \\frac{1}{2} {other}", question="{text}") == (
+    assert judge.fill("{question} \\frac{1}{2} {other}", question="{text}") == (
         "{text} \\frac{1}{2} {other}"
     )

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tessera.curate.config import STEPS, CurateConfig
-from tessera.curate.steps.answers import boxed, equal, final_answer, normalised
 from tessera.curate.steps.rows import Drop
 from tessera.data.conversation import Chat
 from tessera.runs.recipe import RecipeError, validate
@@ -40,54 +39,17 @@ def judged(one: Any, chats: Sequence[Chat], seed: int = 0) -> list[Any]:
 THINKING = "<think>\nx\n</think>\n\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("so \\boxed{1} and \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("\\boxed{open and \\boxed{7}", "7"),
-        ("\\boxed{never closed", None),
-        ("work\n#### 1,200", "1,200"),
-        ("The answer is **42**.", "42"),
-        ("Answer: x+1", "x+1"),
-        ("nothing here", None),
-    ],
-)
-def test_the_final_answer_is_found(text: str, found: str | None):
-    assert final_answer(text) == found
-    assert boxed(text) == (found if "boxed{" in text else None)
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "same"),
-    [
-        ("1,200", "1200", True),
-        ("$\\frac{1}{2}$", "0.5", True),
-        ("\\dfrac{3}{4}", "3/4", True),
-        ("12 \\text{ cm}", "12", True),
-        ("50\\%", "50", True),
-        ("\\$5.00", "5", True),
-        ("1e3", "1000", True),
-        ("(1, 2)", "(1,2)", True),
-        ("\\text{Tuesday}", "Tuesday", True),
-        ("12", "13", False),
-        ("1/0", "0", False),
-        ("", "1", None),
-    ],
-)
-def test_answers_are_compared_as_numbers_or_texts(left: str, right: str, same: bool | None):
-    assert equal(left, right) is same
-
-
-def test_normalising_twice_changes_nothing():
-    for text in ("$ 1,200 $", "\\frac{10}{4}", "90^\\circ", "x^2 + 1", "\\left( 3, 4 \\right)"):
-        assert normalised(normalised(text)) == normalised(text)
-
-
 def test_a_verifier_may_be_any_function():
-    one = step("verify", verifier="tessera.curate.steps.answers:exact")
     good = chat("q", "a", predicted_answer="1.0", expected_answer="1")
-    assert reason(one.apply(good)) == "a wrong answer"
-    assert one.apply(chat("q", "a", predicted_answer="1", expected_answer="1")).extra["correct"]
+    function = "tessera.rl.verifiers.exact:verify_exact"
+    for name, right in (("equal", True), ("number", True), ("exact", False), (function, False)):
+        one = step("verify", verifier=name, keep="all")
+        assert one.apply(good).extra["correct"] is right
+        assert (
+            one.apply(chat("q", "a", predicted_answer="", expected_answer="1")).extra["correct"]
+            is None
+        )
+    assert reason(step("verify", verifier="exact").apply(good)) == "a wrong answer"
     with pytest.raises(ValueError, match="package.module:function"):
         step("verify", verifier="nonsense").apply(good)
 

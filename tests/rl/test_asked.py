@@ -60,8 +60,8 @@ def _judged(messages: list[dict[str, str]]) -> str:
     text = messages[-1]["content"]
     if messages[-1]["role"] == "assistant":
         return f"reward:{len(text) - 3}.5"
-    reference = text.split("Reference answer:\n")[1].split("\n")[0]
-    prediction = text.split("Prediction:\n")[1].split("\n")[0]
+    reference = text.split("Right answer: ")[1].split("\n")[0]
+    prediction = text.split("Student's answer: ")[1].split("\n")[0]
     if prediction == "muse":
         time.sleep(3)
     if prediction == "shrug":

@@ -7,20 +7,18 @@ for an 8B model sorts each side by the length of its completions and interleaves
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from tessera.curate.steps import Result, rows
-from tessera.curate.steps.answers import text_hash
-from tessera.curate.steps.rows import Drop
+from tessera.curate.steps import rows
+from tessera.curate.steps.rows import Drop, Result, SetStep
 from tessera.data.conversation import Chat
-from tessera.runs.recipe import Config
 
 
-class Pair(Config):
+class Pair(SetStep):
     """Keeps the questions that are answered with reasoning on and off, and at most so many of each.
 
     both = false keeps the others, too, and only bounds their number. on, off: answers a question.
@@ -33,7 +31,7 @@ class Pair(Config):
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
         """(rows, 2): the hash of the question, and 1 for on."""
-        found = [(text_hash(rows.question(chat)), chat.mode == "on") for chat in chats]
+        found = [(rows.text_hash(rows.question(chat)), chat.mode == "on") for chat in chats]
         return np.array(found, np.uint64).reshape(len(chats), 2)
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
@@ -53,11 +51,11 @@ class Pair(Config):
         return Drop("one answer too many" if verdict == 1 else "a question of one mode only")
 
 
-class Blend(Config):
+class Blend(SetStep):
     """Draws rows so that each value of `key` has its share of `weights`; only ratios count.
 
     rows: how many are drawn in all; without it as many as need no row twice. A value with fewer
-    rows than its share is repeated, each row floor or ceiling as often. Others are left out.
+    rows than its share is repeated, its rows equally often up to one. Other values are left out.
     """
 
     step: Literal["blend"]
@@ -102,13 +100,14 @@ class Blend(Config):
         return Drop(f"no weight for its {self.key}" if verdict < 0 else "not drawn")
 
 
-class Order(Config):
-    """Puts the rows in another order; stands for itself, and moves no row in or out.
+class Order(SetStep):
+    """Puts the rows in another order.
 
     by: "shuffle", "length" of the completion, "pass_rate" from easy to hard (rows without one
-    first). interleave: on and off take turns, each side in that order, what is left behind.
+    first). interleave: on and off take turns, each side in that order; the longer side's rest ends.
     """
 
+    reorders: ClassVar[bool] = True
     step: Literal["order"]
     by: Literal["shuffle", "length", "pass_rate"] = "shuffle"
     interleave: bool = False
@@ -118,7 +117,7 @@ class Order(Config):
         found = [(self._key(chat), chat.mode == "on") for chat in chats]
         return np.array(found, np.float64).reshape(len(chats), 2)
 
-    def permutation(self, digests: NDArray[Any], seed: int) -> NDArray[np.int64]:
+    def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
         """(rows,): the numbers of the rows in their new order."""
         keys = digests[:, 0]
         if self.by == "shuffle":

@@ -1,28 +1,27 @@
-"""What a model is asked in the steps that judge and extract, and how its reply is read.
-
-Every prompt asks for a last line `KEY: VALUE`, which is parsed strictly: a reply without it is no
-verdict. A recipe may give a prompt of its own, with the same fields in braces.
-
-The steps that ask a model: solutions, problems out of forums, classes, answers, judgements.
+"""The steps that ask a model: solutions, problems out of forums, classes, answers, judgements.
 
 The pipelines of arXiv 2505.00949 §3.1 to §3.4: extract problems, classify them, extract the answers
-that are known, sample n solutions, judge what no rule can.
+that are known, sample n solutions, judge what no rule can. Prompts ask for a last line
+`KEY: VALUE`; a reply without it says nothing. A recipe may give a prompt of its own, with the same
+fields in braces.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from pydantic import Field
 
+from tessera.ask import judge
 from tessera.ask.ask import Reply, Request
-from tessera.curate.steps import Result, rows
-from tessera.curate.steps.rows import Drop
-from tessera.data.conversation import Chat, Mode
+from tessera.ask.judge import fill
+from tessera.curate.steps import rows
+from tessera.curate.steps.rows import AskStep, Drop, Result
+from tessera.data.conversation import Chat, Message, Mode
 from tessera.data.switch import set_switch
-from tessera.runs.recipe import Config
 
 EXTRACT = """\
 Below is the beginning of a discussion in a forum about mathematics. If it poses one or more \
@@ -59,38 +58,8 @@ Here is a problem:
 Concerning this problem: {what}? Think about it briefly, then end with the line `VERDICT: yes` or \
 `VERDICT: no`."""
 
-SAME_ANSWER = """\
-A problem, the answer that is known to be right, and the answer of a student are below. Is the \
-student's answer the same as the right one, be it written in another form? Do not solve the \
-problem. End with the line `VERDICT: yes` or `VERDICT: no`.
-
-Problem:
-{question}
-
-Right answer: {expected_answer}
-
-Student's answer: {predicted_answer}"""
-
-SAME_PROBLEM = """\
-Are these two the same problem in other words? They are, if who can solve one has solved the \
-other: other names or another order of sentences make no difference, other numbers do. End with \
-the line `VERDICT: yes` or `VERDICT: no`.
-
-First:
-{question}
-
-Second:
-{nearest}"""
-
-_VERDICT = re.compile(r"^[\W_]*verdict[\W_]*(yes|no)\b[\W_]*$", re.I | re.M)
 _ANSWER = re.compile(r"^[ \t*`]*answer:[ \t]*(.+?)[ \t*`]*$", re.I | re.M)
 _PROBLEM = re.compile(r"^[ \t*`#]*problem:[ \t*`]*$", re.I | re.M)
-
-
-def verdict(reply: str) -> bool | None:
-    """The last verdict line of a reply; None without one."""
-    found = _VERDICT.findall(reply)
-    return found[-1].lower() == "yes" if found else None
 
 
 def told_answer(reply: str) -> str | None:
@@ -104,34 +73,27 @@ def told_problems(reply: str) -> list[str]:
     return [text for part in _PROBLEM.split(reply)[1:] if (text := part.strip())]
 
 
-def fill(prompt: str, **fields: str) -> str:
-    """The prompt with its fields; other braces, of LaTeX say, stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda m: fields.get(m[1], m[0]), prompt)
+class ChatStep(AskStep):
+    """A step that asks for text; max_tokens, temperature and top_p are the OpenAI API's.
 
-
-class Asking(Config):
-    """What all steps that ask have in common: whom, and how it samples.
-
-    teacher: a table of `curate.teachers`. max_tokens, temperature, top_p as the OpenAI API has
-    them; a judgement is greedy unless it is told otherwise.
+    A judgement is greedy unless the table says otherwise.
     """
 
-    teacher: str = "teacher"
     max_tokens: int = Field(default=2048, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
 
-    def sampling(self) -> dict[str, Any]:
-        """The fields of a request's body."""
-        named = {"temperature": self.temperature, "top_p": self.top_p}
-        return {"max_tokens": self.max_tokens, **named}
+    def ask(self, messages: list[Message], sample: int = 0, mode: Mode = "off") -> Request:
+        """A request for an answer to a conversation."""
+        sampling = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        return Request(self.teacher, messages, {**sampling, "top_p": self.top_p}, sample, mode)
 
     def prompt(self, text: str) -> Request:
-        """One request with one message."""
-        return Request(self.teacher, [{"role": "user", "content": text}], self.sampling())
+        """A request with one message."""
+        return self.ask([{"role": "user", "content": text}])
 
 
-class Generate(Asking):
+class Generate(ChatStep):
     """Samples `n` answers a row, each a row of its own: R1 gave 16 a problem, §3.1.
 
     mode: the switch that the row is trained under; an answer without a thought under "on" is left
@@ -156,10 +118,7 @@ class Generate(Asking):
             asked[-1]["content"] += f"\n\n{self.instruction}"
         if self.say_switch:
             asked, _ = set_switch(asked, self.mode)
-        return [
-            Request(self.teacher, asked, self.sampling(), sample, self.mode)
-            for sample in range(self.n)
-        ]
+        return [self.ask(asked, sample, self.mode) for sample in range(self.n)]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> list[Chat | Drop]:
         """A row, or why there is none, for each reply."""
@@ -167,7 +126,7 @@ class Generate(Asking):
 
     def _row(self, chat: Chat, reply: Reply, sample: int) -> Chat | Drop:
         if reply.error is not None:
-            return Drop(f"{self.teacher}: {reply.error[:120]}")
+            return self.failed(reply.error)
         if reply.finish_reason == "length":
             return Drop("an answer cut at max_tokens")
         row = rows.answered(chat, reply.message)
@@ -182,7 +141,7 @@ class Generate(Asking):
         return rows.tagged(Chat(messages, self.mode, row.tools, row.extra), made, **told)
 
 
-class ExtractProblems(Asking):
+class ExtractProblems(ChatStep):
     """Makes a row of every problem that the first post of a discussion poses (§3.1).
 
     The discussion, cut to `longest` characters, is kept in `discussion` for `extract_known`.
@@ -197,19 +156,23 @@ class ExtractProblems(Asking):
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
-            return Drop(f"{self.teacher}: {error[:120]}")
-        found = told_problems(replies[0].text)
+            return self.failed(error)
+        found = told_problems(replies[0].answer)
         if not found:
             return Drop("no problem in it")
         discussion = rows.question(chat)[: self.longest]
-        extra = {"discussion": discussion}
+        system = [one for one in chat.messages[:1] if one["role"] == "system"]
         return [
-            rows.tagged(rows.asked_anew(chat, text), f"{self.step} {index}", **extra)
+            rows.tagged(
+                replace(chat, messages=[*system, {"role": "user", "content": text}]),
+                f"{self.step} {index}",
+                discussion=discussion,
+            )
             for index, text in enumerate(found)
         ]
 
 
-class ExtractKnown(Asking):
+class ExtractKnown(ChatStep):
     """Writes the answer that a discussion gives into `expected_answer`, if it gives one (§3.1)."""
 
     step: Literal["extract_known"]
@@ -219,17 +182,16 @@ class ExtractKnown(Asking):
         discussion = str(chat.extra.get("discussion", ""))
         if not discussion or chat.extra.get("expected_answer") is not None:
             return []
-        fields = {"question": rows.question(chat), "text": discussion}
-        return [self.prompt(fill(self.text, **fields))]
+        return [self.prompt(fill(self.text, question=rows.question(chat), text=discussion))]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
-            return Drop(f"{self.teacher}: {error[:120]}")
-        found = told_answer(replies[0].text)
+            return self.failed(error)
+        found = told_answer(replies[0].answer)
         return chat if found is None else rows.tagged(chat, self.step, expected_answer=found)
 
 
-class Classify(Asking):
+class Classify(ChatStep):
     """Tells proof, multiple-choice, binary and invalid problems apart, by a question for each.
 
     The first that is answered with yes is the `problem_type`, "open" if none is. keep: the types
@@ -253,8 +215,8 @@ class Classify(Asking):
         found = "open"
         for kind, reply in zip(self.kinds, replies, strict=True):
             if reply.error is not None:
-                return Drop(f"{self.teacher}: {reply.error[:120]}")
-            said = verdict(reply.answer)
+                return self.failed(reply.error)
+            said = judge.verdict(reply.answer)
             if said is None:
                 return Drop(f"no verdict on {kind}")
             if said:
@@ -265,7 +227,7 @@ class Classify(Asking):
         return rows.tagged(chat, self.step, problem_type=found)
 
 
-class Judge(Asking):
+class Judge(ChatStep):
     """Asks whether predicted and expected answer are the same, where no rule has said so (§3.1).
 
     Rows whose `correct` is true already, or that lack one of the answers, are not asked about.
@@ -274,19 +236,19 @@ class Judge(Asking):
 
     step: Literal["judge"]
     keep: Literal["correct", "all"] = "correct"
-    text: str = SAME_ANSWER
+    text: str = judge.SAME_ANSWER
 
     def requests(self, chat: Chat) -> list[Request]:
-        fields = {name: chat.extra.get(name) for name in ("expected_answer", "predicted_answer")}
-        if chat.extra.get("correct") is True or None in fields.values():
+        expected, predicted = (chat.extra.get(f"{n}_answer") for n in ("expected", "predicted"))
+        if chat.extra.get("correct") is True or expected is None or predicted is None:
             return []
-        told = {name: str(value) for name, value in fields.items()}
-        return [self.prompt(fill(self.text, question=rows.question(chat), **told))]
+        answers = str(expected), str(predicted)
+        return [self.prompt(judge.same_answer(rows.question(chat), *answers, template=self.text))]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
-            return Drop(f"{self.teacher}: {error[:120]}")
-        said = verdict(replies[0].text)
+            return self.failed(error)
+        said = judge.verdict(replies[0].answer)
         if self.keep == "correct" and not said:
             return Drop("no verdict on the answer" if said is None else "judged wrong")
         return rows.tagged(chat, self.step, correct=said)

@@ -1,37 +1,43 @@
-"""Decontamination by n-grams: rows that hold a problem of an evaluation, or a part of one.
+"""Decontamination: rows that hold a problem of an evaluation, or a part of one.
 
-The overlap of a row with a problem is the number of distinct word n-grams that both have, over the
-smaller of their numbers: 1 for a copy, for a copy within a longer text, and for a part of a
-problem. It sees copies, near-copies and light rewording; a real paraphrase shares few n-grams, and
-is found by `nearest` and `same_problem` (similar.py), as in the paper (§3.1).
-
-Decontamination of paraphrases: the nearest problem of an evaluation, and a judge.
-
-NeMo-Skills' way and the paper's (§3.1, §3.2): embed, take the nearest problem by cosine, ask a
-model whether the two are the same. `nearest` writes the nearest problem and its cosine into the row
-and `same_problem` asks about those above a threshold; each is resumed a request at a time.
+`decontaminate` finds copies and light rewording: the overlap of a row with a problem is the number
+of distinct word n-grams that both have, over the smaller of their numbers. A paraphrase shares few
+n-grams. For those, `nearest` writes the problem that is nearest by embedding into the row, and
+`same_problem` asks a judge whether the two are the same (the paper's §3.1, §3.2, NeMo-Skills).
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
+from tessera.ask import judge
 from tessera.ask.ask import Reply, Request
-from tessera.curate.steps import Result, ask, rows
-from tessera.curate.steps.ask import Asking
-from tessera.curate.steps.duplicates import Hashes, word_grams
-from tessera.curate.steps.rows import Drop
+from tessera.curate.steps import rows
+from tessera.curate.steps.ask import ChatStep
+from tessera.curate.steps.duplicates import word_grams
+from tessera.curate.steps.rows import AskStep, Drop, Result, RowStep
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError, expand, read_rows
 from tessera.runs.files import FailureError
 from tessera.runs.recipe import Config
+
+SAME_PROBLEM = """\
+Are these two the same problem in other words? They are, if who can solve one has solved the \
+other: other names or another order of sentences make no difference, other numbers do. End with \
+the line `VERDICT: yes` or `VERDICT: no`.
+
+First:
+{question}
+
+Second:
+{nearest}"""
 
 
 class EvalSet(Config):
@@ -40,6 +46,10 @@ class EvalSet(Config):
     paths: str | list[str]
     field: str
     name: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or (self.paths if isinstance(self.paths, str) else self.paths[0])
 
     def problems(self) -> list[str]:
         """The problems. Raises DataError where a file holds none."""
@@ -56,12 +66,12 @@ class EvalSet(Config):
         return found
 
 
-class Decontaminate(Config):
+class Decontaminate(RowStep):
     """Leaves out rows that overlap with a problem of `against` by `share` or more of n-grams.
 
-    least: n-grams in common below which nothing is said, so that two short questions are not the
-    same problem for one phrase. mask_digits: numbers count as equal, so that the same problem with
-    other numbers is caught, too.
+    least: n-grams in common below which there is no overlap, so that two short questions are not
+    the same problem for one phrase. mask_digits: numbers count as equal, so that the same problem
+    with other numbers is caught, too.
     """
 
     step: Literal["decontaminate"]
@@ -72,80 +82,42 @@ class Decontaminate(Config):
     least: int = Field(default=3, ge=1)
     mask_digits: bool = False
 
-    def apply_all(self, chats: Sequence[Chat]) -> Sequence[Result]:
-        texts = [rows.text_of(chat, self.field) for chat in chats]
-        shares, nearest = self.overlaps(texts)
-        names = self._index.names
-        return [
-            Drop(f"contaminated by {names[found]}") if share >= self.share else chat
-            for chat, share, found in zip(chats, shares, nearest, strict=True)
-        ]
+    def apply(self, chat: Chat) -> Result:
+        share, problem = self.overlap(rows.text_of(chat, self.field))
+        if share < self.share:
+            return chat
+        return Drop(f"contaminated by {self._problems[problem][0]}")
 
-    def overlaps(self, texts: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Each text's largest overlap with a problem, and the number of that problem."""
-        grams = word_grams(texts, self.n, mask_digits=self.mask_digits)
-        return self._index.overlaps(*_distinct(grams.owner, grams.hashes), len(texts), self.least)
+    def overlap(self, text: str) -> tuple[float, int]:
+        """The text's largest overlap with a problem, and the number of that problem."""
+        having, sizes = self._index
+        grams = word_grams(text, self.n, mask_digits=self.mask_digits)
+        common = Counter(problem for gram in grams for problem in having.get(gram, ()))
+        best = (0.0, 0)
+        for problem, shared in common.items():
+            if shared >= min(self.least, sizes[problem]):
+                best = max(best, (shared / min(len(grams), sizes[problem]), problem))
+        return best
 
     @functools.cached_property
-    def _index(self) -> Index:
-        names, problems = [], []
-        for one in self.against:
-            found = one.problems()
-            label = one.name or (one.paths if isinstance(one.paths, str) else one.paths[0])
-            names += [label] * len(found)
-            problems += found
-        grams = word_grams(problems, self.n, mask_digits=self.mask_digits)
-        return Index.of(*_distinct(grams.owner, grams.hashes), names)
+    def _index(self) -> tuple[dict[str, list[int]], list[int]]:
+        """The problems that have each n-gram, and the distinct n-grams of each problem."""
+        having: dict[str, list[int]] = defaultdict(list)
+        sizes = []
+        for number, (_, text) in enumerate(self._problems):
+            grams = word_grams(text, self.n, mask_digits=self.mask_digits)
+            sizes.append(len(grams))
+            for gram in grams:
+                having[gram].append(number)
+        return dict(having), sizes
+
+    @functools.cached_property
+    def _problems(self) -> list[tuple[str, str]]:
+        """The name of its set and the text of each problem."""
+        return [(one.label, text) for one in self.against for text in one.problems()]
 
 
-@dataclass(frozen=True)
-class Index:
-    """The n-grams of all problems, sorted; `owners` are the problems that have each.
-
-    sizes: distinct n-grams of each problem. names: the set that it belongs to.
-    """
-
-    hashes: Hashes
-    owners: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    names: list[str]
-
-    @classmethod
-    def of(cls, owners: NDArray[np.int64], hashes: Hashes, names: list[str]) -> Index:
-        order = np.argsort(hashes, kind="stable")
-        sizes = np.bincount(owners, minlength=len(names))
-        return cls(hashes[order], owners[order], sizes, names)
-
-    def overlaps(
-        self, owners: NDArray[np.int64], hashes: Hashes, count: int, least: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """(texts,) the largest overlap with a problem, and which problem that is."""
-        begins = np.searchsorted(self.hashes, hashes, "left")
-        hits = np.searchsorted(self.hashes, hashes, "right") - begins
-        text = np.repeat(owners, hits)
-        offsets = np.arange(hits.sum()) - np.repeat(np.cumsum(hits) - hits, hits)
-        problem = self.owners[np.repeat(begins, hits) + offsets]
-        pairs, common = np.unique(text * len(self.names) + problem, return_counts=True)
-        text, problem = np.divmod(pairs, len(self.names))
-        own = np.bincount(owners, minlength=count)
-        enough = common >= np.minimum(least, self.sizes[problem])
-        share = np.where(enough, common / np.minimum(own[text], self.sizes[problem]), 0.0)
-        best, nearest = np.zeros(count), np.zeros(count, np.int64)
-        order = np.argsort(share, kind="stable")  # the largest is written last, and stays
-        best[text[order]], nearest[text[order]] = share[order], problem[order]
-        return best, nearest
-
-
-def _distinct(owners: NDArray[np.int64], hashes: Hashes) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Every n-gram of every text once."""
-    order = np.lexsort((hashes, owners))
-    owners, hashes = owners[order], hashes[order]
-    new = np.ones(len(owners), bool)
-    new[1:] = (owners[1:] != owners[:-1]) | (hashes[1:] != hashes[:-1])
-    return owners[new], hashes[new]
-
-
-class Nearest(Config):
+class Nearest(AskStep):
     """Writes the problem of `against` that is nearest by embedding into `nearest`, its cosine into
     `nearest_score`, and leaves out rows over `drop` without a judge.
 
@@ -175,7 +147,7 @@ class Nearest(Config):
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         reply = replies[0]
         if reply.vector is None:
-            return Drop(f"{self.teacher}: {(reply.error or 'no vector')[:120]}")
+            return self.failed(reply.error or "no vector")
         scores = self._vectors @ _unit(np.array([reply.vector], np.float32))[0]
         best = int(scores.argmax())
         if scores[best] >= self.drop:
@@ -191,28 +163,28 @@ class Nearest(Config):
         return [text for one in self.against for text in one.problems()]
 
 
-class SameProblem(Asking):
+class SameProblem(ChatStep):
     """Asks whether a row is the problem that `nearest` found, and leaves it out if it is.
 
-    over: the cosine from which it is asked; "no verdict" counts as the same, for what slips through
-    cannot be mended later.
+    over: the cosine from which it is asked. A reply without a verdict counts as the same: what
+    slips through cannot be mended later.
     """
 
     step: Literal["same_problem"]
     over: float = 0.6
-    text: str = ask.SAME_PROBLEM
+    text: str = SAME_PROBLEM
 
     def requests(self, chat: Chat) -> list[Request]:
         score = chat.extra.get("nearest_score")
         if not isinstance(score, float | int) or score < self.over:
             return []
         fields = {"question": rows.question(chat), "nearest": str(chat.extra.get("nearest"))}
-        return [self.prompt(ask.fill(self.text, **fields))]
+        return [self.prompt(judge.fill(self.text, **fields))]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
         if error := replies[0].error:
-            return Drop(f"{self.teacher}: {error[:120]}")
-        said = ask.verdict(replies[0].text)
+            return self.failed(error)
+        said = judge.verdict(replies[0].answer)
         return chat if said is False else Drop("contaminated as judged")
 
 

