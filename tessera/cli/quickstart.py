@@ -14,7 +14,7 @@ from tessera.runs.run import is_done, read_table
 from tessera.table import Column, Row, cell, count, render_table
 
 NAME = "quickstart.toml"
-# Families of problems that it runs on, with a question of each; the recipe is written for the first.
+# Families of problems that it runs on, with a question of each; the recipe is for the first.
 EXAMPLES = {
     "calc": "start 6 m+3 n*3 o-2 mod 10",
     "hop": "table 4=7 2=4 7=1 1=2 start=4 m n stop",
