@@ -93,7 +93,7 @@ def check(
         if counted := _num_params(step):
             print(f"# {counted:,} parameters in {step.files['path']}")
         if needed := planning.stage_memory(step, steps):
-            print(f"# {needed.told()}")
+            print(f"# {needed}")
         for note in step.notes():
             print(f"# {note}")
         for warning in step.warnings(steps):

@@ -3,11 +3,9 @@
     attention a_j trained in [a_j, f_parent],  FFN f_k in [a_parent, f_k],  both in [a_j, f_k]
     ℓ = ‖o_parent - o_unit‖² / mean ‖o_parent‖²        o the output of the whole block
 
-Every unit reads the parent's own activations and is compared with the parent's own output, so
-units never see each other: each learns in the crowd exactly as it would alone, and is clipped
-as a group of its own. The parent runs layer by layer up to the last one with units, **once a
-batch**; a layer's units are trained on its activations and their graph is dropped before the next
-layer runs. `layers_at_once` trains groups of layers one after another, to the same weights.
+Every unit reads the parent's own activations and is compared with the parent's own output, so it
+learns as it would alone, and is clipped as a group of its own. The parent runs layer by layer,
+once a batch; a layer's units are trained and their graph is dropped before the next layer runs.
 """
 
 from __future__ import annotations
@@ -19,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from tessera.data.batch import Batch
 from tessera.model.config import ModelConfig, Variant, parse
-from tessera.model.context import Context
-from tessera.model.transformer import Block, Transformer
+from tessera.model.transformer import Transformer
 from tessera.objectives.lm import documents
 from tessera.puzzle.library import (
     BlockLibrary,
@@ -41,25 +38,25 @@ from tessera.puzzle.space import (
     build_space,
     layer_numbers,
     layers_of,
-    restrict,
     write_space,
 )
-from tessera.puzzle.surgery import Importance, ParentStatistics, collect_statistics
+from tessera.puzzle.surgery import Importance, ParentStatistics, collect_statistics, walk
+from tessera.runs.recipe import Config
 from tessera.runs.run import Run
 from tessera.train.engine import Stats, Trainer
 from tessera.train.flops import Work, block_cost, kept, subblock_cost, working
 from tessera.train.optim import DocumentTrainConfig, TrainConfig
-from tessera.train.parallel import gathered
+
+WEIGHT, TRAINED = 4, 16  # bytes a parameter: frozen; with gradient and Adam's two moments
 
 
-class LocalConfig(BaseModel):
+class LocalConfig(Config):
     """How long each unit trains, in which layers, and how many layers at once.
 
     Units, gradients and Adam's moments take 16 bytes a parameter, of the layers at once only. Each
-    group of layers is a pass over the data of its own; its files are written when it is done.
+    group of layers is a pass over the data of its own, to the same weights; its files are written
+    when it is done.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: DocumentTrainConfig
     layers: str | None = None  # "0-19, 31"; all of them unless given
@@ -68,7 +65,7 @@ class LocalConfig(BaseModel):
 
     @field_validator("train")
     @classmethod
-    def _float32(cls, value: TrainConfig) -> TrainConfig:
+    def _check_dtype(cls, value: TrainConfig) -> TrainConfig:
         if value.dtype != "float32":
             raise ValueError(
                 f'dtype = "{value.dtype}" trains whole models only (cpt, kd); the statistics that '
@@ -78,7 +75,7 @@ class LocalConfig(BaseModel):
 
     @field_validator("layers")
     @classmethod
-    def _layers(cls, value: str | None) -> str | None:
+    def _check_layers(cls, value: str | None) -> str | None:
         if value is not None:
             layer_numbers(value)
         return value
@@ -100,22 +97,15 @@ class BLD:
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, BlockLibrary)
-        context = self.parent.prepare(Context(batch.positions, batch.segments))
-        with torch.no_grad(), gathered(self.parent):
-            x = self.parent.embed_tokens(batch.tokens)
-        for layer, block in enumerate(self.parent.blocks[: module.last_layer + 1]):
-            with gathered(block):  # also while its units' losses are backpropagated through it
-                with torch.no_grad():
-                    middle = x + block.attention(x, context)
-                    out = middle + block.ffn(middle, context)
-                weight = batch.weight / self.scales[layer]
-                total, stats = x.new_zeros((), dtype=torch.float32), {}
-                for key, found in _outputs(module, layer, block, x, middle, context):
-                    loss = ((found - out).float().square().sum(-1) * weight).sum()
-                    total, stats[f"bld/{layer:02d}.{key}"] = total + loss, loss.detach()
-                if stats:
-                    yield total, stats
-            x = out
+        for number, (layer, _) in enumerate(walk(self.parent, batch, module.last_layer + 1)):
+            weight = batch.weight / self.scales[number]
+            total, stats = layer.x.new_zeros((), dtype=torch.float32), {}
+            for unit, trained in module.units(number):
+                difference = layer.replaced(unit.kind, trained) - layer.out
+                loss = (difference.float().square().sum(-1) * weight).sum()
+                total, stats[_metric(unit)] = total + loss, loss.detach()
+            if stats:
+                yield total, stats
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.weight.sum()
@@ -131,44 +121,32 @@ class BLD:
         work, total = Work.of(batch, config.sliding_window), 0
         for layer in range(module.last_layer + 1):
             total += block_cost(config, layer).forward(work)
-            behind = subblock_cost(config, config.blocks[layer].ffn)
-            for word, _ in module.units(layer, "attention"):
-                total += subblock_cost(config, parse(word)).training(work)
-                total += 2 * behind.forward(work)  # forward, and the gradient of what enters
-            for word, _ in module.units(layer, "ffn"):
-                total += subblock_cost(config, parse(word)).training(work)
-            for word, _ in module.units(layer, "block"):
-                parts = map(parse, word.split("+"))
-                total += sum(subblock_cost(config, part).training(work) for part in parts)
+            for unit, _ in module.units(layer):
+                costs = [subblock_cost(config, parse(word)) for _, word in unit.parts]
+                total += sum(cost.training(work) for cost in costs)
+                if unit.kind == "attention":  # forward, and the gradient of what enters
+                    total += 2 * subblock_cost(config, config.blocks[layer].ffn).forward(work)
         return total
 
     @torch.no_grad()
-    def measure(self, module: BlockLibrary, batches: Sequence[Batch]) -> dict[str, float]:
-        """The loss of every unit, a mean over the tokens of `batches`, keyed as it is logged."""
+    def measure(self, module: BlockLibrary, batches: Sequence[Batch]) -> dict[Unit, float]:
+        """The loss of every unit, a mean over the tokens of `batches`."""
         sums: dict[str, float] = {}
         for batch in batches:
             for _, stats in self.losses(module, batch):
                 for key, value in stats.items():
                     sums[key] = sums.get(key, 0.0) + float(value)
         weight = sum(float(self.weight(batch)) for batch in batches)
-        return {key: value / weight for key, value in sums.items()}
+        units = [unit for layer in range(module.last_layer + 1) for unit, _ in module.units(layer)]
+        return {unit: sums[_metric(unit)] / weight for unit in units}
 
 
-def _outputs(
-    library: BlockLibrary, layer: int, block: Block, x: Tensor, middle: Tensor, context: Context
-) -> Iterator[tuple[str, Tensor]]:
-    """(kind.word, the block's output with that unit in its place) of a layer's units."""
-    for word, unit in library.units(layer, "attention"):
-        found = x + unit(x, context)
-        yield f"attention.{word}", found + block.ffn(found, context)
-    for word, unit in library.units(layer, "ffn"):
-        yield f"ffn.{word}", middle + unit(middle, context)
-    for word, unit in library.units(layer, "block"):
-        yield f"block.{word}", unit(x, context)
+def _metric(unit: Unit) -> str:
+    return f"bld/{unit.layer:02d}.{unit.kind}.{unit.word}"
 
 
 def train_units(
-    keys: Sequence[Unit],
+    units: Sequence[Unit],
     make: Callable[[Sequence[Unit]], BlockLibrary],
     objective: BLD,
     config: LocalConfig,
@@ -177,11 +155,11 @@ def train_units(
 ) -> None:
     """Train units and write them to the run's library, some layers at a time.
 
-    make: units of these keys, untrained. Layers whose files are all there are done and skipped.
+    make: these units, untrained. Layers whose files are all there are done and skipped.
     """
-    groups = layer_groups(keys, config.layers_at_once)
+    groups = layer_groups(units, config.layers_at_once)
     for number, group in enumerate(groups):
-        if all(unit_file(run.path / "library", key).exists() for key in group):
+        if all(unit_file(run.path / "library", unit).exists() for unit in group):
             continue
         library = make(group)
         config.train.spread.units(library.values())
@@ -202,16 +180,17 @@ def calibration(config: LocalConfig, data: Path, seed: int, device: torch.device
 def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, list[Unit]]:
     """The space that a run of this config covers, and its trainable units."""
     layers = layers_of(config.layers, parent, f"{run}.layers")
-    space = restrict(build_space(config.space, parent), layers)
+    space = build_space(config.space, parent).restrict(layers)
     return space, trainable_units(space)
-
-
-WEIGHT, TRAINED = 4, 16  # bytes a parameter
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, and of how many layers units train at once."""
+    """Bytes that training units takes, and of how many layers units train at once.
+
+    Parameters are counted and exact; `activations`, what one layer's units save for their
+    backward in a microbatch, are an estimate for float32.
+    """
 
     parent: int
     units: int
@@ -227,8 +206,7 @@ class Memory:
         """The fields and their sum."""
         return {**asdict(self), "total": self.total}
 
-    def told(self) -> str:
-        """One line for a person."""
+    def __str__(self) -> str:
         return (
             f"memory about {_bytes(self.total)}: parent {_bytes(self.parent)}, units "
             f"{_bytes(self.units)} ({self.layers_at_once} of {self.layers} layers at once, "
@@ -237,17 +215,17 @@ class Memory:
 
 
 def training_memory(
-    parent: ModelConfig, keys: Sequence[Unit], layers_at_once: int | None, microbatch_tokens: int
+    parent: ModelConfig, units: Sequence[Unit], layers_at_once: int | None, microbatch_tokens: int
 ) -> Memory:
-    """What it takes to train the units of `keys`, `layers_at_once` layers together (None: all)."""
-    groups = layer_groups(keys, layers_at_once)
+    """What it takes to train units, `layers_at_once` layers together (None: all)."""
+    groups = layer_groups(units, layers_at_once)
+    sizes = [sum(unit_params(parent, *unit[1:]) for unit in group) for group in groups]
     return Memory(
         parent=WEIGHT * parent.num_params(),
-        units=TRAINED
-        * max((sum(unit_params(parent, *k[1:]) for k in g) for g in groups), default=0),
-        activations=round(WEIGHT * microbatch_tokens * kept_numbers(parent, keys)) if keys else 0,
-        layers_at_once=max((len({key[0] for key in group}) for group in groups), default=0),
-        layers=len({layer for layer, _, _ in keys}),
+        units=TRAINED * max(sizes, default=0),
+        activations=round(WEIGHT * microbatch_tokens * kept_numbers(parent, units)) if units else 0,
+        layers_at_once=max((len({unit.layer for unit in group}) for group in groups), default=0),
+        layers=len({unit.layer for unit in units}),
     )
 
 
@@ -256,7 +234,7 @@ def unit_params(parent: ModelConfig, kind: str, word: str) -> int:
     return sum(parent.subblock_params(k, parse(w)) for k, w in Unit(0, kind, word).parts)
 
 
-def kept_numbers(parent: ModelConfig, keys: Sequence[Unit], *, working_too: bool = True) -> float:
+def kept_numbers(parent: ModelConfig, units: Sequence[Unit], *, working_too: bool = True) -> float:
     """Numbers a token that the units of one layer keep for their backward, of the largest layer.
 
     Behind attention runs the parent's FFN. working_too: and what the widest FFN's backward pass
@@ -264,12 +242,11 @@ def kept_numbers(parent: ModelConfig, keys: Sequence[Unit], *, working_too: bool
     """
     layers: dict[int, float] = {}
     variants: list[Variant] = []
-    for unit in keys:
-        layer = unit.layer
+    for unit in units:
         own = [parse(word) for _, word in unit.parts]
-        own += [parent.blocks[layer].ffn] if unit.kind == "attention" else []
+        own += [parent.blocks[unit.layer].ffn] if unit.kind == "attention" else []
         # All units of a layer share what enters; each keeps its distance from the parent instead.
-        layers[layer] = layers.get(layer, 0) + sum(kept(parent, v) for v in own)
+        layers[unit.layer] = layers.get(unit.layer, 0) + sum(kept(parent, v) for v in own)
         variants += own
     most = max(layers.values(), default=0)
     return most + (working(parent, variants) if working_too else 0)
@@ -287,16 +264,15 @@ def _bytes(count: float) -> str:
 def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `bld`: prune and pool the parent into every word, then train them all at once."""
     parent = config.train.spread.load(inputs["parent"], frozen=True)
-    space, keys = units_of(config, parent.config, run.name)
-    layers = {layer for layer, _, _ in keys}
+    space, units = units_of(config, parent.config, run.name)
+    layers = {unit.layer for unit in units}
     batches = calibration(config, inputs["data"], run.seed, parent.device)
     statistics = collect_statistics(parent, batches, config.importance, layers)
-    run.say(f"{len(keys)} units in {len(layers)} layers")
+    run.say(f"{len(units)} units in {len(layers)} layers")
 
     def make(group: Sequence[Unit]) -> BlockLibrary:
         return BlockLibrary.from_parent(parent, space, statistics, group)
 
-    objective = BLD(parent, statistics)
-    train_units(keys, make, objective, config, run, inputs["data"])
+    train_units(units, make, BLD(parent, statistics), config, run, inputs["data"])
     write_space(space, run)
     run.write_json("block_influence", statistics.block_influence)

@@ -1,11 +1,9 @@
 """One table of models beside their parent: quality, size and speed, measured in one run.
 
-Held-out loss, top-1 agreement with the parent and KL come from the same held-out tokens for
-every row. Speed is generation through the engine: each model takes turns with the parent and
-nobody else, so that caches hold what they would if it were served alone and whatever else the
-machine does falls on both; its speed-up is the median of its ratios to the parent in the same
-round. `promised` is what the search predicted from its table for the very scenario that is timed,
-and `promise_error` is promised / measured - 1.
+Speed is generation through the engine: each model takes turns with the parent alone, so that
+caches hold what they would if it were served alone and other load on the machine slows both; its
+speed-up is the median of its ratios to the parent in the same round. `promised` is what the
+search predicted for the very scenario that is timed.
 """
 
 from __future__ import annotations
@@ -16,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from tessera.data.batch import Batch
 from tessera.data.config import DataConfig
-from tessera.data.documents import heldout
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.context import Context
@@ -29,6 +26,7 @@ from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.puzzle.cost import Seconds, generation_seconds
 from tessera.puzzle.cost_table import Scenario
+from tessera.puzzle.score import HeldoutConfig
 from tessera.runs.plan import Step
 from tessera.runs.run import Run, read_json
 from tessera.train.losses import token_statistics
@@ -37,16 +35,17 @@ from tessera.train.parallel import gathered
 PROMISE_TOLERANCE = 0.10  # beyond it the run says so
 
 
-class CompareConfig(BaseModel):
+class TimingConfig(HeldoutConfig):
     """The scenario to time, how often, and on how many held-out tokens to measure quality."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     scenario: Scenario = Scenario()
     rounds: int = Field(default=9, ge=3)
+
+
+class CompareConfig(TimingConfig):
+    """As `TimingConfig`, on twice the tokens."""
+
     tokens: int = Field(default=32_768, ge=1)
-    sequence_length: int = Field(default=256, ge=2)
-    microbatch_tokens: int = Field(default=4096, ge=1)
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
         """A sentence where the table names no data and the nearest data above are chats."""
@@ -75,16 +74,16 @@ def quality(parent: Transformer, module: Transformer, batches: Sequence[Batch]) 
                 for m in (module, parent)
             )
             labels = batch.labels.flatten()
-            found = token_statistics(own, module.head, _logits(parent, theirs), labels)
+
+            def logits(part: slice, hidden: Tensor = theirs) -> Tensor:
+                return parent.logits(hidden[part])
+
+            found = token_statistics(own, module.head, logits, labels)
             weight = batch.weight.flatten()
             total += float(weight.sum())
             for key, values in found.items():
                 sums[key] += float(values @ weight)
     return {key: value / total for key, value in sums.items()}
-
-
-def _logits(module: Transformer, hidden: Tensor) -> Callable[[slice], Tensor]:
-    return lambda part: module.logits(hidden[part])
 
 
 def speeds(
@@ -101,7 +100,7 @@ def speeds(
     pairs = [[first, other] for other in others] or [[first]]
     with Progress(label, len(pairs) * (config.rounds + 1), "generations", quiet=quiet) as bar:
         for keys in pairs:
-            timed = _in_turn([models[key] for key in keys], config, bar)
+            timed = in_turn([models[key] for key in keys], config, bar.advance)
             alone += timed[0]
             if len(keys) == 2:
                 rounds[keys[1]] = timed[1]
@@ -109,8 +108,10 @@ def speeds(
     return {key: _rates(rounds[key], config.scenario) | {"speedup": ratios[key]} for key in models}
 
 
-def _in_turn(
-    models: Sequence[Transformer], config: CompareConfig, bar: Progress
+def in_turn(
+    models: Sequence[Transformer],
+    config: TimingConfig,
+    advance: Callable[[int, int], None] = lambda steps, amount: None,
 ) -> list[list[Seconds]]:
     """(prefill, decode step) of each model in each round; no other engine is there meanwhile."""
     engines = [TorchEngine(module) for module in models]
@@ -120,7 +121,7 @@ def _in_turn(
             pair = generation_seconds(engine, module.config.vocab_size, config.scenario)
             if index:  # the first round warms up
                 seconds.append(pair)
-        bar.advance(1, len(engines))
+        advance(1, len(engines))
     for engine in engines:
         engine.close()
     return found
@@ -132,8 +133,14 @@ def _speedup(parent: list[Seconds], child: list[Seconds], steps: int) -> float:
     return statistics.median(a / b for a, b in zip(*totals, strict=True))
 
 
-def _rates(rounds: list[Seconds], scenario: Scenario) -> dict[str, float]:
+def median(rounds: Sequence[Seconds]) -> Seconds:
+    """Of each column of (prefill, decode step)."""
     prefill, decode = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return prefill, decode
+
+
+def _rates(rounds: list[Seconds], scenario: Scenario) -> dict[str, float]:
+    prefill, decode = median(rounds)
     return {
         "prefill_tokens_per_second": scenario.batch * scenario.prompt / prefill,
         "decode_tokens_per_second": scenario.batch / decode,
@@ -154,37 +161,24 @@ def promised_speedup(row: Mapping[str, Any], scenario: Scenario) -> float | None
     return None
 
 
-def _promised(run: Path, scenario: Scenario) -> float | None:
-    if not (run / "tables" / "architecture.json").is_file():
-        return None
-    return promised_speedup(read_json(run, "architecture"), scenario)
-
-
-def promise_error(promised: float | None, measured: float) -> float | None:
-    """promised / measured - 1: above zero, the search promised too much; None without a promise."""
-    return None if promised is None else promised / measured - 1
-
-
 def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
     """Stage `compare`: write `tables/compare.jsonl`, one row a model, the parent first."""
     paths: dict[str, Path] = {p.name: p for p in (inputs["parent"], *inputs["models"])}
     models = {key: load_model(path, frozen=True) for key, path in paths.items()}
     parent = models[inputs["parent"].name]
-    batches = heldout(
-        inputs["data"],
-        sequence_length=config.sequence_length,
-        microbatch_tokens=config.microbatch_tokens,
-        tokens=config.tokens,
-    )
+    batches = config.heldout(inputs["data"])
     timed = speeds(models, config, run.name, run.quiet)
     rows = []
     for key, module in models.items():
         found = quality(parent, module, batches)
-        promised = _promised(paths[key], config.scenario)
-        error = promise_error(promised, timed[key]["speedup"])
-        if error is not None and abs(error) > PROMISE_TOLERANCE:
+        promised = error = None
+        if (paths[key] / "tables" / "architecture.json").is_file():
+            promised = promised_speedup(read_json(paths[key], "architecture"), config.scenario)
+        if promised is not None:
             speedup = timed[key]["speedup"]
-            run.say(f"{key}: promised {promised:.2f}x, measured {speedup:.2f}x ({error:+.0%})")
+            error = promised / speedup - 1  # above zero, the search promised too much
+            if abs(error) > PROMISE_TOLERANCE:
+                run.say(f"{key}: promised {promised:.2f}x, measured {speedup:.2f}x ({error:+.0%})")
         rows.append(
             {
                 "model": key,

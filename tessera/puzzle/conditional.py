@@ -16,38 +16,31 @@ measured KL is lower; where it is not, half as many changes are tried (a trust r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from tessera.data.batch import Batch
-from tessera.data.documents import heldout
 from tessera.model.checkpoint import load_model
-from tessera.model.config import KINDS
-from tessera.model.transformer import Transformer
+from tessera.model.config import name
 from tessera.puzzle.library import assemble
-from tessera.puzzle.score import Units, load_units, score_given
+from tessera.puzzle.score import HeldoutConfig, load_units, score_given
 from tessera.puzzle.space import Space, Unit
 
 Words = Sequence[tuple[str, str]]
 Rows = Sequence[Mapping]
 
 
-class ConditionalConfig(BaseModel):
+class ConditionalConfig(HeldoutConfig):
     """In how many steps the limits are tightened, and on how many tokens each is scored.
 
     polish: rounds after the last step, each of at most `changes` of all places (a share).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rounds: int = Field(default=4, ge=1)
     polish: int = Field(default=4, ge=0)
     changes: float = Field(default=0.25, gt=0, le=1)
     tokens: int = Field(default=4096, ge=1)
     microbatch_tokens: int = Field(default=2048, ge=1)
-    sequence_length: int = Field(default=256, ge=2)
 
 
 def tighten(
@@ -84,7 +77,7 @@ def polish(
     for _ in range(rounds):
         near = solve_near(rows, words, changes)
         if list(near) == list(words):
-            break  # no change within reach promises anything
+            break
         found = measure(near)
         if found[0] < own:
             words, (own, rows) = near, found
@@ -95,34 +88,22 @@ def polish(
     return words
 
 
-@dataclass(frozen=True)
 class Rescorer:
-    """Scores of a whole library around any architecture of its space."""
+    """Scores of a whole library around any architecture of its space.
 
-    path: Path
-    library: Path
-    space: Space
-    parent: Transformer
-    units: Units
-    batches: Sequence[Batch]
+    parent, library and data: finished runs (parent may be a model directory).
+    """
 
-    @classmethod
-    def load(
-        cls, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
-    ) -> Rescorer:
-        """parent, library and data: finished runs (parent may be a model directory)."""
-        module = load_model(parent, frozen=True)
-        units = load_units(library / "library", module, space)
-        for layer, block in enumerate(module.blocks):  # what was taken may be given back
-            for kind in KINDS:
-                units[Unit(layer, kind, space.words(layer, kind)[0])] = getattr(block, kind)
-        batches = heldout(
-            data,
-            sequence_length=config.sequence_length,
-            microbatch_tokens=config.microbatch_tokens,
-            tokens=config.tokens,
-        )
-        return cls(parent, library / "library", space, module, units, batches)
+    def __init__(
+        self, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
+    ) -> None:
+        self.path, self.library, self.space = parent, library / "library", space
+        self.parent = load_model(parent, frozen=True)
+        self.units = load_units(self.library, self.parent, space)
+        for layer, block in enumerate(self.parent.blocks):  # what was taken may be given back
+            for kind, variant in block.config:
+                self.units[Unit(layer, kind, name(variant))] = getattr(block, kind)
+        self.batches = config.heldout(data)
 
     def __call__(self, words: Words) -> Rows:
         """Rows like those of `scores.jsonl`, the parent's own words among them."""
@@ -133,11 +114,9 @@ class Rescorer:
         """(the assembled architecture's own metrics, the change each word makes to them)."""
         module = load_model(self.path, frozen=True)
         current = assemble(module, self.library, words).requires_grad_(False)
-        standing = dict.fromkeys(self.space.units(words))
-        swaps = {key: unit for key, unit in self.units.items() if key not in standing}
-        own, rows = score_given(self.parent, current, swaps, self.batches)
-        still = [
-            {"layer": layer, "kind": kind, "word": word, **dict.fromkeys(own, 0.0)}
-            for layer, kind, word in standing
-        ]
-        return own, [*rows, *still]
+        held = self.space.units(words)
+        others = {unit: module for unit, module in self.units.items() if unit not in held}
+        own, rows = score_given(self.parent, current, others, self.batches)
+        unchanged = dict.fromkeys(own, 0.0)
+        rows += [{**unit._asdict(), **unchanged} for unit in held]
+        return own, rows

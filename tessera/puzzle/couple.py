@@ -3,17 +3,17 @@
     decoupled BLD, score, search   ->   couple   ->   score, search again
 
 Trained apart, an attention and an FFN that stand together never saw one another. Training every
-pair would cost |A|·|F| trainings a layer, so the space is shrunk first: to the few words of each
-kind that the searches took most often, over all layers and solutions. Each pair begins with the
-weights its words have and learns the whole block's output (bld.py). The pairs are written beside
-links to the library they came from; where a pair is, it is what its two words mean together.
+pair would cost |A|·|F| trainings a layer, so the space is shrunk first to the few words of each
+kind that the searches took most often. Each pair begins with the weights its words have, learns
+the whole block's output (bld.py), and is written beside links to the library it came from.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -34,7 +34,6 @@ from tessera.puzzle.space import (
     forbidden_pairs,
     layers_of,
     read_space,
-    with_pairs,
     write_space,
 )
 from tessera.puzzle.surgery import collect_statistics
@@ -78,19 +77,19 @@ def choose_pairs(
     Left out: pairs that are the parent, that have no weights, that the library already holds, or
     that an engine of the space cannot load.
     """
-    kept = {kind: most_chosen(architectures, kind, getattr(config, kind)) for kind in KINDS}
+    kept = [most_chosen(architectures, kind, getattr(config, kind)) for kind in KINDS]
     refused = forbidden_pairs(space, parent, space.servable)
     found = []
     for layer in layers:
-        attention, ffn = space.layers[layer]
         chosen = {tuple(words[layer]) for words in architectures}
-        for a in filter(attention.__contains__, kept["attention"]):
-            for f in filter(ffn.__contains__, kept["ffn"]):
-                trivial = (a, f) in (parent.words[layer], ("noop", "noop"))
-                wanted = config.pairs == "product" or (a, f) in chosen
-                pair = Unit.pair(layer, a, f)
-                if wanted and not (trivial or pair in space.pairs or (a, f) in refused[layer]):
-                    found.append(pair)
+        without = {parent.words[layer], ("noop", "noop")} | refused[layer]
+        for words in itertools.product(*kept):
+            offered = all(w in of for w, of in zip(words, space.layers[layer], strict=True))
+            pair = Unit.pair(layer, *words)
+            if not offered or words in without or pair in space.pairs:
+                continue
+            if config.pairs == "product" or words in chosen:
+                found.append(pair)
     return found
 
 
@@ -105,9 +104,8 @@ def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: 
             sorted(words, key=lambda word, kind=kind: -unit_params(parent, kind, word))
             for kind, words in zip(KINDS, space.layers[layer], strict=True)
         ]
-        kept = zip(largest, (config.attention, config.ffn), strict=True)
-        product = itertools.product(*(words[:most] for words, most in kept))
-        found += [Unit.pair(layer, a, f) for a, f in product]
+        product = itertools.product(largest[0][: config.attention], largest[1][: config.ffn])
+        found += [Unit.pair(layer, *words) for words in product]
     return found
 
 
@@ -124,7 +122,7 @@ def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
             f"{run.name}: the searches' words make no pair to train: raise attention (now "
             f"{config.attention}) or ffn (now {config.ffn}), or search under tighter constraints"
         )
-    run.say(f"{len(pairs)} pairs in {len({layer for layer, _, _ in pairs})} layers")
+    run.say(f"{len(pairs)} pairs in {len({pair.layer for pair in pairs})} layers")
     batches = calibration(config, inputs["data"], run.seed, parent.device)
     objective = BLD(parent, collect_statistics(parent, batches))
 
@@ -139,24 +137,15 @@ def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     for group in layer_groups(pairs, config.layers_at_once):
         joint = load_library(run.path / "library", parent.config, group).to(parent.device)
         before, after = (objective.measure(m, batches) for m in (apart(group), joint))
-        rows += _rows(group, before, after)
+        rows += [
+            {"layer": unit.layer, "word": unit.word, "apart": before[unit], "joint": after[unit]}
+            for unit in group
+        ]
     run.write_table("pairs", rows)
-    run.say(_told(rows))
-    write_space(with_pairs(space, pairs), run)
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in ("apart", "joint")}
+    run.say(
+        f"block loss, a mean over {len(rows)} pairs: {means['apart']:.4f} apart, "
+        f"{means['joint']:.4f} together"
+    )
+    write_space(replace(space, pairs=tuple(sorted({*space.pairs, *pairs}))), run)
     run.inherit(inputs["library"], "block_influence")
-
-
-def _rows(
-    group: Iterable[Unit], before: Mapping[str, float], after: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """{layer, word, apart, joint} of each pair: the block loss of its words trained either way."""
-    logged = [(layer, word, f"bld/{layer:02d}.block.{word}") for layer, _, word in group]
-    return [
-        {"layer": layer, "word": word, "apart": before[key], "joint": after[key]}
-        for layer, word, key in logged
-    ]
-
-
-def _told(rows: Sequence[Mapping[str, float]]) -> str:
-    apart, joint = (sum(row[column] for row in rows) / len(rows) for column in ("apart", "joint"))
-    return f"block loss, a mean over {len(rows)} pairs: {apart:.4f} apart, {joint:.4f} together"

@@ -11,13 +11,13 @@ mean the pair's weights. Libraries of several layer ranges merge by copying file
 from __future__ import annotations
 
 import filecmp
+import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -30,8 +30,11 @@ from tessera.model.transformer import Block, Transformer
 from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import ParentStatistics, copy_parameters, cut
 from tessera.runs.files import atomic_write
+from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json, read_manifest
 from tessera.train.parallel import gathered
+
+T = TypeVar("T")
 
 
 class LibraryError(ValueError):
@@ -82,12 +85,12 @@ class BlockLibrary(nn.ModuleDict):
         """The deepest layer that has a unit here; -1 where there is none."""
         return max((int(key.split("/")[0]) for key in self), default=-1)
 
-    def units(self, layer: int, kind: str) -> Iterator[tuple[str, nn.Module]]:
-        """(word, Subblock, or Block for kind `block`) of one layer and kind."""
-        prefix = str(Unit(layer, kind, ""))
-        for key, unit in self.items():
-            if key.startswith(prefix):
-                yield key.removeprefix(prefix), unit
+    def units(self, layer: int) -> Iterator[tuple[Unit, nn.Module]]:
+        """The units of one layer: a Subblock each, or a Block for kind `block`."""
+        for key, module in self.items():
+            number, kind, word = key.split("/")
+            if int(number) == layer:
+                yield Unit(layer, kind, word), module
 
 
 def trainable_units(space: Space) -> list[Unit]:
@@ -153,47 +156,35 @@ def _empty(config: ModelConfig, unit: Unit) -> Subblock | Block:
     return Subblock(config, parse_kind(unit.kind, unit.word))
 
 
-def load_pair(
-    parent: Transformer, directory: Path, layer: int, words: Sequence[str]
-) -> dict[str, Subblock]:
-    """What changes in one layer, by kind: of the pair where the library has it, else of each word.
-
-    The parent's own word changes only where it was trained together with the other.
-    """
-    pair = Unit.pair(layer, *words)
-    if unit_file(directory, pair).exists():
-        block = load_unit(directory, parent.config, pair)
-        assert isinstance(block, Block)
-        return {"attention": block.attention, "ffn": block.ffn}
-    found = {}
-    for kind, word in pair.parts:
-        if word != name(getattr(parent.blocks[layer], kind).variant):
-            found[kind] = load_unit(directory, parent.config, Unit(layer, kind, word))
-    return found
-
-
 @torch.no_grad()
 def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]]) -> Transformer:
-    """`parent` itself, changed in place to `words` (one (attention, ffn) pair a layer)."""
+    """`parent` itself, changed in place to `words` (one (attention, ffn) pair a layer).
+
+    The parent's own word changes only where the library holds it trained together with the other.
+    """
     if len(words) != len(parent.blocks):
         raise LibraryError(
             f"the architecture has {len(words)} layers and the parent {len(parent.blocks)}"
         )
-    for layer, pair in enumerate(words):
-        for kind, unit in load_pair(parent, directory, layer, pair).items():
-            parent.replace(layer, kind, unit)
+    for layer, both in enumerate(words):
+        pair = Unit.pair(layer, *both)
+        block = unit_file(directory, pair).exists() and load_unit(directory, parent.config, pair)
+        for kind, word in pair.parts:
+            if block:
+                parent.replace(layer, kind, getattr(block, kind))
+            elif word != name(getattr(parent.blocks[layer], kind).variant):
+                unit = load_unit(directory, parent.config, Unit(layer, kind, word))
+                parent.replace(layer, kind, unit)  # type: ignore[arg-type]
     return parent
 
 
-class ChildConfig(BaseModel):
+class ChildConfig(Config):
     """The library and the architecture say it all; of a frontier, which `point` of it to build."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     point: str | None = None  # METHOD-SHARE, as "mip-1.5"
 
 
-def chosen(directory: Path, point: str | None) -> dict[str, Any]:
+def architecture_of(directory: Path, point: str | None) -> dict[str, Any]:
     """The architecture of a finished search or race, or that of a frontier's named point.
 
     Raises LibraryError naming the points there are.
@@ -210,17 +201,15 @@ def chosen(directory: Path, point: str | None) -> dict[str, Any]:
 
 def stage(config: ChildConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `child`: assemble the architecture the search chose."""
-    architecture = chosen(inputs["architecture"], config.point)
+    architecture = architecture_of(inputs["architecture"], config.point)
     parent = load_model(inputs["parent"])
     child = assemble(parent, inputs["library"] / "library", architecture["words"])
     save_model(child, run.model_path, tokenizer_from=resolve(inputs["parent"]))
     run.write_json("architecture", architecture)
 
 
-class MergeConfig(BaseModel):
+class MergeConfig(Config):
     """Nothing to set: `libraries` names the runs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def merge(config: MergeConfig, run: Run, inputs: dict[str, list[Path]]) -> None:
@@ -238,35 +227,36 @@ def union(spaces: Iterable[Space]) -> Space:
 
     What any of them was made to be served by, the whole has to be served by.
     """
-    first, *others = spaces
-    engines = dict.fromkeys(first.servable)
-    layers = [[dict.fromkeys(words) for words in layer] for layer in first.layers]
-    pairs = dict.fromkeys(first.pairs)
-    for other in others:
-        for mine, theirs in zip(layers, other.layers, strict=True):
-            for own, words in zip(mine, theirs, strict=True):
-                own |= dict.fromkeys(words)
-        pairs |= dict.fromkeys(other.pairs)
-        engines |= dict.fromkeys(other.servable)
-    return Space(tuple((tuple(a), tuple(f)) for a, f in layers), tuple(pairs), tuple(engines))
+    every = list(spaces)
+    layers = tuple(
+        (_in_order(a for a, _ in layer), _in_order(f for _, f in layer))
+        for layer in zip(*(space.layers for space in every), strict=True)
+    )
+    return Space(
+        layers, _in_order(space.pairs for space in every), _in_order(s.servable for s in every)
+    )
+
+
+def _in_order(lists: Iterable[Sequence[T]]) -> tuple[T, ...]:
+    """What the lists hold, each once, in the order it is first met."""
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
 def _check_one_parent(libraries: Sequence[Path]) -> None:
-    parents = {path: _parent_print(path) for path in libraries}
-    strangers = [path.name for path in libraries if parents[path] != parents[libraries[0]]]
-    if strangers:
+    own = _parent_fingerprint(libraries[0])
+    if strangers := [path.name for path in libraries if _parent_fingerprint(path) != own]:
         raise LibraryError(
             f"{', '.join(strangers)} and {libraries[0].name} are made from different parents; "
             "merge libraries of one parent"
         )
 
 
-def _parent_print(library: Path) -> str:
+def _parent_fingerprint(library: Path) -> str:
     """The fingerprint of the parent that a library run, merged ones too, was made from."""
     inputs = read_manifest(library).inputs
     if "parent" in inputs:
         return inputs["parent"]["fingerprint"]
-    return _parent_print(library.parent / inputs["libraries"][0]["path"])
+    return _parent_fingerprint(library.parent / inputs["libraries"][0]["path"])
 
 
 def link_library(source: Path, target: Path) -> None:

@@ -4,11 +4,9 @@
                      the best share `keep` of them goes on; the winner of the last rung is the child
 
 Summed replace-one scores rank what was never trained together: on stories260k an architecture of
-score 0.34 and a dropped layer of score 0.78 both ended 60 steps at KL 0.24. So diverse solutions
-of the search and the simple methods beside them are halved successively (Jamieson & Talwalkar,
-arXiv 1502.07943). Each heat starts again from the library with a complete schedule of its rung's
-length: what is compared has been annealed, on the same tokens as its rivals, and owes nothing to
-an earlier rung. To continue instead would compare models that were warmed up again.
+score 0.34 and a dropped layer of score 0.78 both ended 60 steps at KL 0.24. So candidates are
+halved successively (Jamieson & Talwalkar, arXiv 1502.07943). Each heat starts again from the
+library with a complete schedule of its rung's length, so rivals are annealed on the same tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from tessera import dist
 from tessera.data.batch import Batch
@@ -29,6 +27,7 @@ from tessera.objectives.lm import documents
 from tessera.puzzle.compare import quality
 from tessera.puzzle.library import assemble
 from tessera.runs.files import FailureError, WriteError
+from tessera.runs.recipe import Config
 from tessera.runs.run import Run, is_done, read_json, read_table
 from tessera.train.engine import Trainer
 from tessera.train.optim import DocumentTrainConfig
@@ -36,10 +35,8 @@ from tessera.train.optim import DocumentTrainConfig
 Row = dict[str, Any]
 
 
-class HeatConfig(BaseModel):
+class HeatConfig(Config):
     """How one candidate is distilled, and on how many held-out tokens it is judged."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: DocumentTrainConfig
     cosine: float = Field(default=1.0, ge=0)
@@ -60,7 +57,7 @@ class RaceConfig(HeatConfig):
 
     @field_validator("lrs")
     @classmethod
-    def _rates(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _check_rates(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if any(lr <= 0 for lr in value) or len(set(value)) < len(value):
             raise ValueError("give different learning rates above 0, e.g. lrs = [1e-4, 1e-3]")
         return value
@@ -141,10 +138,10 @@ def _distil(
     return {"kl_before": before["kl"], **after}
 
 
-def blind_loss(batches: Sequence[Batch]) -> float:
-    """Nats a token of the best guess that sees no context: these very tokens' own frequencies.
+def unigram_entropy(batches: Sequence[Batch]) -> float:
+    """Entropy of the held-out tokens' own frequencies, nats a token: the best loss without context.
 
-    It knows the held-out text, so a model that a race may be won by is below it by a wide margin.
+    A model that has learned anything is below it by a wide margin.
     """
     labels = torch.cat([batch.labels.flatten() for batch in batches]).cpu()
     weight = torch.cat([batch.weight.flatten() for batch in batches]).cpu().double()
@@ -152,15 +149,15 @@ def blind_loss(batches: Sequence[Batch]) -> float:
     return float(torch.special.entr(share).sum())
 
 
-def _hopeless(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any]) -> str:
-    """What to say of a winner that no context has helped; "" of any other."""
+def _warn_of_bad(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
+    """Say so where the winner is no better than a guess that sees no context."""
     heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
-    blind = blind_loss(heldout.heldout_batches(config.tokens))
-    if row["lm_loss"] < blind:
-        return ""
-    return (
+    entropy = unigram_entropy(heldout.heldout_batches(config.tokens))
+    if row["lm_loss"] < entropy:
+        return
+    run.say(
         f"all candidates are bad: the best has a held-out loss of {row['lm_loss']:.2f} nats a "
-        f"token, and guessing each by how frequent it is has {blind:.2f}. Give the race more steps "
+        f"token; guessing each by how frequent it is has {entropy:.2f}. Give the race more steps "
         "or other lrs, train the library longer, or ask for less in the constraints of the "
         "searches; where the parent's own loss is no lower, the data are not its text"
     )
@@ -172,7 +169,7 @@ def speedup(candidate: Row) -> float | None:
     return rates[0] / rates[1] if all(rates) else None
 
 
-def standing(rows: Sequence[Row]) -> list[int]:
+def ranking(rows: Sequence[Row]) -> list[int]:
     """Which rows of a rung go by place: the best one of every candidate, best first.
 
     The lowest held-out KL wins; a tie goes to the earlier row. A candidate that misses the
@@ -194,7 +191,7 @@ def run_rung(
     """A row for every (candidate, lr) of a rung, without its place."""
     rows = []
     for candidate, lr in entries:
-        chosen = config.heat(rung, lr)
+        settings = config.heat(rung, lr)
         name = f"{rung}-{candidate['name']}" + f"-lr{lr:g}" * (rung == 1 and len(config.lrs) > 1)
         row = {
             "rung": rung,
@@ -204,18 +201,17 @@ def run_rung(
             "promised": speedup(candidate),
             "meets": candidate.get("meets", True),
             "lr": lr,
-            "tokens": chosen.train.steps * chosen.train.tokens_per_step,
+            "tokens": settings.train.steps * settings.train.tokens_per_step,
         }
-        rows.append(row | heat(run.path / "heats" / name, candidate["words"], chosen, run, inputs))
-        run.say(f"{name}: {_told(rows[-1])}")
+        rows.append(
+            row | heat(run.path / "heats" / name, candidate["words"], settings, run, inputs)
+        )
+        before, after = (
+            "not finite" if (kl := rows[-1][key]) is None else f"{kl:.3f}"
+            for key in ("kl_before", "kl")
+        )
+        run.say(f"{name}: KL {before} -> {after}")
     return rows
-
-
-def _told(row: Row) -> str:
-    before, after = (
-        "not finite" if row[key] is None else f"{row[key]:.3f}" for key in ("kl_before", "kl")
-    )
-    return f"KL {before} -> {after}"
 
 
 def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
@@ -225,7 +221,7 @@ def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
     table: list[Row] = []
     for rung in range(1, config.rungs + 1):
         rows = run_rung(rung, entries, config, run, inputs)
-        order = [rows[i] for i in standing(rows)]
+        order = [rows[i] for i in ranking(rows)]
         for place, row in enumerate(order, 1):
             row["place"] = place
         table += [*order, *(row for row in rows if row["place"] is None)]
@@ -243,6 +239,5 @@ def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
     winner, lr = entries[0]
     run.say(f"{winner['name']} wins at lr {lr:g}")
     best = next(row for row in reversed(table) if row["place"] == 1)
-    if doubt := _hopeless(best, config, run, inputs):
-        run.say(doubt)
+    _warn_of_bad(best, config, run, inputs)
     run.write_json("architecture", {**winner, "lr": lr})

@@ -1,23 +1,12 @@
-"""Task-aimed scoring: what a replacement costs in answers, not in likelihood of text (Puzzle §2.4).
+"""Replace-one scoring: how much the parent suffers when one subblock is swapped (Puzzle §2.4).
+
+For every layer and word: swap that subblock alone, measure KL(parent ‖ model), the rise of the LM
+loss, the cosine distance of the last hidden states and top-1 agreement on held-out tokens, and
 
     task.NAME           mean -log π of the reference answer's tokens given the prompt, nats a token
     task.NAME.accuracy  share of the problems whose answer greedy decoding would give
 
-No text is generated for either. Greedy decoding yields the reference iff each of its tokens is the
-likeliest one after the prompt and the reference tokens before it, so one forward pass decides, and
-replace-one scoring reuses the parent's hidden states as it does for text. Only the answer is
-judged, not what would follow it.
-
-Replace-one scoring: how much the parent suffers when one subblock is swapped (Puzzle §2.4).
-
-For every layer and word: swap that subblock alone, measure KL(parent ‖ model), the rise of the LM
-loss, the cosine distance of the last hidden states and top-1 agreement on held-out tokens. The
-score of an architecture is the sum over its words, which is what makes the search a linear program.
-
-The hidden states below a replaced layer are the parent's own: they are computed once a batch
-and every variant starts from them, so a replacement at layer l costs L - l layers, not L.
-`score_given` does the same around any architecture: scores given what is gone already.
-Tasks with answers are scored beside the text (`answers.py`).
+on problems. The score of an architecture is the sum over its words: the search is a linear program.
 """
 
 from __future__ import annotations
@@ -33,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from tessera.data.batch import Batch, best_fit, collate, shift
@@ -41,28 +30,83 @@ from tessera.data.documents import heldout
 from tessera.data.problems import family, problem
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
 from tessera.model.checkpoint import load_model
-from tessera.model.context import Context
 from tessera.model.cpu import multiply
 from tessera.model.layers import Subblock
 from tessera.model.transformer import Block, Transformer
 from tessera.progress import Progress
 from tessera.puzzle.library import load_unit
 from tessera.puzzle.space import Space, Unit, read_space, write_space
+from tessera.puzzle.surgery import walk
 from tessera.runs.files import atomic_write
+from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json
 from tessera.train.losses import chunks
 
+METRICS = ("kl", "lm_loss", "cosine", "agreement")
 Text = tuple[str, str]  # prompt, answer: together they are the document
+Units = dict[Unit, Subblock | Block]
+Sums = dict[str, tuple[float, float]]  # metric -> Σ w·metric, Σ w
+Totals = dict[tuple, Sums]  # of each unit, and of the model without any under the key ()
 
 
 class TaskError(ValueError):
     """A task that cannot be scored; the text says which problem and what to change."""
 
 
+class HeldoutConfig(Config):
+    """The held-out text that something is measured on."""
+
+    tokens: int = Field(default=16_384, ge=1)
+    microbatch_tokens: int = Field(default=4096, ge=1)
+    sequence_length: int = Field(default=256, ge=2)
+
+    def heldout(self, data: Path) -> list[Batch]:
+        """The first held-out documents of a data run, always the same."""
+        return heldout(
+            data,
+            sequence_length=self.sequence_length,
+            microbatch_tokens=self.microbatch_tokens,
+            tokens=self.tokens,
+        )
+
+
+class ScoreConfig(HeldoutConfig):
+    """On how many held-out tokens, and on which problems, each replacement is measured.
+
+    tasks: `{ calc = 200 }` for so many held-out problems of a procedural task, and
+    `{ mine = "FILE.jsonl" }` for a file of {"prompt": …, "answer": …} lines.
+    """
+
+    tasks: dict[str, int | str] = {}
+    work: bool = True  # a procedural problem's reference is its whole solution; False: the answer
+    problems: int = Field(default=500, ge=1)  # of a file, at most
+
+    @field_validator("tasks")
+    @classmethod
+    def _check_tasks(cls, value: dict[str, int | str]) -> dict[str, int | str]:
+        for name, source in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"{name!r} names no column; use letters, digits, - and _")
+            if isinstance(source, int):
+                family(name)
+                if source < 1:
+                    raise ValueError(f"{name} = {source}: give the number of problems, 1 or more")
+            elif not Path(source).is_file():
+                raise ValueError(f"{name}: there is no file {source}")
+        return value
+
+    @property
+    def files(self) -> list[str]:
+        """The files that hold problems; what is in them is part of the run's fingerprint."""
+        return [source for source in self.tasks.values() if isinstance(source, str)]
+
+
 @dataclass(frozen=True)
 class Answers:
     """One batch of a task's problems; only the tokens of answers are looked at.
 
+    No text is generated: greedy decoding yields the reference iff each of its tokens is the
+    likeliest one after the prompt and the reference tokens before it, so one forward pass decides.
     at: flat positions `(N,)` of the predictions of answer tokens; labels `(N,)` those tokens;
     problem `(N,)` which of the batch's `count` problems each belongs to.
     """
@@ -83,8 +127,8 @@ class Answers:
         numbers, problem = segment[at].unique(return_inverse=True)
         return cls(task, batch, at, batch.labels.flatten()[at], problem, len(numbers))
 
-    def measure(self, module: Transformer, x: Tensor) -> dict[str, float]:
-        """Sums of both metrics and of their weights for a variant whose last layer x leaves."""
+    def measure(self, module: Transformer, x: Tensor) -> Sums:
+        """Both metrics of a variant of `module` whose last layer leaves x `(B,T,C)`."""
         hidden = module.norm(x).flatten(0, 1)[self.at]
         loss, wrong = 0.0, torch.zeros(self.count, dtype=torch.long)
         for part in chunks(hidden, len(module.head)):
@@ -92,36 +136,27 @@ class Answers:
             loss += float(F.cross_entropy(logits, self.labels[part], reduction="sum"))
             missed = logits.argmax(-1) != self.labels[part]
             wrong.index_add_(0, self.problem[part], missed.long())
-        own = f"task.{self.task}"
         return {
-            own: loss,
-            f"{own}.accuracy": float((wrong == 0).sum()),
-            f"{own}.tokens": float(len(self.at)),
-            f"{own}.problems": float(self.count),
+            f"task.{self.task}": (loss, float(len(self.at))),
+            f"task.{self.task}.accuracy": (float((wrong == 0).sum()), float(self.count)),
         }
 
 
-def load_tasks(
-    tasks: Mapping[str, int | str], data: Path, *, work: bool, limit: int, row_length: int
-) -> list[Answers]:
-    """The problems of every task, tokenised as the documents of the data run are.
-
-    tasks: name -> how many held-out problems of our own, or a file of {prompt, answer} lines of
-    which the first `limit` are taken. row_length: positions of a batch, and the longest problem.
-    """
+def load_tasks(config: ScoreConfig, data: Path) -> list[Answers]:
+    """The problems of every task, tokenised as the documents of the data run are."""
     tokenizer, bos = load_tokenizer(data), bool(read_json(data, "data")["bos"])
     found = []
-    for name, source in tasks.items():
+    for name, source in config.tasks.items():
         if isinstance(source, str):
-            texts = read_problems(Path(source), limit)
+            texts = read_problems(Path(source), config.problems)
         else:
-            texts = list(drawn(name, source, work))
+            texts = list(procedural_problems(name, source, config.work))
         problems = [encode(tokenizer, text, bos) for text in texts]
-        found += pack_problems(name, problems, row_length, tokenizer.pad_id)
+        found += pack_problems(name, problems, config.microbatch_tokens, tokenizer.pad_id)
     return found
 
 
-def drawn(name: str, count: int, work: bool) -> Iterator[Text]:
+def procedural_problems(name: str, count: int, work: bool) -> Iterator[Text]:
     """Held-out problems of a procedural task, as their documents are written.
 
     With `work` the reference is the whole solution, without it the answer alone.
@@ -144,13 +179,13 @@ def read_problems(file: Path, limit: int) -> list[Text]:
             if len(found) == limit:
                 break
             if line.strip():
-                found.append(_parsed(line, f"{file}, line {number}"))
+                found.append(_problem(line, f"{file}, line {number}"))
     if not found:
         raise TaskError(f"{file} holds no problem")
     return found
 
 
-def _parsed(line: str, where: str) -> Text:
+def _problem(line: str, where: str) -> Text:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -197,48 +232,6 @@ def pack_problems(
     ]
 
 
-METRICS = ("kl", "lm_loss", "cosine", "agreement")
-
-
-class ScoreConfig(BaseModel):
-    """On how many held-out tokens, and on which problems, each replacement is measured.
-
-    tasks: `{ calc = 200 }` for so many held-out problems of a procedural task, and
-    `{ mine = "FILE.jsonl" }` for a file of {"prompt": …, "answer": …} lines.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tokens: int = Field(default=16_384, ge=1)
-    microbatch_tokens: int = Field(default=4096, ge=1)
-    sequence_length: int = Field(default=256, ge=2)
-    tasks: dict[str, int | str] = {}
-    work: bool = True  # a procedural problem's reference is its whole solution; False: the answer
-    problems: int = Field(default=500, ge=1)  # of a file, at most
-
-    @field_validator("tasks")
-    @classmethod
-    def _known(cls, value: dict[str, int | str]) -> dict[str, int | str]:
-        for name, source in value.items():
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise ValueError(f"{name!r} names no column; use letters, digits, - and _")
-            if isinstance(source, int):
-                family(name)
-                if source < 1:
-                    raise ValueError(f"{name} = {source}: give the number of problems, 1 or more")
-            elif not Path(source).is_file():
-                raise ValueError(f"{name}: there is no file {source}")
-        return value
-
-    @property
-    def files(self) -> list[str]:
-        """The files that hold problems; what is in them is part of the run's fingerprint."""
-        return [source for source in self.tasks.values() if isinstance(source, str)]
-
-
-Units = dict[Unit, Subblock | Block]
-
-
 @dataclass(frozen=True)
 class Target:
     """What every variant of one batch is held against, computed once from the parent.
@@ -259,9 +252,9 @@ class Target:
     weight: Tensor
 
     @classmethod
-    def of(cls, parent: Transformer, x: Tensor, batch: Batch) -> Target:
-        """The parent's side of one batch; x `(B,T,C)` leaves its last layer."""
-        hidden = parent.norm(x).flatten(0, 1)
+    def of(cls, parent: Transformer, batch: Batch) -> Target:
+        *_, (last, _) = walk(parent, batch)
+        hidden = parent.norm(last.out).flatten(0, 1)
         negentropy, mean_head, top = [], [], []
         for part in chunks(hidden, len(parent.head)):
             log_p = F.log_softmax(multiply(hidden[part], parent.head).float(), dim=-1)
@@ -273,8 +266,8 @@ class Target:
         labels, weight = batch.labels.flatten(), batch.weight.flatten()
         return cls(parent, hidden, entropy, mean, first, labels, weight)
 
-    def measure(self, x: Tensor) -> dict[str, float]:
-        """Σ w·metric, and Σ w, of a variant whose last layer x `(B,T,C)` leaves."""
+    def measure(self, x: Tensor) -> Sums:
+        """The `METRICS` of a variant whose last layer leaves x `(B,T,C)`."""
         hidden, head = self.module.norm(x).flatten(0, 1), self.module.head
         sums: dict[str, float] = dict.fromkeys(METRICS, 0.0)
         for part in chunks(hidden, len(head)):
@@ -285,10 +278,10 @@ class Target:
             label = logits.gather(1, self.labels[part, None]).squeeze(1)
             same = (logits.argmax(-1) == self.top[part]).float()
             cosine = 1 - F.cosine_similarity(own.float(), self.hidden[part].float(), dim=-1)
-            found = {"kl": kl, "lm_loss": level - label, "cosine": cosine, "agreement": same}
-            for metric, values in found.items():
+            for metric, values in zip(METRICS, (kl, level - label, cosine, same), strict=True):
                 sums[metric] += float(values @ weight)
-        return sums | {"weight": float(self.weight.sum())}
+        total = float(self.weight.sum())
+        return {metric: (value, total) for metric, value in sums.items()}
 
 
 @torch.no_grad()
@@ -296,23 +289,16 @@ def score_batch(
     parent: Transformer,
     units: Units,
     batch: Batch,
-    tell: Callable[[], None] = lambda: None,
+    advance: Callable[[], None] = lambda: None,
     current: Transformer | None = None,
-) -> dict[tuple, dict[str, float]]:
-    """Σ w·metric of every unit put alone into `current`, on one batch; `tell` after each.
+) -> Totals:
+    """The metrics of every unit put alone into `current`, on one batch; `advance` after each.
 
     `current` is the parent itself unless given; metrics are always against the parent. The key
-    `()` holds `current`'s own numbers and the total weight.
+    `()` holds `current`'s own.
     """
-    current = current or parent
-    target = None if current is parent else _target(parent, batch)
-    sums: dict[tuple, dict[str, float]] = {}
-    for key, x in variants(current, units, batch):
-        target = target or Target.of(parent, x, batch)
-        sums[key] = target.measure(x)
-        if key:
-            tell()
-    return sums
+    target = Target.of(parent, batch)
+    return _each_variant(current or parent, units, batch, target.measure, advance)
 
 
 @torch.no_grad()
@@ -320,53 +306,41 @@ def score_answers(
     current: Transformer,
     units: Units,
     answers: Answers,
-    tell: Callable[[], None] = lambda: None,
-) -> dict[tuple, dict[str, float]]:
-    """`score_batch` for a batch of problems: sums of the task's metrics and of their weights."""
-    sums: dict[tuple, dict[str, float]] = {}
-    for key, x in variants(current, units, answers.batch):
-        sums[key] = answers.measure(current, x)
+    advance: Callable[[], None] = lambda: None,
+) -> Totals:
+    """`score_batch` for a batch of problems."""
+    measure = functools.partial(answers.measure, current)
+    return _each_variant(current, units, answers.batch, measure, advance)
+
+
+def _each_variant(
+    current: Transformer,
+    units: Units,
+    batch: Batch,
+    measure: Callable[[Tensor], Sums],
+    advance: Callable[[], None],
+) -> Totals:
+    totals: Totals = {}
+    for key, x in variants(current, units, batch):
+        totals[key] = measure(x)
         if key:
-            tell()
-    return sums
+            advance()
+    return totals
 
 
 def variants(current: Transformer, units: Units, batch: Batch) -> Iterator[tuple[tuple, Tensor]]:
-    """What the last layer leaves `(B,T,C)`: of `current` under the key (), then with each unit."""
-    context = current.prepare(Context(batch.positions, batch.segments))
-    states, middles = _states(current, batch, context)
-    yield (), states[-1]
-    for key, unit in units.items():
-        layer, kind, _ = key
-        x = _replaced(current.blocks[layer], kind, unit, states[layer], middles[layer], context)
-        for block in current.blocks[layer + 1 :]:
-            x = block(x, context)
-        yield key, x
+    """What the last layer leaves `(B,T,C)`: of `current` under the key (), then with each unit.
 
-
-def _target(parent: Transformer, batch: Batch) -> Target:
-    context = parent.prepare(Context(batch.positions, batch.segments))
-    return Target.of(parent, _states(parent, batch, context)[0][-1], batch)
-
-
-def _states(module: Transformer, batch: Batch, context: Context) -> tuple[list, list]:
-    """The residual stream before each layer and after the last, and between its subblocks."""
-    states, middles = [module.embed_tokens(batch.tokens)], []
-    for block in module.blocks:
-        middles.append(states[-1] + block.attention(states[-1], context))
-        states.append(middles[-1] + block.ffn(middles[-1], context))
-    return states, middles
-
-
-def _replaced(
-    block: Block, kind: str, unit: Subblock | Block, x: Tensor, middle: Tensor, context: Context
-) -> Tensor:
-    if kind == "block":
-        return unit(x, context)
-    if kind == "attention":
-        middle = x + unit(x, context)
-        return middle + block.ffn(middle, context)
-    return middle + unit(middle, context)
+    The hidden states below a replaced layer are `current`'s own and computed once a batch, so a
+    replacement at layer l costs L - l layers, not L.
+    """
+    layers = [layer for layer, _ in walk(current, batch)]
+    yield (), layers[-1].out
+    for unit, module in units.items():
+        x = layers[unit.layer].replaced(unit.kind, module)
+        for layer in layers[unit.layer + 1 :]:
+            x = layer.block(x, layer.context)
+        yield unit, x
 
 
 def load_units(library: Path, parent: Transformer, space: Space) -> Units:
@@ -382,7 +356,6 @@ def score_given(
     current: Transformer,
     units: Units,
     batches: Sequence[Batch],
-    tell: Callable[[], None] = lambda: None,
     answers: Sequence[Answers] = (),
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(`current`'s own metrics against the parent, the change that each unit alone makes to them).
@@ -393,13 +366,10 @@ def score_given(
     """
     totals: Totals = {}
     for batch in batches:
-        _accumulate(totals, score_batch(parent, units, batch, tell, current).items())
+        _accumulate(totals, score_batch(parent, units, batch, current=current).items())
     for portion in answers:
-        _accumulate(totals, score_answers(current, units, portion, tell).items())
+        _accumulate(totals, score_answers(current, units, portion).items())
     return _means(totals[()]), _rows(totals)
-
-
-Totals = dict[tuple, dict[str, float]]
 
 
 def score_all(
@@ -425,46 +395,36 @@ def score_all(
             if done.exists():
                 bar.advance(len(units), 0)
             else:
-                found = [[list(key), sums] for key, sums in job(tell=bar.advance).items()]
                 done.parent.mkdir(exist_ok=True)
-                atomic_write(done, json.dumps(found))
-            _accumulate(totals, ((tuple(k), v) for k, v in json.loads(done.read_text())))
+                atomic_write(done, json.dumps([*job(advance=bar.advance).items()]))
+            _accumulate(totals, json.loads(done.read_text()))
     return _means(totals[()]), _rows(totals)
 
 
-def _accumulate(totals: Totals, found: Iterable[tuple]) -> None:
+def _accumulate(totals: Totals, found: Iterable[Sequence[Any]]) -> None:
     for key, sums in found:
-        known = totals.setdefault(key, {})
-        for metric, value in sums.items():
-            known[metric] = known.get(metric, 0.0) + value
+        known = totals.setdefault(tuple(key), {})
+        for metric, (value, weight) in sums.items():
+            before = known.get(metric, (0.0, 0.0))
+            known[metric] = before[0] + value, before[1] + weight
 
 
-def _weight_of(metric: str) -> str:
-    """The sum that a metric's sum is divided by: tokens of text, of answers, or problems."""
-    if metric in METRICS:
-        return "weight"
-    task = metric.removesuffix(".accuracy")
-    return f"{task}.tokens" if task == metric else f"{task}.problems"
-
-
-def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    weights = {_weight_of(metric) for metric in METRICS}
-    weights |= {key for key in sums if key.endswith((".tokens", ".problems"))}
-    return {m: total / sums[_weight_of(m)] for m, total in sums.items() if m not in weights}
+def _means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    return {metric: value / weight for metric, (value, weight) in sums.items()}
 
 
 def _rows(totals: Totals) -> list[dict[str, Any]]:
     # The parent's own agreement is 1; all else is told as a change.
     own = _means(totals[()]) | {"agreement": 0.0}
-    tokens = int(totals[()]["weight"])
+    tokens = int(totals[()]["kl"][1])
     return [
         {
-            **{"layer": key[0], "kind": key[1], "word": key[2]},
+            **Unit(*unit)._asdict(),
             **{metric: mean - own[metric] for metric, mean in _means(sums).items()},
             "tokens": tokens,
         }
-        for key, sums in totals.items()
-        if key
+        for unit, sums in totals.items()
+        if unit
     ]
 
 
@@ -473,19 +433,7 @@ def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
     parent = load_model(inputs["parent"], frozen=True)
     space = read_space(inputs["library"])
     units = load_units(inputs["library"] / "library", parent, space)
-    batches = heldout(
-        inputs["data"],
-        sequence_length=config.sequence_length,
-        microbatch_tokens=config.microbatch_tokens,
-        tokens=config.tokens,
-    )
-    answers = load_tasks(
-        config.tasks,
-        inputs["data"],
-        work=config.work,
-        limit=config.problems,
-        row_length=config.microbatch_tokens,
-    )
+    batches, answers = config.heldout(inputs["data"]), load_tasks(config, inputs["data"])
     own, rows = score_all(parent, units, batches, run, answers)
     for metric, value in own.items():
         if metric not in METRICS:

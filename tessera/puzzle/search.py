@@ -167,7 +167,7 @@ def conditional_search(problem: Problem, inputs: Mapping) -> Found:
             f"search.conditional measures {', '.join(METRICS[:3])} anew, and no {config.minimize}; "
             "minimise one of those, or leave conditional out"
         )
-    rescore = Rescorer.load(
+    rescore = Rescorer(
         config.conditional, inputs["parent"], inputs["library"], inputs["data"], problem.space
     )
     single = config.model_copy(update={"solutions": 1})

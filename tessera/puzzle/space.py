@@ -1,11 +1,9 @@
-"""Layers as a recipe names them: `"0-3, 7"`. `model.servable.spans` writes what this reads.
+"""Which words each layer may take (Puzzle §2.1), and how one of them is spelled: `Unit`.
 
-Which words a layer may take (Puzzle §2.1).
-
-Attention: every divisor of the parent's KV heads, `linear`, `noop`. FFN: a list of widths, as
-words or as percentages of the parent's, `linear`, `noop`. The parent's own words always belong
-to the space. `layers` gives some layers lists of their own; `servable` leaves out the words that
-a named engine cannot load at a layer, whatever stands beside them.
+Attention: every divisor of the parent's KV heads, `linear`, `noop`. FFN: widths, as words or as
+percentages of the parent's, `linear`, `noop`. The parent's own words always belong to the space.
+`layers` gives some layers ("0-3, 7") lists of their own; `servable` leaves out the words that a
+named engine cannot load at a layer, whatever stands beside them.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tessera.export.engines import engines_of, refusals, spans
 from tessera.model.config import (
@@ -26,13 +24,44 @@ from tessera.model.config import (
     ConfigError,
     ModelConfig,
     SwiGLU,
+    Variant,
     name,
     parse_kind,
 )
 from tessera.runs.plan import Input, Step, maker
+from tessera.runs.recipe import Config
 from tessera.runs.run import Run, is_done, read_json
 
+ATTENTION = ("divisors", "linear", "noop")
+FFN = ("75%", "50%", "25%", "10%", "linear", "noop")
 _SPAN = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
+_SHORTHAND = {"attention": '"divisors"', "ffn": 'a share of the parent\'s width such as "50%"'}
+
+
+class Unit(NamedTuple):
+    """What may stand in a layer. `str(unit)`, as "03/ffn/swiglu-256", is its key in a library.
+
+    kind: attention, ffn, or block for a pair of words trained together, "gqa-2+swiglu-256".
+    """
+
+    layer: int
+    kind: str
+    word: str
+
+    @classmethod
+    def pair(cls, layer: int, attention: str, ffn: str) -> Unit:
+        """Two words of a layer trained together."""
+        return cls(layer, "block", f"{attention}+{ffn}")
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """(kind, word) of each subblock: one, or two of a pair."""
+        kinds = KINDS if self.kind == "block" else (self.kind,)
+        return tuple(zip(kinds, self.word.split("+"), strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.layer:02d}/{self.kind}/{self.word}"
 
 
 def layer_numbers(spec: str) -> tuple[int, ...]:
@@ -65,65 +94,33 @@ def layers_of(spec: str | None, parent: ModelConfig, where: str) -> tuple[int, .
     return layers
 
 
-_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
-ATTENTION = ("divisors", "linear", "noop")
-FFN = ("75%", "50%", "25%", "10%", "linear", "noop")
-
-
-class Unit(NamedTuple):
-    """What may stand in a layer. `str(unit)`, as "03/ffn/swiglu-256", is its key in a library.
-
-    kind: attention, ffn, or block for a pair of words trained together, "gqa-2+swiglu-256".
-    """
-
-    layer: int
-    kind: str
-    word: str
-
-    @classmethod
-    def pair(cls, layer: int, attention: str, ffn: str) -> Unit:
-        """Two words of a layer trained together."""
-        return cls(layer, "block", f"{attention}+{ffn}")
-
-    @property
-    def parts(self) -> tuple[tuple[str, str], ...]:
-        """(kind, word) of each subblock: one, or two of a pair."""
-        kinds = KINDS if self.kind == "block" else (self.kind,)
-        return tuple(zip(kinds, self.word.split("+"), strict=True))
-
-    def __str__(self) -> str:
-        return f"{self.layer:02d}/{self.kind}/{self.word}"
-
-
-class LayerWords(BaseModel):
+class LayerWords(Config):
     """Lists for some layers in place of the general ones; a kind that is not named keeps those."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     attention: tuple[str, ...] | None = None
     ffn: tuple[str, ...] | None = None
 
-    @field_validator("attention")
+    @field_validator("attention", "ffn")
     @classmethod
-    def _attention(cls, words: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _check_words(
+        cls, words: tuple[str, ...] | None, info: ValidationInfo
+    ) -> tuple[str, ...] | None:
+        kind = str(info.field_name)
         for word in words or ():
-            if word != "divisors":
-                _parsed("attention", word, '"divisors"')
-        return words
-
-    @field_validator("ffn")
-    @classmethod
-    def _ffn(cls, words: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for word in words or ():
-            match = _PERCENT.fullmatch(word)
-            if not match:
-                _parsed("ffn", word, 'a share of the parent\'s width such as "50%"')
-            elif not 0 < float(match[1]) <= 100:
+            share = _PERCENT.fullmatch(word) if kind == "ffn" else None
+            if share and not 0 < float(share[1]) <= 100:
                 raise ValueError(f"{word!r}: give a share above 0% and up to 100%")
+            if share or (kind == "attention" and word == "divisors"):
+                continue
+            try:
+                parse_kind(kind, word)
+            except ConfigError as error:
+                stop = "" if str(error).endswith("?") else "."
+                raise ValueError(f"{error}{stop} Allowed too: {_SHORTHAND[kind]}") from None
         return words
 
     @model_validator(mode="after")
-    def _says_something(self) -> LayerWords:
+    def _check_not_empty(self) -> LayerWords:
         if self.attention is None and self.ffn is None:
             raise ValueError("names neither attention nor ffn words")
         return self
@@ -146,39 +143,23 @@ class SpaceConfig(LayerWords):
 
     @field_validator("layers")
     @classmethod
-    def _layers(cls, value: dict[str, LayerWords]) -> dict[str, LayerWords]:
+    def _check_layers(cls, value: dict[str, LayerWords]) -> dict[str, LayerWords]:
         for spec in value:
-            _as_value_error(layer_numbers, spec)
+            layer_numbers(spec)
         return value
 
     @field_validator("servable", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
+    def _as_tuple(cls, value: Any) -> Any:
         """One name or a list; a tuple already, which is what strict validation asks for here."""
         given = [value] if isinstance(value, str) else value
         return tuple(given) if isinstance(given, list) else given
 
     @field_validator("servable")
     @classmethod
-    def _engines(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        _as_value_error(engines_of, value)
+    def _check_engines(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        engines_of(value)
         return value
-
-
-def _as_value_error(function: Any, value: Any) -> None:
-    """pydantic shows a ValueError of any class; it is raised anew to lose our class's name."""
-    try:
-        function(value)
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-
-
-def _parsed(kind: str, word: str, shorthand: str) -> None:
-    try:
-        parse_kind(kind, word)
-    except ConfigError as error:
-        stop = "" if str(error).endswith("?") else "."
-        raise ValueError(f"{error}{stop} Allowed too: {shorthand}") from None
 
 
 @dataclass(frozen=True)
@@ -202,15 +183,15 @@ class Space:
         found: list[Unit] = []
         for layer, both in enumerate(words):
             pair = Unit.pair(layer, *both)
-            apart = [Unit(layer, kind, word) for kind, word in zip(KINDS, both, strict=True)]
+            apart = [Unit(layer, kind, word) for kind, word in pair.parts]
             found += [pair] if pair in self.pairs else apart
         return found
 
     def replacements(self) -> Iterator[Unit]:
         """Every subblock that is not the parent's own, by layer."""
-        for layer in range(len(self.layers)):
-            for kind in KINDS:
-                for word in self.words(layer, kind)[1:]:
+        for layer, words in enumerate(self.layers):
+            for kind, offered in zip(KINDS, words, strict=True):
+                for word in offered[1:]:
                     yield Unit(layer, kind, word)
 
     def without(self, words: Collection[tuple[str, str]]) -> Space:
@@ -225,10 +206,13 @@ class Space:
         kept = [pair for pair in self.pairs if not set(pair.parts) & set(words)]
         return replace(self, layers=layers, pairs=tuple(kept))
 
-
-def with_pairs(space: Space, pairs: Iterable[Unit]) -> Space:
-    """The space with these pairs too, by layer."""
-    return replace(space, pairs=tuple(sorted({*space.pairs, *pairs})))
+    def restrict(self, layers: Collection[int]) -> Space:
+        """The part that lies in `layers`; elsewhere only the parent's own words are left."""
+        kept = tuple(
+            words if layer in layers else (words[0][:1], words[1][:1])
+            for layer, words in enumerate(self.layers)
+        )
+        return replace(self, layers=kept, pairs=tuple(p for p in self.pairs if p.layer in layers))
 
 
 def write_space(space: Space, run: Run) -> None:
@@ -268,15 +252,6 @@ def offered(path: Input, steps: Sequence[Step]) -> dict[str, set[str]] | None:
     return {kind: set().union(*(one[kind] for one in known)) for kind in KINDS}
 
 
-def restrict(space: Space, layers: Collection[int]) -> Space:
-    """The part of a space that lies in `layers`; elsewhere only the parent's own words are left."""
-    kept = tuple(
-        words if layer in layers else (words[0][:1], words[1][:1])
-        for layer, words in enumerate(space.layers)
-    )
-    return replace(space, layers=kept, pairs=tuple(p for p in space.pairs if p[0] in layers))
-
-
 @dataclass(frozen=True)
 class _Offer:
     """One list of words of the config, and the layers where it stands."""
@@ -287,7 +262,7 @@ class _Offer:
     layers: tuple[int, ...]
 
     @property
-    def chosen(self) -> tuple[str, ...]:
+    def explicit(self) -> tuple[str, ...]:
         """The words that someone wrote down: neither a default nor a shorthand for several."""
         if self.words == {"attention": ATTENTION, "ffn": FFN}[self.kind]:
             return ()
@@ -303,48 +278,80 @@ def build_space(config: SpaceConfig, parent: ModelConfig) -> Space:
     lists = {(layer, one.kind): one.words for one in offers for layer in one.layers}
     layers = []
     for layer, block in enumerate(parent.blocks):
-        attention = _attention_words(lists[layer, "attention"], block.attention)
-        ffn = _ffn_words(lists[layer, "ffn"], config.width_multiple, block.ffn)
+        attention, ffn = (
+            _words(kind, lists[layer, kind], own, config.width_multiple) for kind, own in block
+        )
         layers.append((attention, ffn))
     space = Space(tuple(layers), servable=engines_of(config.servable))
-    _check_used(offers, space, parent)
+    for one, word in _unused(offers, space):
+        own = ", ".join(sorted({word for pair in parent.words for word in pair}))
+        everywhere = len(one.layers) == len(space.layers)
+        fits = "fits no layer" if everywhere else f"does not fit {spans([*one.layers])}"
+        raise ConfigError(
+            f"{one.where} offers {word}, which {fits} of this parent ({own}): KV heads must "
+            "divide the parent's, and an FFN is never wider than the parent's"
+        )
     return _servable_part(space, parent, offers) if space.servable else space
 
 
 def _offers(config: SpaceConfig, parent: ModelConfig) -> list[_Offer]:
     """Every list, with the layers that no later one takes from it."""
-    everywhere = range(parent.num_hidden_layers)
-    standing = {(layer, kind): f"space.{kind}" for layer in everywhere for kind in KINDS}
-    lists = {f"space.{kind}": (kind, getattr(config, kind)) for kind in KINDS}
+    everywhere = tuple(range(parent.num_hidden_layers))
+    offers = [_Offer(f"space.{k}", k, getattr(config, k), everywhere) for k in KINDS]
     for spec, own in config.layers.items():
         for kind in KINDS:
             if (words := getattr(own, kind)) is not None:
                 where = f'space.layers."{spec}".{kind}'
-                lists[where] = kind, words
-                standing |= {(i, kind): where for i in layers_of(spec, parent, where)}
-    offers = [
-        _Offer(where, kind, words, tuple(i for i in everywhere if standing[i, kind] == where))
-        for where, (kind, words) in lists.items()
-    ]
+                taken = layers_of(spec, parent, where)
+                offers = [
+                    replace(
+                        o, layers=tuple(i for i in o.layers if o.kind != kind or i not in taken)
+                    )
+                    for o in offers
+                ]
+                offers.append(_Offer(where, kind, words, taken))
     for one in offers:
         if not one.layers and one.where.startswith("space.layers"):
             raise ConfigError(f"{one.where}: later entries override it at every one of its layers")
     return offers
 
 
-def _check_used(offers: Iterable[_Offer], space: Space, parent: ModelConfig) -> None:
-    """A word that fits nowhere is a mistake; one that fits at some layers is not."""
-    own = ", ".join(sorted({word for pair in parent.words for word in pair}))
+def _words(kind: str, wanted: Sequence[str], own: Variant, multiple: int) -> tuple[str, ...]:
+    """The parent's own word, then those that can be cut from it; shorthands are spelled out."""
+    words = [name(own)]
+    for word in wanted:
+        words += [w for w in _spelled_out(word, own, multiple) if _fits(parse_kind(kind, w), own)]
+    return tuple(dict.fromkeys(words))
+
+
+def _spelled_out(word: str, own: Variant, multiple: int) -> list[str]:
+    if word == "divisors":
+        heads = own.num_key_value_heads if isinstance(own, GQA) else 0
+        return [f"gqa-{k}" for k in range(heads - 1, 0, -1) if heads % k == 0]
+    if share := _PERCENT.fullmatch(word):
+        width = own.intermediate_size if isinstance(own, SwiGLU) else 0
+        steps = -(-round(width * float(share[1]) / 100) // multiple)
+        return [f"swiglu-{max(1, steps) * multiple}"]
+    return [word]
+
+
+def _fits(variant: Variant, own: Variant) -> bool:
+    """Pooling merges whole groups of the parent's heads; an FFN's channels are the parent's."""
+    match variant, own:
+        case GQA(fewer), GQA(heads):
+            return heads % fewer == 0
+        case SwiGLU(narrower), SwiGLU(width):
+            return narrower < width
+        case _:
+            return not isinstance(variant, GQA | SwiGLU)
+
+
+def _unused(offers: Iterable[_Offer], space: Space) -> Iterator[tuple[_Offer, str]]:
+    """The words written down that the space holds at none of their layers."""
     for one in offers:
-        for word in one.chosen if one.layers else ():
+        for word in one.explicit if one.layers else ():
             if not any(word in space.words(layer, one.kind) for layer in one.layers):
-                everywhere = len(one.layers) == len(space.layers)
-                fits = "fits no layer" if everywhere else f"does not fit {spans([*one.layers])}"
-                raise ConfigError(
-                    f"{one.where} offers {word}, which {fits} of this parent "
-                    f"({own}): KV heads must divide the parent's, and an FFN is never wider than "
-                    "the parent's"
-                )
+                yield one, word
 
 
 def _servable_part(space: Space, parent: ModelConfig, offers: Iterable[_Offer]) -> Space:
@@ -355,87 +362,52 @@ def _servable_part(space: Space, parent: ModelConfig, offers: Iterable[_Offer]) 
     """
     layers = []
     refused = forbidden_pairs(space, parent, space.servable)
-    for (attention, ffn), pairs in zip(space.layers, refused, strict=True):
-        fine = {(a, f) for a in attention for f in ffn} - pairs
-        layers.append((_kept(attention, {a for a, _ in fine}), _kept(ffn, {f for _, f in fine})))
+    for offered, pairs in zip(space.layers, refused, strict=True):
+        fine = {(a, f) for a in offered[0] for f in offered[1]} - pairs
+        attention, ffn = (
+            (words[0], *(word for word in words[1:] if any(word == pair[i] for pair in fine)))
+            for i, words in enumerate(offered)
+        )
+        layers.append((attention, ffn))
     part = replace(space, layers=tuple(layers))
     if not list(part.replacements()) and (first := next(space.replacements(), None)):
+        reason = _reason(space, parent, first)
+        raise ConfigError(f"space.servable leaves no word but the parent's own: {reason}")
+    for one, word in _unused(offers, part):
+        reason = _reason(space, parent, Unit(one.layers[0], one.kind, word))
         raise ConfigError(
-            f"space.servable leaves no word but the parent's own: {_reason(space, parent, *first)}"
+            f"{one.where} offers {word}, and space.servable leaves it out at "
+            f"{spans([*one.layers])}: {reason}. Take out the word, or the engine"
         )
-    for one in offers:
-        for word in one.chosen:
-            if not any(word in part.words(layer, one.kind) for layer in one.layers):
-                reason = _reason(space, parent, one.layers[0], one.kind, word)
-                raise ConfigError(
-                    f"{one.where} offers {word}, and space.servable leaves it out at "
-                    f"{spans([*one.layers])}: {reason}. Take out the word, or the engine"
-                )
     return part
 
 
-def _kept(words: tuple[str, ...], fits: set[str]) -> tuple[str, ...]:
-    return words[:1] + tuple(word for word in words[1:] if word in fits)
-
-
-def _reason(space: Space, parent: ModelConfig, layer: int, kind: str, word: str) -> str:
+def _reason(space: Space, parent: ModelConfig, unit: Unit) -> str:
     """Which engine refuses a word in an otherwise untouched parent, and why."""
-    words = {k: space.words(layer, k)[0] for k in KINDS} | {kind: word}
-    candidate = _with_pair(parent, layer, (words["attention"], words["ffn"]))
-    told = ((engine, reason) for engine in space.servable for reason in refusals(candidate, engine))
-    engine, reason = next(told)
-    return f"{engine} cannot load {word} in layer {layer}: {reason}"
+    words = {kind: space.words(unit.layer, kind)[0] for kind in KINDS} | {unit.kind: unit.word}
+    candidate = _with_pair(parent, unit.layer, (words["attention"], words["ffn"]))
+    found = ((one, reason) for one in space.servable for reason in refusals(candidate, one))
+    engine, reason = next(found)
+    return f"{engine} cannot load {unit.word} in layer {unit.layer}: {reason}"
 
 
-def _attention_words(wanted: tuple[str, ...], own: object) -> tuple[str, ...]:
-    words = [name(own)]  # type: ignore[arg-type]
-    heads = own.num_key_value_heads if isinstance(own, GQA) else 0
-    for word in wanted:
-        if word == "divisors":
-            words += [f"gqa-{k}" for k in range(heads - 1, 0, -1) if heads % k == 0]
-            continue
-        variant = parse_kind("attention", word)
-        if isinstance(variant, GQA) and (not heads or heads % variant.num_key_value_heads):
-            continue  # pooling merges whole groups of the parent's heads
-        words.append(word)
-    return tuple(dict.fromkeys(words))
-
-
-def _ffn_words(wanted: tuple[str, ...], multiple: int, own: object) -> tuple[str, ...]:
-    words = [name(own)]  # type: ignore[arg-type]
-    width = own.intermediate_size if isinstance(own, SwiGLU) else 0
-    for word in wanted:
-        if match := _PERCENT.fullmatch(word):
-            word = f"swiglu-{_round_up(width * float(match[1]) / 100, multiple)}"
-        variant = parse_kind("ffn", word)
-        if isinstance(variant, SwiGLU) and variant.intermediate_size >= width:
-            continue  # channels are taken from the parent: a unit is never wider
-        words.append(word)
-    return tuple(dict.fromkeys(words))
-
-
-def _round_up(width: float, multiple: int) -> int:
-    return max(1, -(-round(width) // multiple)) * multiple
-
-
-def forbidden_pairs(space: Space, parent: ModelConfig, engines: tuple[str, ...]) -> list[set]:
+def forbidden_pairs(
+    space: Space, parent: ModelConfig, engines: Sequence[str]
+) -> list[set[tuple[str, str]]]:
     """Per layer, the (attention, FFN) pairs of words that one of `engines` cannot load there.
 
     A pair is tried alone in an otherwise untouched parent: what an engine refuses depends on
     the block and on its depth (first, last), not on the other blocks.
     """
-    forbidden: list[set[tuple[str, str]]] = []
-    for layer, (attention, ffn) in enumerate(space.layers):
-        pairs = {(a, f) for a in attention for f in ffn}
-        forbidden.append({p for p in pairs if _refused(parent, layer, p, engines)})
-    return forbidden
-
-
-def _refused(
-    parent: ModelConfig, layer: int, words: tuple[str, str], engines: tuple[str, ...]
-) -> bool:
-    candidate = _with_pair(parent, layer, words)
-    return any(refusals(candidate, engine) for engine in engines)
+    return [
+        {
+            (a, f)
+            for a in attention
+            for f in ffn
+            if any(refusals(_with_pair(parent, layer, (a, f)), engine) for engine in engines)
+        }
+        for layer, (attention, ffn) in enumerate(space.layers)
+    ]
 
 
 def _with_pair(parent: ModelConfig, layer: int, words: tuple[str, str]) -> ModelConfig:

@@ -1,29 +1,17 @@
-"""A variant's first weights, taken from the parent (Puzzle App. A).
+"""What BLD begins with: statistics of the parent, and a variant's first weights (Puzzle App. A).
 
-    narrower FFN   keep the channels of the largest importance (importance.py)
-    fewer KV heads mean of the K and V projections of the heads that merge
-    linear FFN     W_down · W_up                (the gate is left out)
-    linear attn    W_o · W_v, V rows repeated over the query groups (each token attends to itself)
-
-The norm is the parent's, kept also in front of a linear map.
-
-Which FFN channels matter: how far a layer's output moves without them (Puzzle App. A).
-
-    independent    C_i = mean |x_i| · ‖W_i‖                          each channel alone
-    iterative      c_i = mean ‖s + x_i W_i‖,   s = Y_full - Y_now    each beside those gone already
-                       = mean √(‖s‖² + 2 x_i (s·W_i) + x_i² ‖W_i‖²)
-
-x_i is channel i of the input of `down_proj`, W_i its column. The iterative score takes the least
-of them out in rounds, the first rounds the largest, and ranks channels by when they went: two
-channels that make up for one another are then not both dispensable (ModelOpt).
+narrower FFN   keep the channels of the largest importance
+fewer KV heads mean of the K and V projections of the heads that merge
+linear FFN     W_down · W_up                (the gate is left out)
+linear attn    W_o · W_v, V rows repeated over the query groups (each token attends to itself)
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +24,49 @@ from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.transformer import Block, Transformer
 from tessera.train.losses import chunks
 from tessera.train.parallel import gathered
+
+Importance = Literal["iterative", "independent"]
+ROUNDS = 16  # passes over the calibration tokens a layer
+
+
+class Layer(NamedTuple):
+    """A layer on a batch: the residual stream `(B,T,C)` before, within and after its block."""
+
+    block: Block
+    context: Context
+    x: Tensor
+    middle: Tensor
+    out: Tensor
+
+    def replaced(self, kind: str, unit: nn.Module) -> Tensor:
+        """The block's output with `unit` in place of its attention, its FFN or all of it."""
+        if kind == "block":
+            return unit(self.x, self.context)
+        if kind == "attention":
+            middle = self.x + unit(self.x, self.context)
+            return middle + self.block.ffn(middle, self.context)
+        return self.middle + unit(self.middle, self.context)
+
+
+@torch.no_grad()
+def walk(
+    module: Transformer, batch: Batch, depth: int | None = None
+) -> Iterator[tuple[Layer, dict[str, Tensor]]]:
+    """Each of the first `depth` layers, and what each kind of subblock adds to the stream there.
+
+    A generator: a layer's sharded parameters are whole until the next one is asked for.
+    """
+    context = module.prepare(Context(batch.positions, batch.segments))
+    with gathered(module):
+        x = module.embed_tokens(batch.tokens)
+    for block in module.blocks[:depth]:
+        with gathered(block):
+            attention = block.attention(x, context)
+            middle = x + attention
+            ffn = block.ffn(middle, context)
+            out = middle + ffn
+            yield Layer(block, context, x, middle, out), {"attention": attention, "ffn": ffn}
+        x = out
 
 
 @dataclass(frozen=True)
@@ -71,78 +102,57 @@ def collect_statistics(
     found = [_LayerSums() for _ in parent.blocks]
     tokens = 0.0
     for batch in batches:
-        context = parent.prepare(Context(batch.positions, batch.segments))
         real = (batch.segments >= 0).float()
         tokens += float(real.sum())
-        with gathered(parent):
-            x = parent.embed_tokens(batch.tokens)
-        for block, sums in zip(parent.blocks, found, strict=True):
-            with gathered(block):
-                x = sums.add(block, x, context, real)
+        for sums, (layer, added) in zip(found, walk(parent, batch), strict=True):
+            sums.add(layer, added, real)
     ranks: dict[int, Tensor] = {}
     if importance == "iterative":
-        chosen = range(len(found)) if layers is None else layers
-        ranks = iterative_importance(parent, batches, chosen)
+        ranks = iterative_importance(
+            parent, batches, range(len(found)) if layers is None else layers
+        )
     independent = [None if s.channels is None else s.channels / tokens for s in found]
     return ParentStatistics(
         [ranks.get(layer, own) for layer, own in enumerate(independent)],
-        {kind: [s.linear[kind].slope for s in found] for kind in KINDS},
+        {kind: [_slope(*s.linear[kind]) for s in found] for kind in KINDS},
         [s.output / tokens for s in found],
         [s.influence / tokens for s in found],
     )
 
 
 @dataclass
-class _Fit:
-    """Least squares of y on x through the origin: slope = Σxy / Σx²."""
-
-    xy: float = 0.0
-    xx: float = 0.0
-
-    @property
-    def slope(self) -> float:
-        return self.xy / self.xx if self.xx else 1.0
-
-
-@dataclass
 class _LayerSums:
-    """Sums over calibration tokens for one layer."""
+    """Sums over calibration tokens for one layer; `linear`: Σxy and Σx² of a linear map's fit."""
 
     channels: Tensor | None = None
     output: float = 0.0
     influence: float = 0.0
-    linear: dict[str, _Fit] = field(default_factory=lambda: {kind: _Fit() for kind in KINDS})
+    linear: dict[str, tuple[float, float]] = field(
+        default_factory=lambda: dict.fromkeys(KINDS, (0.0, 0.0))
+    )
 
-    def add(self, block: Block, x: Tensor, context: Context, real: Tensor) -> Tensor:
-        """Count one batch x `(B,T,C)`; returns the block's output."""
-        attention = block.attention(x, context)
-        middle = x + attention
-        ffn = block.ffn(middle, context)
-        out = middle + ffn
-        self._fit("attention", block.attention, x, attention, real)
-        self._fit("ffn", block.ffn, middle, ffn, real)
-        if isinstance(block.ffn.variant, SwiGLU):
-            found = _channel_activity(block.ffn, middle, real)
+    def add(self, layer: Layer, added: dict[str, Tensor], real: Tensor) -> None:
+        for kind, x in (("attention", layer.x), ("ffn", layer.middle)):
+            subblock = getattr(layer.block, kind)
+            if isinstance(subblock.variant, GQA | SwiGLU):
+                linear = F.linear(subblock.norm(x), linear_weight(subblock.op))
+                xy, xx = self.linear[kind]
+                xy += float(((linear * added[kind]).sum(-1) * real).sum())
+                xx += float((linear.square().sum(-1) * real).sum())
+                self.linear[kind] = xy, xx
+        ffn = layer.block.ffn
+        if isinstance(ffn.variant, SwiGLU):
+            activity = torch.einsum("btf,bt->f", channels(ffn, ffn.norm(layer.middle)).abs(), real)
+            found = activity * feed_forward(ffn).down_proj.weight.norm(dim=0)
             self.channels = found if self.channels is None else self.channels + found
-        self.output += float((out.square().sum(-1) * real).sum())
-        self.influence += float(((1 - F.cosine_similarity(x, out, dim=-1)) * real).sum())
-        return out
-
-    def _fit(
-        self, kind: str, subblock: Subblock, x: Tensor, delta: Tensor | float, real: Tensor
-    ) -> None:
-        if not isinstance(subblock.variant, GQA | SwiGLU) or not isinstance(delta, Tensor):
-            return
-        linear = F.linear(subblock.norm(x), linear_weight(subblock.op))
-        self.linear[kind].xy += float(((linear * delta).sum(-1) * real).sum())
-        self.linear[kind].xx += float((linear.square().sum(-1) * real).sum())
+        self.output += float((layer.out.square().sum(-1) * real).sum())
+        distance = 1 - F.cosine_similarity(layer.x, layer.out, dim=-1)
+        self.influence += float((distance * real).sum())
 
 
-def _channel_activity(ffn: Subblock, x: Tensor, real: Tensor) -> Tensor:
-    op = ffn.op
-    assert isinstance(op, FeedForward)
-    activity = torch.einsum("btf,bt->f", channels(ffn, ffn.norm(x)).abs(), real)
-    return activity * op.down_proj.weight.norm(dim=0)
+def _slope(xy: float, xx: float) -> float:
+    """Least squares of y on x through the origin."""
+    return xy / xx if xx else 1.0
 
 
 @torch.no_grad()
@@ -235,30 +245,33 @@ def _keep_channels(parent: FeedForward, child: FeedForward, importance: Tensor |
         child.down_proj.bias.copy_(parent.down_proj.bias)
 
 
-Importance = Literal["iterative", "independent"]
-ROUNDS = 16  # passes over the calibration tokens a layer
-
-
 @torch.no_grad()
 def iterative_importance(
     parent: Transformer, batches: Sequence[Batch], layers: Collection[int]
 ) -> dict[int, Tensor]:
     """Ranks `(F,)` of the channels of every SwiGLU among `layers`, the one removed last highest.
 
-    Holds the residual stream of all calibration tokens N and one residual of them, `2·(N, C)`,
+    How far a layer's output moves without a channel, which is channel i of the input of
+    `down_proj`, x_i, times its column W_i (Puzzle App. A):
+
+        independent    C_i = mean |x_i| · ‖W_i‖                          each channel alone
+        iterative      c_i = mean ‖s + x_i W_i‖,   s = Y_full - Y_now    each beside those gone
+                           = mean √(‖s‖² + 2 x_i (s·W_i) + x_i² ‖W_i‖²)
+
+    The iterative score takes the least of them out in rounds, the first rounds the largest, and
+    ranks channels by when they went: two channels that make up for one another are then not both
+    dispensable (ModelOpt). Holds a few residual streams `(N, C)` of all calibration tokens N,
     never `(N, F)`; layers above the last one asked for do not run.
     """
-    contexts = [parent.prepare(Context(b.positions, b.segments)) for b in batches]
-    with gathered(parent):
-        states = [parent.embed_tokens(batch.tokens) for batch in batches]
     found: dict[int, Tensor] = {}
-    for layer, block in enumerate(parent.blocks[: max(layers, default=-1) + 1]):
-        with gathered(block):
-            middles = [x + block.attention(x, c) for x, c in zip(states, contexts, strict=True)]
-            if layer in layers and isinstance(block.ffn.variant, SwiGLU):
-                real = [x[b.segments >= 0] for x, b in zip(middles, batches, strict=True)]
-                found[layer] = removal_order(block.ffn, torch.cat(real))
-            states = [x + block.ffn(x, c) for x, c in zip(middles, contexts, strict=True)]
+    walks = [walk(parent, batch, max(layers, default=-1) + 1) for batch in batches]
+    for number, at in enumerate(zip(*walks, strict=True)):
+        ffn = at[0][0].block.ffn
+        if number in layers and isinstance(ffn.variant, SwiGLU):
+            pairs = zip(at, batches, strict=True)
+            found[number] = removal_order(
+                ffn, torch.cat([layer.middle[b.segments >= 0] for (layer, _), b in pairs])
+            )
     return found
 
 
@@ -268,7 +281,7 @@ def removal_order(ffn: Subblock, x: Tensor, rounds: int = ROUNDS) -> Tensor:
 
     x `(N, C)` enters the subblock. Memory beside x: `(N, C)` and some chunks of tokens by F.
     """
-    weight = _down(ffn)
+    weight = feed_forward(ffn).down_proj.weight
     normed, gone = ffn.norm(x), torch.zeros_like(x)  # gone is s: what the channels removed gave
     left = torch.arange(weight.shape[1], device=x.device)
     taken, order = left[:0], []
@@ -298,8 +311,7 @@ def schedule(width: int, rounds: int) -> list[int]:
 
 def channels(ffn: Subblock, normed: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
     """Channels of the input of `down_proj`, `(…, F)` or as many as `which`, of the normed input."""
-    op = ffn.op
-    assert isinstance(op, FeedForward)
+    op = feed_forward(ffn)
     gate, up = (
         F.linear(normed, p.weight[which], None if p.bias is None else p.bias[which])
         for p in (op.gate_proj, op.up_proj)
@@ -314,6 +326,7 @@ def _harm(inner: Tensor, gone: Tensor, weight: Tensor) -> Tensor:
     return square.clamp_min_(0).sqrt_().sum(0).double()
 
 
-def _down(ffn: Subblock) -> Tensor:
+def feed_forward(ffn: Subblock) -> FeedForward:
+    """The operation of a SwiGLU subblock."""
     assert isinstance(ffn.op, FeedForward)
-    return ffn.op.down_proj.weight
+    return ffn.op

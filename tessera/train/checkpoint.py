@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 
 from tessera import dist
 from tessera.runs.files import FailureError, atomic_write, sync, writing
@@ -46,17 +45,16 @@ class Saver:
 
     def __init__(self, directory: Path, keep: int = 1) -> None:
         self.directory, self.keep = directory, keep
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1, "resume-state")
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
+        self._pool.shutdown()
+        if error is None:  # else the first error is the one to raise
             self.wait()
-        elif self._thread is not None:
-            self._thread.join()  # the first error is the one to tell
 
     def save(self, step: int, trainer: Trainer) -> None:
         """Begin to write the state after `step` steps; what it is is settled on return.
@@ -64,55 +62,45 @@ class Saver:
         Raises WriteError where the one before could not be written.
         """
         self.wait()
-        tensors = _copied(_tensors(trainer))
+        tensors = {key: _copy(value) for key, value in _tensors(trainer).items()}
         meta = json.dumps({"step": step, "source": trainer.source.state_dict()})
-        self._thread = threading.Thread(
-            target=self._write, args=(step, tensors, meta), name="resume-state", daemon=True
-        )
-        self._thread.start()
+        self._pending = self._pool.submit(self._write, f"step-{step:08}", tensors, meta)
 
     def wait(self) -> None:
         """Returns when nothing is being written. Raises WriteError where that went wrong."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
-    def _write(self, step: int, tensors: dict[str, Tensor], meta: str) -> None:
+    def _write(self, name: str, tensors: dict[str, Tensor], meta: str) -> None:
+        final, temporary = self.directory / name, self.directory / f".{name}.tmp"
+        group, alone = dist.saving_group(), dist.world() == 1
         try:
-            _write_state(self.directory, step, tensors, meta, self.keep)
-        except BaseException as error:
-            self._error = error
-
-
-def _write_state(
-    directory: Path, step: int, tensors: dict[str, Tensor], meta: str, keep: int
-) -> None:
-    final = directory / f"step-{step:08}"
-    temporary = directory / f".{final.name}.tmp"
-    try:
-        with writing(final), _plain_errors():
+            with writing(final), _plain_errors():
+                if dist.is_main():
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir(parents=True)
+                    atomic_write(temporary / META, meta)
+                dist.barrier(group)
+                writer = FileSystemWriter(temporary)
+                save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+            if dist.is_main():
+                with writing(final):
+                    sync(temporary)
+                    shutil.rmtree(final, ignore_errors=True)
+                    os.replace(temporary, final)
+                    sync(self.directory)
+                for old in states(self.directory)[: -self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+        finally:
             if dist.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                atomic_write(temporary / META, meta)
-            dist.barrier(dist.saving_group())
-            writer = FileSystemWriter(temporary)
-            group, alone = dist.saving_group(), dist.world() == 1
-            save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
-        if dist.is_main():
-            with writing(final):
-                sync(temporary)
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(temporary, final)
-                sync(directory)
-            for old in states(directory)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if dist.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@torch.no_grad()
+def _copy(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, in memory that no later step changes."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
 
 
 def states(directory: Path) -> list[Path]:
@@ -135,7 +123,13 @@ def load_state(directory: Path, trainer: Trainer) -> int:
     tensors = {key: value for key, value in _tensors(trainer, empty=True).items() if key in saved}
     with _plain_errors():
         load(tensors, storage_reader=reader, no_dist=dist.world() == 1)
-    _put_back(tensors, trainer)
+    for key, value in tensors.items():  # parameters were read in place
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            field, _, name = rest.partition(".")
+            trainer.optimizer.state[trainer.trainable[name]][field] = value
+        elif kind == "rng":
+            torch.set_rng_state(value)
     trainer.source.load_state_dict(meta["source"])
     return meta["step"]
 
@@ -146,39 +140,14 @@ def _tensors(trainer: Trainer, empty: bool = False) -> dict[str, Tensor]:
     for key, parameter in trainer.trainable.items():
         tensors[f"model.{key}"] = parameter.detach()
         state = trainer.optimizer.state.get(parameter, {})
-        for field, value in (_moments(parameter) if empty else state).items():
-            tensors[f"optimizer.{field}.{key}"] = value
+        if empty:  # what AdamW remembers of a parameter
+            state = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        tensors |= {f"optimizer.{field}.{key}": value for field, value in state.items()}
     return tensors
-
-
-def _moments(parameter: Tensor) -> dict[str, Tensor]:
-    """Room for what AdamW remembers of a parameter."""
-    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    moment = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
-
-
-def _put_back(tensors: Mapping[str, Tensor], trainer: Trainer) -> None:
-    """Moments into the optimizer and the random state into torch; parameters were read in place."""
-    for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            field, _, name = rest.partition(".")
-            trainer.optimizer.state[trainer.trainable[name]][field] = value
-        elif kind == "rng":
-            torch.set_rng_state(value)
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors in memory that no later step changes, on the CPU."""
-    return {key: _copy(value) for key, value in tensors.items()}
-
-
-@torch.no_grad()
-def _copy(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor.to("cpu", copy=True)
-    return tensor.to("cpu") if tensor.device.type != "cpu" else tensor.clone()
 
 
 @contextmanager
@@ -190,13 +159,9 @@ def _plain_errors() -> Iterator[None]:
             yield
         except CheckpointException as failed:
             causes = [cause for cause, _ in failed.failures.values()]
-            for cause in filter(None, map(_refused, causes)):
-                raise OSError(cause.errno, cause.strerror or str(cause)) from failed
+            for error in causes:  # on a full disk torch's zip writer raises an error of its own
+                while error is not None and not isinstance(error, OSError):
+                    error = error.__cause__ or error.__context__
+                if error is not None:
+                    raise OSError(error.errno, error.strerror or str(error)) from failed
             raise FailureError(f"the resume state failed: {causes[0]}") from failed
-
-
-def _refused(error: BaseException | None) -> OSError | None:
-    """The system's refusal behind an error; on a full disk torch's zip writer names its own end."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -61,14 +60,6 @@ class Objective(Protocol):
     def flops(self, module: nn.Module, batch: Batch) -> int:
         """Operations that the mathematics of a microbatch takes (`train/flops.py`)."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Amount:
-    """How much a step did, over all processes."""
-
-    tokens: int
-    flops: float
 
 
 class Trainer:
@@ -128,17 +119,18 @@ class Trainer:
         with _stop_signal() as stopped, bar, sinks, saver:
             bar.advance(self.before + start, 0)
             for step in range(start, self.config.steps):
-                metrics, amount = self.train_step(step)
-                last = step + 1 == self.config.steps
-                timing = self._timing(amount, time.monotonic() - begun)
-                if self.evaluate and (last or self._due(step + 1)):
+                metrics, tokens, flops = self.train_step(step)
+                timing = self._timing(tokens, flops, time.monotonic() - begun)
+                due = self.evaluate_every > 0 and (step + 1) % self.evaluate_every == 0
+                if self.evaluate and (due or step + 1 == self.config.steps):
                     self.watch.at(f"step {step + 1}: evaluating")
                     metrics |= self.evaluate()
-                self.run.log(self.before + step + 1, **metrics)
-                self.run.log_timing(self.before + step + 1, **timing)
-                sinks.log(self.before + step + 1, metrics | timing)
+                number = self.before + step + 1
+                self.run.log(number, **metrics)
+                self.run.log_timing(number, **timing)
+                sinks.log(number, metrics | timing)
                 shown = {"mfu": timing["mfu"]} if "mfu" in timing else {}
-                bar.advance(1, amount.tokens, loss=metrics["loss"], **shown)
+                bar.advance(1, tokens, loss=metrics["loss"], **shown)
                 self.watch.at(f"step {step + 1}: agreeing on what is next")
                 begun = time.monotonic()
                 stop, save = _anywhere(stopped(), begun - saved > self.config.save_seconds)
@@ -150,60 +142,55 @@ class Trainer:
                     saver.wait()
                     raise KeyboardInterrupt
 
-    def _timing(self, amount: Amount, seconds: float) -> dict[str, float]:
+    def _timing(self, tokens: int, flops: float, seconds: float) -> dict[str, float]:
         """Seconds, tokens a second, and the share of what all devices could do, if known."""
-        timing = {"seconds": seconds, "tokens_per_second": amount.tokens / seconds}
-        best = peak(self.config.spread.dtype)
-        if best:
-            timing["mfu"] = amount.flops / seconds / (best * dist.world())
+        timing = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        if best := peak(self.config.spread.dtype):
+            timing["mfu"] = flops / seconds / (best * dist.world())
         return timing | (self.source.timings() if isinstance(self.source, Telling) else {})
 
-    def _due(self, step: int) -> bool:
-        return self.evaluate_every > 0 and step % self.evaluate_every == 0
-
-    def train_step(self, step: int) -> tuple[dict[str, float], Amount]:
-        """One optimizer step; returns its metrics and how much all processes did."""
-        self.watch.at(f"step {step + 1}: reading data")
+    def train_step(self, step: int) -> tuple[dict[str, float], int, float]:
+        """One optimizer step: its metrics, and the tokens and operations of all processes."""
+        here = f"step {step + 1}"
+        self.watch.at(f"{here}: reading data")
         batches = self.source.batches(step)
         flops = sum(self.objective.flops(self.module, batch) for batch in batches)
         batches = [batch.to(dist.device()) for batch in batches]
-        self.watch.at(f"step {step + 1}: summing weights")
+        self.watch.at(f"{here}: summing weights")
         weights = [self.objective.weight(batch).double() for batch in batches]
         weight = float(self.layout.sum(torch.stack(weights).sum()))
         if weight <= 0:
-            raise FailureError(f"step {step + 1} has no trained token; check the data's weights")
+            raise FailureError(f"{here} has no trained token; check the data's weights")
         totals = {"flops": torch.tensor(flops, dtype=torch.float64, device=dist.device())}
         for number, batch in enumerate(batches, 1):
             _add(totals, "tokens", (batch.segments >= 0).sum())
-            here = f"step {step + 1}, microbatch {number} of {len(batches)}"
-            self.watch.at(f"{here}: loss")
+            part = f"{here}, microbatch {number} of {len(batches)}"
+            self.watch.at(f"{part}: loss")
             for loss, stats in self.objective.losses(self.module, batch):
-                self.watch.at(f"{here}: gradient")
+                self.watch.at(f"{part}: gradient")
                 (loss / weight).backward()
-                self.watch.at(f"{here}: loss")
+                self.watch.at(f"{part}: loss")
                 _add(totals, "loss", loss.detach())
                 for key, value in stats.items():
                     _add(totals, key, value)
-        self.watch.at(f"step {step + 1}: summing losses")
+        self.watch.at(f"{here}: summing losses")
         summed = self.layout.sum(torch.stack(list(totals.values()))).tolist()
         sums = dict(zip(totals, summed, strict=True))
-        amount = Amount(round(sums.pop("tokens")), sums.pop("flops"))
+        tokens, flops = round(sums.pop("tokens")), sums.pop("flops")
         own = {k: sums.pop(f"{k}/weight") for k in list(sums) if f"{k}/weight" in sums}
-        metrics = {k: _mean(value, own.get(k, weight)) for k, value in sums.items()}
-        self.watch.at(f"step {step + 1}: clipping and updating")
-        metrics["grad_norm"] = self._clip()
+        # A part of a step may have no trained token: then its mean is not a number.
+        shares = {key: own.get(key, weight) for key in sums}
+        metrics = {k: sums[k] / share if share else math.nan for k, share in shares.items()}
+        self.watch.at(f"{here}: clipping and updating")
+        norms = [clip(parameters, self.config.clip) for parameters in self.groups.values()]
+        metrics["grad_norm"] = float(torch.stack(norms).norm())
         if isinstance(self.source, Telling):
             metrics |= self.source.metrics()
         self._check_finite(step, metrics)
         if self.check:
             self.check(step, metrics)
         metrics["lr"] = self._update(step)
-        return metrics, amount
-
-    def _clip(self) -> float:
-        """Clip each group on its own; returns the norm over all of them before clipping."""
-        norms = [clip(parameters, self.config.clip) for parameters in self.groups.values()]
-        return float(torch.stack(norms).norm())
+        return metrics, tokens, flops
 
     def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
         bad = [key for key in ("loss", "grad_norm") if not math.isfinite(metrics[key])]
@@ -226,11 +213,6 @@ class Trainer:
 def one_group(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     """All trainable parameters, clipped together: what most objectives want."""
     return {"all": [p for p in module.parameters() if p.requires_grad]}
-
-
-def _mean(value: float, weight: float) -> float:
-    """Of a part of a step that may have no trained token: then it is not a number."""
-    return value / weight if weight else math.nan
 
 
 def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:

@@ -1,18 +1,11 @@
-"""How many operations the mathematics of a microbatch takes, and what share of the peak that is.
+"""How many operations a microbatch takes, and how many numbers its backward pass keeps.
 
     forward     2 a weight of a matrix and token, 4 H D a pair of a token and one that it attends to
     backward    twice as many: gradients of weights, and of inputs
 
-A multiply-add is two operations; pairs are those inside documents in causal order, so padding and
-masked halves count as nothing, nor does what is computed again (gradient checkpointing). That is
-the "model FLOPs" of PaLM (2204.02311, appendix B), whose share of the peak is MFU.
-
-What a subblock keeps of each token for its backward pass, in numbers: layers.py and fused.py.
-
-norm         its input; its output, which the products behind it keep
-attention    q, k, v by documents; the output by documents and by rows
-FFN          gate and up; the rest is made again
-chain        what is between its matrices
+A multiply-add is two operations. Padding, masked halves and what is computed again (gradient
+checkpointing) count as nothing: these are the "model FLOPs" of PaLM (2204.02311, appendix B), whose
+share of the device's peak is MFU.
 """
 
 from __future__ import annotations
@@ -64,10 +57,7 @@ class Cost:
         return self.token * work.tokens + self.pair * work.pairs
 
     def training(self, work: Work) -> int:
-        """Forward, and the gradients of weights and of what entered.
-
-        Of a subblock that reads data, too: the gain of its norm asks for the latter.
-        """
+        """Forward, and the gradients of weights and of what entered."""
         return 3 * self.forward(work)
 
 
@@ -136,7 +126,11 @@ DOCUMENTS = 4 / 3  # rows of documents grouped by length are padded by a third a
 
 
 def kept(config: ModelConfig, variant: Variant, ways: int = 1) -> float:
-    """Numbers a token that one subblock keeps, on one of `ways` tensor-parallel processes."""
+    """Numbers a token that one subblock keeps, on one of `ways` tensor-parallel processes.
+
+    Norm: its input and output. Attention: q, k, v and the output by documents, and the output by
+    rows. FFN: gate and up; the rest is made again. A chain: what is between its matrices.
+    """
     ways = ways if splits(config, variant, ways) else 1
     match variant:
         case NoOp():

@@ -10,20 +10,19 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 from torch import nn
 
 from tessera.data.documents import check_sizes
+from tessera.runs.recipe import Config
 from tessera.train.parallel import DTYPES, ParallelConfig, Spread, mesh_of
 from tessera.train.sinks import SinkName, check_installed
 
 Schedule = Literal["cosine", "wsd", "constant"]
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Config):
     """How long, how fast, in what portions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(ge=1)
     tokens_per_step: int = Field(default=8192, ge=1)  # positions an optimizer step, over all ranks
@@ -42,11 +41,11 @@ class TrainConfig(BaseModel):
     save_seconds: float = Field(default=60.0, gt=0)  # at least this long between resume states
     save_total_limit: int = Field(default=1, ge=1)  # resume states kept
     report_to: tuple[SinkName, ...] = ()  # besides metrics.jsonl
-    quiet_seconds: float = Field(default=120.0, gt=0)  # then a line tells what is waited for
+    quiet_seconds: float = Field(default=120.0, gt=0)  # then a line says what is waited for
 
     @field_validator("report_to")
     @classmethod
-    def _installed(cls, value: tuple[SinkName, ...]) -> tuple[SinkName, ...]:
+    def _check_installed(cls, value: tuple[SinkName, ...]) -> tuple[SinkName, ...]:
         check_installed(value)
         return value
 
@@ -56,14 +55,14 @@ class TrainConfig(BaseModel):
         return Spread(self.parallel, DTYPES[self.dtype])
 
 
-def _of_whole_rows(config: TrainConfig) -> TrainConfig:
+def _check_rows(config: TrainConfig) -> TrainConfig:
     row = config.microbatch_tokens
     check_sizes(config.sequence_length, row, config.tokens_per_step, row)
     return config
 
 
 # Of stages that read documents. Checked with the recipe, before anything runs.
-DocumentTrainConfig = Annotated[TrainConfig, AfterValidator(_of_whole_rows)]
+DocumentTrainConfig = Annotated[TrainConfig, AfterValidator(_check_rows)]
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:

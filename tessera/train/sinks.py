@@ -4,10 +4,8 @@
     train.report_to = ["tensorboard", "wandb"]
 
 Each is a package of its own (the extras of the same names), imported when it is asked for. A
-resumed run goes on in the same chart, and every step is in it once: TensorBoard purges what is
-made again, the others say which step they want next, and are sent what a kill kept from them out
-of the run's own logs. A run that was deleted and redone is a new one. Whatever goes wrong in one
-of them is told once and ends that one; training goes on.
+resumed run continues the same chart, and every step is in it once; what a kill kept from a sink
+is sent from the run's own logs. A sink that fails is reported once and closed; training goes on.
 """
 
 from __future__ import annotations
@@ -15,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tessera import dist
 from tessera.runs.files import fingerprint
@@ -25,13 +24,13 @@ from tessera.runs.run import Run, read_metrics, read_timings
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
-class Sink(Protocol):
+@dataclass(frozen=True)
+class Sink:
     """One place that takes numbers. first: the step it wants next; those before it has."""
 
     first: int
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+    log: Callable[[int, Mapping[str, float]], Any]
+    close: Callable[[], Any]
 
 
 def check_installed(names: tuple[SinkName, ...]) -> None:
@@ -45,67 +44,56 @@ def check_installed(names: tuple[SinkName, ...]) -> None:
             )
 
 
-class _TensorBoard:
-    def __init__(self, run: Run, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(run: Run, start: int) -> Sink:
+    from torch.utils.tensorboard import SummaryWriter
 
-        folder = run.path / "tensorboard"
-        self.first = start + 1 if folder.is_dir() else 1
-        self.writer = SummaryWriter(str(folder), purge_step=self.first)
+    folder = run.path / "tensorboard"
+    first = start + 1 if folder.is_dir() else 1
+    writer = SummaryWriter(str(folder), purge_step=first)
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # what a kill finds in the queue would be a gap in the chart
+            writer.add_scalar(name, value, step)
+        writer.flush()  # what a kill finds in the queue would be a gap in the chart
 
-    def close(self) -> None:
-        self.writer.close()
+    return Sink(first, log, writer.close)
 
 
-class _WandB:
-    def __init__(self, run: Run, start: int) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]
+def _wandb(run: Run, start: int) -> Sink:
+    import wandb  # pyright: ignore[reportMissingImports]
 
-        project, name = names(run)
-        self.run = wandb.init(
+    project, name = names(run)
+    opened = wandb.init(
+        project=project,
+        name=name,
+        id=identity(run),
+        resume="allow",
+        dir=str(run.path),
+        config=run.config,
+    )
+    first = opened.starting_step  # 0 offline, where each process writes a file
+    return Sink(first, lambda step, numbers: opened.log(dict(numbers), step=step), opened.finish)
+
+
+def _trackio(run: Run, start: int) -> Sink:
+    import trackio  # pyright: ignore[reportMissingImports]
+
+    project, name = names(run)
+    with contextlib.redirect_stdout(sys.stderr):
+        opened = trackio.init(
             project=project,
-            name=name,
-            id=identity(run),
+            name=f"{name}-{identity(run)[:8]}",
             resume="allow",
-            dir=str(run.path),
             config=run.config,
+            embed=False,
         )
-        self.first = self.run.starting_step  # 0 offline, where each process writes a file
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self.run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class _Trackio:
-    def __init__(self, run: Run, start: int) -> None:
-        import trackio  # pyright: ignore[reportMissingImports]
-
-        project, name = names(run)
+    def close() -> None:
         with contextlib.redirect_stdout(sys.stderr):
-            self.run = trackio.init(
-                project=project,
-                name=f"{name}-{identity(run)[:8]}",
-                resume="allow",
-                config=run.config,
-                embed=False,
-            )
-        self.finish = trackio.finish
-        self.first = getattr(self.run, "_next_step", 0)  # no public name says it
+            trackio.finish()
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self.run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            self.finish()
+    first = getattr(opened, "_next_step", 0)  # no public name says it
+    return Sink(first, lambda step, numbers: opened.log(dict(numbers), step=step), close)
 
 
 def identity(run: Run) -> str:
@@ -122,9 +110,9 @@ def names(run: Run) -> tuple[str, str]:
 
 
 SINKS: Mapping[SinkName, Callable[[Run, int], Sink]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _WandB,
-    "trackio": _Trackio,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
 }
 
 
@@ -138,39 +126,35 @@ class Sinks:
         self.run = run
         self.open: dict[str, Sink] = {}
         for name in names if dist.is_main() else ():
-            made = self._try(name, lambda make=SINKS[name]: make(run, start))
-            if made is not None:
-                self.open[name] = made
+            with self._guard(name):
+                self.open[name] = SINKS[name](run, start)
         if any(sink.first <= start for sink in self.open.values()):
-            for step, numbers in _logged(run):
-                self.log(step, numbers)
+            timings = {row["step"]: row for row in read_timings(run.path)}
+            for row in read_metrics(run.path):
+                numbers = row | timings.get(row["step"], {})
+                finite = {k: v for k, v in numbers.items() if k != "step" and v is not None}
+                self.log(row["step"], finite)
 
     def __enter__(self) -> Sinks:
         return self
 
     def __exit__(self, *_: Any) -> None:
         for name, sink in list(self.open.items()):
-            self._try(name, sink.close)
+            with self._guard(name):
+                sink.close()
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Sends one step's numbers to every sink that still works and has not got them."""
         for name, sink in list(self.open.items()):
             if step >= sink.first:
-                self._try(name, lambda sink=sink: sink.log(step, numbers))
+                with self._guard(name):
+                    sink.log(step, numbers)
 
-    def _try(self, name: str, action: Callable[[], Any]) -> Any:
+    @contextlib.contextmanager
+    def _guard(self, name: str) -> Any:
         try:
-            return action()
+            yield
         except Exception as error:  # their errors are of any type, and none may stop a training
             self.open.pop(name, None)
             reason = f"{type(error).__name__}: {error}"
             self.run.say(f"{name} failed and gets no more numbers; metrics.jsonl has all. {reason}")
-            return None
-
-
-def _logged(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
-    """Each step that the run's own logs hold; what was not finite is left out."""
-    timings = {row["step"]: row for row in read_timings(run.path)}
-    for row in read_metrics(run.path):
-        numbers = row | timings.get(row["step"], {})
-        yield row["step"], {k: v for k, v in numbers.items() if k != "step" and v is not None}

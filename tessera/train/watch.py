@@ -1,19 +1,15 @@
-"""What each process is doing, told when nothing has moved for a while.
+"""Says what each process is doing when nothing has moved for a while.
 
-    with Watch(run, quiet=120) as watch:
-        watch.at("step 12: reading data")
+with Watch(run, quiet=120) as watch:
+    watch.at("step 12: reading data")
 
-    quiet for 2:11: rank 3 at 'step 12: reading data' for 2:14, in read (tessera.data.store:88);
-    ranks 0-2 at 'step 12: summing weights' for 2:11, in all_reduce (tessera.dist:118)
-
-`at` stores two values and costs nothing; which call a process is in is read off its stack, by a
-thread that looks every few seconds. A process that has been at one thing for half the time leaves a
-file in the run's state, and when the main one has been quiet for all of it, a line tells what
-everybody is at. Files and no collectives: those are what hangs.
+quiet for 2:11: rank 3 at 'step 12: reading data' for 2:14, in read (tessera.data.store:88);
+ranks 0-2 at 'step 12: summing weights' for 2:11, in all_reduce (tessera.dist:118)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -37,24 +33,24 @@ class Sign(NamedTuple):
 
 
 class Watch:
-    """Tells of silence through `run.say`; every process of a job holds one.
+    """Reports silence through `run.say`; every process of a job holds one.
 
-    quiet: seconds at one thing before a line; the next comes when twice as many have passed, so
-    that a night's wait is a dozen lines.
+    A thread looks every few seconds. A process that has been at one thing for half of `quiet`
+    seconds leaves a file in the run's state, for the main process to read: no collectives, because
+    those are what hangs. The next line comes when twice as many seconds have passed.
     """
 
     def __init__(self, run: Run, quiet: float) -> None:
         self.run, self.quiet = run, quiet
-        self.folder = run.state_path / "watch"
+        self._folder = run.state_path / "watch"
         self._now = ("starting", time.time())
-        self._left: Sign | None = None
-        self._told = 0.0
+        self._reported = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="tessera-watch", daemon=True)
 
     def __enter__(self) -> Self:
         self._watched = threading.get_ident()
-        _file(self.folder, dist.rank()).unlink(missing_ok=True)  # of a process that was killed
+        self._file(dist.rank()).unlink(missing_ok=True)  # of a process that was killed
         self.at("starting")
         self._thread.start()
         return self
@@ -62,7 +58,7 @@ class Watch:
     def __exit__(self, *_: Any) -> None:
         self._over.set()
         self._thread.join()
-        self._withdraw()
+        self._file(dist.rank()).unlink(missing_ok=True)
 
     def at(self, what: str) -> None:
         """From now on this process is at `what`."""
@@ -72,35 +68,32 @@ class Watch:
         while not self._over.wait(min(5.0, self.quiet / 8)):
             what, since = self._now
             silent = time.time() - since
-            try:
+            with contextlib.suppress(
+                OSError, WriteError
+            ):  # a full disk is the training's to report
                 if silent < self.quiet / 2:
-                    self._told = 0.0
-                    self._withdraw()
+                    self._reported = 0.0
+                    self._file(dist.rank()).unlink(missing_ok=True)
                 else:
-                    sign = Sign(what, since, call_of(self._watched))
-                    self._leave(sign)
-                    self._tell(sign, silent)
-            except (OSError, WriteError):
-                pass  # a full disk is the training's to report
+                    self._report(Sign(what, since, call_of(self._watched)), silent)
 
-    def _leave(self, sign: Sign) -> None:
-        if dist.world() > 1 and sign != self._left:
-            file = _file(self.folder, dist.rank())
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, json.dumps(sign))
-            self._left = sign
+    def _report(self, sign: Sign, silent: float) -> None:
+        if dist.world() > 1:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(self._file(dist.rank()), json.dumps(sign))
+        if dist.is_main() and silent >= max(self.quiet, 2 * self._reported):
+            self._reported = silent
+            others = {r: self._read(r) for r in range(1, dist.world())}
+            self.run.say(describe({0: sign, **others}, time.time()))
 
-    def _withdraw(self) -> None:
-        if self._left is not None:
-            _file(self.folder, dist.rank()).unlink(missing_ok=True)
-            self._left = None
+    def _file(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank}.json"
 
-    def _tell(self, sign: Sign, silent: float) -> None:
-        due = max(self.quiet, 2 * self._told)
-        if silent >= due and dist.is_main():
-            self._told = silent
-            others = {r: _read(_file(self.folder, r)) for r in range(1, dist.world())}
-            self.run.say(told({0: sign, **others}, time.time()))
+    def _read(self, rank: int) -> Sign | None:
+        try:
+            return Sign(*json.loads(self._file(rank).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
 
 
 def call_of(thread: int) -> str:
@@ -115,29 +108,28 @@ def call_of(thread: int) -> str:
     return f"{innermost.f_code.co_name} ({module}:{frame.f_lineno})"
 
 
-def told(known: Mapping[int, Sign | None], now: float) -> str:
+def describe(signs: Mapping[int, Sign | None], now: float) -> str:
     """One line: who has been at what for how long, those in the same call together.
 
-    known: of each rank its sign, or None where it has left none: it has moved lately, or is gone.
+    signs: by rank; None where a process has left none: it has moved lately, or is gone.
     """
     groups: dict[tuple[str, str] | None, list[int]] = {}
-    for rank, sign in known.items():
+    for rank, sign in signs.items():
         groups.setdefault(sign and (sign.what, sign.call), []).append(rank)
+
+    def since(group: tuple[str, str] | None) -> float:
+        known = [sign.since for rank in groups[group] if (sign := signs[rank])]
+        return min(known, default=float("inf"))
+
     parts = []
-    for ranks in sorted(groups.values(), key=lambda ranks: _since(known, ranks)):
-        sign = known[ranks[0]]
-        who = f"{_ranks(ranks)} " if len(known) > 1 else ""
+    for group in sorted(groups, key=since):
+        who = f"{_ranks(groups[group])} " if len(signs) > 1 else ""
         state = "not heard of: moving, or gone"
-        if sign is not None:
-            state = f"at {sign.what!r} for {clock(now - _since(known, ranks))}, in {sign.call}"
+        if group is not None:
+            state = f"at {group[0]!r} for {clock(now - since(group))}, in {group[1]}"
         parts.append(f"{who}{state}")
-    silent = now - max(sign.since for sign in filter(None, known.values()))
+    silent = now - max(sign.since for sign in signs.values() if sign)
     return f"quiet for {clock(silent)}: {'; '.join(parts)}"
-
-
-def _since(known: Mapping[int, Sign | None], ranks: list[int]) -> float:
-    """When the first of these began what they are at; the end of time where nobody knows."""
-    return min((sign.since for r in ranks if (sign := known[r])), default=float("inf"))
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -150,14 +142,3 @@ def _ranks(ranks: list[int]) -> str:
             spans.append([rank])
     text = ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
-
-
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank}.json"
-
-
-def _read(file: Path) -> Sign | None:
-    try:
-        return Sign(*json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None

@@ -9,6 +9,7 @@ import pytest
 
 from tessera.puzzle import bld
 from tessera.puzzle.library import LibraryError, layer_groups
+from tessera.puzzle.space import Unit
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import read_json, read_metrics
 from tests.objectives.recipes import BLD, TRAIN, run, tables, units
@@ -74,13 +75,14 @@ def test_some_layers_at_once_give_the_same_files(tmp_path, whole, layers_at_once
 
 def test_the_parent_above_the_last_layer_does_not_run(tmp_path, monkeypatch):
     seen: list[int] = []
-    plain = bld._outputs
+    plain = bld.walk
 
-    def counting(module, layer, *rest):
-        seen.append(layer)
-        return plain(module, layer, *rest)
+    def counting(*args):
+        for layer, found in enumerate(plain(*args)):
+            seen.append(layer)
+            yield found
 
-    monkeypatch.setattr(bld, "_outputs", counting)
+    monkeypatch.setattr(bld, "walk", counting)
     run(tmp_path, f'[bld]\nlayers = "1"\n{BLD}')
     assert set(seen) == {0, 1}
 
@@ -136,7 +138,9 @@ def test_layers_that_are_not_there_are_refused(tmp_path):
 
 
 def test_groups_hold_every_key_once_and_layers_whole():
-    keys = [(layer, "ffn", word) for layer in (0, 1, 4, 5, 9) for word in ("linear", "swiglu-4")]
+    keys = [
+        Unit(layer, "ffn", word) for layer in (0, 1, 4, 5, 9) for word in ("linear", "swiglu-4")
+    ]
     groups = layer_groups(keys, 2)
     assert [sorted({layer for layer, _, _ in group}) for group in groups] == [[0, 1], [4, 5], [9]]
     assert [key for group in groups for key in group] == keys

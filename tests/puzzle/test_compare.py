@@ -7,7 +7,7 @@ import torch
 
 from tessera.objectives.lm import loss_sums
 from tessera.puzzle import compare
-from tessera.puzzle.compare import CompareConfig, promise_error, promised_speedup, quality, speeds
+from tessera.puzzle.compare import CompareConfig, promised_speedup, quality, speeds
 from tessera.puzzle.cost_table import Scenario
 from tests.toy import toy_batch, toy_model
 
@@ -34,12 +34,6 @@ def test_speeds_are_ratios_to_the_first_model():
     rows = speeds({k: m.requires_grad_(False) for k, m in models.items()}, config, "compare")
     assert rows["parent"]["speedup"] == 1
     assert torch.tensor([rows["child"][k] for k in rows["child"]]).gt(0).all()
-
-
-def test_a_promise_kept_has_no_error():
-    assert promise_error(2.0, 2.0) == 0
-    assert promise_error(1.5, 1.2) == pytest.approx(0.25)
-    assert promise_error(None, 1.2) is None
 
 
 def test_each_child_takes_turns_with_the_parent_alone(monkeypatch):

@@ -95,7 +95,7 @@ def test_check_knows_it_before_anything_has_run(planned):
     assert found["parent"] is None and found["search"] is None
     assert found["bld"].layers == 3 and found["couple"].units > 0
     single = planned(UNITS + "layers_at_once = 1")["bld"]
-    assert single.units * 3 == found["bld"].units and "1 of 3 layers at once" in single.told()
+    assert single.units * 3 == found["bld"].units and "1 of 3 layers at once" in str(single)
 
 
 def test_check_hears_of_words_that_do_not_fit_the_parent(planned):

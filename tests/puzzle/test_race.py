@@ -16,7 +16,7 @@ from tessera.objectives.kd import KD, KDConfig, raced
 from tessera.objectives.lm import documents
 from tessera.pipeline import STAGES, run_recipe
 from tessera.puzzle.library import assemble
-from tessera.puzzle.race import RaceConfig, blind_loss, candidates, standing
+from tessera.puzzle.race import RaceConfig, candidates, ranking, unigram_entropy
 from tessera.runs.files import FailureError, RunError
 from tessera.runs.plan import plan
 from tessera.runs.recipe import RecipeError, loads, validate
@@ -151,10 +151,10 @@ def row(candidate: str, kl: float | None, meets: bool = True) -> dict[str, Any]:
 
 def test_places_go_by_kl_then_by_order_and_the_hopeless_stand_last():
     rows = [row("a", 0.3), row("b", 0.2), row("a", 0.1), row("c", 0.2), row("d", None)]
-    assert standing(rows) == [2, 1, 3, 4]  # a's better rate; the tie of b and c in their order
+    assert ranking(rows) == [2, 1, 3, 4]  # a's better rate; the tie of b and c in their order
     missed = [row("a", 0.1, meets=False), row("b", 0.5), row("c", None)]
-    assert standing(missed) == [1, 0, 2]
-    assert standing([row("a", 0.3, False), row("b", 0.2, False)]) == [1, 0]
+    assert ranking(missed) == [1, 0, 2]
+    assert ranking([row("a", 0.3, False), row("b", 0.2, False)]) == [1, 0]
 
 
 def test_a_candidate_that_diverges_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -198,13 +198,13 @@ def test_a_guess_without_context_is_the_entropy_of_the_labels():
     labels = torch.tensor([[3, 3, 5, 5, 9, 9]])
     weight = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
     batch = Batch(labels, labels, weight, labels, labels)
-    assert blind_loss([batch, batch]) == pytest.approx(math.log(2))
+    assert unigram_entropy([batch, batch]) == pytest.approx(math.log(2))
 
 
 def test_a_race_of_bad_candidates_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = race(tmp_path)  # three steps of everything: bytes are guessed at
     assert "all candidates are bad" in (path / "log.txt").read_text()
-    monkeypatch.setattr("tessera.puzzle.race.blind_loss", lambda batches: 99.0)
+    monkeypatch.setattr("tessera.puzzle.race.unigram_entropy", lambda batches: 99.0)
     run_recipe(loads(RECIPE), tmp_path, redo=["race"], quiet=True)
     assert "all candidates are bad" not in (path / "log.txt").read_text()
 

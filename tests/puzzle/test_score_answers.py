@@ -18,10 +18,10 @@ from tessera.puzzle.library import BlockLibrary, load_unit, save_library
 from tessera.puzzle.score import (
     ScoreConfig,
     TaskError,
-    drawn,
     encode,
     load_units,
     pack_problems,
+    procedural_problems,
     read_problems,
     score_answers,
     score_given,
@@ -61,8 +61,9 @@ def total(module, portions, units=None) -> dict:
     sums: dict = {}
     for portion in portions:
         for key, values in score_answers(module, units or {}, portion).items():
-            known = sums.setdefault(key, dict.fromkeys(values, 0.0))
-            sums[key] = {metric: known[metric] + value for metric, value in values.items()}
+            known = sums.setdefault(key, dict.fromkeys(values, (0.0, 0.0)))
+            for metric, (value, weight) in values.items():
+                known[metric] = known[metric][0] + value, known[metric][1] + weight
     return sums
 
 
@@ -72,10 +73,10 @@ def test_accuracy_is_that_of_greedy_generation():
     portions = pack_problems("t", found, row_length=30, pad_id=0)
     assert len(portions) > 1
     sums = total(module, portions)[()]
-    assert sums["task.t.problems"] == 12 and sums["task.t.tokens"] == 12 * ANSWER
-    assert sums["task.t.accuracy"] / 12 == accuracy(module, found) == 8 / 12
+    assert sums["task.t.accuracy"] == (8, 12) and sums["task.t"][1] == 12 * ANSWER
+    assert accuracy(module, found) == 8 / 12
     other = toy_model(seed=1).requires_grad_(False)
-    assert total(other, portions)[()]["task.t.accuracy"] / 12 == accuracy(other, found)
+    assert total(other, portions)[()]["task.t.accuracy"][0] / 12 == accuracy(other, found)
 
 
 def test_a_replacement_scores_as_the_whole_model_with_it(tmp_path: Path):
@@ -90,13 +91,13 @@ def test_a_replacement_scores_as_the_whole_model_with_it(tmp_path: Path):
         swapped = toy_model().requires_grad_(False)
         swapped.replace(layer, kind, load_unit(tmp_path, parent.config, Unit(layer, kind, word)))
         own = sums[layer, kind, word]
-        assert own["task.t.accuracy"] / 12 == accuracy(swapped, found)
+        assert own["task.t.accuracy"][0] / 12 == accuracy(swapped, found)
         loss = 0.0
         for ids, start in found:
             with torch.no_grad():
                 log_p = F.log_softmax(swapped.logits(swapped(torch.tensor([ids])))[0], -1)
             loss -= sum(float(log_p[i - 1, ids[i]]) for i in range(start, len(ids)))
-        assert own["task.t"] == pytest.approx(loss, rel=1e-4)
+        assert own["task.t"][0] == pytest.approx(loss, rel=1e-4)
 
 
 def test_each_metric_is_averaged_with_its_own_weight(tmp_path: Path):
@@ -109,15 +110,15 @@ def test_each_metric_is_averaged_with_its_own_weight(tmp_path: Path):
     own, (row,) = score_given(parent, parent, changed, [batch], answers=portions)
     sums = total(parent, portions, changed)
     assert own["task.t.accuracy"] == 8 / 12
-    loss = sums[()]["task.t"] / (12 * ANSWER)
+    loss = sums[()]["task.t"][0] / (12 * ANSWER)
     assert own["task.t"] == pytest.approx(loss)
-    assert row["task.t"] == pytest.approx(sums[1, "ffn", "noop"]["task.t"] / (12 * ANSWER) - loss)
+    assert row["task.t"] == pytest.approx(sums[noop]["task.t"][0] / (12 * ANSWER) - loss)
     assert row["tokens"] == int(batch.weight.sum())
 
 
 def test_problems_read_as_the_documents_they_were_trained_on():
     for work in (True, False):
-        for index, (prompt, answer) in enumerate(drawn("calc", 5, work)):
+        for index, (prompt, answer) in enumerate(procedural_problems("calc", 5, work)):
             one = problem("calc", 0, index, "heldout")
             assert prompt + answer == one.text(work)
             assert ("Work" in prompt) == work and one.answer in answer

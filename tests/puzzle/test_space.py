@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tessera.model.config import ConfigError
@@ -10,8 +12,6 @@ from tessera.puzzle.space import (
     build_space,
     forbidden_pairs,
     layer_numbers,
-    restrict,
-    with_pairs,
 )
 from tessera.runs.recipe import RecipeError, validate
 from tests.toy import toy_config
@@ -150,7 +150,8 @@ def test_a_parent_whose_changes_an_engine_cannot_load_has_no_servable_space():
 
 def test_the_parts_of_a_space_make_the_whole():
     whole = build_space(SpaceConfig(servable=("vllm",)), toy_config(layers=5))
-    whole = with_pairs(whole, [Unit.pair(3, "gqa-2", "swiglu-24"), Unit.pair(0, "gqa-1", "noop")])
-    first, second = restrict(whole, [0, 1]), restrict(whole, [2, 3, 4])
+    pairs = Unit.pair(0, "gqa-1", "noop"), Unit.pair(3, "gqa-2", "swiglu-24")
+    whole = replace(whole, pairs=pairs)
+    first, second = whole.restrict([0, 1]), whole.restrict([2, 3, 4])
     assert not [key for key in first.replacements() if key[0] > 1]
     assert union([first, second]) == whole

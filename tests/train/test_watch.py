@@ -14,7 +14,7 @@ from tessera.train import engine
 from tessera.train import watch as watch_module
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
-from tessera.train.watch import Sign, Watch, told
+from tessera.train.watch import Sign, Watch, describe
 from tests.test_dist import run_ranks
 from tests.toy import ToySource, toy_model
 
@@ -36,12 +36,12 @@ def test_one_line_tells_of_everybody_the_longest_first():
         2: Sign("step 12: reading data", now - 131, "read (tessera.data.store:88)"),
         3: None,
     }
-    assert told(known, now) == (
+    assert describe(known, now) == (
         "quiet for 2:08: rank 2 at 'step 12: reading data' for 2:11, in read "
         "(tessera.data.store:88); ranks 0-1 at 'step 12: summing losses' for 2:10, in all_reduce "
         "(tessera.dist:118); rank 3 not heard of: moving, or gone"
     )
-    assert told(
+    assert describe(
         {0: Sign("step 1: saving", now - 60, "join (tessera.train.checkpoint:70)")}, now
     ) == ("quiet for 1:00: at 'step 1: saving' for 1:00, in join (tessera.train.checkpoint:70)")
 
