@@ -184,15 +184,24 @@ def read_jsonl(path: Path, field: str) -> Iterator[Record[str] | Bad]:
             yield Record(row[field])
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, bytes, Any]]:
-    """(number, line, value) of each line that is not blank; `Bad` for one that is no JSON."""
+def _json_lines(
+    path: Path, start: int = 0, stop: int | None = None, first: int = 1
+) -> Iterator[tuple[int, bytes, Any]]:
+    """(number, line, value) of each line that is not blank; `Bad` for one that is no JSON.
+
+    See `read_rows` for start, stop and first.
+    """
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        file.seek(start)
+        for number, line in enumerate(file, first):
             if line.strip():
                 try:
                     yield number, line, json.loads(_text(line))
                 except (ValueError, RecursionError) as error:
                     yield number, line, Bad(str(path), number, _reason(error), _excerpt(line))
+            start += len(line)
+            if stop is not None and start >= stop:
+                return
 
 
 def _no_text(row: Any, field: str) -> str | None:
@@ -242,10 +251,13 @@ def read_parquet(path: Path, field: str) -> Iterator[Record[str] | Bad]:
             yield Bad(str(path), number, "null", "") if value is None else Record(value)
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def read_rows(
+    path: Path, start: int = 0, stop: int | None = None, first: int = 1
+) -> Iterator[tuple[int, Any]]:
     """The values of JSON lines, of a .json list or of Parquet rows, numbered from 1.
 
-    A line that is no JSON is `Bad`. Raises DataError for a file that cannot be read.
+    start, stop: of JSON lines, those from byte to byte, numbered from `first`. A line that is no
+    JSON is `Bad`. Raises DataError for a file that cannot be read.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if ".json" in suffixes:
@@ -253,7 +265,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     elif format_of(path) == "parquet":
         yield from enumerate(_parquet_rows(path), 1)
     else:
-        yield from ((number, row) for number, _, row in _json_lines(path))
+        yield from ((number, row) for number, _, row in _json_lines(path, start, stop, first))
 
 
 def _json_list(path: Path) -> list[Any]:
