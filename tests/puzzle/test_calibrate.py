@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.puzzle.cost import FASTEST, architectures, calibrate, compared, held_out, promised
+from tessera.puzzle.cost import FASTEST, architectures, calibrate, compared, held_out, predicted
 from tessera.puzzle.cost_table import CostTable, Scenario
 
 PARENT = (("gqa-4", "swiglu-48"),) * 6
@@ -29,7 +29,7 @@ SCENARIO = Scenario(batch=2, prompt=4, new=10)
 
 def timed(prices: dict, count: int, seed: int = 0) -> list:
     """(words, seconds) of the parent and `count` models on a machine where these prices add up."""
-    return [(w, promised(prices, w)) for w in architectures(PARENT, WORDS, count, seed)]
+    return [(w, predicted(prices, w)) for w in architectures(PARENT, WORDS, count, seed)]
 
 
 def scaled(factor: float, **others: float) -> dict:
@@ -82,14 +82,14 @@ def test_words_off_by_their_own_factors_come_right_with_models(attention: float,
         return max(
             abs(own / right - 1)
             for words in architectures(PARENT, WORDS, 20, seed=7)
-            for own, right in zip(promised(found, words), promised(truth, words), strict=True)
+            for own, right in zip(predicted(found, words), predicted(truth, words), strict=True)
         )
 
     assert worst(8) < worst(0) and worst(200) < 0.02
 
 
 def test_a_price_stays_where_no_model_speaks_about_it():
-    models = [(PARENT, promised(PRICES, PARENT))]
+    models = [(PARENT, predicted(PRICES, PARENT))]
     assert calibrate(PRICES, models)["attention", "linear"] == pytest.approx((0.2, 0.01))
 
 
@@ -115,7 +115,7 @@ def test_what_is_promised_is_what_the_table_sums():
             for (k, w), (p, d) in (PRICES | {("attention", "noop"): (0.0, 0.0),
                                              ("ffn", "noop"): (0.0, 0.0)}).items()]  # fmt: skip
     table = CostTable.from_rows(rows, SCENARIO).total(words)
-    prefill, decode = promised(PRICES, words)
+    prefill, decode = predicted(PRICES, words)
     assert (table["prefill_seconds"], table["decode_seconds"]) == pytest.approx((prefill, decode))
     row = compared(words, (prefill, decode), (prefill / 2, decode), SCENARIO)
     assert row["promised_seconds"] == pytest.approx(table["seconds"])
@@ -132,5 +132,5 @@ def test_held_out_rows_are_promised_by_the_others_alone():
     assert rows[2]["error_decode_seconds"] == pytest.approx(0, abs=1e-9)
     for i, row in enumerate(rows):
         prices = calibrate(PRICES, [*models[:i], *models[i + 1 :]])
-        assert row["promised_prefill_seconds"] == promised(prices, models[i][0])[0]
+        assert row["promised_prefill_seconds"] == predicted(prices, models[i][0])[0]
         assert row["measured_prefill_seconds"] == models[i][1][0]

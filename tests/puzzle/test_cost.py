@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tessera.model.checkpoint import save_model
 from tessera.model.config import KINDS, parse_kind
 from tessera.puzzle import cost
-from tessera.puzzle.cost import CostConfig, _isotonic, cost_rows
+from tessera.puzzle.cost import CostConfig, _isotonic, price
 from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
 from tessera.puzzle.space import Space, write_space
 from tessera.runs.recipe import RecipeError, validate
@@ -23,7 +23,7 @@ WORDS = [(k, w) for k, pair in (("attention", ("gqa-4", "gqa-1", "linear", "noop
 
 
 def _table(**seconds: float) -> CostTable:
-    rows = cost_rows(toy_config(), WORDS, SETTINGS, "cost")
+    rows = price(toy_config(), WORDS, SETTINGS, "cost")[0]
     for row in rows:
         if seconds:
             row["prefill_seconds"] = row["decode_seconds"] = seconds.get(row["word"], 0.1)
@@ -60,7 +60,7 @@ def test_counts_are_those_of_the_built_subblock():
 
 def test_measured_seconds_are_there_for_every_word():
     settings = CostConfig(scenario=Scenario(batch=2, prompt=4, new=4), rounds=3, depth=1)
-    rows = cost_rows(toy_config(), WORDS, settings, "cost")
+    rows = price(toy_config(), WORDS, settings, "cost")[0]
     assert len(rows) == len(WORDS) + 1
     assert all(row["decode_seconds"] >= 0 for row in rows)
     assert next(r for r in rows if r["word"] == "")["decode_seconds"] > 0
@@ -153,17 +153,15 @@ def test_a_killed_stage_loses_no_finished_table(inputs, tmp_path, monkeypatch):
     assert asked == [1, 2, 4, 4]
     for batch, text in zip((1, 2), kept, strict=True):
         key = {"scenario": "default", "batch": batch}
-        for name, field in (("costs", "rows"), ("calibration", "calibration")):
+        for name, rows in zip(("costs", "calibration"), json.loads(text), strict=True):
             own = [row for row in read_table(path, name) if row["batch"] == batch]
-            assert own == [key | row for row in json.loads(text)[field]]
+            assert own == [key | row for row in rows]
     assert set(read_costs(path).tables) == {("default", batch) for batch in (1, 2, 4)}
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"measure": False, "source": "measured"}, "measure = false contradicts source = 'meas.*"),
-        ({"measure": True, "source": "counted"}, "measure = true contradicts.*drop measure"),
         ({"source": "roofline"}, 'needs a device, for example device = "H100"'),
         ({"source": "roofline", "device": "H10"}, "did you mean 'H100'"),
         ({"source": "roofline", "device": "cpu", "dtype": "bf16"}, "'fp32' and tensor_parallel 1"),
@@ -180,10 +178,8 @@ def test_a_source_that_is_contradicted_is_said(table: dict, message: str):
         validate(CostConfig, table, "cost")
 
 
-def test_the_older_spelling_and_what_follows_from_the_source():
-    assert CostConfig().source == "measured" and CostConfig().measure
-    assert CostConfig(source="counted").source == "counted"
-    assert CostConfig(source="counted").measure is False
+def test_what_follows_from_the_source():
+    assert CostConfig().source == "measured"
     served = CostConfig(source="roofline", device="H100")
     assert (served.dtype, served.bytes_per_parameter, served.bytes_per_kv) == ("bf16", 2, 2)
     assert CostConfig(source="roofline", device="cpu").dtype == "fp32"

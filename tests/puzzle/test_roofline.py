@@ -7,20 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.roofline import device_bytes, largest_batch, predict
 from tessera.devices import DEVICES
 from tessera.model.checkpoint import save_model
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, uniform
 from tessera.puzzle import cost
-from tessera.puzzle.cost import CostConfig, cost_rows
+from tessera.puzzle.cost import CostConfig, price
 from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
 from tessera.puzzle.roofline import (
     Serving,
     base_seconds,
-    device_bytes,
-    largest_batch,
-    predict,
     probe_cpu,
-    seconds_of,
+    roofline_seconds,
     word_seconds,
 )
 from tessera.puzzle.search import SearchConfig, find
@@ -49,7 +47,7 @@ WORDS = sorted({(k, w) for pair in CHILD.words for k, w in zip(KINDS, pair, stri
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_a_whole_model_is_its_words_and_the_base(dtype: str, parallel: int):
     serving = Serving(DEVICES["H100"], dtype, parallel)
-    words = seconds_of(CHILD, WORDS, CHAT, serving)
+    words = roofline_seconds(CHILD, WORDS, CHAT, serving)
     whole = predict(CHILD, "H100", dtype, CHAT, parallel)
     for column, name in enumerate(("prefill_seconds", "decode_seconds")):
         total = words["base", ""][column] + sum(
@@ -65,7 +63,7 @@ def test_the_cost_tables_totals_are_the_whole_models(parallel: int):
     settings = CostConfig(
         source="roofline", device="H100", dtype="fp8", tensor_parallel=parallel, scenario=CHAT
     )
-    rows = cost_rows(LLAMA, WORDS, settings, "cost")
+    rows = price(LLAMA, WORDS, settings, "cost")[0]
     total = CostTable.from_rows(rows, CHAT).total(CHILD.words)
     whole = predict(CHILD, "H100", "fp8", CHAT, parallel)
     for column in ("prefill_seconds", "decode_seconds", "seconds", "throughput"):

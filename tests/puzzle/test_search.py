@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.export.engines import refusals
-from tessera.puzzle.cost import CostConfig, cost_rows
+from tessera.puzzle.cost import CostConfig, price
 from tessera.puzzle.cost_table import Costs, CostTable, Scenario
 from tessera.puzzle.program import Infeasible, Option, solve
 from tessera.puzzle.search import SearchConfig, search
@@ -81,7 +81,7 @@ def _counted(parent, space) -> tuple[list[dict], Costs]:
     """Equal scores, and counted costs, of every word of a space."""
     settings = CostConfig(source="counted")
     words = [(kind, word) for kind in ("attention", "ffn") for word in space.words(0, kind)]
-    costs = CostTable.from_rows(cost_rows(parent, words, settings, "cost"), settings.scenario)
+    costs = CostTable.from_rows(price(parent, words, settings, "cost")[0], settings.scenario)
     places = space.replacements()
     rows = [{"layer": i, "kind": k, "word": w, "kl": 1.0} for i, k, w in places]
     return rows, priced(costs)

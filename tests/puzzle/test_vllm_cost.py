@@ -15,7 +15,7 @@ from tessera.puzzle import vllm_cost
 from tessera.puzzle.cost_table import read_costs
 from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import Space, write_space
-from tessera.puzzle.vllm_cost import VLLMCostConfig, seconds_of, served, unloadable
+from tessera.puzzle.vllm_cost import VLLMCostConfig, prefill_and_step, served, unloadable
 from tessera.runs.files import FailureError, RunError
 from tessera.runs.recipe import RecipeError, validate
 from tessera.runs.run import Run, read_json, read_table
@@ -130,8 +130,8 @@ def test_counted_bytes_are_those_of_the_exported_model(inputs, tmp_path):
 
 def test_noise_only_adds_so_that_a_quiet_start_among_loud_ones_decides():
     quiet, loud = [(1.0, 9.0)] * 10, [(1.7, 13.0)] * 10
-    assert seconds_of(quiet, 9) == (1.0, 1.0) == seconds_of(loud + quiet, 9)
-    assert seconds_of(loud, 9)[1] > 1.4
+    assert prefill_and_step(quiet, 9) == (1.0, 1.0) == prefill_and_step(loud + quiet, 9)
+    assert prefill_and_step(loud, 9)[1] > 1.4
 
 
 def test_what_vllm_cannot_load_has_no_row_and_is_in_no_architecture(inputs, tmp_path):
