@@ -117,12 +117,10 @@ class Costs:
     bytes_per_parameter: float
     bytes_per_kv: float
 
-    def at(self, batch: int | None) -> dict[str, CostTable]:
-        """Scenario -> its table at this batch, or at the scenario's own."""
-        return {
-            name: self.tables[name, batch or scenario.batch]
-            for name, scenario in self.scenarios.items()
-        }
+    @property
+    def first(self) -> CostTable:
+        """The table of the first scenario, at the first batch that it was priced at."""
+        return next(iter(self.tables.values()))
 
 
 def read_costs(directory: Path) -> Costs:

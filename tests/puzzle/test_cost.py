@@ -125,7 +125,7 @@ def test_the_stage_tells_how_right_it_is_about_models_it_was_not_fitted_to(input
     worst = max(abs(row["error_seconds"]) for row in rows)
     assert "4 whole models that prices were not fitted to are off by" in _log(path)
     assert f"{worst:.1%} at most" in _log(path)
-    table = read_costs(path).at(None)["default"]
+    table = read_costs(path).first
     assert table.measured and set(table.words) == {
         (k, w) for k, words in zip(KINDS, SPACE.layers[0], strict=True) for w in words
     }
@@ -206,7 +206,7 @@ def test_words_of_a_roofline_need_no_machine(inputs, tmp_path):
     path = _priced(tmp_path / "cost", inputs, source="roofline", device="H100")
     costs = read_costs(path)
     assert (costs.source, costs.device, costs.bytes_per_kv) == ("roofline", "H100", 2)
-    assert costs.at(None)["default"].measured
+    assert costs.first.measured
     assert not (path / "tables" / "calibration.jsonl").exists()
     assert read_json(path, "scenarios")["dtype"] == "bf16"
 

@@ -19,7 +19,7 @@ from tessera.puzzle.program import (
     relax,
     solve,
 )
-from tessera.puzzle.search import SearchConfig, search
+from tessera.puzzle.search import SearchConfig
 from tests.searching import (
     LAYERS,
     PARENT,
@@ -28,6 +28,7 @@ from tests.searching import (
     choices_of,
     priced,
     scores,
+    search,
     table,
 )
 

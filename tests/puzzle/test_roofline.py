@@ -218,7 +218,7 @@ def _scored(folder: Path) -> Path:
 def test_a_recipe_is_priced_for_four_h100s_and_searched(tmp_path: Path):
     path = _priced(tmp_path, loads(RECIPE).stages[0].table)
     costs = read_costs(path)
-    table = costs.at(None)["default"]
+    table = costs.first
     assert (costs.source, costs.device, costs.bytes_per_kv) == ("roofline", "H100", 1)
     assert read_json(path, "scenarios")["tensor_parallel"] == 4
     for words in ([("gqa-4", "swiglu-48")] * LAYERS, [("noop", "swiglu-12"), ("gqa-1", "noop")]):
@@ -240,5 +240,5 @@ def test_the_machine_at_hand_is_a_device(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cost, "probe_cpu", lambda: probe_cpu(seconds=0.01))
     costs = read_costs(_priced(tmp_path, {"source": "roofline", "device": "cpu"}))
     assert (costs.source, costs.device, costs.bytes_per_parameter) == ("roofline", "cpu", 4)
-    words = costs.at(None)["default"].words
+    words = costs.first.words
     assert words["attention", "noop"]["seconds"] == 0 < words["attention", "gqa-4"]["seconds"]

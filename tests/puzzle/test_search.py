@@ -28,7 +28,6 @@ from tessera.puzzle.search import (
     explain,
     find,
     optimality,
-    search,
     shadow_prices,
     stage,
 )
@@ -46,6 +45,7 @@ from tests.searching import (
     choices_of,
     priced,
     scores,
+    search,
     table,
 )
 from tests.toy import toy_config, toy_model

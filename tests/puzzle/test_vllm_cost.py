@@ -105,7 +105,7 @@ def priced(path: Path, inputs: dict[str, Path], **table) -> Path:
 
 def test_an_engine_whose_layers_add_up_gives_back_its_parts(inputs, tmp_path):
     costs = read_costs(priced(tmp_path / "costs", inputs))
-    (table,) = costs.at(None).values()
+    table = costs.first
     config = tiny.config(PARENT)
     spent = SPENT | {"noop": (0.0, 0.0), "": AROUND}
     for key, columns in [(("base", ""), table.base), *table.words.items()]:
@@ -120,7 +120,7 @@ def test_an_engine_whose_layers_add_up_gives_back_its_parts(inputs, tmp_path):
 
 
 def test_counted_bytes_are_those_of_the_exported_model(inputs, tmp_path):
-    (table,) = read_costs(priced(tmp_path / "costs", inputs)).at(None).values()
+    table = read_costs(priced(tmp_path / "costs", inputs)).first
     words = [("gqa-4", "swiglu-600"), ("noop", "swiglu-300"), ("gqa-1", "noop")]
     total, exported = table.total(words), expressible(tiny.config(words))
     assert total["kv_bytes_per_token"] == exported.kv_bytes_per_token()
@@ -159,7 +159,7 @@ def test_words_that_pad_to_the_same_are_one_probe_and_cost_the_same(inputs, tmp_
     asked = []
     drive = vllm_cost.drive
     monkeypatch.setattr(vllm_cost, "drive", lambda *given: asked.append(given) or drive(*given))
-    table = read_costs(priced(tmp_path / "costs", inputs)).at(None)["default"]
+    table = read_costs(priced(tmp_path / "costs", inputs)).first
     assert len(asked) == 5  # the base, gqa-4, gqa-1, and widths 768 and 512
     wider, narrower = (table.words["ffn", f"swiglu-{width}"] for width in (300, 260))
     assert wider["seconds"] == narrower["seconds"] and wider["bytes"] == narrower["bytes"]
@@ -251,7 +251,7 @@ def test_the_real_engine_prices_every_word(inputs, tmp_path, monkeypatch):
     path = priced(tmp_path / "costs", needed, **options)
     told = read_json(path, "scenarios")
     assert told["engine"].startswith("vLLM 0.") and told["clock"] == "process"
-    (table,) = read_costs(path).at(None).values()
+    table = read_costs(path).first
     assert table.base["prefill_seconds"] > 0 and table.base["decode_seconds"] > 0
     assert table.words["attention", "gqa-4"]["seconds"] > 0
     assert table.words["ffn", "swiglu-600"]["seconds"] > 0
