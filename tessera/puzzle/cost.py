@@ -202,7 +202,7 @@ def least_seconds(
 
 def _timed(engine: TorchEngine, scenario: Scenario) -> tuple[float, list[float]]:
     """Seconds of the fastest of `PREFILLS` prefills, and of each decode step after the last."""
-    prompts = prompts_of(scenario, engine.packed.config.vocab_size)
+    prompts = prompts_of(scenario, engine.config.vocab_size)
     prefill, steps = math.inf, []
     for new in (*(1,) * (PREFILLS - 1), scenario.new):
         engine.reset_stats()

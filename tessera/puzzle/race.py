@@ -28,7 +28,7 @@ from tessera.puzzle.compare import quality
 from tessera.puzzle.cost_table import share_of
 from tessera.puzzle.library import assemble
 from tessera.runs.files import FailureError, WriteError
-from tessera.runs.recipe import Config
+from tessera.runs.recipe import Config, identity
 from tessera.runs.run import Run, is_done, read_json, read_table
 from tessera.train.engine import Trainer
 from tessera.train.optim import DocumentTrainConfig
@@ -102,10 +102,17 @@ def heat(path: Path, words: Sequence, config: HeatConfig, run: Run, inputs: dict
     read back. A number that is not finite is None; so is all that follows a diverged training.
     """
     if not dist.broadcast(is_done(path)):
-        settings = {"words": words, **config.model_dump()}
+        settings = {"words": words, **config.model_dump(mode="json")}
+        made = {"words": words, **identity(config)}
         near = {need: inputs[need] for need in ("parent", "library", "data")}
         with Run.open(
-            path, stage="heat", config=settings, inputs=near, seed=run.seed, quiet=run.quiet
+            path,
+            stage="heat",
+            config=settings,
+            identity=made,
+            inputs=near,
+            seed=run.seed,
+            quiet=run.quiet,
         ) as own:
             found = _distil(words, config, own, inputs)
             finite = {k: v if math.isfinite(v) else None for k, v in found.items()}

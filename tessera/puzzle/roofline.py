@@ -19,7 +19,7 @@ import torch
 
 from tessera.devices import CPU, DTYPES, Device, DeviceError
 from tessera.generate.packed import Matrix
-from tessera.generate.stats import clock
+from tessera.generate.scheduler import clock
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse_kind
 from tessera.puzzle.cost_table import Scenario
 

@@ -8,9 +8,6 @@ A word that vLLM cannot load has no row, so no search offers it; `scenarios.json
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +19,7 @@ from pydantic import Field, PositiveInt, field_validator
 from tessera.export.decilm import write_config
 from tessera.export.engines import refusals
 from tessera.export.padding import expressible
+from tessera.generate.engine import GenerationError
 from tessera.model.config import GQA, KINDS, BlockConfig, ModelConfig, NoOp, name, parse_kind
 from tessera.model.source import load_config
 from tessera.progress import Progress
@@ -30,9 +28,8 @@ from tessera.puzzle.cost_table import PricedConfig
 from tessera.puzzle.space import read_space
 from tessera.runs.files import FailureError, RunError, resumable
 from tessera.runs.run import Run
-from tessera.vllm.process import find_python
+from tessera.vllm.process import Process, find_python
 
-DRIVER = Path(__file__).parents[1] / "vllm" / "driver.py"
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 OURS = {"model", "load_format", "dtype", "enforce_eager", "enable_prefix_caching"}
 
@@ -140,7 +137,7 @@ def word_prices(found: Mapping[Key, Seconds], first: Key, depth: int) -> dict[Ke
 
 
 def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> dict:
-    """What `vllm/driver.py` is asked about a model directory: all scenarios in one process."""
+    """What `vllm/worker.py` is asked about a model directory: all scenarios in one process."""
     priced = [scenario for _, scenario in config.priced()]
     return {
         "model": str(model),
@@ -161,28 +158,23 @@ def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> dict:
 
 
 def drive(python: str, job: dict, threads: int | None, kv_bytes: float = 0.0) -> dict:
-    """The driver's answer to a job, from a process of its own. Raises FailureError.
+    """vLLM's answer to a job, from a process of its own. Raises FailureError.
 
     kv_bytes: of the cache that the largest scenario fills, for the CPU build, which has no
     memory of its own to fill.
     """
-    space = 1 + int(1.25 * kv_bytes / 2**30)
-    settings = {"VLLM_CPU_KVCACHE_SPACE": str(space), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": str(1 + int(1.25 * kv_bytes / 2**30))}
     if threads is not None:
-        settings |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    ran = subprocess.run(
-        [python, str(DRIVER), json.dumps(job)],
-        env=os.environ | settings,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    answers = [line for line in ran.stdout.splitlines() if line.startswith("SECONDS ")]
-    if ran.returncode or not answers:
-        last = "\n".join(ran.stderr.splitlines()[-12:])
-        raise FailureError(f"vLLM ({python}) ended with code {ran.returncode}:\n{last}")
-    answer = json.loads(answers[-1].removeprefix("SECONDS "))
+        environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    process = Process(python, environment)
+    try:
+        opened = {key: job[key] for key in ("model", "arguments", "plugin") if key in job}
+        timed = {key: job[key] for key in ("scenarios", "rounds", "vocab_size")}
+        answer = process.ask("open", checksums={}, **opened) | process.ask("measure", **timed)
+    except GenerationError as error:
+        raise FailureError(f"{error} ({python})") from error
+    finally:
+        process.close()
     needed = max(one["batch"] * (one["prompt"] + one["new"]) for one in job["scenarios"])
     if (answer["cache_tokens"] or needed) < needed:
         raise FailureError(
@@ -202,7 +194,7 @@ def cache_bytes(config: VLLMCostConfig, model: ModelConfig) -> float:
 def measure(
     config: VLLMCostConfig, run: Run, probes: Mapping[Key, ModelConfig], python: str
 ) -> dict[Key, list[dict]]:
-    """The driver's answers for every probe, one a start; an interrupted run's are not asked anew.
+    """The worker's answers for every probe, one a start; an interrupted run's are not asked anew.
 
     probes: expressible configs, which need no weights on disk. Starting vLLM is most of a probe's
     time, so that probes cannot alternate round by round; on a shared machine several starts make
@@ -284,7 +276,7 @@ def stage(config: VLLMCostConfig, run: Run, inputs: dict[str, Path]) -> None:
         "scenarios",
         config.described("measured", answer["device"], size, size)
         | {
-            "engine": f"vLLM {answer['version']}",
+            "engine": answer["engine"],
             "clock": answer["clock"],
             "unavailable": [
                 {"kind": kind, "word": word, "reason": reason}

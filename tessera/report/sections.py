@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, SwiGLU
 from tessera.model.source import ancestors, model_config, origin
-from tessera.progress import clock
 from tessera.report.charts import Series, chart
 from tessera.report.explain import explain, headline
 from tessera.report.show import status, tables
@@ -26,7 +25,7 @@ from tessera.runs.run import (
     runs_in,
     whole_lines,
 )
-from tessera.table import VIEWS, Column, cell, count, size
+from tessera.table import VIEWS, Column, cell, clock, count, size
 
 Row = dict[str, Any]
 
