@@ -37,6 +37,7 @@ from tessera.progress import Progress
 from tessera.puzzle.library import load_unit
 from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import walk
+from tessera.runs.files import atomic_write
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json
 from tessera.train.losses import chunks
@@ -390,12 +391,13 @@ def score_all(
     totals: Totals = {}
     with Progress(run.name, len(jobs) * len(units), "replacements", quiet=run.quiet) as bar:
         for index, job in enumerate(jobs):
-            if (run.state_path / f"batch-{index}.json").exists():
+            done = run.state_path / f"batch-{index}.json"
+            if done.exists():
                 bar.advance(len(units), 0)
-            found = run.resumable(
-                f"batch-{index}", lambda job=job: [*job(advance=bar.advance).items()]
-            )
-            _accumulate(totals, found)
+            else:
+                done.parent.mkdir(exist_ok=True)
+                atomic_write(done, json.dumps([*job(advance=bar.advance).items()]))
+            _accumulate(totals, json.loads(done.read_text()))
     return _means(totals[()]), _rows(totals)
 
 

@@ -20,7 +20,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -245,14 +245,6 @@ class Run:
         elif error is not None:
             self.fail(f"{type(error).__name__}: {error}")
         self.close()
-
-    def resumable(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, as JSON values; read back where this run computed it before."""
-        file = self.state_path / f"{name}.json"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, json.dumps(compute()))
-        return json.loads(file.read_text(encoding="utf-8"))
 
     def log(self, step: int, **metrics: float) -> None:
         """Appends one step's numbers to `metrics.jsonl`; what is not finite becomes null."""
