@@ -25,6 +25,7 @@ from tessera.model.checkpoint import load_model
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import documents
 from tessera.puzzle.compare import quality
+from tessera.puzzle.cost_table import share_of
 from tessera.puzzle.library import assemble
 from tessera.runs.files import FailureError, WriteError
 from tessera.runs.recipe import Config, identity
@@ -170,12 +171,6 @@ def _warn_of_bad(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any])
     )
 
 
-def speedup(candidate: Row) -> float | None:
-    """The promised throughput over the parent's; None where no seconds were measured."""
-    rates = [candidate[side].get("throughput") for side in ("predicted", "parent")]
-    return rates[0] / rates[1] if all(rates) else None
-
-
 def ranking(rows: Sequence[Row]) -> list[int]:
     """Which rows of a rung go by place: the best one of every candidate, best first.
 
@@ -205,7 +200,7 @@ def run_rung(
             "place": None,
             "candidate": candidate["name"],
             "method": candidate.get("method"),
-            "promised": speedup(candidate),
+            "promised": share_of(candidate, "throughput"),
             "meets": candidate.get("meets", True),
             "lr": lr,
             "tokens": settings.train.steps * settings.train.tokens_per_step,

@@ -181,7 +181,7 @@ def validate(model: type[Model], table: Mapping[str, Any], where: str) -> Model:
 
 
 def _explain(model: type[BaseModel], item: Mapping[str, Any], where: str) -> str:
-    """One pydantic error in the user's words."""
+    """One pydantic error as a line that names the key path and what is allowed."""
     location = [str(part) for part in item["loc"]]
     path = ".".join([where, *location])
     given = item.get("input")
@@ -243,10 +243,6 @@ def _literal(value: Any) -> str:
         return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_literal(one) for one in value) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return (
-        repr(value)
-        if isinstance(value, int | float)
-        else json.dumps(str(value), ensure_ascii=False)
-    )
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value if isinstance(value, int) else str(value), ensure_ascii=False)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from torch.distributed.tensor import DTensor
 
 from tessera import dist
 from tessera.data.batch import Batch, Source, Telling
+from tessera.model.context import Context
+from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.runs.files import FailureError
 from tessera.runs.run import Run
 from tessera.train.checkpoint import Saver, load_state
-from tessera.train.flops import peak
+from tessera.train.flops import Work, model_cost, peak
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
 from tessera.train.parallel import clip
 from tessera.train.sinks import Sinks
@@ -37,8 +39,10 @@ from tessera.train.watch import Watch
 Stats = dict[str, Tensor]
 
 
-class Objective(Protocol):
-    """What is learned. Several losses share the loop by being this."""
+class Objective:
+    """What is learned: a loss of a microbatch. `frozen`: a model that is only run forward."""
+
+    frozen: Transformer | None = None
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         """Parts of Σ w·ℓ of a microbatch (sums, never means) and statistics to log.
@@ -47,19 +51,27 @@ class Objective(Protocol):
         Each part is backpropagated before the next is asked for, so an objective with many
         independent parts (block-wise distillation) never holds more than one graph.
         """
-        ...
+        raise NotImplementedError
 
     def weight(self, batch: Batch) -> Tensor:
         """Σ w of a microbatch."""
-        ...
+        return batch.weight.sum()
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
-        """Parameters clipped together."""
-        ...
+        """Parameters that are clipped together, by the name of their group."""
+        return {"all": [p for p in module.parameters() if p.requires_grad]}
 
     def flops(self, module: nn.Module, batch: Batch) -> int:
         """Operations that the mathematics of a microbatch takes (`train/flops.py`)."""
-        ...
+        assert isinstance(module, Transformer)
+        work = Work.of(batch, module.config.sliding_window)
+        frozen = model_cost(self.frozen.config).forward(work) if self.frozen else 0
+        return model_cost(module.config).training(work) + frozen
+
+
+def context_of(batch: Batch) -> Context:
+    """The context in which a model reads a batch."""
+    return Context(batch.positions, batch.segments, prefix=batch.prefix)
 
 
 class Trainer:
@@ -214,11 +226,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return lr
-
-
-def one_group(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """All trainable parameters, clipped together: what most objectives want."""
-    return {"all": [p for p in module.parameters() if p.requires_grad]}
 
 
 def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
