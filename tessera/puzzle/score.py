@@ -37,7 +37,7 @@ from tessera.progress import Progress
 from tessera.puzzle.library import load_unit
 from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import walk
-from tessera.runs.files import atomic_write
+from tessera.runs.files import resumable
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json
 from tessera.train.losses import chunks
@@ -391,13 +391,11 @@ def score_all(
     totals: Totals = {}
     with Progress(run.name, len(jobs) * len(units), "replacements", quiet=run.quiet) as bar:
         for index, job in enumerate(jobs):
-            done = run.state_path / f"batch-{index}.json"
-            if done.exists():
+            file = run.state_path / f"batch-{index}.json"
+            if file.exists():
                 bar.advance(len(units), 0)
-            else:
-                done.parent.mkdir(exist_ok=True)
-                atomic_write(done, json.dumps([*job(advance=bar.advance).items()]))
-            _accumulate(totals, json.loads(done.read_text()))
+            found = resumable(file, lambda job=job: [*job(advance=bar.advance).items()])
+            _accumulate(totals, found)
     return _means(totals[()]), _rows(totals)
 
 

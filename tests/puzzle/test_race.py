@@ -177,7 +177,7 @@ def test_the_winners_rate_is_the_distillations(tmp_path: Path):
     path = race(tmp_path, "race.lrs=[1e-4, 1e-2]")
     child = path.parent / "child"
     assert raced(config, child).train.lr == read_json(path, "architecture")["lr"]
-    with pytest.raises(RunError, match="chosen by no race"):
+    with pytest.raises(RunError, match="lr_from"):
         raced(config, path.parent / "parent")
 
 
