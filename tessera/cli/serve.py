@@ -70,21 +70,26 @@ def _served(model: str, engine: str, settings: dict[str, Any]) -> None:
     found = command(model, config)
     if found.note:
         complain(found.note)
-    complain(" ".join(found.words))
-    os.execvpe(found.words[0], found.words, {**os.environ, **found.environment})
+    complain(" ".join(found.arguments))
+    os.execvpe(found.arguments[0], found.arguments, {**os.environ, **found.environment})
 
 
 def _api() -> Any:
     """The server's module. Raises ModuleNotFoundError's counterpart that names the extra."""
     try:
-        from tessera.serve import server
+        from tessera.serve import app
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("fastapi", "uvicorn", "starlette"):
+        if (error.name or "").partition(".")[0] in (
+            "fastapi",
+            "uvicorn",
+            "starlette",
+            "prometheus_client",
+        ):
             raise typer.BadParameter(
                 f"serving needs {error.name}, which is not installed: pip install 'tessera[serve]'"
             ) from None
         raise
-    return server
+    return app
 
 
 @guarded
@@ -104,6 +109,6 @@ def chat(
         return
     if thinking not in ("on", "off"):
         raise typer.BadParameter(f"--thinking {thinking}: give on or off")
-    from tessera.serve.chat import talk
+    from tessera.serve import chat as terminal
 
-    talk(model, thinking, max_tokens, thinking_budget)  # type: ignore[arg-type]
+    terminal.chat(model, thinking, max_tokens, thinking_budget)  # type: ignore[arg-type]

@@ -30,10 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera import dist
-from tessera.ask import embedder, local
+from tessera.ask import local
 from tessera.ask.ask import Answerer, Reply, Request
-from tessera.ask.embedder import EmbedderConfig
 from tessera.ask.endpoint import Endpoint, EndpointConfig
+from tessera.ask.local import EmbedderConfig
 from tessera.curate.config import CurateConfig, Step, TeacherConfig
 from tessera.curate.sources import Shard, plan_shards, read_shard
 from tessera.curate.steps import rows
@@ -452,7 +452,7 @@ class Pipeline:
         if isinstance(config, EndpointConfig):
             return Endpoint(config, self.run.seed)
         if isinstance(config, EmbedderConfig):
-            return embedder.load(config)
+            return local.Embedder(config)
         return local.load(config, self.model, self.run.seed)
 
     def _planned(self) -> list[Shard]:

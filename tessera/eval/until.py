@@ -46,7 +46,7 @@ class Answer:
         self._text = ""
 
     def push(self, token: int) -> bool:
-        """Whether the text has come to a stop string: a `Watch` of the engine."""
+        """Whether the text has come to a stop string: a stopping criterion of the engine."""
         self._add(self._detokenizer.push(token))
         return self._stops.stopped
 
@@ -101,8 +101,8 @@ def complete(
 def _submit(engine: TorchEngine, tokenizer: Tokenizer, one: Wanted, room: int) -> Handle:
     most = min(one.params.max_tokens, room - len(one.prompt))
     params = dataclasses.replace(one.params, max_tokens=most)
-    watch = (lambda: Answer(tokenizer, one).push) if one.stops else None
-    return engine.submit(one.prompt, params, key=one.key, watch=watch)
+    stopping = (lambda: Answer(tokenizer, one).push) if one.stops else None
+    return engine.submit(one.prompt, params, key=one.key, stopping=stopping)
 
 
 def _text(tokenizer: Tokenizer, one: Wanted, tokens: Sequence[int]) -> str:

@@ -33,7 +33,7 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
-from tessera.serve.server import ServeConfig, ServeError  # noqa: E402
+from tessera.serve.app import ServeConfig, ServeError  # noqa: E402
 from tessera.serve.vllm import command  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -288,10 +288,10 @@ def test_others_are_served_with_a_key_only_and_a_taken_port_is_said(model: Path)
 
 
 def test_prompts_are_kept_for_those_that_begin_alike(model: Path):
-    from tessera.serve.server import serving
+    from tessera.serve.app import serving
 
     with serving(str(model), ServeConfig(prefix_cache=300)) as one:
-        engine = one.talker.engine
+        engine = one.model.engine
         for end in (50, 51):
             engine.generate([[*range(3, 40), end]], SamplingParams(max_tokens=2))
         assert engine.stats.cached_tokens == 37
