@@ -7,6 +7,9 @@ A question is a line of JSON whose `do` names a method of `Worker`, and so is it
 wrong is answered as `{"error": …}`; while a queue is worked off, `{"done": N}` lines come first.
 """
 
+# vllm is not installed here, and pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json
