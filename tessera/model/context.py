@@ -166,15 +166,8 @@ def _prefixes(segments: Tensor, prefix: Tensor | None, starts: Tensor) -> Tensor
     """`(documents,)` the document that each goes on from, -1 for none."""
     if prefix is None:
         return torch.full_like(starts, -1)
-    named = prefix.flatten()[starts]
-    row = starts // segments.shape[1]
-    known = {
-        key: number
-        for number, key in enumerate(
-            zip(row.tolist(), segments.flatten()[starts].tolist(), strict=True)
-        )
-    }
-    found = [
-        known[r, p] if p >= 0 else -1 for r, p in zip(row.tolist(), named.tolist(), strict=True)
-    ]
-    return starts.new_tensor(found)
+    rows = (starts // segments.shape[1]).tolist()
+    documents = zip(rows, segments.flatten()[starts].tolist(), strict=True)
+    known = {document: number for number, document in enumerate(documents)}
+    wanted = zip(rows, prefix.flatten()[starts].tolist(), strict=True)
+    return starts.new_tensor([known[one] if one[1] >= 0 else -1 for one in wanted])
