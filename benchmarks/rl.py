@@ -50,7 +50,7 @@ from tessera.rl.verifiers.outcome import right
 from tessera.runs.run import read_timings
 from tessera.train.engine import Trainer
 from tessera.train.flops import Work, model_cost
-from tessera.vllm.choice import open_engine
+from tessera.vllm.config import open_engine
 
 PROMPTS, SAMPLES, NEW, PROMPT_TOKENS = 16, 8, 64, 67
 

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from tessera import dist
-from tessera.progress import clock
 from tessera.runs.files import FailureError, Lock, RunError, remove_directories
 from tessera.runs.plan import Stage, Step, explain_change, plan, table_text
-from tessera.runs.recipe import Recipe, RecipeError
+from tessera.runs.recipe import Recipe, RecipeError, identity
 from tessera.runs.run import Run, replacing_run, settle
-from tessera.table import nearest
+from tessera.table import clock, nearest
 
 # The table of contents of the paper. A row: name, needs, gives; module, config class, how it runs.
 # fmt: off
@@ -169,6 +168,7 @@ def _bring_about(step: Step, title: str, quiet: bool) -> None:
             step.path,
             stage=step.stage.name,
             config=step.resolved,
+            identity=identity(step.config),
             inputs={**step.inputs, **step.files},
             seed=step.seed,
             quiet=quiet,

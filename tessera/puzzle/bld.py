@@ -161,9 +161,8 @@ def train_units(
         library = make(group)
         config.train.spread.units(library.values())
         source = documents(data, config.train, run.seed)
-        part = number, len(groups)
-        trainer = Trainer(library, objective, source, config.train, run, part=part)
-        trainer.fit()
+        trainer = Trainer(library, objective, source, config.train, run)
+        trainer.as_part(number, len(groups)).fit()
         save_library(library, run.path / "library")
         shutil.rmtree(trainer.state_path, ignore_errors=True)
 

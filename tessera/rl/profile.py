@@ -30,7 +30,7 @@ from tessera.runs.files import Journal
 from tessera.runs.plan import Step
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import Run
-from tessera.vllm.choice import EngineChoice, open_engine
+from tessera.vllm.config import EngineChoice, open_engine
 
 PORTION = 256  # samples at a time
 BINS = 10

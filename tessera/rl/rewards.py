@@ -145,7 +145,7 @@ class InstructionsReward(RewardConfig):
         return [self.instructions, self.arguments]
 
     def prepare(self) -> None:
-        language.require_detector()
+        language.require_library()
 
     def check(self, sample: Sample) -> Outcome:
         given = sample.fields[self.instructions], sample.fields[self.arguments]

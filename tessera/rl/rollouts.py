@@ -55,7 +55,7 @@ from tessera.runs.run import Run
 from tessera.train.engine import context_of
 from tessera.train.losses import token_log_probs
 from tessera.train.optim import TrainConfig
-from tessera.vllm.choice import EngineChoice, open_engine
+from tessera.vllm.config import EngineChoice, open_engine
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +77,9 @@ def context_of(batch: Batch) -> Context:
 class Trainer:
     """Runs `config.steps` optimizer steps of `objective` on `module` over `source`.
 
-    `evaluate`, if given, is called with the module every `evaluate_every` steps and at the end;
-    its numbers join the step's line in metrics.jsonl. `part` = (i, n): the i-th of n trainings in
-    one run; its logged steps go on from those before, and its resume state is its own. `check`
-    sees each step's metrics before the update and may raise.
+    `evaluate`, if given, is called every `evaluate_every` steps and at the end; its numbers join
+    the step's line in metrics.jsonl. `check` sees each step's metrics before the update and may
+    raise.
     """
 
     def __init__(
@@ -91,15 +91,12 @@ class Trainer:
         run: Run,
         evaluate: Callable[[], dict[str, float]] | None = None,
         evaluate_every: int = 0,
-        part: tuple[int, int] = (0, 1),
         check: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.module, self.objective, self.source = module, objective, source
         self.config, self.run = config, run
         self.evaluate, self.evaluate_every, self.check = evaluate, evaluate_every, check
-        self.before, self.steps_of_run = part[0] * config.steps, part[1] * config.steps
-        own = run.state_path / f"part-{part[0]}"
-        self.state_path = own if part[1] > 1 else run.state_path
+        self.before, self.steps_of_run, self.state_path = 0, config.steps, run.state_path
         self.layout = config.spread.layout
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
         plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
@@ -107,6 +104,16 @@ class Trainer:
         self.groups = objective.groups(module)
         self.optimizer = build_optimizer(self.trainable.values(), config)
         self.watch = Watch(run, config.quiet_seconds)
+
+    def as_part(self, number: int, count: int) -> Self:
+        """The same as training `number` (from 0) of `count` in one run.
+
+        Its logged steps follow those before, and its resume state is its own.
+        """
+        self.before, self.steps_of_run = number * self.config.steps, count * self.config.steps
+        if count > 1:
+            self.state_path = self.run.state_path / f"part-{number}"
+        return self
 
     def fit(self) -> None:
         """Train to the last step, from the last saved state if there is one.
