@@ -161,7 +161,7 @@ class Rollouts:
     def open(
         cls,
         module: Transformer,
-        config: Any,
+        config: RolloutConfig,
         rule: Advantages,
         run: Run,
         inputs: Mapping[str, Path | None],

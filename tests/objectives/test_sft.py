@@ -170,11 +170,11 @@ def test_a_stage_that_was_stopped_goes_on_bit_for_bit(runs: Path, tmp_path: Path
 def test_data_without_chats_and_of_another_tokenizer_are_refused(
     runs: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match='holds no chats.*format = "chat"'):
+    with pytest.raises(RunError, match='format = "chat"'):
         _sft(tmp_path / "no", runs, "data")
     other = '[data]\ntokenizer = { bpe = 400, chat = true }\ntasks = { sort = 90 }\nformat = "chat"'
     run_recipe(loads(other), tmp_path, quiet=True)
-    with pytest.raises(RunError, match=r"holds token \d+ and the model has \d+: tokenise"):
+    with pytest.raises(RunError, match=r"token \d+ and the model has \d+"):
         _sft(tmp_path / "other", runs, str(tmp_path / "recipe" / "data"))
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tessera.rl.jail import run
-from tessera.rl.jail import run as package_run
-from tessera.rl.jail.run import Ended, JailError, Limits, python, require_isolation
+from tessera.rl.jail import run as jail
+from tessera.rl.jail.run import Ended, JailError, Limits, python, require_isolation, run
 
 QUICK = Limits(seconds=5, memory_mib=256, processes=8, output_kib=64, tmp_mib=8)
 
@@ -224,7 +223,7 @@ def test_a_sleeping_child_is_not_left_behind():
 def test_a_killed_caller_takes_its_jail_along():
     mark = f"{time.time_ns() % 10**9 + 10**6}"
     source = (
-        "from tessera.rl.jail import run, Limits\n"
+        "from tessera.rl.jail.run import run, Limits\n"
         f"run(['/bin/sleep', '{mark}'], limits=Limits(seconds=60))"
     )
     caller = subprocess.Popen([sys.executable, "-c", source], cwd=Path(__file__).parents[2])
@@ -249,11 +248,11 @@ def test_what_is_made_visible_can_be_read_and_not_written(tmp_path: Path):
 def test_without_isolation_it_refuses_to_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A kernel without namespaces, played by a jail that cannot enter them."""
     inside = tmp_path / "inside.py"
-    source = package_run.__globals__["INSIDE"].read_text()
+    source = jail.INSIDE.read_text()
     inside.write_text(
         source.replace("flags |= CLONE_NEWCGROUP", "raise OSError(1, 'not permitted')")
     )
-    monkeypatch.setitem(package_run.__globals__, "INSIDE", inside)
+    monkeypatch.setattr(jail, "INSIDE", inside)
     require_isolation.cache_clear()
     with pytest.raises(JailError, match="generated code is not run on this machine.*not permitted"):
         run([python(), "-c", "print(1)"])
@@ -269,7 +268,7 @@ def test_a_hole_in_the_jail_is_found_by_its_self_test(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     """Each wall taken away in turn; the self-test names what stands open."""
-    source = package_run.__globals__["INSIDE"].read_text()
+    source = jail.INSIDE.read_text()
     holes = {
         'install_filter(bytes.fromhex(setup["filter"]))': "open a socket",
         'checked(libc.umount2(b".", MNT_DETACH), "umount of the old root")': "read a file",
@@ -279,7 +278,7 @@ def test_a_hole_in_the_jail_is_found_by_its_self_test(
         assert wall in source
         inside = tmp_path / "inside.py"
         inside.write_text(source.replace(wall, "pass"))
-        monkeypatch.setitem(package_run.__globals__, "INSIDE", inside)
+        monkeypatch.setattr(jail, "INSIDE", inside)
         require_isolation.cache_clear()
         with pytest.raises(JailError, match=f"a jailed program could .*{words}|not permitted"):
             require_isolation()

@@ -168,7 +168,7 @@ def test_a_row_holds_each_prompt_once_and_every_answer_once():
     assert tokens == trained + sum(
         len(g.ids) - 1 for g, parts in zip(GROUPS, found, strict=True) for _ in parts
     )
-    with pytest.raises(ValueError, match="raise train.microbatch_tokens"):
+    with pytest.raises(ValueError, match="train.microbatch_tokens"):
         rows(GROUPS, 9, "token")
 
 

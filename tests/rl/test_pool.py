@@ -161,7 +161,7 @@ def test_a_pool_that_is_closed_under_a_call_starts_nobody_again():
 
 def test_a_function_that_is_not_there_is_said_before_anything_is_judged(capfd):
     missing = FunctionReward(kind="function", function="tests.rl.nowhere:no")
-    with Pool([missing], 1) as pool, pytest.raises(RewardError, match="cannot start"):
+    with Pool([missing], 1) as pool, pytest.raises(RewardError, match="exit code 1"):
         pool.check([(0, sample("x"))])
     assert "nowhere" in capfd.readouterr().err
 
@@ -201,10 +201,10 @@ def test_code_is_judged_by_asserts_where_a_row_has_tests(
 
 
 def test_what_rewards_judge_by_must_be_in_the_row():
-    with pytest.raises(RewardError, match="judges by the field 'answer'"):
+    with pytest.raises(RewardError, match="'answer'"):
         require_fields([ExactReward(kind="exact")], {"anser": 1})
     with pytest.raises(ValueError, match="nonsense"):
         row = {"instruction_id_list": ["nonsense:none"], "kwargs": [{}]}
         require_fields([InstructionsReward(kind="instructions")], row)
-    with pytest.raises(RewardError, match="two rewards are called"):
+    with pytest.raises(RewardError, match="'exact'"):
         names([ExactReward(kind="exact"), ExactReward(kind="exact")])

@@ -221,7 +221,7 @@ def test_a_run_whose_rollouts_stay_barren_ends_and_keeps_what_was_answered(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ):
     asked = flattened(monkeypatch, lambda rollout, further: True)
-    with pytest.raises(FailureError, match="8 rollouts in a row .* samples/00000000.jsonl"):
+    with pytest.raises(FailureError, match="samples/00000000.jsonl"):
         train(home, "barren", **ONLINE)
     assert [further for _, further, _ in asked] == list(range(8))
     assert (home / "barren" / "samples" / "00000000.jsonl").is_file()
@@ -254,5 +254,5 @@ def test_a_reward_that_is_null_is_not_known(home: Path, tmp_path: Path):
 
 
 def test_a_pair_that_no_row_can_hold_says_what_to_raise():
-    with pytest.raises(ValueError, match="raise train.microbatch_tokens"):
+    with pytest.raises(ValueError, match="train.microbatch_tokens"):
         rows(PAIRS, 8)
