@@ -37,6 +37,7 @@ from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_forma
 from tessera.rl.verifiers.instructions import read_instructions, verify_instructions
 from tessera.rl.verifiers.mathematics import verify_math
 from tessera.rl.verifiers.outcome import Outcome, unjudged, wrong
+from tessera.runs.files import RunError
 from tessera.runs.recipe import Config
 from tessera.table import nearest
 
@@ -289,7 +290,7 @@ def prepare(rewards: Sequence[Reward]) -> None:
                 require_isolation()
             elif reward.kind == "function":
                 imported(reward.function)
-        except (ImportError, JailError, RewardError) as error:
+        except (JailError, RewardError, RunError) as error:
             raise RewardError(f"the reward {name!r} cannot be computed: {error}") from None
 
 

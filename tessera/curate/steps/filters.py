@@ -20,15 +20,12 @@ from pydantic import Field, model_validator
 from tessera.curate.steps import rows
 from tessera.curate.steps.rows import Drop, Result, RowStep
 from tessera.data.conversation import Chat, fault
+from tessera.rl.verifiers.code import PYTHON, fenced
 from tessera.rl.verifiers.language import language_of
 from tessera.runs.files import RunError
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
 _MARK = re.compile(r"^[ \t]*```", re.M)
-NAMES = {
-    "python": ("python", "py", "python3"),
-    "cpp": ("cpp", "c++", "cc", "cxx"),
-}
+NAMES = {"python": PYTHON, "cpp": ("cpp", "c++", "cc", "cxx")}
 
 
 class Code(RowStep):
@@ -56,18 +53,13 @@ class Code(RowStep):
             return Drop("no thought")
         if thought and _MARK.search(thought):
             return Drop("a code fence in the thought")
-        found = fences(rows.answer(chat), NAMES[self.language])
+        found = fenced(rows.answer(chat), NAMES[self.language])
         if not found or (len(found) > 1 and self.which == "only"):
             return Drop(f"no {self.language} fence" if not found else "several code fences")
         code = found[0 if self.which == "first" else -1]
         if not parses(code, self.language, self.parser):
             return Drop("code that does not parse")
         return rows.tagged(chat, self.step, code=code)
-
-
-def fences(text: str, names: tuple[str, ...]) -> list[str]:
-    """The contents of the fenced blocks of a language."""
-    return [m[2] for m in _FENCE.finditer(text) if m[1].lower() in names]
 
 
 def parses(code: str, language: str, parser: str) -> bool:
@@ -173,18 +165,11 @@ class Length(RowStep):
     keep: str | None = None
 
     def apply(self, chat: Chat) -> Result:
-        size = self._measure(self._text(chat))
+        size = self._measure(rows.text_of(chat, self.field))
         if size < self.min or (self.max is not None and size > self.max):
             how = f"under {self.min:,}" if size < self.min else f"over {self.max:,}"
             return Drop(f"{self.field} of {how} {self.unit}")
         return rows.tagged(chat, self.step, **{self.keep: size}) if self.keep else chat
-
-    def _text(self, chat: Chat) -> str:
-        if self.field == "thought":
-            return rows.thought(chat) or ""
-        if self.field == "completion":
-            return "\n".join(filter(None, (rows.thought(chat), rows.answer(chat))))
-        return rows.text_of(chat, self.field)
 
     @functools.cached_property
     def _measure(self) -> Callable[[str], int]:

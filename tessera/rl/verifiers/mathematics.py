@@ -13,6 +13,7 @@ from typing import Any
 
 from tessera.rl.verifiers.answer import boxed, final_answer, number, same_answer
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
+from tessera.runs.files import RunError
 
 READ_FROM_END = 2000  # characters searched for an answer that stands in no box
 LONGEST_BOX = 2000
@@ -87,12 +88,12 @@ def _set_for_tuple(given: str, expected: str) -> bool:
 def require_library() -> tuple[Any, Any]:
     """math-verify's parse and verify, both raising what goes wrong instead of hiding it.
 
-    Raises ModuleNotFoundError naming the extra.
+    Raises RunError naming the extra.
     """
     try:
         import math_verify
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
+        raise RunError(
             "checking mathematics needs math-verify: pip install 'tessera[rl]'"
         ) from None
     # It warns once that its deadlines are off, which is what the pool is for.
