@@ -29,7 +29,7 @@ NAMES = {"python": PYTHON, "cpp": ("cpp", "c++", "cc", "cxx")}
 
 
 class Code(RowStep):
-    """Keeps answers that hold code of `language`, in a fence, that parses; it goes into `code`.
+    """Keeps answers with fenced code of `language` that parses; the code goes into `code`.
 
     parser: `ast` is that of the running Python; tree-sitter knows C++ as well, and Python of any
     version. thought: one is required. which: the fence taken where there are several.
@@ -93,7 +93,7 @@ def _tree_parser(language: str) -> Callable[[bytes], Any]:
 
 
 class Tags(RowStep):
-    """Leaves out what must not be trained on: `conversation.fault` says what and why."""
+    """Leaves out rows that must not be trained on, for the reason that `fault` gives."""
 
     step: Literal["tags"]
 
@@ -103,10 +103,10 @@ class Tags(RowStep):
 
 
 class Where(RowStep):
-    """Keeps the rows whose `key` is one of `values`, or holds one where it is a list.
+    """Keeps the rows whose `key` is one of `values`, or a list that holds one.
 
-    `key = "used_in_training", values = ["Nano"]`, say. `reasoning` is a key, too. drop: leaves out
-    those rows instead.
+    For example `key = "used_in_training", values = ["Nano"]`; `reasoning` is a key, too. drop:
+    leaves out those rows instead.
     """
 
     step: Literal["where"]
@@ -123,7 +123,7 @@ class Where(RowStep):
 
 
 class Label(RowStep):
-    """Writes `values` into every row, where it does not say so itself; `replace` overwrites."""
+    """Writes `values` into every row that lacks them; replace: into every row."""
 
     step: Literal["label"]
     values: dict[str, Any] = Field(min_length=1)
@@ -135,9 +135,9 @@ class Label(RowStep):
 
 
 class Licence(RowStep):
-    """Keeps the rows whose `license` is one of `allow`, letters' case apart; none is not allowed.
+    """Keeps the rows whose `license` is one of `allow`, ignoring case; a row without one goes.
 
-    A row's own licence stands before that of its source.
+    A row's own licence overrides that of its source.
     """
 
     step: Literal["licence"]
@@ -188,7 +188,7 @@ class Length(RowStep):
 class Language(RowStep):
     """Keeps rows of these languages, told by fastText's lid.176 as Curator does (its small file).
 
-    A text of under `least` letters tells no language and is kept, as is one below `confidence`.
+    A text of under `least` letters is kept, as is one whose probability is below `confidence`.
     """
 
     step: Literal["language"]

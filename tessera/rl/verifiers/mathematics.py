@@ -55,9 +55,10 @@ def verify_math(answer: str, expected: str) -> Outcome:
 
 
 def _differ(given: str, expected: str) -> bool:
-    """Whether two numbers differ by over 1 %, or in their base: math-verify drops both.
+    """Whether two numbers differ by over 1 %, or in their base.
 
-    It compares six decimals, and reads `2 2/3` as 2. A percentage may equal a fraction.
+    math-verify misses both: it compares six decimals, reads `2 2/3` as 2, and drops `_7`. It takes
+    a percentage for its fraction, too, so percentages are left to it.
     """
     base = _BASE.fullmatch(given.strip("$"))
     if base:
