@@ -30,10 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera import dist
-from tessera.ask import embedder, local
+from tessera.ask import local
 from tessera.ask.ask import Answerer, Reply, Request
-from tessera.ask.embedder import EmbedderConfig
 from tessera.ask.endpoint import Endpoint, EndpointConfig
+from tessera.ask.local import EmbedderConfig
 from tessera.curate.config import CurateConfig, Step
 from tessera.curate.sources import Shard, plan_shards, read_shard
 from tessera.curate.steps import rows
@@ -409,7 +409,7 @@ class Pipeline:
             if isinstance(config, EndpointConfig):
                 self._teachers[name] = Endpoint(config, self.run.seed)
             elif isinstance(config, EmbedderConfig):
-                self._teachers[name] = embedder.load(config)
+                self._teachers[name] = local.Embedder(config)
             else:
                 self._teachers[name] = local.load(config, self.model, self.run.seed)
         return self._teachers[name]
