@@ -20,11 +20,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,42 +53,6 @@ READ, WRITE = "read", "write"
 REASONS = 50  # kept apart a step and shard; the rest are counted together
 
 
-class Replies:
-    """The replies of one shard, by key; a context manager. Failed requests are not kept."""
-
-    def __init__(self, path: Path) -> None:
-        self._kept = Journal(path)
-        self._failed: dict[str, Reply] = {}
-
-    def __enter__(self) -> Self:
-        self._kept.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._kept.__exit__(*error)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._kept
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def add(self, key: str, reply: Reply) -> None:
-        """Keeps a reply; raises WriteError where the disk is full."""
-        if reply.error is None:
-            self._kept.add(key, asdict(reply))
-        else:
-            self._failed[key] = reply
-
-    def get(self, key: str) -> Reply:
-        """The reply to a request that was asked."""
-        if key in self._failed:
-            return self._failed[key]
-        row = self._kept.get(key)
-        del row["key"]
-        return Reply(**row)
-
-
 @dataclass
 class Count:
     """What came into a step, what went out, and why the rest did not."""
@@ -97,16 +61,17 @@ class Count:
     rows_out: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def add(self, rows_in: int, rows_out: int, reasons: Mapping[str, int]) -> None:
-        self.rows_in += rows_in
-        self.rows_out += rows_out
-        self.reasons.update(reasons)
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Adds what `as_json` gave."""
+        self.rows_in += found["in"]
+        self.rows_out += found["out"]
+        self.reasons.update(found["reasons"])
 
-    def as_json(self) -> list[Any]:
-        """The arguments of `add`, with the most frequent reasons."""
+    def as_json(self) -> dict[str, Any]:
+        """As JSON, with the most frequent reasons."""
         most = Counter(dict(self.reasons.most_common(REASONS)))
         most["other"] += self.reasons.total() - most.total()
-        return [self.rows_in, self.rows_out, +most]
+        return {"in": self.rows_in, "out": self.rows_out, "reasons": +most}
 
 
 class ShardWriter:
@@ -158,7 +123,7 @@ class ShardWriter:
             os.replace(part, self.path("part", "jsonl"))
             os.replace(removed, self.path("removed", "jsonl"))
         counts = {name: count.as_json() for name, count in self.counts.items()}
-        groups = sorted(self.groups.items())
+        groups = [[*group, number] for group, number in sorted(self.groups.items())]
         told = {"rows": self.rows, "steps": counts, "groups": groups}
         atomic_write(self.path("counts", "json"), json.dumps(told, ensure_ascii=False))
 
@@ -176,7 +141,7 @@ class ShardWriter:
 
     def note_bad(self, bad: Bad) -> None:
         """Counts a record that is no row."""
-        self.counts.setdefault(READ, Count()).add(1, 0, {bad.reason: 1})
+        self.counts.setdefault(READ, Count()).add({"in": 1, "out": 0, "reasons": {bad.reason: 1}})
         told = {"row": f"{bad.file}:{bad.line}", "step": READ, "reason": bad.reason}
         self._removed.write(json.dumps({**told, "excerpt": bad.excerpt}) + "\n")
 
@@ -382,45 +347,60 @@ class Pipeline:
         assert one.ask
         name, step = one.ask
         teacher = self._teacher(step.teacher)
-        with Replies(self._journal(index, writer.number)) as journal:
+        with Journal(self._journal(index, writer.number)) as journal:
             coming = (
                 request
                 for chat in _arrivals(writer, one, before, _uncounted)
                 for request in step.requests(chat)
             )
-            self._ask(journal, teacher, coming, name)
+            reply = self._ask(journal, teacher, coming, name)
             for chat in _arrivals(writer, one, before, writer.note):
                 requests = step.requests(chat)
-                replies = [journal.get(one.key(teacher.model)) for one in requests]
-                result = step.receive(chat, replies) if requests else chat
+                result = step.receive(chat, [*map(reply, requests)]) if requests else chat
                 yield from writer.note(name, chat, result)
 
     def _ask(
-        self, journal: Replies, teacher: Answerer, requests: Iterator[Request], name: str
-    ) -> None:
-        """Asks what the journal lacks, and keeps each reply as it comes."""
+        self, journal: Journal, teacher: Answerer, requests: Iterator[Request], name: str
+    ) -> Callable[[Request], Reply]:
+        """Asks what the journal lacks, and keeps each reply as it comes.
+
+        Returns what gives the reply to a request. Failed requests are not kept.
+        """
+        failed: dict[str, Reply] = {}
         missing = list(_missing(requests, journal, teacher.model))
-        if not missing:
-            return
         known = len(journal)
         with Progress(name, known + len(missing), "requests", quiet=self.run.quiet) as bar:
             bar.advance(known, 0)
 
             def receive(request: Request, reply: Reply) -> None:
-                journal.add(request.key(teacher.model), reply)
+                key = request.key(teacher.model)
+                if reply.error is None:
+                    journal.add(key, asdict(reply))
+                else:
+                    failed[key] = reply
                 bar.advance()
 
-            teacher.ask(missing, receive)
+            if missing:
+                teacher.ask(missing, receive)
+
+        def reply(request: Request) -> Reply:
+            key = request.key(teacher.model)
+            if key in failed:
+                return failed[key]
+            row = journal.get(key)
+            del row["key"]
+            return Reply(**row)
+
+        return reply
 
     def _learn(self, index: int, step: Nearest) -> None:
         """Gives `nearest` the embeddings of its problems; the main process asks for them."""
         teacher, requests = self._teacher(step.teacher), step.problems()
         for asks in (True, False):
             if dist.is_main() == asks:
-                with Replies(self._home(index) / "problems.jsonl") as journal:
-                    if asks:
-                        self._ask(journal, teacher, iter(requests), "problems")
-                    step.learn([journal.get(one.key(teacher.model)) for one in requests])
+                with Journal(self._home(index) / "problems.jsonl") as journal:
+                    reply = self._ask(journal, teacher, iter(requests), "problems")
+                    step.learn([reply(one) for one in requests])
             dist.barrier()
 
     def _teacher(self, name: str) -> Answerer:
@@ -477,8 +457,8 @@ class Pipeline:
                 path = self._writer(index, number).path("counts", "json")
                 told = json.loads(path.read_text(encoding="utf-8"))
                 for name, found in told["steps"].items():
-                    counts[name].add(*found)
-                for group, rows_out in told["groups"]:
+                    counts[name].add(found)
+                for *group, rows_out in told["groups"]:
                     groups[tuple(group)] += rows_out
         return counts, groups
 
@@ -513,7 +493,7 @@ def _uncounted(name: str, chat: Chat, result: Any) -> Iterator[Chat]:
     yield from (one for one in several if isinstance(one, Chat))
 
 
-def _missing(requests: Iterator[Request], journal: Replies, model: str) -> Iterator[Request]:
+def _missing(requests: Iterator[Request], journal: Journal, model: str) -> Iterator[Request]:
     """The requests whose replies are not in the journal, each once."""
     seen: set[str] = set()
     for request in requests:

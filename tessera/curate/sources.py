@@ -49,7 +49,7 @@ class SourceConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A stretch of one file: bytes `start` to `stop`, or the whole of it where `stop` is None."""
+    """Bytes `start` to `stop` of a file, or all of it (`stop` is None); line: of its first row."""
 
     source: int
     path: str
@@ -85,7 +85,7 @@ def _cut(index: int, path: Path, size: int) -> Iterator[Shard]:
 
 
 def read_shard(shard: Shard, source: SourceConfig) -> Iterator[Chat | Bad]:
-    """The rows of a shard, and what is none."""
+    """The rows of a shard; a record that is no row is `Bad`."""
     path = Path(shard.path)
     name = source.name or path.stem
     for number, row in read_rows(path, shard.start, shard.stop, shard.line):
@@ -120,7 +120,7 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _placed(chat: Chat, source: SourceConfig, name: str, place: str) -> Chat:
-    """The chat with where it came from, and what holds for its whole source."""
+    """The chat with its place, and the fields of its source."""
     extra = {**source.labels, **chat.extra}
     if source.expected and (known := chat.extra.get(source.expected)) is not None:
         extra["expected_answer"] = str(known)

@@ -30,6 +30,7 @@ from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_forma
 from tessera.rl.verifiers.instructions import read_instructions, verify_instructions
 from tessera.rl.verifiers.mathematics import verify_math
 from tessera.rl.verifiers.outcome import Outcome, unjudged, wrong
+from tessera.runs.files import RunError
 from tessera.runs.recipe import Config
 from tessera.table import nearest
 
@@ -78,7 +79,7 @@ class RewardConfig(Config):
         return []
 
     def prepare(self) -> None:
-        """Raises ImportError, JailError or RewardError if it cannot be computed here."""
+        """Raises JailError, RewardError or RunError if it cannot be computed here."""
 
 
 class AnswerReward(RewardConfig):
@@ -293,7 +294,7 @@ def prepare(rewards: Sequence[CheckedReward]) -> None:
     for reward in rewards:
         try:
             reward.prepare()
-        except (ImportError, JailError, RewardError) as error:
+        except (JailError, RewardError, RunError) as error:
             name = reward.name or reward.kind
             raise RewardError(f"the reward {name!r} cannot be computed: {error}") from None
 

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from tessera.ask import judge
-from tessera.ask.ask import AskError, Reply
-from tessera.curate.runner import Replies
+from tessera.ask.ask import AskError
 from tessera.curate.steps import ask
-from tessera.runs.files import FailureError
+from tessera.runs.files import FailureError, Journal
 from tests.curate.conftest import Curated, Server, killed, run_stage, write_lines
 
 Curate = Callable[..., Curated]
@@ -118,15 +117,15 @@ def test_killed_while_asking_no_answered_request_is_asked_again(tmp_path: Path, 
 
 def test_a_torn_journal_gives_what_is_whole(tmp_path: Path):
     path = tmp_path / "journal.jsonl"
-    with Replies(path) as journal:
-        journal.add("a", Reply("one", thought="ü", tokens=3))
-        journal.add("b", Reply("two"))
+    with Journal(path) as journal:
+        journal.add("a", {"text": "ü"})
+        journal.add("b", {"text": "two"})
     path.write_bytes(path.read_bytes()[:-5])
-    with Replies(path) as journal:
+    with Journal(path) as journal:
         assert "a" in journal and "b" not in journal
-        journal.add("b", Reply("again"))
-        assert journal.get("a") == Reply("one", thought="ü", tokens=3)
-        assert journal.get("b").text == "again"
+        journal.add("b", {"text": "again"})
+        assert journal.get("a") == {"key": "a", "text": "ü"}
+        assert journal.get("b")["text"] == "again"
 
 
 def test_answers_cut_off_or_without_the_thought_are_left_out(curate: Curate, serve: Serve):

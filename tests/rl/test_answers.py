@@ -44,6 +44,7 @@ def test_there_is_a_score_exactly_where_there_is_a_verdict():
         ("Answer:\nParis", "Paris"),
         ("The answer is 72, because 48+24.", "72"),
         ("The answer is B, not A.", "B"),
+        ("The answer is to be or not to be.", "to be or not to be"),
         ("The correct option is B.", "B"),
         ("result = 5", "5"),
         ("The result: 6", "6"),
@@ -82,6 +83,7 @@ def test_the_final_answer_is_found(text: str, found: str | None):
         ("x^2", "2", False),
         ("12", "13", False),
         ("1/0", "0", False),
+        ("9" * 5000 + " 1/2", "9" * 5000, False),
     ],
 )
 def test_answers_are_compared_as_numbers_or_texts(left: str, right: str, same: bool):

@@ -1,4 +1,4 @@
-"""The end of a pipeline: pairs of on and off, the blend, and the order of the rows.
+"""Pairs of reasoning on and off, the blend of sources, and the order of the rows.
 
 Reasoning off is taught with prompts of the reasoning-on set (arXiv 2505.00949 §3.4); an open recipe
 for an 8B model sorts each side by the length of its completions and interleaves them (Curator).
@@ -19,9 +19,9 @@ from tessera.data.conversation import Chat
 
 
 class Pair(SetStep):
-    """Keeps the questions that are answered with reasoning on and off, and at most so many of each.
+    """Keeps questions that have answers with reasoning on and with reasoning off.
 
-    both = false keeps the others, too, and only bounds their number. on, off: answers a question.
+    on, off: at most so many answers of each question. both = false keeps the other questions, too.
     """
 
     step: Literal["pair"]

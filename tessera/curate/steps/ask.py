@@ -94,12 +94,12 @@ class ChatStep(AskStep):
 
 
 class Generate(ChatStep):
-    """Samples `n` answers a row, each a row of its own: R1 gave 16 a problem, §3.1.
+    """Samples `n` answers a row, each a row of its own; the paper took 16 of R1 a problem (§3.1).
 
-    mode: the switch that the row is trained under; an answer without a thought under "on" is left
-    out, and a thought under "off" is cut off. say_switch: whether the teacher is told it, in the
-    words of Llama-Nemotron's system prompt; R1 thinks untold. instruction: put behind the question
-    for the teacher alone. unfinished answers, cut at max_tokens, are left out.
+    mode: the switch that the row is trained under. "on" leaves out answers without a thought, "off"
+    removes the thought. say_switch: puts the switch into the teacher's system prompt, in
+    Llama-Nemotron's words; R1 thinks without it. instruction: added to the question for the teacher
+    only. Answers cut at max_tokens are left out.
     """
 
     step: Literal["generate"]
@@ -192,10 +192,10 @@ class ExtractKnown(ChatStep):
 
 
 class Classify(ChatStep):
-    """Tells proof, multiple-choice, binary and invalid problems apart, by a question for each.
+    """Writes whether a problem is a proof, multiple choice, binary or invalid into `problem_type`.
 
-    The first that is answered with yes is the `problem_type`, "open" if none is. keep: the types
-    that stay; the paper leaves out all four.
+    The teacher is asked once for each of `kinds`; the first yes counts, "open" if there is none.
+    keep: the types that stay; the paper leaves out all four.
     """
 
     step: Literal["classify"]

@@ -118,10 +118,10 @@ class Decontaminate(RowStep):
 
 
 class Nearest(AskStep):
-    """Writes the problem of `against` that is nearest by embedding into `nearest`, its cosine into
-    `nearest_score`, and leaves out rows over `drop` without a judge.
+    """Writes the problem of `against` that is nearest by embedding into `nearest`.
 
-    teacher: of kind "embedder", or an endpoint that serves /embeddings.
+    Its cosine goes into `nearest_score`. drop: rows from this cosine up are left out without a
+    judge. teacher: of kind "embedder", or an endpoint that serves /embeddings.
     """
 
     step: Literal["nearest"]

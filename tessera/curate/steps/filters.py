@@ -20,19 +20,16 @@ from pydantic import Field, model_validator
 from tessera.curate.steps import rows
 from tessera.curate.steps.rows import Drop, Result, RowStep
 from tessera.data.conversation import Chat, fault
+from tessera.rl.verifiers.code import PYTHON, fenced
 from tessera.rl.verifiers.language import language_of
 from tessera.runs.files import RunError
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
 _MARK = re.compile(r"^[ \t]*```", re.M)
-NAMES = {
-    "python": ("python", "py", "python3"),
-    "cpp": ("cpp", "c++", "cc", "cxx"),
-}
+NAMES = {"python": PYTHON, "cpp": ("cpp", "c++", "cc", "cxx")}
 
 
 class Code(RowStep):
-    """Keeps answers that hold code of `language`, in a fence, that parses; it goes into `code`.
+    """Keeps answers with fenced code of `language` that parses; the code goes into `code`.
 
     parser: `ast` is that of the running Python; tree-sitter knows C++ as well, and Python of any
     version. thought: one is required. which: the fence taken where there are several.
@@ -56,18 +53,13 @@ class Code(RowStep):
             return Drop("no thought")
         if thought and _MARK.search(thought):
             return Drop("a code fence in the thought")
-        found = fences(rows.answer(chat), NAMES[self.language])
+        found = fenced(rows.answer(chat), NAMES[self.language])
         if not found or (len(found) > 1 and self.which == "only"):
             return Drop(f"no {self.language} fence" if not found else "several code fences")
         code = found[0 if self.which == "first" else -1]
         if not parses(code, self.language, self.parser):
             return Drop("code that does not parse")
         return rows.tagged(chat, self.step, code=code)
-
-
-def fences(text: str, names: tuple[str, ...]) -> list[str]:
-    """The contents of the fenced blocks of a language."""
-    return [m[2] for m in _FENCE.finditer(text) if m[1].lower() in names]
 
 
 def parses(code: str, language: str, parser: str) -> bool:
@@ -101,7 +93,7 @@ def _tree_parser(language: str) -> Callable[[bytes], Any]:
 
 
 class Tags(RowStep):
-    """Leaves out what must not be trained on: `conversation.fault` says what and why."""
+    """Leaves out rows that must not be trained on, for the reason that `fault` gives."""
 
     step: Literal["tags"]
 
@@ -111,10 +103,10 @@ class Tags(RowStep):
 
 
 class Where(RowStep):
-    """Keeps the rows whose `key` is one of `values`, or holds one where it is a list.
+    """Keeps the rows whose `key` is one of `values`, or a list that holds one.
 
-    `key = "used_in_training", values = ["Nano"]`, say. `reasoning` is a key, too. drop: leaves out
-    those rows instead.
+    For example `key = "used_in_training", values = ["Nano"]`; `reasoning` is a key, too. drop:
+    leaves out those rows instead.
     """
 
     step: Literal["where"]
@@ -131,7 +123,7 @@ class Where(RowStep):
 
 
 class Label(RowStep):
-    """Writes `values` into every row, where it does not say so itself; `replace` overwrites."""
+    """Writes `values` into every row that lacks them; replace: into every row."""
 
     step: Literal["label"]
     values: dict[str, Any] = Field(min_length=1)
@@ -143,9 +135,9 @@ class Label(RowStep):
 
 
 class Licence(RowStep):
-    """Keeps the rows whose `license` is one of `allow`, letters' case apart; none is not allowed.
+    """Keeps the rows whose `license` is one of `allow`, ignoring case; a row without one goes.
 
-    A row's own licence stands before that of its source.
+    A row's own licence overrides that of its source.
     """
 
     step: Literal["licence"]
@@ -173,18 +165,11 @@ class Length(RowStep):
     keep: str | None = None
 
     def apply(self, chat: Chat) -> Result:
-        size = self._measure(self._text(chat))
+        size = self._measure(rows.text_of(chat, self.field))
         if size < self.min or (self.max is not None and size > self.max):
             how = f"under {self.min:,}" if size < self.min else f"over {self.max:,}"
             return Drop(f"{self.field} of {how} {self.unit}")
         return rows.tagged(chat, self.step, **{self.keep: size}) if self.keep else chat
-
-    def _text(self, chat: Chat) -> str:
-        if self.field == "thought":
-            return rows.thought(chat) or ""
-        if self.field == "completion":
-            return "\n".join(filter(None, (rows.thought(chat), rows.answer(chat))))
-        return rows.text_of(chat, self.field)
 
     @functools.cached_property
     def _measure(self) -> Callable[[str], int]:
@@ -203,7 +188,7 @@ class Length(RowStep):
 class Language(RowStep):
     """Keeps rows of these languages, told by fastText's lid.176 as Curator does (its small file).
 
-    A text of under `least` letters tells no language and is kept, as is one below `confidence`.
+    A text of under `least` letters is kept, as is one whose probability is below `confidence`.
     """
 
     step: Literal["language"]

@@ -105,12 +105,16 @@ def answer(chat: Chat) -> str:
     return split_message(chat.messages[-1]).answer if chat.answered else ""
 
 
-def text_of(chat: Chat, field: Field) -> str:
-    """The text that a step looks at; "all" is every message with its thought."""
+def text_of(chat: Chat, field: str) -> str:
+    """The text that a step looks at; "completion" is thought and answer, "all" every message."""
     if field == "question":
         return question(chat)
     if field == "answer":
         return answer(chat)
+    if field == "thought":
+        return thought(chat) or ""
+    if field == "completion":
+        return "\n".join(filter(None, (thought(chat), answer(chat))))
     texts = [one.get("reasoning_content", "") + one["content"] for one in chat.messages]
     return "\n".join(texts)
 

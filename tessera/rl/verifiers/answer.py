@@ -18,7 +18,7 @@ _STATED = re.compile(
     r"(?:[ \t]+is\b|[ \t]*[:=])[\s:*]*(?=([^\s:*][^\n]*))",
     re.IGNORECASE | re.MULTILINE,
 )
-_REASON = re.compile(r",?\s+(?:because|since|not)\b.*")
+_REASON = re.compile(r",?\s+(?:because|since)\b.*|,\s+not\b.*")
 NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?:/\d+)?(?![\w/])"
 )
@@ -92,6 +92,8 @@ def number(answer: str) -> Fraction | None:
 
     Decimals, `1,234`, `1/2`, `\\frac{1}{2}`, `2 2/3`, `1e3` and `2 \\times 10^5` are numbers.
     """
+    if len(answer) > 400:
+        return None
     if answer.isascii() and answer.isdigit():  # most answers
         return fraction(answer)
     text = re.sub(r"^(?:\\?\$|[€£])+", "", _clean(answer))
@@ -109,7 +111,7 @@ def fraction(text: str) -> Fraction | None:
     """The value of a match of NUMBER; None where it has none, or one of too many digits."""
     top, _, bottom = text.replace(",", "").partition("/")
     _, _, exponent = top.lower().partition("e")
-    if not top.strip("+-.") or (exponent and abs(int(exponent)) > 308) or len(text) > 400:
+    if not top.strip("+-.") or len(text) > 400 or (exponent and abs(int(exponent)) > 308):
         return None
     denominator = Fraction(bottom or 1)
     return Fraction(top) / denominator if denominator else None

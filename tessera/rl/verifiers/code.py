@@ -18,13 +18,18 @@ from tessera.rl.jail.run import Ended, Isolation, Limits, python, run
 from tessera.rl.verifiers.outcome import Outcome, judged, unjudged, wrong
 
 CASES_TOGETHER = 4  # times the seconds of one case that all of them may take
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-_PYTHON = {"", "python", "python3", "py"}
+_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+PYTHON = ("python", "py", "python3")
+
+
+def fenced(text: str, languages: Sequence[str]) -> list[str]:
+    """The contents of the fenced blocks of a language, which may have several names."""
+    return [code for name, code in _FENCE.findall(text) if name.lower() in languages]
 
 
 def extract_code(answer: str) -> str | None:
     """The last fenced block of Python, or the whole answer where it is a program, or None."""
-    blocks = [code for language, code in _FENCE.findall(answer) if language.lower() in _PYTHON]
+    blocks = fenced(answer, ("", *PYTHON))
     if blocks:
         return blocks[-1]
     try:

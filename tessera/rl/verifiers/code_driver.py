@@ -1,13 +1,10 @@
-"""Runs a solution against its tests; the source of this file is what is started in the jail.
+"""Runs a solution against its tests; `code.py` starts the source of this file in the jail.
 
 stdin holds one JSON object: {"solution", "setup", "tests", "token"} for tests that assert, or
-{"solution", "inputs", "seconds", "output_bytes"} for programs that read and print. Printed is the
-token once every test has passed, or the outputs, which are compared where the program cannot reach.
-
-Tricks that policies have learned elsewhere, and what meets them here: leaving before the tests
-(`sys.exit(0)`: no token), replaced built-ins (tests get the ones from before), answers whose
-`__eq__` is always true (`honest`). Code written against this very file can still find the token in
-it; a program that reads and prints has nothing to find.
+{"solution", "inputs", "seconds", "output_bytes"} for programs that read and print. It prints the
+token once every test has passed, or the outputs, which `code.py` compares. Solutions that exit
+before the tests print no token; tests get the built-ins from before the solution ran; `honest`
+refuses values with an `__eq__` of their own. Code written against this file can find the token.
 """
 
 from __future__ import annotations

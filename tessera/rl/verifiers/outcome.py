@@ -1,7 +1,7 @@
-"""What a check found: right, wrong, or could-not-judge, with a score where it was judged.
+"""The result of a check: right, wrong, or could-not-judge, with a score where it was judged.
 
-A checker that failed tells nothing of the completion, and a zero in its place is a lie that a
-policy learns from. So there is no score without a verdict.
+A checker that failed says nothing about the completion. A score of 0 in its place would be learned
+from, so there is no score without a verdict.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 @dataclass(frozen=True)
 class Outcome:
-    """A verdict, its score (None exactly where the verdict is could-not-judge), and why.
+    """A verdict, its score (None if and only if it is could-not-judge), and why.
 
-    Scores of checkers lie in [0, 1]; those of reward models are whatever the model says.
+    Scores of checkers lie in [0, 1]; those of reward models are not bounded.
     """
 
     verdict: Verdict
