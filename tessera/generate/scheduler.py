@@ -81,7 +81,7 @@ class Batch:
         if tokens is None:
             last = [sample.completion.token_ids[-1] for sample in self.live]
             tokens = torch.tensor(last, device=self.slots.device)
-        logits = packed.logits(packed.forward(tokens, self.slots.step(packed)))
+        logits = packed.logits(self.slots.decode(packed, tokens))
         if self.rows is None:
             self.rows = _Rows(self.live, logits.shape[-1], self.slots.device)
         chosen = self.rows.choose(logits)
