@@ -318,7 +318,7 @@ class Slots:
             self.past = zeros.masked_fill_(before, float("-inf"))
 
     def _make_room(self) -> None:
-        """Move the rows left over columns nobody uses any more; grow where that frees little."""
+        """Move the rows left over unused columns; grow where that frees little."""
         low = min(self.starts)
         if low >= self.columns // 8:
             self._move(low, 0)

@@ -111,7 +111,7 @@ class Completion:
     logprobs[i] is the log-probability of token_ids[i] under the model itself, before temperature
     and filters, so it compares with a trainer's. version is that of the weights that gave the
     first token. top_logprobs[i] holds the likeliest tokens at i as (id, log-prob) pairs, the
-    likeliest first, where they were asked for.
+    likeliest first, if requested.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -143,7 +143,7 @@ class Engine(Protocol):
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-prob of each token given its prefix.
 
-        Entry t speaks of token t + 1, so a sequence of T tokens has T - 1 entries.
+        Entry t is that of token t + 1, so a sequence of T tokens has T - 1 entries.
         """
         ...
 
@@ -152,7 +152,7 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give memory that the trainer may want back, until the next `sync`."""
+        """Free memory for the trainer, until the next `sync`."""
         ...
 
     def close(self) -> None:

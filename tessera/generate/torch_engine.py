@@ -180,7 +180,7 @@ class TorchEngine:
                 handle.cancel()
             if unfinished:
                 with self._turn():
-                    self._scheduler.end_overdue()
+                    self._scheduler.end_expired()
         return [handle.result() for handle in handles]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
