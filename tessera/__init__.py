@@ -1,6 +1,6 @@
 """tessera: an open Llama-class checkpoint goes in, a faster one comes out.
 
-The names below are the public ones. Each is imported when it is first asked for, so that
+The names below are the public ones. Each is imported when it is first used, so that
 `import tessera` costs nothing and brings no torch.
 """
 
@@ -60,3 +60,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tessera' has no attribute {name!r}")
     return getattr(importlib.import_module(f"tessera.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
-PATIENCE = dt.timedelta(days=30)  # the others wait this long for what only one process does
+PATIENCE = dt.timedelta(days=30)  # how long the others wait for work that one process does
 
 
 def rank() -> int:
@@ -60,7 +60,7 @@ def processes() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     torch.distributed.init_process_group(_backend())
-    for make in (waiting_group, saving_group):  # here, because everybody has to, in the same order
+    for make in (waiting_group, saving_group):  # in every process, in the same order
         make()
     try:
         yield
@@ -101,7 +101,7 @@ def lost_peer(error: BaseException) -> bool:
     import torch.distributed
 
     known = isinstance(error, torch.distributed.DistError)
-    return known or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))
+    return known or any(name in str(error) for name in ("gloo", "NCCL", "Connection closed"))
 
 
 def sum(value: Tensor) -> Tensor:

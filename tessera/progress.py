@@ -1,5 +1,5 @@
-"""How far long work has come: a bar with rate and time left on a terminal, a line every ten
-seconds elsewhere, nothing at all for work that is over sooner.
+"""Progress of long work: a bar with rate and time left on a terminal, elsewhere a line every ten
+seconds, and nothing for work that takes less.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from tessera import dist
+from tessera.table import clock
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -26,8 +27,8 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str = "steps", *, quiet: bool = False) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
-        self._told = 0  # Steps of the last line printed.
-        self._fresh = 0  # Steps made here; those of an earlier process tell nothing of the speed.
+        self._last = 0  # steps of the last line printed
+        self._fresh = 0  # steps made here, not before a resume: only they count for the speed
         self._amount = 0.0
         self._shown = not quiet and dist.is_main()
         self._bar: Bar | None = None
@@ -42,7 +43,7 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         if self._bar:
             self._bar.stop()
-        elif self._printed > self._begun and self._told < self.done:
+        elif self._printed > self._begun and self._last < self.done:
             self._print()
 
     def advance(self, steps: int = 1, amount: float | None = None, **numbers: float) -> None:
@@ -84,14 +85,7 @@ class Progress:
         self._bar.start()
 
     def _print(self) -> None:
-        self._printed, self._told = time.monotonic(), self.done
+        self._printed, self._last = time.monotonic(), self.done
         if self._shown:
             line = f"{self.label}  {self.done}/{self.total}  {self.text()}"
             print(line, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """A duration as people read it: 42 -> `0:42`, 4000 -> `1:06:40`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,7 +1,7 @@
 """Text for a person: aligned tables, numbers with their units, the nearest allowed name.
 
-A table that people read often has a view: its columns in the order they are asked for, under
-short headings with units. Rows keep their full keys, and `--json` prints those.
+A table that people read often has a view: its columns in a useful order, under short headings with
+units. Rows keep their full keys, and `--json` prints those.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def render_table(
     view: Sequence[Column] = (),
     width: int | None = None,
 ) -> str:
-    """The rows as aligned text under their headings; the last line tells what was left out.
+    """The rows as aligned text under their headings; the last line names what was left out.
 
     view: how known keys are shown; the others follow under their own names. width: the last
     columns that do not fit into so many characters are left out; the first always stands.
@@ -119,6 +119,13 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.3g} µs"
 
 
+def clock(seconds: float) -> str:
+    """A duration as people read it: 42 -> `0:42`, 4000 -> `1:06:40`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def size(value: float) -> str:
     """Bytes: `512 B`, `1.5 KiB`, `2.33 GiB`."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
@@ -128,33 +135,77 @@ def size(value: float) -> str:
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """The end of an error message: the nearest allowed word, and all of them."""
-    words = list(allowed)
-    near = difflib.get_close_matches(given, words, 1, 0.6)
+    """The end of an error message: the nearest allowed name, and all of them."""
+    names = list(allowed)
+    near = difflib.get_close_matches(given, names, 1, 0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}Allowed: {', '.join(words) or 'none'}"
+    return f"{hint}Allowed: {', '.join(names) or 'none'}"
 
 
 def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, int | float)
 
 
-def _nats(value: float) -> str:
+def nats(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def _times(value: float) -> str:
+def times(value: float) -> str:
     return f"{value:.2f}x"
 
 
-def _taken(kind: str) -> tuple[Column, ...]:
+# Heading, "|" between its lines, and format of the columns that are not shown under their own key.
+HEADINGS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "heldout_loss": ("loss|(nats)", nats),
+    "lm_loss": ("loss|(nats)", nats),
+    "kl": ("KL|(nats)", nats),
+    "kl_before": ("KL before|(nats)", nats),
+    "pair_kl": ("pair's KL|(nats)", nats),
+    "score": ("summed|score", nats),
+    "agreement": ("agree-|ment", percent),
+    "obedience": ("obedi-|ence", percent),
+    "speedup": ("speed-|up", times),
+    "promised": ("promised", times),
+    "point": ("point", times),
+    "share": ("share", times),
+    "parameters": ("params", count),
+    "kv_bytes_per_token": ("KV bytes|a token", count),
+    "bytes": ("bytes in|scenario", count),
+    "prefill_seconds": ("prefill|a batch", seconds),
+    "decode_seconds": ("decode|a step", seconds),
+    "decode_tokens_per_second": ("decode|tok/s", count),
+    "prefill_tokens_per_second": ("prefill|tok/s", count),
+    "tokens": ("tokens", count),
+    "mode": ("thinking", cell),
+    "stderr": ("±", cell),
+    "items": ("items", count),
+    "samples": ("samples", count),
+    "truncated": ("trun-|cated", count),
+    "unjudged": ("could not|be judged", count),
+    "failed": ("missing", count),
+}
+AFTER = ("KL after|(nats)", nats)
+AN_ANSWER = ("tokens|an answer", count)
+
+
+def view(keys: str, **headings: tuple[str, Callable[[Any], str]]) -> tuple[Column, ...]:
+    """Columns of space-separated keys, by `HEADINGS` where they are not given."""
+    known = {**HEADINGS, **headings}
+    return tuple(
+        Column(key, tuple(heading.split("|")), text)
+        for key in keys.split()
+        for heading, text in [known.get(key, (key, cell))]
+    )
+
+
+def _saved(kind: str) -> tuple[Column, ...]:
     return (
         Column(kind, (kind,), cell),
-        Column(f"{kind}_kl", ("KL", "(nats)"), _nats),
+        Column(f"{kind}_kl", ("KL", "(nats)"), nats),
         Column(f"{kind}_parameters", ("params", "saved"), count),
         Column(f"{kind}_kv_bytes_per_token", ("KV bytes", "saved"), count),
         Column(f"{kind}_bytes", ("bytes", "saved"), size),
@@ -163,85 +214,27 @@ def _taken(kind: str) -> tuple[Column, ...]:
 
 
 VIEWS: dict[str, tuple[Column, ...]] = {
-    "compare": (
-        Column("model", ("model",), cell),
-        Column("heldout_loss", ("loss", "(nats)"), _nats),
-        Column("agreement", ("agree-", "ment"), _percent),
-        Column("speedup", ("speed-", "up"), _times),
-        Column("promised", ("promised",), _times),
-        Column("parameters", ("params",), count),
-        Column("kv_bytes_per_token", ("KV bytes", "a token"), count),
-        Column("decode_tokens_per_second", ("decode", "tok/s"), count),
-        Column("prefill_tokens_per_second", ("prefill", "tok/s"), count),
-        Column("kl", ("KL", "(nats)"), _nats),
+    "compare": view(
+        "model heldout_loss agreement speedup promised parameters kv_bytes_per_token "
+        "decode_tokens_per_second prefill_tokens_per_second kl"
     ),
-    "race": (
-        Column("rung", ("rung",), cell),
-        Column("place", ("place",), cell),
-        Column("candidate", ("candidate",), cell),
-        Column("lr", ("lr",), cell),
-        Column("kl_before", ("KL before", "(nats)"), _nats),
-        Column("kl", ("KL after", "(nats)"), _nats),
-        Column("agreement", ("agree-", "ment"), _percent),
-        Column("promised", ("promised",), _times),
-        Column("meets", ("meets",), cell),
-        Column("tokens", ("tokens",), count),
-        Column("lm_loss", ("loss", "(nats)"), _nats),
-        Column("method", ("method",), cell),
+    "race": view(
+        "rung place candidate lr kl_before kl agreement promised meets tokens lm_loss method",
+        kl=AFTER,
     ),
-    "frontier": (
-        Column("method", ("method",), cell),
-        Column("point", ("point",), _times),
-        Column("share", ("share",), _times),
-        Column("promised", ("promised", "speed"), _times),
-        Column("speedup", ("measured", "speed"), _times),
-        Column("meets", ("meets",), cell),
-        Column("score", ("summed", "score"), _nats),
-        Column("kl_before", ("KL before", "(nats)"), _nats),
-        Column("kl", ("KL after", "(nats)"), _nats),
-        Column("agreement", ("agree-", "ment"), _percent),
-        Column("parameters", ("params",), _times),
-        Column("lr", ("lr",), cell),
-        Column("lm_loss", ("loss", "(nats)"), _nats),
+    "frontier": view(
+        "method point share promised speedup meets score kl_before kl agreement parameters lr "
+        "lm_loss",
+        kl=AFTER,
+        promised=("promised|speed", times),
+        speedup=("measured|speed", times),
+        parameters=("params", times),
     ),
-    "eval": (
-        Column("task", ("task",), cell),
-        Column("mode", ("thinking",), cell),
-        Column("metric", ("metric",), cell),
-        Column("value", ("value",), cell),
-        Column("stderr", ("±",), cell),
-        Column("tokens", ("tokens", "an answer"), count),
-        Column("obedience", ("obedi-", "ence"), _percent),
-        Column("items", ("items",), count),
-        Column("samples", ("samples",), count),
-        Column("truncated", ("trun-", "cated"), count),
-        Column("unjudged", ("could not", "be judged"), count),
-        Column("failed", ("missing",), count),
+    "eval": view(
+        "task mode metric value stderr tokens obedience items samples truncated unjudged failed",
+        tokens=AN_ANSWER,
     ),
-    "eval_groups": (
-        Column("task", ("task",), cell),
-        Column("mode", ("thinking",), cell),
-        Column("group", ("group",), cell),
-        Column("of", ("of",), cell),
-        Column("value", ("value",), cell),
-        Column("stderr", ("±",), cell),
-        Column("tokens", ("tokens", "an answer"), count),
-        Column("obedience", ("obedi-", "ence"), _percent),
-        Column("items", ("items",), count),
-    ),
-    "taken": (
-        Column("layer", ("layer",), cell),
-        *_taken("attention"),
-        *_taken("ffn"),
-        Column("pair_kl", ("pair's KL", "(nats)"), _nats),
-    ),
-    "costs": (
-        Column("kind", ("kind",), cell),
-        Column("word", ("word",), cell),
-        Column("parameters", ("params",), count),
-        Column("kv_bytes_per_token", ("KV bytes", "a token"), count),
-        Column("bytes", ("bytes in", "scenario"), count),
-        Column("prefill_seconds", ("prefill", "a batch"), seconds),
-        Column("decode_seconds", ("decode", "a step"), seconds),
-    ),
+    "eval_groups": view("task mode group of value stderr tokens obedience items", tokens=AN_ANSWER),
+    "taken": (*view("layer"), *_saved("attention"), *_saved("ffn"), *view("pair_kl")),
+    "costs": view("kind word parameters kv_bytes_per_token bytes prefill_seconds decode_seconds"),
 }

@@ -18,6 +18,10 @@ def test_every_public_name_can_be_had():
         assert getattr(tessera, name).__name__ == name
 
 
+def test_dir_lists_the_public_names():
+    assert {*tessera.__all__} <= {*dir(tessera)}
+
+
 def test_version_is_the_installed_one():
     from importlib.metadata import version
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "tessera"
-LEVELS: dict[str, float] = {
+LEVELS: dict[str, int] = {
     "devices": 0,
     "dist": 0,
     "plot": 0,
@@ -24,10 +24,10 @@ LEVELS: dict[str, float] = {
     "generate": 3,
     "train": 3,
     "vllm": 4,
-    "ask": 4.5,
-    "objectives": 5.5,
+    "ask": 5,
+    "objectives": 5,
     "puzzle": 6,
-    "rl": 5,
+    "rl": 6,
     "curate": 7,
     "eval": 7,
     "planning": 8,

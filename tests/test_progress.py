@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from tessera import progress
-from tessera.progress import Progress, clock
+from tessera.progress import Progress
+from tessera.table import clock
 
 
 class Terminal(io.StringIO):

@@ -18,7 +18,7 @@ from tessera.model.source import resolve
 from tessera.runs.files import fingerprint
 from tessera.runs.recipe import Config
 from tessera.runs.run import fingerprint_path
-from tessera.vllm.choice import EngineChoice, open_engine
+from tessera.vllm.config import EngineChoice, open_engine
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -1,7 +1,6 @@
-"""What every command has in common: how it fails, how it speaks, and words that return.
+"""What every command has in common: how it fails, how it prints, and the arguments several take.
 
-Exit codes: 0 done, 1 failed, 2 the user's words or files are off (the reason on stderr, no
-traceback), 130 interrupted.
+Every import that costs time is inside the command that needs it: `tessera --help` brings no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,18 +17,41 @@ import typer
 from tessera.runs.files import advice_on
 
 MODEL = "a run directory, a Hugging Face directory or a hub id"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only results.")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories are.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A TOML file with one table a stage.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Instead of what the recipe says, e.g. parent.path=MODEL kd.train.lr=3e-4",
+    ),
+]
+
+app = typer.Typer(
+    name="tessera",
+    help="Turns an open Llama-class checkpoint into an efficient reasoning model.",
+    epilog="Begin with: tessera run recipes/quickstart.toml. "
+    "Exit codes: 0 done, 1 failed, 2 the arguments or files given are wrong, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(
+    help="Look at training data, or write it, before it is trained on.", no_args_is_help=True
+)
 
 
-def _exit_code(error: Exception) -> int | None:
-    """The code for an error that tessera raised on purpose; None for a mistake in tessera."""
-    if not type(error).__module__.startswith("tessera."):
-        return None
-    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+def command(name: str | None = None, of: typer.Typer = app) -> Callable[..., Callable[..., None]]:
+    """Makes a function a command whose expected errors end in a sentence and an exit code."""
+    return lambda function: of.command(name)(_guarded(function))
 
 
-def guarded(function: Callable[..., None]) -> Callable[..., None]:
-
+def _guarded(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
@@ -36,26 +59,26 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             complain("interrupted; what was done is kept, the same command goes on from there")
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader, `head` say, has seen enough
+        except BrokenPipeError:  # the reader, `head` say, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
-            complain(f"error: {_told(error)}")
+            where = f"{error.filename}: " if error.filename else ""
+            complain(f"error: {where}{error.strerror or error}{advice_on(error)}")
             raise typer.Exit(1) from None
         except Exception as error:
-            code = _exit_code(error)
-            if code is None:
+            if not type(error).__module__.startswith("tessera."):  # a mistake in tessera
                 raise
             complain(f"error: {error}")
+            code = getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
             raise typer.Exit(code) from None
 
     return guarded
 
 
-def _told(error: OSError) -> str:
-    """The system's words without its number, and what to do about a full disk."""
-    said = error.strerror or str(error)
-    where = f"{error.filename}: " if error.filename else ""
-    return where + said + advice_on(error)
+def choose(option: str, value: str, *allowed: str) -> None:
+    """Refuses a value that an option does not take."""
+    if value not in allowed:
+        raise typer.BadParameter(f"{option} {value}: give {' or '.join(allowed)}")
 
 
 def complain(text: str) -> None:

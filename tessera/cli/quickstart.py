@@ -1,4 +1,4 @@
-"""What the quickstart shows: its recipe, its short form, and the table of what came out."""
+"""The quickstart: its recipe, its short form, and the table of its results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tessera.runs.run import is_done, read_table
 from tessera.table import Column, Row, cell, count, render_table
 
 NAME = "quickstart.toml"
-# Families of problems that it runs on, with a question of each; the recipe speaks of the first.
+# Families of problems that it runs on, with a question of each; the recipe is for the first.
 EXAMPLES = {
     "calc": "start 6 m+3 n*3 o-2 mod 10",
     "hop": "table 4=7 2=4 7=1 1=2 start=4 m n stop",
@@ -24,7 +24,7 @@ OWN = next(iter(EXAMPLES))
 WORDS = {"hop": ("table", " stop")}
 EASY, HARD = "@3", "@6"  # steps, behind the family's name
 EVALUATIONS = ("parent", "child", "kd", "dropped", "sft", "grpo")
-# Less of everything, for a look in 2 to 5 minutes: the figures are worse, the path is the same.
+# Less of everything, for 2 to 5 minutes: worse figures, the same path.
 FAST = (
     "data.tasks={calc=16000}",
     "parent.train.steps=400",
@@ -44,7 +44,7 @@ FAST = (
     "grpo.train.steps=40",
     *(f"eval-{one}.limit=100" for one in EVALUATIONS),
 )
-# Name in the table, the run of its evaluation, the row of the comparison, the mode asked in.
+# Name in the table, the run of its evaluation, the row of the comparison, the mode of reasoning.
 ROWS = (
     ("parent", "eval-parent", "parent", "text"),
     ("child, as assembled", "eval-child", "child", "text"),
@@ -88,19 +88,19 @@ def recipe(task: str = OWN, fast: bool = False, overrides: Sequence[str] = ()) -
         raise RecipeError(f"--task {task}: the quickstart runs on {' or '.join(EXAMPLES)}")
     name = f"quickstart{'' if task == OWN else f'-{task}'}{'-fast' if fast else ''}"
     plan = load(recipe_path(), [*(FAST if fast else ()), f"name={name}", *overrides])
-    tables = {spec.name: _speaking_of(task, spec.table) for spec in plan.stages}
+    tables = {spec.name: _for_family(task, spec.table) for spec in plan.stages}
     tokens = tables["data"]["tokenizer"]["tokens"]
     answers = tokens.index("Work:")
     tokens[answers:answers] = WORDS.get(task, ())
     return replace(plan, stages=tuple(replace(s, table=tables[s.name]) for s in plan.stages))
 
 
-def _speaking_of(task: str, value: Any) -> Any:
+def _for_family(task: str, value: Any) -> Any:
     """A table of the recipe with the family instead of the recipe's own: `calc = 500`, "calc@6"."""
     if isinstance(value, dict):
-        return {task if k == OWN else k: _speaking_of(task, v) for k, v in value.items()}
+        return {task if k == OWN else k: _for_family(task, v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_speaking_of(task, one) for one in value]
+        return [_for_family(task, one) for one in value]
     if isinstance(value, str) and value.startswith(f"{OWN}@"):
         return task + value.removeprefix(OWN)
     return value
@@ -118,7 +118,7 @@ def use_one_thread() -> None:
 
 
 def table(home: Path) -> list[dict[str, Any]]:
-    """What became of each model of a finished quickstart; the columns are those of `VIEW`."""
+    """A row for each model of a finished quickstart; the columns are those of `VIEW`."""
     speeds = {row["model"]: row for row in read_table(home / "compare", "compare")}
     rows = []
     for name, run, speed, mode in ROWS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # The palette of Okabe and Ito: colour-blind readers can tell its colours apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -12,7 +13,7 @@ MARKERS = "os^Dv"
 INK = "#80868f"  # readable on the light page and on the dark one
 MAX_POINTS = 240  # points of a line; longer lines are averaged
 MAX_MARKED = 24  # lines of at most this many points show each of them
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tessera",
     "font.size": 9,

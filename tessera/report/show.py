@@ -20,11 +20,10 @@ from typing import Any
 
 from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, NoOp, SwiGLU
 from tessera.model.source import lineage, model_config
-from tessera.progress import clock
 from tessera.report.explain import explain, headline, render_changes
 from tessera.runs.files import RunError, in_use
 from tessera.runs.run import Manifest, read_json, read_manifest, read_table, runs_in
-from tessera.table import VIEWS, render_table, terminal_width
+from tessera.table import VIEWS, clock, render_table, terminal_width
 
 ATTENTION_BAR, FFN_BAR = 8, 24
 TABLE_ROWS = 12

@@ -99,7 +99,7 @@ def fingerprint(value: Any) -> str:
 
 
 def file_identity(path: Path) -> tuple[int, str]:
-    """Size and hash of the first and last MiB: hundreds of GB are told apart in milliseconds."""
+    """Size and hash of the first and last MiB: hundreds of GB take milliseconds."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -40,6 +40,16 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def identity(config: BaseModel) -> dict[str, Any]:
+    """A config as JSON values, without the keys that only change how it is carried out.
+
+    A class of configs names those in its `EXECUTION`.
+    """
+    nested = {key: identity(value) for key, value in config if isinstance(value, BaseModel)}
+    kept = (config.model_dump(mode="json") | nested).items()
+    return {key: value for key, value in kept if key not in getattr(config, "EXECUTION", ())}
+
+
 @dataclass(frozen=True)
 class StageSpec:
     """One table of a recipe: the run's name, its stage, and the rest of the table."""
@@ -171,7 +181,7 @@ def validate(model: type[Model], table: Mapping[str, Any], where: str) -> Model:
 
 
 def _explain(model: type[BaseModel], item: Mapping[str, Any], where: str) -> str:
-    """One pydantic error in the user's words."""
+    """One pydantic error as a line that names the key path and what is allowed."""
     location = [str(part) for part in item["loc"]]
     path = ".".join([where, *location])
     given = item.get("input")
@@ -233,10 +243,6 @@ def _literal(value: Any) -> str:
         return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_literal(one) for one in value) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return (
-        repr(value)
-        if isinstance(value, int | float)
-        else json.dumps(str(value), ensure_ascii=False)
-    )
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value if isinstance(value, int) else str(value), ensure_ascii=False)

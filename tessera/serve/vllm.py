@@ -12,7 +12,7 @@ from tessera.data.tokenizer import load_tokenizer
 from tessera.export import decilm
 from tessera.runs.files import RunError
 from tessera.serve.app import ServeConfig, ServeError, api_keys
-from tessera.vllm import server
+from tessera.vllm import worker
 from tessera.vllm.process import find_python
 
 
@@ -40,7 +40,7 @@ def command(model: str, config: ServeConfig, python: str | None = None) -> Comma
             "--format decilm, then tessera serve OUT --engine vllm"
         )
     values = json.loads((home / "config.json").read_text(encoding="utf-8"))
-    arguments = [python or _python(), server.__file__, "--model", str(home)]
+    arguments = [python or _python(), worker.__file__, "serve", "--model", str(home)]
     arguments += ["--host", config.host, "--port", str(config.port)]
     arguments += ["--served-model-name", config.name or home.resolve().name]
     arguments += ["--max-num-seqs", str(config.batch)]
@@ -56,7 +56,7 @@ def command(model: str, config: ServeConfig, python: str | None = None) -> Comma
     note = _why_no_parser(home)
     arguments += [] if note else ["--reasoning-parser", "deepseek_r1"]
     keys = api_keys(config)
-    return Command(arguments, {server.KEYS: "\n".join(keys)} if keys else {}, note)
+    return Command(arguments, {worker.KEYS: "\n".join(keys)} if keys else {}, note)
 
 
 def _why_no_parser(home: Path) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,7 +60,7 @@ def _tensorboard(run: Run, start: int) -> Sink:
 
 
 def _wandb(run: Run, start: int) -> Sink:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     project, name = names(run)
     opened = wandb.init(
@@ -76,7 +76,7 @@ def _wandb(run: Run, start: int) -> Sink:
 
 
 def _trackio(run: Run, start: int) -> Sink:
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]
 
     project, name = names(run)
     with contextlib.redirect_stdout(sys.stderr):
@@ -151,7 +151,7 @@ class Sinks:
                     sink.log(step, numbers)
 
     @contextlib.contextmanager
-    def _guard(self, name: str) -> Any:
+    def _guard(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # their errors are of any type, and none may stop a training

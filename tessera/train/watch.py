@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from tessera import dist
-from tessera.progress import clock
 from tessera.runs.files import WriteError, atomic_write
 from tessera.runs.run import Run
+from tessera.table import clock
 
 
 class Sign(NamedTuple):

@@ -8,6 +8,9 @@ Where tessera is installed beside vLLM, `TESSERA_VLLM_PLUGIN=1` in the environme
 is all; without it vLLM stays as it is. This file needs vLLM and torch, and nothing of tessera.
 """
 
+# vllm is not installed here, and pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import copy
@@ -26,7 +29,7 @@ def load() -> None:
 
 def register() -> None:
     """Puts models of these layers in the place of vLLM's own `DeciLMForCausalLM`."""
-    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     from vllm.transformers_utils import (  # pyright: ignore[reportMissingImports]
         model_arch_config_convertor as convertors,
     )

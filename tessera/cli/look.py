@@ -1,0 +1,146 @@
+"""Commands that look at what is there: show, diff, report, data audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tessera.cli.common import MODEL, Json, choose, command, complain, data, print_json
+
+if TYPE_CHECKING:
+    from tessera.data.chat import Document
+
+
+@command()
+def show(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A run, a recipe's runs, a model directory or a config.json."
+        ),
+    ],
+    samples: Annotated[
+        bool, typer.Option("--samples", help="A policy's best and worst samples, with rewards.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the mosaic, parameters, KV bytes a token, lineage and tables."""
+    from tessera.report import show as view
+    from tessera.runs.files import RunError
+
+    if samples:
+        rows = view.samples(path)
+        print_json(rows) if as_json else print(view.render_samples(rows))
+        return
+    found = view.describe(path)
+    if as_json:
+        print_json(found)
+        return
+    try:
+        config = None if "runs" in found else view.model_config(path)
+    except RunError:
+        config = None
+    print(view.render(found, config))
+
+
+@command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run or a model directory.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Print where two architectures differ, layer by layer, and by how much in size and cost."""
+    from tessera.report import explain
+
+    found = explain.diff(a, b)
+    print_json(found) if as_json else print(explain.render_diff(found))
+
+
+@command()
+def report(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A recipe's runs, or one run of them.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the page goes; - for stdout.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Markdown without drawings, on stdout.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page of everything the runs found; it needs no network and no script.
+
+    By default PATH/report.html; of one run, report-NAME.html beside it: a finished run never
+    changes.
+    """
+    from tessera.report import page
+    from tessera.runs.files import atomic_write
+
+    runs, found = page.sections(path)
+    name = path.resolve().name
+    done = sum(run.manifest.status == "done" for run in runs.all)
+    summary = f"{done} of {len(runs.all)} stages done; begun {runs.all[0].manifest.started[:10]}."
+    if as_json:
+        print_json({"path": str(path), "sections": page.plain(found)})
+        return
+    if markdown:
+        print(page.markdown(name, summary, found), end="")
+        return
+    text = page.html(name, summary, found)
+    if str(out) == "-":
+        print(text, end="")
+        return
+    single = (path / "run.json").is_file()
+    out = out or (path.parent / f"report-{name}.html" if single else path / "report.html")
+    atomic_write(out, text)
+    complain(f"The report is {out} ({len(text.encode()) / 1000:,.0f} kB)")
+
+
+@command("audit", data)
+def audit_data(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Chats: .jsonl, .json or .parquet, any dialect.")
+    ],
+    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help=f"Whose to take: {MODEL}.")],
+    row: Annotated[
+        list[int] | None, typer.Option(min=1, help="Print this row; may be repeated.")
+    ] = None,
+    turns: Annotated[str, typer.Option(help="Train all answers of a chat, or the last.")] = "all",
+    switch: Annotated[
+        str,
+        typer.Option(help='"detailed thinking", "/no_think" or a variable of the template.'),
+    ] = "detailed thinking",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check which tokens of a set of chats are trained, and print rows with those in colour.
+
+    Exits with 1 where a check fails or a row is refused. Without --row the first row is printed.
+    """
+    from tessera.data import audit
+    from tessera.data.chat import ChatEncoder
+    from tessera.data.tokenizer import load_tokenizer
+    from tessera.model.source import resolve
+
+    choose("--turns", turns, "all", "last")
+    home = Path(tokenizer) if Path(tokenizer).exists() else resolve(tokenizer)
+    encoder = ChatEncoder.of(load_tokenizer(home), turns, switch)  # type: ignore[arg-type]
+    kept: dict[int, list[Document] | str] = {}
+
+    def keep(number: int, documents: list[Document] | str) -> None:
+        if number in (row or [1]):
+            kept[number] = documents
+
+    found = audit.audit(file, encoder, limit, keep)
+    if absent := sorted(set(row or ()) - set(kept)):
+        raise typer.BadParameter(f"--row {absent[0]}: {file} has no such row among those read")
+    if as_json:
+        print_json(found.as_json())
+    else:
+        audit.print_rows(kept, encoder)
+        print("\n".join(found.lines()))
+    if not found.clean:
+        raise typer.Exit(1)

@@ -1,0 +1,266 @@
+"""Commands that make something: run, check, plan, quickstart, data curate, data tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tessera.cli.common import (
+    Json,
+    Overrides,
+    Quiet,
+    RecipeFile,
+    Runs,
+    choose,
+    command,
+    complain,
+    data,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from tessera.runs.plan import Step
+
+RUNS = Path("runs")
+Redo = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Make this stage's run, and all made from it, anew; each is kept until its own stage "
+        "has made another. May be repeated."
+    ),
+]
+
+
+@command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this stage alone; may be repeated.")
+    ] = None,
+    redo: Redo = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: finished stages are skipped, unfinished ones go on where they stopped.
+
+    A recipe that changed under a finished run is refused with a diff; --redo says which to redo.
+    What stages share stands once, in [defaults]: train = { sequence_length = 512 } completes the
+    train table of every stage that trains. defaults.KEY=VALUE overrides it.
+    """
+    from tessera import dist, pipeline
+    from tessera.report import show
+    from tessera.runs.recipe import load
+    from tessera.runs.run import is_done
+
+    plan = load(recipe, overrides or ())
+    steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
+    if not dist.is_main():
+        return
+    shown = ("table", "frontier")
+    compared = [step.path for step in steps if step.stage.gives in shown and is_done(step.path)]
+    tables = show.tables(compared[-1]) if compared else {}
+    if as_json:
+        print_json({"runs": [str(step.path) for step in steps], "tables": tables})
+        return
+    for name, rows in tables.items():
+        print(f"{show.render_named(name, rows)}\n")
+    complain(f"The runs are in {runs / plan.name}; look at one with: tessera show {steps[-1].path}")
+
+
+@command()
+def check(
+    recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, as_json: Json = False
+) -> None:
+    """Resolve a recipe and say what running it would do; runs nothing.
+
+    What it prints is a recipe too, every default spelled out.
+    """
+    from tessera import pipeline, planning
+    from tessera.runs.plan import plan, table_text
+    from tessera.runs.recipe import load
+
+    steps = plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
+    if as_json:
+        print_json([_step_values(step, steps) for step in steps])
+        return
+    for step in steps:
+        print(f"# {step.name}: {_what_would_happen(step)}")
+        if counted := _num_params(step):
+            print(f"# {counted:,} parameters in {step.files['path']}")
+        if needed := planning.stage_memory(step, steps):
+            print(f"# {needed}")
+        for note in step.notes():
+            print(f"# {note}")
+        for warning in step.warnings(steps):
+            print(f"# WARNING: {warning}")
+        print(table_text(step))
+
+
+def _step_values(step: Step, steps: Sequence[Step]) -> dict[str, Any]:
+    from tessera import planning
+
+    memory = planning.stage_memory(step, steps)
+    return {
+        "name": step.name,
+        "stage": step.stage.name,
+        "action": step.action,
+        "inputs": step.inputs,
+        "config": step.resolved,
+        "num_params": _num_params(step),
+        "memory": memory.as_json() if memory else None,
+        "warnings": step.warnings(steps),
+    }
+
+
+def _what_would_happen(step: Step) -> str:
+    from tessera.runs.plan import explain_change
+
+    if step.action == "changed":
+        diff = explain_change(step).replace("\n", "\n# ")
+        return f"the recipe has changed under this run\n# {diff}"
+    actions = {"run": "would run", "resume": "would go on", "skip": "is done"}
+    return actions.get(step.action, "would be redone")
+
+
+def _num_params(step: Step) -> int | None:
+    """Parameters of the checkpoint that a stage imports, where it can be read here."""
+    from tessera.model.source import model_config
+
+    path = step.files.get("path")
+    if step.stage.name != "parent" or not isinstance(path, Path):
+        return None
+    return model_config(path).num_params()
+
+
+@command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str, typer.Option(help="Machines x devices x name: 9x8xH100, 8xH100, H100.")
+    ] = "8xH100",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The parent's config.json, where its checkpoint is not here."),
+    ] = None,
+    child: Annotated[
+        Path | None,
+        typer.Option(help="The child's config.json; without it the parent's words stand in."),
+    ] = None,
+    network: Annotated[
+        float, typer.Option(min=1.0, help="Gb/s a GPU between machines, one direction.")
+    ] = 400.0,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU-hour.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe's trainings take on a cluster: memory by part, layout, time; runs nothing.
+
+    Times are a roofline of data sheets: a bound to compare by, not a promise.
+    """
+    from tessera import pipeline, planning
+    from tessera.model.source import model_config
+    from tessera.runs.plan import with_defaults
+    from tessera.runs.recipe import load
+
+    machines = planning.parse_cluster(cluster, network * 1e9 / 8)
+    read = with_defaults(load(recipe, overrides or ()), pipeline.STAGES)
+    parent = planning.parent_of(read, config)
+    jobs = planning.jobs(read, pipeline.STAGES, parent, model_config(child) if child else None)
+    plans = [planning.best(job, machines) for job in jobs]
+    if as_json:
+        print_json([found.as_json() for found in plans])
+        return
+    print("\n\n".join(planning.render_plan(plan, price) for plan in plans))
+    if others := planning.unplanned(read):
+        complain(f"no plan is made of {', '.join(others)}")
+
+
+@command()
+def quickstart(
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Less of everything: the path in 2 to 5 minutes.")
+    ] = False,
+    task: Annotated[
+        str, typer.Option(help="The problems: calc (arithmetic) or hop (a chain of lookups).")
+    ] = "calc",
+    redo: Redo = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole path on a toy, in minutes on a CPU, and print its results.
+
+    Ctrl-C and the same command again: it goes on.
+    """
+    from tessera import pipeline
+    from tessera.cli import quickstart as results
+    from tessera.table import terminal_width
+
+    plan = results.recipe(task, fast, overrides or ())
+    results.use_one_thread()
+    pipeline.run_recipe(plan, runs, redo=redo or (), quiet=quiet)
+    home = runs / plan.name
+    rows, page = results.table(home), results.write_report(home)
+    if as_json:
+        print_json(rows)
+        return
+    print(f"\n{results.rendered(rows, terminal_width())}\n")
+    next_steps = results.next_steps(home, task)
+    complain(f"The report is {page}, everything else in {home}. Next:\n{next_steps}")
+
+
+@command("curate", data)
+def curate_data(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the curate stages of a recipe and print the rows in and out of each step."""
+    from tessera import pipeline
+    from tessera.runs.recipe import RecipeError, load
+    from tessera.runs.run import read_table
+    from tessera.table import render_table
+
+    plan = load(recipe, overrides or ())
+    names = [spec.name for spec in plan.stages if spec.stage == "curate"]
+    if not names:
+        raise RecipeError(f"{recipe} has no [curate] table, so there is nothing to curate")
+    steps = pipeline.run_recipe(plan, runs, only=names, quiet=quiet)
+    tables = {step.name: read_table(step.path, "steps") for step in steps}
+    if as_json:
+        print_json(tables)
+        return
+    for step in steps:
+        print(f"{render_table(tables[step.name])}\n")
+        complain(f"The rows are in {step.path / 'chats'}, those removed in {step.path / 'removed'}")
+
+
+@command("tasks", data)
+def write_tasks(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare or gym/NAME.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
+    count: Annotated[int, typer.Option(min=1, help="Problems; each gives two rows.")] = 1000,
+    split: Annotated[str, typer.Option(help="train or heldout: no question is in both.")] = "train",
+    level: Annotated[int | None, typer.Option(min=1, help="One difficulty, not all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random draws.")] = 0,
+    dialect: Annotated[
+        str, typer.Option(help="nemotron, nemotron-rendered, openai, sharegpt or alpaca.")
+    ] = "nemotron",
+) -> None:
+    """Write problems with answers as rows of chats, with the thought and without it."""
+    from tessera.data.dialects import write_rows
+    from tessera.data.problems import problem_rows
+
+    choose("--split", split, "train", "heldout")
+    chats = problem_rows(name, count, seed, split, level)  # type: ignore[arg-type]
+    complain(f"{write_rows(out, chats, dialect):,} rows in {out}")
