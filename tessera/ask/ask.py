@@ -16,7 +16,7 @@ from tessera.runs.files import fingerprint
 
 
 class AskError(ValueError):
-    """A teacher that cannot be asked as configured; the text says what to change."""
+    """A configuration with which nothing can be asked; the text says what to change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ class LocalAnswerer:
 
     def _ask(self, batch: list[Request], receive: Receive) -> None:
         from tessera.generate.engine import GenerationError, SamplingParams
-        from tessera.generate.text import said
+        from tessera.generate.text import completion_text
 
         if any(request.embed for request in batch):
             raise AskError('a teacher of kind "engine" gives no vectors; use kind = "embedder"')
@@ -86,7 +86,7 @@ class LocalAnswerer:
         for request, prompt, (completion, *_) in zip(batch, prompts, found, strict=True):
             tokens = completion.token_ids
             splitter = Splitter()
-            text = splitter.push(said(self.tokenizer, prompt, tokens)) + splitter.flush()
+            text = splitter.push(completion_text(self.tokenizer, prompt, tokens)) + splitter.flush()
             reply = Reply(text.answer, text.thought, completion.finish_reason, len(tokens))
             receive(request, reply)
         return None

@@ -1,4 +1,4 @@
-"""Where generation remembers: prompts being read (`Prefill`), and the KV cache of rows that decode.
+"""Prompts that are being read (`Prefill`), and the KV cache of the rows that decode (`Slots`).
 
     row 0   . . p p p p g g g |          p prompt, g generated, . nothing (masked)
     row 1   . . . . . p p g g |          | the cursor: where every row writes next
@@ -186,33 +186,6 @@ class PrefixCache:
         self._held.clear()
 
 
-class Decode:
-    """A pass over one token a live row, at the cursor."""
-
-    def __init__(self, slots: Slots, packed: Packed) -> None:
-        self.caches, self.rows, self.cursor = slots.caches, len(slots.starts), slots.cursor
-        window = packed.config.sliding_window or self.cursor + 1
-        self.low = max(min(slots.starts), self.cursor + 1 - window)
-        assert slots.row_starts is not None
-        self.rotation = packed.rotation(self.cursor - slots.row_starts)
-        self.mask = None
-        if slots.mask is not None:
-            self.mask = slots.mask[:, None, None, self.low : self.cursor + 1]
-
-    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """See `Pass.attend`."""
-        new_k, new_v = kv.unbind(1)
-        keys, values = self.caches[layer]
-        k, v = self._past(keys, new_k), self._past(values, new_v)
-        return attend_decode(q, k, v, self.mask).view(self.rows, -1)
-
-    def _past(self, cache: Tensor, new: Tensor) -> Tensor:
-        """`new` `(B,K,D)` written at the cursor; what a live row sees, `(B,K,D,S)`."""
-        live = cache.narrow(0, 0, self.rows)
-        live.select(3, self.cursor).copy_(new)
-        return live.narrow(3, self.low, self.cursor + 1 - self.low)
-
-
 def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """A group's queries over the whole past. q `(B,K,G,D)`, k and v `(B,K,D,S)` -> `(B,K,G,D)`.
 
@@ -309,29 +282,43 @@ class Slots:
         self.starts.pop()
         self._rows_changed()
 
-    def step(self, packed: Packed) -> Decode:
-        """The pass that feeds the next token of every live row; moves the cursor."""
+    def decode(self, packed: Packed, tokens: Tensor) -> Tensor:
+        """Hidden states `(B,C)` behind the next token of every live row; moves the cursor."""
         if self.cursor == self.columns:
             self._make_room()
         if self.row_starts is None:
             self._prepare_rows()
-        decode = Decode(self, packed)
-        self.cursor += 1
-        return decode
+        end = self.cursor + 1
+        self.low = max(min(self.starts), end - (packed.config.sliding_window or end))
+        self.rotation = packed.rotation(self.cursor - self.row_starts)  # type: ignore[operator]
+        self.mask = None if self.past is None else self.past[:, None, None, self.low : end]
+        hidden = packed.forward(tokens, self)
+        self.cursor = end
+        return hidden
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """See `Pass.attend`."""
+        past = []
+        for cache, new in zip(self.caches[layer], kv.unbind(1), strict=True):
+            live = cache.narrow(0, 0, len(self.starts))
+            live.select(3, self.cursor).copy_(new)
+            past.append(live.narrow(3, self.low, self.cursor + 1 - self.low))
+        k, v = past
+        return attend_decode(q, k, v, self.mask).view(len(self.starts), -1)
 
     def _rows_changed(self) -> None:
         self.row_starts: Tensor | None = None
-        self.mask: Tensor | None = None
+        self.past: Tensor | None = None  # (B, columns), added to scores; None with equal starts
 
     def _prepare_rows(self) -> None:
         self.row_starts = torch.tensor(self.starts, device=self.device)
         if min(self.starts) < max(self.starts):
-            past = torch.arange(self.columns, device=self.device) < self.row_starts[:, None]
-            mask = torch.zeros(past.shape, dtype=self.dtype, device=self.device)
-            self.mask = mask.masked_fill_(past, float("-inf"))
+            before = torch.arange(self.columns, device=self.device) < self.row_starts[:, None]
+            zeros = torch.zeros(before.shape, dtype=self.dtype, device=self.device)
+            self.past = zeros.masked_fill_(before, float("-inf"))
 
     def _make_room(self) -> None:
-        """Move the rows left over columns nobody uses any more; grow where that frees little."""
+        """Move the rows left over unused columns; grow where that frees little."""
         low = min(self.starts)
         if low >= self.columns // 8:
             self._move(low, 0)

@@ -2,9 +2,8 @@
 
     generate(prompts, params) -> completions      score(sequences) -> log-probs      sync(module)
 
-Three verbs serve evaluation, reinforcement learning and measurement alike; a server submits
-requests one by one (`requests.py`). An engine knows nothing of text: chat templates, stop
-strings and answers belong to its callers (`text.py` helps them). No torch here.
+An engine knows nothing of text: chat templates, stop strings and answers belong to its callers
+(`text.py` helps them). No torch here.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ class Thinking:
     """A budget for the thought, after which it is closed and the answer goes on.
 
     The thought is open from the first token where `starts` is empty, else once the tokens end
-    with one of `starts`; one of `ends` closes it. The same text can be several token sequences (a
-    tokenizer may merge `>` with the newline behind it), hence the plurals. After `max_tokens` of
-    thought the tokens of `ends[0]` are forced, the rest of it where the model has begun it. They
-    count as tokens of the completion, and their log-probs are the model's.
+    with one of `starts`; one of `ends` closes it. One tag can be several token sequences, because
+    a tokenizer may merge `>` with the newline behind it. After `max_tokens` of thought `ends[0]` is
+    forced, or the rest of an end that the model has begun. Forced tokens count as tokens of the
+    completion, and their log-probs are the model's.
     """
 
     max_tokens: int
@@ -88,29 +87,21 @@ class SamplingParams:
     thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "n"):
-            if getattr(self, name) < 1:
-                raise GenerationError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise GenerationError(
-                f"temperature is {self.temperature}; use 0 for greedy or a positive number"
-            )
-        for name, nothing in (("top_k", "limit"), ("logprobs", "report")):
-            if getattr(self, name) < 0:
-                raise GenerationError(
-                    f"{name} is {getattr(self, name)}; use 0 for no {nothing} or a positive count"
-                )
-        if not 0 < self.top_p <= 1:
-            raise GenerationError(f"top_p is {self.top_p}; it must lie in (0, 1], 1 for no limit")
-        if not 0 <= self.min_p <= 1:
-            raise GenerationError(f"min_p is {self.min_p}; it must lie in [0, 1], 0 for no limit")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise GenerationError(
-                f"repetition_penalty is {self.repetition_penalty}; use 1 for none or a positive "
-                "number"
-            )
-        if not 0 <= self.seed < 2**64:
-            raise GenerationError(f"seed is {self.seed}; it must lie in [0, 2**64)")
+        positive = self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)
+        warm = self.temperature >= 0 and math.isfinite(self.temperature)
+        for name, valid, wanted in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", warm, "0 for greedy or a positive number"),
+            ("top_k", self.top_k >= 0, "0 for no limit or a positive count"),
+            ("logprobs", self.logprobs >= 0, "0 for no report or a positive count"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1], 1 for no limit"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1], 0 for no limit"),
+            ("repetition_penalty", positive, "1 for none or a positive number"),
+            ("seed", 0 <= self.seed < 2**64, "in [0, 2**64)"),
+        ):
+            if not valid:
+                raise GenerationError(f"{name} is {getattr(self, name)}; it must be {wanted}")
 
 
 @dataclass(slots=True)
@@ -120,7 +111,7 @@ class Completion:
     logprobs[i] is the log-probability of token_ids[i] under the model itself, before temperature
     and filters, so it compares with a trainer's. version is that of the weights that gave the
     first token. top_logprobs[i] holds the likeliest tokens at i as (id, log-prob) pairs, the
-    likeliest first, where they were asked for.
+    likeliest first, if requested.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -152,7 +143,7 @@ class Engine(Protocol):
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-prob of each token given its prefix.
 
-        Entry t speaks of token t + 1, so a sequence of T tokens has T - 1 entries.
+        Entry t is that of token t + 1, so a sequence of T tokens has T - 1 entries.
         """
         ...
 
@@ -161,7 +152,7 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give memory that the trainer may want back, until the next `sync`."""
+        """Free memory for the trainer, until the next `sync`."""
         ...
 
     def close(self) -> None:

@@ -124,33 +124,10 @@ def check_int8(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-class Rotation:
-    """RoPE of a pass's rows as complex numbers, made once for every count of KV heads.
-
-    Queries and keys are rotated, values are multiplied by 1, so one product serves all three.
-    """
-
-    def __init__(self, angles: Tensor, query_heads: int) -> None:
-        """angles: `(R, D/2)`."""
-        self.factors = torch.polar(torch.ones_like(angles), angles)
-        self.query_heads = query_heads
-        self.by_kv_heads: dict[int, Tensor] = {}
-
-    def __call__(self, kv_heads: int) -> Tensor:
-        """Complex `(R, (H + 2K) D/2)`."""
-        if kv_heads not in self.by_kv_heads:
-            rows, half = self.factors.shape
-            rotated = self.query_heads + kv_heads
-            wide = self.factors.new_ones(rows, rotated + kv_heads, half)
-            wide[:, :rotated] = self.factors[:, None]
-            self.by_kv_heads[kv_heads] = wide.flatten(1)
-        return self.by_kv_heads[kv_heads]
-
-
 class Pass(Protocol):
     """What attention needs of a forward pass over N rows: their positions and their past."""
 
-    rotation: Rotation
+    rotation: dict[int, Tensor]  # see `Packed.rotation`
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """q `(N,K,G,D)`, already scaled, and kv `(N,2,K,D)` -> `(N, H*D)`."""
@@ -190,7 +167,7 @@ class PackedAttention:
         if self.norm_gain is not None:
             qk = qkv[:, : (self.heads + self.kv) * self.dim].unflatten(1, (-1, self.dim))
             qk.copy_(F.rms_norm(qk, (self.dim,), None, self.eps).mul_(self.norm_gain))
-        heads = rotate(qkv, step.rotation(self.kv)).view(-1, self.heads + 2 * self.kv, self.dim)
+        heads = rotate(qkv, step.rotation[self.kv]).view(-1, self.heads + 2 * self.kv, self.dim)
         q = heads.narrow(1, 0, self.heads).view(-1, self.kv, self.heads // self.kv, self.dim)
         kv = heads.narrow(1, self.heads, 2 * self.kv).view(-1, 2, self.kv, self.dim)
         self.out.add_to(x, step.attend(self.layer, q, kv))
@@ -267,9 +244,19 @@ class Packed:
         same = ours.blocks == theirs.blocks and ours.head_dim == theirs.head_dim
         return same and (self.device, self.dtype) == (other.device, other.dtype)
 
-    def rotation(self, positions: Tensor) -> Rotation:
-        """RoPE of rows standing at `positions` `(R,)`."""
-        return Rotation(positions[:, None] * self.frequencies, self.config.num_attention_heads)
+    def rotation(self, positions: Tensor) -> dict[int, Tensor]:
+        """RoPE of rows at `positions` `(R,)`, by count of KV heads: complex `(R, (H + 2K) D/2)`.
+
+        Queries and keys are rotated, values are multiplied by 1, so one product serves all three.
+        """
+        angles = positions[:, None] * self.frequencies
+        factors, found = torch.polar(torch.ones_like(angles), angles), {}
+        for kv_heads in set(self.kv_heads.values()):
+            rotated = self.config.num_attention_heads + kv_heads
+            wide = factors.new_ones(len(factors), rotated + kv_heads, factors.shape[1])
+            wide[:, :rotated] = factors[:, None]
+            found[kv_heads] = wide.flatten(1)
+        return found
 
     def forward(self, tokens: Tensor, step: Pass) -> Tensor:
         """Normalised hidden states `(N,C)` of tokens `(N,)`, for `logits`."""

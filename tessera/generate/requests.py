@@ -129,7 +129,7 @@ class Sample:
         """Tokens that stand in the cache when the completion is as long as it may be."""
         return len(self.tokens) + self.limit - len(self.completion.token_ids)
 
-    def overdue(self, now: float) -> FinishReason | None:
+    def expired(self, now: float) -> FinishReason | None:
         """Why the sample must end now, if it must."""
         if self.cancelled:
             return "cancelled"
@@ -141,13 +141,13 @@ class Sample:
         self.handle.sample_finished()
 
 
-def split_overdue(
+def split_expired(
     samples: Iterable[Sample], now: float
 ) -> tuple[list[Sample], list[tuple[Sample, FinishReason]]]:
     """Samples that may go on, and those that must end, with the reason."""
     left, ended = [], []
     for sample in samples:
-        reason = sample.overdue(now)
+        reason = sample.expired(now)
         if reason is None:
             left.append(sample)
         else:
@@ -315,7 +315,7 @@ class Waiting:
         self._queue: deque[Sample] = deque()
         self._changed = threading.Condition(threading.RLock())
         self._closed = False
-        self._sweep_at = math.inf  # the earliest time at which a sample may be overdue
+        self._sweep_at = math.inf  # the earliest time at which a sample may expire
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -365,7 +365,7 @@ class Waiting:
         if now < self._sweep_at:
             return
         with self._changed:
-            left, ended = split_overdue(self._queue, now)
+            left, ended = split_expired(self._queue, now)
             self._queue = deque(left)
             self._sweep_at = min((s.handle.deadline for s in self._queue), default=math.inf)
         for sample, reason in ended:

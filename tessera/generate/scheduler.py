@@ -20,7 +20,7 @@ from torch import Tensor
 from tessera.generate.cache import Prefill, Prefix, PrefixCache, Slots, common
 from tessera.generate.engine import FinishReason
 from tessera.generate.packed import Packed
-from tessera.generate.requests import Sample, Waiting, split_overdue
+from tessera.generate.requests import Sample, Waiting, split_expired
 from tessera.generate.sampling import Chosen, Sampler, uniforms
 
 PREFILL_TOKENS = 2**14  # in one pass, padding included: bounds the activations' memory
@@ -81,15 +81,15 @@ class Batch:
         if tokens is None:
             last = [sample.completion.token_ids[-1] for sample in self.live]
             tokens = torch.tensor(last, device=self.slots.device)
-        logits = packed.logits(packed.forward(tokens, self.slots.step(packed)))
+        logits = packed.logits(self.slots.decode(packed, tokens))
         if self.rows is None:
             self.rows = _Rows(self.live, logits.shape[-1], self.slots.device)
         chosen = self.rows.choose(logits)
         self.next_tokens = chosen.tokens
         self._accept(0, chosen)
 
-    def end_overdue(self, now: float) -> None:
-        self._retire([(i, why) for i, one in enumerate(self.live) if (why := one.overdue(now))])
+    def end_expired(self, now: float) -> None:
+        self._retire([(i, why) for i, one in enumerate(self.live) if (why := one.expired(now))])
 
     def clear(self) -> list[Sample]:
         """Empty every row; returns their samples."""
@@ -179,7 +179,7 @@ def _stops(sample: Sample, token: int) -> bool:
         return False
     try:
         return sample.stopping(token)
-    except Exception as error:  # noqa: BLE001 - the caller's code; the caller is told
+    except Exception as error:  # noqa: BLE001 - the caller's code; its handle raises the error
         sample.handle.error = error
         return True
 
@@ -220,8 +220,8 @@ class Scheduler:
         return not (self.batch.live or self._prefill or len(self.waiting))
 
     def step(self, version: int) -> None:
-        """End what is overdue, read, decode."""
-        self.end_overdue()
+        """End what has expired, read, decode."""
+        self.end_expired()
         self._read_prompts(version)
         if self.batch.live:
             self._decode()
@@ -232,12 +232,12 @@ class Scheduler:
         self._prefill, self._reading, self._last_read = None, [], None
         return samples
 
-    def end_overdue(self) -> None:
+    def end_expired(self) -> None:
         """End what was cancelled or is late, wherever it is."""
         now = time.monotonic()
         self.waiting.sweep(now)
-        self.batch.end_overdue(now)
-        self._reading, ended = split_overdue(self._reading, now)
+        self.batch.end_expired(now)
+        self._reading, ended = split_expired(self._reading, now)
         if not self._reading:
             self._prefill = None
         for sample, reason in ended:

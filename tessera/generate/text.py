@@ -3,8 +3,8 @@
     tokens -> Detokenizer -> StopStrings -> Splitter -> (thought, answer)
 
 Each holds back what later tokens may still change: the bytes of an unfinished character, the
-beginning of a stop string, of a tag. So what was given out is final, and however the tokens are
-cut into pushes, the pieces join to the same text. It renders no chats.
+beginning of a stop string or of a tag. So pieces are final, and join to the same text however the
+tokens are cut.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tessera.generate.requests import StoppingCriterion
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 CONTEXT = 4  # tokens before a text that decide whether its first space belongs to it
 TAIL = 8  # tokens at a prompt's end that tell whether it opens a thought
-HOPELESS = 32  # tokens without one whole character are not the beginning of one
+MAX_HELD = 32  # tokens are held back for a whole character
 # What commonly stands around a tag, and may be one token with its first or last characters.
 BEFORE = ("", "\n", "\n\n", ".\n", ".", ".\n\n", " ", "!", "?", ")", "**", "`", "$", "\n```\n")
 BEHIND = ("", "\n", "\n\n", " ", "The", "\n\n**")
@@ -28,20 +28,18 @@ BEHIND = ("", "\n", "\n\n", " ", "The", "\n\n**")
 class Detokenizer:
     """Text of tokens as they come. context: what stands before them (the prompt's last tokens)."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, context: Sequence[int] = (), *, special: bool = False
-    ) -> None:
-        self.tokenizer, self.special = tokenizer, special
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
         self._window = list(context[-CONTEXT:])
         self._read = len(self._window)  # of the window, tokens whose text was given out
-        self._shown = len(self._decode(self._window))
+        self._shown = len(self.tokenizer.decode(self._window))
 
     def push(self, token: int) -> str:
         """The text that became final with this token."""
         self._window.append(token)
-        text = self._decode(self._window)
+        text = self.tokenizer.decode(self._window)
         final = text.rstrip(UNFINISHED)
-        if len(self._window) - self._read > HOPELESS:
+        if len(self._window) - self._read > MAX_HELD:
             final = text
         fresh, self._shown = final[self._shown :], max(self._shown, len(final))
         if fresh and len(final) == len(text):
@@ -50,7 +48,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The rest, where no more tokens come."""
-        text = self._decode(self._window)
+        text = self.tokenizer.decode(self._window)
         fresh, self._shown = text[self._shown :], max(self._shown, len(text))
         return fresh
 
@@ -58,10 +56,7 @@ class Detokenizer:
         """Keep the tokens since the last whole text as context, so that a push costs the same."""
         self._window = self._window[self._read :]
         self._read = len(self._window)
-        self._shown = len(self._decode(self._window))
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, special=self.special)
+        self._shown = len(self.tokenizer.decode(self._window))
 
 
 class StopStrings:
@@ -99,11 +94,11 @@ def opens_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     return opens(tokenizer.decode(prompt[-TAIL:], special=True))
 
 
-def said(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of a whole completion, without the token that ended it.
+def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of a whole completion, without its stop token.
 
-    Where its prompt opened the thought it begins with that `<think>`: what reads it needs no
-    prompt to tell the thought from the answer.
+    Begins with `<think>` where the prompt opened the thought, so that the thought can be told from
+    the answer without the prompt.
     """
     ended = bool(tokens) and tokens[-1] in tokenizer.eos_ids
     text = tokenizer.decode(tokens[: len(tokens) - ended])
@@ -126,9 +121,8 @@ class TextStream:
         stops: Sequence[str] = (),
         thinking: bool = True,
         opened: bool = False,
-        special: bool = False,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt, special=special)
+        self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stops = StopStrings(stops)
         self._splitter = Splitter(opened) if thinking else None
         self.thought_tokens = 0  # those that came before the answer, the tags' among them

@@ -10,7 +10,6 @@ steps the engine in a thread of its own:
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -176,7 +175,12 @@ class TorchEngine:
                     reported = finished
                     progress(reported, total)
         finally:
-            self._cancel(handles)
+            unfinished = [handle for handle in handles if not handle.done]
+            for handle in unfinished:
+                handle.cancel()
+            if unfinished:
+                with self._turn():
+                    self._scheduler.end_expired()
         return [handle.result() for handle in handles]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -202,8 +206,13 @@ class TorchEngine:
         """
         packed = Packed(module, self.int8)
         with self._turn():
-            if not self.idle:
-                self._check_successor(packed.config)
+            for name in () if self.idle else ("vocab_size", "max_position_embeddings"):
+                have, given = getattr(self.config, name), getattr(packed.config, name)
+                if given < have:
+                    raise GenerationError(
+                        f"requests in flight may need {name} {have}, and the new model has "
+                        f"{given}: let them end, or cancel them, before sync"
+                    )
             evicted = self._scheduler.evict()
             for sample in evicted:
                 if sample.completion.token_ids:
@@ -244,23 +253,6 @@ class TorchEngine:
         if params.thinking is not None:
             check_sequences(params.thinking.ends, "end of thought", vocab_size, room)
         return room
-
-    def _check_successor(self, config: ModelConfig) -> None:
-        for name in ("vocab_size", "max_position_embeddings"):
-            have, given = getattr(self.config, name), getattr(config, name)
-            if given < have:
-                raise GenerationError(
-                    f"requests in flight may need {name} {have}, and the new model has {given}: "
-                    "let them end, or cancel them, before sync"
-                )
-
-    def _cancel(self, handles: list[Handle]) -> None:
-        unfinished = [handle for handle in handles if not handle.done]
-        for handle in unfinished:
-            handle.cancel()
-        if unfinished:
-            with self._turn():
-                self._scheduler.end_overdue()
 
     @torch.inference_mode()
     def _scores(
@@ -327,14 +319,6 @@ class EngineThread:
 
     def start(self) -> None:
         self._thread.start()
-
-    def drain(self, timeout: float) -> bool:
-        """Refuse new requests and wait for the others; whether all ended in `timeout` seconds."""
-        self.engine.waiting.close()
-        end = time.monotonic() + timeout
-        while not self.engine.idle and self.alive and time.monotonic() < end:
-            time.sleep(0.01)
-        return self.engine.idle
 
     def stop(self) -> None:
         """End the thread after its step, cancel what is in flight, and close the engine."""

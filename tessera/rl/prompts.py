@@ -21,7 +21,7 @@ from tessera.data.readers import Bad, DataError, expand
 from tessera.data.switch import DETAILED, set_switch
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import Completion
-from tessera.generate.text import said
+from tessera.generate.text import completion_text
 from tessera.rl.rewards import Sample
 from tessera.runs.recipe import Config
 
@@ -123,7 +123,7 @@ def judged_samples(
     return [
         Sample(
             prompt.messages,
-            said(tokenizer, prompt_ids, one.token_ids),
+            completion_text(tokenizer, prompt_ids, one.token_ids),
             dict(prompt.fields),
             one.finish_reason == "length",
         )

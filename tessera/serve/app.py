@@ -45,7 +45,7 @@ from tessera.serve.session import ChatRequest, CompletionRequest, ServedModel, S
 KEY_VARIABLE = "TESSERA_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
 RETRY_SECONDS = 1
-PUBLIC_PATHS = ("/health", "/metrics", "/")  # asked by load balancers and browsers, without a key
+PUBLIC_PATHS = ("/health", "/metrics", "/")  # for load balancers and browsers, without a key
 STATUSES: dict[type[Exception], int] = {
     QueueFullError: 429,
     ClosedError: 503,
@@ -73,7 +73,7 @@ RESPONSES[200] = {
 
 
 class ServeError(ValueError):
-    """A server that cannot be started as asked; the text says what to change."""
+    """A server that cannot be started as configured; the text says what to change."""
 
 
 class ServeConfig(Config):

@@ -216,7 +216,7 @@ def test_a_failed_step_fails_its_requests_and_no_others(monkeypatch):
     first, second = (engine.submit([1, 2, 3], GREEDY) for _ in range(2))
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.slots, "step", lambda packed: 1 / 0)
+        patch.setattr(engine.slots, "decode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     with pytest.raises(EngineError, match="division by zero"):

@@ -29,17 +29,6 @@ def test_requests_are_served_until_it_stops():
         thread.engine.submit([1], GREEDY)
 
 
-def test_draining_lets_what_is_there_end_and_refuses_the_rest():
-    thread = EngineThread(TorchEngine(tiny.model(), max_batch_size=1))
-    handles = [thread.engine.submit([1], GREEDY) for _ in range(3)]
-    thread.start()
-    assert thread.drain(30)
-    assert [handle.completions[0].finish_reason for handle in handles] == ["length"] * 3
-    with pytest.raises(ClosedError, match="closed or draining"):
-        thread.engine.submit([1], GREEDY)
-    thread.stop()
-
-
 def test_stopping_cancels_what_is_there():
     thread = EngineThread(TorchEngine(tiny.model(), max_batch_size=1))
     handles = [thread.engine.submit([1], GREEDY) for _ in range(2)]
@@ -51,11 +40,11 @@ def test_one_failure_is_survived_and_many_in_a_row_close_the_engine(monkeypatch)
     engine, errors = TorchEngine(tiny.model(), max_batch_size=1), []
     with EngineThread(engine, errors.append) as thread:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.slots, "step", lambda packed: 1 / 0)
+            patch.setattr(engine.slots, "decode", lambda *_: 1 / 0)
             with pytest.raises(EngineError, match="division by zero"):
                 engine.submit([1], GREEDY).result(timeout=30)
         assert engine.submit([1], GREEDY).result(timeout=30) and len(errors) == 1
-        monkeypatch.setattr(engine.slots, "step", lambda packed: 1 / 0)
+        monkeypatch.setattr(engine.slots, "decode", lambda *_: 1 / 0)
         handles = [engine.submit([1], GREEDY) for _ in range(MAX_FAILURES)]
         end = time.monotonic() + 30
         while thread.alive and time.monotonic() < end:

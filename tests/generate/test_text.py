@@ -14,8 +14,8 @@ from tessera.generate.text import (
     Detokenizer,
     StopStrings,
     TextStream,
+    completion_text,
     opens_thought,
-    said,
     stop_criterion,
     thinking_budget,
 )
@@ -159,8 +159,12 @@ def test_what_was_said_ends_before_its_stop_token_and_begins_with_the_tag_of_its
     for prompt, text in (("hm <think>\n", "a cat</think>fish"), ("hm", "<think>a cat</think>fish")):
         asked, tokens = BPE.encode(prompt, special=True), BPE.encode(text, special=True)
         for ending in ([], [BPE.eos_ids[0]]):
-            assert said(BPE, asked, tokens + ending) == "<think>a cat</think>fish"
-    assert said(BPE, BPE.encode("hm"), [BPE.eos_ids[0]]) == said(BPE, [], []) == ""
+            assert completion_text(BPE, asked, tokens + ending) == "<think>a cat</think>fish"
+    assert (
+        completion_text(BPE, BPE.encode("hm"), [BPE.eos_ids[0]])
+        == completion_text(BPE, [], [])
+        == ""
+    )
 
 
 def test_a_budget_closes_the_thought_in_the_text():
