@@ -103,16 +103,19 @@ class Step:
 
     @property
     def outdated(self) -> bool:
-        """True where an input has been made anew, or deleted, since this run was begun."""
+        """True where an input has been made anew, or deleted, since this run was begun.
+
+        An input that the recipe no longer names is a change of the recipe, not an outdated run.
+        """
         listed = self.manifest.inputs.values() if self.manifest else ()
-        inputs = [
-            one for value in listed for one in (value if isinstance(value, list) else [value])
-        ]
-        return any(
-            one["started"] != started(self.path.parent / one["path"])
+        inputs = [one for refs in listed for one in (refs if isinstance(refs, list) else [refs])]
+        times = {
+            (self.path.parent / one["path"]).resolve(): one["started"]
             for one in inputs
             if one and "started" in one
-        )
+        }
+        current = {path.resolve() for path in flat({**self.inputs, **self.files})}
+        return any(times[path] != started(path) for path in times.keys() & current)
 
     def reads(self, path: Path) -> bool:
         """True when this step has that run among its inputs."""
