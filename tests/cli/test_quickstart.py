@@ -39,7 +39,7 @@ def test_the_families_differ_in_their_problems_and_words_alone():
     names = [quickstart.recipe(t, f).name for t in quickstart.EXAMPLES for f in (False, True)]
     assert len(set(names)) == 4
     assert quickstart.recipe("hop", overrides=["name=mine"]).name == "mine"
-    with pytest.raises(RecipeError, match="runs on calc or hop"):
+    with pytest.raises(RecipeError, match="calc.*hop"):
         quickstart.recipe("sort")
 
 

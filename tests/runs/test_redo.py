@@ -73,7 +73,7 @@ def test_the_old_run_stands_aside_unseen_while_the_new_one_is_made(tmp_path: Pat
         listed = [row["name"] for row in describe(kd.parent)["runs"]]
         assert sorted(listed) == ["child", "compare", "data", "kd", "parent"]
         assert len(read_runs(kd.parent).all) == 5
-        with pytest.raises(RunError, match=f"in use by process {process.pid}"):
+        with pytest.raises(RunError, match=f"process {process.pid}"):
             run(tmp_path)
         process.kill()
         process.communicate()
