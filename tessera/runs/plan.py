@@ -18,11 +18,10 @@ from tessera.runs.recipe import Recipe, RecipeError, StageSpec, dumps, models_in
 from tessera.runs.run import (
     Manifest,
     aside,
+    find_manifest,
     fingerprint_path,
     holds_no_work,
-    read_manifest,
     run_fingerprint,
-    started,
     without_execution,
 )
 from tessera.table import nearest
@@ -115,7 +114,8 @@ class Step:
             if one and "started" in one
         }
         current = {path.resolve() for path in flat({**self.inputs, **self.files})}
-        return any(times[path] != started(path) for path in times.keys() & current)
+        now = {path: find_manifest(path) for path in times.keys() & current}
+        return any(run is None or run.started != times[path] for path, run in now.items())
 
     def reads(self, path: Path) -> bool:
         """True when this step has that run among its inputs."""
@@ -275,7 +275,7 @@ def _resolve(
     prints = {need: _prints(value, known) for need, value in {**inputs, **files}.items()}
     path = runs_dir / recipe.name / spec.name
     identity = run_fingerprint(stage.name, config.model_dump(mode="json"), recipe.seed, prints)
-    manifest = read_manifest(path) if (path / "run.json").is_file() else None
+    manifest = find_manifest(path)
     return Step(spec, stage, config, path, recipe.seed, inputs, files, identity, "run", manifest)
 
 
@@ -366,8 +366,8 @@ def _named(
         raise RecipeError(
             f"{where}: {given!r} is no run above and no path; {nearest(given, steps)}"
         )
-    if (path / "run.json").is_file():
-        made = stages.get(read_manifest(path).stage)
+    if run := find_manifest(path):
+        made = stages.get(run.stage)
         if made and not _fits(made.gives, kind):
             raise RecipeError(f"{where}: the run {given} gives {made.gives}, and this needs {kind}")
     return path
