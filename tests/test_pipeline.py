@@ -302,7 +302,7 @@ def test_defaults_complete_the_stages_that_have_such_a_key(tmp_path: Path):
 @pytest.mark.parametrize(("key", "near"), [("valu", "value"), ("stps", "steps")])
 def test_a_default_that_no_stage_takes_is_refused(tmp_path: Path, key: str, near: str):
     text = f'[defaults]\n{key} = 1\n[data]\n[parent]\n[kd]\nmodel = "parent"'
-    with pytest.raises(RecipeError, match=rf"defaults\.{key}: .*'defaults\.{near}'"):
+    with pytest.raises(RecipeError, match=rf"defaults\.{key}: .*'{near}'"):
         plan(loads(text), tmp_path, (), STAGES)
 
 

@@ -199,7 +199,9 @@ def with_defaults(recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
         specs.append(replace(spec, table=table))
     if unknown := _paths(recipe.defaults, "defaults") - allowed:
         first = min(unknown)
-        raise RecipeError(f"{first}: no stage has such a key; {nearest(first, sorted(allowed))}")
+        table, _, key = first.rpartition(".")
+        keys = sorted(p.removeprefix(f"{table}.") for p in allowed if p.rpartition(".")[0] == table)
+        raise RecipeError(f"{first}: no stage has such a key; {nearest(key, keys)}")
     return replace(recipe, stages=tuple(specs), defaults={})
 
 
