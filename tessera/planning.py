@@ -23,11 +23,8 @@ from pydantic import BaseModel
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
 from tessera.model.source import is_hub_id, load_config, model_config
-from tessera.objectives.grpo import PolicyConfig
 from tessera.objectives.kd import KDConfig
-from tessera.objectives.lm import ArchitectureConfig, CPTConfig, ParentConfig
-from tessera.objectives.rpo import RPOConfig
-from tessera.objectives.sft import SFTConfig
+from tessera.objectives.lm import CPTConfig, SFTConfig
 from tessera.puzzle.bld import (
     BLDConfig,
     LocalConfig,
@@ -40,9 +37,12 @@ from tessera.puzzle.bld import (
 from tessera.puzzle.couple import CoupleConfig, largest_pairs
 from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.library import layer_groups, union
+from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
 from tessera.puzzle.race import RaceConfig
 from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Space, Unit, read_space
+from tessera.rl.policy import PolicyConfig
+from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Stage, Step
 from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
@@ -229,7 +229,7 @@ class Experience:
         return given.model_copy(update=size)
 
 
-def experience(config: RolloutConfig, train: TrainConfig) -> Experience:
+def experience(config: RolloutConfig) -> Experience:
     """Of a step of `grpo`, `rloo` or `rpo`; of files, pairs as long as `max_tokens` says."""
     groups, answers = -(-config.prompts_per_rollout // config.updates_per_rollout), config.samples
     written = config.prompts_per_rollout * config.samples * (1 + config.dynamic_sampling)
@@ -237,7 +237,7 @@ def experience(config: RolloutConfig, train: TrainConfig) -> Experience:
         answers = 2
         if config.paths:
             groups, written = config.pairs_per_step, 0
-    row = train.microbatch_tokens
+    row = config.train.microbatch_tokens
     length = min(config.max_tokens, row)
     prompt = max(1, min(PROMPT, row - length + 1))
     engine = bool(written) and config.engine == "tessera"
@@ -658,7 +658,7 @@ def _job(
         case CPTConfig() | SFTConfig():
             return Job(spec.name, config.train, student=child)
         case PolicyConfig() | RPOConfig():
-            own = experience(config, config.train)
+            own = experience(config)
             reference = child if isinstance(config, RPOConfig) or config.kl else None
             return Job(spec.name, own.train(config.train), child, reference, experience=own)
         case _:

@@ -20,9 +20,12 @@ def saved(directory: Path, *, pooling: dict[str, Any] | None = None, longest: in
         names = ("Transformer", "Pooling", "Normalize")
         kinds = [f"sentence_transformers.models.{name}" for name in names]
         folders = ("", "1_Pooling", "2_Normalize")
-        modules = [{"type": t, "path": p} for t, p in zip(kinds, folders, strict=True)]
+        modules = [
+            {"idx": i, "name": str(i), "type": kind, "path": folder}
+            for i, (kind, folder) in enumerate(zip(kinds, folders, strict=True))
+        ]
         write(directory / "modules.json", modules)
-        write(directory / "1_Pooling" / "config.json", pooling)
+        write(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, **pooling})
         write(directory / "sentence_bert_config.json", {"max_seq_length": longest})
     return directory
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tessera.puzzle.candidates import Architecture, Candidates, keeps
-from tessera.puzzle.constraints import Case, Demand, cases
+from tessera.puzzle.candidates import Architecture, Candidates, keeps_both_kinds
+from tessera.puzzle.constraints import BatchChoice, Budgets, batch_choices
 from tessera.puzzle.cost_table import DEFAULT, Costs, CostTable, Scenario
 from tessera.puzzle.space import Space, Unit
 from tests.toy import toy_config
@@ -63,26 +63,22 @@ def candidates(seed: int, engines: tuple[str, ...] = ()) -> Candidates:
     return Candidates.of(PARENT, SPACE, engines, scores(seed), "kl")
 
 
-def demand(constraints: Mapping, own: Mapping = {}, **weights: float) -> Demand:  # noqa: B006
-    return Demand(constraints, own, weights)
-
-
-def cases_of(constraints: Mapping, costs: Costs, own: Mapping = {}, **weights: float):  # noqa: B006
-    return cases(demand(constraints, own, **weights), costs, PARENT.words)
+def choices_of(constraints: Mapping, costs: Costs, own: Mapping = {}, **weights: float):  # noqa: B006
+    return batch_choices(Budgets(constraints, own, weights), costs, PARENT.words)
 
 
 def architectures() -> Iterator[Architecture]:
     """Every one of the small space that keeps an attention and an FFN."""
     for words in itertools.product(itertools.product(ATTENTION, FFN), repeat=LAYERS):
-        if keeps(words):
+        if keeps_both_kinds(words):
             yield list(words)
 
 
-def brute_force(space: Candidates, choices: tuple[Case, ...]) -> float | None:
-    """The least score of what meets every limit of some case."""
+def brute_force(space: Candidates, choices: tuple[BatchChoice, ...]) -> float | None:
+    """The least score of what meets every constraint at some choice of batches."""
     found = [
         space.total(words)
         for words in architectures()
-        if not space.refuses(words) and any(case.excess(words) <= 1 + 1e-9 for case in choices)
+        if not space.refuses(words) and any(one.excess(words) <= 1 + 1e-9 for one in choices)
     ]
     return min(found, default=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "tessera"
-LEVELS: dict[str, float] = {
+LEVELS: dict[str, int] = {
     "devices": 0,
     "dist": 0,
     "plot": 0,
@@ -24,10 +24,10 @@ LEVELS: dict[str, float] = {
     "generate": 3,
     "train": 3,
     "vllm": 4,
-    "ask": 4.5,
-    "objectives": 5.5,
+    "ask": 5,
+    "objectives": 5,
     "puzzle": 6,
-    "rl": 5,
+    "rl": 6,
     "curate": 7,
     "eval": 7,
     "planning": 8,
@@ -47,7 +47,8 @@ CONFINED = {
     "gguf": ["export"],
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
-    "httpx": ["ask/endpoint.py"],
+    "openai": ["ask/endpoint.py"],
+    "prometheus_client": ["serve"],
     "lm_eval": ["eval/harness.py"],
     "langdetect": ["rl/verifiers/language.py"],
     "math_verify": ["rl/verifiers/mathematics.py"],
@@ -59,10 +60,11 @@ CONFINED = {
     "rensa": ["curate/steps/duplicates.py"],
     "safetensors": ["model", "puzzle/library.py", "export"],
     "sentencepiece": ["data", "export"],
+    "sentence_transformers": ["ask/local.py"],
     "tokenizers": ["data"],
     "trackio": ["train/sinks.py"],
     "tree_sitter": ["curate/steps/filters.py"],
-    "transformers": ["ask/embedder.py", "export/remote"],
+    "transformers": ["ask/local.py", "export/remote"],
     "typer": ["cli"],
     "vllm": ["vllm"],
     "wandb": ["train/sinks.py"],

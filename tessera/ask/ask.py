@@ -1,8 +1,7 @@
-"""Who is asked: requests and replies, and the three that answer them.
+"""The contract for asking a model: requests, replies, and `Answerer`.
 
-`Endpoint` speaks the OpenAI API to any server (vLLM, SGLang, NIM, a commercial one),
-`LocalAnswerer` wraps an engine of tessera in this process, and `Embedder` an encoder, for vectors.
-All hand every reply on as it comes, so that the journal has it before the next one is waited for.
+`Endpoint` asks a server of the OpenAI API, `LocalAnswerer` an engine of this process, `Embedder` a
+sentence-transformers model. Replies are passed on as they come, so that each can be journalled.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from tessera.runs.files import fingerprint
 
 
 class AskError(ValueError):
-    """A teacher that cannot be asked as the recipe says; the text says what to change."""
+    """A teacher that cannot be asked as configured; the text says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One sample of one conversation.
 
-    teacher: the name of its table. sample: tells several samples of the same conversation apart.
-    mode: how an engine's chat template is to be asked. embed: a vector is wanted, not an answer.
+    teacher: the name of its table. sample: numbers the samples of one conversation. mode: the
+    reasoning switch for the chat template. embed: a vector is wanted instead of an answer.
     """
 
     teacher: str
@@ -36,13 +35,13 @@ class Request:
     embed: bool = False
 
     def key(self, model: str) -> str:
-        """What the reply is known by: all that it follows from."""
+        """The journal's key of the reply: a hash of everything it depends on."""
         return fingerprint([model, asdict(self)])[:32]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back. error: why nothing did; then the other fields say nothing."""
+    """What came back. Where `error` is set, the other fields mean nothing."""
 
     text: str = ""
     thought: str | None = None
@@ -69,13 +68,13 @@ Receive = Callable[[Request, Reply], None]
 
 
 class Answerer(Protocol):
-    """The contract of whoever answers."""
+    """Anything that answers requests."""
 
     model: str
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
-        """Calls `receive` once for each request, in any order, as replies come.
+        """Call `receive` once for each request, in any order, as replies come.
 
-        Raises AskError for what no retry would mend, FailureError when too much fails.
+        Raises AskError for what a retry cannot fix, FailureError when too many requests fail.
         """
         ...

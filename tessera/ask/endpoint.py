@@ -1,16 +1,15 @@
-"""A server that speaks the OpenAI API, asked many things at once.
+"""A server that speaks the OpenAI API, asked many requests at once through the `openai` client.
 
-What may pass is tried again after 1, 2, 4 … seconds and a share of chance, or after what the server
-says in Retry-After: no connection, a timeout, 408, 409, 425, 429 and 5xx. What will not pass is an
-error: of the recipe where the server refuses the key or the model, else of the one request. A
-request that failed to the last is counted; above a share of them the server is held to be down, and
-the work stops, to go on where it stopped.
+The client retries lost connections, timeouts, 408, 409, 429 and 5xx, and follows Retry-After. A
+status that a retry cannot fix is an error of the one request, or of the whole configuration where
+the server refuses the key or the model. Too large a share of failed requests ends the work.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
+import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,20 +21,19 @@ from tessera.runs.files import FailureError
 from tessera.runs.recipe import Config
 
 if TYPE_CHECKING:
-    import httpx
+    from openai import AsyncOpenAI
 
-PASSING = {408, 409, 425, 429}
 REFUSED = {401: "the key is refused", 403: "access is refused", 404: "no such model or path"}
-FEW = 20  # failures in so few requests do not tell that a server is down
-LONGEST_WAIT = 120.0
+EMBED_BATCH = 32  # texts of one request to /embeddings
+ALLOWED_FAILURES = 20  # whatever their share
 
 
 class EndpointConfig(Config):
     """A server at `url` (up to and with /v1) and the model asked for there.
 
-    key_file: holds the API key. concurrency: requests under way at a time. timeout: seconds for one
-    try. tries: of one request. max_failed: the share of requests that may fail to the last. extra:
-    fields put into every request as they stand, `chat_template_kwargs` say.
+    key_file: holds the API key. concurrency: requests under way at a time. timeout: seconds of one
+    try. tries: of one request. max_failed: the share of requests that may fail for good. extra:
+    fields added to every request as they are, e.g. `chat_template_kwargs`.
     """
 
     kind: Literal["openai"] = "openai"
@@ -45,7 +43,6 @@ class EndpointConfig(Config):
     concurrency: int = Field(default=64, ge=1)
     timeout: float = Field(default=600.0, gt=0)
     tries: int = Field(default=6, ge=1)
-    wait: float = Field(default=1.0, ge=0)
     max_failed: float = Field(default=0.01, ge=0, le=1)
     extra: dict[str, Any] = {}
 
@@ -56,128 +53,118 @@ class Endpoint:
     def __init__(self, config: EndpointConfig, seed: int, deadline: float | None = None) -> None:
         self.config, self.model, self.seed = config, config.model, seed
         self.deadline = deadline
-        self.asked = self.failed = 0
+        self.sent = self.failed = 0
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
         """See `Answerer.ask`; `config.concurrency` requests are under way at a time."""
-        asyncio.run(self._ask_all(iter(requests), receive))
+        asyncio.run(self._ask_all(_batches(requests), receive))
 
-    async def _ask_all(self, requests: Iterator[Request], receive: Receive) -> None:
-        httpx, config = _httpx(), self.config
-        limits = httpx.Limits(max_connections=config.concurrency)
-        async with httpx.AsyncClient(
-            base_url=config.url.rstrip("/"),
-            headers=_headers(config),
-            timeout=httpx.Timeout(config.timeout, pool=None),
-            limits=limits,
-        ) as client:
-            workers = [self._work(client, requests, receive) for _ in range(config.concurrency)]
+    async def _ask_all(self, batches: Iterator[list[Request]], receive: Receive) -> None:
+        async with _client(self.config) as client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for worker in workers:
-                        group.create_task(worker)
-            except ExceptionGroup as errors:  # what one of them could not mend stops them all
+                    for _ in range(self.config.concurrency):
+                        group.create_task(self._work(client, batches, receive))
+            except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
 
     async def _work(
-        self, client: httpx.AsyncClient, requests: Iterator[Request], receive: Receive
+        self, client: AsyncOpenAI, batches: Iterator[list[Request]], receive: Receive
     ) -> None:
-        for request in requests:
-            reply = await self._in_time(client, request)
-            self.asked += 1
-            self.failed += reply.error is not None
-            receive(request, reply)
-            if self.failed > FEW and self.failed > self.config.max_failed * self.asked:
-                raise FailureError(
-                    f"{self.config.url}: {self.failed} of {self.asked} requests failed, the last "
-                    f"one with: {reply.error}. What was answered is kept; the same command goes on"
-                )
+        for batch in batches:
+            for request, reply in zip(batch, await self._replies(client, batch), strict=True):
+                self.sent += 1
+                self.failed += reply.error is not None
+                receive(request, reply)
+                most = max(ALLOWED_FAILURES, self.config.max_failed * self.sent)
+                if self.failed > most:
+                    raise FailureError(
+                        f"{self.config.url}: {self.failed} of {self.sent} requests failed, the "
+                        f"last with: {reply.error}. Finished replies are kept; run the same "
+                        "command to go on"
+                    )
 
-    async def _in_time(self, client: httpx.AsyncClient, request: Request) -> Reply:
+    async def _replies(self, client: AsyncOpenAI, batch: list[Request]) -> list[Reply]:
+        import openai
+
+        error = "the answer has another form than the API's"
         try:
             async with asyncio.timeout(self.deadline):
-                return await self._one(client, request)
+                for _ in range(self.config.tries):
+                    found = _parse(await self._send(client, batch), len(batch))
+                    if found is not None:
+                        return found
         except TimeoutError:
-            return Reply(error=f"no answer within {self.deadline:g} s")
-
-    async def _one(self, client: httpx.AsyncClient, request: Request) -> Reply:
-        path, body = _body(self.config, request, self.seed)
-        httpx, chance = _httpx(), random.Random(request.key(self.model))
-        told, wait = "", 0.0
-        for tried in range(self.config.tries):
-            if tried:
-                least = self.config.wait * 2 ** (tried - 1) * (1 + chance.random())
-                await asyncio.sleep(min(max(wait, least), LONGEST_WAIT))
-            try:
-                response = await client.post(path, json=body)
-            except (httpx.TransportError, httpx.DecodingError) as error:
-                told, wait = f"{type(error).__name__} {error}".strip(), 0.0
-                continue
-            if response.status_code == 200:
-                reply = _reply(response)
-                if reply is not None:
-                    return reply
-                told, wait = f"an answer of another form: {response.text[:200]}", 0.0
-                continue
-            told = f"{response.status_code}: {response.text[:200]}"
-            if response.status_code in REFUSED:
+            error = f"no answer within {self.deadline:g} s"
+        except openai.APIStatusError as failure:
+            status = failure.status_code
+            error = f"{status}: {failure.response.text[:200]}"
+            if status in REFUSED:
                 raise AskError(
-                    f"{self.config.url}: {REFUSED[response.status_code]} ({told}); correct url, "
-                    "model or key_file of the teacher"
-                )
-            if response.status_code not in PASSING and response.status_code < 500:
-                return Reply(error=told)
-            wait = _retry_after(response)
-        return Reply(error=f"{told} (tried {self.config.tries} times)")
+                    f"{self.config.url}: {REFUSED[status]} ({error}); correct url, model or "
+                    "key_file of the teacher"
+                ) from None
+            if len(batch) > 1 and status < 500:  # one text is too long, say
+                return [(await self._replies(client, [one]))[0] for one in batch]
+        except openai.APIError as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        return [Reply(error=error)] * len(batch)
+
+    async def _send(self, client: AsyncOpenAI, batch: list[Request]) -> str:
+        """The body of the response."""
+        first, extra = batch[0], self.config.extra
+        if first.embed:
+            texts = [one.messages[-1]["content"] for one in batch]
+            create = client.embeddings.with_raw_response.create
+            response = await create(
+                model=self.model, input=texts, encoding_format="float", extra_body=extra
+            )
+        else:
+            body = {**first.sampling, "seed": self.seed + first.sample, **extra}
+            messages: Any = first.messages
+            create = client.chat.completions.with_raw_response.create
+            response = await create(model=self.model, messages=messages, extra_body=body)
+        return response.text
 
 
-def _httpx() -> Any:
+def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """Chats one at a time, texts to embed `EMBED_BATCH` at a time."""
+    for embed, group in itertools.groupby(requests, key=lambda one: one.embed):
+        while batch := list(itertools.islice(group, EMBED_BATCH if embed else 1)):
+            yield batch
+
+
+def _client(config: EndpointConfig) -> AsyncOpenAI:
     try:
-        import httpx
+        import openai
     except ImportError:
-        raise AskError("asking an endpoint needs httpx: pip install 'tessera[endpoint]'") from None
-    return httpx
+        raise AskError("asking an endpoint needs openai: pip install 'tessera[endpoint]'") from None
+    key = "none"  # the client insists on one, and would otherwise take that of the environment
+    if config.key_file:
+        try:
+            key = Path(config.key_file).expanduser().read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise AskError(f"key_file {config.key_file}: {error.strerror}") from None
+    return openai.AsyncOpenAI(
+        api_key=key, base_url=config.url, timeout=config.timeout, max_retries=config.tries - 1
+    )
 
 
-def _headers(config: EndpointConfig) -> dict[str, str]:
-    if not config.key_file:
-        return {}
+def _parse(text: str, count: int) -> list[Reply] | None:
+    """The replies in a response's body; None where it has another form than the API's."""
     try:
-        key = Path(config.key_file).expanduser().read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise AskError(f"key_file {config.key_file}: {error.strerror}") from None
-    return {"Authorization": f"Bearer {key}"}
-
-
-def _body(config: EndpointConfig, request: Request, seed: int) -> tuple[str, dict[str, Any]]:
-    """Path and JSON of a request."""
-    if request.embed:
-        text = request.messages[-1]["content"]
-        return "/embeddings", {"model": config.model, "input": [text], **config.extra}
-    body = {"model": config.model, "messages": request.messages, **request.sampling}
-    return "/chat/completions", {**body, "seed": seed + request.sample, **config.extra}
-
-
-def _reply(response: httpx.Response) -> Reply | None:
-    """The reply in a response; None where it is not of the API's form."""
-    try:
-        match response.json():
+        match json.loads(text):
             case {"choices": [{"message": dict(message), **choice}, *_], **more}:
-                usage = more.get("usage") or {}
+                answer = message.get("content") or ""
                 thought = message.get("reasoning_content") or message.get("reasoning")
+                if not isinstance(answer, str) or not isinstance(thought, str | None):
+                    return None
                 reason = str(choice.get("finish_reason") or "stop")
-                tokens = int(usage.get("completion_tokens") or 0)
-                return Reply(message.get("content") or "", thought, reason, tokens)
-            case {"data": [{"embedding": list(vector)}, *_]}:
-                return Reply(vector=[float(one) for one in vector])
-    except (ValueError, TypeError, AttributeError):
+                tokens = int((more.get("usage") or {}).get("completion_tokens") or 0)
+                return [Reply(answer, thought, reason, tokens)]
+            case {"data": list(rows)} if len(rows) == count:
+                rows = sorted(rows, key=lambda row: row.get("index", 0))
+                return [Reply(vector=[float(x) for x in row["embedding"]]) for row in rows]
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
         pass
     return None
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait; 0 where it does not say."""
-    try:
-        return float(response.headers.get("retry-after", 0))
-    except ValueError:
-        return 0.0

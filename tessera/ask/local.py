@@ -1,31 +1,41 @@
-"""A model of tessera as the teacher: any `Engine` in this process, asked through its template."""
+"""Teachers in this process: an `Engine` asked through its chat template, and a text encoder."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from tessera import dist
 from tessera.ask.ask import AskError, Receive, Reply, Request
 from tessera.data.thought import Splitter
-from tessera.vllm.choice import EngineChoice, open_engine
+from tessera.model.source import resolve
+from tessera.runs.files import fingerprint
+from tessera.runs.recipe import Config
+from tessera.runs.run import fingerprint_path
+from tessera.vllm.config import EngineChoice, open_engine
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from tessera.data.tokenizer import Tokenizer
     from tessera.generate.engine import Engine
 
-KNOWN = {"max_tokens", "temperature", "top_p"}
+SAMPLING = {"max_tokens", "temperature", "top_p"}
+SORTED_BATCHES = 64  # whose texts are sorted by length together
+DIGITS = 7  # of a vector's numbers on disk: those of a float32 below 1
 
 
 class EngineConfig(EngineChoice):
-    """The model that the stage's `model` names, generated with by an engine of this process.
+    """The model that the stage's `model` names, run by an engine of this process.
 
-    batch: requests handed to the engine at once; what a batch gave is kept when it ends. asking:
-    "text" gives a base model the question and a line's end, and no chat template.
+    batch: requests generated together; replies are kept when their batch ends. asking: "text" is
+    for a base model, whose prompt is the question and a newline instead of a chat template.
     """
 
     kind: Literal["engine"]
@@ -34,7 +44,7 @@ class EngineConfig(EngineChoice):
 
 
 class LocalAnswerer:
-    """An `Answerer` in this process."""
+    """An `Answerer` that generates with an engine of this process."""
 
     def __init__(
         self,
@@ -49,36 +59,35 @@ class LocalAnswerer:
         self.model, self.batch, self.seed = model, batch, seed
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
-        """See `Answerer.ask`; requests that sample alike are generated together."""
-        alike = itertools.groupby(requests, key=lambda one: json.dumps(one.sampling))
-        for _, group in alike:
-            while batch := tuple(itertools.islice(group, self.batch)):
+        """See `Answerer.ask`; requests with equal sampling are generated together."""
+        for _, group in itertools.groupby(requests, key=lambda one: json.dumps(one.sampling)):
+            while batch := list(itertools.islice(group, self.batch)):
                 self._ask(batch, receive)
 
-    def _ask(self, batch: tuple[Request, ...], receive: Receive) -> None:
+    def _ask(self, batch: list[Request], receive: Receive) -> None:
         from tessera.generate.engine import GenerationError, SamplingParams
         from tessera.generate.text import said
 
         if any(request.embed for request in batch):
             raise AskError('a teacher of kind "engine" gives no vectors; use kind = "embedder"')
-        tokenizer = self.tokenizer
-        sampling = {key: value for key, value in batch[0].sampling.items() if key in KNOWN}
-        params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=tokenizer.eos_ids)
+        eos = self.tokenizer.eos_ids
+        sampling = {key: value for key, value in batch[0].sampling.items() if key in SAMPLING}
+        params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=eos)
         prompts = [self.prompt(one) for one in batch]
         keys = [int(one.key(self.model)[:15], 16) for one in batch]
         try:
             found = self.engine.generate(prompts, params, keys=keys)
         except GenerationError as error:
-            if len(batch) == 1:  # this one is too long, say
+            if len(batch) == 1:  # its prompt is too long, say
                 return receive(batch[0], Reply(error=str(error)))
             for one in batch:
-                self._ask((one,), receive)
+                self._ask([one], receive)
             return None
         for request, prompt, (completion, *_) in zip(batch, prompts, found, strict=True):
             tokens = completion.token_ids
             splitter = Splitter()
-            told = splitter.push(said(tokenizer, prompt, tokens)) + splitter.flush()
-            reply = Reply(told.answer, told.thought, completion.finish_reason, len(tokens))
+            text = splitter.push(said(self.tokenizer, prompt, tokens)) + splitter.flush()
+            reply = Reply(text.answer, text.thought, completion.finish_reason, len(tokens))
             receive(request, reply)
         return None
 
@@ -88,7 +97,6 @@ def load(config: EngineConfig, model: Path | None, seed: int) -> LocalAnswerer:
     from tessera.data.chat import ChatEncoder
     from tessera.data.tokenizer import load_tokenizer
     from tessera.model.checkpoint import load_model
-    from tessera.runs.run import fingerprint_path
 
     if model is None:
         raise AskError(
@@ -108,3 +116,118 @@ def load(config: EngineConfig, model: Path | None, seed: int) -> LocalAnswerer:
 
     name = fingerprint_path(model)
     return LocalAnswerer(engine, tokenizer, prompt, name, config.batch, seed)
+
+
+class EmbedderConfig(Config):
+    """The sentence-transformers encoder in `model`, a directory or a hub id.
+
+    pooling, max_tokens and prefix (put before every text) are the model's own where not given; a
+    model that names no pooling takes the mean. Longer texts are cut to max_tokens. batch: texts
+    encoded together; vectors are kept when their batch ends.
+    """
+
+    kind: Literal["embedder"]
+    model: str
+    pooling: Literal["mean", "cls"] | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    prefix: str | None = None
+    batch: int = Field(default=32, ge=1)
+
+
+class Embedder:
+    """An `Answerer` that gives vectors of norm 1. Weights are loaded at the first request."""
+
+    def __init__(self, config: EmbedderConfig) -> None:
+        """Raises CheckpointError where the model is not found."""
+        self.config, self.directory = config, resolve(config.model)
+        settings = config.model_dump(include={"pooling", "max_tokens", "prefix"})
+        self.model = fingerprint([fingerprint_path(self.directory), settings])
+
+    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
+        """See `Answerer.ask`. Texts of similar length are encoded together."""
+        coming, size = iter(requests), self.config.batch
+        while window := list(itertools.islice(coming, SORTED_BATCHES * size)):
+            if not all(request.embed for request in window):
+                raise AskError(
+                    'a teacher of kind "embedder" gives vectors and no answers; ask an endpoint, '
+                    'or a teacher of kind "engine"'
+                )
+            window.sort(key=lambda one: len(one.messages[-1]["content"]))
+            for begin in range(0, len(window), size):
+                batch = window[begin : begin + size]
+                vectors = self._vectors([one.messages[-1]["content"] for one in batch])
+                for request, vector in zip(batch, vectors, strict=True):
+                    receive(request, Reply(vector=[round(x, DIGITS) for x in vector]))
+
+    def _vectors(self, texts: Sequence[str]) -> list[list[float]]:
+        return self._encoder.encode(
+            list(texts),
+            prompt=self.config.prefix,
+            batch_size=len(texts),
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        ).tolist()
+
+    @functools.cached_property
+    def _encoder(self) -> SentenceTransformer:
+        """Raises AskError for a model that cannot be loaded whole."""
+        try:
+            from sentence_transformers import SentenceTransformer
+            from sentence_transformers.sentence_transformer.modules import Pooling
+        except ImportError:
+            raise AskError(
+                'a teacher of kind "embedder" needs sentence-transformers: pip install '
+                "'tessera[embed]'"
+            ) from None
+        _check_whole(self.directory)
+        try:
+            model = SentenceTransformer(
+                str(self.directory),
+                device=str(dist.device()),
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True, "dtype": "float32"},
+            )
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+            raise AskError(f"{self.directory}: {_first_line(error)}") from error
+        wanted = self.config.max_tokens
+        if wanted is not None:
+            encoder: Any = model[0]
+            positions = getattr(encoder.auto_model.config, "max_position_embeddings", wanted)
+            if wanted > positions:
+                raise AskError(
+                    f"max_tokens = {wanted}: {self.directory} reads at most {positions} tokens"
+                )
+            model.max_seq_length = wanted
+        for name, module in model.named_children():
+            if self.config.pooling and isinstance(module, Pooling):
+                size = module.embedding_dimension
+                model._modules[name] = Pooling(size, pooling_mode=self.config.pooling)
+        return model.eval()
+
+
+def _check_whole(directory: Path) -> None:
+    """Raise AskError for pickles, and for an encoder that transformers would fill with noise."""
+    import torch
+    import transformers
+
+    if not any(directory.glob("*.safetensors")):
+        raise AskError(
+            f"{directory} holds no *.safetensors; pickles can run code when they are read, and are "
+            "refused"
+        )
+    try:
+        _, info = transformers.AutoModel.from_pretrained(
+            directory,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise AskError(f"{directory}: {_first_line(error)}") from error
+    if absent := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
+        raise AskError(f"{directory} is no encoder: its weights lack {absent[0]}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

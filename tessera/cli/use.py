@@ -262,9 +262,11 @@ def serve(
 def _serve(model: str, engine: str, settings: dict[str, Any]) -> None:
     choose("--engine", engine, "torch", "vllm")
     try:
-        from tessera.serve.server import ServeConfig, serve
+        from tessera.serve.app import ServeConfig, serve
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette"):
+        if (error.name or "").partition(".")[0] not in (
+            *("fastapi", "uvicorn", "starlette", "prometheus_client"),
+        ):
             raise
         raise typer.BadParameter(
             f"serving needs {error.name}, which is not installed: pip install 'tessera[serve]'"
@@ -278,8 +280,8 @@ def _serve(model: str, engine: str, settings: dict[str, Any]) -> None:
     found = command(model, config)
     if found.note:
         complain(found.note)
-    complain(" ".join(found.words))
-    os.execvpe(found.words[0], found.words, {**os.environ, **found.environment})
+    complain(" ".join(found.arguments))
+    os.execvpe(found.arguments[0], found.arguments, {**os.environ, **found.environment})
 
 
 @command()
@@ -298,6 +300,6 @@ def chat(
         _serve(model, "torch", {"port": port, "web": True})
         return
     choose("--thinking", thinking, "on", "off")
-    from tessera.serve.chat import talk
+    from tessera.serve import chat as terminal
 
-    talk(model, thinking, max_tokens, thinking_budget)  # type: ignore[arg-type]
+    terminal.chat(model, thinking, max_tokens, thinking_budget)  # type: ignore[arg-type]

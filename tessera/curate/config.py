@@ -14,9 +14,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, SerializeAsAny, Tag, field_validator, model_validator
 
-from tessera.ask.embedder import EmbedderConfig
 from tessera.ask.endpoint import EndpointConfig
-from tessera.ask.local import EngineConfig
+from tessera.ask.local import EmbedderConfig, EngineConfig
 from tessera.curate.sources import SourceConfig
 from tessera.curate.steps import answers, arrange, ask, contamination, duplicates, filters
 from tessera.curate.steps.contamination import Nearest

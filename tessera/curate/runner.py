@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -30,11 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera import dist
-from tessera.ask import embedder, local
+from tessera.ask import local
 from tessera.ask.ask import Answerer, Reply, Request
-from tessera.ask.embedder import EmbedderConfig
 from tessera.ask.endpoint import Endpoint, EndpointConfig
-from tessera.curate.config import CurateConfig, Step, TeacherConfig
+from tessera.ask.local import EmbedderConfig
+from tessera.curate.config import CurateConfig, Step
 from tessera.curate.sources import Shard, plan_shards, read_shard
 from tessera.curate.steps import rows
 from tessera.curate.steps.contamination import Nearest
@@ -97,19 +97,16 @@ class Count:
     rows_out: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: dict[str, Any]) -> None:
-        self.rows_in += other["in"]
-        self.rows_out += other["out"]
-        self.reasons.update(other["reasons"])
+    def add(self, rows_in: int, rows_out: int, reasons: Mapping[str, int]) -> None:
+        self.rows_in += rows_in
+        self.rows_out += rows_out
+        self.reasons.update(reasons)
 
-    def as_json(self) -> dict[str, Any]:
-        most = dict(self.reasons.most_common(REASONS))
-        rest = self.reasons.total() - sum(most.values())
-        return {
-            "in": self.rows_in,
-            "out": self.rows_out,
-            "reasons": {**most, **({"other": rest} if rest else {})},
-        }
+    def as_json(self) -> list[Any]:
+        """The arguments of `add`, with the most frequent reasons."""
+        most = Counter(dict(self.reasons.most_common(REASONS)))
+        most["other"] += self.reasons.total() - most.total()
+        return [self.rows_in, self.rows_out, +most]
 
 
 class ShardWriter:
@@ -155,12 +152,13 @@ class ShardWriter:
                         batch = self._apply(name, step, batch)
                     self._keep(batch, out)
             if self.closing is not None:
-                self._save_digests()
+                found = self._digests or [self.closing.digest([])]
+                save_array(self.path("digest", "npy"), np.concatenate(found))
             sync(part, removed)
             os.replace(part, self.path("part", "jsonl"))
             os.replace(removed, self.path("removed", "jsonl"))
         counts = {name: count.as_json() for name, count in self.counts.items()}
-        groups = [[*group, count] for group, count in sorted(self.groups.items())]
+        groups = sorted(self.groups.items())
         told = {"rows": self.rows, "steps": counts, "groups": groups}
         atomic_write(self.path("counts", "json"), json.dumps(told, ensure_ascii=False))
 
@@ -176,12 +174,10 @@ class ShardWriter:
                 count.reasons[one.reason] += 1
                 self._removed.write(rows.removed_line(chat, name, one.reason))
 
-    def note_bad(self, name: str, bad: Bad) -> None:
+    def note_bad(self, bad: Bad) -> None:
         """Counts a record that is no row."""
-        count = self.counts.setdefault(name, Count())
-        count.rows_in += 1
-        count.reasons[bad.reason] += 1
-        told = {"row": f"{bad.file}:{bad.line}", "step": name, "reason": bad.reason}
+        self.counts.setdefault(READ, Count()).add(1, 0, {bad.reason: 1})
+        told = {"row": f"{bad.file}:{bad.line}", "step": READ, "reason": bad.reason}
         self._removed.write(json.dumps({**told, "excerpt": bad.excerpt}) + "\n")
 
     def _apply(self, name: str, step: RowStep, batch: list[Chat]) -> list[Chat]:
@@ -190,35 +186,24 @@ class ShardWriter:
 
     def _keep(self, batch: list[Chat], out: TextIO) -> None:
         if self.dialect is not None:
-            out.writelines(line for chat in batch for line in self._final(chat, self.dialect))
-            return
-        out.writelines(chat.to_json() + "\n" for chat in batch)
-        self.rows += len(batch)
-        if self.closing is not None and batch:
+            lines = [line for chat in batch if (line := self._line(chat, self.dialect))]
+        else:
+            lines = [chat.to_json() + "\n" for chat in batch]
+        out.writelines(lines)
+        self.rows += len(lines)
+        if self.closing is not None:
             self._digests.append(self.closing.digest(batch))
 
-    def _final(self, chat: Chat, dialect: Dialect) -> Iterator[str]:
-        """The line of a row in the dialect of the result; what it has no words for is left out."""
+    def _line(self, chat: Chat, dialect: Dialect) -> str | None:
+        """The row in the dialect of the result; None where the dialect has no words for it."""
         try:
             line = json.dumps(write_row(chat, dialect), ensure_ascii=False) + "\n"
         except SchemaError as error:
             list(self.note(WRITE, chat, Drop(str(error))))
-            return
-        count = self.counts.setdefault(WRITE, Count())
-        count.rows_in += 1
-        count.rows_out += 1
-        self.rows += 1
-        names = (str(chat.extra.get("source")), str(chat.extra.get("license")), chat.mode)
-        self.groups[names] += 1
-        yield line
-
-    def _save_digests(self) -> None:
-        assert self.closing is not None
-        found = self._digests or [self.closing.digest([])]
-        temporary = self._temporary("digest").with_suffix(".npy")
-        np.save(temporary, np.concatenate(found))
-        sync(temporary)
-        os.replace(temporary, self.path("digest", "npy"))
+            return None
+        list(self.note(WRITE, chat, chat))
+        self.groups[str(chat.extra.get("source")), str(chat.extra.get("license")), chat.mode] += 1
+        return line
 
     def _temporary(self, what: str) -> Path:
         return self.home / f".{what}-{self.number:05}.tmp"
@@ -253,37 +238,38 @@ class Parts:
         Memory is 8 bytes a row of the whole set, for where each line begins.
         """
         assert self.verdicts is not None
-        starts, stops = self._places()
+        parts = [self.home / f"part-{n:05}.jsonl" for n in range(len(self.rows))]
+        starts = np.concatenate([_line_starts(part) for part in parts])
         bounds = np.linspace(0, len(self.verdicts), len(self.rows) + 1).astype(np.int64)
         wanted = self.verdicts[bounds[number] : bounds[number + 1]]
-        shard = np.searchsorted(stops, wanted, "right")
+        shard = np.searchsorted(np.cumsum(self.rows), wanted, "right")
         files: dict[int, BinaryIO] = {}
         try:
             for row, of in zip(wanted.tolist(), shard.tolist(), strict=True):
                 if of not in files:
                     if len(files) >= 256:  # below the usual limit of open files
                         files.pop(next(iter(files))).close()
-                    files[of] = (self.home / f"part-{of:05}.jsonl").open("rb")
+                    files[of] = parts[of].open("rb")
                 files[of].seek(int(starts[row]))
                 yield Chat.from_json(files[of].readline().decode())
         finally:
             for file in files.values():
                 file.close()
 
-    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where each line begins within its part, and (shards,) the last row of each plus one."""
-        starts = [_line_starts(self.home / f"part-{n:05}.jsonl") for n in range(len(self.rows))]
-        return np.concatenate(starts), np.cumsum(self.rows)
-
 
 def _line_starts(path: Path) -> NDArray[np.int64]:
-    found, at = [np.zeros(1, np.int64)], 0
     with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
-            found.append(ends + at + 1)
-            at += len(block)
-    return np.concatenate(found)[:-1]
+        sizes = np.fromiter(map(len, file), np.int64)
+    return np.cumsum(sizes) - sizes
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Writes a .npy, whole or not at all. Raises WriteError."""
+    temporary = path.with_name(f".{path.name}")
+    with writing(path):
+        np.save(temporary, array)
+        sync(temporary)
+        os.replace(temporary, path)
 
 
 def decide(home: Path, shards: int, closing: SetStep, seed: int) -> None:
@@ -292,11 +278,7 @@ def decide(home: Path, shards: int, closing: SetStep, seed: int) -> None:
         return
     found = np.concatenate([np.load(home / f"digest-{n:05}.npy") for n in range(shards)])
     verdicts = closing.decide(found, seed) if len(found) else np.zeros(0, np.int8)
-    temporary = home / ".verdicts.tmp.npy"
-    with writing(home):
-        np.save(temporary, verdicts)
-        sync(temporary)
-        os.replace(temporary, home / "verdicts.npy")
+    save_array(home / "verdicts.npy", verdicts)
 
 
 @dataclass
@@ -391,7 +373,7 @@ class Pipeline:
         shard = self.shards[writer.number]
         for found in read_shard(shard, self.config.sources[shard.source]):
             if isinstance(found, Bad):
-                writer.note_bad(READ, found)
+                writer.note_bad(found)
             else:
                 yield from writer.note(READ, found, found)
 
@@ -406,7 +388,7 @@ class Pipeline:
                 for chat in _arrivals(writer, one, before, _uncounted)
                 for request in step.requests(chat)
             )
-            self._ask(journal, teacher, list(_missing(coming, journal, teacher.model)), name)
+            self._ask(journal, teacher, coming, name)
             for chat in _arrivals(writer, one, before, writer.note):
                 requests = step.requests(chat)
                 replies = [journal.get(one.key(teacher.model)) for one in requests]
@@ -414,46 +396,43 @@ class Pipeline:
                 yield from writer.note(name, chat, result)
 
     def _ask(
-        self, journal: Replies, teacher: Answerer, requests: Sequence[Request], name: str
+        self, journal: Replies, teacher: Answerer, requests: Iterator[Request], name: str
     ) -> None:
         """Asks what the journal lacks, and keeps each reply as it comes."""
-        if not requests:
+        missing = list(_missing(requests, journal, teacher.model))
+        if not missing:
             return
         known = len(journal)
-        with Progress(name, known + len(requests), "requests", quiet=self.run.quiet) as bar:
+        with Progress(name, known + len(missing), "requests", quiet=self.run.quiet) as bar:
             bar.advance(known, 0)
 
             def receive(request: Request, reply: Reply) -> None:
                 journal.add(request.key(teacher.model), reply)
                 bar.advance()
 
-            teacher.ask(requests, receive)
+            teacher.ask(missing, receive)
 
     def _learn(self, index: int, step: Nearest) -> None:
         """Gives `nearest` the embeddings of its problems; the main process asks for them."""
         teacher, requests = self._teacher(step.teacher), step.problems()
-        path = self._home(index) / "problems.jsonl"
-        if dist.is_main():
-            with Replies(path) as journal:
-                missing = list(_missing(iter(requests), journal, teacher.model))
-                self._ask(journal, teacher, missing, "problems")
-                step.learn([journal.get(one.key(teacher.model)) for one in requests])
-        dist.barrier()
-        if not dist.is_main():
-            with Replies(path) as journal:
-                step.learn([journal.get(one.key(teacher.model)) for one in requests])
+        for asks in (True, False):
+            if dist.is_main() == asks:
+                with Replies(self._home(index) / "problems.jsonl") as journal:
+                    if asks:
+                        self._ask(journal, teacher, iter(requests), "problems")
+                    step.learn([journal.get(one.key(teacher.model)) for one in requests])
+            dist.barrier()
 
     def _teacher(self, name: str) -> Answerer:
         if name not in self._teachers:
-            self._teachers[name] = self._open(self.config.teachers[name])
+            config = self.config.teachers[name]
+            if isinstance(config, EndpointConfig):
+                self._teachers[name] = Endpoint(config, self.run.seed)
+            elif isinstance(config, EmbedderConfig):
+                self._teachers[name] = local.Embedder(config)
+            else:
+                self._teachers[name] = local.load(config, self.model, self.run.seed)
         return self._teachers[name]
-
-    def _open(self, config: TeacherConfig) -> Answerer:
-        if isinstance(config, EndpointConfig):
-            return Endpoint(config, self.run.seed)
-        if isinstance(config, EmbedderConfig):
-            return embedder.load(config)
-        return local.load(config, self.model, self.run.seed)
 
     def _planned(self) -> list[Shard]:
         """The shards, cut once, so that a resumed run cuts the same."""
@@ -487,17 +466,24 @@ class Pipeline:
             for path in self._home(index).glob(what) if index >= 0 else ():
                 path.unlink(missing_ok=True)
 
-    def told(self, index: int) -> Iterator[dict[str, Any]]:
-        """What each shard of a pass has counted."""
-        for number in range(len(self.shards)):
-            path = self._writer(index, number).path("counts", "json")
-            yield json.loads(path.read_text(encoding="utf-8"))
+    def counted(
+        self, passes: Iterable[int]
+    ) -> tuple[dict[str, Count], Counter[tuple[str, str, str]]]:
+        """What the shards of some passes have counted: by step; by source, license and mode."""
+        counts: dict[str, Count] = defaultdict(Count)
+        groups: Counter[tuple[str, str, str]] = Counter()
+        for index in passes:
+            for number in range(len(self.shards)):
+                path = self._writer(index, number).path("counts", "json")
+                told = json.loads(path.read_text(encoding="utf-8"))
+                for name, found in told["steps"].items():
+                    counts[name].add(*found)
+                for group, rows_out in told["groups"]:
+                    groups[tuple(group)] += rows_out
+        return counts, groups
 
     def _check_bad(self) -> None:
-        read = Count()
-        for one in self.told(0):
-            if READ in one["steps"]:
-                read.add(one["steps"][READ])
+        read = self.counted([0])[0][READ]
         bad = read.rows_in - read.rows_out
         if bad > self.config.max_bad * read.rows_in:
             most = "\n".join(f"  {n:,} x {why}" for why, n in read.reasons.most_common(5))
@@ -539,29 +525,22 @@ def _missing(requests: Iterator[Request], journal: Replies, model: str) -> Itera
 
 def write_tables(pipeline: Pipeline, run: Run) -> list[dict[str, Any]]:
     """tables/steps, reasons and sources from all counts; returns the rows of `steps`."""
-    counts: dict[str, Count] = {}
-    groups: Counter[tuple[str, str, str]] = Counter()
-    for index in range(len(pipeline.passes)):
-        for one in pipeline.told(index):
-            for name, found in one["steps"].items():
-                counts.setdefault(name, Count()).add(found)
-            for *names, number in one["groups"]:
-                groups[tuple(names)] += number  # type: ignore[index]
-    order = [READ, *(name for name, _ in pipeline.config.named()), "write"]
+    counts, groups = pipeline.counted(range(len(pipeline.passes)))
+    order = [READ, *(name for name, _ in pipeline.config.named()), WRITE]
+    found = [(name, counts[name]) for name in order if name in counts]
     steps = [
-        {"step": name, "in": counts[name].rows_in, "out": counts[name].rows_out}
-        | {"removed": counts[name].reasons.total()}
-        for name in order
-        if name in counts
+        {"step": name, "in": one.rows_in, "out": one.rows_out, "removed": one.reasons.total()}
+        for name, one in found
     ]
     reasons = [
         {"step": name, "reason": why, "rows": rows}
-        for name in order
-        if name in counts
-        for why, rows in counts[name].reasons.most_common()
+        for name, one in found
+        for why, rows in one.reasons.most_common()
     ]
-    keys = ("source", "license", "reasoning")
-    sources = [{**dict(zip(keys, g, strict=True)), "rows": n} for g, n in sorted(groups.items())]
+    sources = [
+        {"source": source, "license": license, "reasoning": mode, "rows": rows}
+        for (source, license, mode), rows in sorted(groups.items())
+    ]
     run.write_table("steps", steps)
     run.write_table("reasons", reasons)
     run.write_table("sources", sources)

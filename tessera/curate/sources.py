@@ -1,12 +1,13 @@
-"""What a pipeline begins with: files of rows, cut into shards that are worked on one at a time.
+"""The files of rows that curation reads, cut into shards that are worked on one at a time.
 
 A file of JSON lines is cut at lines, every `shard_mb`; Parquet, JSON lists and packed files are one
-shard each. A row keeps everything that it holds, and gets its licence, source and place on top.
+shard each. A row keeps its fields and gets its licence, source and place.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,8 @@ from pydantic import model_validator
 
 from tessera.data.conversation import Chat, SchemaError, check
 from tessera.data.dialects import read_row
-from tessera.data.readers import EXCERPT, Bad, DataError, expand, format_of, read_rows
+from tessera.data.readers import EXCERPT, Bad, expand, format_of, read_rows
 from tessera.runs.recipe import Config
-
-BLOCK = 1 << 20
 
 
 class SourceConfig(Config):
@@ -64,8 +63,8 @@ def plan_shards(sources: Sequence[SourceConfig], shard_mb: float) -> list[Shard]
     found: list[Shard] = []
     for index, source in enumerate(sources):
         for path in source.files():
-            plain = ".json" not in path.suffixes and ".gz" not in path.suffixes
-            if plain and format_of(path) == "jsonl":
+            whole = {".json", ".gz"} & set(path.suffixes)
+            if not whole and format_of(path) == "jsonl":
                 found += _cut(index, path, max(1, int(shard_mb * 1e6)))
             else:
                 found.append(Shard(index, str(path)))
@@ -73,59 +72,31 @@ def plan_shards(sources: Sequence[SourceConfig], shard_mb: float) -> list[Shard]
 
 
 def _cut(index: int, path: Path, size: int) -> Iterator[Shard]:
-    start, line, at = 0, 1, 0
-    lines = 0
+    start = at = 0
+    first = 1
     with path.open("rb") as file:
-        while block := file.read(min(BLOCK, max(size, 4096))):
-            cut = block.rfind(b"\n") + 1
-            if cut and at + cut - start >= size:
-                lines += block.count(b"\n", 0, cut)
-                yield Shard(index, str(path), start, at + cut, line)
-                start, line, lines = at + cut, line + lines, block.count(b"\n", cut)
-            else:
-                lines += block.count(b"\n")
-            at += len(block)
+        for number, line in enumerate(file, 1):
+            at += len(line)
+            if at - start >= size:
+                yield Shard(index, str(path), start, at, first)
+                start, first = at, number + 1
     if at > start or not at:
-        yield Shard(index, str(path), start, at, line)
+        yield Shard(index, str(path), start, at, first)
 
 
 def read_shard(shard: Shard, source: SourceConfig) -> Iterator[Chat | Bad]:
     """The rows of a shard, and what is none."""
-    numbered = read_rows(Path(shard.path)) if shard.stop is None else _lines(shard)
-    name = source.name or Path(shard.path).stem
-    for number, row in numbered:
+    path = Path(shard.path)
+    name = source.name or path.stem
+    for number, row in read_rows(path, shard.start, shard.stop, shard.line):
         if isinstance(row, Bad):
-            yield row
+            yield replace(row, reason=re.sub(r" at column \d+", "", row.reason))
             continue
         try:
-            yield _placed(_chat(row, source), source, name, f"{shard.path}:{number}")
+            yield _placed(_chat(row, source), source, name, f"{path}:{number}")
         except SchemaError as error:
             excerpt = json.dumps(row, ensure_ascii=True, default=str)[:EXCERPT]
             yield Bad(shard.path, number, str(error), excerpt)
-
-
-def _lines(shard: Shard) -> Iterator[tuple[int, Any]]:
-    try:
-        with open(shard.path, "rb") as file:
-            file.seek(shard.start)
-            number, at = shard.line, shard.start
-            assert shard.stop is not None
-            while at < shard.stop and (line := file.readline()):
-                at += len(line)
-                if line.strip():
-                    yield number, _parsed(line, shard.path, number)
-                number += 1
-    except OSError as error:
-        raise DataError(f"cannot read {shard.path}: {error}") from error
-
-
-def _parsed(line: bytes, path: str, number: int) -> Any:
-    try:
-        return json.loads(line.decode().removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
-        told = f"not {what} ({getattr(error, 'reason', getattr(error, 'msg', 'nested too deep'))})"
-        return Bad(path, number, told, line[:EXCERPT].decode(errors="backslashreplace"))
 
 
 def _chat(row: Any, source: SourceConfig) -> Chat:

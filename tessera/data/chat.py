@@ -26,7 +26,7 @@ from tessera.data.thought import CLOSE, OPEN, split, split_message
 from tessera.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "all"]
-RULES = "chat-1"  # of how a conversation becomes ids; chat_records.FORMAT: of what it is read into
+RULES = "chat-1"  # changed whenever a conversation becomes other ids than before
 _OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
 
 

@@ -22,15 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tessera.data.dataset import local_dataset
 from tessera.data.problems import family
@@ -41,13 +33,7 @@ from tessera.runs.plan import Step, maker
 from tessera.runs.run import is_done
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a directory of the run, too
-# Left out of the resolved table while at their defaults, so that a run made before these keys
-# existed keeps its fingerprint.
 CHAT_KEYS = ("reasoning", "turns", "switch", "hasty")
-LATER_KEYS = (
-    *("dataset", "subset", "split", "heldout_split", "revision", "sources"),
-    *CHAT_KEYS,
-)
 
 
 class BPE(BaseModel):
@@ -62,10 +48,6 @@ class BPE(BaseModel):
     bpe: int = Field(ge=259)
     tokens: list[str] = []
     chat: bool = False
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if value}
 
     @field_validator("tokens")
     @classmethod
@@ -99,10 +81,10 @@ class Reading(BaseModel):
     heldout: a share (0.02) or a number (100) of the documents, taken from files and dataset (where
     none are held out by name) and drawn anew for each task.
     limit: the first so many documents of files and dataset, which is then streamed.
-    format = "chat": rows of conversations in any dialect (schema.py), of .jsonl, .json, .parquet or
+    format = "chat": rows of conversations in any dialect (dialects/), of .jsonl, .json, .parquet or
     a dataset, and problems as question, thought and answer. Then `reasoning` keeps the rows of one
     mode, `turns` says which answers are trained, and `switch` how the mode is said (switch.py).
-    `hasty` is the share of problems whose thought skips intermediate results (tasks.py).
+    `hasty` is the share of problems whose thought skips intermediate results (problems.py).
     format = "completion": rows of `prompt` and `completion`, or problems and their solutions, of
     which only the completion is trained.
     """
@@ -155,7 +137,7 @@ class Reading(BaseModel):
 
     @model_validator(mode="after")
     def _belongs_to_chats(self) -> Reading:
-        given = [key for key in CHAT_KEYS if key in self.model_fields_set]
+        given = [key for key in CHAT_KEYS if getattr(self, key) != self._default(key)]
         if given and not self.chats:
             raise ValueError(f'`{given[0]}` is about chats; set format = "chat"')
         return self
@@ -167,14 +149,9 @@ class Reading(BaseModel):
             raise ValueError(f"`{lonely[0]}` says which part of a `dataset`, and none is named")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        return {
-            key: value
-            for key, value in dump(self).items()
-            if key not in LATER_KEYS or value != fields[key].default
-        }
+    @classmethod
+    def _default(cls, key: str) -> Any:
+        return cls.model_fields[key].default
 
     @property
     def chats(self) -> bool:
@@ -259,8 +236,7 @@ class DataConfig(Reading):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> DataConfig:
-        fields = Reading.model_fields
-        here = [key for key, field in fields.items() if getattr(self, key) != field.default]
+        here = [key for key in Reading.model_fields if getattr(self, key) != self._default(key)]
         if self.sources and here:
             raise ValueError(
                 f"`{here[0]}` stands beside `sources`; move it into the source that it is about "

@@ -2,8 +2,8 @@
 
 A dataset is a hub id or a directory: what `save_to_disk` wrote is memory-mapped, data files
 (Parquet, JSONL, ...) are streamed. One from the hub is downloaded once into the library's own
-cache and memory-mapped, because it is read twice; with a `limit` it is streamed and only that
-much is fetched. A row without text is `Bad`, like a broken line of a file.
+cache and memory-mapped; with a `limit` it is streamed and only that much is fetched. A row without
+text is `Bad`, like a broken line of a file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessera.data.readers import Bad, DataError, Text, content_hash
+from tessera.data.readers import Bad, DataError, Record, content_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -93,7 +93,7 @@ def dataset_stamp(part: DatasetPart) -> list[Any]:
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def read_dataset(part: DatasetPart) -> Iterator[Text | Bad]:
+def read_dataset(part: DatasetPart) -> Iterator[Record[str] | Bad]:
     """The texts of a split in order, and its rows without one, numbered from 1."""
     assert part.field is not None
     rows = _opened(part)
@@ -105,7 +105,7 @@ def read_dataset(part: DatasetPart) -> Iterator[Text | Bad]:
         for value in batch[part.field]:
             number += 1
             if isinstance(value, str):
-                yield Text(value)
+                yield Record(value)
             else:
                 reason = "null" if value is None else f"a {type(value).__name__}, not text"
                 yield Bad(part.label, number, reason, repr(value)[:200] if value else "")

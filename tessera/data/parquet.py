@@ -1,7 +1,6 @@
 """JSON lines made Parquet: one schema for all files, absent keys as nulls.
 
-What the readers give of such a file is what they give of the lines (`readers.py` takes nulls away),
-so a set may be kept in either.
+`readers.py` takes the nulls away again, so both formats give the same rows.
 """
 
 from __future__ import annotations
@@ -48,6 +47,18 @@ def convert(sources: Sequence[Path]) -> list[Path]:
     return made
 
 
+def _schema(sources: Sequence[Path]) -> pyarrow.Schema:
+    """A schema that every row fits. pyarrow takes a table's columns from its first row."""
+    import pyarrow
+
+    found = pyarrow.schema([])
+    for rows in (batch for source in sources for batch in _batches(source)):
+        keys = dict.fromkeys(key for row in rows for key in row)
+        schema = pyarrow.Table.from_pylist([dict.fromkeys(keys), *rows]).schema
+        found = pyarrow.unify_schemas([found, schema], promote_options="permissive")
+    return found
+
+
 def _write(source: Path, target: Path, schema: pyarrow.Schema) -> None:
     import pyarrow
     from pyarrow import parquet
@@ -63,23 +74,6 @@ def _write(source: Path, target: Path, schema: pyarrow.Schema) -> None:
 
 def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.tmp")
-
-
-def _schema(sources: Sequence[Path]) -> pyarrow.Schema:
-    """A schema that every row fits."""
-    import pyarrow
-
-    found: list[pyarrow.Schema] = []
-    for source in sources:
-        for rows in _batches(source):
-            schema = pyarrow.Table.from_pylist([dict.fromkeys(_keys(rows)), *rows]).schema
-            found = [pyarrow.unify_schemas([*found, schema], promote_options="permissive")]
-    return found[0] if found else pyarrow.schema([])
-
-
-def _keys(rows: Sequence[dict[str, Any]]) -> dict[str, None]:
-    """The keys of all rows: pyarrow takes a table's columns from the first."""
-    return dict.fromkeys(key for row in rows for key in row)
 
 
 def _batches(source: Path) -> Iterator[list[dict[str, Any]]]:

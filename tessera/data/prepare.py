@@ -4,8 +4,8 @@
     tokens/NAME/train.npy, tokens/NAME/heldout.npy  several, with their weights in tables/data.json
     quarantine.jsonl                                broken records: source, file, line, reason
 
-What a source is and how it is split: sources.py; how it becomes ids: encode.py. Nothing is shuffled
-or mixed here: the order of training is `Documents`' business.
+sources.py says what a source is and how it is split, encode.py how it becomes ids. Nothing is
+shuffled or mixed here: `Documents` decides the order of training.
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tessera import dist
+from tessera.data.batch import chunks, fill
 from tessera.data.chat import ChatEncoder
 from tessera.data.config import BPE, DataConfig, Reading, SourceConfig
 from tessera.data.dataset import local_dataset
-from tessera.data.encode import ChatsEncoder, CompletionsEncoder, Encoder, Encoding, SourceWriter
-from tessera.data.readers import DataError
-from tessera.data.sources import SPLITS, Scan, Source, TokenCache
+from tessera.data.documents import WINDOW
+from tessera.data.encode import Encoder, Entry, Portion
+from tessera.data.problems import SPLITS, Split
+from tessera.data.readers import Bad, DataError
+from tessera.data.sources import Source
+from tessera.data.store import TokenCache, TokenWriter
 from tessera.data.template import FILE as TEMPLATE_FILE
 from tessera.data.template import template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
@@ -36,6 +42,7 @@ from tessera.runs.run import Run
 __all__ = ["BPE", "DataConfig", "SourceConfig", "stage"]
 
 CACHE = ".tokens"
+FILL_LENGTH = 512  # the summary states the fill of rows this long
 SHOWN_BAD = 5
 
 
@@ -48,7 +55,7 @@ def quarantine(run: Run, sources: Sequence[Source], max_bad: float) -> int:
     if broken:
         _write_quarantine(run.path / "quarantine.jsonl", sources)
     for source in sources:
-        total = sum(one.num_bad + len(one.keys) for one in source.scans)
+        total = sum(one.records for one in source.entries)
         if source.num_bad > max_bad * total:
             shown = "\n".join(f"  {bad}" for bad in itertools.islice(source.broken(), SHOWN_BAD))
             raise DataError(
@@ -56,8 +63,8 @@ def quarantine(run: Run, sources: Sequence[Source], max_bad: float) -> int:
                 f"= {max_bad:g} allows (all are listed in {run.path / 'quarantine.jsonl'}):\n"
                 f"{shown}\nRepair them, or raise `max_bad`"
             )
-        for scans in (source.corpus, source.own_heldout):
-            _check_not_empty(scans, source.where)
+        for entries in (source.corpus, source.own_heldout):
+            _check_not_empty(entries, source.where)
     return broken
 
 
@@ -73,9 +80,9 @@ def _write_quarantine(path: Path, sources: Sequence[Source]) -> None:
         os.replace(part, path)
 
 
-def _check_not_empty(scans: Sequence[Scan], where: str) -> None:
-    if scans and not any(len(one.keys) for one in scans):
-        names = ", ".join(one.unit.label for one in scans[:3])
+def _check_not_empty(entries: Sequence[Entry], where: str) -> None:
+    if entries and not any(len(one.keys) for one in entries):
+        names = ", ".join(one.unit.label for one in entries[:3])
         raise DataError(f"{where}no document in {names}: every record is empty")
 
 
@@ -111,41 +118,110 @@ def end_of(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(i for i in ids if i is not None)
 
 
-def encoding(config: DataConfig, source: Source, tokenizer: Tokenizer) -> Encoding:
-    """How a source's documents become ids."""
-    if source.reading.chats:
-        reading = source.reading
-        return ChatsEncoder(ChatEncoder.of(tokenizer, reading.turns, reading.switch))
-    plain = Encoder(tokenizer, config.bos, end_of(config, tokenizer))
-    return CompletionsEncoder(plain) if source.reading.pairs else plain
+def encoder_of(config: DataConfig, reading: Reading, tokenizer: Tokenizer) -> Encoder:
+    """How a source's records become ids."""
+    if reading.chats:
+        chats = ChatEncoder.of(tokenizer, reading.turns, reading.switch)
+        return Encoder(tokenizer, chats=chats, masked=True)
+    return Encoder(tokenizer, config.bos, end_of(config, tokenizer), masked=reading.masked)
+
+
+class SplitWriter:
+    """The token files of one split, and of masked records the file of what is trained."""
+
+    def __init__(self, stack: ExitStack, directory: Path, split: Split, encoder: Encoder) -> None:
+        size = encoder.tokenizer.vocab_size
+        self.split, self.encoder = split, encoder
+        self.bytes = self.own_ids = self.num_trained = 0
+        self.ids = stack.enter_context(TokenWriter(directory, split, size))
+        self.mask = None
+        if encoder.masked:
+            mask = TokenWriter(directory, f"{split}.trained", size, np.uint8)
+            self.mask = stack.enter_context(mask)
+
+    def add(self, portion: Portion, chosen: NDArray[np.bool_]) -> None:
+        """Adds the chosen documents, but those that hold no prediction."""
+        lengths, ids, trained = portion.lengths, portion.ids, portion.trained
+        self.bytes += int(portion.sizes[chosen].sum())
+        self.own_ids += int((lengths[chosen] - self.encoder.specials).sum())
+        kept = chosen & (lengths > 1)
+        if not kept.all():
+            inside = np.repeat(kept, lengths)
+            lengths, ids = lengths[kept], ids[inside]
+            trained = None if trained is None else trained[inside]
+        self.ids.add(ids, lengths)
+        if self.mask is not None and trained is not None:
+            self.mask.add(trained, lengths)
+            self.num_trained += int(np.count_nonzero(trained))
+
+    def finish(self) -> dict[str, Any]:
+        """Makes the split visible; returns what the summary says of it."""
+        if self.mask is not None:
+            self.mask.finish()
+        lengths = np.diff(self.ids.finish())
+        pieces = [b - a - 1 for n in lengths[:WINDOW].tolist() for a, b in chunks(n, FILL_LENGTH)]
+        per_token = round(self.bytes / max(1, self.own_ids), 4)
+        text = {"bytes": self.bytes, "bytes_per_token": per_token}
+        return {
+            "split": self.split,
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()),
+            **(text if self.mask is None else {}),
+            "longest": int(lengths.max(initial=0)),
+            f"fill_{FILL_LENGTH}": round(fill(pieces, FILL_LENGTH), 4),
+            **({} if self.mask is None else {"trained": self.num_trained}),
+        }
+
+
+def write_source(
+    directory: Path, source: Source, encoder: Encoder, bar: Progress
+) -> list[dict[str, Any]]:
+    """Writes the token files of a source; returns a row of figures for each split."""
+    with ExitStack() as stack:
+        train, heldout = (SplitWriter(stack, directory, split, encoder) for split in SPLITS)
+        for entry in source.corpus:
+            held = source.is_heldout(entry.keys)
+            for portion in entry.portions():
+                train.add(portion, ~held[portion.origin])
+                heldout.add(portion, held[portion.origin])
+        for entry in source.own_heldout:
+            for portion in entry.portions():
+                heldout.add(portion, np.ones(len(portion.lengths), bool))
+        for task, split, count in source.tasks:
+            writer = train if split == "train" else heldout
+            for portion in encoder.portions(source.problems(task, split, count)):
+                writer.add(portion, np.ones(len(portion.lengths), bool))
+                bar.advance(0, len(portion.ids))
+                source.refused += [Bad(task, i + 1, why, "") for i, why in portion.refused]
+            bar.advance(1, 0)
+        return [train.finish(), heldout.finish()]
 
 
 def write_sources(
-    run: Run, sources: Sequence[Source], tokenizer: Tokenizer, cache: TokenCache, config: DataConfig
+    run: Run,
+    sources: Sequence[Source],
+    encoders: Sequence[Encoder],
+    config: DataConfig,
+    bar: Progress,
 ) -> list[dict[str, Any]]:
-    """Tokenises everything into tokens/; returns a row of figures for each source and split.
+    """Writes tokens/; returns a row of figures for each source and split.
 
     weight: the share of the trained tokens. repeats_after: tokens of the whole mix after which
     the source begins anew.
     """
     rows = []
-    total = sum(map(len, sources))
-    with Progress("tokenising", total, "tokens", quiet=run.quiet) as bar:
-        for source in sources:
-            encoder = encoding(config, source, tokenizer)
-            writer = SourceWriter(run.path / "tokens" / source.name, encoder, cache, bar)
-            train, heldout = writer.write(source)
-            source.refused = writer.refused
-            if not train["documents"]:
-                raise DataError(
-                    f"{source.where}no document has two tokens, so there is nothing to predict"
-                )
-            if not source.name:
-                return [train, heldout]
-            share = config.shares[source.name]
-            more = {"weight": round(share, 6), "repeats_after": round(train["tokens"] / share)}
-            rows += [{"source": source.name, **train, **more}]
-            rows += [{"source": source.name, **heldout}]
+    for source, encoder in zip(sources, encoders, strict=True):
+        train, heldout = write_source(run.path / "tokens" / source.name, source, encoder, bar)
+        if not train["documents"]:
+            raise DataError(
+                f"{source.where}no document has two tokens, so there is nothing to predict"
+            )
+        if not source.name:
+            return [train, heldout]
+        share = config.shares[source.name]
+        more = {"weight": round(share, 6), "repeats_after": round(train["tokens"] / share)}
+        rows += [{"source": source.name, **train, **more}]
+        rows += [{"source": source.name, **heldout}]
     return rows
 
 
@@ -219,16 +295,25 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
     readings = config.readings
     say_beginning(run, readings)
     with TokenCache(cache_directory(config, run), config.cache.gib) as cache:
-        sources = [Source(name, one, run.seed, cache) for name, one in readings.items()]
-        quarantine(run, sources, config.max_bad)
+        sources = [Source(name, one, run.seed) for name, one in readings.items()]
+        if isinstance(config.tokenizer, BPE):  # it is trained on what is not held out
+            for source in sources:
+                source.read(None, cache)
+            quarantine(run, sources, config.max_bad)
         tokenizer = choose_tokenizer(config, inputs.get("model"), sources)
-        before = cache.misses
-        rows = write_sources(run, sources, tokenizer, cache, config)
+        encoders = [encoder_of(config, source.reading, tokenizer) for source in sources]
+        before = cache.hits
+        steps = sum(len(one.units) + len(one.heldout_units) + len(one.tasks) for one in sources)
+        with Progress("tokenising", steps, "tokens", quiet=run.quiet) as bar:
+            for source, encoder in zip(sources, encoders, strict=True):
+                source.read(encoder, cache, bar)
+            quarantine(run, sources, config.max_bad)
+            rows = write_sources(run, sources, encoders, config, bar)
         if any(source.refused for source in sources):
             quarantine(run, sources, config.max_bad)
-        units, new = sum(len(source.scans) for source in sources), cache.misses - before
-        if new < units:
-            run.say(f"{units - new} of {units} inputs were tokenised before ({cache.directory})")
+        if known := cache.hits - before:
+            units = sum(len(source.entries) for source in sources)
+            run.say(f"{known} of {units} inputs were tokenised before ({cache.directory})")
         tokenizer.save(run.path / "tokenizer")
         if any(source.reading.chats for source in sources):
             atomic_write(run.path / "tokenizer" / TEMPLATE_FILE, template_of(tokenizer).source)

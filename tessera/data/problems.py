@@ -89,6 +89,7 @@ def _library(name: str) -> Any:
 
 
 Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, Split] = ("train", "heldout")
 HELDOUT_SHARE = 0.1
 WORK_SHARE = 0.75
 MODES: tuple[Mode, Mode] = ("on", "off")

@@ -1,6 +1,6 @@
 """Documents out of files: .txt, .jsonl and .parquet, each also as .gz (Parquet compresses itself).
 
-A reader yields `Text` and `Bad`, streaming; a broken record never stops it, and whoever reads
+A reader yields `Record` and `Bad`, streaming; a broken record never stops it, and whoever reads
 decides how many are too many. What concerns a whole file (absent, unreadable, no such field) is a
 DataError. Documents of a text file are stripped of the white space around their separator; those
 of JSONL and Parquet are taken as they are.
@@ -18,8 +18,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Generic, Literal, TypeVar, cast
 
+from tessera.data.conversation import Chat
+
+Content = TypeVar("Content", bound=str | tuple[str, str] | Chat, covariant=True)
 Format = Literal["auto", "text", "jsonl", "parquet", "chat", "completion"]
 SUFFIXES: dict[str, Format] = {
     ".txt": "text",
@@ -37,14 +40,13 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """One document.
+class Record(Generic[Content]):
+    """One document: a text, a prompt with its completion, or a conversation.
 
-    key: its text unless given, decides with which others it is held out. line: where it stood, if
-    that may have to be told later.
+    key: decides with which others it is held out; a text's is the text. line: its line or row.
     """
 
-    text: str
+    content: Content
     key: str | None = None
     line: int = 0
 
@@ -114,7 +116,7 @@ def content_hash(path: Path) -> str:
 
 def read(
     path: Path, *, format: Format = "auto", field: str = "text", separator: str = "<|endoftext|>"
-) -> Iterator[Text | Bad]:
+) -> Iterator[Record[str] | Bad]:
     """The documents of one file, and its broken records."""
     kind = format_of(path) if format == "auto" else format
     if kind == "parquet":
@@ -132,14 +134,14 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def read_text(path: Path, separator: str) -> Iterator[Text | Bad]:
+def read_text(path: Path, separator: str) -> Iterator[Record[str] | Bad]:
     """The stretches between separators; an empty separator makes the file one document."""
     line = 1
     for data in _stretches(path, separator.encode()):
         try:
             text = _text(data).strip()
             if text:
-                yield Text(text)
+                yield Record(text)
         except UnicodeDecodeError as error:
             at = line + data.count(b"\n", 0, error.start)
             yield Bad(str(path), at, f"not UTF-8 ({error.reason})", _excerpt(data[error.start :]))
@@ -164,7 +166,7 @@ def _text(data: bytes) -> str:
     return data.decode().removeprefix("\ufeff")
 
 
-def read_jsonl(path: Path, field: str) -> Iterator[Text | Bad]:
+def read_jsonl(path: Path, field: str) -> Iterator[Record[str] | Bad]:
     """The string under `field` of each line's object."""
     found = False
     with _opened(path) as file:
@@ -181,7 +183,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Text | Bad]:
                 yield Bad(str(path), number, _reason(record, field), _excerpt(line))
             else:
                 found = True
-                yield Text(record)
+                yield Record(record)
 
 
 def _field_of(line: bytes, field: str) -> str | Exception:
@@ -217,7 +219,7 @@ def _reason(error: Exception, field: str) -> str:
     return f'no field "{field}"' if isinstance(error, KeyError) else str(error)
 
 
-def read_parquet(path: Path, field: str) -> Iterator[Text | Bad]:
+def read_parquet(path: Path, field: str) -> Iterator[Record[str] | Bad]:
     """The string column `field`, row group by row group."""
     import pyarrow
     from pyarrow import parquet
@@ -239,13 +241,16 @@ def read_parquet(path: Path, field: str) -> Iterator[Text | Bad]:
     for batch in file.iter_batches(batch_size=1024, columns=[field]):
         for value in batch.column(0).to_pylist():
             number += 1
-            yield Bad(str(path), number, "null", "") if value is None else Text(value)
+            yield Bad(str(path), number, "null", "") if value is None else Record(value)
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def read_rows(
+    path: Path, start: int = 0, stop: int | None = None, first: int = 1
+) -> Iterator[tuple[int, Any]]:
     """The values of JSON lines, of a .json list or of Parquet rows, numbered from 1.
 
-    A line that is no JSON is `Bad`. Raises DataError for a file that cannot be read.
+    start, stop: of JSON lines, those from byte to byte, numbered from `first`. A line that is no
+    JSON is `Bad`. Raises DataError for a file that cannot be read.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if ".json" in suffixes:
@@ -254,12 +259,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_parquet_rows(path), 1)
     else:
         with _opened(path) as file:
-            for number, line in enumerate(file, 1):
+            file.seek(start)
+            for number, line in enumerate(file, first):
                 if line.strip():
                     try:
                         yield number, json.loads(_text(line))
                     except (ValueError, RecursionError) as error:
                         yield number, Bad(str(path), number, _reason(error, ""), _excerpt(line))
+                start += len(line)
+                if stop is not None and start >= stop:
+                    return
 
 
 def _json_list(path: Path) -> list[Any]:

@@ -5,15 +5,19 @@
     tokens/train.trained.npy  of chats: uint8, the mode of each id that is trained, 0 of others
 
 Plain .npy files: `numpy.load` reads them. A writer streams into a temporary name and renames at
-the end, offsets last, so a pair that exists is whole.
+the end, offsets last, so a pair that exists is whole. `TokenCache` keeps what files became for the
+next recipe.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+import shutil
+import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,11 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera.data.readers import DataError
-from tessera.runs.files import atomic_write, writing
+from tessera.runs.files import atomic_write, fingerprint, sync, writing
 
 HEADER_BYTES = 128
 BUFFER_IDS = 1 << 20
 BLOCK_DOCUMENTS = 1 << 16
+VERSION = 2  # raised whenever what readers or writers of entries mean changes
+GIB = 1 << 30
 
 
 def header(dtype: np.dtype[Any], length: int) -> bytes:
@@ -134,3 +140,89 @@ def blocks(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         stop = min(max(start + 1, within), start + BLOCK_DOCUMENTS, last)
         yield start, stop
         start = stop
+
+
+class TokenCache:
+    """Directories by the fingerprint of all that they follow from; a context manager.
+
+    An entry is built under a temporary name and renamed, so one that exists is whole; of two
+    processes that build the same, the second drops its own. Users hold a shared flock. Whoever is
+    alone when leaving deletes what a killed process left, and above `gib` GiB the entries used
+    least recently.
+    """
+
+    def __init__(self, directory: Path, gib: float) -> None:
+        self.directory, self.gib = directory, gib
+        self.hits = self.misses = 0
+
+    def __enter__(self) -> Self:
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            # Not atomic: the shared lock is let go first, and another may come in between. Then
+            # this one is refused, or that one waits; both are fine.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # others read here; the last one to leave tidies up
+        else:
+            self._tidy()
+        finally:
+            os.close(self._lock)
+
+    def entry(self, identity: Any, build: Callable[[Path], None]) -> Path:
+        """The directory that `build` filled for this identity, now or at some earlier time.
+
+        identity: JSON values that `build`'s result follows from, and nothing else does.
+        """
+        path = self.directory / fingerprint([VERSION, identity])[:32]
+        if path.is_dir():
+            self.hits += 1
+            with writing(path):
+                os.utime(path)
+            return path
+        self.misses += 1
+        with writing(path):
+            building = Path(tempfile.mkdtemp(prefix=".building-", dir=self.directory))
+        try:
+            with writing(building):
+                build(building)
+            _move(building, path)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        return path
+
+    def _tidy(self) -> None:
+        entries = []
+        for path in self.directory.iterdir():
+            if path.name.startswith(".building-"):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_dir():
+                entries.append((path.stat().st_mtime_ns, path, _size(path)))
+        excess = sum(size for _, _, size in entries) - self.gib * GIB
+        for _, path, size in sorted(entries):
+            if excess <= 0:
+                return
+            doomed = path.with_name(f".building-{path.name}")  # no half of it under its key
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+            excess -= size
+
+
+def _move(building: Path, path: Path) -> None:
+    with writing(path):
+        sync(*building.iterdir(), building)
+        try:
+            building.rename(path)
+        except OSError:
+            if not path.is_dir():  # else another process was faster, and built the same
+                raise
+        sync(path.parent)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())

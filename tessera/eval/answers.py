@@ -35,7 +35,7 @@ class Sampling(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class Mouth:
+class Asker:
     """Who answers, and how it is told to think.
 
     says_switch: the messages carry the switch (an endpoint); else the model's own template does.
@@ -119,36 +119,36 @@ def conversations(
 
 
 def answer(
-    talks: Sequence[Conversation], mouth: Mouth, records: Journal, *, label: str, quiet: bool
+    chats: Sequence[Conversation], asker: Asker, records: Journal, *, label: str, quiet: bool
 ) -> None:
     """Brings every conversation to its end, from the records where they have it.
 
     Raises what the teacher raises; what was answered until then is in the records.
     """
-    waiting = list(talks)
+    waiting = list(chats)
     while waiting:
-        waiting = list(_one_turn(waiting, mouth, records, label, quiet))
+        waiting = list(_one_turn(waiting, asker, records, label, quiet))
 
 
 def _one_turn(
-    talks: Sequence[Conversation], mouth: Mouth, records: Journal, label: str, quiet: bool
+    chats: Sequence[Conversation], asker: Asker, records: Journal, label: str, quiet: bool
 ) -> Iterator[Conversation]:
     """Asks each conversation's next question; yields those that go on."""
     asked = [
-        mouth.request(one.task, one.messages, one.mode, one.sampling, one.sample) for one in talks
+        asker.request(one.task, one.messages, one.mode, one.sampling, one.sample) for one in chats
     ]
-    keys = [request.key(mouth.teacher.model) for request in asked]
+    keys = [request.key(asker.teacher.model) for request in asked]
     missing = {
         key: (one, request)
-        for key, one, request in zip(keys, talks, asked, strict=True)
+        for key, one, request in zip(keys, chats, asked, strict=True)
         if key not in records
     }
     failed: dict[str, str] = {}
-    with Progress(label, len(talks), "answers", quiet=quiet) as progress:
-        progress.advance(len(talks) - len(missing), 0)
+    with Progress(label, len(chats), "answers", quiet=quiet) as progress:
+        progress.advance(len(chats) - len(missing), 0)
 
         def receive(request: Request, reply: Reply) -> None:
-            key = request.key(mouth.teacher.model)
+            key = request.key(asker.teacher.model)
             if reply.error is None:
                 records.add(key, _record(missing[key][0], reply))
             else:
@@ -156,23 +156,23 @@ def _one_turn(
             progress.advance(1)
 
         if missing:
-            mouth.teacher.ask((request for _, request in missing.values()), receive)
-    for key, talk in zip(keys, talks, strict=True):
+            asker.teacher.ask((request for _, request in missing.values()), receive)
+    for key, chat in zip(keys, chats, strict=True):
         if key in failed:
-            talk.failed = failed[key]
+            chat.failed = failed[key]
             continue
-        said = talk.take(key, records.get(key))
+        said = chat.take(key, records.get(key))
         if said is not None:
-            talk.messages.append({"role": "user", "content": said})
-            yield talk
+            chat.messages.append({"role": "user", "content": said})
+            yield chat
 
 
-def _record(talk: Conversation, reply: Reply) -> dict[str, Any]:
-    where = {"task": talk.task.name, "item": talk.item.id, "mode": talk.mode}
+def _record(chat: Conversation, reply: Reply) -> dict[str, Any]:
+    where = {"task": chat.task.name, "item": chat.item.id, "mode": chat.mode}
     return {
         **where,
-        "sample": talk.sample,
-        "turn": len(talk.keys),
+        "sample": chat.sample,
+        "turn": len(chat.keys),
         "thought": reply.thought,
         "text": reply.text,
         "tokens": reply.tokens,

@@ -31,21 +31,21 @@ from tessera.data.config import no_chat_template
 from tessera.data.conversation import Mode
 from tessera.data.switch import DETAILED
 from tessera.eval import scores
-from tessera.eval.answers import Conversation, Mouth, Sampling, Thinking, answer, conversations
+from tessera.eval.answers import Asker, Conversation, Sampling, Thinking, answer, conversations
 from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
 from tessera.rl.rewards import require_fields
 from tessera.runs.files import FailureError, Journal
 from tessera.runs.plan import Step
 from tessera.runs.run import Run
-from tessera.vllm.choice import EngineChoice
+from tessera.vllm.config import EngineChoice
 
 WINDOW = 4096
 
 
 def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict[str, Any]:
     """The row of the task `perplexity`; limit: documents. Raises EvalError without a text."""
-    from tessera.data.readers import Text, expand, read
+    from tessera.data.readers import Bad, expand, read
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.torch_engine import TorchEngine
     from tessera.model.checkpoint import load_model
@@ -64,15 +64,15 @@ def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict
     total, tokens, size, documents = 0.0, 0, 0, 0
     for path in expand([place]):
         for one in read(path):
-            if not isinstance(one, Text):
+            if isinstance(one, Bad):
                 continue
             if limit is not None and documents >= limit:
                 break
             documents += 1
-            ids = tokenizer.encode(one.text, bos=True)
+            ids = tokenizer.encode(one.content, bos=True)
             logprobs = _logprobs(engine, ids, window)
             total, tokens = total + math.fsum(logprobs), tokens + len(logprobs)
-            size += len(one.text.encode())
+            size += len(one.content.encode())
     if not tokens:
         raise EvalError(f"perplexity: {place} holds no text")
     return {
@@ -171,21 +171,21 @@ def evaluate(
     if texts:
         table.append(perplexity(model, config.place(PERPLEXITY), config.limit))
     with Journal(folder / "records.jsonl") as records, Journal(folder / "verdicts.jsonl") as kept:
-        mouth = _mouth(config, model, seed) if plan else None
+        asker = _asker(config, model, seed) if plan else None
         for task, items in plan:
-            assert mouth is not None
+            assert asker is not None
             samplings: dict[Mode, Sampling] = {"on": config.on, "off": config.off}
-            talks = list(conversations(task, items, config.modes, samplings, config.max_tokens))
-            answer(talks, mouth, records, label=task.name, quiet=quiet)
-            rows, parts = _judged(config, task, talks, kept, quiet)
+            chats = list(conversations(task, items, config.modes, samplings, config.max_tokens))
+            answer(chats, asker, records, label=task.name, quiet=quiet)
+            rows, parts = _judged(config, task, chats, kept, quiet)
             table += rows
             by_group += parts
     return table, by_group
 
 
-def _mouth(config: EvalConfig, model: Path | None, seed: int) -> Mouth:
+def _asker(config: EvalConfig, model: Path | None, seed: int) -> Asker:
     if config.endpoint:
-        return Mouth(Endpoint(config.endpoint, seed), True, config.switch)
+        return Asker(Endpoint(config.endpoint, seed), True, config.switch)
     own = EngineConfig(
         kind="engine",
         batch=config.batch,
@@ -193,16 +193,16 @@ def _mouth(config: EvalConfig, model: Path | None, seed: int) -> Mouth:
         engine=config.engine,
         vllm=config.vllm,
     )
-    return Mouth(load(own, model, seed), False)
+    return Asker(load(own, model, seed), False)
 
 
 def _judged(
-    config: EvalConfig, task: Task, talks: Sequence[Conversation], kept: Journal, quiet: bool
+    config: EvalConfig, task: Task, chats: Sequence[Conversation], kept: Journal, quiet: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The task's rows, one a mode, and those of its groups."""
-    whole = [talk for talk in talks if not talk.failed]
+    whole = [chat for chat in chats if not chat.failed]
     if not whole:
-        raise FailureError(f"{task.name}: not one of {len(talks)} answers came: {talks[0].failed}")
+        raise FailureError(f"{task.name}: not one of {len(chats)} answers came: {chats[0].failed}")
     if task.judging:
         assert config.judge is not None
         found = scores.ask_judge(whole, task, kept, Endpoint(config.judge, 0), quiet=quiet)
@@ -210,8 +210,8 @@ def _judged(
         found = scores.score(whole, task, kept, config.workers, quiet=quiet)
     rows, parts = [], []
     for mode in config.modes:
-        of_mode = [one for one in found if one.talk.mode == mode]
-        failed = [talk.failed for talk in talks if talk.mode == mode and talk.failed]
+        of_mode = [one for one in found if one.chat.mode == mode]
+        failed = [chat.failed for chat in chats if chat.mode == mode and chat.failed]
         name = "text" if config.asking == "text" else mode
         rows.append(scores.summary(task, name, of_mode, failed))
         parts += [{**row, "mode": name} for row in scores.groups(task, mode, of_mode)]

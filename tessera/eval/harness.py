@@ -1,22 +1,21 @@
-"""lm-evaluation-harness over a model of tessera: any of its tasks asks our engine.
+"""lm-evaluation-harness with one more model: any of its tasks asks our engine.
 
-    python -m tessera.eval.harness run --model tessera --model_args pretrained=RUN --tasks …
+    python -m tessera.eval.harness run --model tessera --model_args pretrained=RUN --tasks ...
 
-is `lm-eval` with one more model; each other word of that command is its own. The conventions
-are lm-eval's (BOS before a text that has none, rolling windows, cuts from the left), so figures
-compare with its other models; where they leave a choice it is a field of `Arguments`.
-
-It is no second `tessera eval`: few-shot prompts, filters and metrics are lm-eval's. Needs
-`tessera[harness]`, which this file alone imports.
+Few-shot prompts, filters, metrics and conventions (BOS before a text that has none, rolling
+windows, cuts from the left) are lm-eval's; where they leave a choice it is a field of `Arguments`.
+Needs `tessera[harness]`, which this file alone imports.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,9 +24,11 @@ from pydantic import Field, PositiveInt
 from tessera.data.conversation import Message, Mode
 from tessera.data.switch import DETAILED, set_switch
 from tessera.data.template import Template, TemplateError, template_of
-from tessera.data.tokenizer import TokenizerError, load_tokenizer
-from tessera.eval.until import Wanted, complete
+from tessera.data.thought import Splitter, split
+from tessera.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from tessera.generate.engine import GenerationError, SamplingParams
+from tessera.generate.requests import Handle
+from tessera.generate.text import Detokenizer, StopStrings, opens_thought
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.source import CheckpointError, resolve
@@ -35,6 +36,105 @@ from tessera.progress import Progress
 from tessera.runs.files import fingerprint
 from tessera.runs.recipe import Config, RecipeError, validate
 from tessera.runs.run import fingerprint_path
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One completion that is wanted.
+
+    key: what its randomness follows from, beside the seed. keep_thought: the thought is part of
+    the text, and its stop strings count there too.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    stops: tuple[str, ...] = ()
+    key: int = 0
+    keep_thought: bool = False
+
+
+class Answer:
+    """Tokens of a completion in, its answer up to the task's stop string out; "" for none.
+
+    A stop string counts in the answer alone: a blank line ends a sentence of a thought, too. The
+    text is that of the completion's tokens alone, as evaluations read it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, wanted: Wanted) -> None:
+        opened = opens_thought(tokenizer, wanted.prompt)
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopStrings(wanted.stops)
+        self._splitter = None if wanted.keep_thought else Splitter(opened)
+        self._thinks = False
+        self._text = ""
+
+    def push(self, token: int) -> bool:
+        """Whether the text has come to a stop string: a stopping criterion of the engine."""
+        self._add(self._detokenizer.push(token))
+        return self._stops.stopped
+
+    def finish(self) -> str:
+        """All of it, where no more tokens come."""
+        self._add(self._detokenizer.flush())
+        if self._splitter is not None:
+            self._text += self._stops.push(self._splitter.flush().answer)
+        self._text += self._stops.flush()
+        whole = self._splitter is None or self._thinks
+        return self._text if whole else split(self._text).answer
+
+    def _add(self, text: str) -> None:
+        if self._splitter is not None:
+            piece = self._splitter.push(text)
+            self._thinks |= piece.thought is not None
+            text = piece.answer
+        self._text += self._stops.push(text)
+
+
+def complete(
+    engine: TorchEngine,
+    tokenizer: Tokenizer,
+    wanted: Sequence[Wanted],
+    *,
+    batch: int,
+    room: int,
+) -> Iterator[tuple[int, str]]:
+    """(its index, its text) of each completion, as they end.
+
+    room: tokens of a prompt and its completion, which ends there at the latest. The longest
+    prompts go first, and beside `batch` that decode as many wait, so that rows are never empty.
+    Raises GenerationError; what is unfinished when the caller leaves is cancelled.
+    """
+    left = iter(sorted(range(len(wanted)), key=lambda i: -len(wanted[i].prompt)))
+    flying: dict[int, Handle] = {}
+    try:
+        while True:
+            while len(flying) < 2 * batch and (i := next(left, None)) is not None:
+                flying[i] = _submit(engine, tokenizer, wanted[i], room)
+            if not flying:
+                return
+            engine.step()
+            for i in [i for i, handle in flying.items() if handle.done]:
+                (completion,) = flying.pop(i).result()
+                yield i, _text(tokenizer, wanted[i], completion.token_ids)
+    finally:
+        for handle in flying.values():
+            handle.cancel()
+
+
+def _submit(engine: TorchEngine, tokenizer: Tokenizer, one: Wanted, room: int) -> Handle:
+    most = min(one.params.max_tokens, room - len(one.prompt))
+    params = dataclasses.replace(one.params, max_tokens=most)
+    stopping = (lambda: Answer(tokenizer, one).push) if one.stops else None
+    return engine.submit(one.prompt, params, key=one.key, stopping=stopping)
+
+
+def _text(tokenizer: Tokenizer, one: Wanted, tokens: Sequence[int]) -> str:
+    answer = Answer(tokenizer, one)
+    ended = bool(tokens) and tokens[-1] in one.params.stop_token_ids
+    for token in tokens[: len(tokens) - ended]:
+        answer.push(token)
+    return answer.finish()
+
 
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]

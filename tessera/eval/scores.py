@@ -32,18 +32,18 @@ AT_ONCE = 256
 class Scored:
     """A conversation with its scores by column; None where it could not be judged."""
 
-    talk: Conversation
+    chat: Conversation
     scores: Mapping[str, float | None]
     obedient: bool
 
 
 def score(
-    talks: Sequence[Conversation], task: Task, verdicts: Journal, workers: int, *, quiet: bool
+    chats: Sequence[Conversation], task: Task, verdicts: Journal, workers: int, *, quiet: bool
 ) -> list[Scored]:
     """Scores by the task's measures; verdicts that are kept already are not computed again."""
     mark = fingerprint([measure.reward.model_dump() for measure in task.measures])[:8]
-    keys = [f"{talk.key}-{mark}-{fingerprint(dict(talk.item.fields))[:8]}" for talk in talks]
-    missing = [(key, talk) for key, talk in zip(keys, talks, strict=True) if key not in verdicts]
+    keys = [f"{chat.key}-{mark}-{fingerprint(dict(chat.item.fields))[:8]}" for chat in chats]
+    missing = [(key, chat) for key, chat in zip(keys, chats, strict=True) if key not in verdicts]
     rewards = [measure.reward for measure in task.measures]
     with (
         Pool(rewards, workers) as pool,
@@ -51,27 +51,27 @@ def score(
     ):
         for start in range(0, len(missing), AT_ONCE):
             part = missing[start : start + AT_ONCE]
-            samples = [_sample(talk) for _, talk in part]
+            samples = [_sample(chat) for _, chat in part]
             found = pool.check([(i, one) for one in samples for i in range(len(rewards))])
-            for number, (key, talk) in enumerate(part):
+            for number, (key, chat) in enumerate(part):
                 of_one = found[number * len(rewards) : (number + 1) * len(rewards)]
                 rows = zip(task.measures, of_one, strict=True)
-                verdicts.add(key, _verdict(talk, {m.name: asdict(one) for m, one in rows}))
+                verdicts.add(key, _verdict(chat, {m.name: asdict(one) for m, one in rows}))
             progress.advance(len(part))
     return [
-        _scored(talk, {name: one["score"] for name, one in verdicts.get(key)["outcomes"].items()})
-        for key, talk in zip(keys, talks, strict=True)
+        _scored(chat, {name: one["score"] for name, one in verdicts.get(key)["outcomes"].items()})
+        for key, chat in zip(keys, chats, strict=True)
     ]
 
 
 def ask_judge(
-    talks: Sequence[Conversation], task: Task, verdicts: Journal, teacher: Answerer, *, quiet: bool
+    chats: Sequence[Conversation], task: Task, verdicts: Journal, teacher: Answerer, *, quiet: bool
 ) -> list[Scored]:
     """Scores by a judge; what it replied is kept, so the same answer is never judged twice."""
     assert task.judging is not None
     plans = []
-    for talk in talks:
-        asked = task.judging.prompts(talk.item, talk.messages)
+    for chat in chats:
+        asked = task.judging.prompts(chat.item, chat.messages)
         plans.append([judge.request(f"judge of {task.name}", one, 4096) for one in asked])
     keys = [[f"judge-{one.key(teacher.model)}" for one in plan] for plan in plans]
     wanted = {
@@ -91,26 +91,26 @@ def ask_judge(
         if wanted:
             teacher.ask(wanted.values(), receive)
     scored = []
-    for talk, names in zip(talks, keys, strict=True):
+    for chat, names in zip(chats, keys, strict=True):
         whole = all(name in verdicts for name in names)
         replies = [split(verdicts.get(name)["text"]).answer for name in names] if whole else []
         mark = task.judging.read(replies) if whole else None
-        scored.append(_scored(talk, {task.judging.name: mark}))
+        scored.append(_scored(chat, {task.judging.name: mark}))
     return scored
 
 
-def _sample(talk: Conversation) -> Sample:
-    asked = talk.messages[:-1]
-    return Sample(asked, talk.completion, dict(talk.item.fields), talk.truncated)
+def _sample(chat: Conversation) -> Sample:
+    asked = chat.messages[:-1]
+    return Sample(asked, chat.completion, dict(chat.item.fields), chat.truncated)
 
 
-def _verdict(talk: Conversation, outcomes: dict[str, Any]) -> dict[str, Any]:
-    where = {"task": talk.task.name, "item": talk.item.id, "mode": talk.mode}
-    return {**where, "sample": talk.sample, "outcomes": outcomes}
+def _verdict(chat: Conversation, outcomes: dict[str, Any]) -> dict[str, Any]:
+    where = {"task": chat.task.name, "item": chat.item.id, "mode": chat.mode}
+    return {**where, "sample": chat.sample, "outcomes": outcomes}
 
 
-def _scored(talk: Conversation, scores: Mapping[str, float | None]) -> Scored:
-    return Scored(talk, scores, obeys(talk.completion, talk.mode))
+def _scored(chat: Conversation, scores: Mapping[str, float | None]) -> Scored:
+    return Scored(chat, scores, obeys(chat.completion, chat.mode))
 
 
 def summary(
@@ -132,8 +132,8 @@ def summary(
     samples = min((len(values) for values in by_item), default=0)
     row |= {"items": len(by_item), "samples": samples, **_passes(by_item, samples)}
     row["obedience"] = _share([one.obedient for one in found])
-    row["tokens"] = _share([one.talk.tokens for one in found])
-    row["truncated"] = sum(one.talk.truncated for one in found)
+    row["tokens"] = _share([one.chat.tokens for one in found])
+    row["truncated"] = sum(one.chat.truncated for one in found)
     row["unjudged"] = sum(None in one.scores.values() for one in found)
     row["failed"] = len(failed)
     return row | ({"why": failed[0]} if failed else {})
@@ -145,7 +145,7 @@ def groups(task: Task, mode: str, found: Sequence[Scored]) -> list[dict[str, Any
     for group in task.groups:
         parts: dict[Any, list[Scored]] = defaultdict(list)
         for one in found:
-            parts[one.talk.item.groups.get(group)].append(one)
+            parts[one.chat.item.groups.get(group)].append(one)
         if len(parts) < 2:
             continue
         for value, part in sorted(parts.items(), key=lambda pair: str(pair[0])):
@@ -159,7 +159,7 @@ def groups(task: Task, mode: str, found: Sequence[Scored]) -> list[dict[str, Any
                     "value": mean,
                     "stderr": error,
                     "items": len(_by_item(part, task.metric)),
-                    "tokens": _share([one.talk.tokens for one in part]),
+                    "tokens": _share([one.chat.tokens for one in part]),
                     "obedience": _share([one.obedient for one in part]),
                 }
             )
@@ -172,7 +172,7 @@ def _by_item(found: Sequence[Scored], name: str) -> list[list[float]]:
     for one in found:
         value = one.scores.get(name)
         if value is not None:
-            parts[one.talk.item.id].append(value)
+            parts[one.chat.item.id].append(value)
     return list(parts.values())
 
 
@@ -182,7 +182,7 @@ def _mean(
     """The mean over items, and its standard error (None for one item, or where items weigh)."""
     if measure is not None and measure.weight:
         pairs = [
-            (float(one.talk.item.fields[measure.weight]), one.scores[name])
+            (float(one.chat.item.fields[measure.weight]), one.scores[name])
             for one in found
             if one.scores.get(name) is not None
         ]

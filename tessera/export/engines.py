@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
-from tessera.model.config import GQA, Chain, ConfigError, Linear, ModelConfig, NoOp, name
+from tessera.model.config import GQA, Chain, ConfigError, Linear, ModelConfig, NoOp, SwiGLU, name
 
 Format = Literal["decilm", "hf", "gguf", "padded", "puzzletron", "megatron", "per_layer"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -52,8 +52,8 @@ def refusals(config: ModelConfig, engine: str, format: str | None = None) -> lis
     dialect = format == "decilm" or not (config.homogeneous or format == "padded")
     if format is not None:
         known(format, _FORMAT_RULES, "format")
-    rules = _RULES[known(engine, _RULES, "engine")]
-    return [*_foreign(config, engine), *rules(config, dialect)]
+    known(engine, ENGINES, "engine")
+    return [*_foreign(config, engine), *_engine(config, engine, dialect)]
 
 
 def format_refusals(config: ModelConfig, format: str) -> list[str]:
@@ -79,18 +79,6 @@ def engines_of(names: Iterable[str]) -> tuple[str, ...]:
     table = {**{engine: (engine,) for engine in ENGINES}, **PRESETS}
     engines = [engine for name in names for engine in table[known(name, table, "engine")]]
     return tuple(dict.fromkeys(engines))
-
-
-def first_difference(config: ModelConfig) -> tuple[int, str]:
-    """The first layer that keeps a model from being homogeneous, and what it is there."""
-    first = config.blocks[0].words if config.blocks else ("noop", "noop")
-    for layer, words in enumerate(config.words):
-        block = config.blocks[layer]
-        if isinstance(block.attention, NoOp | Chain) or isinstance(block.ffn, NoOp | Chain):
-            return layer, f"{words[0]} {words[1]}"
-        if words != first:
-            return layer, f"{words[0]} {words[1]}, layer 0 is {first[0]} {first[1]}"
-    return 0, "there is no layer"
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -121,44 +109,36 @@ def _foreign(config: ModelConfig, who: str) -> Iterator[str]:
                 break
 
 
-def _vllm(config: ModelConfig, dialect: bool) -> Iterator[str]:
-    if not dialect:
-        return
-    yield from _decilm(config)
-    yield from _residual_starts_in_attention(config, "vLLM's nemotron_nas")
-    yield from _linear(config, "vLLM's nemotron_nas ignores replace_with_linear")
-
-
-def _vllm_cpu(config: ModelConfig, dialect: bool) -> Iterator[str]:
-    yield from _vllm(config, dialect)
-    size = padded_head_dim(config.head_dim) if dialect else config.head_dim
-    if size not in VLLM_CPU_HEAD_SIZES:
-        sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
-        padded = padded_head_dim(config.head_dim) in VLLM_CPU_HEAD_SIZES
-        hint = "; --format decilm pads it" if padded else ""
-        yield (
-            f"head_dim is {size}: the attention kernels of vLLM's CPU build know {sizes} "
-            f"(its GPU builds are not bound by this list){hint}"
-        )
-
-
-def _sglang(config: ModelConfig, dialect: bool) -> Iterator[str]:
-    if not dialect:
-        return
-    yield from _decilm(config)
-    yield from _residual_starts_in_attention(config, "SGLang's nemotron_nas")
-    yield from _linear(config, "SGLang's nemotron_nas ignores replace_with_linear")
-    if config.mlp_bias:
-        yield "the FFN has biases: SGLang's nemotron_nas builds its MLP without"
-
-
-def _transformers(config: ModelConfig, dialect: bool) -> Iterator[str]:
-    if dialect:
+def _engine(config: ModelConfig, engine: str, dialect: bool) -> Iterator[str]:
+    """dialect: whether the model comes as DeciLM and not as a stock directory."""
+    if engine == "llama.cpp":
+        yield from _gguf(config)
+    elif dialect:
         yield from _decilm(config)
+        code = _NEMOTRON_NAS.get(engine)
+        if code is not None:
+            yield from _residual_starts_in_attention(config, code)
+            yield from _linear(config, f"{code} ignores replace_with_linear")
+        if engine == "sglang" and config.mlp_bias:
+            yield "the FFN has biases: SGLang's nemotron_nas builds its MLP without"
+    if engine == "vllm-cpu":
+        size = padded_head_dim(config.head_dim) if dialect else config.head_dim
+        if size not in VLLM_CPU_HEAD_SIZES:
+            sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
+            padded = padded_head_dim(config.head_dim) in VLLM_CPU_HEAD_SIZES
+            hint = "; --format decilm pads it" if padded else ""
+            yield (
+                f"head_dim is {size}: the attention kernels of vLLM's CPU build know {sizes} "
+                f"(its GPU builds are not bound by this list){hint}"
+            )
 
 
-def _llama_cpp(config: ModelConfig, dialect: bool) -> Iterator[str]:
-    yield from _gguf(config)
+# Engines with model code of their own for the dialect, and what that is called in a reason.
+_NEMOTRON_NAS = {
+    "vllm": "vLLM's nemotron_nas",
+    "vllm-cpu": "vLLM's nemotron_nas",
+    "sglang": "SGLang's nemotron_nas",
+}
 
 
 def _residual_starts_in_attention(config: ModelConfig, who: str) -> Iterator[str]:
@@ -192,20 +172,29 @@ def _decilm(config: ModelConfig) -> Iterator[str]:
 
 
 def _hf(config: ModelConfig) -> Iterator[str]:
-    if not config.homogeneous:
-        layer, what = first_difference(config)
-        yield (
-            f"layer {layer} is {what}: a stock Hugging Face model has equal layers of attention "
-            "and FFN; use --format decilm (vLLM, transformers) or --format gguf (llama.cpp)"
-        )
+    if config.homogeneous:
+        return
+    unlike = (
+        layer
+        for layer, block in enumerate(config.blocks)
+        if block != config.blocks[0] or {type(block.attention), type(block.ffn)} != {GQA, SwiGLU}
+    )
+    layer, what = next(unlike, 0), "there is no layer"
+    if config.blocks:
+        what = " ".join(config.words[layer])
+        what += f", layer 0 is {' '.join(config.words[0])}" if layer else ""
+    yield (
+        f"layer {layer} is {what}: a stock Hugging Face model has equal layers of attention "
+        "and FFN; use --format decilm (vLLM, transformers) or --format gguf (llama.cpp)"
+    )
 
 
 def _padded(config: ModelConfig) -> Iterator[str]:
     yield from _linear(config, "a plain Llama layer cannot compute it")
     heads = {b.attention.num_key_value_heads for b in config.blocks if isinstance(b.attention, GQA)}
     if any(max(heads) % one for one in heads):
-        told = ", ".join(map(str, sorted(heads)))
-        yield f"KV heads {told}: each must divide the greatest, whose place it takes"
+        listed = ", ".join(map(str, sorted(heads)))
+        yield f"KV heads {listed}: each must divide the greatest, whose place it takes"
     yield from _base(config)
 
 
@@ -265,15 +254,6 @@ def _layers(layers: list[int]) -> str:
     return f"{spans(layers)} {'has' if len(layers) == 1 else 'have'}"
 
 
-# A rule of an engine also hears whether the model comes in the dialect or as a stock directory.
-_RULES: dict[str, Callable[[ModelConfig, bool], Iterator[str]]] = {
-    "vllm": _vllm,
-    "vllm-cpu": _vllm_cpu,
-    "vllm-plugin": _transformers,
-    "llama.cpp": _llama_cpp,
-    "sglang": _sglang,
-    "transformers": _transformers,
-}
 _FORMAT_RULES: dict[str, Callable[[ModelConfig], Iterator[str]]] = {
     "decilm": _decilm,
     "hf": _hf,

@@ -1,21 +1,13 @@
-"""Prompts on their way into the cache: read in chunks, alone or several of similar length.
-
-    a pass:   past (0 … start) | chunk (start … end)        of every prompt, padded at the end
-
-A chunk's queries see the past and, causally, the chunk, so the cut changes nothing but when the
-work is done: between two chunks the engine decodes. What was read is a `Prefix`; `PrefixCache`
-keeps some, for later prompts that begin alike.
-
-Where generation remembers: a KV cache whose rows all end at the same column.
+"""Where generation remembers: prompts being read (`Prefill`), and the KV cache of rows that decode.
 
     row 0   . . p p p p g g g |          p prompt, g generated, . nothing (masked)
     row 1   . . . . . p p g g |          | the cursor: where every row writes next
     row 2   p p p p p p p p g |
 
-Ending together, rows of any age write with one slice copy instead of a scatter, a sliding
-window is the same columns for all of them, and with equal starts no mask is needed. A prompt
-longer than the cursor moves the live rows right. Live rows are a prefix of the slots. A layer
-without attention has no entry.
+All rows of `Slots` end at the same column. So rows of any age write with one slice copy instead of
+a scatter, a sliding window is the same columns for all of them, and with equal starts no mask is
+needed. A prompt longer than the cursor moves the live rows right. Live rows are a prefix of the
+slots. A layer without attention has no entry.
 """
 
 from __future__ import annotations
@@ -29,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.generate.packed import Packed, Turn
+from tessera.generate.packed import Packed
 from tessera.model.context import Context
 
-SHARED = 16  # tokens that prompts must have in common for the cache to be worth a copy
+MIN_SHARED = 16  # tokens that prompts must have in common for the prefix cache to be worth a copy
 
 
 @dataclass
 class Prefix:
-    """Prompts read but not yet placed: kv `(N,T,2,K,D)` a layer, and the logits `(N,V)` behind.
+    """Prompts that were read: kv `(N,T,2,K,D)` a layer, and the logits `(N,V)` behind them.
 
-    Prompts stand at the left; behind a shorter one is padding nobody reads.
+    Prompts begin at column 0; what stands behind a shorter one is padding.
     """
 
     lengths: list[int]
@@ -47,45 +39,82 @@ class Prefix:
     logits: Tensor
 
     def take(self, row: int) -> Prefix:
-        """One prompt alone, in memory of its own."""
+        """A copy of one prompt."""
         length, one = self.lengths[row], slice(row, row + 1)
         layers = {layer: kv[one, :length].clone() for layer, kv in self.layers.items()}
         return Prefix([length], layers, self.logits[one].clone())
 
 
 class Prefill:
-    """A pass over columns `start … start + width` of N sequences.
+    """Prompts on their way into the cache, read in chunks.
 
-    layers: KV `(N,T,2,K,D)` a layer, of which the past is read and the chunk written. `keep` says
-    whether to hold the KV where no `layers` are given.
+    A chunk's queries see the past and, causally, the chunk, so the cut changes nothing but when
+    the work is done. past: the KV of the only prompt's first tokens. keep: whether the KV is kept.
     """
 
     def __init__(
         self,
         packed: Packed,
-        rows: int,
-        width: int,
-        keep: bool,
-        start: int = 0,
-        layers: dict[int, Tensor] | None = None,
+        prompts: Sequence[Sequence[int]],
+        past: Prefix | None = None,
+        keep: bool = True,
     ) -> None:
-        self.shape, self.keep, self.start = (rows, width), keep, start
-        positions = torch.arange(start, start + width, device=packed.device)
-        self.turn: Turn = packed.turn(positions)
-        self.mask = _mask(start, positions, packed.config.sliding_window)
-        self.given, self.layers = layers is not None, layers or {}
+        self.packed, self.prompts, self.keep = packed, prompts, keep
+        self.lengths = [len(prompt) for prompt in prompts]
+        longest = max(self.lengths)
+        rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        self.tokens = torch.tensor(rows, device=packed.device)
+        self.start = self.done = 0  # columns of the current chunk
+        self.layers: dict[int, Tensor] = {}
+        self.last: Tensor | None = None
+        if past is not None:
+            assert len(prompts) == 1 and past.lengths[0] < longest
+            self.done = past.lengths[0]
+            self._allocate()
+            for layer, kv in past.layers.items():
+                self.layers[layer][:, : self.done] = kv
+
+    @property
+    def finished(self) -> bool:
+        return self.done == self.tokens.shape[1]
+
+    def advance(self, budget: int) -> int:
+        """Read about `budget` tokens more, padding included; how many prompt tokens that were."""
+        rows, longest = self.tokens.shape
+        width = min(longest - self.done, max(1, budget // rows))
+        if width < longest and not self.layers:
+            self._allocate()
+        hidden = self.forward(width)
+        if self.last is None:
+            self.last = hidden.new_empty(rows, hidden.shape[-1])
+        start, end = self.start, self.done
+        ends = [i for i, length in enumerate(self.lengths) if start < length <= end]
+        if ends:
+            self.last[ends] = hidden[ends, [self.lengths[i] - 1 - start for i in ends]]
+        return sum(min(length, end) - min(length, start) for length in self.lengths)
+
+    def forward(self, width: int) -> Tensor:
+        """Hidden states `(N,width,C)` of the next `width` columns."""
+        start = self.start = self.done
+        self.done += width
+        positions = torch.arange(start, self.done, device=self.packed.device)
+        self.rotation = self.packed.rotation(positions)
+        self.mask = _mask(start, positions, self.packed.config.sliding_window)
+        hidden = self.packed.forward(self.tokens[:, start : self.done].flatten(), self)
+        return hidden.unflatten(0, (-1, width))
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        kv = kv.unflatten(0, self.shape)
-        if self.given:
-            end = self.start + self.shape[1]
-            self.layers[layer][:, self.start : end] = kv
-            kv = self.layers[layer][:, :end]
-        elif self.keep:
+        """See `Pass.attend`."""
+        shape = (len(self.lengths), self.done - self.start)
+        kv = kv.unflatten(0, shape)
+        if layer in self.layers:
+            self.layers[layer][:, self.start : self.done] = kv
+            kv = self.layers[layer][:, : self.done]
+        elif self.keep:  # the whole prompts in one pass
             self.layers[layer] = kv
         k, v = kv.unbind(2)
         out = F.scaled_dot_product_attention(
-            q.flatten(1, 2).unflatten(0, self.shape).transpose(1, 2),
+            q.flatten(1, 2).unflatten(0, shape).transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=self.mask,
@@ -94,6 +123,17 @@ class Prefill:
             enable_gqa=q.shape[2] > 1,
         )
         return out.transpose(1, 2).reshape(q.shape[0], -1)
+
+    def prefix(self) -> Prefix:
+        """What was read, once `finished`."""
+        assert self.finished and self.last is not None
+        return Prefix(self.lengths, self.layers, self.packed.logits(self.last))
+
+    def _allocate(self) -> None:
+        packed = self.packed
+        for layer, heads in packed.kv_heads.items():
+            shape = (*self.tokens.shape, 2, heads, packed.config.head_dim)
+            self.layers[layer] = torch.empty(shape, dtype=packed.dtype, device=packed.device)
 
 
 def _mask(start: int, positions: Tensor, window: int | None) -> Tensor | None:
@@ -105,72 +145,6 @@ def _mask(start: int, positions: Tensor, window: int | None) -> Tensor | None:
     return seen if window is None else seen & (distance < window)
 
 
-class Reading:
-    """Prompts that are being read. past: what is known of the only prompt's first tokens."""
-
-    def __init__(
-        self, packed: Packed, prompts: Sequence[Sequence[int]], past: Prefix | None = None
-    ) -> None:
-        self.packed = packed
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.tokens = padded(prompts, packed.device)
-        self.done = 0
-        self.layers: dict[int, Tensor] | None = None
-        self.last = torch.empty(0)
-        if past is not None:
-            assert len(prompts) == 1 and past.lengths[0] < self.lengths[0]
-            self.done = past.lengths[0]
-            self._allocate(past.layers)
-
-    @property
-    def finished(self) -> bool:
-        return self.done == self.tokens.shape[1]
-
-    def advance(self, budget: int) -> int:
-        """Read about `budget` tokens more, padding included; how many prompt tokens that were."""
-        rows, longest = self.tokens.shape
-        start, width = self.done, min(longest - self.done, max(1, budget // rows))
-        if width < longest and self.layers is None:
-            self._allocate()
-        step = Prefill(self.packed, rows, width, True, start, self.layers)
-        hidden = self.packed.forward(self.tokens[:, start : start + width].flatten(), step)
-        self._keep_last(hidden.unflatten(0, (rows, width)), start)
-        self.layers = step.layers
-        self.done += width
-        return sum(min(length, self.done) - min(length, start) for length in self.lengths)
-
-    def _keep_last(self, hidden: Tensor, start: int) -> None:
-        """Of each prompt that ends in this chunk, the hidden state of its last token."""
-        if not self.last.numel():
-            self.last = hidden.new_empty(len(self.lengths), hidden.shape[-1])
-        width = hidden.shape[1]
-        ends = [i for i, n in enumerate(self.lengths) if start < n <= start + width]
-        if ends:
-            self.last[ends] = hidden[ends, [self.lengths[i] - 1 - start for i in ends]]
-
-    def prefix(self) -> Prefix:
-        """What was read, once `finished`."""
-        assert self.finished and self.layers is not None
-        return Prefix(self.lengths, self.layers, self.packed.logits(self.last))
-
-    def _allocate(self, past: dict[int, Tensor] | None = None) -> None:
-        """Room for the KV of all that is to be read."""
-        self.layers = {}
-        for layer, heads in self.packed.kv_heads.items():
-            shape = (*self.tokens.shape, 2, heads, self.packed.config.head_dim)
-            self.layers[layer] = torch.empty(
-                shape, dtype=self.packed.dtype, device=self.packed.device
-            )
-            if past is not None:
-                self.layers[layer][:, : self.done] = past[layer]
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Tokens `(N,T)`, zeros behind the shorter rows."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-
-
 def common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     for i, (left, right) in enumerate(zip(a, b, strict=False)):
@@ -180,7 +154,7 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class PrefixCache:
-    """KV of prompts read lately, at most `max_tokens` of them; the longest unused goes first."""
+    """KV of recent prompts, at most `max_tokens` of them; the least recently used goes first."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
@@ -190,7 +164,7 @@ class PrefixCache:
         """KV of as much of the prompt as is known, always short of its last token."""
         best = max(self._held, key=lambda known: common(known, prompt), default=())
         length = min(common(best, prompt), len(prompt) - 1)
-        if length < SHARED:
+        if length < MIN_SHARED:
             return None
         self._held.move_to_end(best)
         held = self._held[best]
@@ -198,8 +172,8 @@ class PrefixCache:
         return Prefix([length], layers, held.logits)
 
     def add(self, prompt: Sequence[int], prefix: Prefix, row: int) -> None:
-        """Hold prompt `row` of `prefix`; what it continues is no longer held apart."""
-        if not SHARED <= len(prompt) <= self.max_tokens:
+        """Keep prompt `row` of `prefix`, instead of the prompts that it continues."""
+        if not MIN_SHARED <= len(prompt) <= self.max_tokens:
             return
         tokens = tuple(prompt)
         for known in [k for k in self._held if tokens[: len(k)] == k]:
@@ -220,16 +194,17 @@ class Decode:
         window = packed.config.sliding_window or self.cursor + 1
         self.low = max(min(slots.starts), self.cursor + 1 - window)
         assert slots.row_starts is not None
-        self.turn: Turn = packed.turn(self.cursor - slots.row_starts)
+        self.rotation = packed.rotation(self.cursor - slots.row_starts)
         self.mask = None
         if slots.mask is not None:
             self.mask = slots.mask[:, None, None, self.low : self.cursor + 1]
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """See `Pass.attend`."""
         new_k, new_v = kv.unbind(1)
         keys, values = self.caches[layer]
         k, v = self._past(keys, new_k), self._past(values, new_v)
-        return attend_few(q, k, v, self.mask).view(self.rows, -1)
+        return attend_decode(q, k, v, self.mask).view(self.rows, -1)
 
     def _past(self, cache: Tensor, new: Tensor) -> Tensor:
         """`new` `(B,K,D)` written at the cursor; what a live row sees, `(B,K,D,S)`."""
@@ -238,7 +213,7 @@ class Decode:
         return live.narrow(3, self.low, self.cursor + 1 - self.low)
 
 
-def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """A group's queries over the whole past. q `(B,K,G,D)`, k and v `(B,K,D,S)` -> `(B,K,G,D)`.
 
     The queries of a group stand where products expect query positions, so KV heads are never
@@ -257,17 +232,16 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Slots:
-    """Keys and values `(slots, K, D, columns)` of layers with attention, and who lives in them.
+    """Keys and values `(slots, K, D, columns)` of layers with attention, and the live rows.
 
     In memory values are `(slots, K, columns, D)`, so that both products of attention read rows
-    (keys in that order cost a fifth more); keys are too where SDPA wants them so.
+    (keys in that order cost a fifth more); keys are too where SDPA wants them so. max_tokens: rows
+    times columns held at most, as far as the live rows allow.
     """
 
     def __init__(self, packed: Packed, max_tokens: int | None = None) -> None:
-        """max_tokens: rows times columns held at most, where the live rows leave the choice."""
-        config = packed.config
         self.max_tokens = max_tokens
-        self.dim, self.dtype, self.device = config.head_dim, packed.dtype, packed.device
+        self.dim, self.dtype, self.device = packed.config.head_dim, packed.dtype, packed.device
         self.heads = packed.kv_heads
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows = self.columns = self.cursor = 0
@@ -276,7 +250,7 @@ class Slots:
     def clear(self) -> None:
         """Forget all rows; the memory stays for the next."""
         self.cursor = 0
-        self.starts: list[int] = []
+        self.starts: list[int] = []  # the first column of each live row
         self._rows_changed()
 
     def free(self) -> None:
@@ -286,9 +260,9 @@ class Slots:
         self.rows = self.columns = 0
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Room for this many rows and columns, live ones included.
+        """Make room for this many rows and columns, live ones included.
 
-        It shrinks in one direction only where it must grow in the other and both are too much.
+        Shrinks in one direction only where it must grow in the other and both are too much.
         """
         if rows <= self.rows and columns <= self.columns:
             return
@@ -370,12 +344,11 @@ class Slots:
 
     def _move(self, low: int, to: int, size: tuple[int, int] | None = None) -> None:
         """Columns from `low` on become those from `to` on, in new caches where a size is given."""
-        width = self.cursor - low
+        width, live = self.cursor - low, len(self.starts)
         for layer, heads in self.heads.items():
             old = self.caches.get(layer, ())
             if size is not None:
-                self.caches[layer] = self._fresh(size[0], heads, size[1])
-            live = len(self.starts)
+                self.caches[layer] = self._new_cache(size[0], heads, size[1])
             for cache, new in zip(old, self.caches[layer], strict=False):
                 past = cache[:live, ..., low : self.cursor]
                 new[:live, ..., to : to + width] = past.clone() if new is cache else past
@@ -385,16 +358,14 @@ class Slots:
         self.starts = [start + to - low for start in self.starts]
         self._rows_changed()
 
-    def _fresh(self, rows: int, heads: int, columns: int) -> tuple[Tensor, Tensor]:
+    def _new_cache(self, rows: int, heads: int, columns: int) -> tuple[Tensor, Tensor]:
         # Zeros: a masked column is multiplied by 0, which a stray NaN would survive.
         shape = (rows, heads, columns, self.dim)
         keys, values = (
             torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(2, 3)
             for _ in range(2)
         )
-        if self.dtype == torch.float32:
-            keys = keys.contiguous()
-        return keys, values
+        return keys.contiguous() if self.dtype == torch.float32 else keys, values
 
     def _tensors(self) -> Iterator[Tensor]:
         return itertools.chain.from_iterable(self.caches.values())

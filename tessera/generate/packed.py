@@ -1,31 +1,18 @@
-"""Products with int8 weights, on a CPU whose int8 dot products are exact (VNNI).
+"""The decode-time form of a Transformer: the same function in the fewest kernels.
 
-    W ≈ diag(s) Q, s a row;   x ≈ a X, a an input row;   y = a s (X Qᵀ), X Qᵀ in int32
+    h = x / |x|;   q k v = rotate(h Wqkv);   x += attend(q, k, v) Wo
+    h = x / |x|;   g u = h Wgu;              x += (silu(g) u) Wd
 
-Symmetric, weights by output channel once, activations by row at each call, so that a row's
-product does not depend on its batch mates. A quarter of the memory, and of the bytes a small batch
-streams. Products of both in int8 beat weight-only ones: torch's `_weight_int8pack_mm` took 4 to 27
-times as long as float32 (a float32 `mm`, AVX-512, one thread). Outliers in activations cost
-precision that weight-only int8 keeps (Dettmers et al. 2022, LLM.int8()).
-
-The decode-time form of a Transformer: the same function in the fewest kernels.
-
-    h = x / |x|;   q k v = turn(h Wqkv);   x += attend(q, k, v) Wo
-    h = x / |x|;   g u = h Wgu;            x += (silu(g) u) Wd
-
-A small batch is bound by kernel launches, so whatever does not depend on the tokens is folded
-into the weights: RMSNorm's gain and sqrt(C), attention's 1/sqrt(D), q k v and gate up into one
-matrix each. Norm's epsilon is a constant column of the residual stream. Rows of q and k are
-permuted so that rotate-half RoPE is one complex product; their dot products are unchanged.
-A snapshot: it shares no memory with the module it was made from.
+A small batch is bound by kernel launches, so whatever does not depend on the tokens is folded into
+the weights (`PackedAttention`, `unit`). A snapshot: it shares no memory with its module.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +22,54 @@ from tessera.generate.engine import GenerationError
 from tessera.model.config import GQA, NoOp
 from tessera.model.cpu import onednn_product, onednn_rows, prefers_onednn, reordered
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
-from tessera.model.transformer import Block, Transformer
+from tessera.model.transformer import Transformer
 
 # Below this many weights, quantising the activations takes what the product saves: at 2**20 a
 # single row takes 1.16 times as long as in float32 and 8 rows 0.66, at 2**22 0.45 and 0.30.
 INT8_FROM = 2**20
 
 
+class Matrix:
+    """`x @ weight.T + bias`: x `(N,I)`, weight `(O,I)`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.bias = bias
+        self.transposed = weight.t()
+        self.onednn_rows = sys.maxsize
+        if prefers_onednn(weight):
+            self.onednn_rows = onednn_rows(weight.numel())
+            self.blocked = reordered(weight)
+            # Left for few rows, if any; for those, (I, O) order streams faster than (O, I).
+            few = self.transposed[:, : weight.shape[0] if self.onednn_rows > 1 else 0]
+            self.transposed = few.contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] >= self.onednn_rows:
+            return onednn_product(x, self.blocked, self.bias)
+        if self.bias is None:
+            return torch.mm(x, self.transposed)
+        return torch.addmm(self.bias, x, self.transposed)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """`residual += x @ weight.T + bias`, in place."""
+        if x.shape[0] >= self.onednn_rows:
+            residual.add_(onednn_product(x, self.blocked, self.bias))
+            return
+        residual.addmm_(x, self.transposed)
+        if self.bias is not None:
+            residual.add_(self.bias)
+
+
 class Int8Matrix:
-    """`x @ weight.T + bias`: x `(N,I)`, weight `(O,I)`, the product in int8."""
+    """`Matrix` with the product in int8, on a CPU whose int8 dot products are exact (VNNI).
+
+        W ≈ diag(s) Q, s a row;   x ≈ a X, a an input row;   y = a s (X Qᵀ), X Qᵀ in int32
+
+    Symmetric, weights by output channel once, activations by row at each call, so that a row's
+    product does not depend on its batch mates. torch's weight-only `_weight_int8pack_mm` took 4 to
+    27 times as long as float32 (AVX-512, one thread); it keeps the precision that outliers in
+    activations cost here (Dettmers et al. 2022, LLM.int8()).
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
@@ -98,82 +124,54 @@ def check_int8(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-class Turn:
-    """The rotation of a pass's rows `(R, D/2)`, widened once for every count of KV heads.
+class Rotation:
+    """RoPE of a pass's rows as complex numbers, made once for every count of KV heads.
 
-    Queries and keys turn, values do not, so one contiguous product serves all three.
+    Queries and keys are rotated, values are multiplied by 1, so one product serves all three.
     """
 
     def __init__(self, angles: Tensor, query_heads: int) -> None:
-        self.turns = torch.polar(torch.ones_like(angles), angles)
+        """angles: `(R, D/2)`."""
+        self.factors = torch.polar(torch.ones_like(angles), angles)
         self.query_heads = query_heads
-        self.wide: dict[int, Tensor] = {}
+        self.by_kv_heads: dict[int, Tensor] = {}
 
     def __call__(self, kv_heads: int) -> Tensor:
         """Complex `(R, (H + 2K) D/2)`."""
-        if kv_heads not in self.wide:
-            rows, half = self.turns.shape
-            turning = self.query_heads + kv_heads
-            wide = self.turns.new_ones(rows, turning + kv_heads, half)
-            wide[:, :turning] = self.turns[:, None]
-            self.wide[kv_heads] = wide.flatten(1)
-        return self.wide[kv_heads]
+        if kv_heads not in self.by_kv_heads:
+            rows, half = self.factors.shape
+            rotated = self.query_heads + kv_heads
+            wide = self.factors.new_ones(rows, rotated + kv_heads, half)
+            wide[:, :rotated] = self.factors[:, None]
+            self.by_kv_heads[kv_heads] = wide.flatten(1)
+        return self.by_kv_heads[kv_heads]
 
 
 class Pass(Protocol):
-    """What attention needs to know of a forward pass over N rows: where they stand, the past."""
+    """What attention needs of a forward pass over N rows: their positions and their past."""
 
-    turn: Turn
+    rotation: Rotation
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """q `(N,K,G,D)`, already scaled, and kv `(N,2,K,D)` -> `(N, H*D)`."""
         ...
 
 
-class Matrix:
-    """`x @ weight.T + bias`: x `(N,I)`, weight `(O,I)`."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.bias = bias
-        self.transposed = weight.t()
-        self.onednn_rows = sys.maxsize
-        if prefers_onednn(weight):
-            self.onednn_rows = onednn_rows(weight.numel())
-            self.blocked = reordered(weight)
-            # Left for few rows, if any; for those, (I, O) order streams faster than (O, I).
-            few = self.transposed[:, : weight.shape[0] if self.onednn_rows > 1 else 0]
-            self.transposed = few.contiguous()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] >= self.onednn_rows:
-            return onednn_product(x, self.blocked, self.bias)
-        if self.bias is None:
-            return torch.mm(x, self.transposed)
-        return torch.addmm(self.bias, x, self.transposed)
-
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """`residual += x @ weight.T + bias`, in place."""
-        if x.shape[0] >= self.onednn_rows:
-            residual.add_(onednn_product(x, self.blocked, self.bias))
-            return
-        residual.addmm_(x, self.transposed)
-        if self.bias is not None:
-            residual.add_(self.bias)
+Make = Callable[[Tensor, Tensor | None], Matrix | Int8Matrix]
 
 
-class Make(Protocol):
-    """How the weights of a snapshot are held."""
-
-    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Matrix | Int8Matrix: ...
-
-
-def make_int8(weight: Tensor, bias: Tensor | None = None) -> Matrix | Int8Matrix:
-    """In int8 where that is the faster."""
+def make_int8(weight: Tensor, bias: Tensor | None) -> Matrix | Int8Matrix:
+    """In int8 where that is faster."""
     return (Int8Matrix if weight.numel() >= INT8_FROM else Matrix)(weight, bias)
 
 
 class PackedAttention:
-    """Grouped-query attention."""
+    """Grouped-query attention.
+
+    Folded into one matrix of q, k and v: RMSNorm's gain and sqrt(C), and attention's 1/sqrt(D).
+    Rows of q and k are permuted so that rotate-half RoPE is one complex product; their dot
+    products are unchanged.
+    """
 
     def __init__(self, op: Attention, gain: Tensor, layer: int, make: Make) -> None:
         self.layer, self.dim, self.kv = layer, op.head_dim, op.num_key_value_heads
@@ -192,7 +190,7 @@ class PackedAttention:
         if self.norm_gain is not None:
             qk = qkv[:, : (self.heads + self.kv) * self.dim].unflatten(1, (-1, self.dim))
             qk.copy_(F.rms_norm(qk, (self.dim,), None, self.eps).mul_(self.norm_gain))
-        heads = rotate(qkv, step.turn(self.kv)).view(-1, self.heads + 2 * self.kv, self.dim)
+        heads = rotate(qkv, step.rotation(self.kv)).view(-1, self.heads + 2 * self.kv, self.dim)
         q = heads.narrow(1, 0, self.heads).view(-1, self.kv, self.heads // self.kv, self.dim)
         kv = heads.narrow(1, self.heads, 2 * self.kv).view(-1, 2, self.kv, self.dim)
         self.out.add_to(x, step.attend(self.layer, q, kv))
@@ -219,7 +217,8 @@ class PackedLinear:
 
     def __init__(self, op: LinearMap, gain: Tensor, make: Make) -> None:
         first, *others = op.weights
-        *self.inner, self.last = (make(first * gain), *(make(w.clone()) for w in others))
+        weights = (first * gain, *(weight.clone() for weight in others))
+        *self.inner, self.last = (make(weight, None) for weight in weights)
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
         for matrix in self.inner:
@@ -233,7 +232,7 @@ PackedOp = PackedAttention | PackedFFN | PackedLinear
 class Packed:
     """A snapshot of `module`, laid out for generation. Absent subblocks leave no trace.
 
-    int8: whether large weights are rounded to int8 (`int8.py`). Raises GenerationError.
+    int8: whether large weights are rounded to int8. Raises GenerationError.
     """
 
     @torch.inference_mode()
@@ -252,16 +251,15 @@ class Packed:
             for layer, block in enumerate(config.blocks)
             if isinstance(block.attention, GQA)
         }
-        self.ops = list(self._pack(module, make))
-        self.head = make(module.head * (module.norm.weight * self.root))
+        layers: Any = module.layers
+        self.ops: list[PackedOp] = [
+            _pack(subblock, subblock.norm.weight * self.root, layer, make)
+            for layer, block in enumerate(layers)
+            for subblock in (block.attention, block.ffn)
+            if not isinstance(subblock.variant, NoOp)
+        ]
+        self.head = make(module.head * (module.norm.weight * self.root), None)
         self.frequencies = module.inverse_frequencies(self.device)
-
-    def _pack(self, module: Transformer, make: Make) -> Iterator[PackedOp]:
-        for layer, block in enumerate(module.layers):
-            assert isinstance(block, Block)
-            for subblock in (block.attention, block.ffn):
-                if not isinstance(subblock.variant, NoOp):
-                    yield _pack(subblock, subblock.norm.weight * self.root, layer, make)
 
     def same_shape(self, other: Packed) -> bool:
         """Whether a KV cache made for the other serves this one."""
@@ -269,9 +267,9 @@ class Packed:
         same = ours.blocks == theirs.blocks and ours.head_dim == theirs.head_dim
         return same and (self.device, self.dtype) == (other.device, other.dtype)
 
-    def turn(self, positions: Tensor) -> Turn:
-        """The rotation of rows standing at `positions` `(R,)`."""
-        return Turn(positions[:, None] * self.frequencies, self.config.num_attention_heads)
+    def rotation(self, positions: Tensor) -> Rotation:
+        """RoPE of rows standing at `positions` `(R,)`."""
+        return Rotation(positions[:, None] * self.frequencies, self.config.num_attention_heads)
 
     def forward(self, tokens: Tensor, step: Pass) -> Tensor:
         """Normalised hidden states `(N,C)` of tokens `(N,)`, for `logits`."""
@@ -307,10 +305,10 @@ def unit(stream: Tensor, x: Tensor) -> Tensor:
     return (x / torch.linalg.vector_norm(stream, 2, -1, True, dtype=torch.float32)).to(x.dtype)
 
 
-def rotate(qkv: Tensor, turn: Tensor) -> Tensor:
-    """qkv `(N, M)`, neighbours being one complex number, times turn `(R, M/2)`; R divides N."""
+def rotate(qkv: Tensor, factors: Tensor) -> Tensor:
+    """qkv `(N, M)`, neighbours being one complex number, times factors `(R, M/2)`; R divides N."""
     real = qkv.float()  # no complex numbers below single precision
-    real.view(torch.complex64).view(-1, *turn.shape).mul_(turn)
+    real.view(torch.complex64).view(-1, *factors.shape).mul_(factors)
     return real.to(qkv.dtype)
 
 

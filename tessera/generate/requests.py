@@ -1,9 +1,4 @@
-"""The budget of a thought: after so many tokens its end is forced, and the answer goes on.
-
-An automaton over the tokens of one completion, waiting -> thinking -> closing -> answering. It
-sees ids only; which ids open and close a thought is the caller's to say (`Thinking`).
-
-What callers and the engine's thread share: submitted requests, and the queue they wait in.
+"""What callers and the engine's thread share: submitted requests, and the queue they wait in.
 
     handle = engine.submit(prompt, params)        any thread
     for delta in handle: …                        or: async for delta in handle: …
@@ -23,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from typing import Literal
 
 from tessera.generate.engine import (
     ClosedError,
@@ -35,26 +30,26 @@ from tessera.generate.engine import (
     Thinking,
 )
 
-
-class Stage(Enum):
-    """Where a completion is: before the thought, in it, or behind it."""
-
-    WAITING = 0
-    THINKING = 1
-    ANSWERING = 2
+StoppingCriterion = Callable[[int], bool]
+"""Gets each token of a sample in the engine's thread; True ends the sample with it."""
 
 
-class Thought:
-    """Follows one completion: `push` each token; `forced` is what the next must be, if anything."""
+class EngineError(RuntimeError):
+    """A step failed while this request was in it; the cause says how."""
+
+
+class ThoughtBudget:
+    """Enforces the budget of one completion's thought: `push` each token; `forced` is the next."""
 
     def __init__(self, thinking: Thinking) -> None:
         self.thinking = thinking
-        self.stage = Stage.WAITING if thinking.starts else Stage.THINKING
+        self.stage: Literal["before", "thinking", "answering"]
+        self.stage = "before" if thinking.starts else "thinking"
         self.tokens = 0  # of the thought so far
         self._tail: list[int] = []
-        self._pending: list[int] = []
+        self._pending: list[int] = []  # tokens to force, the next one last
         self._memory = max(map(len, (*thinking.starts, *thinking.ends)))
-        self._watch_budget()
+        self._check_budget()
 
     @property
     def forced(self) -> int | None:
@@ -62,31 +57,28 @@ class Thought:
         return self._pending[-1] if self._pending else None
 
     def push(self, token: int) -> None:
-        """The token that came."""
-        if self.stage is Stage.ANSWERING:
+        if self.stage == "answering":
             return
         self._tail = [*self._tail, token][-self._memory :]
-        if self.stage is Stage.WAITING:
+        if self.stage == "before":
             if _ends_with(self._tail, self.thinking.starts):
-                self.stage, self._tail = Stage.THINKING, []
-                self._watch_budget()
+                self.stage, self._tail = "thinking", []
+                self._check_budget()
             return
         self.tokens += 1
         if self._pending:
             self._pending.pop()
             if not self._pending:
-                self.stage = Stage.ANSWERING
+                self.stage = "answering"
         elif _ends_with(self._tail, self.thinking.ends):
-            self.stage = Stage.ANSWERING
+            self.stage = "answering"
         else:
-            self._watch_budget()
+            self._check_budget()
 
-    def _watch_budget(self) -> None:
-        if self.stage is Stage.THINKING and self.tokens >= self.thinking.max_tokens:
-            self._pending = self._remainder()[::-1]
-
-    def _remainder(self) -> list[int]:
-        """What closes the thought: of the end the model has begun, the rest; else a whole one."""
+    def _check_budget(self) -> None:
+        """Once the budget is spent: force the rest of the end that the model has begun, if any."""
+        if self.stage != "thinking" or self.tokens < self.thinking.max_tokens:
+            return
         begun = (
             (have, end)
             for end in self.thinking.ends
@@ -94,19 +86,11 @@ class Thought:
             if self._tail[-have:] == list(end[:have])
         )
         have, end = max(begun, key=lambda pair: pair[0], default=(0, self.thinking.ends[0]))
-        return list(end[have:])
+        self._pending = list(end[have:])[::-1]
 
 
 def _ends_with(tail: list[int], sequences: tuple[tuple[int, ...], ...]) -> bool:
     return any(tuple(tail[-len(sequence) :]) == sequence for sequence in sequences)
-
-
-Watch = Callable[[int], bool]
-"""Told each token of a sample as it is chosen, by the engine's thread; True ends it there."""
-
-
-class EngineError(RuntimeError):
-    """A step failed while this request was in it; the cause says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,21 +108,19 @@ class Delta:
 class Sample:
     """One completion in the making, the engine's own.
 
-    tokens: what must be read before the next token can be chosen; samples of one prompt hold
-    the same list object, which is how the engine knows that they share it. limit: tokens of the
-    whole completion. Once `done`, nothing of it changes.
+    tokens: what must be read before the next token can be chosen; samples of one prompt share the
+    list object, and so its reading. limit: tokens of the whole completion.
     """
 
     handle: Handle
     index: int
     tokens: Sequence[int]
     params: SamplingParams
-    key: int
     limit: int
     completion: Completion = field(default_factory=Completion)
     noise: list[float] = field(default_factory=list)
-    thought: Thought | None = None
-    watch: Watch | None = None
+    thought: ThoughtBudget | None = None
+    stopping: StoppingCriterion | None = None
     cancelled: bool = False
     done: bool = False
 
@@ -148,7 +130,7 @@ class Sample:
         return len(self.tokens) + self.limit - len(self.completion.token_ids)
 
     def overdue(self, now: float) -> FinishReason | None:
-        """Why the sample must end now, whatever it was doing."""
+        """Why the sample must end now, if it must."""
         if self.cancelled:
             return "cancelled"
         return "timeout" if now >= self.handle.deadline else None
@@ -156,10 +138,10 @@ class Sample:
     def finish(self, reason: FinishReason) -> None:
         self.completion.finish_reason = reason
         self.done = True
-        self.handle.ended()
+        self.handle.sample_finished()
 
 
-def overdue(
+def split_overdue(
     samples: Iterable[Sample], now: float
 ) -> tuple[list[Sample], list[tuple[Sample, FinishReason]]]:
     """Samples that may go on, and those that must end, with the reason."""
@@ -187,28 +169,26 @@ class Handle:
         key: int = 0,
         room: int,
         timeout: float | None = None,
-        watch: Callable[[], Watch] | None = None,
+        stopping: Callable[[], StoppingCriterion] | None = None,
         on_finish: Callable[[], None] | None = None,
     ) -> None:
-        self.prompt = list(prompt)
+        self.prompt, self.key = list(prompt), key
         self.deadline = math.inf if timeout is None else time.monotonic() + timeout
         self.error: BaseException | None = None
-        self.cancelled: Callable[[], None] = lambda: None  # the queue's, once it waits there
-        limit = min(params.max_tokens, room - len(prompt))
+        self.on_cancel: Callable[[], None] = lambda: None  # set by the queue
         self.samples = [
             Sample(
                 self,
                 index,
                 self.prompt,
                 params,
-                key,
-                limit,
-                thought=None if params.thinking is None else Thought(params.thinking),
-                watch=None if watch is None else watch(),
+                min(params.max_tokens, room - len(prompt)),
+                thought=None if params.thinking is None else ThoughtBudget(params.thinking),
+                stopping=None if stopping is None else stopping(),
             )
             for index in range(params.n)
         ]
-        self.wakers: list[Callable[[], None]] = []  # of who reads along; told of every token
+        self.wakers: list[Callable[[], None]] = []  # of readers, called for every token
         self._on_finish = on_finish
         self._unfinished = len(self.samples)
         self._finished = threading.Event()
@@ -227,7 +207,7 @@ class Handle:
         """End every unfinished sample at the engine's next step, with what it has by then."""
         for sample in self.samples:
             sample.cancelled = True
-        self.cancelled()
+        self.on_cancel()
 
     def result(self, timeout: float | None = None) -> list[Completion]:
         """The completions, once all have ended.
@@ -247,41 +227,41 @@ class Handle:
             self.cancel()
 
     def __iter__(self) -> Iterator[Delta]:
-        news, reader = threading.Event(), _Reader(self.samples)
-        self.wakers.append(news.set)
+        changed, seen = threading.Event(), dict.fromkeys(self.samples, 0)
+        self.wakers.append(changed.set)
         try:
-            while not reader.finished:
-                news.clear()
-                yield from reader.fresh()
+            while seen:
+                changed.clear()
+                yield from _deltas(seen)
                 self._check()
-                if not reader.finished:
-                    news.wait()
+                if seen:
+                    changed.wait()
         finally:
-            self.wakers.remove(news.set)
+            self.wakers.remove(changed.set)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        loop, news, reader = asyncio.get_running_loop(), asyncio.Event(), _Reader(self.samples)
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        seen = dict.fromkeys(self.samples, 0)
 
         def wake() -> None:
             try:
-                loop.call_soon_threadsafe(news.set)
+                loop.call_soon_threadsafe(changed.set)
             except RuntimeError:  # the loop was closed under its reader: nobody is left to read
                 self.cancel()
 
         self.wakers.append(wake)
         try:
-            while not reader.finished:
-                news.clear()
-                for delta in reader.fresh():
+            while seen:
+                changed.clear()
+                for delta in _deltas(seen):
                     yield delta
                 self._check()
-                if not reader.finished:
-                    await news.wait()
+                if seen:
+                    await changed.wait()
         finally:
             self.wakers.remove(wake)
 
-    def ended(self) -> None:
-        """The engine's word that one sample more has ended."""
+    def sample_finished(self) -> None:
         self._unfinished -= 1
         if self._on_finish is not None:
             self._on_finish()
@@ -295,7 +275,7 @@ class Handle:
             wake()
 
     def fail(self, error: BaseException) -> None:
-        """The engine's word that it could not go on with this request."""
+        """End the request because a step of the engine failed."""
         self.error = error
         for sample in self.samples:
             if not sample.done:
@@ -306,32 +286,23 @@ class Handle:
             raise EngineError(f"the request failed in the engine: {self.error!r}") from self.error
 
 
-class _Reader:
-    """How far one reader of some samples has come."""
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.seen = {sample: 0 for sample in samples}
-
-    @property
-    def finished(self) -> bool:
-        return not self.seen
-
-    def fresh(self) -> Iterator[Delta]:
-        for sample, start in tuple(self.seen.items()):
-            done, completion = sample.done, sample.completion
-            end = len(completion.token_ids)  # appended last of all that belongs to a token
-            if done:
-                del self.seen[sample]
-            else:
-                self.seen[sample] = end
-            if done or end > start:
-                yield Delta(
-                    sample.index,
-                    completion.token_ids[start:end],
-                    completion.logprobs[start:end],
-                    completion.top_logprobs[start:end],
-                    completion.finish_reason if done else None,
-                )
+def _deltas(seen: dict[Sample, int]) -> Iterator[Delta]:
+    """What is new since `seen` tokens of each sample; those that ended are removed from it."""
+    for sample, start in tuple(seen.items()):
+        done, completion = sample.done, sample.completion
+        end = len(completion.token_ids)  # appended last of all that belongs to a token
+        if done:
+            del seen[sample]
+        else:
+            seen[sample] = end
+        if done or end > start:
+            yield Delta(
+                sample.index,
+                completion.token_ids[start:end],
+                completion.logprobs[start:end],
+                completion.top_logprobs[start:end],
+                completion.finish_reason if done else None,
+            )
 
 
 class Waiting:
@@ -342,9 +313,9 @@ class Waiting:
             raise GenerationError(f"max_queue is {limit}; it must be at least 1, None for no limit")
         self.limit = limit
         self._queue: deque[Sample] = deque()
-        self._news = threading.Condition(threading.RLock())
+        self._changed = threading.Condition(threading.RLock())
         self._closed = False
-        self._sweep_at = math.inf
+        self._sweep_at = math.inf  # the earliest time at which a sample may be overdue
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -353,16 +324,16 @@ class Waiting:
         """Append the samples of requests, all or none. Raises QueueFullError, ClosedError."""
         handles = list(handles)
         samples = [sample for handle in handles for sample in handle.samples]
-        with self._news:
+        with self._changed:
             if self._closed:
                 raise ClosedError("the engine takes no more requests: it is closed or draining")
             if bounded and self.limit is not None:
                 self._check_room(len(samples), self.limit)
             for handle in handles:
-                handle.cancelled = self._cancelled
+                handle.on_cancel = self._sweep_soon
                 self._sweep_at = min(self._sweep_at, handle.deadline)
             self._queue.extend(samples)
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def _check_room(self, count: int, limit: int) -> None:
         if count > limit:
@@ -376,25 +347,25 @@ class Waiting:
             )
 
     def put_back(self, samples: Iterable[Sample]) -> None:
-        """To the front, in this order; they had their turn before, so no bound applies."""
-        with self._news:
+        """Put samples that were taken to the front, in this order; no bound applies."""
+        with self._changed:
             self._queue.extendleft(reversed(list(samples)))
 
     def first(self, count: int) -> list[Sample]:
         """The next samples, left where they are."""
-        with self._news:
+        with self._changed:
             return list(itertools.islice(self._queue, count))
 
     def take(self, count: int) -> list[Sample]:
-        with self._news:
+        with self._changed:
             return [self._queue.popleft() for _ in range(count)]
 
     def sweep(self, now: float) -> None:
         """End and remove the samples that were cancelled or are late."""
         if now < self._sweep_at:
             return
-        with self._news:
-            left, ended = overdue(self._queue, now)
+        with self._changed:
+            left, ended = split_overdue(self._queue, now)
             self._queue = deque(left)
             self._sweep_at = min((s.handle.deadline for s in self._queue), default=math.inf)
         for sample, reason in ended:
@@ -402,16 +373,16 @@ class Waiting:
 
     def wait(self, timeout: float) -> bool:
         """Whether a sample waits, or comes within `timeout` seconds."""
-        with self._news:
-            return self._news.wait_for(lambda: bool(self._queue), timeout)
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._queue), timeout)
 
     def close(self) -> None:
-        """Refuse what comes from now on; what waits stays."""
-        with self._news:
+        """Refuse new requests; those that wait stay."""
+        with self._changed:
             self._closed = True
-            self._news.notify_all()
+            self._changed.notify_all()
 
-    def _cancelled(self) -> None:
-        with self._news:
+    def _sweep_soon(self) -> None:
+        with self._changed:
             self._sweep_at = -math.inf
-            self._news.notify_all()
+            self._changed.notify_all()

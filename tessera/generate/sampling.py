@@ -3,16 +3,16 @@
     l = penalise(logits);   p = softmax(min_p(top_p(top_k(l / temperature))))
     token = min {i : cdf(i) > u}
 
-The uniform u is a function of (seed, prompt key, sample, position), and a row is drawn in the
-order its own filters ask for (by rank under top_k and top_p, by id without), so a completion
-depends neither on its batch mates nor on the number of slots. Reported log-probs are those of the
-raw logits, which is what a trainer recomputes and what policy ratios divide.
+The uniform u is a function of (seed, prompt key, sample, position), and a row is drawn in the order
+its own filters need (by rank under top_k and top_p, by id without), so a completion does not depend
+on its batch mates. Reported log-probs are those of the raw logits, as a trainer recomputes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tessera.generate.engine import SamplingParams
 
-COLDEST = 1e-30  # of temperatures: what is divided by less overflows float32
+MIN_TEMPERATURE = 1e-30  # dividing by less overflows float32
 
 
 def uniforms(seed: int, key: int, sample: int, count: int) -> list[float]:
@@ -35,7 +35,7 @@ def uniforms(seed: int, key: int, sample: int, count: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Filters:
-    """How a group of sampled rows is drawn. All columns are `(R,1)`, None where no row asks.
+    """How a group of sampled rows is drawn. Columns are `(R,1)`, None where no row uses them.
 
     rows: which rows of the batch, None for all of them. ranked: whether they are drawn by rank.
     """
@@ -43,25 +43,23 @@ class Filters:
     rows: Tensor | None
     ranked: bool
     temperature: Tensor
-    top_k: Tensor | None = None
-    top_p: Tensor | None = None
-    min_p: Tensor | None = None
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the rows of a batch ask of their logits; it holds until the rows change.
+class Chosen(NamedTuple):
+    """tokens `(B,)`, their raw logprobs `(B,)`, and (ids, logprobs) `(B,n)` of the likeliest."""
 
-    groups: of sampled rows; the others are greedy. penalty: `(B,1)`. top: the most log-probs that
-    a row reports beside the chosen one's.
-    """
+    tokens: Tensor
+    logprobs: Tensor
+    top: tuple[Tensor, Tensor] | None
 
-    groups: tuple[Filters, ...]
-    penalty: Tensor | None
-    top: int
 
-    @classmethod
-    def of(cls, rows: Sequence[SamplingParams], device: torch.device | None = None) -> Plan:
+class Sampler:
+    """Chooses the next token of each row of a batch; made anew where the rows change."""
+
+    def __init__(self, rows: Sequence[SamplingParams], device: torch.device | None = None) -> None:
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
@@ -69,84 +67,61 @@ class Plan:
         for row, params in enumerate(rows):
             if params.temperature > 0:
                 by_kind.setdefault(params.top_k > 0 or params.top_p < 1, []).append(row)
-        groups = []
+        self.groups: list[Filters] = []  # the rows in none are greedy
         for ranked, chosen in by_kind.items():
             given = [rows[i] for i in chosen]
             top_k = [p.top_k or 2**31 for p in given]
             top_p, min_p = [p.top_p for p in given], [p.min_p for p in given]
-            groups.append(
+            self.groups.append(
                 Filters(
                     None if len(chosen) == len(rows) else torch.tensor(chosen, device=device),
                     ranked,
-                    column([max(p.temperature, COLDEST) for p in given]),
+                    column([max(p.temperature, MIN_TEMPERATURE) for p in given]),
                     torch.tensor(top_k, device=device)[:, None] if min(top_k) < 2**31 else None,
                     column(top_p, torch.float64) if min(top_p) < 1 else None,
                     column(min_p) if max(min_p) > 0 else None,
                 )
             )
         penalties = [p.repetition_penalty for p in rows]
-        return cls(
-            tuple(groups),
-            column(penalties) if set(penalties) - {1.0} else None,
-            max((p.logprobs for p in rows), default=0),
-        )
+        self.penalty = column(penalties) if set(penalties) - {1.0} else None
+        self.top = max((p.logprobs for p in rows), default=0)
 
-    @property
-    def sampled(self) -> bool:
-        return bool(self.groups)
+    def choose(
+        self,
+        logits: Tensor,
+        noise: Tensor | None = None,
+        *,
+        seen: Tensor | None = None,
+        forced: Tensor | None = None,
+    ) -> Chosen:
+        """The next token of each row of logits `(B,V)`.
 
+        noise `(B,)`: one uniform a row, needed where rows are sampled. seen `(B,V)`: the tokens
+        that are penalised. forced `(B,)`: tokens that must come, -1 where the row chooses.
+        """
+        logits = shaped = logits.float()
+        if self.penalty is not None:
+            assert seen is not None, "a penalty needs to know what was seen"
+            penalised = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+            shaped = torch.where(seen, penalised, logits)
+        tokens = self._draw(shaped, noise)
+        if forced is not None:
+            tokens = torch.where(forced >= 0, forced, tokens)
+        logprobs = logits.log_softmax(-1)
+        top = None
+        if self.top:
+            values, ids = logprobs.topk(min(self.top, logits.shape[-1]), dim=-1)
+            top = (ids, values)
+        return Chosen(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top)
 
-@dataclass(frozen=True)
-class Choice:
-    """tokens `(B,)` and their untempered logprobs `(B,)`; top: the likeliest `(B,n)`, if asked."""
-
-    tokens: Tensor
-    logprobs: Tensor
-    top: tuple[Tensor, Tensor] | None = None
-
-
-def choose(
-    logits: Tensor,
-    plan: Plan,
-    noise: Tensor | None = None,
-    *,
-    seen: Tensor | None = None,
-    forced: Tensor | None = None,
-) -> Choice:
-    """The next token of each row of logits `(B,V)`.
-
-    noise `(B,)`: one uniform a row, read where rows are sampled. seen `(B,V)`: which tokens the
-    penalty is about. forced `(B,)`: tokens that must come, -1 where the row chooses.
-    """
-    logits = logits.float()
-    shaped = logits if plan.penalty is None else penalise(logits, plan.penalty, seen)
-    tokens = _drawn(shaped, plan, noise)
-    if forced is not None:
-        tokens = torch.where(forced >= 0, forced, tokens)
-    logprobs = logits.log_softmax(-1)
-    top = None
-    if plan.top:
-        values, ids = logprobs.topk(min(plan.top, logits.shape[-1]), dim=-1)
-        top = (ids, values)
-    return Choice(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top)
-
-
-def _drawn(logits: Tensor, plan: Plan, noise: Tensor | None) -> Tensor:
-    """Tokens `(B,)`: greedy rows' likeliest, and every other group's draws."""
-    if len(plan.groups) == 1 and plan.groups[0].rows is None:
-        assert noise is not None, "sampling needs a uniform a row"
-        return sample(logits, plan.groups[0], noise)
-    tokens = logits.argmax(-1)
-    for group in plan.groups:
-        assert noise is not None and group.rows is not None
-        tokens[group.rows] = sample(logits[group.rows], group, noise[group.rows])
-    return tokens
-
-
-def penalise(logits: Tensor, penalty: Tensor, seen: Tensor | None) -> Tensor:
-    """Logits `(B,V)` less the repetition penalty of seen tokens (Keskar et al. 2019)."""
-    assert seen is not None, "a penalty needs to know what was seen"
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    def _draw(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        assert noise is not None or not self.groups, "sampling needs a uniform a row"
+        if len(self.groups) == 1 and self.groups[0].rows is None:
+            return sample(logits, self.groups[0], noise)  # type: ignore[arg-type]
+        tokens = logits.argmax(-1)
+        for group in self.groups:
+            tokens[group.rows] = sample(logits[group.rows], group, noise[group.rows])  # type: ignore[index]
+        return tokens
 
 
 def sample(logits: Tensor, filters: Filters, noise: Tensor) -> Tensor:

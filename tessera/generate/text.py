@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from tessera.data.thought import CLOSE, OPEN, Splitter, Thought, begun, opens
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import GenerationError, Thinking
-from tessera.generate.requests import Watch
+from tessera.generate.requests import StoppingCriterion
 
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 CONTEXT = 4  # tokens before a text that decide whether its first space belongs to it
@@ -162,20 +162,20 @@ class TextStream:
         return piece
 
 
-def stop_watch(
+def stop_criterion(
     tokenizer: Tokenizer, stops: Sequence[str], prompt: Sequence[int] = ()
-) -> Callable[[], Watch]:
-    """For `submit(watch=…)`: ends a sample with the token that completes a stop string."""
+) -> Callable[[], StoppingCriterion]:
+    """For `submit(stopping=…)`: ends a sample with the token that completes a stop string."""
     StopStrings(stops)  # refuses now what would fail in the engine's thread
 
-    def make() -> Watch:
+    def make() -> StoppingCriterion:
         text, found = Detokenizer(tokenizer, prompt), StopStrings(stops)
 
-        def watch(token: int) -> bool:
+        def stops_at(token: int) -> bool:
             found.push(text.push(token))
             return found.stopped
 
-        return watch
+        return stops_at
 
     return make
 

@@ -1,16 +1,10 @@
 """The built-in engine: continuous batching over a per-layer KV cache, on any torch device.
 
-`submit` from any thread, and `step` until idle: `scheduler.py` says what a step does. `generate`
-is a queue filled at once, longest prompts first, so that prompts of similar length are read
-together and a later one always fits behind the cursor.
+`submit` from any thread, and `step` until idle; `generate` is a queue filled at once. A server
+steps the engine in a thread of its own:
 
-A thread that steps an engine while there is something to do: what a server stands on.
-
-    with EngineThread(engine):                     start … stop
+    with EngineThread(engine):
         handle = engine.submit(prompt, params)     from any thread
-
-A failed step fails the requests in it (`EngineError` at their readers) and the thread goes on; so
-many failures in a row mean that the engine is broken, and then everything is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +17,7 @@ from itertools import islice
 
 import torch
 
-from tessera.generate.cache import Prefill, PrefixCache, Slots, padded
+from tessera.generate.cache import Prefill, Slots
 from tessera.generate.engine import (
     ClosedError,
     Completion,
@@ -34,14 +28,14 @@ from tessera.generate.engine import (
     keys_of,
 )
 from tessera.generate.packed import Packed
-from tessera.generate.requests import Handle, Waiting, Watch
-from tessera.generate.scheduler import Limits, Scheduler, similar
-from tessera.generate.stats import Stats, clock
+from tessera.generate.requests import Handle, StoppingCriterion, Waiting
+from tessera.generate.scheduler import Scheduler, Stats, similar
+from tessera.model.config import ModelConfig
 from tessera.model.transformer import Transformer
 
-__all__ = ["Stats", "TorchEngine", "clock"]
-
 SCORE_LOGITS = 2**24  # held at once while scoring
+IDLE_SECONDS = 0.5  # between two looks at the clock when nothing waits
+MAX_FAILURES = 5  # steps in a row that may fail before an engine counts as broken
 
 
 class TorchEngine:
@@ -51,7 +45,7 @@ class TorchEngine:
     length, to bound the cache; None for no cap. max_queue: samples that may wait for a row before
     `submit` raises QueueFullError. chunk_tokens: of prompts, read between two decode steps.
     prefix_cache_tokens: of prompts, whose KV is kept for later ones that begin alike. int8: large
-    weights rounded to int8, on a CPU: a quarter of the memory, and faster (`int8.py`).
+    weights rounded to int8, on a CPU: a quarter of the memory, and faster.
 
     The engine holds a snapshot of the weights: after a training step, `sync`. The cache is kept
     between calls and freed by `close`. Any thread may submit, cancel and read completions; calls
@@ -74,12 +68,14 @@ class TorchEngine:
                 raise GenerationError(f"{name} is {value}; it must be at least 1")
         self.waiting = Waiting(max_queue)
         self.version, self.int8 = 0, int8
-        self._lock, self._turnstile = threading.Lock(), threading.Lock()
+        self._lock, self._next = threading.Lock(), threading.Lock()
         self._open: Scheduler | None = Scheduler(
             Packed(module, int8),
-            Limits(max_batch_size, max_tokens, chunk_tokens),
             self.waiting,
-            PrefixCache(prefix_cache_tokens) if prefix_cache_tokens else None,
+            max_batch_size,
+            max_tokens,
+            chunk_tokens,
+            prefix_cache_tokens,
         )
 
     @property
@@ -89,14 +85,13 @@ class TorchEngine:
         return self._open
 
     @property
-    def packed(self) -> Packed:
-        """The weights in use."""
-        return self._scheduler.packed
+    def config(self) -> ModelConfig:
+        return self._scheduler.packed.config
 
     @property
     def slots(self) -> Slots:
         """The KV cache."""
-        return self._scheduler.slots
+        return self._scheduler.batch.slots
 
     @property
     def stats(self) -> Stats:
@@ -122,18 +117,17 @@ class TorchEngine:
         *,
         key: int = 0,
         timeout: float | None = None,
-        watch: Callable[[], Watch] | None = None,
+        stopping: Callable[[], StoppingCriterion] | None = None,
     ) -> Handle:
         """Queue a prompt; its completions grow while some thread calls `step`.
 
         key: as in `generate`. timeout: seconds from now after which it ends, wherever it is.
-        watch: called once a sample, for what is told its tokens by the stepping thread and may
-        end it; it must be quick, and must not call the engine.
+        stopping: makes a criterion for each sample, which runs in the stepping thread; it must be
+        quick, and must not call the engine.
         Raises GenerationError, QueueFullError, and ClosedError after `close`.
         """
-        self._check([prompt], params)
-        room = self.packed.config.max_position_embeddings
-        handle = Handle(prompt, params, key=key, room=room, timeout=timeout, watch=watch)
+        room = self._check([prompt], params)
+        handle = Handle(prompt, params, key=key, room=room, timeout=timeout, stopping=stopping)
         self.waiting.put([handle])
         return handle
 
@@ -141,8 +135,8 @@ class TorchEngine:
     def step(self) -> bool:
         """Admit, read and decode once; whether there is more to do.
 
-        Whatever it raises, the requests that were being read or decoded have failed with it, and
-        the engine goes on with those that wait.
+        An exception fails the requests that were being read or decoded; the engine goes on with
+        those that wait.
         """
         with self._turn():
             try:
@@ -162,9 +156,8 @@ class TorchEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`. A completion also ends at max_position_embeddings."""
-        self._check(prompts, params)
-        room = self.packed.config.max_position_embeddings
-        total, finished, told = len(prompts) * params.n, 0, 0
+        room = self._check(prompts, params)
+        total, finished, reported = len(prompts) * params.n, 0, 0
 
         def count() -> None:
             nonlocal finished
@@ -174,21 +167,21 @@ class TorchEngine:
             Handle(prompt, params, key=key, room=room, on_finish=count)
             for prompt, key in zip(prompts, keys_of(prompts, keys), strict=True)
         ]
-        longest_first = sorted(handles, key=lambda handle: -len(handle.prompt))
-        self.waiting.put(longest_first, bounded=False)
+        # Prompts of similar length are read together, and a later one always fits in the cache.
+        self.waiting.put(sorted(handles, key=lambda one: -len(one.prompt)), bounded=False)
         try:
             while finished < total:
                 self.step()
-                if progress is not None and finished > told:
-                    told = finished
-                    progress(told, total)
+                if progress is not None and finished > reported:
+                    reported = finished
+                    progress(reported, total)
         finally:
-            self._abandon(handles)
+            self._cancel(handles)
         return [handle.result() for handle in handles]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
-        longest = self.packed.config.max_position_embeddings
+        longest = self.config.max_position_embeddings
         return [logprobs for logprobs, _ in self._scores(sequences, longest)]
 
     def score_greedy(
@@ -198,7 +191,7 @@ class TorchEngine:
 
         A sequence may have max_position_embeddings + 1 tokens: its last one is not read.
         """
-        return self._scores(sequences, self.packed.config.max_position_embeddings + 1)
+        return self._scores(sequences, self.config.max_position_embeddings + 1)
 
     def sync(self, module: Transformer, version: int) -> None:
         """Take the weights `module` has now, whatever its architecture.
@@ -210,7 +203,7 @@ class TorchEngine:
         packed = Packed(module, self.int8)
         with self._turn():
             if not self.idle:
-                self._check_successor(packed)
+                self._check_successor(packed.config)
             evicted = self._scheduler.evict()
             for sample in evicted:
                 if sample.completion.token_ids:
@@ -223,7 +216,7 @@ class TorchEngine:
         """See `Engine.sleep`: frees the cache where nothing is in flight."""
         with self._turn():
             if self.idle:
-                self._scheduler.slots.free()
+                self.slots.free()
 
     def close(self) -> None:
         """End what is in flight, refuse what comes, and give back the memory."""
@@ -236,32 +229,32 @@ class TorchEngine:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Hold the engine. Who waits for it keeps the turnstile shut, so a stepping loop yields."""
-        with self._turnstile:
+        """Hold the engine. A thread that waits holds `_next`, so that a stepping loop yields."""
+        with self._next:
             self._lock.acquire()
         try:
             yield
         finally:
             self._lock.release()
 
-    def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        config = self.packed.config
-        room = config.max_position_embeddings
-        check_sequences(prompts, "prompt", config.vocab_size, room - 1)
+    def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> int:
+        """Tokens that prompt and completion may have together. Raises GenerationError."""
+        vocab_size, room = self.config.vocab_size, self.config.max_position_embeddings
+        check_sequences(prompts, "prompt", vocab_size, room - 1)
         if params.thinking is not None:
-            check_sequences(params.thinking.ends, "end of thought", config.vocab_size, room)
+            check_sequences(params.thinking.ends, "end of thought", vocab_size, room)
+        return room
 
-    def _check_successor(self, packed: Packed) -> None:
+    def _check_successor(self, config: ModelConfig) -> None:
         for name in ("vocab_size", "max_position_embeddings"):
-            have, given = (getattr(p.config, name) for p in (self.packed, packed))
+            have, given = getattr(self.config, name), getattr(config, name)
             if given < have:
                 raise GenerationError(
                     f"requests in flight may need {name} {have}, and the new model has {given}: "
                     "let them end, or cancel them, before sync"
                 )
 
-    def _abandon(self, handles: list[Handle]) -> None:
-        """End what is unfinished because its caller has gone."""
+    def _cancel(self, handles: list[Handle]) -> None:
         unfinished = [handle for handle in handles if not handle.done]
         for handle in unfinished:
             handle.cancel()
@@ -273,44 +266,44 @@ class TorchEngine:
     def _scores(
         self, sequences: Sequence[Sequence[int]], longest: int
     ) -> list[tuple[list[float], list[bool]]]:
-        check_sequences(sequences, "sequence", self.packed.config.vocab_size, longest)
+        check_sequences(sequences, "sequence", self.config.vocab_size, longest)
         scores: list[tuple[list[float], list[bool]]] = [([], []) for _ in sequences]
-        speaking = (i for i, tokens in enumerate(sequences) if len(tokens) > 1)
-        order = sorted(speaking, key=lambda i: -len(sequences[i]))
+        scored = (i for i, tokens in enumerate(sequences) if len(tokens) > 1)
+        order = sorted(scored, key=lambda i: -len(sequences[i]))
         while order:
             count = similar([len(sequences[i]) for i in order])
             group, order = order[:count], order[count:]
             with self._turn():
-                found = self._score([sequences[i] for i in group])
+                found = _score(self._scheduler.packed, [sequences[i] for i in group])
             for i, values in zip(group, found, strict=True):
                 scores[i] = values
         return scores
 
-    def _score(self, rows: list[Sequence[int]]) -> list[tuple[list[float], list[bool]]]:
-        """Of one pass; each row has two tokens or more, the last of which is not read."""
-        tokens = padded([row[:-1] for row in rows], self.packed.device)
-        step = Prefill(self.packed, *tokens.shape, keep=False)
-        hidden = self.packed.forward(tokens.flatten(), step)
-        lengths, width = [len(row) - 1 for row in rows], tokens.shape[1]
-        inside = [i * width + t for i, n in enumerate(lengths) for t in range(n)]
-        flat = torch.tensor(inside, dtype=torch.long, device=tokens.device)
-        targets = torch.tensor([i for row in rows for i in row[1:]], device=tokens.device)
-        chunk = max(1, SCORE_LOGITS // self.packed.config.vocab_size)
-        logprobs, greedy = [], []
-        for where, target in zip(flat.split(chunk), targets.split(chunk), strict=True):
-            logits = self.packed.logits(hidden[where]).float()
-            logprobs += logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1).tolist()
-            greedy += (logits.argmax(-1) == target).tolist()
-        values, flags = iter(logprobs), iter(greedy)
-        return [(list(islice(values, n)), list(islice(flags, n))) for n in lengths]
 
-
-IDLE = 0.5  # seconds between two looks at the clock when nothing waits
-BROKEN = 5  # failures in a row
+def _score(packed: Packed, rows: list[Sequence[int]]) -> list[tuple[list[float], list[bool]]]:
+    """Of one pass; each row has two tokens or more, the last of which is not read."""
+    lengths, width = [len(row) - 1 for row in rows], max(map(len, rows)) - 1
+    prefill = Prefill(packed, [row[:-1] for row in rows], keep=False)
+    hidden = prefill.forward(width).flatten(0, 1)
+    inside = [i * width + t for i, n in enumerate(lengths) for t in range(n)]
+    flat = torch.tensor(inside, dtype=torch.long, device=packed.device)
+    targets = torch.tensor([i for row in rows for i in row[1:]], device=packed.device)
+    chunk = max(1, SCORE_LOGITS // packed.config.vocab_size)
+    logprobs, greedy = [], []
+    for where, target in zip(flat.split(chunk), targets.split(chunk), strict=True):
+        logits = packed.logits(hidden[where]).float()
+        logprobs += logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1).tolist()
+        greedy += (logits.argmax(-1) == target).tolist()
+    values, flags = iter(logprobs), iter(greedy)
+    return [(list(islice(values, n)), list(islice(flags, n))) for n in lengths]
 
 
 class EngineThread:
-    """Steps `engine` from `start` to `stop`. on_error: told of every failed step."""
+    """Steps `engine` while there is something to do, from `start` to `stop`.
+
+    A failed step fails the requests in it (`EngineError` at their readers), is passed to on_error,
+    and the thread goes on; after MAX_FAILURES in a row the engine is closed.
+    """
 
     def __init__(
         self, engine: TorchEngine, on_error: Callable[[Exception], None] | None = None
@@ -336,7 +329,7 @@ class EngineThread:
         self._thread.start()
 
     def drain(self, timeout: float) -> bool:
-        """Refuse new requests and let the others end; whether all did within `timeout` seconds."""
+        """Refuse new requests and wait for the others; whether all ended in `timeout` seconds."""
         self.engine.waiting.close()
         end = time.monotonic() + timeout
         while not self.engine.idle and self.alive and time.monotonic() < end:
@@ -344,7 +337,7 @@ class EngineThread:
         return self.engine.idle
 
     def stop(self) -> None:
-        """End the thread after its step, what is in flight with "cancelled", and the engine."""
+        """End the thread after its step, cancel what is in flight, and close the engine."""
         self._stop.set()
         self.engine.waiting.close()
         if self._thread.ident is not None:
@@ -361,10 +354,10 @@ class EngineThread:
                 failures += 1
                 if self._on_error is not None:
                     self._on_error(error)
-                if failures == BROKEN:
+                if failures == MAX_FAILURES:
                     self.error = error
                     self.engine.close()
                     return
                 continue
             if not busy:
-                self.engine.waiting.wait(IDLE)
+                self.engine.waiting.wait(IDLE_SECONDS)

@@ -58,10 +58,11 @@ class Context:
 
     @cached_property
     def rope(self) -> tuple[Tensor, Tensor]:
-        from tessera.model.layers import rope_tables
-
+        """`cos` and `sin` `(B,T,1,D)` of rotate-half RoPE."""
         assert self.inverse_frequencies is not None, "the Transformer fills these in"
-        return rope_tables(self.inverse_frequencies, self.positions)
+        angles = self.positions[..., None].float() * self.inverse_frequencies
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+        return angles.cos(), angles.sin()
 
     @cached_property
     def simple(self) -> bool:

@@ -52,13 +52,6 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     return inverse * (keep + (1 - keep) / scaling.factor)
 
 
-def rope_tables(inverse_frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """`cos` and `sin` `(*positions.shape, 1, D)` of rotate-half RoPE, for `(…, heads, D)`."""
-    angles = positions[..., None].float() * inverse_frequencies
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
-    return angles.cos(), angles.sin()
-
-
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` `(…, heads, D)` rotated by its positions' angles, in float32 and back in x's dtype."""
     half = x.shape[-1] // 2

@@ -1,56 +1,87 @@
-"""Next-token prediction on documents: a parent from scratch, or continued pretraining.
+"""Next-token prediction: on documents (stage `cpt`), and on what the assistant writes in chats
+(stage `sft`, paper §4).
 
-    ℓ_t = -log π(y_t | tokens up to t),   w_t = 1 on every token of a document
+    ℓ_t = -log π(y_t | tokens up to t)
+    lm    w_t = 1 on every token of a document
+    sft   w_t = 1 on what the assistant writes, 0 on what it reads
 
-Stage `parent` imports a checkpoint or trains a small one; stage `cpt` continues any model.
+SFT logs the loss of chats with reasoning on and off apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from tessera import dist
-from tessera.data.batch import Batch
+from tessera.data.batch import OFF, ON, Batch
+from tessera.data.config import no_chat_template
 from tessera.data.documents import Documents
-from tessera.data.tokenizer import load_tokenizer
-from tessera.model.checkpoint import find_tensors, load_model, save_model
-from tessera.model.config import ModelConfig, uniform
-from tessera.model.context import Context
-from tessera.model.source import is_hub_id, load_config, resolve
+from tessera.data.template import FILE as TEMPLATE_FILE
+from tessera.model.checkpoint import save_model
+from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
-from tessera.runs.files import RunError
+from tessera.runs.files import RunError, atomic_write
+from tessera.runs.plan import Step
+from tessera.runs.recipe import Config
 from tessera.runs.run import Run
-from tessera.train.engine import Stats, Trainer, one_group
-from tessera.train.flops import Work, model_cost
+from tessera.train.engine import Objective, Stats, Trainer, context_of
+from tessera.train.flops import Cost, Work, model_cost
 from tessera.train.losses import cross_entropy
 from tessera.train.optim import DocumentTrainConfig, TrainConfig
 from tessera.train.parallel import gathered
 
+MODES = {"on": ON, "off": OFF}
 
-class LM:
+
+class LM(Objective):
     """Cross-entropy of the next token."""
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, Transformer)
-        hidden = module(batch.tokens, Context(batch.positions, batch.segments))
-        flat = hidden.flatten(0, 1), module.head, batch.labels.flatten(), batch.weight.flatten()
-        yield cross_entropy(*flat), {}
+        hidden = module(batch.tokens, context_of(batch)).flatten(0, 1)
+        yield cross_entropy(hidden, module.head, batch.labels.flatten(), batch.weight.flatten()), {}
 
-    def weight(self, batch: Batch) -> Tensor:
-        return batch.weight.sum()
 
-    def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
-        return one_group(module)
+class SFT(Objective):
+    """Cross-entropy of the trained tokens; the others never meet the output head."""
+
+    def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
+        assert isinstance(module, Transformer)
+        hidden = module(batch.tokens, context_of(batch)).flatten(0, 1)
+        labels, weight = batch.labels.flatten(), batch.weight.flatten()
+        total, stats = hidden.new_zeros((), dtype=torch.float32), {}
+        for name, chosen in by_mode(batch).items():
+            # Also for no token: every process of a job needs the same backward pass.
+            loss = cross_entropy(hidden[chosen], module.head, labels[chosen], weight[chosen])
+            total = total + loss
+            if name in MODES:
+                stats[f"loss_{name}"] = loss.detach()
+                stats[f"loss_{name}/weight"] = weight[chosen].sum()
+        yield total, stats
 
     def flops(self, module: nn.Module, batch: Batch) -> int:
+        """Every token passes the layers; the trained ones meet the head."""
         assert isinstance(module, Transformer)
         work = Work.of(batch, module.config.sliding_window)
-        return model_cost(module.config).training(work)
+        layers = model_cost(module.config, head=False)
+        head = Cost(2 * module.config.hidden_size * module.config.vocab_size)
+        trained = Work(int((batch.weight > 0).sum()), 0)
+        return layers.training(work) + head.training(trained)
+
+
+def by_mode(batch: Batch) -> dict[str, Tensor]:
+    """Indices (n,) into the flattened batch of the trained tokens: on, off, and of plain text."""
+    trained = batch.weight.flatten() > 0
+    mode = torch.zeros_like(batch.tokens) if batch.mode is None else batch.mode
+    mode = mode.flatten()
+    of_text = (mode != ON) & (mode != OFF)
+    choices = {**{name: mode == value for name, value in MODES.items()}, "text": of_text}
+    return {name: (trained & choice).nonzero().squeeze(1) for name, choice in choices.items()}
 
 
 def documents(
@@ -58,7 +89,7 @@ def documents(
 ) -> Documents:
     """The prepared documents of a data run, cut to a stage's training settings.
 
-    alike: every process reads all rows, for what each has to know whole; otherwise its share.
+    alike: every process reads all rows, not its share of them.
     """
     layout = config.spread.layout
     return Documents(
@@ -83,130 +114,115 @@ def training_documents(data: Path, config: TrainConfig, run: Run) -> Documents:
 
 
 class Heldout:
-    """The mean loss on held-out documents, over the rows of all processes, in nats a token."""
+    """The mean loss on held-out documents, over the rows of all processes, in nats a token.
 
-    def __init__(self, module: Transformer, data: Path, config: TrainConfig, seed: int) -> None:
-        self.module, self.layout = module, config.spread.layout
+    `heldout`; of SFT `heldout_on` and `heldout_off` of the modes that occur, of the others
+    `heldout/NAME` of each source if there are several.
+    """
+
+    def __init__(
+        self, objective: Objective, module: Transformer, data: Path, config: TrainConfig, seed: int
+    ) -> None:
+        self.objective, self.module, self.layout = objective, module, config.spread.layout
         source = documents(data, config, seed, "heldout")
         self.batches = {p.name: source.heldout_batches(source=p.name) for p in source.parts}
 
     def __call__(self) -> dict[str, float]:
-        """`heldout`, and `heldout/NAME` of each source where there are several."""
-        sums = {name: loss_sums(self.module, batches) for name, batches in self.batches.items()}
-        total = torch.stack(list(sums.values()))
-        loss, weight = self.layout.sum(total).unbind(1)
-        found = {"heldout": float(loss.sum() / weight.sum())}
-        if len(sums) > 1:
-            found |= {f"heldout/{k}": float(v) for k, v in zip(sums, loss / weight, strict=True)}
+        sums = torch.stack(
+            [loss_sums(self.objective, self.module, b) for b in self.batches.values()]
+        )
+        loss, weight = self.layout.sum(sums).unbind(-1)  # (sources, 1 + modes)
+        found = {"heldout": float(loss[:, 0].sum() / weight[:, 0].sum())}
+        if isinstance(self.objective, SFT):
+            by_mode = zip(MODES, loss.sum(0)[1:], weight.sum(0)[1:], strict=True)
+            found |= {f"heldout_{name}": float(lo / w) for name, lo, w in by_mode if w}
+        elif len(self.batches) > 1:
+            by_source = zip(self.batches, loss[:, 0] / weight[:, 0], strict=True)
+            found |= {f"heldout/{name}": float(mean) for name, mean in by_source}
         return found
 
 
 @torch.no_grad()
-def loss_sums(module: Transformer, batches: Sequence[Batch]) -> Tensor:
-    """(Σ w·(-log π(y_t)), Σ w) over the batches, float64."""
-    objective, sums = LM(), torch.zeros(2, dtype=torch.float64, device=module.device)
+def loss_sums(objective: Objective, module: Transformer, batches: Sequence[Batch]) -> Tensor:
+    """(Σ w·ℓ, Σ w) over the batches, float64 `(3, 2)`: of all tokens, and by mode if known."""
+    sums = torch.zeros(1 + len(MODES), 2, dtype=torch.float64, device=module.device)
     with gathered(module):
         for batch in (batch.to(module.device) for batch in batches):
-            for loss, _ in objective.losses(module, batch):
-                sums[0] += loss.double()
-            sums[1] += objective.weight(batch).double()
+            for loss, stats in objective.losses(module, batch):
+                sums[0] += torch.stack([loss.double(), objective.weight(batch).double()])
+                for row, name in enumerate(MODES, 1):
+                    if f"loss_{name}" in stats:
+                        keys = (f"loss_{name}", f"loss_{name}/weight")
+                        sums[row] += torch.stack([stats[key].double() for key in keys])
     return sums
 
 
-class ArchitectureConfig(BaseModel):
-    """A homogeneous Llama to train from scratch."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    hidden_size: int = Field(default=128, ge=2)
-    num_hidden_layers: int = Field(default=6, ge=1)
-    num_attention_heads: int = Field(default=4, ge=1)
-    num_key_value_heads: int = Field(default=4, ge=1)
-    intermediate_size: int = Field(default=384, ge=1)
-    head_dim: int | None = None
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10_000.0
-    tie_word_embeddings: bool = False
-
-    def model(self, vocab_size: int, bos: int | None, eos: tuple[int, ...]) -> ModelConfig:
-        """The ModelConfig of this shape for a tokenizer's vocabulary."""
-        words = f"gqa-{self.num_key_value_heads}", f"swiglu-{self.intermediate_size}"
-        return ModelConfig(
-            vocab_size=vocab_size,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-            blocks=uniform(*words, self.num_hidden_layers),
-            max_position_embeddings=self.max_position_embeddings,
-            rope_theta=self.rope_theta,
-            tie_word_embeddings=self.tie_word_embeddings,
-            bos_token_id=bos,
-            eos_token_id=eos,
-        )
-
-
-class ParentConfig(BaseModel):
-    """Either `path` (Hugging Face directory, run or hub id), or `architecture` and `train`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str | None = None
-    architecture: ArchitectureConfig | None = None
-    train: DocumentTrainConfig | None = None
-
-    @field_validator("path")
-    @classmethod
-    def _readable(cls, value: str | None) -> str | None:
-        """What can be known before anything runs: config and weights' headers, unless far away."""
-        if value is not None and not is_hub_id(value):
-            load_config(value)
-            find_tensors(resolve(value))
-        return value
-
-    @model_validator(mode="after")
-    def _one_of(self) -> ParentConfig:
-        scratch = self.architecture is not None and self.train is not None
-        if (self.path is None) != scratch:
-            raise ValueError(
-                'a parent is imported with `path = "…"` (on the command line: '
-                "parent.path=MODEL), or trained with both `architecture` and `train`"
-            )
-        return self
-
-
-class CPTConfig(BaseModel):
+class CPTConfig(Config):
     """Continued pretraining: the LM loss on more documents."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: DocumentTrainConfig
 
 
-def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> None:
-    """Stage `parent`: import a checkpoint, or train one from scratch."""
-    if config.path is not None:
-        if dist.is_main():
-            save_model(load_model(config.path), run.model_path, tokenizer_from=resolve(config.path))
-        return
-    assert config.architecture is not None and config.train is not None
-    data = inputs["data"]
-    if data is None:
-        raise RunError("a parent trained from scratch needs a [data] table before [parent]")
-    tokenizer = load_tokenizer(data)
-    shape = config.architecture.model(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids)
-    module = Transformer(shape).init_weights(run.seed).to(dist.device())
-    _train(config.train.spread.transformer(module), config.train, run, data, data / "tokenizer")
+class SFTConfig(Config):
+    """evaluate_every: steps between evaluations on held-out chats; 0: only at the end."""
+
+    train: DocumentTrainConfig
+    evaluate_every: int = Field(default=0, ge=0)
+
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        return no_chat_template(step, steps)
+
+
+def pretrain(
+    module: Transformer, config: TrainConfig, run: Run, data: Path, tokenizer: Path
+) -> None:
+    """Trains on the documents of `data`, and saves the model with the tokenizer of a directory."""
+    source = training_documents(data, config, run)
+    heldout = Heldout(LM(), module, data, config, run.seed)
+    Trainer(module, LM(), source, config, run, heldout).fit()
+    save_model(module, run.model_path, tokenizer_from=tokenizer)
 
 
 def cpt(config: CPTConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `cpt`: continue `model` on `data`."""
     model = inputs["model"]
+    pretrain(config.train.spread.load(model), config.train, run, inputs["data"], resolve(model))
+
+
+def sft(config: SFTConfig, run: Run, inputs: dict[str, Path]) -> None:
+    """Stage `sft`: train `model` on the chats of `data`."""
+    data, model = inputs["data"], inputs["model"]
     module = config.train.spread.load(model)
-    _train(module, config.train, run, inputs["data"], resolve(model))
+    source = training_documents(data, config.train, run)
+    _check_chats(source, data, module.config.vocab_size)
+    _log_left_out(source, run, config.train.sequence_length)
+    heldout = Heldout(SFT(), module, data, config.train, run.seed)
+    Trainer(module, SFT(), source, config.train, run, heldout, config.evaluate_every).fit()
+    save_model(module, run.model_path, tokenizer_from=resolve(model))
+    if dist.is_main():  # later stages have to ask with the template that was trained
+        template = (data / "tokenizer" / TEMPLATE_FILE).read_text(encoding="utf-8")
+        atomic_write(run.model_path / TEMPLATE_FILE, template)
 
 
-def _train(module: Transformer, config: TrainConfig, run: Run, data: Path, tokenizer: Path) -> None:
-    source = training_documents(data, config, run)
-    heldout = Heldout(module, data, config, run.seed)
-    Trainer(module, LM(), source, config, run, heldout).fit()
-    save_model(module, run.model_path, tokenizer_from=tokenizer)
+def _check_chats(source: Documents, data: Path, vocab_size: int) -> None:
+    """Raises RunError for data without chats, and of another tokenizer than the model's."""
+    if all(part.trained is None for part in source.parts):
+        raise RunError(
+            f"{data} holds no chats, so nothing says which tokens are answers: give a source of it "
+            'format = "chat", or continue pretraining with a [cpt] table'
+        )
+    highest = max(int(part.ids.max()) for part in source.parts)
+    if highest >= vocab_size:
+        raise RunError(
+            f"{data} holds token {highest} and the model has {vocab_size}: tokenise the chats with "
+            'the model\'s own tokenizer ([data] model = "…")'
+        )
+
+
+def _log_left_out(source: Documents, run: Run, length: int) -> None:
+    left, total = (
+        sum(getattr(part, name) for part in source.parts)
+        for name in ("num_left_out", "num_documents")
+    )
+    if left:
+        run.say(f"{left:,} of {total:,} chats are longer than {length} tokens and left out")

@@ -1,10 +1,5 @@
 """The simple methods a search has to beat, at the same budget and for the same engines.
 
-`uniform`: one attention word and one FFN width in every layer (Minitron's width pruning, on the
-library's own words). `dropped`: whole layers removed, least block influence first (ShortGPT).
-`dropped_attention`: attention removed, least replace-one damage first. `greedy`: Puzzle's own
-baseline, an equal budget a layer, what a layer leaves over rolled to the next.
-
 Each takes the best it has among those that meet the constraints; the coarse ones, for which a
 layer of five is a fifth of the model, may have none, and then give the nearest and say so.
 """
@@ -14,57 +9,52 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tessera.model.config import KINDS
-from tessera.puzzle.candidates import Architecture, Candidates, keeps
-from tessera.puzzle.constraints import Case
+from tessera.puzzle.candidates import Architecture, Candidates, Found, keeps_both_kinds
+from tessera.puzzle.constraints import BatchChoice
 from tessera.puzzle.program import SearchError
 from tessera.puzzle.space import Unit
-from tessera.puzzle.sweep import Found
+
+Choices = Sequence[BatchChoice]
 
 
-def uniform(candidates: Candidates, cases: Sequence[Case]) -> Found:
-    """The same two words everywhere: of those that meet the constraints, the least damaging."""
+def uniform(candidates: Candidates, choices: Choices) -> Found:
+    """One attention word and one FFN width in every layer: of those that meet the constraints, the
+    least damaging (Minitron's width pruning, on the library's own words)."""
     attention = _everywhere(candidates, "attention", "gqa-")
     ffn = _everywhere(candidates, "ffn", "swiglu-")
     offered = [list(zip(a, f, strict=True)) for a in attention for f in ffn]
     offered.sort(key=candidates.total)
-    return _first(candidates, cases, offered)
+    return _first(candidates, choices, offered)
 
 
-def dropped_layers(
-    candidates: Candidates, cases: Sequence[Case], influence: Sequence[float]
-) -> Found:
-    """The parent without its least influential layers, as few as meet the constraints.
+def dropped_layers(candidates: Candidates, choices: Choices, influence: Sequence[float]) -> Found:
+    """The parent without its least influential layers, as few as meet the constraints (ShortGPT).
 
     A layer whose space has no `noop` stays. Raises SearchError where none has.
     """
-    able = _removable(candidates, "dropped", KINDS)
-    ranking = {layer: influence[layer] for layer in able}
-    return _first(candidates, cases, _dropped(candidates, ranking, ("noop", "noop")))
+    ranking = {layer: influence[layer] for layer in _removable(candidates, "dropped", KINDS)}
+    return _first(candidates, choices, _dropped(candidates, ranking, KINDS))
 
 
-def dropped_attention(
-    candidates: Candidates, cases: Sequence[Case], damage: Mapping[int, float]
-) -> Found:
-    """The parent without the attentions whose removal does least damage, as few as that."""
-    return _first(candidates, cases, _dropped(candidates, damage, ("noop", None)))
+def dropped_attention(candidates: Candidates, choices: Choices) -> Found:
+    """The parent without the attentions whose removal scores least, as few as that."""
+    kinds = ("attention",)
+    able = _removable(candidates, "dropped-attention", kinds)
+    ranking = {layer: candidates.score(Unit(layer, "attention", "noop")) for layer in able}
+    return _first(candidates, choices, _dropped(candidates, ranking, kinds))
 
 
-def greedy(candidates: Candidates, cases: Sequence[Case]) -> Found:
-    """Layer by layer, the least harmful first, the best block that its share of the budget buys."""
-    found = [_place(candidates, [case], _greedy(candidates, case)) for case in cases]
-    able = [one for one in found if not candidates.refuses(one.words) and keeps(one.words)]
+def greedy(candidates: Candidates, choices: Choices) -> Found:
+    """Puzzle's own baseline: layer by layer, by ascending mean score, the best block within an
+    equal share of the budget, what a layer leaves over rolled to the next."""
+    found = [_placed([one], _greedy(candidates, one)) for one in choices]
+    able = [f for f in found if not candidates.refuses(f.words) and keeps_both_kinds(f.words)]
     if not able:
         raise SearchError(
             f'method = "greedy": {", ".join(candidates.engines) or "nothing"} cannot load what it '
             "chose, and it never looks back; take another method, or a looser budget"
         )
     return min(able, key=lambda one: (not one.meets, candidates.total(one.words)))
-
-
-def removal_scores(candidates: Candidates) -> dict[int, float]:
-    """Layer -> the score of removing its attention, where the space can; SearchError if nowhere."""
-    able = _removable(candidates, "dropped-attention", ("attention",))
-    return {layer: candidates.score(layer, "attention", "noop") for layer in able}
 
 
 def _removable(candidates: Candidates, method: str, kinds: Sequence[str]) -> list[int]:
@@ -90,30 +80,29 @@ def _everywhere(candidates: Candidates, kind: str, prefix: str) -> list[list[str
 
 
 def _dropped(
-    candidates: Candidates, ranking: Mapping[int, float], left: tuple[str | None, str | None]
+    candidates: Candidates, ranking: Mapping[int, float], kinds: Sequence[str]
 ) -> Iterator[Architecture]:
-    """The parent, then with `left` in one more of its lowest-ranking layers at a time.
+    """The parent, then without `kinds` in one more of its lowest-ranking layers at a time.
 
-    None keeps what is there. A layer that an engine cannot do without is passed over.
+    A layer that an engine cannot do without is passed over.
     """
     words = list(candidates.parent.words)
     yield words
     for layer in sorted(ranking, key=ranking.__getitem__):
-        attention, ffn = words[layer]
-        gone = (left[0] or attention, left[1] or ffn)
-        fewer = [*words[:layer], gone, *words[layer + 1 :]]
-        if keeps(fewer) and not candidates.refuses(fewer):
+        ffn = "noop" if "ffn" in kinds else words[layer][1]
+        fewer = [*words[:layer], ("noop", ffn), *words[layer + 1 :]]
+        if keeps_both_kinds(fewer) and not candidates.refuses(fewer):
             words = fewer
             yield words
 
 
-def _first(candidates: Candidates, cases: Sequence[Case], offered: Iterable[Architecture]) -> Found:
+def _first(candidates: Candidates, choices: Choices, offered: Iterable[Architecture]) -> Found:
     """The first architecture that meets the constraints somewhere, else the one nearest to that."""
     missed: list[Found] = []
     for words in offered:
         if candidates.refuses(words):
             continue
-        found = _place(candidates, cases, words)
+        found = _placed(choices, words)
         if found.meets:
             return found
         missed.append(found)
@@ -122,53 +111,46 @@ def _first(candidates: Candidates, cases: Sequence[Case], offered: Iterable[Arch
             f"{', '.join(candidates.engines)} cannot load the parent itself, nor anything like it; "
             "`tessera show` says why"
         )
-    return min(missed, key=lambda one: one.case.excess(one.words))
+    return min(missed, key=lambda one: one.choice.excess(one.words))
 
 
-def _place(candidates: Candidates, cases: Sequence[Case], words: Architecture) -> Found:
-    """An architecture in the fastest case that it meets, else in the nearest."""
-    fits = [case for case in cases if case.excess(words) <= 1 + 1e-9]
+def _placed(choices: Choices, words: Architecture) -> Found:
+    """An architecture at the fastest batches where it meets the constraints, else the nearest."""
+    fits = [one for one in choices if one.excess(words) <= 1 + 1e-9]
     if fits:
-        return Found(words, min(fits, key=lambda case: case.seconds_per_token(words)))
-    return Found(words, min(cases, key=lambda case: case.excess(words)), meets=False)
+        return Found(words, min(fits, key=lambda one: one.seconds_per_token(words)))
+    return Found(words, min(choices, key=lambda one: one.excess(words)), meets=False)
 
 
-def _greedy(candidates: Candidates, case: Case) -> Architecture:
-    """Puzzle's greedy choice: layers by ascending mean score, leftovers rolled over."""
+def _greedy(candidates: Candidates, choice: BatchChoice) -> Architecture:
     layers = range(len(candidates.space.layers))
-    blocks = {layer: _blocks(candidates, case, layer) for layer in layers}
-    share = {key: most / len(layers) for key, most in case.room().items()}
+    blocks = {layer: _blocks(candidates, choice, layer) for layer in layers}
+    share = {key: most / len(layers) for key, most in choice.bounds().items()}
+    bound = {one.key: one.bound for one in choice.constraints}
     spare = dict.fromkeys(share, 0.0)
     chosen: dict[int, tuple[str, str]] = {}
-
-    def mean(layer: int) -> float:
-        return sum(score for score, _, _ in blocks[layer]) / len(blocks[layer])
-
-    for layer in sorted(layers, key=mean):
+    mean = {i: sum(score for score, _, _ in found) / len(found) for i, found in blocks.items()}
+    for layer in sorted(layers, key=mean.__getitem__):
         most = {key: share[key] + spare[key] for key in share}
 
-        def over(costs: dict[str, float], most: dict[str, float] = most) -> float:
-            unit = {one.key: one.most for one in case.limits}
-            return max(0.0, *((costs[key] - most[key]) / unit[key] for key in most))
+        def order(block: tuple, most: dict[str, float] = most) -> tuple[float, float]:
+            score, _, costs = block
+            return max(0.0, *((costs[key] - most[key]) / bound[key] for key in most)), score
 
-        _, words, costs = min(blocks[layer], key=lambda block: (over(block[2]), block[0]))
-        chosen[layer] = words
+        _, chosen[layer], costs = min(blocks[layer], key=order)
         spare = {key: most[key] - costs[key] for key in share}
     return [chosen[layer] for layer in layers]
 
 
-def _blocks(candidates: Candidates, case: Case, layer: int) -> list[tuple]:
+def _blocks(candidates: Candidates, choice: BatchChoice, layer: int) -> list[tuple]:
     """(score, words, costs) of every block that may stand in a layer."""
-    found = []
-    for attention in candidates.space.words(layer, "attention"):
-        for ffn in candidates.space.words(layer, "ffn"):
-            if (layer, attention, ffn) in candidates.refused:
-                continue
-            if (pair := Unit.pair(layer, attention, ffn)) in candidates.pairs:
-                score = candidates.score(*pair)
-            else:
-                score = candidates.score(layer, "attention", attention)
-                score += candidates.score(layer, "ffn", ffn)
-            costs = case.costs({"attention": attention, "ffn": ffn})
-            found.append((score, (attention, ffn), costs))
-    return found
+    return [
+        (
+            candidates.block_score(layer, attention, ffn),
+            (attention, ffn),
+            choice.costs({"attention": attention, "ffn": ffn}),
+        )
+        for attention in candidates.space.words(layer, "attention")
+        for ffn in candidates.space.words(layer, "ffn")
+        if Unit.pair(layer, attention, ffn) not in candidates.refused
+    ]

@@ -43,7 +43,7 @@ from tessera.puzzle.space import (
 from tessera.puzzle.surgery import Importance, ParentStatistics, collect_statistics, walk
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run
-from tessera.train.engine import Stats, Trainer
+from tessera.train.engine import Objective, Stats, Trainer
 from tessera.train.flops import Work, block_cost, kept, subblock_cost, working
 from tessera.train.optim import DocumentTrainConfig, TrainConfig
 
@@ -88,7 +88,7 @@ class BLDConfig(LocalConfig):
     importance: Importance = "iterative"
 
 
-class BLD:
+class BLD(Objective):
     """Trains every unit of a BlockLibrary against a frozen parent."""
 
     def __init__(self, parent: Transformer, statistics: ParentStatistics) -> None:
@@ -106,9 +106,6 @@ class BLD:
                 total, stats[_metric(unit)] = total + loss, loss.detach()
             if stats:
                 yield total, stats
-
-    def weight(self, batch: Batch) -> Tensor:
-        return batch.weight.sum()
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         assert isinstance(module, BlockLibrary)
@@ -164,9 +161,8 @@ def train_units(
         library = make(group)
         config.train.spread.units(library.values())
         source = documents(data, config.train, run.seed)
-        part = number, len(groups)
-        trainer = Trainer(library, objective, source, config.train, run, part=part)
-        trainer.fit()
+        trainer = Trainer(library, objective, source, config.train, run)
+        trainer.as_part(number, len(groups)).fit()
         save_library(library, run.path / "library")
         shutil.rmtree(trainer.state_path, ignore_errors=True)
 

@@ -25,7 +25,7 @@ from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.puzzle.cost import Seconds, generation_seconds
-from tessera.puzzle.cost_table import Scenario
+from tessera.puzzle.cost_table import Scenario, share_of
 from tessera.puzzle.score import HeldoutConfig
 from tessera.runs.plan import Step
 from tessera.runs.run import Run, read_json
@@ -156,8 +156,7 @@ def promised_speedup(row: Mapping[str, Any], scenario: Scenario) -> float | None
     for one in row.get("scenarios", {"": row}).values():
         same = one.get("scenario") == scenario.model_dump()
         if same and one.get("parent_batch", scenario.batch) == scenario.batch:
-            rates = [one[side].get("throughput") for side in ("predicted", "parent")]
-            return rates[0] / rates[1] if all(rates) else None
+            return share_of(one, "throughput")
     return None
 
 

@@ -1,29 +1,9 @@
-"""Budgets as people write them: `30 ms`, `60 GiB`, `49B`, `1.5x`, `1x H100, 32k context`.
+"""Budgets as people write them, made linear for the integer program (Puzzle §2.6).
 
-An amount is a number, alone or with a unit of what the constraint bounds, or a share of the
-parent (`0.7x`). What must fit is a number of devices and what they hold: a context length and how
-many sequences of it, or the cached tokens altogether; what is not said comes from the scenario.
-In a number of tokens k is 1,024, as in the names of context lengths. Torch-free.
-
-The ways of serving that a search may choose from: each scenario at one batch (Puzzle §2.6).
-
-The batch is no variable of the integer program, because seconds and memory at another batch are
-other numbers: each choice of batches is a case of its own, solved by itself, and the best is kept.
-
-The parent is held to the same rule as the child: shares of it are taken at its own best batch,
-the one with the most tokens a second among those where it meets the memory that was asked for in
-units. A child with a smaller KV cache then gains twice, by its words and by a larger batch.
-
-Budgets in the user's words made linear (Puzzle §2.6).
-
-    throughput = "1.25x"     at least 1.25 times the parent's tokens a second
-    latency = "0.8 s"        prefill and every decode step of the scenario
-    bytes = "0.7x"           weights and KV cache at most 0.7 of the parent's
-    fits = "1x H100, 32k context, 16 sequences"
-
-`throughput` >= T becomes seconds <= batch·new / T; every other bound is a weighted sum of columns
-over words, plus the base (embedding, head, sampling). A share of the parent's time is one bound
-over all scenarios, Σ w·seconds/seconds(parent) / Σ w; every other bound holds in each of them.
+throughput = "1.25x"    at least 1.25 times the parent's tokens a second
+latency = "0.8 s"       prefill and every decode step of the scenario
+bytes = "0.7x"          weights and KV cache at most 0.7 of the parent's
+fits = "1x H100, 32k context, 16 sequences"
 """
 
 from __future__ import annotations
@@ -35,10 +15,11 @@ from dataclasses import dataclass, replace
 
 from tessera.devices import Device, DeviceError, find_device
 from tessera.puzzle.cost_table import Costs, CostTable, Scenario, Words
-from tessera.table import nearest
+from tessera.table import nearest, size
+
+Given = float | str  # the value of a budget in a recipe
 
 UTILISATION = 0.9  # share of a device's memory that serving engines fill; vLLM's default
-
 UNITS: dict[str, dict[str, float]] = {
     "count": {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12},
     "bytes": {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
@@ -47,12 +28,22 @@ UNITS: dict[str, dict[str, float]] = {
     "rate": {"tokens/s": 1.0},
 }  # fmt: skip
 EXAMPLES = {"count": "49B", "bytes": "60 GiB", "time": "30 ms", "rate": "500 tokens/s"}
+# budget -> (the cost column it bounds, the dimension of its units)
+COLUMNS = {
+    "parameters": ("parameters", "count"),
+    "bytes": ("bytes", "bytes"),
+    "kv_bytes_per_token": ("kv_bytes_per_token", "bytes"),
+    "time_to_first_token": ("prefill_seconds", "time"),
+    "inter_token_latency": ("decode_seconds", "time"),
+    "latency": ("seconds", "time"),
+    "throughput": ("seconds", "rate"),
+}
+NAMES = (*COLUMNS, "fits")
+COUNTED = ("parameters", "bytes", "kv_bytes_per_token", "fits")  # these need no seconds
+_EVERYWHERE = ("parameters", "kv_bytes_per_token")  # the same in every scenario, at every batch
 _AMOUNT = re.compile(r"(\d[\d,]*\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*(.*)")
 _DEVICES = re.compile(r"(?:(\d+)\s*[x×]\s*)?([A-Za-z].*)")  # noqa: RUF001
 _TOKENS = re.compile(r"(\d[\d,]*(?:\.\d+)?)\s*([kKM]?)\s+(.+)")
-_HELD = {"context": "context", "sequence": "sequences", "sequences": "sequences",
-         "cached tokens": "cached tokens"}  # fmt: skip
-FITS_EXAMPLE = '"1x H100, 32k context, 16 sequences"'
 
 
 class ConstraintError(ValueError):
@@ -76,7 +67,7 @@ class Amount:
         """In seconds, bytes, tokens a second or units; a share stays a share."""
         return self.number * self.factor
 
-    def told(self, number: float) -> str:
+    def text(self, number: float) -> str:
         """Another number in this unit, as a recipe would have it: `"34 ms"`, `12,400`."""
         if not self.unit:
             return f"{number:,.6g}"
@@ -84,10 +75,9 @@ class Amount:
         return f'"{number:,.6g}{"" if closed else " "}{self.unit}"'
 
 
-def read_amount(name: str, given: float | str, dimension: str) -> Amount:
-    """What `name = given` says. dimension: a key of UNITS. Raises ConstraintError."""
-    text = str(given).strip()
-    match = _AMOUNT.fullmatch(text)
+def read_amount(name: str, given: Given, dimension: str) -> Amount:
+    """The amount of a budget. dimension: a key of UNITS. Raises ConstraintError."""
+    match = _AMOUNT.fullmatch(str(given).strip())
     number = float(match[1].replace(",", "")) if match else -1.0
     if not match or not 0 < number < float("inf"):
         raise ConstraintError(
@@ -95,29 +85,17 @@ def read_amount(name: str, given: float | str, dimension: str) -> Amount:
             f'{EXAMPLES[dimension]}", or a share of the parent such as "'
             f'{"1.5x" if dimension == "rate" else "0.8x"}"'
         )
-    unit = match[2].strip()
+    unit, known = match[2].strip(), UNITS[dimension]
     if unit in ("", "x"):
         return Amount(number, unit, 1.0)
-    return Amount(number, *_unit(name, given, unit, UNITS[dimension]))
-
-
-def _unit(name: str, given: float | str, unit: str, known: Mapping[str, float]) -> tuple:
-    """(the unit as we write it, its factor); upper and lower case are one where that is clear."""
-    alike = [word for word in known if word.lower() == unit.lower()]
-    word = unit if unit in known else alike[0] if len(alike) == 1 else None
-    if word is None:
+    alike = [word for word in known if word.lower() == unit.lower()]  # "kb", unless "b" and "B"
+    if unit not in known and len(alike) != 1:
         raise ConstraintError(
             f"{name} = {given!r}: {unit!r} is no unit of {name}; {nearest(unit, [*known, 'x'])} "
             "(x: of the parent's)"
         )
-    return word, known[word]
-
-
-def in_bytes(value: float) -> str:
-    """`60.1 GiB`: the largest unit of which there is one."""
-    units = [(unit, UNITS["bytes"][unit]) for unit in ("TiB", "GiB", "MiB", "KiB")]
-    unit, factor = next(((u, f) for u, f in units if value >= f), ("B", 1.0))
-    return f"{value / factor:.3g} {unit}"
+    word = unit if unit in known else alike[0]
+    return Amount(number, word, known[word])
 
 
 @dataclass(frozen=True)
@@ -128,7 +106,7 @@ class Fits:
     device: Device
     context: int | None = None
     sequences: int | None = None
-    cached: int | None = None
+    cached: int | None = None  # tokens altogether, in place of context and sequences
 
     @property
     def memory(self) -> float:
@@ -136,8 +114,8 @@ class Fits:
         return self.count * self.device.memory * UTILISATION
 
     @property
-    def whole(self) -> bool:
-        """Whether it says by itself how many tokens are cached."""
+    def complete(self) -> bool:
+        """Whether the number of cached tokens does not depend on the scenario."""
         return self.cached is not None or None not in (self.context, self.sequences)
 
     def tokens(self, scenario: Scenario) -> int:
@@ -147,267 +125,49 @@ class Fits:
         context = self.context or scenario.prompt + scenario.new
         return context * (self.sequences or scenario.batch)
 
-    def __str__(self) -> str:
-        said = {"context": self.context, "sequences": self.sequences, "cached tokens": self.cached}
-        parts = [f"{number} {what}" for what, number in said.items() if number is not None]
-        return ", ".join([f"{self.count}x {self.device.name}", *parts])
 
+def read_fits(given: Given) -> Fits:
+    """What `fits = given` asks for, such as "1x H100, 32k context, 16 sequences".
 
-def read_fits(given: float | str) -> Fits:
-    """What `fits = given` says, such as "1x H100, 32k context, 16 sequences".
-
-    Raises ConstraintError.
+    In a number of tokens k is 1,024, as in the names of context lengths. Raises ConstraintError.
     """
-    count, device, held = 0, None, {}
-    parts = [part.strip() for part in re.split(r",(?!\d{3}\b)", str(given))]
-    for part in parts:
+
+    def error(why: str) -> ConstraintError:
+        example = 'For example "1x H100, 32k context, 16 sequences"'
+        return ConstraintError(f"fits = {given!r}: {why}. {example}")
+
+    count, device, loads = 0, None, {}
+    for part in (part.strip() for part in re.split(r",(?!\d{3}\b)", str(given))):
         if match := _DEVICES.fullmatch(part):
             if device is not None:
-                raise _not_understood(given, f"{part!r} is a second kind of device; name one")
-            count, device = int(match[1] or 1), _device(given, match[2])
-        else:
-            what, number = _held(given, part)
-            if what in held:
-                raise _not_understood(given, f"{what} is said twice")
-            held[what] = number
+                raise error(f"{part!r} is a second kind of device; name one")
+            try:
+                count, device = int(match[1] or 1), find_device(match[2])
+            except DeviceError as unknown:
+                raise error(str(unknown)) from None
+            continue
+        match = _TOKENS.fullmatch(part)
+        load = " ".join(match[3].split()) if match else part
+        load = "sequences" if load == "sequence" else load
+        known = ["context", "sequences", "cached tokens"]
+        if not match or load not in known:
+            raise error(f"{part!r} is neither a device nor a load; {nearest(load, known)}")
+        factor = {"": 1, "k": 2**10, "M": 2**20}[match[2].replace("K", "k")]
+        number = round(float(match[1].replace(",", "")) * factor)
+        if number < 1:
+            raise error(f"{part!r} is no load; give a number above 0")
+        if load in loads:
+            raise error(f"{load} is said twice")
+        loads[load] = number
     if device is None or count < 1:
-        raise _not_understood(given, "it names no device")
-    if "cached tokens" in held and len(held) > 1:
-        raise _not_understood(
-            given, "cached tokens are context times sequences already; give one or the other"
-        )
-    return Fits(
-        count, device, held.get("context"), held.get("sequences"), held.get("cached tokens")
-    )
+        raise error("it names no device")
+    if "cached tokens" in loads and len(loads) > 1:
+        raise error("cached tokens are context times sequences already; give one or the other")
+    held = (loads.get(load) for load in ("context", "sequences", "cached tokens"))
+    return Fits(count, device, *held)
 
 
-def _device(given: float | str, name: str) -> Device:
-    try:
-        return find_device(name)
-    except DeviceError as error:
-        raise _not_understood(given, str(error)) from None
-
-
-def _held(given: float | str, part: str) -> tuple[str, int]:
-    """("context" | "sequences" | "cached tokens", how many)."""
-    match = _TOKENS.fullmatch(part)
-    what = " ".join(match[3].split()) if match else part
-    if not match or what not in _HELD:
-        words = ["context", "sequences", "cached tokens"]
-        raise _not_understood(
-            given, f"{part!r} is neither a device nor a load; {nearest(what, words)}"
-        )
-    factor = {"": 1, "k": 2**10, "M": 2**20}[match[2].replace("K", "k")]
-    number = round(float(match[1].replace(",", "")) * factor)
-    if number < 1:
-        raise _not_understood(given, f"{part!r} is no load; give a number above 0")
-    return _HELD[what], number
-
-
-def _not_understood(given: float | str, why: str) -> ConstraintError:
-    return ConstraintError(f"fits = {given!r}: {why}. For example {FITS_EXAMPLE}")
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What serving may cost: budgets for every scenario, budgets of one, and their weights."""
-
-    constraints: Mapping[str, Asked]
-    own: Mapping[str, Mapping[str, Asked]]
-    weights: Mapping[str, float]
-
-    def at(self, scenario: str) -> dict[str, Asked]:
-        """The budgets that hold in a scenario, by name."""
-        return {**self.constraints, **self.own.get(scenario, {})}
-
-    def check(self, costs: Costs) -> None:
-        """Raise ConstraintError for a scenario that was not priced."""
-        for name in {**self.own, **self.weights}:
-            if name not in costs.scenarios:
-                raise ConstraintError(
-                    f"search.scenarios.{name}: the cost stage priced no such scenario; "
-                    f"{nearest(name, costs.scenarios)}"
-                )
-
-
-@dataclass(frozen=True)
-class Case:
-    """Each scenario at one batch, and the bounds that hold there.
-
-    reference: the parent's own tables, as in `constraints.Setting`.
-    """
-
-    tables: Mapping[str, CostTable]
-    reference: Mapping[str, CostTable | None]
-    weights: Mapping[str, float]
-    limits: tuple[Limit, ...]
-
-    def room(self) -> dict[str, float]:
-        """Limit's key -> the most that the words may sum to."""
-        return {one.key: one.most - one.base(self.tables) for one in self.limits}
-
-    def costs(self, words: Mapping[str, str]) -> dict[str, float]:
-        """Limit's key -> what the words of a place (kind -> word) cost."""
-        return {
-            one.key: sum(one.of(self.tables, *key) for key in words.items()) for one in self.limits
-        }
-
-    def totals(self, words: Words) -> dict[str, dict[str, float]]:
-        """Scenario -> every column of an architecture."""
-        return {name: table.total(words) for name, table in self.tables.items()}
-
-    def excess(self, words: Words) -> float:
-        """The largest total of an architecture as a share of its bound; at most 1 meets all."""
-        totals = self.totals(words)
-        return max(one.total(totals) / one.most for one in self.limits)
-
-    def seconds_per_token(self, words: Words) -> float:
-        """Weighted over scenarios; 0 where nothing was measured."""
-        found = 0.0
-        for name, total in self.totals(words).items():
-            if "seconds" in total:
-                found += self.weights[name] / total["throughput"]
-        return found
-
-    def scaled(self, budget: str, factor: float) -> Case:
-        """With one budget of the recipe looser (factor above 1) or tighter."""
-        changed = (o.scaled(factor) if o.budget == budget else o for o in self.limits)
-        return replace(self, limits=tuple(changed))
-
-    def towards(self, parent: Words, share: float) -> Case:
-        """With bounds only `share` of the way from the parent's own cost here to what was asked."""
-        totals = self.totals(parent)
-        own = [one.total(totals) for one in self.limits]
-        moved = (
-            replace(one, most=spent + share * (one.most - spent))
-            for one, spent in zip(self.limits, own, strict=True)
-        )
-        return replace(self, limits=tuple(moved))
-
-    def __str__(self) -> str:
-        """`batch 16`, or `batches chat 16, long 4`."""
-        batches = {name: table.scenario.batch for name, table in self.tables.items()}
-        if len(batches) == 1:
-            return f"batch {next(iter(batches.values()))}"
-        return "batches " + ", ".join(f"{name} {batch}" for name, batch in batches.items())
-
-
-def cases(demand: Demand, costs: Costs, parent: Words) -> tuple[Case, ...]:
-    """Every choice of batches, smallest first; one where the cost stage priced none.
-
-    Scenarios are served apart, so each may have a batch of its own. Raises ConstraintError for
-    budgets that this cost stage cannot answer.
-    """
-    demand.check(costs)
-    weights = {name: demand.weights.get(name, 1.0) for name in costs.scenarios}
-    reference = {name: _reference(name, demand, costs, parent) for name in costs.scenarios}
-    batches = [
-        [(name, batch) for batch in sorted(costs.batches) or [scenario.batch]]
-        for name, scenario in costs.scenarios.items()
-    ]
-    found = []
-    for choice in itertools.product(*batches):
-        tables = {name: costs.tables[name, batch] for name, batch in choice}
-        setting = Setting(tables, parent, reference, weights, costs.bytes_per_parameter)
-        bounds = limits(demand.constraints, demand.own, setting)
-        found.append(Case(tables, reference, weights, bounds))
-    return tuple(found)
-
-
-def _reference(name: str, demand: Demand, costs: Costs, parent: Words) -> CostTable | None:
-    """The table at the parent's best batch in a scenario; None where it meets memory at none."""
-    if not costs.batches:
-        return costs.tables[name, costs.scenarios[name].batch]
-    tables = [costs.tables[name, batch] for batch in costs.batches]
-    fitting = [t for t in tables if _in_memory(t, demand.at(name), costs, parent)]
-
-    def speed(table: CostTable) -> float:
-        return table.total(parent).get("throughput", table.scenario.batch)
-
-    return max(fitting, key=speed, default=None)
-
-
-def _in_memory(table: CostTable, asked: Mapping[str, Asked], costs: Costs, parent: Words) -> bool:
-    """Whether the parent meets the bytes that were asked for in units."""
-    total = table.total(parent)
-    if "fits" in asked:
-        fits = read_fits(asked["fits"])
-        cached = total["kv_bytes_per_token"] * fits.tokens(table.scenario)
-        if total["parameters"] * costs.bytes_per_parameter + cached > fits.memory:
-            return False
-    if "bytes" in asked:
-        amount = read_amount("bytes", asked["bytes"], "bytes")
-        return amount.relative or total["bytes"] <= amount.value
-    return True
-
-
-Asked = float | str
-Terms = Mapping[tuple[str, str], float]
-
-# name -> (the linear column it bounds, the dimension of its units)
-COLUMNS: dict[str, tuple[str, str]] = {
-    "parameters": ("parameters", "count"),
-    "bytes": ("bytes", "bytes"),
-    "kv_bytes_per_token": ("kv_bytes_per_token", "bytes"),
-    "time_to_first_token": ("prefill_seconds", "time"),
-    "prefill_seconds": ("prefill_seconds", "time"),
-    "inter_token_latency": ("decode_seconds", "time"),
-    "decode_seconds": ("decode_seconds", "time"),
-    "latency": ("seconds", "time"),
-    "throughput": ("seconds", "rate"),
-}
-NAMES = (*COLUMNS, "fits")
-COUNTED = ("parameters", "bytes", "kv_bytes_per_token", "fits")
-_EVERYWHERE = ("parameters", "kv_bytes_per_token")  # the same in every scenario, at every batch
-_UPPER = {"throughput"}  # more is better: what is bounded is the time
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One linear bound, Σ terms <= most over a whole architecture, the base included.
-
-    It is told in the user's unit: total / unit, or unit / total where more is better.
-    """
-
-    name: str
-    asked: Asked
-    amount: Amount
-    terms: Terms  # (scenario, column) -> weight
-    most: float
-    unit: float
-    scenario: str = ""  # where it holds; "" for all of them together, or the only one
-    budget: str = ""  # which words of the recipe it comes from
-
-    @property
-    def key(self) -> str:
-        return f"{self.name} in {self.scenario}" if self.scenario else self.name
-
-    @property
-    def inverse(self) -> bool:
-        return self.name in _UPPER
-
-    def number(self, total: float) -> float:
-        """A total in the user's unit."""
-        return self.unit / max(total, 1e-30) if self.inverse else total / self.unit
-
-    def of(self, tables: Mapping[str, CostTable], kind: str, word: str) -> float:
-        """What a word costs under it."""
-        return sum(w * tables[s].words[kind, word][c] for (s, c), w in self.terms.items())
-
-    def base(self, tables: Mapping[str, CostTable]) -> float:
-        """What there is beside the words."""
-        return sum(w * tables[s].base[c] for (s, c), w in self.terms.items())
-
-    def total(self, totals: Mapping[str, Mapping[str, float]]) -> float:
-        """The same of a whole architecture, given its columns in each scenario."""
-        return sum(w * totals[s][c] for (s, c), w in self.terms.items())
-
-    def scaled(self, factor: float) -> Limit:
-        """Looser (factor above 1) or tighter."""
-        return replace(self, most=self.most * factor)
-
-
-def check(constraints: Mapping[str, Asked]) -> None:
+def check_budgets(constraints: Mapping[str, Given]) -> None:
     """Raise ConstraintError for names and values that no cost table could make sense of."""
     if not constraints:
         raise ConstraintError(
@@ -423,116 +183,248 @@ def check(constraints: Mapping[str, Asked]) -> None:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What makes budgets linear: the scenarios' tables, the parent and its own, the weights.
+class Budgets:
+    """The budgets of all scenarios, those of one, which replace them by name, and their weights."""
 
-    reference: scenario -> the table at the batch where the parent is served best; None where it
-    meets the memory asked for at no batch, so that a share of its time means nothing.
+    constraints: Mapping[str, Given]
+    own: Mapping[str, Mapping[str, Given]]
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A linear constraint, Σ coefficient·column <= bound over an architecture, base included.
+
+    The total in the user's unit is total / unit, or unit / total of a throughput.
+    """
+
+    name: str
+    given: Given
+    amount: Amount
+    coefficients: Mapping[tuple[str, str], float]  # (scenario, column) ->
+    bound: float
+    unit: float
+    scenario: str = ""  # where it holds; "" for all of them together, or the only one
+    budget: str = ""  # the budget of the recipe that it comes from: `latency`, `latency of chat`
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} in {self.scenario}" if self.scenario else self.name
+
+    @property
+    def inverse(self) -> bool:
+        """Whether more of the budget is better."""
+        return self.name == "throughput"
+
+    def in_unit(self, total: float) -> float:
+        """A total in the user's unit."""
+        return self.unit / max(total, 1e-30) if self.inverse else total / self.unit
+
+    def total(self, columns: Mapping[str, Mapping[str, float]]) -> float:
+        """Its left side, given the columns of an architecture, a word or the base by scenario."""
+        return sum(w * columns[s][c] for (s, c), w in self.coefficients.items())
+
+    def scaled(self, factor: float) -> Constraint:
+        """Looser (factor above 1) or tighter."""
+        return replace(self, bound=self.bound * factor)
+
+
+@dataclass(frozen=True)
+class BatchChoice:
+    """Each scenario at one batch, and the constraints that hold there.
+
+    The batch is no variable of the integer program, because seconds and memory at another batch
+    are other numbers: every choice of batches is a program of its own, and the best is kept.
+    reference: scenario -> the table at the batch where the parent is served best, which shares of
+    the parent refer to; None where it meets the memory asked for at no batch.
     """
 
     tables: Mapping[str, CostTable]
-    parent: Words
     reference: Mapping[str, CostTable | None]
     weights: Mapping[str, float]
+    parent: Words
     bytes_per_parameter: float
+    constraints: tuple[Constraint, ...] = ()
 
-    def own(self, scenario: str, column: str, name: str) -> float:
+    def bounds(self) -> dict[str, float]:
+        """Constraint's key -> the most that the words alone may sum to."""
+        base = {name: table.base for name, table in self.tables.items()}
+        return {one.key: one.bound - one.total(base) for one in self.constraints}
+
+    def costs(self, words: Mapping[str, str]) -> dict[str, float]:
+        """Constraint's key -> what the words of a place (kind -> word) cost."""
+        columns = [{s: t.words[key] for s, t in self.tables.items()} for key in words.items()]
+        return {one.key: sum(map(one.total, columns)) for one in self.constraints}
+
+    def totals(self, words: Words) -> dict[str, dict[str, float]]:
+        """Scenario -> every column of an architecture."""
+        return {name: table.total(words) for name, table in self.tables.items()}
+
+    def excess(self, words: Words) -> float:
+        """The largest total of an architecture as a share of its bound; at most 1 meets all."""
+        totals = self.totals(words)
+        return max(one.total(totals) / one.bound for one in self.constraints)
+
+    def seconds_per_token(self, words: Words) -> float:
+        """Weighted over scenarios; 0 where nothing was measured."""
+        found = 0.0
+        for name, total in self.totals(words).items():
+            if "seconds" in total:
+                found += self.weights[name] / total["throughput"]
+        return found
+
+    def scaled(self, budget: str, factor: float) -> BatchChoice:
+        """With one budget of the recipe looser (factor above 1) or tighter."""
+        changed = (o.scaled(factor) if o.budget == budget else o for o in self.constraints)
+        return replace(self, constraints=tuple(changed))
+
+    def towards(self, share: float) -> BatchChoice:
+        """With bounds only `share` of the way from the parent's own cost here to what was asked."""
+        totals = self.totals(self.parent)
+        own = [one.total(totals) for one in self.constraints]
+        moved = (
+            replace(one, bound=spent + share * (one.bound - spent))
+            for one, spent in zip(self.constraints, own, strict=True)
+        )
+        return replace(self, constraints=tuple(moved))
+
+    def __str__(self) -> str:
+        """`batch 16`, or `batches chat 16, long 4`."""
+        batches = {name: table.scenario.batch for name, table in self.tables.items()}
+        if len(batches) == 1:
+            return f"batch {next(iter(batches.values()))}"
+        return "batches " + ", ".join(f"{name} {batch}" for name, batch in batches.items())
+
+    def linear(self, budgets: Budgets) -> tuple[Constraint, ...]:
+        """Every constraint that the budgets mean. A share of the parent's time is one constraint
+        over all scenarios, Σ w·seconds/seconds(parent) / Σ w; every other holds in each of them.
+
+        Raises ConstraintError for seconds that were not measured, and shares of a parent that fits
+        nowhere.
+        """
+        found: list[Constraint] = []
+        for name, given in budgets.constraints.items():
+            where = [s for s in self.tables if name not in budgets.own.get(s, {})]
+            found += [replace(one, budget=name) for one in self._linear(name, given, where)]
+        for scenario, own in budgets.own.items():
+            for name, given in own.items():
+                (one,) = self._linear(name, given, [scenario])
+                found.append(replace(one, scenario=scenario, budget=f"{name} of {scenario}"))
+        return tuple(found)
+
+    def _linear(self, name: str, given: Given, where: Sequence[str]) -> list[Constraint]:
+        if name not in COUNTED and not all(table.measured for table in self.tables.values()):
+            raise ConstraintError(
+                f"the constraint {name} needs seconds, and the cost stage ran with source = "
+                '"counted"; set cost.source = "measured", or constrain parameters or bytes'
+            )
+        if name == "fits":
+            fits = read_fits(given)
+            once, each = fits.complete, [self._memory(given, fits, s) for s in where]
+        else:
+            amount = read_amount(name, given, COLUMNS[name][1])
+            if amount.relative and name not in COUNTED:
+                return [self._bounded(name, given, amount, where)] if where else []
+            once = name in _EVERYWHERE
+            each = [self._bounded(name, given, amount, [s]) for s in where]
+        if once or len(self.tables) == 1:
+            return each[:1] if once else each
+        return [replace(one, scenario=s) for one, s in zip(each, where, strict=True)]
+
+    def _memory(self, given: Given, fits: Fits, scenario: str) -> Constraint:
+        """Weights and the KV cache of so many tokens within the devices' memory."""
+        coefficients = {
+            (scenario, "parameters"): self.bytes_per_parameter,
+            (scenario, "kv_bytes_per_token"): float(fits.tokens(self.tables[scenario].scenario)),
+        }
+        gib = Amount(fits.memory / 2**30, "GiB", 2**30)
+        return Constraint("fits", given, gib, coefficients, fits.memory, gib.factor)
+
+    def _bounded(self, name: str, given: Given, amount: Amount, where: Sequence[str]) -> Constraint:
+        """A bound on the weighted mean over scenarios, in the unit of the first of them."""
+        units = {s: self._unit(name, amount, s) for s in where}
+        unit, mass = units[where[0]], sum(self.weights[s] for s in where)
+        column = COLUMNS[name][0]
+        weights = {(s, column): self.weights[s] / mass * (unit / units[s]) for s in where}
+        bound = unit / amount.number if name == "throughput" else amount.number * unit
+        return Constraint(name, given, amount, weights, bound, unit)
+
+    def _unit(self, name: str, amount: Amount, scenario: str) -> float:
+        """What an amount of 1 is in the bounded column; of a throughput, the seconds it leaves."""
+        if name != "throughput":
+            own = COLUMNS[name][0]
+            return self._parents(own, name, scenario) if amount.relative else amount.factor
+        rate = self._parents(name, name, scenario) if amount.relative else amount.factor
+        work = self.tables[scenario].scenario
+        return work.batch * work.new / rate
+
+    def _parents(self, column: str, name: str, scenario: str) -> float:
         """A column of the parent in a scenario. Raises ConstraintError where it fits nowhere."""
-        table = self.reference[scenario]
+        table, here = self.reference[scenario], self.tables[scenario]
         if table is None and column in _EVERYWHERE:
-            table = self.tables[scenario]
+            table = here
         if table is None:
-            here = self.tables[scenario]
             raise ConstraintError(
                 f"{name} is asked as a share of the parent's, but the parent meets the memory "
                 "asked for at none of the batches that the cost stage priced (at batch "
-                f"{here.scenario.batch} it takes {in_bytes(here.total(self.parent)['bytes'])}); "
+                f"{here.scenario.batch} it takes {size(here.total(self.parent)['bytes'])}); "
                 f'give it in units ("{EXAMPLES[COLUMNS[name][1]]}"), allow more memory, or price '
                 "smaller batches in cost.batches"
             )
         return table.total(self.parent)[column]
 
 
-def limits(
-    constraints: Mapping[str, Asked], own: Mapping[str, Mapping[str, Asked]], setting: Setting
-) -> tuple[Limit, ...]:
-    """Every bound that the words of a recipe mean.
+def batch_choices(budgets: Budgets, costs: Costs, parent: Words) -> tuple[BatchChoice, ...]:
+    """Every choice of batches, smallest first; one where the cost stage priced none.
 
-    constraints: for all scenarios; own: scenario -> its own, which replace those of their name.
-    Raises ConstraintError for seconds that were not measured, and shares of a parent that fits
-    nowhere.
+    Scenarios are served apart, so each may have a batch of its own. Raises ConstraintError for
+    budgets that these costs cannot answer.
     """
-    found: list[Limit] = []
-    for name, asked in constraints.items():
-        where = [s for s in setting.tables if name not in own.get(s, {})]
-        found += [replace(one, budget=name) for one in _limits(name, asked, where, setting)]
-    for scenario, words in own.items():
-        for name, asked in words.items():
-            (one,) = _limits(name, asked, [scenario], setting)
-            found.append(replace(one, scenario=scenario, budget=f"{name} of {scenario}"))
+    for name in {**budgets.own, **budgets.weights}:
+        if name not in costs.scenarios:
+            raise ConstraintError(
+                f"search.scenarios.{name}: the cost stage priced no such scenario; "
+                f"{nearest(name, costs.scenarios)}"
+            )
+    weights = {name: budgets.weights.get(name, 1.0) for name in costs.scenarios}
+    reference = {name: _best_of_parent(name, budgets, costs, parent) for name in costs.scenarios}
+    batches = [
+        [(name, batch) for batch in sorted(costs.batches) or [scenario.batch]]
+        for name, scenario in costs.scenarios.items()
+    ]
+    found = []
+    for choice in itertools.product(*batches):
+        tables = {name: costs.tables[name, batch] for name, batch in choice}
+        one = BatchChoice(tables, reference, weights, parent, costs.bytes_per_parameter)
+        found.append(replace(one, constraints=one.linear(budgets)))
     return tuple(found)
 
 
-def _limits(name: str, asked: Asked, where: Sequence[str], setting: Setting) -> list[Limit]:
-    if name not in COUNTED and not all(table.measured for table in setting.tables.values()):
-        raise ConstraintError(
-            f"the constraint {name} needs measured seconds, and the cost stage ran with "
-            "measure = false; set cost.measure = true, or constrain parameters or bytes"
-        )
-    if name == "fits":
-        fits = read_fits(asked)
-        once, each = fits.whole, [_fitting(asked, fits, scenario, setting) for scenario in where]
-    else:
-        amount = read_amount(name, asked, COLUMNS[name][1])
-        once = name in _EVERYWHERE
-        if amount.relative and name not in COUNTED:
-            return [_mixed(name, asked, amount, where, setting)] if where else []
-        each = [_bound(name, asked, amount, scenario, setting) for scenario in where]
-    told = len(setting.tables) > 1 and not once
-    each = each[:1] if once else each
-    return [replace(one, scenario=next(iter(one.terms))[0] if told else "") for one in each]
+def _best_of_parent(name: str, budgets: Budgets, costs: Costs, parent: Words) -> CostTable | None:
+    """The table at the parent's best batch in a scenario; None where it meets memory at none.
 
-
-def _fitting(asked: Asked, fits: Fits, scenario: str, setting: Setting) -> Limit:
-    """Weights and the KV cache of so many tokens within the devices' memory."""
-    tokens = fits.tokens(setting.tables[scenario].scenario)
-    terms = {
-        (scenario, "parameters"): setting.bytes_per_parameter,
-        (scenario, "kv_bytes_per_token"): float(tokens),
-    }
-    gib = Amount(fits.memory / 2**30, "GiB", 2**30)
-    return Limit("fits", asked, gib, terms, fits.memory, gib.factor)
-
-
-def _bound(name: str, asked: Asked, amount: Amount, scenario: str, setting: Setting) -> Limit:
-    """A bound that holds in one scenario."""
-    column = COLUMNS[name][0]
-    if name in _UPPER:
-        work = setting.tables[scenario].scenario
-        unit = work.batch * work.new / amount.factor
-    else:
-        unit = setting.own(scenario, column, name) if amount.relative else amount.factor
-    most = unit / amount.number if name in _UPPER else amount.number * unit
-    return Limit(name, asked, amount, {(scenario, column): 1.0}, most, unit)
-
-
-def _mixed(
-    name: str, asked: Asked, amount: Amount, where: Sequence[str], setting: Setting
-) -> Limit:
-    """The weighted mean, over scenarios, of a time's share of the parent's.
-
-    Where parent and child are served at different batches, throughput compares seconds a token.
+    The parent is held to the child's rule: of the batches where it meets the memory asked for in
+    units, the one with the most tokens a second. A child with a smaller KV cache then gains twice,
+    by its words and by a larger batch.
     """
-    column = COLUMNS[name][0]
+    if not costs.batches:
+        return costs.tables[name, costs.scenarios[name].batch]
+    given = {**budgets.constraints, **budgets.own.get(name, {})}
 
-    def parent(scenario: str) -> float:
-        if name not in _UPPER:
-            return setting.own(scenario, column, name)
-        work = setting.tables[scenario].scenario
-        return work.batch * work.new / setting.own(scenario, name, name)
+    def in_memory(table: CostTable) -> bool:
+        total = table.total(parent)
+        if "fits" in given:
+            fits = read_fits(given["fits"])
+            cached = total["kv_bytes_per_token"] * fits.tokens(table.scenario)
+            if total["parameters"] * costs.bytes_per_parameter + cached > fits.memory:
+                return False
+        if "bytes" in given:
+            amount = read_amount("bytes", given["bytes"], "bytes")
+            return amount.relative or total["bytes"] <= amount.value
+        return True
 
-    unit = parent(where[0])  # totals are told in the first scenario's own seconds
-    mass = sum(setting.weights[s] for s in where)
-    terms = {(s, column): setting.weights[s] / mass * (unit / parent(s)) for s in where}
-    most = unit / amount.number if name in _UPPER else amount.number * unit
-    return Limit(name, asked, amount, terms, most, unit)
+    def speed(table: CostTable) -> float:
+        return table.total(parent).get("throughput", table.scenario.batch)
+
+    tables = [costs.tables[name, batch] for batch in costs.batches]
+    return max(filter(in_memory, tables), key=speed, default=None)

@@ -147,7 +147,7 @@ class _Least:
 
     def __init__(self, engine: TorchEngine, scenario: Scenario) -> None:
         self.engine, self.scenario = engine, scenario
-        self.prompts = prompts_of(scenario, engine.packed.config.vocab_size)
+        self.prompts = prompts_of(scenario, engine.config.vocab_size)
         self.prefill = math.inf
         self.steps: np.ndarray | float = math.inf
 

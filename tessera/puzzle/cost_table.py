@@ -1,7 +1,6 @@
-"""Cost tables read back: what each word costs in each scenario, and sums over architectures.
+"""Cost tables: what each word costs in a scenario at one batch, and sums over architectures.
 
-A table is of one scenario at one batch; `Costs` holds all that a cost stage priced, where every
-scenario was priced at its own batch or at each of a list of batches to choose from.
+Torch-free, for it is read by reports.
 """
 
 from __future__ import annotations
@@ -10,19 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, PositiveInt
 
 from tessera.model.config import KINDS
+from tessera.runs.recipe import Config
 from tessera.runs.run import read_json, read_table
 
 Words = Sequence[Sequence[str]]
 DEFAULT = "default"  # the scenario of a recipe that names none
 
 
-class Scenario(BaseModel):
+class Scenario(Config):
     """The work a cost is quoted for: `batch` requests of `prompt` tokens, `new` tokens each."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch: int = Field(default=8, ge=1)
     prompt: int = Field(default=64, ge=1)
@@ -33,12 +31,32 @@ class Scenario(BaseModel):
         return self.batch * (self.prompt + self.new)
 
 
+class PricedConfig(Config):
+    """The scenarios that a cost stage prices."""
+
+    scenario: Scenario = Scenario()
+    scenarios: dict[str, Scenario] = {}  # by name; when given, they replace `scenario`
+    batches: list[PositiveInt] = []  # price every scenario at each; empty: at its own
+
+    @property
+    def named(self) -> dict[str, Scenario]:
+        return dict(self.scenarios) or {DEFAULT: self.scenario}
+
+    def priced(self) -> list[tuple[str, Scenario]]:
+        """(name, scenario) of every table to write: each scenario at each batch."""
+        return [
+            (name, scenario.model_copy(update={"batch": batch}))
+            for name, scenario in self.named.items()
+            for batch in dict.fromkeys(self.batches or [scenario.batch])
+        ]
+
+
 @dataclass(frozen=True)
 class CostTable:
     """Columns of each word and of the base, for one scenario.
 
-    `seconds` is the whole scenario for the batch: prefill, then `new - 1` decode steps (the
-    prefill yields the first token).
+    `seconds` is the whole scenario for the batch: prefill, which yields the first token, then
+    `new - 1` decode steps.
     """
 
     base: Mapping[str, float]
@@ -75,12 +93,7 @@ class CostTable:
 
 @dataclass(frozen=True)
 class Costs:
-    """Every table of a cost stage, by (scenario, batch), and where its seconds come from.
-
-    `tables/scenarios.json` holds {scenarios: {name: {batch, prompt, new}}, batches, source,
-    device, bytes_per_parameter, bytes_per_kv}; rows of `tables/costs.jsonl` say which scenario and
-    batch they belong to.
-    """
+    """The tables of a cost stage by (scenario, batch), and what `scenarios.json` says of them."""
 
     tables: Mapping[tuple[str, int], CostTable]
     scenarios: Mapping[str, Scenario]
@@ -100,30 +113,26 @@ class Costs:
 
 def read_costs(directory: Path) -> Costs:
     """The tables that a finished cost stage left."""
-    told = read_json(directory, "scenarios")
-    scenarios = {name: Scenario(**one) for name, one in told["scenarios"].items()}
+    found = read_json(directory, "scenarios")
+    scenarios = {name: Scenario(**one) for name, one in found["scenarios"].items()}
     rows: dict[tuple[str, int], list[dict]] = {}
     for row in read_table(directory, "costs"):
-        key = (row.pop("scenario"), row.pop("batch"))
-        rows.setdefault(key, []).append(row)
+        rows.setdefault((row.pop("scenario"), row.pop("batch")), []).append(row)
     tables = {
-        (name, batch): CostTable.from_rows(
-            found, scenarios[name].model_copy(update={"batch": batch})
-        )
-        for (name, batch), found in rows.items()
+        (name, batch): CostTable.from_rows(own, scenarios[name].model_copy(update={"batch": batch}))
+        for (name, batch), own in rows.items()
     }
-    return Costs(
-        tables,
-        scenarios,
-        tuple(told["batches"]),
-        told["source"],
-        told["device"],
-        told["bytes_per_parameter"],
-        told["bytes_per_kv"],
-    )
+    columns = ("source", "device", "bytes_per_parameter", "bytes_per_kv")
+    return Costs(tables, scenarios, tuple(found["batches"]), *(found[key] for key in columns))
 
 
 def unavailable(directory: Path) -> set[tuple[str, str]]:
     """The (kind, word) that a finished cost stage gave no price, as its engine cannot load them."""
-    told = read_json(directory, "scenarios").get("unavailable", [])
-    return {(one["kind"], one["word"]) for one in told}
+    rows = read_json(directory, "scenarios").get("unavailable", [])
+    return {(row["kind"], row["word"]) for row in rows}
+
+
+def share_of(row: Mapping, column: str) -> float | None:
+    """A predicted column of a row of `architectures.json` over the parent's; None without one."""
+    own, parent = row["predicted"].get(column), row["parent"].get(column)
+    return own / parent if own and parent else None

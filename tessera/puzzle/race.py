@@ -25,9 +25,10 @@ from tessera.model.checkpoint import load_model
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import documents
 from tessera.puzzle.compare import quality
+from tessera.puzzle.cost_table import share_of
 from tessera.puzzle.library import assemble
 from tessera.runs.files import FailureError, WriteError
-from tessera.runs.recipe import Config
+from tessera.runs.recipe import Config, identity
 from tessera.runs.run import Run, is_done, read_json, read_table
 from tessera.train.engine import Trainer
 from tessera.train.optim import DocumentTrainConfig
@@ -101,10 +102,17 @@ def heat(path: Path, words: Sequence, config: HeatConfig, run: Run, inputs: dict
     read back. A number that is not finite is None; so is all that follows a diverged training.
     """
     if not dist.broadcast(is_done(path)):
-        settings = {"words": words, **config.model_dump()}
+        settings = {"words": words, **config.model_dump(mode="json")}
+        made = {"words": words, **identity(config)}
         near = {need: inputs[need] for need in ("parent", "library", "data")}
         with Run.open(
-            path, stage="heat", config=settings, inputs=near, seed=run.seed, quiet=run.quiet
+            path,
+            stage="heat",
+            config=settings,
+            identity=made,
+            inputs=near,
+            seed=run.seed,
+            quiet=run.quiet,
         ) as own:
             found = _distil(words, config, own, inputs)
             finite = {k: v if math.isfinite(v) else None for k, v in found.items()}
@@ -163,12 +171,6 @@ def _warn_of_bad(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any])
     )
 
 
-def speedup(candidate: Row) -> float | None:
-    """The promised throughput over the parent's; None where no seconds were measured."""
-    rates = [candidate[side].get("throughput") for side in ("predicted", "parent")]
-    return rates[0] / rates[1] if all(rates) else None
-
-
 def ranking(rows: Sequence[Row]) -> list[int]:
     """Which rows of a rung go by place: the best one of every candidate, best first.
 
@@ -198,7 +200,7 @@ def run_rung(
             "place": None,
             "candidate": candidate["name"],
             "method": candidate.get("method"),
-            "promised": speedup(candidate),
+            "promised": share_of(candidate, "throughput"),
             "meets": candidate.get("meets", True),
             "lr": lr,
             "tokens": settings.train.steps * settings.train.tokens_per_step,

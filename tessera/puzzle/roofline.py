@@ -29,7 +29,7 @@ import torch
 
 from tessera.devices import CPU, DTYPES, Device, DeviceError, find_device
 from tessera.generate.packed import Matrix
-from tessera.generate.stats import clock
+from tessera.generate.scheduler import clock
 from tessera.model.config import GQA, KINDS, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse_kind
 from tessera.puzzle.cost_table import Scenario
 

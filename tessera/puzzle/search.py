@@ -1,56 +1,396 @@
 """The search: the best architectures under what serving them may cost (Puzzle §2.6).
 
-What the user's constraints mean is in `constraints.py`, the batches to choose from in `cases.py`,
-the words in `candidates.py`, the integer program in `program.py`, and over all batches in
-`sweep.py`; `baselines.py` has the simple methods, `conditional.py` scores that follow what is gone.
+Every choice of batches is an integer program (`program.py`). All minimise the same scores, so their
+optima compare as they are, and the proof of the best is the worst of all their bounds. A program
+whose linear relaxation is worse than what another reached is not solved; among equals the faster
+architecture is taken. Below: why nothing meets the constraints, shadow prices, the stage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from tessera.export.engines import engines_of
+from tessera.export.engines import engines_of, refusals
 from tessera.model.config import KINDS, ModelConfig
 from tessera.model.source import load_config
 from tessera.puzzle import baselines
-from tessera.puzzle.candidates import Architecture, Candidates
-from tessera.puzzle.conditional import ConditionalConfig, Rescorer, Words, polish, tighten
-from tessera.puzzle.constraints import Case, Demand, cases, check
-from tessera.puzzle.cost_table import Costs, read_costs, unavailable
-from tessera.puzzle.prices import shadow_prices
-from tessera.puzzle.program import SearchError
-from tessera.puzzle.promises import promised, told
+from tessera.puzzle.candidates import Architecture, Candidates, Found, chosen_words
+from tessera.puzzle.conditional import ConditionalConfig, Rescorer, polish, tighten
+from tessera.puzzle.constraints import (
+    BatchChoice,
+    Budgets,
+    Constraint,
+    Given,
+    batch_choices,
+    check_budgets,
+)
+from tessera.puzzle.cost_table import Costs, Words, read_costs, share_of, unavailable
+from tessera.puzzle.program import (
+    Infeasible,
+    Option,
+    SearchError,
+    Solution,
+    TimedOut,
+    divisible,
+    relax,
+    solve,
+)
 from tessera.puzzle.score import METRICS
-from tessera.puzzle.space import Space, offered, read_space
-from tessera.puzzle.sweep import Effort, Found, search_cases
+from tessera.puzzle.space import Space, Unit, offered, read_space
 from tessera.runs.plan import Step
+from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json, read_table
+
+STEPS = (0.01, 0.1)  # of a bound, in shadow prices
+_PROVED = 1e-6
+_SMALL = 1e-9  # a relative change below this is the solver's rounding
+Row = dict[str, Any]
+Least = Callable[[str, Mapping[str, float]], float | None]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """The integer program over every choice of batches.
+
+    solutions: how many architectures, of which two agree in at most `overlap` of the places.
+    cuts: what engines turn out to refuse, added to while solving.
+    """
+
+    candidates: Candidates
+    choices: Sequence[BatchChoice]
+    time_limit: float = 60.0  # of each program
+    solutions: int = 1
+    overlap: float = 0.8
+    cuts: set[Unit] = field(default_factory=set)
+
+    def architectures(self) -> list[Found]:
+        """The best ones, best first; fewer than wanted where no more differ enough.
+
+        Raises Infeasible, which says the nearest that could be met, and TimedOut.
+        """
+        found: list[Found] = []
+        while len(found) < self.solutions:
+            try:
+                found.append(self.best([one.solution for one in found if one.solution]))
+            except Infeasible:
+                if found:
+                    break
+                raise Infeasible(self._explain()) from None
+        return found
+
+    def best(self, earlier: Sequence[Solution] = ()) -> Found:
+        """The best architecture at any choice of batches that differs from `earlier`.
+
+        Raises Infeasible where there is none, and TimedOut.
+        """
+        found: list[tuple[tuple[float, float], Found, Solution]] = []
+        timed_out: list[TimedOut] = []
+        bounds: list[float] = []
+        for bound, choice in self._by_relaxation():
+            if found and bound > min(order for order, _, _ in found)[0] + 1e-8:
+                bounds.append(bound)
+                continue
+            try:
+                solution, words = self._solve(choice, earlier)
+            except TimedOut as error:
+                timed_out.append(error)
+                bounds.append(max(bound, error.bound))
+            except Infeasible:
+                continue
+            else:
+                order = round(solution.score, 9), choice.seconds_per_token(words)
+                found.append((order, Found(words, choice), solution))
+        if not found and timed_out:
+            raise timed_out[0]
+        if not found:
+            raise Infeasible("no architecture meets the constraints")
+        _, best, solution = min(found, key=lambda one: one[0])
+        bound = min(bounds + [one.bound for _, _, one in found])
+        seconds = sum(one.seconds for _, _, one in found)
+        return replace(best, solution=replace(solution, bound=bound, seconds=seconds))
+
+    def _by_relaxation(self) -> list[tuple[float, BatchChoice]]:
+        """(a bound on its score, choice), best bound first, without those that have no answer."""
+        if len(self.choices) == 1:
+            return [(-math.inf, self.choices[0])]
+        found = []
+        for choice in self.choices:
+            try:
+                found.append((divisible(*self._program(choice))[0], choice))
+            except Infeasible:
+                continue
+        return sorted(found, key=lambda pair: pair[0])
+
+    def _program(
+        self, choice: BatchChoice
+    ) -> tuple[list[Option], dict[str, float], list[tuple[int, str, str]]]:
+        """(options, limits, forbidden pairs)."""
+        limits = choice.bounds() | self.candidates.limits
+        options = self.candidates.options(choice, self.cuts)
+        return options, limits, self.candidates.forbidden(self.cuts)
+
+    def _solve(
+        self, choice: BatchChoice, earlier: Sequence[Solution]
+    ) -> tuple[Solution, Architecture]:
+        """The best architecture at these batches that the engines can load."""
+        while True:
+            solution = solve(*self._program(choice), self.time_limit, earlier, self.overlap)
+            words = chosen_words(solution, len(self.candidates.space.layers))
+            refused = self._refused_layer(words)
+            if refused is None:
+                return solution, words
+            self.cuts.add(Unit.pair(refused, *words[refused]))
+
+    def _refused_layer(self, words: Architecture) -> int | None:
+        """Where to cut an architecture that an engine refuses as a whole, though no pair alone.
+
+        The one such rule known: in vLLM a run of empty layers may not end in a bare FFN, since the
+        residual starts in the first attention. Forbidding the first empty layer breaks the run.
+        """
+        config, engines = self.candidates.parent.with_words(words), self.candidates.engines
+        reasons = [reason for engine in engines for reason in refusals(config, engine)]
+        if not reasons:
+            return None
+        empty = [layer for layer, (attention, _) in enumerate(words) if attention == "noop"]
+        if not empty:
+            raise SearchError(f"{', '.join(engines)} cannot load any child here: {reasons[0]}")
+        return empty[0]
+
+    def _explain(self) -> str:
+        """Why no choice of batches has an answer, explained at the one nearest to having one."""
+        slacks = [(self.slack(choice), choice) for choice in self.choices]
+        possible = [(slack, choice) for slack, choice in slacks if slack is not None]
+        if not possible:
+            engines = ", ".join(self.candidates.engines) or "none named"
+            return (
+                "no architecture meets the constraints: whatever they were, no two words that the "
+                f"engines ({engines}) can load fit together. "
+                "Offer more words in the space of the [bld] table"
+            )
+
+        def relative(pair: tuple[dict[str, float], BatchChoice]) -> float:
+            slack, choice = pair
+            return sum(slack[one.key] / one.bound for one in choice.constraints)
+
+        slack, choice = min(possible, key=relative)
+        where = f" (nearest at {choice})" if len(self.choices) > 1 else ""
+        return explain(choice, slack, lambda key, rest: self._least(choice, key, rest), where)
+
+    def slack(self, choice: BatchChoice) -> dict[str, float] | None:
+        """Constraint's key -> by how much to loosen it, the sum of relative changes the least.
+
+        None where no choice of words is possible, whatever the constraints.
+        """
+        scales = {one.key: one.bound for one in choice.constraints}
+        options, _, forbidden = self._program(choice)
+        limits, hard = choice.bounds(), self.candidates.limits
+        try:
+            return relax(options, limits, scales, hard, forbidden, self.time_limit)
+        except SearchError:
+            return None
+
+    def _least(self, choice: BatchChoice, key: str, bounds: Mapping[str, float]) -> float | None:
+        """The least that the words can sum to under `key` within `bounds` of the others."""
+        options, _, forbidden = self._program(choice)
+        unit = max(abs(option.costs[key]) for option in options) or 1.0
+        priced = [replace(option, score=option.costs[key] / unit) for option in options]
+        limits = {**bounds, **self.candidates.limits}
+        try:
+            return solve(priced, limits, forbidden, self.time_limit).score * unit
+        except SearchError:
+            return None
+
+
+# Why nothing meets the constraints, and the nearest that could be met.
+
+
+def explain(choice: BatchChoice, slack: Mapping[str, float], least: Least, where: str = "") -> str:
+    """What was asked, a line a constraint that binds, and the cheapest set of changes that helps.
+
+    slack: constraint's key -> by how much it is loosened in that set. least(key, others): the
+    smallest sum of a constraint's cost over words within the other bounds; None if there is none.
+    A constraint is explained alone if that is above its bound, else with the others as asked.
+    """
+    bounds = choice.bounds()
+    lines, changes = [], []
+    for one in choice.constraints:
+        others = {key: most for key, most in bounds.items() if key != one.key}
+        for given, when in (({}, "in this space"), (others, "with the others as asked")):
+            low = least(one.key, given)
+            if low is not None and low - bounds[one.key] > _SMALL * one.bound:
+                reached = _reached(one, one.bound + (low - bounds[one.key]))
+                lines.append(f"  {one.key} = {_as_given(one)}: {reached} {when}")
+                break
+        if slack[one.key] / one.bound > _SMALL:
+            changes.append(_loosened(one, slack[one.key]))
+    rest = ", the others as asked" if len(changes) < len(choice.constraints) else ""
+    reasons = "\n".join(lines) or "  each can be met alone, but not all of them together"
+    return (
+        f"no architecture meets the constraints{where}:\n{reasons}\n"
+        f"The cheapest way out: {', '.join(changes)}{rest}\n"
+        "Or offer cheaper words in the space of the [bld] table. One attention and one FFN always "
+        "stay"
+    )
+
+
+def _loosened(one: Constraint, slack: float) -> str:
+    """`latency = "34 ms" (13 % more)`: the budget that just allows so much more."""
+    share = slack / one.bound
+    percent = 100 * (share / (1 + share) if one.inverse else share)
+    change = f"{percent:,.0f}" if percent >= 10 else f"{percent:.2g}"
+    sign = "in" if one.name == "fits" else "="
+    amount = _rounded(one, one.bound + slack)
+    return f"{one.key} {sign} {amount} ({change} % {'less' if one.inverse else 'more'})"
+
+
+def _reached(one: Constraint, total: float) -> str:
+    """`at most "1.32x" can be reached`, `at least 12,400 is needed`."""
+    amount = _rounded(one, total)
+    if one.name == "fits":
+        memory = one.amount.text(float(f"{one.amount.number:.3g}"))
+        return f"at least {amount} is needed, of the {memory} that there are"
+    return f"at most {amount} can be reached" if one.inverse else f"at least {amount} is needed"
+
+
+def _rounded(one: Constraint, total: float) -> str:
+    """A total in the user's unit, three significant digits, to the side that can be met."""
+    value = one.in_unit(total)
+    if value <= 0:
+        return one.amount.text(0.0)
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    steps = math.floor(value / step + _SMALL) if one.inverse else math.ceil(value / step - _SMALL)
+    return one.amount.text(steps * step)
+
+
+def _as_given(one: Constraint) -> str:
+    return f'"{one.given}"' if isinstance(one.given, str) else f"{one.given:,.6g}"
+
+
+# Shadow prices.
+
+
+def shadow_prices(solver: Solver, found: Found) -> list[Row]:
+    """What a little more or less of each budget would change, one row a budget of the recipe.
+
+    Every budget is loosened and tightened by one percent, and by ten where one changes nothing,
+    and the search solved again: words are whole, so the price is a difference of two optima, and
+    zero is an answer. `gain` is what a budget looser by `looser_by` lowers the score by, `loss`
+    what one tighter by `tighter_by` raises it by; None where an optimum was not proved, and for
+    the loss where nothing meets the tighter budget. `price` is the dual of the linear relaxation,
+    score a unit. Steps and price are in the unit of the budget.
+    """
+    choice = found.choice
+    _, dual = divisible(*replace(solver, cuts=set())._program(choice))
+    totals = choice.totals(found.words)
+    rows = []
+    for budget in dict.fromkeys(one.budget for one in choice.constraints):
+        bounds = [one for one in choice.constraints if one.budget == budget]
+        tight = max(bounds, key=lambda one: one.total(totals) / one.bound)
+        up, gain, _ = _change(solver, found, budget, 1)
+        down, loss, possible = _change(solver, found, budget, -1)
+        row = {
+            "budget": budget,
+            "asked": tight.given,
+            "unit": tight.amount.unit,
+            "used": tight.in_unit(tight.total(totals)),
+            "looser_by": _step(tight, 1 + up),
+            "gain": None if gain is None else max(0.0, -gain),
+            "tighter_by": _step(tight, 1 - down),
+            "loss": None if loss is None else max(0.0, loss),
+            "tighter_possible": possible,
+            "price": sum(dual[one.key] * _slope(one) for one in bounds),
+        }
+        row["binds"] = any(row[side] is None or row[side] > _PROVED for side in ("gain", "loss"))
+        rows.append(row | {"told": _price_line(row, tight)})
+    return rows
+
+
+def _change(
+    solver: Solver, found: Found, budget: str, sign: int
+) -> tuple[float, float | None, bool]:
+    """(relative step, how the score changes if that is proved, whether anything meets it): the
+    first step that matters, else the last."""
+    own, step, change = found.solution, 0.0, None
+    assert own is not None
+    for step in STEPS:
+        scaled = [choice.scaled(budget, 1 + sign * step) for choice in solver.choices]
+        try:
+            solution = replace(solver, choices=scaled, cuts=set()).best().solution
+        except Infeasible:
+            return step, None, False
+        except TimedOut:
+            return step, None, True
+        assert solution is not None
+        change = solution.score - own.score if max(own.gap, solution.gap) < _PROVED else None
+        if change is None or abs(change) > _PROVED:
+            break
+    return step, change, True
+
+
+def _step(one: Constraint, factor: float) -> float:
+    """A relative step of the bound, in the unit of what the user wrote."""
+    return abs(one.in_unit(one.bound * factor) - one.in_unit(one.bound))
+
+
+def _slope(one: Constraint) -> float:
+    """By how much the bound moves with one unit of what the user wrote."""
+    number = one.in_unit(one.bound)
+    return one.unit / number**2 if one.inverse else one.unit
+
+
+def _price_line(row: Row, one: Constraint) -> str:
+    """`latency = "30 ms" (29.1 ms used): 0.3 ms more would lower the score by 0.012; …`."""
+    more, less = ("less", "more") if one.inverse else ("more", "less")
+    used, up, down = (
+        one.amount.text(float(f"{row[key]:.3g}")).strip('"')
+        for key in ("used", "looser_by", "tighter_by")
+    )
+    reached = "reached" if one.inverse else "used"
+    head = f"{row['budget']} = {_as_given(one)} ({used} {reached})"
+    if not row["binds"]:
+        return f"{head}: does not bind; {up} {more} buys nothing, {down} {less} costs nothing"
+    price = f"{row['price']:.2g} per {row['unit'] or 'unit'}"
+    if row["gain"] is None:
+        gain = f"was not solved in time (by the relaxation, {price})"
+    elif row["gain"] > _PROVED:
+        gain = f"would lower the score by {row['gain']:.3g}"
+    else:
+        gain = f"buys nothing (words are whole; on average {price})"
+    if not row["tighter_possible"]:
+        loss = "cannot be met"
+    elif row["loss"] is None:
+        loss = "was not solved in time"
+    else:
+        loss = f"would cost {row['loss']:.3g}" if row["loss"] > _PROVED else "costs nothing"
+    return f"{head}: {up} {more} {gain}, {down} {less} {loss}"
+
+
+# The stage.
 
 Method = Literal["mip", "uniform", "dropped", "dropped-attention", "greedy"]
 
 
-class ScenarioBudget(BaseModel):
+class ScenarioBudget(Config):
     """One scenario's weight where scenarios are mixed, and budgets of its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     weight: float = Field(default=1.0, gt=0)
-    constraints: dict[str, float | str] = {}  # each replaces the one of that name for all
+    constraints: dict[str, Given] = {}  # each replaces the one of that name for all
 
     @field_validator("constraints", mode="before")
     @classmethod
-    def _understood(cls, value: Any) -> Any:
+    def _check(cls, value: Any) -> Any:
         if value and isinstance(value, dict):
-            check(value)
+            check_budgets(value)
         return value
 
 
-class SearchConfig(BaseModel):
+class SearchConfig(Config):
     """What to minimise, and what serving may cost.
 
     `method`: the integer program, or one of the baselines it is compared with, at the same budget:
@@ -58,10 +398,8 @@ class SearchConfig(BaseModel):
     score of its removal, or the best block each layer's share of the budget buys.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     scenarios: dict[str, ScenarioBudget] = {}  # of the cost stage, where one differs
-    constraints: dict[str, float | str] = Field(default={}, validate_default=True)
+    constraints: dict[str, Given] = Field(default={}, validate_default=True)
     minimize: str = "kl"  # a column of scores.jsonl where lower is better
     servable: tuple[str, ...] = ()  # engines that must load the child, or a preset such as "any"
     method: Method = "mip"
@@ -73,10 +411,10 @@ class SearchConfig(BaseModel):
 
     @field_validator("constraints", mode="before")
     @classmethod
-    def _understood(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check(cls, value: Any, info: ValidationInfo) -> Any:
         own = info.data.get("scenarios", {})
         if isinstance(value, dict) and (value or not any(o.constraints for o in own.values())):
-            check(value)
+            check_budgets(value)
         return value
 
     @field_validator("servable", mode="before")
@@ -99,13 +437,48 @@ class SearchConfig(BaseModel):
         ]
 
     @property
-    def demand(self) -> Demand:
+    def budgets(self) -> Budgets:
         own = {name: one.constraints for name, one in self.scenarios.items() if one.constraints}
-        return Demand(self.constraints, own, {n: one.weight for n, one in self.scenarios.items()})
+        return Budgets(self.constraints, own, {n: one.weight for n, one in self.scenarios.items()})
 
-    @property
-    def effort(self) -> Effort:
-        return Effort(self.time_limit, self.solutions, self.overlap)
+
+@dataclass(frozen=True)
+class Problem:
+    """What a search stage reads."""
+
+    config: SearchConfig
+    parent: ModelConfig
+    space: Space
+    scores: Sequence[Mapping]
+    costs: Costs
+
+    @classmethod
+    def read(cls, config: SearchConfig, inputs: Mapping) -> Problem:
+        """inputs: paths of the runs parent, scores and costs."""
+        space = read_space(inputs["scores"]).without(unavailable(inputs["costs"]))
+        scores = read_table(inputs["scores"], "scores")
+        return cls(
+            config, load_config(inputs["parent"]), space, scores, read_costs(inputs["costs"])
+        )
+
+    def solver(
+        self,
+        scores: Sequence[Mapping] | None = None,
+        share: float = 1.0,
+        near: tuple[Architecture, int] | None = None,
+    ) -> Solver:
+        """scores: other ones. share: below 1, with limits only that far on the way from the
+        parent's own cost to what was asked. near: an architecture, and how many places may hold
+        another word.
+        """
+        config, rows = self.config, self.scores if scores is None else scores
+        args = self.parent, self.space, config.servable, rows, config.minimize, near
+        choices = batch_choices(config.budgets, self.costs, self.parent.words)
+        if share < 1:
+            choices = [choice.towards(share) for choice in choices]
+        return Solver(
+            Candidates.of(*args), choices, config.time_limit, config.solutions, config.overlap
+        )
 
 
 def search(
@@ -117,48 +490,14 @@ def search(
     share: float = 1.0,
     near: tuple[Architecture, int] | None = None,
 ) -> list[Found]:
-    """The best architectures of the integer program, best first.
-
-    Fewer than `config.solutions` where the space holds no more that differ enough. `share` below 1
-    holds them only to limits that far on the way from the parent's own cost to what was asked.
-    near: an architecture, and how many places may hold another word.
-    """
-    candidates = Candidates.of(parent, space, config.servable, scores, config.minimize)
-    candidates = replace(candidates, near=near)
-    choices = cases(config.demand, costs, parent.words)
-    if share < 1:
-        choices = [case.towards(parent.words, share) for case in choices]
-    return search_cases(candidates, choices, config.effort)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a search stage reads, understood."""
-
-    config: SearchConfig
-    parent: ModelConfig
-    space: Space
-    scores: Sequence[Mapping]
-    costs: Costs
-    candidates: Candidates
-    cases: Sequence[Case]
-
-    @classmethod
-    def read(cls, config: SearchConfig, inputs: Mapping) -> Problem:
-        """inputs: paths of the runs parent, scores and costs."""
-        parent = load_config(inputs["parent"])
-        space = read_space(inputs["scores"]).without(unavailable(inputs["costs"]))
-        scores = read_table(inputs["scores"], "scores")
-        costs = read_costs(inputs["costs"])
-        candidates = Candidates.of(parent, space, config.servable, scores, config.minimize)
-        choices = cases(config.demand, costs, parent.words)
-        return cls(config, parent, space, scores, costs, candidates, choices)
+    """The best architectures of the integer program, best first."""
+    return Problem(config, parent, space, scores, costs).solver(None, share, near).architectures()
 
 
 def conditional_search(problem: Problem, inputs: Mapping) -> Found:
     """One architecture, by scores measured anew around what each step of it left."""
-    config = problem.config
-    assert config.conditional is not None
+    config, conditional = problem.config, problem.config.conditional
+    assert conditional is not None
     for need in ("library", "data"):
         if inputs[need] is None:
             raise SearchError(f"search.conditional assembles what it scores: it needs a {need} run")
@@ -168,84 +507,129 @@ def conditional_search(problem: Problem, inputs: Mapping) -> Found:
             "minimise one of those, or leave conditional out"
         )
     rescore = Rescorer(
-        config.conditional, inputs["parent"], inputs["library"], inputs["data"], problem.space
+        conditional, inputs["parent"], inputs["library"], inputs["data"], problem.space
     )
-    single = config.model_copy(update={"solutions": 1})
     found: dict[tuple, Found] = {}
 
-    def solve_at(rows: Sequence[Mapping], share: float, **near: Any) -> Architecture:
-        args = single, problem.parent, problem.space, rows, problem.costs, share
-        one = search(*args, **near)[0]
+    def solve_at(
+        rows: Sequence[Mapping], share: float, near: tuple[Architecture, int] | None = None
+    ) -> Architecture:
+        solver = replace(problem.solver(rows, share, near), solutions=1)
+        (one,) = solver.architectures()
         found[tuple(one.words)] = one
         return one.words
 
     def solve_near(rows: Sequence[Mapping], words: Words, changes: int) -> Architecture:
-        return solve_at(rows, 1.0, near=(list(words), changes))
+        return solve_at(rows, 1.0, ([(a, f) for a, f in words], changes))
 
-    def measure(words: Words) -> tuple[float, Sequence[Mapping]]:
+    def measure(words: Any) -> tuple[float, Sequence[Mapping]]:
         own, rows = rescore.measure(words)
         return own[config.minimize], rows
 
-    conditional = config.conditional
     *_, words = tighten(conditional.rounds, problem.scores, solve_at, rescore)
     changes = max(1, round(conditional.changes * len(KINDS) * len(words)))
     words = polish(conditional.polish, words, changes, solve_near, measure)
     return replace(found[tuple(words)], solution=None)  # its score is of another table
 
 
-def _architectures(problem: Problem, inputs: Mapping) -> list[tuple[str, Found]]:
-    """(method, architecture), best first."""
-    config, candidates, choices = problem.config, problem.candidates, problem.cases
-    if config.method == "mip":
-        found = [("mip", one) for one in search_cases(candidates, choices, config.effort)]
-        if config.conditional:
-            found.append(("conditional", conditional_search(problem, inputs)))
-        return found
-    if config.method == "uniform":
-        one = baselines.uniform(candidates, choices)
-    elif config.method == "greedy":
-        one = baselines.greedy(candidates, choices)
-    elif config.method == "dropped-attention":
-        damage = baselines.removal_scores(candidates)
-        one = baselines.dropped_attention(candidates, choices, damage)
-    else:
-        influence = read_json(inputs["scores"], "block_influence")
-        one = baselines.dropped_layers(candidates, choices, influence)
-    return [(config.method, one)]
+def architecture_row(method: str, found: Found, several: bool) -> Row:
+    """A row of `architectures.json`: words, every cost column of the architecture and its parent.
+
+    The scenario that weighs most stands for all of them. several: whether there were batches to
+    choose from, so that child and parent may be served at different ones; then, and where there
+    are several scenarios, `scenarios` has the same numbers of each.
+    """
+    choice, solution, served = found.choice, found.solution, {}
+    for name, table in choice.tables.items():
+        reference = choice.reference[name] or table
+        served[name] = {
+            "predicted": table.total(found.words),
+            "parent": reference.total(choice.parent),
+            "scenario": table.scenario.model_dump(),
+            "parent_batch": reference.scenario.batch,
+        }
+    first = served[max(choice.weights, key=choice.weights.__getitem__)]
+    row = {
+        "method": method,
+        "words": found.words,
+        "predicted": first["predicted"],
+        **({"score": solution.score, "gap": solution.gap} if solution else {}),
+        "meets": found.meets,
+        "parent": first["parent"],
+        "scenario": first["scenario"],
+    }
+    return row | ({"scenarios": served} if several or len(served) > 1 else {})
+
+
+def summary(row: Row, found: Found) -> str:
+    """`1.29x throughput, 0.94x parameters promised; score 0.3189; optimal, proved: gap 0; 1 s`."""
+    served = row.get("scenarios", {"": row})
+    parts = []
+    for name, one in served.items():
+        columns = {c: share_of(one, c) for c in ("throughput", "parameters", "bytes")}
+        shares = ", ".join(f"{share:.2f}x {c}" for c, share in columns.items() if share)
+        parts.append(f"{name}: {shares}" if len(served) > 1 else shares)
+    line = f"{'; '.join(parts)} promised"
+    if "scenarios" in row:
+        parents = (f"{name} {one['parent_batch']}".strip() for name, one in served.items())
+        line += f", at {found.choice} (the parent's: {', '.join(parents)})"
+    if not found.meets:
+        line += "; it does NOT meet the constraints, and is the nearest there is"
+    return line + (f"; {optimality(found.solution)}" if found.solution else "")
+
+
+def optimality(solution: Solution) -> str:
+    """`score 0.3189; optimal, proved: gap 0; 0.02 s`, or how far from proved it is."""
+    score = f"score {solution.score:.4f}"
+    if solution.gap < _PROVED:
+        return f"{score}; optimal, proved: gap 0; {solution.seconds:.2f} s"
+    return (
+        f"{score}; gap {100 * solution.gap:.2g} % after {solution.seconds:.0f} s; "
+        "raise search.time_limit to prove more"
+    )
 
 
 def find(
     config: SearchConfig, inputs: Mapping, say: Callable[[str], None] = lambda _: None
-) -> list[dict[str, Any]]:
-    """Every architecture that a search gives, best first, as rows of `tables/architectures.json`.
+) -> tuple[list[Row], Solver, Found]:
+    """(rows of `tables/architectures.json`, best first; the solver; what the first row is of).
 
     inputs: paths of the runs parent, scores, costs, and library and data or None. A row has
     method, words, predicted and parent (every cost column, summed), scenario, and whether it
     meets the constraints; score and gap where the integer program gave it; and `scenarios`, the
     same for each of several or where the batch was chosen.
     """
-    return _find(Problem.read(config, inputs), inputs, say)[0]
-
-
-def _find(
-    problem: Problem, inputs: Mapping, say: Callable[[str], None]
-) -> tuple[list[dict[str, Any]], Found]:
-    found = _architectures(problem, inputs)
+    problem = Problem.read(config, inputs)
+    solver = problem.solver()
+    candidates, choices = solver.candidates, solver.choices
+    if config.method == "mip":
+        found = [("mip", one) for one in solver.architectures()]
+        if config.conditional:
+            found.append(("conditional", conditional_search(problem, inputs)))
+    elif config.method == "dropped":
+        influence = read_json(inputs["scores"], "block_influence")
+        found = [("dropped", baselines.dropped_layers(candidates, choices, influence))]
+    else:
+        method = {
+            "uniform": baselines.uniform,
+            "greedy": baselines.greedy,
+            "dropped-attention": baselines.dropped_attention,
+        }[config.method]
+        found = [(config.method, method(candidates, choices))]
     rows = []
     for method, one in found:
-        rows.append(promised(method, one, problem.parent.words, len(problem.cases) > 1))
-        say(told(rows[-1], one))
-    return rows, found[0][1]
+        rows.append(architecture_row(method, one, len(choices) > 1))
+        say(summary(rows[-1], one))
+    return rows, solver, found[0][1]
 
 
 def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `search`: write `tables/architecture.json`, the child's words and what is promised."""
-    problem = Problem.read(config, inputs)
-    rows, best = _find(problem, inputs, run.say)
+    rows, solver, best = find(config, inputs, run.say)
     run.write_json("architecture", rows[0])
     run.write_json("architectures", rows)
     if best.solution is not None and config.prices:
-        prices = shadow_prices(problem.candidates, problem.cases, best, config.effort)
+        prices = shadow_prices(solver, best)
         for row in prices:
             run.say(row["told"])
         run.write_table("prices", prices)

@@ -13,8 +13,6 @@ A word that vLLM cannot load has no row, so no search offers it; `scenarios.json
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from pydantic import Field, PositiveInt, field_validator
 from tessera.export.decilm import write_config
 from tessera.export.engines import refusals
 from tessera.export.padding import expressible
+from tessera.generate.engine import GenerationError
 from tessera.model.config import GQA, KINDS, BlockConfig, ModelConfig, NoOp, name, parse_kind
 from tessera.model.source import load_config
 from tessera.progress import Progress
@@ -35,16 +34,15 @@ from tessera.puzzle.space import Space, read_space
 from tessera.runs.files import FailureError, RunError
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run
-from tessera.vllm.process import find_python
+from tessera.vllm.process import Process, find_python
 
-DRIVER = Path(__file__).parents[1] / "vllm" / "driver.py"
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 BASE = ("base", "")
 OURS = {"model", "load_format", "dtype", "enforce_eager", "enable_prefix_caching"}
 
 Key = tuple[str, str]  # (kind, word)
 Seconds = tuple[float, float]  # (prefill, one decode step)
-Job = dict  # see vllm_driver.py, as for the answer
+Job = dict  # keys of `Worker.open` and `Worker.measure` (vllm/worker.py), as is the answer
 
 
 class VLLMCostConfig(Config):
@@ -192,7 +190,7 @@ def _row(key: Key, columns: Mapping[str, float], seconds: Seconds) -> dict:
 
 
 def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> Job:
-    """What the driver is asked about a model directory: all scenarios in one process."""
+    """What the worker is asked about a model directory: all scenarios in one process."""
     priced = [scenario for _, scenario in config.settings.priced()]
     return {
         "model": str(model),
@@ -213,28 +211,23 @@ def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> Job:
 
 
 def drive(python: str, asked: Job, threads: int | None, kv_bytes: float = 0.0) -> dict:
-    """The driver's answer to a job, from a process of its own. Raises FailureError.
+    """vLLM's answer to a job, from a process of its own. Raises FailureError.
 
     kv_bytes: of the cache that the largest scenario fills, for the CPU build, which has no
     memory of its own to fill.
     """
-    space = 1 + int(1.25 * kv_bytes / 2**30)
-    told = {"VLLM_CPU_KVCACHE_SPACE": str(space), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": str(1 + int(1.25 * kv_bytes / 2**30))}
     if threads is not None:
-        told |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    ran = subprocess.run(
-        [python, str(DRIVER), json.dumps(asked)],
-        env=os.environ | told,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    answers = [line for line in ran.stdout.splitlines() if line.startswith("SECONDS ")]
-    if ran.returncode or not answers:
-        told = "\n".join(ran.stderr.splitlines()[-12:])
-        raise FailureError(f"vLLM ({python}) ended with code {ran.returncode}:\n{told}")
-    answer = json.loads(answers[-1].removeprefix("SECONDS "))
+        environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    process = Process(python, environment)
+    try:
+        opened = {key: asked[key] for key in ("model", "arguments", "plugin") if key in asked}
+        timed = {key: asked[key] for key in ("scenarios", "rounds", "vocab_size")}
+        answer = process.ask("open", checksums={}, **opened) | process.ask("measure", **timed)
+    except GenerationError as error:
+        raise FailureError(f"{error} ({python})") from error
+    finally:
+        process.close()
     needed = max(one["batch"] * (one["prompt"] + one["new"]) for one in asked["scenarios"])
     if (answer["cache_tokens"] or needed) < needed:
         raise FailureError(
@@ -248,7 +241,7 @@ def drive(python: str, asked: Job, threads: int | None, kv_bytes: float = 0.0) -
 def measure(
     config: VLLMCostConfig, run: Run, probes: Mapping[Key, ModelConfig], python: str
 ) -> dict[Key, list[dict]]:
-    """The driver's answers for every probe, one a start; an interrupted run's are not asked anew.
+    """The worker's answers for every probe, one a start; an interrupted run's are not asked anew.
 
     probes: expressible configs. Starting vLLM is most of a probe's time, so that probes cannot
     alternate round by round; on a shared machine several starts make them alternate nevertheless.
@@ -337,7 +330,7 @@ def _told(config: VLLMCostConfig, answer: Mapping, dropped: Mapping[Key, str]) -
         "device": answer["device"],
         "bytes_per_parameter": settings.bytes_per_parameter,
         "bytes_per_kv": settings.bytes_per_kv,
-        "engine": f"vLLM {answer['version']}",
+        "engine": answer["engine"],
         "clock": answer["clock"],
         "unavailable": [
             {"kind": kind, "word": word, "reason": reason}

@@ -379,24 +379,30 @@ def bars(config: ModelConfig, parent: ModelConfig) -> list[list[tuple[str, float
 
 
 def frontier(runs: Runs) -> Iterator[Block]:
-    """Harm against speed, for the integer program and for simpler methods."""
+    """Harm against speed, or against what was constrained, for the program and simpler methods."""
     for run in runs.having("frontier"):
         rows = run.tables["frontier"]
-        measured = all(row.get("speedup") is not None for row in rows)
-        key, word = ("speedup", "measured") if measured else ("promised", "promised")
-        methods: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for row in rows:
-            if row.get(key) is not None and row.get("kl") is not None:
-                methods[row["method"]].append((row[key], row["kl"]))
-        series = [Series(name, sorted(set(points))) for name, points in methods.items()]
-        x = f"generation speed, times the parent's ({word})"
-        healed = any(row.get("lr") for row in rows)
-        state = "after each was distilled" if healed else "as assembled, before any distillation"
-        note = f"Lower and further right is better. KL in nats a token, {state}; speed is {word}."
+        found = [row for row in rows if row.get("words")]
+        timed = (key for key in ("speedup", "promised") if all(row.get(key) for row in found))
+        key = next(timed, "share")
+        what = "speed" if key != "share" else run.manifest.config.get("constraint", "cost")
+        word = "measured" if key == "speedup" else "promised"
+        better = "right" if what == "speed" else "left"
+        note = f"Lower and further {better} is better. KL in nats a token; {what} is {word}."
         if any(not row.get("meets", True) for row in rows):
-            note += " A method that cannot reach a speed stands at the most it reaches."
-        svg = chart(series, x=x, y="KL to the parent", log=True)
-        yield Figure("Frontier", svg, note)
+            note += f" A method that cannot reach a {what} stands at the most it reaches."
+        states = {"kl": "as assembled, before any distillation"}
+        if any(row.get("lr") for row in rows):
+            states = {"kl": "after each was distilled", "kl_before": "before distillation"}
+        for column, state in states.items():
+            methods: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for row in found:
+                if row.get(key) and row.get(column):
+                    methods[row["method"]].append((row[key], row[column]))
+            series = [Series(name, sorted(set(points))) for name, points in methods.items()]
+            x = f"{what}, times the parent's ({word})"
+            svg = chart(series, x=x, y="KL to the parent", log=True)
+            yield Figure(f"Frontier, {state}", svg, note)
         bare = [{k: v for k, v in row.items() if k != "words"} for row in rows]
         yield Table(f"{run.name}: all points", bare, VIEWS["frontier"], folded=True)
 

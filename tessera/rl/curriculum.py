@@ -2,14 +2,14 @@
 
     share of bin b at step s  ∝  exp(-(c_b - μ_s)² / 2σ²),   μ_s from `start` to `end`, linearly
 
-c_b is a bin's pass rate in the middle. A batch takes its shares as far as bins can give them, what
-is missing from the bin that has most left, and is shuffled. No prompt comes again before all have
-come once. The whole order follows from pass rates, config and seed.
+c_b is the pass rate at the middle of a bin. A batch takes its shares as far as the bins have them,
+the rest from the bin with most left, and is shuffled. No prompt comes again before all have come
+once. The order is a function of pass rates, config and seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,26 +71,19 @@ def order(
             'order = "random"'
         )
     rng = np.random.default_rng([seed, ORDER_STREAM])
-    bins = _bins(pass_rates, config.bins)
-    planned = np.stack([_shares(config, step, steps, bins) for step in range(steps)])
-    pools = _Pools(bins, rng)
-    batches = [pools.take(batch, planned[step], config.order) for step in range(steps)]
-    actual = np.stack(
-        [np.bincount(bins[chosen], minlength=config.bins) / batch for chosen in batches]
-    )
-    return Order(batches, planned, actual)
-
-
-def _bins(pass_rates: Sequence[float | None], count: int) -> NDArray[np.int64]:
-    """The bin of each prompt; those without a pass rate stand in the first."""
+    # Prompts without a pass rate are in the first bin.
     rates = np.array([rate or 0.0 for rate in pass_rates])
-    return np.minimum((rates * count).astype(np.int64), count - 1)
+    bins = np.minimum((rates * config.bins).astype(np.int64), config.bins - 1)
+    planned = np.stack([_shares(config, step, steps, bins) for step in range(steps)])
+    batches = list(_batches(bins, planned, batch, config.order, rng))
+    counts = [np.bincount(bins[chosen], minlength=config.bins) for chosen in batches]
+    return Order(batches, planned, np.stack(counts) / batch)
 
 
 def _shares(
     config: CurriculumConfig, step: int, steps: int, bins: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """What a batch is to hold of each bin."""
+    """The share of each bin that a batch is planned to hold."""
     if config.order == "random":
         return np.bincount(bins, minlength=config.bins) / len(bins)
     centre = config.start + (config.end - config.start) * step / max(1, steps - 1)
@@ -99,53 +92,44 @@ def _shares(
     return weights / weights.sum()
 
 
-class _Pools:
-    """The prompts of each bin that have not come yet in this round, shuffled."""
-
-    def __init__(self, bins: NDArray[np.int64], rng: np.random.Generator) -> None:
-        self.bins, self.rng = bins, rng
-        self.count = int(bins.max()) + 1
-        self.left: list[list[int]] = []
-        self._fill()
-
-    def _fill(self) -> None:
-        shuffled = self.rng.permutation(len(self.bins))
-        self.left = [shuffled[self.bins[shuffled] == b].tolist() for b in range(self.count)]
-
-    def take(self, batch: int, shares: NDArray[np.float64], kind: str) -> NDArray[np.int64]:
-        """The prompts of one batch; where a round ends in it, it begins the next."""
+def _batches(
+    bins: NDArray[np.int64],
+    planned: NDArray[np.float64],
+    batch: int,
+    kind: str,
+    rng: np.random.Generator,
+) -> Iterator[NDArray[np.int64]]:
+    """The prompts of each batch. Where all prompts have come, they are shuffled and come again."""
+    left: list[list[int]] = []  # of each bin, what has not come yet in this round
+    for shares in planned:
         chosen: list[int] = []
         while len(chosen) < batch:
-            if not any(self.left):
-                self._fill()
+            if not any(left):
+                shuffled = rng.permutation(len(bins))
+                left = [shuffled[bins[shuffled] == b].tolist() for b in range(bins.max() + 1)]
             wanted = batch - len(chosen)
-            chosen += self._by_share(wanted, shares) if kind == "curriculum" else self._any(wanted)
-        return self.rng.permutation(np.array(chosen, np.int64))
-
-    def _any(self, wanted: int) -> list[int]:
-        everything = [prompt for pool in self.left for prompt in pool]
-        picked = self.rng.permutation(len(everything))[:wanted]
-        found = [everything[i] for i in picked]
-        gone = set(found)
-        self.left = [[prompt for prompt in pool if prompt not in gone] for pool in self.left]
-        return found
-
-    def _by_share(self, wanted: int, shares: NDArray[np.float64]) -> list[int]:
-        found: list[int] = []
-        for number, count in enumerate(_whole(shares[: self.count] * wanted, wanted)):
-            pool = self.left[number]
-            found += pool[:count]
-            del pool[:count]
-        while len(found) < wanted and any(self.left):
-            largest = max(self.left, key=len)
-            found.append(largest.pop(0))
-        return found
+            if kind == "curriculum":
+                chosen += _take_by_share(left, wanted, shares)
+                continue
+            everything = [prompt for pool in left for prompt in pool]
+            found = [everything[i] for i in rng.permutation(len(everything))[:wanted]]
+            gone = set(found)
+            left = [[prompt for prompt in pool if prompt not in gone] for pool in left]
+            chosen += found
+        yield rng.permutation(np.array(chosen, np.int64))
 
 
-def _whole(amounts: NDArray[np.float64], total: int) -> list[int]:
-    """Whole numbers near the amounts, the largest remainders first, at most `total` in all."""
-    floors = np.floor(amounts).astype(int)
-    spare = min(total, round(float(amounts.sum()))) - int(floors.sum())
-    for number in np.argsort(floors - amounts, kind="stable")[: max(0, spare)]:
-        floors[number] += 1
-    return floors.tolist()
+def _take_by_share(left: list[list[int]], wanted: int, shares: NDArray[np.float64]) -> list[int]:
+    """Takes at most `wanted` prompts out of `left`; what bins lack comes from the fullest."""
+    amounts = shares[: len(left)] * wanted
+    counts = np.floor(amounts).astype(int)
+    spare = min(wanted, round(float(amounts.sum()))) - int(counts.sum())
+    for number in np.argsort(counts - amounts, kind="stable")[: max(0, spare)]:
+        counts[number] += 1
+    found: list[int] = []
+    for pool, count in zip(left, counts.tolist(), strict=True):
+        found += pool[:count]
+        del pool[:count]
+    while len(found) < wanted and any(left):
+        found.append(max(left, key=len).pop(0))
+    return found

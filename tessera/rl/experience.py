@@ -1,15 +1,14 @@
-"""What was sampled and what it was worth, and the rows that a trainer learns from.
+"""What was sampled, what it was worth, and the packed rows that a trainer learns from.
 
-The prompt of a group stands once in a row and all its answers go on from it (`Batch.prefix`), so
-it is computed once and not once a sample. An answer's document begins with the prompt's last
-token, because that predicts another token in each answer.
+The prompt of a group stands once in a row and all its answers continue it (`Batch.prefix`), so it
+is computed once and not once a sample. An answer's document begins with the prompt's last token,
+because that predicts another token in each answer.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,11 +22,12 @@ STREAMS = ("advantage", "behaviour", "old")
 
 @dataclass(slots=True)
 class Answer:
-    """One completion. logprobs: under the engine's weights. reward: None, it could not be judged.
+    """One completion.
 
-    advantage: None, it is not trained on. parts: the score of each reward by name. old: log-probs
-    under the trainer's weights of the rollout, where later steps need them. version: the rollout
-    whose weights answered. unjudged: why there is no reward, where it could not be judged.
+    logprobs: under the engine's weights. reward: None, it could not be judged. parts: the score of
+    each reward by name. advantage: None, it is not trained on. old: log-probs under the trainer's
+    weights of the rollout, where later steps need them. version: the rollout whose weights
+    answered. unjudged: why there is no reward.
     """
 
     ids: list[int]
@@ -46,6 +46,10 @@ class Answer:
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 
+    def weight(self, level: Level) -> float:
+        """Σ w of its tokens: their number, or 1 at level "sequence"."""
+        return 1.0 if level == "sequence" else float(len(self.ids))
+
 
 @dataclass(slots=True)
 class Group:
@@ -56,29 +60,24 @@ class Group:
     ids: list[int]
     answers: list[Answer]
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    @property
+    def num_tokens(self) -> int:
+        """Predictions in a row: of the prompt once, and of every answer."""
+        return len(self.ids) - 1 + sum(len(answer.ids) for answer in self.answers)
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any answer has an advantage that is not 0."""
+        return any(answer.advantage for answer in self.answers)
 
     @classmethod
-    def from_json(cls, line: str) -> Group:
-        """The group of a line that `to_json` wrote."""
-        row = json.loads(line)
+    def from_json(cls, row: dict[str, Any]) -> Group:
+        """The group of what `asdict` made of one."""
         return cls(**{**row, "answers": [Answer(**answer) for answer in row["answers"]]})
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What must stand in one row: a prompt, and some of its answers."""
-
-    prompt: list[int]
-    answers: list[Answer]
-
-    def __len__(self) -> int:
-        return len(self.prompt) - 1 + sum(len(answer.ids) for answer in self.answers)
-
-
-def pieces(group: Group, row_length: int) -> Iterator[Piece]:
-    """The trained answers of a group, as many in a piece as a row can hold.
+def split_group(group: Group, row_length: int) -> Iterator[Group]:
+    """The trained answers of a group, in groups that a row can hold.
 
     Raises ValueError for an answer that no row can hold.
     """
@@ -93,17 +92,18 @@ def pieces(group: Group, row_length: int) -> Iterator[Piece]:
                 f"fit into a row of {row_length}; raise train.microbatch_tokens"
             )
         if sum(len(one.ids) for one in held) + len(answer.ids) > room:
-            yield Piece(group.ids, held)
+            yield replace(group, answers=held)
             held = []
         held.append(answer)
     if held:
-        yield Piece(group.ids, held)
+        yield replace(group, answers=held)
 
 
-def pack(groups: Sequence[Group], row_length: int) -> list[list[Piece]]:
-    """The pieces of every row."""
-    parts = [piece for group in groups for piece in pieces(group, row_length)]
-    return [[parts[i] for i in row] for row in best_fit([len(p) for p in parts], row_length)]
+def pack(groups: Sequence[Group], row_length: int) -> list[list[Group]]:
+    """The groups of every row, split where one does not fit."""
+    parts = [part for group in groups for part in split_group(group, row_length)]
+    rows = best_fit([part.num_tokens for part in parts], row_length)
+    return [[parts[i] for i in row] for row in rows]
 
 
 def rows(groups: Sequence[Group], row_length: int, level: Level, scale: float = 1.0) -> list[Batch]:
@@ -114,61 +114,45 @@ def rows(groups: Sequence[Group], row_length: int, level: Level, scale: float = 
     return [row(parts, level, scale) for parts in pack(groups, row_length)]
 
 
-def weight_of(answer: Answer, level: Level) -> float:
-    """Σ w of an answer."""
-    return 1.0 if level == "sequence" else float(len(answer.ids))
-
-
-def row(parts: Sequence[Piece], level: Level = "token", scale: float = 1.0) -> Batch:
-    """A batch of one row; one that trains nothing where there are no pieces."""
-    length = max(2, sum(map(len, parts)))
+def row(groups: Sequence[Group], level: Level = "token", scale: float = 1.0) -> Batch:
+    """A batch of one row; without groups it trains nothing."""
+    length = max(2, sum(group.num_tokens for group in groups))
     ints = {name: np.zeros(length, np.int64) for name in ("tokens", "labels")}
     ints |= {name: np.full(length, -1, np.int64) for name in ("segments", "prefix")}
     ints["positions"] = np.arange(length)
     floats = {name: np.zeros(length, np.float32) for name in ("weight", *STREAMS)}
     end = segment = 0
-    for part in parts:
-        shared, before = len(part.prompt) - 1, -1
+    for group in groups:
+        shared, prefix = len(group.ids) - 1, -1
         if shared:
-            here, before = slice(end, end + shared), segment
-            _write(ints, here, part.prompt[:-1], part.prompt[1:], range(shared), segment, -1)
+            here, prefix = slice(end, end + shared), segment
+            ints["tokens"][here], ints["labels"][here] = group.ids[:-1], group.ids[1:]
+            ints["positions"][here], ints["segments"][here] = range(shared), segment
             end, segment = end + shared, segment + 1
-        for answer in part.answers:
+        for answer in group.answers:
             count = len(answer.ids)
             here = slice(end, end + count)
-            tokens, places = [part.prompt[-1], *answer.ids[:-1]], range(shared, shared + count)
-            _write(ints, here, tokens, answer.ids, places, segment, before)
-            floats["weight"][here] = weight_of(answer, level) / count
+            ints["tokens"][here] = [group.ids[-1], *answer.ids[:-1]]
+            ints["labels"][here] = answer.ids
+            ints["positions"][here] = range(shared, shared + count)
+            ints["segments"][here], ints["prefix"][here] = segment, prefix
+            floats["weight"][here] = answer.weight(level) / count
             floats["advantage"][here] = scale * (answer.advantage or 0.0)
             floats["behaviour"][here] = answer.logprobs
             floats["old"][here] = answer.old or answer.logprobs
             end, segment = end + count, segment + 1
     tensors = {name: torch.from_numpy(array)[None] for name, array in (ints | floats).items()}
     streams = {name: tensors.pop(name) for name in STREAMS}
-    if not any(answer.old for part in parts for answer in part.answers):
+    if not any(answer.old for group in groups for answer in group.answers):
         del streams["old"]
     return Batch(**tensors, streams=streams)
 
 
-def spans(parts: Sequence[Piece]) -> Iterator[tuple[Answer, slice]]:
-    """Where each answer's predictions stand in a row of these pieces."""
+def spans(groups: Sequence[Group]) -> Iterator[tuple[Answer, slice]]:
+    """Where each answer's predictions stand in the row of these groups."""
     end = 0
-    for part in parts:
-        end += len(part.prompt) - 1
-        for answer in part.answers:
+    for group in groups:
+        end += len(group.ids) - 1
+        for answer in group.answers:
             yield answer, slice(end, end + len(answer.ids))
             end += len(answer.ids)
-
-
-def _write(
-    ints: dict[str, Any],
-    here: slice,
-    tokens: Sequence[int],
-    labels: Sequence[int],
-    positions: range,
-    segment: int,
-    prefix: int,
-) -> None:
-    ints["tokens"][here], ints["labels"][here] = tokens, labels
-    ints["positions"][here] = positions
-    ints["segments"][here], ints["prefix"][here] = segment, prefix

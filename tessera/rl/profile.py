@@ -2,8 +2,7 @@
 
     pass rate of a prompt = share of its judged samples that are right     (Llama-Nemotron §5.1)
 
-Prompts at or above `drop_from` teach nothing and are left out (the report: 0.75 of 8 samples).
-Samples are drawn in portions and kept in a journal, so a stopped profile goes on where it was.
+Verdicts are kept in a journal, so a stopped profile goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pydantic import Field
 from tessera.data.chat import ChatEncoder
 from tessera.data.config import no_chat_template
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.engine import SamplingParams
+from tessera.generate.engine import Engine, SamplingParams
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 from tessera.progress import Progress
@@ -30,7 +30,7 @@ from tessera.runs.files import Journal
 from tessera.runs.plan import Step
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import Run
-from tessera.vllm.choice import EngineChoice, open_engine
+from tessera.vllm.config import EngineChoice, open_engine
 
 PORTION = 256  # samples at a time
 BINS = 10
@@ -38,7 +38,8 @@ BINS = 10
 
 class ProfileConfig(PromptsConfig, EngineChoice):
     """samples: of each prompt; 0 measures nothing. rewards: the first says what is right. Prompts
-    whose pass rate is `drop_from` or more are left out, as are those at `drop_to` or less."""
+    with a pass rate of `drop_from` or more (the report: 0.75 of 8 samples), or of `drop_to` or
+    less, are left out."""
 
     samples: int = Field(default=8, ge=0)
     rewards: tuple[Reward, ...] = ()
@@ -52,14 +53,14 @@ class ProfileConfig(PromptsConfig, EngineChoice):
         return no_chat_template(step, steps)
 
 
+@dataclass
 class Profiler:
     """A model that answers prompts and is judged."""
 
-    def __init__(self, model: Path, config: ProfileConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
-        self.tokenizer = load_tokenizer(resolve(model))
-        self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch)
-        self.engine = open_engine(config, load_model(model, frozen=True), config.batch)
+    config: ProfileConfig
+    encoder: ChatEncoder
+    engine: Engine
+    seed: int
 
     def outcomes(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], rubric: Rubric
@@ -68,12 +69,12 @@ class Profiler:
         params = SamplingParams(
             max_tokens=self.config.max_tokens,
             n=self.config.samples,
-            stop_token_ids=self.tokenizer.eos_ids,
+            stop_token_ids=self.encoder.tokenizer.eos_ids,
             seed=self.seed,
         )
         ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
         completions = self.engine.generate(ids, params, keys=numbers)
-        found = iter(rubric(judged_samples(self.tokenizer, prompts, ids, completions)))
+        found = iter(rubric(judged_samples(self.encoder.tokenizer, prompts, ids, completions)))
         name, count = rubric.names[0], self.config.samples
         verdicts = [[next(found).parts[name].verdict for _ in range(count)] for _ in prompts]
         return [[None if v == "could-not-judge" else v == "right" for v in one] for one in verdicts]
@@ -95,21 +96,18 @@ def measure(prompts: Sequence[Prompt], profiler: Profiler, kept: Journal, run: R
             for number, row in zip(part, rows, strict=True):
                 kept.add(str(number), {"right": row})
             progress.advance(len(part))
-    return [_with_rate(one, kept.get(str(n))["right"]) for n, one in enumerate(prompts)]
-
-
-def _with_rate(prompt: Prompt, right: Sequence[bool | None]) -> Prompt:
-    known = [one for one in right if one is not None]
-    rate = sum(known) / len(known) if known else None
-    return Prompt(prompt.id, prompt.messages, prompt.mode, prompt.fields, rate, len(known))
+    found = []
+    for number, prompt in enumerate(prompts):
+        known = [one for one in kept.get(str(number))["right"] if one is not None]
+        rate = sum(known) / len(known) if known else None
+        found.append(replace(prompt, pass_rate=rate, samples=len(known)))
+    return found
 
 
 def histogram(prompts: Sequence[Prompt], kept: Sequence[Prompt]) -> list[dict[str, Any]]:
     """Rows of ten bins of pass rate: prompts in them, and those that were kept."""
     total, left = (
-        Counter(
-            min(int(one.pass_rate * BINS), BINS - 1) for one in some if one.pass_rate is not None
-        )
+        Counter(min(int(rate * BINS), BINS - 1) for p in some if (rate := p.pass_rate) is not None)
         for some in (prompts, kept)
     )
     return [
@@ -128,21 +126,20 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
         raise RecipeError(f"{run.name}: give rewards, the first of which says what is right")
     for prompt in prompts:
         require_fields(config.rewards, prompt.fields)
-    profiler = Profiler(inputs["model"], config, run.seed)
-    with Journal(run.path / "samples.jsonl") as kept, closing(profiler.engine):
-        found = measure(prompts, profiler, kept, run)
-    chosen = [
-        one
-        for one in found
-        if one.pass_rate is not None and config.drop_to < one.pass_rate < config.drop_from
-    ]
+    model = inputs["model"]
+    encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
+    engine = open_engine(config, load_model(model, frozen=True), config.batch)
+    with Journal(run.path / "samples.jsonl") as kept, closing(engine):
+        found = measure(prompts, Profiler(config, encoder, engine, run.seed), kept, run)
+    low, high = config.drop_to, config.drop_from
+    chosen = [p for p in found if p.pass_rate is not None and low < p.pass_rate < high]
     run.write_table("pass_rates", histogram(found, chosen))
     unjudged = sum(one.pass_rate is None for one in found)
-    told = f"{len(chosen):,} of {len(found):,} prompts kept, {unjudged} could not be judged"
-    run.say(f"{run.name}: {told}")
+    kept_of = f"{len(chosen):,} of {len(found):,} prompts kept"
+    run.say(f"{run.name}: {kept_of}, {unjudged} could not be judged")
     if not chosen:
         raise RecipeError(
-            f"{run.name}: no prompt has a pass rate between {config.drop_to} and "
-            f"{config.drop_from}; give harder or easier ones, or move the bounds"
+            f"{run.name}: no prompt has a pass rate between {low} and {high}; give harder or "
+            "easier ones, or move the bounds"
         )
     run.write_file(FILE, write(chosen))

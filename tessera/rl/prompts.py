@@ -1,14 +1,14 @@
-"""What is asked in reinforcement learning: prompts with what their rewards judge by.
+"""Prompts of reinforcement learning, with the fields that their rewards judge by.
 
 They come from procedural tasks or from rows of chats (the Llama-Nemotron RL part, or any dialect)
-whose answer, if they hold one, is not shown. A run keeps them as `prompts.jsonl`.
+without their last answer. A run keeps them as `prompts.jsonl`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +32,8 @@ ANSWERS = ("answer", "expected_answer", "ground_truth")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question.
-
-    messages: say the mode. fields: what rewards judge by. pass_rate: the share of `samples` answers
-    that were right, where it was measured.
-    """
+    """messages: with the switch of `mode`. fields: what rewards judge by. pass_rate: the share of
+    `samples` judged answers that were right; None, it was not measured."""
 
     id: str
     messages: list[Message]
@@ -47,10 +44,9 @@ class Prompt:
 
 
 class PromptsConfig(Config):
-    """tasks: how many problems of which (`"calc@6" = 400`). paths: files of chats. off: the share
-    of the prompts that are asked with reasoning off, so that the switch is trained on both sides.
-    switch: how the mode is said, "detailed thinking", "/no_think" or a variable of the template.
-    """
+    """tasks: number of problems by name (`"calc@6" = 400`). paths: files of chats. off: the share
+    of prompts with reasoning off, so that the switch is trained on both sides. switch: how the mode
+    is said, "detailed thinking", "/no_think" or a variable of the template."""
 
     tasks: dict[str, int] = {}
     paths: tuple[str, ...] = ()
@@ -64,39 +60,34 @@ def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
     """All prompts, each question once. Raises DataError for none, and for a file of bad rows."""
     found: dict[str, Prompt] = {}
     for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
-        asked, _ = set_switch(one.messages, "on", config.switch)  # one question in either mode
-        found.setdefault(json.dumps(asked), one)
+        question, _ = set_switch(one.messages, "on", config.switch)  # the same in either mode
+        found.setdefault(json.dumps(question), one)
     prompts = list(found.values())[: config.limit]
     if not prompts:
         raise DataError(
             'there are no prompts: give tasks = { "calc@6" = 400 } or paths = ["FILE.jsonl"]'
         )
-    return [_in_mode(one, _mode(config, n), config.switch) for n, one in enumerate(prompts)]
+    return [_in_mode(one, number, config) for number, one in enumerate(prompts)]
 
 
-def _mode(config: PromptsConfig, number: int) -> Mode:
-    """The mode of a prompt: `off` of them spread evenly."""
-    if config.reasoning == "off":
-        return "off"
-    return "off" if int((number + 1) * config.off) > int(number * config.off) else "on"
-
-
-def _in_mode(prompt: Prompt, mode: Mode, switch: str) -> Prompt:
-    messages, _ = set_switch(prompt.messages, mode, switch)
-    return Prompt(prompt.id, messages, mode, prompt.fields)
+def _in_mode(prompt: Prompt, number: int, config: PromptsConfig) -> Prompt:
+    """The prompt with its mode; those with reasoning off are spread evenly."""
+    off = int((number + 1) * config.off) > int(number * config.off)
+    mode: Mode = "off" if off or config.reasoning == "off" else "on"
+    messages, _ = set_switch(prompt.messages, mode, config.switch)
+    return replace(prompt, messages=messages, mode=mode)
 
 
 def _of_tasks(tasks: Mapping[str, int], seed: int) -> Iterator[Prompt]:
     for name, count in tasks.items():
         base, _, level = name.partition("@")
         if level and not level.isdigit():
-            raise DataError(f"tasks: {name}: what stands behind @ is a level, a number from 1 up")
+            raise DataError(f"tasks: {name}: after @ comes a level, a number from 1 up")
         for index in range(count):
             one = problem(base, seed, index, "train", int(level) if level else None)
             fields = {"answer": one.answer, "level": one.level, "work": one.work}
-            yield Prompt(
-                f"{name}/{index}", [{"role": "user", "content": one.question}], "on", fields
-            )
+            question: Message = {"role": "user", "content": one.question}
+            yield Prompt(f"{name}/{index}", [question], "on", fields)
 
 
 def _of_files(paths: Sequence[str]) -> Iterator[Prompt]:
@@ -104,21 +95,22 @@ def _of_files(paths: Sequence[str]) -> Iterator[Prompt]:
         for number, chat in read_chats(path):
             if isinstance(chat, Bad):
                 raise DataError(f"{chat}; mend the row, or let curate leave it out")
-            asked = chat.messages[:-1] if chat.answered else chat.messages
+            messages = chat.messages[:-1] if chat.answered else chat.messages
             fields = {**_instructions(chat.extra.get("args")), **chat.extra}
             known = next((name for name in ANSWERS if fields.get(name) is not None), None)
             if known:
                 fields.setdefault("answer", fields[known])
-            yield Prompt(f"{path.name}:{number}", asked, chat.mode, fields)
+            yield Prompt(f"{path.name}:{number}", messages, chat.mode, fields)
 
 
 def _instructions(arguments: Any) -> dict[str, Any]:
-    """What the Llama-Nemotron RL part keeps in `args`, under IFEval's names; nulls are none."""
+    """What the Llama-Nemotron RL part keeps in `args`, under IFEval's names, without nulls."""
     if not isinstance(arguments, Mapping) or "instruction_id_list" not in arguments:
         return {}
-    told = arguments.get("instruction_kwargs") or [{}] * len(arguments["instruction_id_list"])
-    kwargs = [{k: v for k, v in (one or {}).items() if v is not None} for one in told]
-    return {"instruction_id_list": arguments["instruction_id_list"], "kwargs": kwargs}
+    ids = arguments["instruction_id_list"]
+    given = arguments.get("instruction_kwargs") or [{}] * len(ids)
+    kwargs = [{k: v for k, v in (one or {}).items() if v is not None} for one in given]
+    return {"instruction_id_list": ids, "kwargs": kwargs}
 
 
 def judged_samples(
@@ -127,18 +119,15 @@ def judged_samples(
     ids: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Completion]],
 ) -> list[Sample]:
-    """Samples in the order of prompts and their completions, as rewards take them.
-
-    ids: of each prompt, as the engine was asked with it.
-    """
+    """Samples in the order of prompts and their completions. ids: those that the engine got."""
     return [
         Sample(
             prompt.messages,
-            said(tokenizer, asked, one.token_ids),
+            said(tokenizer, prompt_ids, one.token_ids),
             dict(prompt.fields),
             one.finish_reason == "length",
         )
-        for prompt, asked, of_prompt in zip(prompts, ids, completions, strict=True)
+        for prompt, prompt_ids, of_prompt in zip(prompts, ids, completions, strict=True)
         for one in of_prompt
     ]
 

@@ -5,16 +5,9 @@
     [[grpo.rewards]]
     kind = "format"                 # the reasoning switch
     weight = 0.2
-    [[grpo.rewards]]
-    kind = "judge"
-    endpoint = { url = "http://judge:8000/v1", model = "Llama-3.3-70B-Instruct" }
 
-The keys that name a field (`answer = "expected_answer"`) say where in a row of data the checker's
-expectation stands.
-
-From a reward's table to its verifier: one row of a dict for each kind that is checked here.
-
-`check` runs in the workers of `pool.py`; `prepare` runs before them and finds what is missing.
+Keys that name a field (`answer = "expected_answer"`) say where a row has what the checker expects.
+`check` runs in the workers of `pool.py`; `prepare` runs before and finds what is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +16,7 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -40,6 +33,8 @@ from tessera.rl.verifiers.outcome import Outcome, unjudged, wrong
 from tessera.runs.recipe import Config
 from tessera.table import nearest
 
+Row = Mapping[str, Any]
+
 
 class RewardError(ValueError):
     """Rewards that cannot be computed as asked; the text says what to change."""
@@ -55,57 +50,86 @@ class Sample:
 
     messages: Sequence[Mapping[str, str]]
     completion: str
-    fields: Mapping[str, Any]
+    fields: Row
     truncated: bool = False
 
     @property
     def answer(self) -> str:
-        """What is said after the thoughts."""
+        """The text after the thoughts."""
         return split(self.completion).answer.strip()
 
     @property
     def switch(self) -> Mode | None:
-        """What the system prompt asks of the thoughts."""
+        """The mode that the system prompt asks for."""
         return switch_of(self.messages)
 
 
 class RewardConfig(Config):
     """weight: its factor in the sum. deadline: seconds a sample, then its checker is killed, or its
-    server not waited for any more: could-not-judge.
-
-    name: in tables and logs; the kind unless given.
+    server not waited for any more: could-not-judge. name: in tables and logs; by default the kind.
     """
 
     weight: float = Field(default=1.0, allow_inf_nan=False)
     deadline: float = Field(default=10.0, gt=0)
     name: str = ""
 
+    def fields(self, row: Row) -> list[str]:
+        """The fields of a row that it judges by."""
+        return []
 
-class MathReward(RewardConfig):
+    def prepare(self) -> None:
+        """Raises ImportError, JailError or RewardError if it cannot be computed here."""
+
+
+class AnswerReward(RewardConfig):
+    answer: str = "answer"
+
+    def fields(self, row: Row) -> list[str]:
+        return [self.answer]
+
+
+class MathReward(AnswerReward):
     kind: Literal["math"]
-    answer: str = "answer"
+
+    def prepare(self) -> None:
+        mathematics.require_library()
+
+    def check(self, sample: Sample) -> Outcome:
+        return verify_math(sample.answer, str(sample.fields[self.answer]))
 
 
-class NumberReward(RewardConfig):
+class NumberReward(AnswerReward):
     kind: Literal["number"]
-    answer: str = "answer"
     tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
+    def check(self, sample: Sample) -> Outcome:
+        expected = sample.fields[self.answer]
+        return verify_number(sample.answer, expected, tolerance=self.tolerance)
 
-class ExactReward(RewardConfig):
+
+class ExactReward(AnswerReward):
     kind: Literal["exact"]
-    answer: str = "answer"
     ignore_case: bool = True
 
+    def check(self, sample: Sample) -> Outcome:
+        expected = str(sample.fields[self.answer])
+        return verify_exact(sample.answer, expected, ignore_case=self.ignore_case)
 
-class ChoiceReward(RewardConfig):
+
+class ChoiceReward(AnswerReward):
     kind: Literal["choice"]
-    answer: str = "answer"
     choices: int = Field(default=26, ge=2, le=26)
+
+    def check(self, sample: Sample) -> Outcome:
+        expected = str(sample.fields[self.answer])
+        return verify_choice(sample.answer, expected, choices=self.choices)
 
 
 class FormatReward(RewardConfig):
     kind: Literal["format"]
+
+    def check(self, sample: Sample) -> Outcome:
+        return verify_format(sample.completion, sample.switch, truncated=sample.truncated)
 
 
 class InstructionsReward(RewardConfig):
@@ -116,6 +140,16 @@ class InstructionsReward(RewardConfig):
     arguments: str = "kwargs"
     loose: bool = False
     partial: bool = False
+
+    def fields(self, row: Row) -> list[str]:
+        return [self.instructions, self.arguments]
+
+    def prepare(self) -> None:
+        language.require_library()
+
+    def check(self, sample: Sample) -> Outcome:
+        given = sample.fields[self.instructions], sample.fields[self.arguments]
+        return verify_instructions(sample.answer, *given, loose=self.loose, partial=self.partial)
 
 
 class CodeReward(RewardConfig):
@@ -140,9 +174,24 @@ class CodeReward(RewardConfig):
                 f"deadline = {self.deadline:g} cuts limits.seconds short; give {least:g}"
             )
 
-    def asserts(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is judged by its tests; a null, as JSON lines have it, is no test."""
+    def fields(self, row: Row) -> list[str]:
+        return [self.tests] if self._by_asserts(row) else [self.inputs, self.outputs]
+
+    def _by_asserts(self, row: Row) -> bool:
+        """A null, as JSON lines have it, is no test."""
         return row.get(self.tests) is not None or row.get(self.inputs) is None
+
+    def prepare(self) -> None:
+        if self.isolation == "namespaces":
+            require_isolation()
+
+    def check(self, sample: Sample) -> Outcome:
+        row: Row = sample.fields
+        jail: dict[str, Any] = {"limits": self.limits, "isolation": self.isolation}
+        if self._by_asserts(row):
+            setup = row.get(self.setup) or ""
+            return verify_asserts(sample.answer, row[self.tests], setup=setup, **jail)
+        return verify_outputs(sample.answer, row[self.inputs], row[self.outputs], **jail)
 
 
 class FunctionReward(RewardConfig):
@@ -151,8 +200,14 @@ class FunctionReward(RewardConfig):
     kind: Literal["function"]
     function: str = Field(pattern=r"^[\w.]+:\w+$")
 
+    def prepare(self) -> None:
+        _imported(self.function)
 
-class JudgeReward(RewardConfig):
+    def check(self, sample: Sample) -> Outcome:
+        return _imported(self.function)(sample)
+
+
+class JudgeReward(AnswerReward):
     """An LLM that says whether prediction and reference agree (Llama-Nemotron §5.1).
 
     template: with {question}, {answer} and {prediction}; it must ask for a last line
@@ -161,14 +216,13 @@ class JudgeReward(RewardConfig):
 
     kind: Literal["judge"]
     endpoint: EndpointConfig
-    answer: str = "answer"
     template: str = ""
     max_tokens: int = Field(default=1024, ge=1)
     deadline: float = Field(default=120.0, gt=0)
 
 
 class ModelReward(RewardConfig):
-    """A reward model's score of the answer, right from `right_from` on, for the counts alone.
+    """A reward model's score of the answer; at `right_from` or more it counts as right in tables.
 
     It is asked as a chat that ends with the answer, and replies `reward:-3.25` (NVIDIA NIM's form).
     """
@@ -202,100 +256,50 @@ def names(rewards: Sequence[Reward]) -> list[str]:
     return found
 
 
-def require_fields(rewards: Sequence[Reward], row: Mapping[str, Any]) -> None:
-    """Checks that a row holds what the rewards judge by, before anything is generated from it.
+def require_fields(rewards: Sequence[Reward], row: Row) -> None:
+    """Checks that a row has what the rewards judge by, before anything is generated from it.
 
     Raises RewardError for a missing field, InstructionError for an unknown instruction.
     """
     for reward in rewards:
-        for key in _fields(reward, row):
+        for key in reward.fields(row):
             if row.get(key) is None:
                 raise RewardError(
                     f"the reward {reward.name or reward.kind!r} judges by the field {key!r}, which "
-                    f"this row has not; {nearest(key, row)}"
+                    f"is missing in this row; {nearest(key, row)}"
                 )
-        if reward.kind == "instructions":
+        if isinstance(reward, InstructionsReward):
             read_instructions(row[reward.instructions], row[reward.arguments])
 
 
-def _fields(reward: Reward, row: Mapping[str, Any]) -> list[str]:
-    if isinstance(reward, InstructionsReward):
-        return [reward.instructions, reward.arguments]
-    if isinstance(reward, CodeReward):
-        return [reward.tests] if reward.asserts(row) else [reward.inputs, reward.outputs]
-    answer = getattr(reward, "answer", None)
-    return [cast(str, answer)] if answer else []
-
-
-def _code(reward: CodeReward, sample: Sample) -> Outcome:
-    box: dict[str, Any] = {"limits": reward.limits, "isolation": reward.isolation}
-    fields = sample.fields
-    if reward.asserts(fields):
-        setup = fields.get(reward.setup) or ""
-        return verify_asserts(sample.answer, fields[reward.tests], setup=setup, **box)
-    cases = fields[reward.inputs], fields[reward.outputs]
-    return verify_outputs(sample.answer, *cases, **box)
-
-
-_CHECKS: dict[str, Callable[[Any, Sample], Outcome]] = {
-    "math": lambda r, s: verify_math(s.answer, str(s.fields[r.answer])),
-    "number": lambda r, s: verify_number(s.answer, s.fields[r.answer], tolerance=r.tolerance),
-    "exact": lambda r, s: verify_exact(
-        s.answer, str(s.fields[r.answer]), ignore_case=r.ignore_case
-    ),
-    "choice": lambda r, s: verify_choice(s.answer, str(s.fields[r.answer]), choices=r.choices),
-    "format": lambda r, s: verify_format(s.completion, s.switch, truncated=s.truncated),
-    "instructions": lambda r, s: verify_instructions(
-        s.answer,
-        s.fields[r.instructions],
-        s.fields[r.arguments],
-        loose=r.loose,
-        partial=r.partial,
-    ),
-    "code": _code,
-    "function": lambda r, s: imported(r.function)(s),
-}
-
-
 def check(reward: CheckedReward, sample: Sample) -> Outcome:
-    """A reward's verdict on a sample. Whatever goes wrong within is could-not-judge, with why.
+    """A reward's verdict on a sample; could-not-judge, with the reason, if the checker fails.
 
-    An answer is wrong where there is none, whatever the checker: the thoughts were not finished.
+    Without an answer (the thoughts did not end) all but `format` and `function` say wrong.
     """
-    if reward.kind not in ("format", "function") and not sample.answer:
+    if not isinstance(reward, FormatReward | FunctionReward) and not sample.answer:
         return wrong("no answer")
     try:
-        outcome = _CHECKS[reward.kind](reward, sample)
-    except (Exception, RecursionError) as error:
+        outcome = reward.check(sample)
+    except Exception as error:
         return unjudged(f"{type(error).__name__}: {error}"[:300])
     if not isinstance(outcome, Outcome):
         return unjudged(f"the checker returned {type(outcome).__name__} and no Outcome")
     return outcome
 
 
-def prepare(rewards: Sequence[Reward]) -> None:
-    """Finds a missing library, function or jail now and not at the first sample.
-
-    Raises RewardError.
-    """
+def prepare(rewards: Sequence[CheckedReward]) -> None:
+    """Raises RewardError for a missing library, function or jail."""
     for reward in rewards:
-        name = reward.name or reward.kind
         try:
-            if reward.kind == "math":
-                mathematics.require_library()
-            elif reward.kind == "instructions":
-                language.require_detector()
-            elif reward.kind == "code" and reward.isolation == "namespaces":
-                require_isolation()
-            elif reward.kind == "function":
-                imported(reward.function)
+            reward.prepare()
         except (ImportError, JailError, RewardError) as error:
+            name = reward.name or reward.kind
             raise RewardError(f"the reward {name!r} cannot be computed: {error}") from None
 
 
 @functools.cache
-def imported(path: str) -> Callable[[Sample], Outcome]:
-    """The function that `module:function` names. Raises RewardError."""
+def _imported(path: str) -> Callable[[Sample], Outcome]:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

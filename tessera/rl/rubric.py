@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Self
 
 from tessera.ask import judge
@@ -77,9 +78,8 @@ class Rubric:
 
     def __init__(self, rewards: Sequence[Reward], workers: int) -> None:
         self.rewards, self.names = list(rewards), names(rewards)
-        checked = [one for one in self.rewards if isinstance(one, CheckedReward)]
-        self._pool = Pool(checked, workers)
-        self._asked = [Asked(one) for one in self.rewards if isinstance(one, AskedReward)]
+        self._pool = Pool([one for one in self.rewards if isinstance(one, CheckedReward)], workers)
+        self._asked = [Asked(one) if isinstance(one, AskedReward) else None for one in self.rewards]
 
     def __enter__(self) -> Self:
         return self
@@ -89,18 +89,13 @@ class Rubric:
 
     def __call__(self, samples: Sequence[Sample]) -> list[Judged]:
         """What each sample is worth. Raises RewardError where nothing can be judged at all."""
-        checked = self._checked(samples)
-        asked = iter([one(samples) for one in self._asked])
+        parts = range(len(self._pool.rewards))
+        checked = iter(self._pool.check([(part, sample) for part in parts for sample in samples]))
         columns = [
-            next(checked) if isinstance(one, CheckedReward) else next(asked) for one in self.rewards
+            list(islice(checked, len(samples))) if one is None else one(samples)
+            for one in self._asked
         ]
         return [self._sum([column[i] for column in columns]) for i in range(len(samples))]
-
-    def _checked(self, samples: Sequence[Sample]) -> Any:
-        count = len(self._pool.rewards)
-        tasks = [(part, sample) for part in range(count) for sample in samples]
-        found = self._pool.check(tasks) if tasks else []
-        return iter([found[i * len(samples) : (i + 1) * len(samples)] for i in range(count)])
 
     def _sum(self, outcomes: Sequence[Outcome]) -> Judged:
         parts = dict(zip(self.names, outcomes, strict=True))

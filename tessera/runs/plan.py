@@ -14,7 +14,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from tessera.runs.recipe import Recipe, RecipeError, StageSpec, dumps, models_in, validate
+from tessera.runs.recipe import (
+    Recipe,
+    RecipeError,
+    StageSpec,
+    dumps,
+    identity,
+    models_in,
+    validate,
+)
 from tessera.runs.run import (
     Manifest,
     aside,
@@ -22,7 +30,6 @@ from tessera.runs.run import (
     fingerprint_path,
     holds_no_work,
     run_fingerprint,
-    without_execution,
 )
 from tessera.table import nearest
 
@@ -276,9 +283,9 @@ def _resolve(
     known = {step.path: step.fingerprint for step in before}
     prints = {need: _prints(value, known) for need, value in {**inputs, **files}.items()}
     path = runs_dir / recipe.name / spec.name
-    identity = run_fingerprint(stage.name, config.model_dump(mode="json"), recipe.seed, prints)
-    manifest = find_manifest(path)
-    return Step(spec, stage, config, path, recipe.seed, inputs, files, identity, "run", manifest)
+    fingerprint = run_fingerprint(stage.name, identity(config), recipe.seed, prints)
+    run = find_manifest(path)
+    return Step(spec, stage, config, path, recipe.seed, inputs, files, fingerprint, "run", run)
 
 
 def _action(step: Step, follows: bool) -> Action:
@@ -412,16 +419,21 @@ def _own_changes(step: Step, manifest: Manifest) -> list[str]:
     """Lines on stage, seed and config where they differ from the run's; inputs are left out."""
     old = {"stage": manifest.stage, "seed": manifest.seed}
     new = {"stage": step.stage.name, "seed": step.seed}
-    configs = without_execution(manifest.config), without_execution(step.resolved)
-    return _diff(old, new) + _diff(*configs, f"{step.name}.")
+    made = identity(step.config)
+    return _diff(old, new, new) + _diff(manifest.config, step.resolved, made, f"{step.name}.")
 
 
-def _diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _diff(
+    old: Mapping[str, Any], new: Mapping[str, Any], made: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """Lines on what differs, but for keys of `new` that `made` lacks."""
     lines = []
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key), new.get(key)
+        if key in new and key not in made:
+            continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += _diff(before, after, f"{prefix}{key}.")
+            lines += _diff(before, after, made[key], f"{prefix}{key}.")
         elif before != after:
             lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines

@@ -40,6 +40,20 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def identity(config: BaseModel) -> dict[str, Any]:
+    """A config as JSON values, without the keys that only change how it is carried out.
+
+    A class of configs names those in its `EXECUTION`.
+    """
+    made = config.model_dump(mode="json")
+    for key, value in config:
+        if isinstance(value, BaseModel) and key in made:  # a key excluded from dumps is none
+            made[key] = identity(value)
+    return {
+        key: value for key, value in made.items() if key not in getattr(config, "EXECUTION", ())
+    }
+
+
 @dataclass(frozen=True)
 class StageSpec:
     """One table of a recipe: the run's name, its stage, and the rest of the table."""

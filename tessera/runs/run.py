@@ -39,8 +39,6 @@ from tessera.runs.files import (
 )
 
 Status = Literal["running", "done", "failed", "interrupted"]
-# Keys of a `train` table that change how a run is carried out and not what it makes.
-EXECUTION = {"parallel", "save_seconds", "save_total_limit", "report_to", "quiet_seconds"}
 LOGS = ("metrics.jsonl", "timings.jsonl")  # one object a step
 NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock"}
 InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
@@ -89,19 +87,8 @@ def fingerprint_path(path: Path) -> str:
 def run_fingerprint(
     stage: str, config: Mapping[str, Any], seed: int, inputs: Mapping[str, Any]
 ) -> str:
-    """The identity of a run; `inputs` holds fingerprints, by need, None for an absent one.
-
-    `EXECUTION` is no part of it: a training may be resumed on other machines.
-    """
-    return fingerprint([stage, without_execution(config), seed, dict(inputs)])
-
-
-def without_execution(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the `EXECUTION` keys of its `train` table."""
-    train = config.get("train")
-    if not isinstance(train, Mapping):
-        return dict(config)
-    return {**config, "train": {k: v for k, v in train.items() if k not in EXECUTION}}
+    """The identity of a run; `inputs` holds fingerprints, by need, None for an absent one."""
+    return fingerprint([stage, dict(config), seed, dict(inputs)])
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -226,17 +213,20 @@ class Run:
         config: Mapping[str, Any],
         inputs: InputPaths,
         seed: int,
+        identity: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> Run:
         """Creates a run, or resumes one of the same fingerprint.
 
+        identity: the part of `config` that the fingerprint is made from; all of it unless given.
         Raises RunError when it is finished, differs, belongs to another process, or when an
         input is unfinished or missing.
         """
         path = Path(path)
         lock = Lock(path) if dist.is_main() else None
         try:
-            manifest = _begin(path, stage, dict(config), inputs, seed)
+            made = config if identity is None else identity
+            manifest = _begin(path, stage, dict(config), made, inputs, seed)
             run = cls(path, manifest, lock, quiet)
             run._save()
             run._rewrite_logs()
@@ -372,12 +362,17 @@ class Run:
 
 
 def _begin(
-    path: Path, stage: str, config: dict[str, Any], inputs: InputPaths, seed: int
+    path: Path,
+    stage: str,
+    config: dict[str, Any],
+    made: Mapping[str, Any],
+    inputs: InputPaths,
+    seed: int,
 ) -> Manifest:
     """The manifest to start or to go on with."""
     references = {need: _reference(value, path.parent) for need, value in inputs.items()}
     prints = {need: _print_of(value) for need, value in references.items()}
-    identity = run_fingerprint(stage, config, seed, prints)
+    identity = run_fingerprint(stage, made, seed, prints)
     if dist.is_main():  # the other processes would see what this one is writing
         if manifest := find_manifest(path):
             return _go_on(path, manifest, identity)

@@ -1,127 +1,216 @@
-"""Counters in Prometheus' text format, under vLLM's kind of names.
+"""The server of the OpenAI API: routes, API keys, limits, metrics, and its process.
 
-The server: routes, keys, limits, and what went wrong in the API's own form.
-
-Every refusal is JSON with a sentence: 400 what the request says, 401 no key, 404 no such model or
-path, 413 a body too large, 429 a full queue (with Retry-After), 503 draining or broken.
+Refusals are JSON in the API's form: 400 a bad request, 401 no key, 404 no such model or path, 413 a
+body too large, 429 a full queue (with Retry-After), 503 draining or broken. SIGTERM and Ctrl-C
+drain: new requests get 503, those under way may end for `drain_seconds`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
+import ipaddress
 import json
-import threading
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera.data.conversation import SchemaError
 from tessera.data.switch import SwitchError
 from tessera.data.template import TemplateError
+from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import ClosedError, GenerationError, QueueFullError
 from tessera.generate.requests import EngineError
 from tessera.generate.torch_engine import EngineThread, TorchEngine
+from tessera.model.checkpoint import load_model
+from tessera.model.source import resolve
+from tessera.runs.recipe import Config
 from tessera.serve import replies
-from tessera.serve.schema import ChatRequest, CompletionRequest
-from tessera.serve.session import Talk, Talker
+from tessera.serve.session import ChatRequest, CompletionRequest, ServedModel, Session
 
-
-@dataclass
-class Metrics:
-    """What was answered since the server began."""
-
-    ended: Counter[str] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def note(self, talk: Talk) -> None:
-        """Counts a request that has ended, or was left by its client."""
-        usage = talk.usage
-        with self._lock:
-            for stream, completion in zip(talk.streams, talk.handle.completions, strict=True):
-                reason = "stop" if stream.stopped else completion.finish_reason
-                self.ended[reason if talk.handle.done else "cancelled"] += 1
-            self.tokens["prompt"] += usage["prompt_tokens"]
-            self.tokens["generation"] += usage["completion_tokens"]
-            self.tokens["reasoning"] += usage["completion_tokens_details"]["reasoning_tokens"]
-
-    def text(self, engine: TorchEngine) -> str:
-        """All of it, with what the engine does at this moment."""
-        with self._lock:
-            ended, tokens = dict(self.ended), dict(self.tokens)
-        lines = [
-            "# HELP tessera_requests_running Samples being decoded.",
-            "# TYPE tessera_requests_running gauge",
-            f"tessera_requests_running {engine.running}",
-            "# HELP tessera_requests_waiting Samples waiting for a place.",
-            "# TYPE tessera_requests_waiting gauge",
-            f"tessera_requests_waiting {len(engine.waiting)}",
-            "# HELP tessera_requests_finished_total Samples that ended, by reason.",
-            "# TYPE tessera_requests_finished_total counter",
-        ]
-        lines += [
-            f'tessera_requests_finished_total{{reason="{reason}"}} {count}'
-            for reason, count in sorted(ended.items())
-        ]
-        lines += [
-            "# HELP tessera_tokens_total Tokens, by kind.",
-            "# TYPE tessera_tokens_total counter",
-        ]
-        lines += [f'tessera_tokens_total{{kind="{k}"}} {n}' for k, n in sorted(tokens.items())]
-        return "\n".join(lines) + "\n"
-
-
+KEY_VARIABLE = "TESSERA_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
 RETRY_SECONDS = 1
-OPEN_PATHS = ("/health", "/metrics", "/")  # asked by load balancers and browsers, without a key
-REFUSALS: tuple[tuple[type[Exception], int], ...] = (
-    (QueueFullError, 429),
-    (ClosedError, 503),
-    (EngineError, 503),
-    (GenerationError, 400),
-    (SchemaError, 400),
-    (SwitchError, 400),
-    (TemplateError, 400),
-)
+PUBLIC_PATHS = ("/health", "/metrics", "/")  # asked by load balancers and browsers, without a key
+STATUSES: dict[type[Exception], int] = {
+    QueueFullError: 429,
+    ClosedError: 503,
+    EngineError: 503,
+    GenerationError: 400,
+    SchemaError: 400,
+    SwitchError: 400,
+    TemplateError: 400,
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {}}}
+    for status, text in {
+        400: "a bad request",
+        401: "no key",
+        404: "no such model",
+        413: "a body too large",
+        429: "the queue is full",
+        503: "draining, or broken",
+    }.items()
+}
+RESPONSES[200] = {
+    "description": "The reply, or its events where stream is true.",
+    "content": {"application/json": {}, "text/event-stream": {}},
+}
+
+
+class ServeError(ValueError):
+    """A server that cannot be started as asked; the text says what to change."""
+
+
+class ServeConfig(Config):
+    """host: only this machine by default. batch: samples decoded together. queue: samples that may
+    wait. timeout: seconds of a request. prefix_cache: tokens of prompts whose KV is kept for later
+    prompts with the same beginning."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    name: str = ""
+    key_file: str = ""
+    batch: int = Field(default=32, ge=1)
+    queue: int = Field(default=256, ge=1)
+    timeout: float = Field(default=600.0, gt=0)
+    drain_seconds: float = Field(default=30.0, ge=0)
+    max_body_kib: int = Field(default=1024, ge=1)
+    prefix_cache: int = Field(default=0, ge=0)
+    int8: bool = False
+    web: bool = False
+
+
+def api_keys(config: ServeConfig) -> tuple[str, ...]:
+    """The keys of `key_file`, one a line, else that of the environment, else none.
+
+    Raises ServeError for a file without keys, and for a server without keys that others can reach.
+    """
+    if config.key_file:
+        path = Path(config.key_file).expanduser()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ServeError(f"--key-file {path}: {error.strerror}") from None
+        keys = tuple(line.strip() for line in lines if line.strip())
+        if not keys:
+            raise ServeError(f"--key-file {path} holds no key; write one on each line")
+        return keys
+    if key := os.environ.get(KEY_VARIABLE, "").strip():
+        return (key,)
+    if not _is_loopback(config.host):
+        raise ServeError(
+            f"--host {config.host} can be reached by others, and there is no key: give --key-file "
+            f"FILE or {KEY_VARIABLE}, or serve on 127.0.0.1"
+        )
+    return ()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Metrics:
+    """Counters of one server for Prometheus."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        prometheus_client.disable_created_metrics()
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        running = prometheus_client.Gauge(
+            "tessera_requests_running", "Samples being decoded.", registry=registry
+        )
+        running.set_function(lambda: engine.running)
+        waiting = prometheus_client.Gauge(
+            "tessera_requests_waiting", "Samples waiting for a place.", registry=registry
+        )
+        waiting.set_function(lambda: len(engine.waiting))
+        self.finished = prometheus_client.Counter(
+            "tessera_requests_finished", "Samples that ended.", ["reason"], registry=registry
+        )
+        self.tokens = prometheus_client.Counter(
+            "tessera_tokens", "Tokens, by kind.", ["kind"], registry=registry
+        )
+
+    def count(self, session: Session) -> None:
+        """Count a request that has ended, or that its client has left."""
+        handle, usage = session.handle, session.usage
+        for stream, completion in zip(session.streams, handle.completions, strict=True):
+            reason = "stop" if stream.stopped else completion.finish_reason
+            self.finished.labels(reason if handle.done else "cancelled").inc()
+        self.tokens.labels("prompt").inc(usage["prompt_tokens"])
+        self.tokens.labels("generation").inc(usage["completion_tokens"])
+        reasoning = usage["completion_tokens_details"]["reasoning_tokens"]
+        self.tokens.labels("reasoning").inc(reasoning)
 
 
 @dataclass
 class Serving:
-    """A model being served. keys: one of them must be given; none, anybody may ask."""
+    """A model being served. keys: a request must give one of them; with none, anybody may ask."""
 
     name: str
-    talker: Talker
+    model: ServedModel
     thread: EngineThread
+    metrics: Metrics
     keys: tuple[str, ...] = ()
     max_body_bytes: int = 1 << 20
     web: bool = False
-    metrics: Metrics = field(default_factory=Metrics)
+
+
+@contextlib.contextmanager
+def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
+    """A model behind an engine thread, for as long as the body runs."""
+    keys, path = api_keys(config), Path(model)
+    directory = resolve(model)
+    engine = TorchEngine(
+        load_model(directory, frozen=True),
+        max_batch_size=config.batch,
+        max_queue=config.queue,
+        prefix_cache_tokens=config.prefix_cache,
+        int8=config.int8,
+    )
+    served = ServedModel(engine, load_tokenizer(directory), config.timeout)
+    name = config.name or (path.resolve().name if path.exists() else model)
+    with EngineThread(engine, _report) as thread:
+        size = config.max_body_kib * 1024
+        yield Serving(name, served, thread, Metrics(engine), keys, size, config.web)
+
+
+def _report(error: Exception) -> None:
+    print(f"a step of the engine failed: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def build(serving: Serving) -> FastAPI:
     """The application of a served model."""
     app = FastAPI(title="tessera", version="1", docs_url=None, redoc_url=None)
-    app.add_middleware(Limits, serving=serving)
-    for kind, status in REFUSALS:
+    app.add_middleware(RequestGuard, serving=serving)
+    for kind, status in STATUSES.items():
         app.add_exception_handler(kind, _handler(status))
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _broken)
-    _add_looks(app, serving)
-    _add_chat(app, serving)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _server_error)
+    _add_status(app, serving)
+    _add_completions(app, serving)
     return app
 
 
-def _add_looks(app: FastAPI, serving: Serving) -> None:
+def _add_status(app: FastAPI, serving: Serving) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether requests are answered."""
@@ -131,12 +220,12 @@ def _add_looks(app: FastAPI, serving: Serving) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         """Counters for Prometheus."""
-        return PlainTextResponse(serving.metrics.text(serving.talker.engine))
+        return PlainTextResponse(prometheus_client.generate_latest(serving.metrics.registry))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The model that is served."""
-        room = serving.talker.engine.packed.config.max_position_embeddings
+        room = serving.model.engine.config.max_position_embeddings
         one = {"id": serving.name, "object": "model", "created": 0, "owned_by": "tessera"}
         return {"object": "list", "data": [{**one, "max_model_len": room}]}
 
@@ -147,55 +236,29 @@ def _add_looks(app: FastAPI, serving: Serving) -> None:
             return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
 
-def _add_chat(app: FastAPI, serving: Serving) -> None:
-    @app.post("/v1/chat/completions", response_model=None, responses=REPLIES)
+def _add_completions(app: FastAPI, serving: Serving) -> None:
+    @app.post("/v1/chat/completions", response_model=None, responses=RESPONSES)
     async def chat(request: ChatRequest, http: Request) -> JSONResponse | StreamingResponse:
         """Answer a conversation."""
         _check_model(serving, request.model)
-        talk = serving.talker.chat(request)
+        session, name = serving.model.chat(request), serving.name
         if request.stream:
-            usage = request.tells_usage
-            events = replies.chat_events(talk, serving.name, request.logprobs, usage)
-            return _stream(serving, talk, events)
-        return await _whole(
-            serving, talk, http, replies.whole_chat(talk, serving.name, request.logprobs)
-        )
+            events = replies.chat_events(session, name, request.include_usage)
+            return _stream(serving, session, events)
+        return await _whole(serving, session, http, replies.whole_chat(session, name))
 
-    @app.post("/v1/completions", response_model=None, responses=REPLIES)
+    @app.post("/v1/completions", response_model=None, responses=RESPONSES)
     async def complete(
         request: CompletionRequest, http: Request
     ) -> JSONResponse | StreamingResponse:
-        """Go on with a text."""
+        """Continue a text."""
         _check_model(serving, request.model)
-        talk = serving.talker.complete(request)
+        session, name = serving.model.complete(request), serving.name
         echo = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-        wanted = request.logprobs is not None
         if request.stream:
-            usage = request.tells_usage
-            events = replies.completion_events(talk, serving.name, wanted, usage, echo)
-            return _stream(serving, talk, events)
-        return await _whole(
-            serving, talk, http, replies.whole_completion(talk, serving.name, wanted, echo)
-        )
-
-
-REPLIES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The reply, or its events where stream is true.",
-        "content": {"application/json": {}, "text/event-stream": {}},
-    }
-}
-REPLIES |= {
-    code: {"description": text, "content": {"application/json": {}}}
-    for code, text in {
-        400: "the request is not one",
-        401: "no key",
-        404: "no such model",
-        413: "a body too large",
-        429: "the queue is full",
-        503: "draining, or broken",
-    }.items()
-}
+            events = replies.completion_events(session, name, request.include_usage, echo)
+            return _stream(serving, session, events)
+        return await _whole(serving, session, http, replies.whole_completion(session, name, echo))
 
 
 def _check_model(serving: Serving, name: str) -> None:
@@ -204,7 +267,7 @@ def _check_model(serving: Serving, name: str) -> None:
         raise HTTPException(404, text)
 
 
-def _stream(serving: Serving, talk: Talk, events: AsyncIterator[str]) -> StreamingResponse:
+def _stream(serving: Serving, session: Session, events: AsyncIterator[str]) -> StreamingResponse:
     """Events as they come; a client that hangs up ends the generator, which ends the request."""
 
     async def counted() -> AsyncIterator[str]:
@@ -212,47 +275,45 @@ def _stream(serving: Serving, talk: Talk, events: AsyncIterator[str]) -> Streami
             async for event in events:
                 yield event
         except EngineError as error:
-            yield f"data: {json.dumps(_error(503, str(error)))}\n\n"
+            yield f"data: {json.dumps(_error_body(503, str(error)))}\n\n"
         finally:
-            talk.handle.cancel()
-            serving.metrics.note(talk)
+            session.handle.cancel()
+            serving.metrics.count(session)
 
     return StreamingResponse(counted(), media_type="text/event-stream")
 
 
 async def _whole(
-    serving: Serving, talk: Talk, http: Request, reply: Awaitable[dict[str, Any]]
+    serving: Serving, session: Session, http: Request, reply: Awaitable[dict[str, Any]]
 ) -> JSONResponse:
-    watcher = asyncio.create_task(_hung_up(http, talk))
+    async def cancel_on_disconnect() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        session.handle.cancel()
+
+    watcher = asyncio.create_task(cancel_on_disconnect())
     try:
         return JSONResponse(await reply)
     finally:
         watcher.cancel()
-        talk.handle.cancel()
-        serving.metrics.note(talk)
+        session.handle.cancel()
+        serving.metrics.count(session)
 
 
-async def _hung_up(http: Request, talk: Talk) -> None:
-    """Cancels a request whose client has gone."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-    talk.handle.cancel()
-
-
-def _error(status: int, text: str) -> dict[str, Any]:
+def _error_body(status: int, text: str) -> dict[str, Any]:
     kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": text, "type": kind, "param": None, "code": status}}
 
 
-def _reply(status: int, text: str) -> JSONResponse:
+def _error(status: int, text: str) -> JSONResponse:
     headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else None
-    return JSONResponse(_error(status, text), status, headers)
+    return JSONResponse(_error_body(status, text), status, headers)
 
 
 def _handler(status: int) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
     async def handle(_: Request, error: Exception) -> JSONResponse:
-        return _reply(status, str(error))
+        return _error(status, str(error))
 
     return handle
 
@@ -260,24 +321,24 @@ def _handler(status: int) -> Callable[[Request, Exception], Awaitable[JSONRespon
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["loc"] == ("body",) or first["type"] == "json_invalid":
         text = "the body is no JSON object; send one with Content-Type: application/json"
-        return _reply(400, text)
-    return _reply(400, f"{where}: {first['msg']}")
+        return _error(400, text)
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    return _error(400, f"{where}: {first['msg']}")
 
 
-async def _http(_: Request, error: Exception) -> JSONResponse:
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return _reply(error.status_code, str(error.detail))
+    return _error(error.status_code, str(error.detail))
 
 
-async def _broken(_: Request, error: Exception) -> JSONResponse:
-    return _reply(500, f"a mistake in the server: {type(error).__name__}")
+async def _server_error(_: Request, error: Exception) -> JSONResponse:
+    return _error(500, f"a mistake in the server: {type(error).__name__}")
 
 
-class Limits:
-    """Keys and sizes, before anything of a body is read."""
+class RequestGuard:
+    """Middleware that checks key and size before a body is read."""
 
     def __init__(self, app: ASGIApp, serving: Serving) -> None:
         self.app, self.serving = app, serving
@@ -286,14 +347,15 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
-            await _reply(401, "give an API key: Authorization: Bearer KEY")(scope, receive, send)
+        headers, most = dict(scope["headers"]), self.serving.max_body_bytes
+        key = headers.get(b"authorization", b"")
+        if scope["path"] not in PUBLIC_PATHS and not self._is_known(key):
+            await _error(401, "give an API key: Authorization: Bearer KEY")(scope, receive, send)
             return
-        most = self.serving.max_body_bytes
+        too_large = f"the body is larger than {most:,} bytes; shorten it, or raise --max-body-kib"
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > most:
-            await self._too_large(scope, receive, send)
+            await _error(413, too_large)(scope, receive, send)
             return
         read = 0
 
@@ -302,20 +364,69 @@ class Limits:
             message = await receive()
             read += len(message.get("body", b""))
             if read > most:
-                raise HTTPException(413, f"the body is larger than {most:,} bytes")
+                raise HTTPException(413, too_large)
             return message
 
         await self.app(scope, counted, send)
 
-    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
-        most = self.serving.max_body_bytes
-        text = f"the body is larger than {most:,} bytes; shorten it, or raise --max-body-kib"
-        await _reply(413, text)(scope, receive, send)
-
-    def _knows(self, given: bytes) -> bool:
-        """Compared in a time that tells nothing of where keys differ."""
+    def _is_known(self, header: bytes) -> bool:
+        """Compares in constant time."""
         if not self.serving.keys:
             return True
-        word, _, key = given.partition(b" ")
+        scheme, _, key = header.partition(b" ")
         same = [hmac.compare_digest(key.strip(), known.encode()) for known in self.serving.keys]
-        return word.lower() == b"bearer" and any(same)
+        return scheme.lower() == b"bearer" and any(same)
+
+
+class _Server(uvicorn.Server):
+    """Prints its address, and refuses new requests while it drains."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+        super().__init__(config)
+        self.serving = serving
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike uvicorn's, does not raise the signal again: a drained server exits with 0."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def startup(self, sockets: list | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers if self.started else ():
+            host, port = server.sockets[0].getsockname()[:2]
+            print(f"serving {self.serving.name} on http://{host}:{port}/v1", file=sys.stderr)
+            if self.serving.web:
+                print(f"the page is http://{host}:{port}/", file=sys.stderr)
+            sys.stderr.flush()
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        self.serving.model.engine.waiting.close()
+        await super().shutdown(sockets)
+
+
+def serve(model: str, config: ServeConfig) -> None:
+    """Serve until a signal. Raises ServeError where the port is taken."""
+    with serving(model, config) as one:
+        settings = uvicorn.Config(
+            build(one),
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+        server = _Server(settings, one)
+        with contextlib.suppress(SystemExit):  # uvicorn's way to say that the port is taken
+            server.run()
+        if not server.started:
+            raise ServeError(
+                f"{config.host}:{config.port} cannot be listened on; is it taken? Give another "
+                "--port, or 0 for any"
+            )

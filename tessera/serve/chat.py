@@ -1,16 +1,11 @@
-"""A conversation in the terminal: the thought dimmed, then the answer, then what it took.
-
-/on  /off    the switch, from the next question on      /clear   begin anew
-/help        these words                                 Ctrl-D   leave; Ctrl-C stops an answer
-"""
+"""A conversation in the terminal: the thought dimmed, then the answer, then tokens and seconds."""
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -31,35 +26,31 @@ SAMPLING: dict[Mode, dict[str, float]] = {
 }
 
 
-@dataclass
 class Conversation:
-    """A model and what was said."""
+    """A model and the messages so far. budget: tokens after which a thought is closed."""
 
-    model: Path
-    mode: Mode
-    max_tokens: int
-    budget: int | None = None
-    messages: list[Message] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.tokenizer = load_tokenizer(self.model)
+    def __init__(self, model: Path, mode: Mode, max_tokens: int, budget: int | None = None) -> None:
+        self.mode: Mode = mode
+        self.max_tokens, self.budget = max_tokens, budget
+        self.messages: list[Message] = []
+        self.tokenizer = load_tokenizer(model)
         self.encoder = ChatEncoder.of(self.tokenizer)
-        self.engine = TorchEngine(load_model(self.model, frozen=True))
+        self.engine = TorchEngine(load_model(model, frozen=True))
 
-    def command(self, word: str) -> str:
-        """Obeys a word that begins with /; returns what to tell."""
-        if word in ("/on", "/off"):
-            self.mode = "on" if word == "/on" else "off"
+    def command(self, name: str) -> str:
+        """Run a command that begins with /; returns the text to show."""
+        if name in ("/on", "/off"):
+            self.mode = "on" if name == "/on" else "off"
             return f"thinking {self.mode}"
-        if word == "/clear":
+        if name == "/clear":
             self.messages.clear()
             return "begun anew"
-        return HELP if word == "/help" else f"{word} is no command; {HELP}"
+        return HELP if name == "/help" else f"{name} is no command; {HELP}"
 
-    def answer(self, question: str, show: Any) -> str:
-        """Asks; `show` gets each `Thought` as it comes. Returns tokens and seconds as text.
+    def answer(self, question: str, show: Callable[[Thought], None]) -> str:
+        """Ask; `show` gets each `Thought` as it comes. Returns tokens and seconds as text.
 
-        An answer that is interrupted stands as far as it came.
+        An answer that is interrupted is kept as far as it came.
         """
         self.messages.append({"role": "user", "content": question})
         prompt = self.encoder.prompt(self.messages, self.mode)
@@ -75,30 +66,30 @@ class Conversation:
             thinking=thinking,
             **SAMPLING[self.mode],  # type: ignore[arg-type]
         )
-        begun, told, handle = time.monotonic(), Thought(), self.engine.submit(prompt, params)
+        start, text, handle = time.monotonic(), Thought(), self.engine.submit(prompt, params)
         (completion,), seen = handle.completions, 0
         try:
             while not handle.done:
                 self.engine.step()
                 fresh, seen = completion.token_ids[seen:], len(completion.token_ids)
                 piece = stream.push(fresh)
-                told += piece
+                text += piece
                 show(piece)
         except KeyboardInterrupt:
             handle.cancel()
             self.engine.step()
         piece = stream.finish()
-        told += piece
+        text += piece
         show(piece)
-        apart = {} if told.thought is None else {"reasoning_content": told.thought}
-        self.messages.append({"role": "assistant", "content": told.answer, **apart})
-        count, seconds = len(completion.token_ids), time.monotonic() - begun
+        apart = {} if text.thought is None else {"reasoning_content": text.thought}
+        self.messages.append({"role": "assistant", "content": text.answer, **apart})
+        count, seconds = len(completion.token_ids), time.monotonic() - start
         thought = f", {stream.thought_tokens} of them thought" if stream.thought_tokens else ""
         return f"{count} tokens{thought}, {seconds:.1f} s, {count / seconds:,.0f} tokens/s"
 
 
-def talk(model: str, mode: Mode, max_tokens: int, budget: int | None) -> None:
-    """Reads questions until the end of the input."""
+def chat(model: str, mode: Mode, max_tokens: int, budget: int | None) -> None:
+    """Answer questions until the end of the input."""
     console = Console(highlight=False)
     conversation = Conversation(resolve(model), mode, max_tokens, budget)
     console.print(f"thinking {mode}. {HELP}", style="dim")
@@ -111,22 +102,23 @@ def talk(model: str, mode: Mode, max_tokens: int, budget: int | None) -> None:
         if question.startswith("/"):
             console.print(conversation.command(question.split()[0]), style="dim")
         elif question:
-            told = conversation.answer(question, _Shown(console))
-            console.print(f"\n{told}", style="dim", markup=False)
+            summary = conversation.answer(question, _printer(console))
+            console.print(f"\n{summary}", style="dim", markup=False)
 
 
-class _Shown:
-    """Prints pieces as they come, the thought dimmed and a line before the answer."""
+def _printer(console: Console) -> Callable[[Thought], None]:
+    """Prints pieces as they come, the thought dimmed and an empty line before the answer."""
+    in_thought = False
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.thought, self.answered = console, False, False
-
-    def __call__(self, piece: Thought) -> None:
+    def show(piece: Thought) -> None:
+        nonlocal in_thought
         if piece.thought:
-            self.thought = True
-            self.console.print(piece.thought, style="dim italic", end="", markup=False)
+            in_thought = True
+            console.print(piece.thought, style="dim italic", end="", markup=False)
         if piece.answer:
-            if self.thought and not self.answered:
-                self.console.print("\n")
-            self.answered = True
-            self.console.print(piece.answer, end="", markup=False)
+            if in_thought:
+                console.print("\n")
+            in_thought = False
+            console.print(piece.answer, end="", markup=False)
+
+    return show

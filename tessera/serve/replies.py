@@ -1,12 +1,11 @@
-"""Tool calls in the report's form: `<TOOLCALL>[{"name": …, "arguments": {…}}]</TOOLCALL>`.
+"""The API's JSON: whole replies, the events of a stream, and tool calls in the text.
 
-What may still become a call is held back; what is none goes on as text.
-
-The API's JSON: whole replies, and the events of a stream.
+A tool call is `<TOOLCALL>[{"name": …, "arguments": {…}}]</TOOLCALL>` (arXiv 2505.00949).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
@@ -15,20 +14,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tessera.data.thought import Thought, begun
-from tessera.serve.session import News, Talk, Token
+from tessera.serve.session import Session, Token, Update
 
 OPEN, CLOSE = "<TOOLCALL>", "</TOOLCALL>"
+REASONS = {"stop": "stop", "length": "length", "timeout": "length", "cancelled": "stop"}
+DONE = "data: [DONE]\n\n"
 
 
 class ToolCalls:
-    """Text in, text without calls out; `calls` holds those that were complete."""
+    """Text in, text without tool calls out; `calls` holds the complete ones."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self._held = ""
 
     def push(self, text: str) -> str:
-        """What is certainly no part of a call."""
+        """The text that cannot be part of a call; the rest is held back."""
         self._held += text
         plain = ""
         while OPEN in self._held:
@@ -37,26 +38,25 @@ class ToolCalls:
             if not closed:
                 self._held = OPEN + rest
                 return plain + before
-            plain, self._held = plain + before + self._take(inside), after
+            plain, self._held = plain + before + self._parse(inside), after
         keep = begun(self._held, [OPEN])
         plain += self._held[: len(self._held) - keep]
         self._held = self._held[len(self._held) - keep :]
         return plain
 
     def flush(self) -> str:
-        """What was held back, where the text ends here. A call lacking only its end counts."""
+        """The held text, at the end of the completion. A call without its closing tag counts."""
         held, self._held = self._held, ""
-        return self._take(held.removeprefix(OPEN)) if held.startswith(OPEN) else held
+        return self._parse(held.removeprefix(OPEN)) if held.startswith(OPEN) else held
 
-    def _take(self, inside: str) -> str:
-        """Notes the calls; what cannot be read as such is given back as text."""
+    def _parse(self, inside: str) -> str:
+        """Add the calls; text that is no call is returned."""
         try:
             rows = json.loads(inside)
             rows = rows if isinstance(rows, list) else [rows]
-            found = [_call(row["name"], row.get("arguments") or {}) for row in rows]
+            self.calls += [_call(row["name"], row.get("arguments") or {}) for row in rows]
         except (ValueError, TypeError, KeyError, AttributeError):
             return f"{OPEN}{inside}{CLOSE}"
-        self.calls += found
         return ""
 
 
@@ -66,143 +66,131 @@ def _call(name: str, arguments: Any) -> dict[str, Any]:
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
-REASONS = {"stop": "stop", "length": "length", "timeout": "length", "cancelled": "stop"}
-DONE = "data: [DONE]\n\n"
-
-
 @dataclass(slots=True)
-class Choice:
-    """One sample of a chat as far as it is known."""
+class ChatChoice:
+    """One sample of a chat so far."""
 
     thought: str = ""
     answer: str = ""
     tokens: list[Token] = field(default_factory=list)
-    calls: ToolCalls = field(default_factory=ToolCalls)
+    tools: ToolCalls = field(default_factory=ToolCalls)
     finish_reason: str | None = None
 
-    def take(self, news: News) -> Thought:
-        """Adds what is new; returns the part that is certainly text."""
-        answer = self.calls.push(news.piece.answer)
-        if news.finish_reason is not None:
-            answer += self.calls.flush()
-            called = bool(self.calls.calls)
-            self.finish_reason = "tool_calls" if called else REASONS[news.finish_reason]
-        self.thought += news.piece.thought or ""
+    def add(self, update: Update) -> Thought:
+        """Returns the part that is certainly text."""
+        answer = self.tools.push(update.piece.answer)
+        if update.finish_reason is not None:
+            answer += self.tools.flush()
+            self.finish_reason = "tool_calls" if self.tools.calls else REASONS[update.finish_reason]
+        self.thought += update.piece.thought or ""
         self.answer += answer
-        self.tokens += news.tokens
-        return Thought(news.piece.thought, answer)
+        self.tokens += update.tokens
+        return Thought(update.piece.thought, answer)
 
     def message(self) -> dict[str, Any]:
-        """An assistant's message; both names that servers use for the thought."""
-        told: dict[str, Any] = {"role": "assistant", "content": self.answer or None}
-        if self.thought:
-            told |= {"reasoning_content": self.thought, "reasoning": self.thought}
-        if self.calls.calls:
-            told["tool_calls"] = self.calls.calls
-        elif told["content"] is None:
-            told["content"] = ""
-        return told
+        message: dict[str, Any] = {"role": "assistant", "content": self.answer, **_thought(self)}
+        if self.tools.calls:
+            message |= {"content": self.answer or None, "tool_calls": self.tools.calls}
+        return message
 
 
-def head(kind: str, model: str) -> dict[str, Any]:
-    """What all replies to one request begin with."""
+def _thought(source: ChatChoice | Thought) -> dict[str, str]:
+    """The thought under both names that servers use."""
+    text = source.thought
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
+def _head(kind: str, model: str) -> dict[str, Any]:
+    """The fields that all parts of a reply begin with."""
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
     name = f"{prefix}-{secrets.token_hex(12)}"
     return {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
 
-async def whole_chat(talk: Talk, model: str, logprobs: bool) -> dict[str, Any]:
+async def whole_chat(session: Session, model: str) -> dict[str, Any]:
     """The reply to a chat that is not streamed."""
-    choices = [Choice() for _ in talk.streams]
-    async for news in talk.news():
-        choices[news.sample].take(news)
-    told = [
+    found = [ChatChoice() for _ in session.streams]
+    async for update in session.updates():
+        found[update.sample].add(update)
+    choices = [
         {
             "index": index,
             "message": choice.message(),
-            "logprobs": chat_logprobs(choice.tokens) if logprobs else None,
+            "logprobs": chat_logprobs(choice.tokens) if session.logprobs else None,
             "finish_reason": choice.finish_reason,
         }
-        for index, choice in enumerate(choices)
+        for index, choice in enumerate(found)
     ]
-    return {**head("chat.completion", model), "choices": told, "usage": talk.usage}
+    return {**_head("chat.completion", model), "choices": choices, "usage": session.usage}
 
 
-async def chat_events(
-    talk: Talk, model: str, logprobs: bool, tells_usage: bool
-) -> AsyncIterator[str]:
-    """The events of a streamed chat."""
-    begin = head("chat.completion.chunk", model)
-    choices = [Choice() for _ in talk.streams]
+async def chat_events(session: Session, model: str, usage: bool) -> AsyncIterator[str]:
+    """The events of a streamed chat. usage: whether the last one holds the token counts."""
+    head = _head("chat.completion.chunk", model)
+    choices = [ChatChoice() for _ in session.streams]
 
     def event(index: int, delta: dict[str, Any], **more: Any) -> str:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        return _event({**begin, "choices": [choice]})
+        return _event({**head, "choices": [choice]})
 
     for index in range(len(choices)):
         yield event(index, {"role": "assistant", "content": ""})
-    async for news in talk.news():
-        choice = choices[news.sample]
-        piece = choice.take(news)
-        more = {"logprobs": chat_logprobs(news.tokens)} if logprobs and news.tokens else {}
+    async for update in session.updates():
+        choice = choices[update.sample]
+        piece = choice.add(update)
+        more = {"logprobs": chat_logprobs(update.tokens)} if update.tokens else {}
         if piece.thought:
-            told = {"reasoning_content": piece.thought, "reasoning": piece.thought}
-            yield event(news.sample, told, **more)
+            yield event(update.sample, _thought(piece), **more)
             more = {}
         if piece.answer or more:
-            yield event(news.sample, {"content": piece.answer}, **more)
+            yield event(update.sample, {"content": piece.answer}, **more)
         if choice.finish_reason is not None:
-            calls = [{"index": i, **call} for i, call in enumerate(choice.calls.calls)]
+            calls = [{"index": i, **call} for i, call in enumerate(choice.tools.calls)]
             delta = {"tool_calls": calls} if calls else {}
-            yield event(news.sample, delta, finish_reason=choice.finish_reason)
-    if tells_usage:
-        yield _event({**begin, "choices": [], "usage": talk.usage})
+            yield event(update.sample, delta, finish_reason=choice.finish_reason)
+    if usage:
+        yield _event({**head, "choices": [], "usage": session.usage})
     yield DONE
 
 
-async def whole_completion(
-    talk: Talk, model: str, logprobs: bool, echo: str = ""
-) -> dict[str, Any]:
+async def whole_completion(session: Session, model: str, echo: str = "") -> dict[str, Any]:
     """The reply to a completion that is not streamed."""
-    texts = [echo for _ in talk.streams]
-    tokens: list[list[Token]] = [[] for _ in talk.streams]
-    reasons = [""] * len(texts)
-    async for news in talk.news():
-        texts[news.sample] += news.piece.answer
-        tokens[news.sample] += news.tokens
-        if news.finish_reason is not None:
-            reasons[news.sample] = REASONS[news.finish_reason]
-    told = [
-        {
-            "index": index,
-            "text": text,
-            "logprobs": text_logprobs(tokens[index]) if logprobs else None,
-            "finish_reason": reasons[index],
-        }
-        for index, text in enumerate(texts)
+    choices: list[dict[str, Any]] = [
+        {"index": index, "text": echo, "logprobs": None, "finish_reason": ""}
+        for index in range(len(session.streams))
     ]
-    return {**head("text_completion", model), "choices": told, "usage": talk.usage}
+    tokens: list[list[Token]] = [[] for _ in choices]
+    async for update in session.updates():
+        choice = choices[update.sample]
+        choice["text"] += update.piece.answer
+        tokens[update.sample] += update.tokens
+        if update.finish_reason is not None:
+            choice["finish_reason"] = REASONS[update.finish_reason]
+    if session.logprobs:
+        for choice, known in zip(choices, tokens, strict=True):
+            choice["logprobs"] = text_logprobs(known)
+    return {**_head("text_completion", model), "choices": choices, "usage": session.usage}
 
 
 async def completion_events(
-    talk: Talk, model: str, logprobs: bool, tells_usage: bool, echo: str = ""
+    session: Session, model: str, usage: bool, echo: str = ""
 ) -> AsyncIterator[str]:
     """The events of a streamed completion."""
-    begin = head("text_completion", model)
+    head = _head("text_completion", model)
 
-    def event(index: int, text: str, told: Any, reason: str | None) -> str:
-        choice = {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
-        return _event({**begin, "choices": [choice]})
+    def event(index: int, text: str, logprobs: Any, reason: str | None) -> str:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return _event({**head, "choices": [choice]})
 
-    for index in range(len(talk.streams) if echo else 0):
+    for index in range(len(session.streams) if echo else 0):
         yield event(index, echo, None, None)
-    async for news in talk.news():
-        told = text_logprobs(news.tokens) if logprobs and news.tokens else None
-        reason = None if news.finish_reason is None else REASONS[news.finish_reason]
-        if news.piece.answer or told or reason:
-            yield event(news.sample, news.piece.answer, told, reason)
-    if tells_usage:
-        yield _event({**begin, "choices": [], "usage": talk.usage})
+    async for update in session.updates():
+        logprobs = text_logprobs(update.tokens) if update.tokens else None
+        reason = None if update.finish_reason is None else REASONS[update.finish_reason]
+        if update.piece.answer or logprobs or reason:
+            yield event(update.sample, update.piece.answer, logprobs, reason)
+    if usage:
+        yield _event({**head, "choices": [], "usage": session.usage})
     yield DONE
 
 
@@ -220,15 +208,12 @@ def chat_logprobs(tokens: list[Token]) -> dict[str, Any]:
 
 def text_logprobs(tokens: list[Token]) -> dict[str, Any]:
     """Log-probs as completions have them."""
-    offsets, at = [], 0
-    for token in tokens:
-        offsets.append(at)
-        at += len(token.text)
+    texts = [token.text for token in tokens]
     return {
-        "tokens": [token.text for token in tokens],
+        "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [dict(token.top) for token in tokens],
-        "text_offset": offsets,
+        "text_offset": [0, *itertools.accumulate(map(len, texts))][:-1],
     }
 
 

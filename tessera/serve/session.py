@@ -1,4 +1,8 @@
-"""A request on its way through the engine: rendered, sampled, and read as text piece by piece."""
+"""A request to the server: its fields, its prompt, and its samples as text piece by piece.
+
+The fields are the OpenAI API's, and vLLM's names for what that lacks. Unknown fields are ignored,
+as other servers do.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,106 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tessera.data.chat import ChatEncoder
-from tessera.data.conversation import Message, Mode, tidy
+from tessera.data.conversation import Message, tidy
 from tessera.data.switch import requested
 from tessera.data.thought import Thought
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import FinishReason, SamplingParams, Thinking
-from tessera.generate.requests import Handle
-from tessera.generate.text import TextStream, opens_thought, stop_watch, thinking_budget
+from tessera.generate.requests import Delta, Handle
+from tessera.generate.text import TextStream, opens_thought, stop_criterion, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
-from tessera.serve.schema import ChatRequest, CompletionRequest, Sampled
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+
+
+class SamplingRequest(BaseModel):
+    """How to sample, in either kind of request. thinking_budget: tokens of thought at most."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = ""
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100, allow_inf_nan=False)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    thinking_budget: int | None = Field(default=None, ge=0)
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, value: str | list[str] | None) -> list[str]:
+        stops = [value] if isinstance(value, str) else list(value or ())
+        if len(stops) > MAX_STOPS or not all(stops):
+            raise ValueError(f"give at most {MAX_STOPS} stop strings, none of them empty")
+        return stops
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatRequest(SamplingRequest):
+    """`/v1/chat/completions`. The reasoning switch is set by the system prompt, `/no_think`,
+    reasoning_effort or chat_template_kwargs.enable_thinking; the last of these wins."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives are reported beside each token; None: no log-probs at all."""
+        return self.top_logprobs if self.logprobs else None
+
+
+class CompletionRequest(SamplingRequest):
+    """`/v1/completions`: continue a text or tokens."""
+
+    prompt: str | list[int]
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_tokens is not None else 16
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One sampled token with its log-probability and the likeliest ones beside it."""
+    """A sampled token, its log-probability and the likeliest alternatives."""
 
     text: str
     logprob: float
@@ -31,7 +118,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class Update:
     """What one sample gained. finish_reason comes with the last piece."""
 
     sample: int
@@ -41,13 +128,13 @@ class News:
 
 
 @dataclass(slots=True)
-class Talk:
+class Session:
     """A submitted request."""
 
     handle: Handle
     streams: list[TextStream]
     tokenizer: Tokenizer
-    wants_tokens: bool
+    logprobs: bool
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -62,34 +149,32 @@ class Talk:
             "completion_tokens_details": {"reasoning_tokens": thought},
         }
 
-    async def news(self) -> AsyncIterator[News]:
-        """Thoughts of every sample as they come. A reader that leaves cancels the request."""
+    async def updates(self) -> AsyncIterator[Update]:
+        """Pieces of every sample as they come. A reader that leaves cancels the request."""
         with self.handle:
             async for delta in self.handle:
-                stream = self.streams[delta.sample]
+                stream, reason = self.streams[delta.sample], delta.finish_reason
                 piece = stream.push(delta.token_ids)
-                if delta.finish_reason is not None:
+                if reason is not None:
                     piece += stream.finish()
-                reason = delta.finish_reason
-                if stream.stopped and reason is not None:
-                    reason = "stop"
-                tokens = self._tokens(delta) if self.wants_tokens else []
-                yield News(delta.sample, piece, tokens, reason)
+                    reason = "stop" if stream.stopped else reason
+                tokens = self._tokens(delta) if self.logprobs else []
+                yield Update(delta.sample, piece, tokens, reason)
 
-    def _tokens(self, delta: Any) -> list[Token]:
+    def _tokens(self, delta: Delta) -> list[Token]:
+        def text(token: int) -> str:
+            return self.tokenizer.decode([token], special=True)
+
         tops = delta.top_logprobs or [[] for _ in delta.token_ids]
         return [
-            Token(self._text(token), logprob, [(self._text(t), value) for t, value in top])
+            Token(text(token), logprob, [(text(other), value) for other, value in top])
             for token, logprob, top in zip(delta.token_ids, delta.logprobs, tops, strict=True)
         ]
 
-    def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token], special=True)
-
 
 @dataclass
-class Talker:
-    """A model that can be asked. timeout: seconds that a request may take."""
+class ServedModel:
+    """An engine with the tokenizer of its model. timeout: seconds that a request may take."""
 
     engine: TorchEngine
     tokenizer: Tokenizer
@@ -100,73 +185,52 @@ class Talker:
         """Raises TemplateError for a model without a chat template."""
         return ChatEncoder.of(self.tokenizer)
 
-    def chat(self, request: ChatRequest) -> Talk:
-        """Raises what rendering, sampling and the queue refuse, all with a text for the client."""
-        given = [message.model_dump(exclude_none=True) for message in request.messages]
+    def chat(self, request: ChatRequest) -> Session:
+        """Submit a chat. Raises what the template, the sampling and the queue raise."""
         mode, messages = requested(
-            tidy(given),
+            tidy([message.model_dump(exclude_none=True) for message in request.messages]),
             enable_thinking=(request.chat_template_kwargs or {}).get("enable_thinking"),
             reasoning_effort=request.reasoning_effort,
         )
-        tools = [] if request.tool_choice == "none" else [_tool(t) for t in request.tools or ()]
-        prompt = self._prompt(messages, mode, tools)
+        # The API wraps a tool: {"type": "function", "function": {…}}.
+        tools = [] if request.tool_choice == "none" else request.tools or []
+        tools = [one["function"] if isinstance(one.get("function"), dict) else one for one in tools]
+        prompt = self.encoder.prompt(self._without_specials(messages), mode or "off", tools)
         opened = opens_thought(self.tokenizer, prompt)
         thinking = None
         if request.thinking_budget is not None:
             thinking = thinking_budget(self.tokenizer, request.thinking_budget, opened)
-        top = request.top_logprobs if request.logprobs else 0
-        return self._submit(
-            prompt, request, request.limit, top, request.logprobs, thinking, opened=opened
-        )
+        return self._submit(prompt, request, thinking, opened)
 
-    def complete(self, request: CompletionRequest) -> Talk:
-        """As `chat`, of a text that is gone on with."""
+    def complete(self, request: CompletionRequest) -> Session:
+        """Submit a text to continue. Raises as `chat` does."""
         prompt = request.prompt
         ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
-        wanted = request.logprobs is not None
-        return self._submit(
-            ids, request, request.limit, request.logprobs or 0, wanted, None, plain=True
-        )
+        return self._submit(ids, request)
 
-    def _prompt(
-        self, messages: list[Message], mode: Mode | None, tools: list[dict[str, Any]]
-    ) -> list[int]:
-        return self.encoder.prompt(self._defused(messages), mode or "off", tools)
-
-    def _defused(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with the tokenizer's own marks broken: nobody ends another's turn."""
-        pattern = re.compile(
-            "|".join(map(re.escape, sorted(self.tokenizer.special_tokens, key=len, reverse=True)))
-            or r"(?!)"
-        )
-
-        def broken(found: re.Match[str]) -> str:
-            return f"{found[0][0]}\u200b{found[0][1:]}"
+    def _without_specials(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages whose special tokens are broken up, so that nobody can end another's turn."""
+        specials = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
         def safe(message: Message) -> Message:
             text = message.get("content")
             if message["role"] == "assistant" or not isinstance(text, str):
                 return message
-            return {**message, "content": pattern.sub(broken, text)}
+            broken = pattern.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
+            return {**message, "content": broken}
 
         return [safe(message) for message in messages]
 
     def _submit(
         self,
         prompt: list[int],
-        request: Sampled,
-        limit: int | None,
-        top: int,
-        wants_tokens: bool,
-        thinking: Thinking | None,
-        *,
+        request: ChatRequest | CompletionRequest,
+        thinking: Thinking | None = None,
         opened: bool = False,
-        plain: bool = False,
-    ) -> Talk:
-        seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
-        room = self.engine.packed.config.max_position_embeddings
+    ) -> Session:
         params = SamplingParams(
-            max_tokens=limit or room,
+            max_tokens=request.limit or self.engine.config.max_position_embeddings,
             temperature=request.temperature,
             top_k=max(0, request.top_k),
             top_p=request.top_p,
@@ -174,22 +238,15 @@ class Talker:
             repetition_penalty=request.repetition_penalty,
             n=request.n,
             stop_token_ids=self.tokenizer.eos_ids,
-            seed=seed,
-            logprobs=top,
+            seed=secrets.randbits(63) if request.seed is None else request.seed % 2**64,
+            logprobs=request.num_logprobs or 0,
             thinking=thinking,
         )
-        watch = stop_watch(self.tokenizer, request.stops, prompt) if request.stops else None
-        handle = self.engine.submit(prompt, params, timeout=self.timeout, watch=watch)
+        stops, chat = request.stop or [], isinstance(request, ChatRequest)
+        stopping = stop_criterion(self.tokenizer, stops, prompt) if stops else None
+        handle = self.engine.submit(prompt, params, timeout=self.timeout, stopping=stopping)
         streams = [
-            TextStream(
-                self.tokenizer, prompt, stops=request.stops, thinking=not plain, opened=opened
-            )
+            TextStream(self.tokenizer, prompt, stops=stops, thinking=chat, opened=opened)
             for _ in range(request.n)
         ]
-        return Talk(handle, streams, self.tokenizer, wants_tokens)
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool's own description: the API wraps it in {"type": "function", "function": ...}."""
-    function = tool.get("function")
-    return function if isinstance(function, dict) else tool
+        return Session(handle, streams, self.tokenizer, request.num_logprobs is not None)

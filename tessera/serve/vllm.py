@@ -1,4 +1,4 @@
-"""How an exported model is served with stock vLLM: a command, and the keys beside it."""
+"""The command that serves an exported model with stock vLLM."""
 
 from __future__ import annotations
 
@@ -11,57 +11,56 @@ from tessera.data.thought import CLOSE, OPEN
 from tessera.data.tokenizer import load_tokenizer
 from tessera.export import decilm
 from tessera.runs.files import RunError
-from tessera.serve.server import ServeConfig, ServeError, api_keys
-from tessera.vllm import server
+from tessera.serve.app import ServeConfig, ServeError, api_keys
+from tessera.vllm import worker
 from tessera.vllm.process import find_python
 
 
 class Command(NamedTuple):
-    """words to run, and what stands in their environment: keys, which a process listing shows not.
+    """A command and its environment, which holds the keys: a process listing does not show it.
 
-    note: what the server will not do, for the person who starts it; empty where there is nothing.
+    note: what the server will not do, for the person who starts it; may be empty.
     """
 
-    words: list[str]
+    arguments: list[str]
     environment: dict[str, str]
     note: str = ""
 
 
 def command(model: str, config: ServeConfig, python: str | None = None) -> Command:
-    """What serves `model`. Raises ServeError where vLLM or the export is not there.
+    """The command that serves `model`. Raises ServeError where vLLM or the export is missing.
 
-    Layers that differ are built by vLLM's own code, but their config is read by Python of the
-    checkpoint: that is trusted where it is what an export writes, and refused otherwise.
+    vLLM reads the config of heterogeneous layers with Python of the checkpoint, which is trusted
+    only where an export of tessera wrote it.
     """
     home = Path(model)
-    told = home / "config.json"
-    if not told.is_file():
+    if not (home / "config.json").is_file():
         raise ServeError(
             f"{model} is no exported directory; vLLM needs one: tessera export {model} OUT "
             "--format decilm, then tessera serve OUT --engine vllm"
         )
-    words = [python or _python(), server.__file__, "--model", str(home)]
-    words += ["--host", config.host, "--port", str(config.port)]
-    words += ["--served-model-name", config.name or home.resolve().name]
-    words += ["--max-num-seqs", str(config.batch)]
-    values = json.loads(told.read_text(encoding="utf-8"))
-    room = values.get("max_position_embeddings", 0)
-    words += ["--max-model-len", str(room)] if room else []
+    values = json.loads((home / "config.json").read_text(encoding="utf-8"))
+    arguments = [python or _python(), worker.__file__, "serve", "--model", str(home)]
+    arguments += ["--host", config.host, "--port", str(config.port)]
+    arguments += ["--served-model-name", config.name or home.resolve().name]
+    arguments += ["--max-num-seqs", str(config.batch)]
+    if room := values.get("max_position_embeddings"):
+        arguments += ["--max-model-len", str(room)]
     if "auto_map" in values:
         if not decilm.is_own_code(home):
             raise ServeError(
                 f"{model} brings Python that is not tessera's, and nothing of it is run: export "
                 "the model again, or call vllm serve yourself"
             )
-        words.append("--trust-remote-code")
-    note = _unparsed(home)
-    words += [] if note else ["--reasoning-parser", "deepseek_r1"]
+        arguments.append("--trust-remote-code")
+    note = _why_no_parser(home)
+    arguments += [] if note else ["--reasoning-parser", "deepseek_r1"]
     keys = api_keys(config)
-    return Command(words, {server.KEYS: "\n".join(keys)} if keys else {}, note)
+    return Command(arguments, {worker.KEYS: "\n".join(keys)} if keys else {}, note)
 
 
-def _unparsed(home: Path) -> str:
-    """Why vLLM's parser of thoughts would refuse to start: it looks for two tokens, not texts."""
+def _why_no_parser(home: Path) -> str:
+    """Why vLLM's reasoning parser would refuse to start: it needs both tags as single tokens."""
     tokenizer = load_tokenizer(home)
     missing = [mark for mark in (OPEN, CLOSE) if tokenizer.token_id(mark) is None]
     if not missing:
@@ -73,7 +72,7 @@ def _unparsed(home: Path) -> str:
 
 
 def _python() -> str:
-    """That beside a `vllm` on the PATH, else one that has vLLM. Raises ServeError."""
+    """The Python of a `vllm` on the PATH, else one that has vLLM. Raises ServeError."""
     program = shutil.which("vllm")
     beside = Path(program).with_name("python") if program else None
     if beside is not None and beside.is_file():

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from torch.distributed.tensor import DTensor
 
 from tessera import dist
 from tessera.data.batch import Batch, Source, Telling
+from tessera.model.context import Context
+from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.runs.files import FailureError
 from tessera.runs.run import Run
 from tessera.train.checkpoint import Saver, load_state
-from tessera.train.flops import peak
+from tessera.train.flops import Work, model_cost, peak
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
 from tessera.train.parallel import clip
 from tessera.train.sinks import Sinks
@@ -37,8 +39,10 @@ from tessera.train.watch import Watch
 Stats = dict[str, Tensor]
 
 
-class Objective(Protocol):
-    """What is learned. Several losses share the loop by being this."""
+class Objective:
+    """What is learned: a loss of a microbatch. `frozen`: a model that is only run forward."""
+
+    frozen: Transformer | None = None
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         """Parts of Σ w·ℓ of a microbatch (sums, never means) and statistics to log.
@@ -47,28 +51,35 @@ class Objective(Protocol):
         Each part is backpropagated before the next is asked for, so an objective with many
         independent parts (block-wise distillation) never holds more than one graph.
         """
-        ...
+        raise NotImplementedError
 
     def weight(self, batch: Batch) -> Tensor:
         """Σ w of a microbatch."""
-        ...
+        return batch.weight.sum()
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
-        """Parameters clipped together."""
-        ...
+        """Parameters that are clipped together, by the name of their group."""
+        return {"all": [p for p in module.parameters() if p.requires_grad]}
 
     def flops(self, module: nn.Module, batch: Batch) -> int:
         """Operations that the mathematics of a microbatch takes (`train/flops.py`)."""
-        ...
+        assert isinstance(module, Transformer)
+        work = Work.of(batch, module.config.sliding_window)
+        frozen = model_cost(self.frozen.config).forward(work) if self.frozen else 0
+        return model_cost(module.config).training(work) + frozen
+
+
+def context_of(batch: Batch) -> Context:
+    """The context in which a model reads a batch."""
+    return Context(batch.positions, batch.segments, prefix=batch.prefix)
 
 
 class Trainer:
     """Runs `config.steps` optimizer steps of `objective` on `module` over `source`.
 
-    `evaluate`, if given, is called with the module every `evaluate_every` steps and at the end;
-    its numbers join the step's line in metrics.jsonl. `part` = (i, n): the i-th of n trainings in
-    one run; its logged steps go on from those before, and its resume state is its own. `check`
-    sees each step's metrics before the update and may raise.
+    `evaluate`, if given, is called every `evaluate_every` steps and at the end; its numbers join
+    the step's line in metrics.jsonl. `check` sees each step's metrics before the update and may
+    raise.
     """
 
     def __init__(
@@ -80,15 +91,12 @@ class Trainer:
         run: Run,
         evaluate: Callable[[], dict[str, float]] | None = None,
         evaluate_every: int = 0,
-        part: tuple[int, int] = (0, 1),
         check: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.module, self.objective, self.source = module, objective, source
         self.config, self.run = config, run
         self.evaluate, self.evaluate_every, self.check = evaluate, evaluate_every, check
-        self.before, self.steps_of_run = part[0] * config.steps, part[1] * config.steps
-        own = run.state_path / f"part-{part[0]}"
-        self.state_path = own if part[1] > 1 else run.state_path
+        self.before, self.steps_of_run, self.state_path = 0, config.steps, run.state_path
         self.layout = config.spread.layout
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
         plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
@@ -96,6 +104,16 @@ class Trainer:
         self.groups = objective.groups(module)
         self.optimizer = build_optimizer(self.trainable.values(), config)
         self.watch = Watch(run, config.quiet_seconds)
+
+    def as_part(self, number: int, count: int) -> Self:
+        """The same as training `number` (from 0) of `count` in one run.
+
+        Its logged steps follow those before, and its resume state is its own.
+        """
+        self.before, self.steps_of_run = number * self.config.steps, count * self.config.steps
+        if count > 1:
+            self.state_path = self.run.state_path / f"part-{number}"
+        return self
 
     def fit(self) -> None:
         """Train to the last step, from the last saved state if there is one.
@@ -208,11 +226,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return lr
-
-
-def one_group(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """All trainable parameters, clipped together: what most objectives want."""
-    return {"all": [p for p in module.parameters() if p.requires_grad]}
 
 
 def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, field_validator
@@ -23,6 +23,10 @@ Schedule = Literal["cosine", "wsd", "constant"]
 
 class TrainConfig(Config):
     """How long, how fast, in what portions."""
+
+    EXECUTION: ClassVar = frozenset(  # no part of a run's fingerprint
+        {"parallel", "save_seconds", "save_total_limit", "report_to", "quiet_seconds"}
+    )
 
     steps: int = Field(ge=1)
     tokens_per_step: int = Field(default=8192, ge=1)  # positions an optimizer step, over all ranks

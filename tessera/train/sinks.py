@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -151,7 +151,7 @@ class Sinks:
                     sink.log(step, numbers)
 
     @contextlib.contextmanager
-    def _guard(self, name: str) -> Any:
+    def _guard(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # their errors are of any type, and none may stop a training

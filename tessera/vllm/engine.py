@@ -15,7 +15,6 @@ import os
 import shutil
 import tempfile
 import weakref
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,50 +38,47 @@ from tessera.model.checkpoint import write_model
 from tessera.model.config import ModelConfig
 from tessera.model.transformer import Transformer, holding
 from tessera.runs.files import writing
-from tessera.vllm.choice import VLLMConfig
+from tessera.vllm.config import VLLMConfig
 from tessera.vllm.process import DiedError, Process, find_python
+from tessera.vllm.worker import checksum
 
 MEMORY = Path("/dev/shm")
 PLUGIN = Path(__file__).with_name("plugin.py")
 PREFIX = "tessera-vllm-"
 BATCHED_TOKENS = 8192  # of prompts, that vLLM reads at once on a CPU
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLING = (
+    "n", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "stop_token_ids", "logprobs",
+)  # fmt: skip
 
 
 class VLLMEngine:
-    """An `Engine` that stock vLLM computes; see the module's docstring.
+    """An `Engine` that stock vLLM computes.
 
     batch: samples decoded together. Raises GenerationError for a model that vLLM cannot load,
     RunError where there is no vLLM. A process that dies is started once more with the weights of
     the last `sync`; a question that kills it twice raises DiedError (a FailureError) with its last
-    words. A thinking budget is not among vLLM's own options: GenerationError.
+    lines. A thinking budget is not among vLLM's own options: GenerationError.
     """
 
     def __init__(
         self, module: Transformer, config: VLLMConfig | None = None, *, batch: int = 256
     ) -> None:
-        config = config or VLLMConfig()
-        self.settings, self.batch, self.version = config, batch, 0
+        self.settings = config = config or VLLMConfig()
+        self.config, self.batch, self.version = module.config, batch, 0
         self.python = find_python(config.python)
-        self.config, self.cuda = module.config, torch.cuda.is_available()
+        self.cuda = torch.cuda.is_available()
+        default = torch.bfloat16 if self.cuda else torch.float32
+        self.dtype = default if config.dtype == "auto" else getattr(torch, config.dtype)
         stock = "vllm" if self.cuda else "vllm-cpu"
         self.form: Format = _form(module.config, "vllm-plugin" if config.plugin else stock)
         self.room = config.max_model_len or module.config.max_position_embeddings
-        self._place = _folder()
+        self._place = _directory_in_memory()
         weakref.finalize(self, shutil.rmtree, self._place, ignore_errors=True)
         self._files: dict[str, int] = {}
         self._process: Process | None = None
         self._closed = self._asleep = False
-        self.info: dict[str, str] = {}
         self.sync(module, 0)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What vLLM computes in."""
-        chosen = self.settings.dtype
-        if chosen == "auto":
-            return torch.bfloat16 if self.cuda else torch.float32
-        return DTYPES[chosen]
 
     def generate(
         self,
@@ -98,19 +94,17 @@ class VLLMEngine:
             raise GenerationError(
                 "vLLM's engine takes no thinking budget; use tessera's own, or max_tokens"
             )
-        told, total = None, len(prompts) * params.n
-        if progress is not None:
-            told = lambda done: progress(done, total)  # noqa: E731
+        total = len(prompts) * params.n
         answer = self._ask(
             "generate",
-            told,
+            (lambda done: progress(done, total)) if progress else None,
             prompts=[list(prompt) for prompt in prompts],
             seeds=[seed_of(params.seed, key) for key in keys_of(prompts, keys)],
-            sampling=_sampling(params),
+            sampling={name: getattr(params, name) for name in SAMPLING},
         )
         return [
-            [self._completion(one, params.logprobs) for one in of_prompt]
-            for of_prompt in answer["completions"]
+            [self._completion(sample, params.logprobs) for sample in samples]
+            for samples in answer["completions"]
         ]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -119,7 +113,7 @@ class VLLMEngine:
         return self._ask("score", sequences=[list(one) for one in sequences])["scores"]
 
     def sync(self, module: Transformer, version: int) -> None:
-        """See `Engine.sync`: written to memory, summed, read by vLLM in place."""
+        """See `Engine.sync`: written to memory, with checksums, read by vLLM in place."""
         if module.config != self.config:
             raise GenerationError("sync takes weights of the model that the engine was made for")
         self._files = publish(module, self._place / "model", self.form, self.dtype)
@@ -128,7 +122,7 @@ class VLLMEngine:
         else:
             if self._asleep:
                 self._ask("wake")
-            self._ask("load", **self._where())
+            self._ask("load", **self._weights())
         self._asleep, self.version = False, version
 
     def sleep(self) -> None:
@@ -140,25 +134,29 @@ class VLLMEngine:
     def close(self) -> None:
         """End vLLM's process and free the memory."""
         self._closed = True
-        if self._process is not None:
-            self._process.close()
-        self._process = None
+        self._end_process()
         shutil.rmtree(self._place, ignore_errors=True)
 
-    def _where(self) -> dict[str, Any]:
+    def _weights(self) -> dict[str, Any]:
         return {"model": str(self._place / "model"), "checksums": self._files}
 
     def _start(self) -> None:
         self._process = Process(self.python, self._environment())
         plugin = {"plugin": str(PLUGIN)} if self.settings.plugin else {}
-        told = {"arguments": self._arguments(), **plugin, **self._where()}
         try:
-            self.info = self._process.ask("open", **told)
+            self._process.ask("open", arguments=self._arguments(), **plugin, **self._weights())
         except BaseException:
-            self._bury()
+            self._end_process()
             raise
 
-    def _ask(self, do: str, told: Callable[[int], None] | None = None, **keys: Any) -> dict:
+    def _ask(
+        self,
+        do: str,
+        progress: Callable[[int], None] | None = None,
+        *,
+        again: bool = True,
+        **keys: Any,
+    ) -> dict:
         """An answer, from a second process where the first dies over it."""
         if self._closed:
             raise ClosedError("the engine is closed: make another")
@@ -166,93 +164,70 @@ class VLLMEngine:
             if self._process is None:
                 self._start()
             assert self._process is not None
-            return self._process.ask(do, told, **keys)
+            return self._process.ask(do, progress, **keys)
         except DiedError:
             if self._closed:  # by another thread, while this one waited for the answer
                 raise ClosedError("the engine was closed") from None
-            self._bury()
-        self._start()
-        try:
-            assert self._process is not None
-            return self._process.ask(do, told, **keys)
-        except DiedError:
-            self._bury()
-            raise
+            self._end_process()
+            if not again:
+                raise
+        return self._ask(do, progress, again=False, **keys)
 
-    def _bury(self) -> None:
+    def _end_process(self) -> None:
         if self._process is not None:
             self._process.close()
         self._process = None
 
     def _arguments(self) -> dict[str, Any]:
-        told: dict[str, Any] = {
+        """Those of vllm.LLM."""
+        settings = self.settings
+        arguments: dict[str, Any] = {
             "trust_remote_code": True,  # ours: the code that reads the exported config
             "skip_tokenizer_init": True,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "enforce_eager": self.settings.enforce_eager or not self.cuda,
+            "enforce_eager": settings.enforce_eager or not self.cuda,
             "max_model_len": self.room,
             "max_num_seqs": self.batch,
             "max_logprobs": -1,
             "enable_prefix_caching": True,  # the samples of one prompt share it
         }
         if self.cuda:
-            told |= {"gpu_memory_utilization": self.settings.memory}
-            told |= {"enable_sleep_mode": self.settings.sleep}
+            arguments["gpu_memory_utilization"] = settings.memory
+            arguments["enable_sleep_mode"] = settings.sleep
         else:  # a prompt read in pieces and a seed: "CPU Generator does not use offset" (0.32)
-            told |= {"enable_chunked_prefill": False}
-            told |= {"max_num_batched_tokens": max(self.room, BATCHED_TOKENS)}
-        if self.settings.quantization:
-            told["quantization"] = self.settings.quantization
-        return told | self.settings.arguments
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(self.room, BATCHED_TOKENS)
+        if settings.quantization:
+            arguments["quantization"] = settings.quantization
+        return arguments | settings.arguments
 
     def _environment(self) -> dict[str, str]:
         if self.cuda:
             given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             seen = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
             return {"CUDA_VISIBLE_DEVICES": seen[torch.cuda.current_device()]}
+        # Left out, the cache holds every sample at full length, up to 4 GiB.
+        token = self.config.kv_bytes_per_token(self.dtype.itemsize)
+        gib = min(4, 1 + int(self.batch * self.room * token // 2**30))
         return {
-            "VLLM_CPU_KVCACHE_SPACE": str(self.settings.cache_gib or self._cache_gib()),
+            "VLLM_CPU_KVCACHE_SPACE": str(self.settings.cache_gib or gib),
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
 
-    def _cache_gib(self) -> int:
-        """Whole GiB that hold every sample at full length, at most 4."""
-        needed = self.batch * self.room * self.config.kv_bytes_per_token(self.dtype.itemsize)
-        return min(4, 1 + int(needed // 2**30))
-
     def _completion(self, sample: Sequence[Any], likeliest: int) -> Completion:
         ids, logprobs, reason, rows = sample
         top = [[(int(i), p) for i, p in row] for row in rows] if likeliest else []
-        for row in top:
-            row.sort(key=lambda pair: -pair[1])
+        top = [sorted(row, key=lambda pair: -pair[1])[:likeliest] for row in top]
         return Completion(
-            ids,
-            logprobs,
-            "stop" if reason == "stop" else "length",
-            self.version,
-            [row[:likeliest] for row in top],
+            ids, logprobs, "stop" if reason == "stop" else "length", self.version, top
         )
 
 
 def seed_of(seed: int, key: int) -> int:
-    """vLLM's seed of a prompt: a hash of ours, for its own are added to and so would meet."""
+    """vLLM's seed of a prompt: a hash, because vLLM adds the sample's number to it."""
     digest = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
-
-
-def _sampling(params: SamplingParams) -> dict[str, Any]:
-    return {
-        "n": params.n,
-        "max_tokens": params.max_tokens,
-        "temperature": params.temperature,
-        "top_k": params.top_k,
-        "top_p": params.top_p,
-        "min_p": params.min_p,
-        "repetition_penalty": params.repetition_penalty,
-        "stop_token_ids": list(params.stop_token_ids),
-        "logprobs": params.logprobs,
-    }
 
 
 def _form(config: ModelConfig, engine: str) -> Format:
@@ -270,23 +245,22 @@ def _form(config: ModelConfig, engine: str) -> Format:
 def publish(
     module: Transformer, directory: Path, form: Format, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Writes a model for vLLM; CRC-32 of each file of weights by its name.
+    """Write a model for vLLM; returns the CRC-32 of each file of weights by its name.
 
     Raises WriteError where the memory is full.
     """
-    stock = form == "hf"
     with writing(directory):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        shown = untied(module if stock else widen(module))
+        shown = _untied(module if form == "hf" else widen(module))
         write_model(shown, directory, dtype=dtype)
-        if not stock:
+        if form != "hf":
             decilm.write_config(shown.config, directory, str(dtype).removeprefix("torch."))
     return {file.name: checksum(file) for file in sorted(directory.glob("*.safetensors"))}
 
 
-def untied(module: Transformer) -> Transformer:
-    """The same function with a head of its own: vLLM loads tied weights anew into one of the two
+def _untied(module: Transformer) -> Transformer:
+    """The same function with a head of its own: vLLM reloads tied weights into one of the two
     places only (0.32, `model_loader/reload`)."""
     if not module.config.tie_word_embeddings:
         return module
@@ -295,17 +269,8 @@ def untied(module: Transformer) -> Transformer:
     return holding(config, lambda key, _: state[key]).requires_grad_(False)
 
 
-def checksum(file: Path) -> int:
-    """CRC-32, block by block."""
-    found = 0
-    with file.open("rb") as handle:
-        while block := handle.read(2**24):
-            found = zlib.crc32(block, found)
-    return found
-
-
-def _folder() -> Path:
-    """A directory in memory where there is one; what killed processes left is removed."""
+def _directory_in_memory() -> Path:
+    """On disk where there is no such place; what killed processes left is removed."""
     parent = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     for left in parent.glob(f"{PREFIX}*-*"):
         owner = left.name.removeprefix(PREFIX).split("-")[0]

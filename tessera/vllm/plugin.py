@@ -29,7 +29,7 @@ def load() -> None:
 
 def register() -> None:
     """Puts models of these layers in the place of vLLM's own `DeciLMForCausalLM`."""
-    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     from vllm.transformers_utils import (  # pyright: ignore[reportMissingImports]
         model_arch_config_convertor as convertors,
     )

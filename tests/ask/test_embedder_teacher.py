@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tessera.ask.embedder import Embedder
+from tessera.ask.local import Embedder
 from tessera.curate.config import CurateConfig
 from tessera.runs.files import FailureError
 from tessera.runs.recipe import RecipeError, validate

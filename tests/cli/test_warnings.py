@@ -23,7 +23,7 @@ train = { steps = 1 }
 space = { ffn = ["50%"] }
 [score]
 [cost]
-measure = false
+source = "counted"
 [search]
 constraints = { parameters = "0.9x" }
 [search-dropped]

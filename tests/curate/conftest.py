@@ -100,7 +100,7 @@ class Server:
 
     def teacher(self, **more: Any) -> dict[str, Any]:
         """The table of this server as a teacher that is tried again at once."""
-        return {"url": self.url, "model": "m", "wait": 0.001, "concurrency": 8, **more}
+        return {"url": self.url, "model": "m", "concurrency": 8, **more}
 
     def close(self) -> None:
         self.http.shutdown()

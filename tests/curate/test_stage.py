@@ -143,8 +143,7 @@ def test_shards_are_any_size(tmp_path: Path):
     assert pieces.counts() == whole.counts()
 
 
-def test_shards_cover_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tessera.curate.sources.BLOCK", 1000)
+def test_shards_cover_every_line_once(tmp_path: Path):
     file = write_lines(tmp_path / "rows.jsonl", rows(500))
     source = SourceConfig(paths=str(file))
     for size in (1e-6, 1e-3, 5e-3, 1.0):

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tessera.data import encode, sources
+from tessera.data import encode
 from tessera.data.readers import DataError
-from tessera.data.sources import GIB, TokenCache
-from tessera.data.store import open_tokens
+from tessera.data.store import GIB, TokenCache, open_tokens
 from tessera.data.tokenizer import byte_tokenizer, train_bpe
 from tessera.runs.files import RunError
 from tests.data.conftest import kill_stage
@@ -27,19 +26,14 @@ TOKENS = ("tokens/train.npy", "tokens/train.offsets.npy", "tokens/heldout.npy")
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The units that are read and tokenised, not taken from the cache."""
-    done: dict[str, list[str]] = {"scanned": [], "tokenised": []}
-    scan, tokenise = sources._write_scan, encode.SourceWriter._tokenise
+    done: dict[str, list[str]] = {"hashed": [], "tokenised": []}
+    read = encode._read
 
-    def scanning(unit: Any, *rest: Any) -> None:
-        done["scanned"].append(Path(unit.label).name)
-        scan(unit, *rest)
+    def reading(unit: Any, limit: Any, encoder: Any, *rest: Any) -> None:
+        done["tokenised" if encoder else "hashed"].append(Path(unit.label).name)
+        read(unit, limit, encoder, *rest)
 
-    def tokenising(self: Any, one: Any, directory: Path) -> None:
-        done["tokenised"].append(Path(one.unit.label).name)
-        tokenise(self, one, directory)
-
-    monkeypatch.setattr(sources, "_write_scan", scanning)
-    monkeypatch.setattr(encode.SourceWriter, "_tokenise", tokenising)
+    monkeypatch.setattr(encode, "_read", reading)
     return done
 
 
@@ -61,20 +55,19 @@ def test_only_what_is_new_is_tokenised(
     prepare: Any, work: dict[str, list[str]], files: list[str]
 ) -> None:
     prepare("first", paths=files[:2], tokenizer="byte")
-    assert work == {"scanned": ["a.txt", "b.txt"], "tokenised": ["a.txt", "b.txt"]}
+    assert work == {"hashed": [], "tokenised": ["a.txt", "b.txt"]}
     prepare("one-more", paths=files, tokenizer="byte", heldout=7, seed=4)
     mix = {"x": {"paths": files[2:], "weight": 3.0}, "y": {"paths": files[:2]}}
     prepare("mixed", sources=mix, tokenizer="byte", max_bad=0.5)
-    assert work == {
-        "scanned": ["a.txt", "b.txt", "c.txt"],
-        "tokenised": ["a.txt", "b.txt", "c.txt"],
-    }
+    assert work == {"hashed": [], "tokenised": ["a.txt", "b.txt", "c.txt"]}
     prepare("other-end", paths=files[:1], tokenizer="byte", end="bos")
     prepare("other-tokenizer", paths=files[:1], tokenizer={"bpe": 270})
-    assert work["scanned"][3:] == [] and work["tokenised"][3:] == ["a.txt", "a.txt"]
+    assert work["hashed"] == ["a.txt"] and work["tokenised"][3:] == ["a.txt", "a.txt"]
+    prepare("same-tokenizer", paths=files[:1], tokenizer={"bpe": 270}, seed=1)
+    assert work["hashed"] == ["a.txt"] and work["tokenised"][5:] == []
     prepare("other-separator", paths=files[:1], tokenizer="byte", separator="0")
     prepare("first-ten", paths=files[:1], tokenizer="byte", limit=10)
-    assert work["scanned"][3:] == work["tokenised"][5:] == ["a.txt", "a.txt"]
+    assert work["hashed"] == ["a.txt"] and work["tokenised"][5:] == ["a.txt", "a.txt"]
 
 
 def test_a_hit_and_a_miss_give_the_same_bytes(prepare: Any, files: list[str]) -> None:
@@ -98,10 +91,10 @@ def test_a_change_in_the_middle_is_seen(
     file.write_text(file.read_text().replace("a7 ", "A7 "))
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     after = prepare("after", paths=files[:1], tokenizer="byte", heldout=0)
-    assert decoded(after, "train") == written(file) and work["scanned"] == ["a.txt"] * 2
+    assert decoded(after, "train") == written(file) and work["tokenised"] == ["a.txt"] * 2
     file.rename(file.with_name("d.txt"))
     prepare("moved", paths=str(file.with_name("d.txt")), tokenizer="byte")
-    assert work["scanned"] == ["a.txt"] * 2, "a name is no content"
+    assert work["tokenised"] == ["a.txt"] * 2, "a name is no content"
 
 
 def test_broken_records_are_told_under_the_name_of_today(
@@ -115,20 +108,20 @@ def test_broken_records_are_told_under_the_name_of_today(
     (tmp_path / "old.jsonl").rename(tmp_path / "new.jsonl")
     with pytest.raises(DataError, match=r"new\.jsonl:10: not JSON"):
         prepare("new", paths=str(tmp_path / "new.jsonl"), **table)
-    assert work["scanned"] == ["old.jsonl"]
+    assert work["tokenised"] == ["old.jsonl"]
 
 
 def test_a_file_that_grows_meanwhile_is_refused(
     prepare: Any, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scan = sources._write_scan
+    read = encode._read
 
-    def scanning(unit: Any, *rest: Any) -> None:
-        scan(unit, *rest)
+    def reading(unit: Any, *rest: Any) -> None:
+        read(unit, *rest)
         with Path(unit.label).open("a") as file:
             file.write("<|endoftext|>more")
 
-    monkeypatch.setattr(sources, "_write_scan", scanning)
+    monkeypatch.setattr(encode, "_read", reading)
     with pytest.raises(DataError, match=r"a\.txt changed while it was read; run the recipe again"):
         prepare(paths=files[:1], tokenizer="byte")
 
@@ -149,7 +142,7 @@ def test_an_entry_is_whole_or_absent(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from tessera.data.sources import TokenCache\n"
+        "import sys, time; from pathlib import Path; from tessera.data.store import TokenCache\n"
         "def build(path):\n"
         "    (path / 'x').write_bytes(b'1'); print('ready', flush=True); time.sleep(60)\n"
         f"with TokenCache(Path({str(tmp_path)!r}), 1.0) as cache: cache.entry('a', build)\n"

@@ -11,7 +11,7 @@ import pytest
 
 from tessera.data.config import DataConfig
 from tessera.data.dataset import DatasetPart, dataset_identity, local_dataset, read_dataset
-from tessera.data.readers import Bad, DataError, Text
+from tessera.data.readers import Bad, DataError, Record
 from tessera.runs.run import read_json
 from tests.data.test_prepare import decoded
 
@@ -52,7 +52,7 @@ def homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["saved", "splits", "parquet", "jsonl"])
 def test_every_form_gives_the_same_rows(homes: dict[str, Path], name: str) -> None:
     records = list(read_dataset(part(homes[name])))
-    assert [r.text for r in records if isinstance(r, Text)] == TEXTS
+    assert [r.content for r in records if isinstance(r, Record)] == TEXTS
     (bad,) = [r for r in records if isinstance(r, Bad)]
     assert str(bad) == f"{homes[name]}:train:3: null"
 

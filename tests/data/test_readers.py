@@ -9,11 +9,11 @@ import pytest
 from pyarrow import parquet
 
 from tessera.data import readers
-from tessera.data.readers import Bad, DataError, Text, expand, read
+from tessera.data.readers import Bad, DataError, Record, expand, read
 
 
 def texts(path: Path, **options: str) -> list[str]:
-    return [r.text for r in read(path, **options) if isinstance(r, Text)]  # type: ignore[arg-type]
+    return [r.content for r in read(path, **options) if isinstance(r, Record)]  # type: ignore[arg-type]
 
 
 def bad(path: Path, **options: str) -> list[str]:

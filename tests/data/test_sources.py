@@ -158,20 +158,6 @@ def test_recipes_that_are_refused(table: dict[str, Any], message: str) -> None:
     assert message in str(error.value)
 
 
-def test_a_flat_table_is_known_by_what_it_always_was() -> None:
-    """Finished runs stay finished: later keys at their defaults are no part of the fingerprint."""
-    keys = {
-        "paths", "heldout_paths", "tasks", "format", "field", "separator", "tokenizer", "bos",
-        "end", "heldout", "limit", "max_bad",
-    }  # fmt: skip
-    flat = DataConfig(paths="x", tokenizer="byte", cache={"gib": 1.0})  # type: ignore[arg-type]
-    assert set(flat.model_dump(mode="json")) == keys
-    for more in ({"dataset": "a/b"}, {"sources": {"a": {"paths": "x"}}}):
-        dumped = DataConfig(**more).model_dump(mode="json")  # type: ignore[arg-type]
-        assert set(dumped) == keys | set(more)
-        assert DataConfig(**dumped) == DataConfig(**more)  # type: ignore[arg-type]
-
-
 def test_all_files_of_all_sources_are_part_of_the_fingerprint(
     table: dict[str, Any], stories: Path
 ) -> None:

@@ -14,7 +14,7 @@ from tessera.ask.ask import Receive, Reply, Request
 from tessera.data.conversation import Mode
 from tessera.data.thought import CLOSE, OPEN
 from tessera.eval import scores
-from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
+from tessera.eval.answers import Asker, Conversation, Sampling, answer, conversations
 from tessera.eval.evaluate import EvalConfig, _logprobs, evaluate
 from tessera.eval.scores import Scored, pass_at, summary
 from tessera.eval.task import Data, EvalError, Item, Task, ask
@@ -46,61 +46,61 @@ TASK = find("calc@2")
 BOTH: tuple[Mode, Mode] = ("on", "off")
 
 
-def talk(folder: Path, teacher: Answerer, samples: int = 1, items=ITEMS) -> list[Conversation]:
+def chat(folder: Path, teacher: Answerer, samples: int = 1, items=ITEMS) -> list[Conversation]:
     samplings: dict[Mode, Sampling] = {"on": Sampling(samples=samples), "off": Sampling()}
-    talks = list(conversations(TASK, items, BOTH, samplings, 64))
+    chats = list(conversations(TASK, items, BOTH, samplings, 64))
     with Journal(folder / "records.jsonl") as records:
-        answer(talks, Mouth(teacher, False), records, label="", quiet=True)
-    return talks
+        answer(chats, Asker(teacher, False), records, label="", quiet=True)
+    return chats
 
 
 def test_a_stopped_evaluation_asks_only_what_is_missing(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
-        talk(tmp_path, Answerer(stop=5))
+        chat(tmp_path, Answerer(stop=5))
     second = Answerer()
-    talks = talk(tmp_path, second)
+    chats = chat(tmp_path, second)
     assert len(second.asked) == 12 - 5
-    assert [one.completion for one in talks] == [f"{OPEN}hm{CLOSE}Answer: 1"] * 12
+    assert [one.completion for one in chats] == [f"{OPEN}hm{CLOSE}Answer: 1"] * 12
     third = Answerer()
-    talk(tmp_path, third, samples=3)
+    chat(tmp_path, third, samples=3)
     assert len(third.asked) == 2 * 6  # the samples that are new, with reasoning on alone
     fourth = Answerer(model="another")
-    talk(tmp_path, fourth)
+    chat(tmp_path, fourth)
     assert len(fourth.asked) == 12
 
 
 def test_half_a_line_of_a_killed_process_is_cut_off(tmp_path: Path):
-    talk(tmp_path, Answerer())
+    chat(tmp_path, Answerer())
     path = tmp_path / "records.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
     again = Answerer()
-    talk(tmp_path, again)
+    chat(tmp_path, again)
     assert len(again.asked) == 1
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
 def test_what_is_missing_or_cannot_be_judged_is_counted_and_never_a_zero(tmp_path: Path):
-    talks = talk(tmp_path, Answerer(broken=frozenset({"question 1"})))
-    whole = [one for one in talks if not one.failed]
+    chats = chat(tmp_path, Answerer(broken=frozenset({"question 1"})))
+    whole = [one for one in chats if not one.failed]
     assert len(whole) == 10
     with Journal(tmp_path / "verdicts.jsonl") as kept:
         found = scores.score(whole, TASK, kept, 1, quiet=True)
-        on = [one for one in found if one.talk.mode == "on"]
-    blind = [Scored(one.talk, {"accuracy": None, "work": None}, True) for one in on[:1]]
+        on = [one for one in found if one.chat.mode == "on"]
+    blind = [Scored(one.chat, {"accuracy": None, "work": None}, True) for one in on[:1]]
     row = summary(TASK, "on", [*blind, *on[1:]], failed=["too long"])
     assert (row["failed"], row["unjudged"], row["items"]) == (1, 1, 4)
     assert row["value"] == 2 / 4  # 3 and 5 of 2, 3, 4, 5
 
 
 def test_verdicts_are_kept_by_answer_expectation_and_measure(tmp_path: Path):
-    talks = talk(tmp_path, Answerer())
+    chats = chat(tmp_path, Answerer())
     with Journal(tmp_path / "verdicts.jsonl") as kept:
-        scores.score(talks, TASK, kept, 1, quiet=True)
+        scores.score(chats, TASK, kept, 1, quiet=True)
         assert len(kept) == 12
-        scores.score(talks, TASK, kept, 1, quiet=True)
+        scores.score(chats, TASK, kept, 1, quiet=True)
         assert len(kept) == 12
         other = [Item(one.id, one.messages, {"answer": "7", "work": ""}) for one in ITEMS]
-        anew = talk(tmp_path, Answerer(), items=other)
+        anew = chat(tmp_path, Answerer(), items=other)
         row = summary(TASK, "off", scores.score(anew, TASK, kept, 1, quiet=True)[6:], [])
         assert row["value"] == 0.0 and len(kept) == 24
 
@@ -131,9 +131,9 @@ def test_the_mean_is_over_items_and_its_error_that_of_the_items():
 
 def test_an_endpoint_is_told_the_mode_in_the_messages_or_in_its_templates_variable():
     teacher, item = Answerer(), ITEMS[0]
-    said = Mouth(teacher, True).request(TASK, item.messages, "on", {}, 0)
+    said = Asker(teacher, True).request(TASK, item.messages, "on", {}, 0)
     assert said.messages[0] == {"role": "system", "content": "detailed thinking on"}
-    said = Mouth(teacher, True, "enable_thinking").request(TASK, item.messages, "off", {}, 0)
+    said = Asker(teacher, True, "enable_thinking").request(TASK, item.messages, "off", {}, 0)
     assert said.messages == item.messages
     assert said.sampling == {"chat_template_kwargs": {"enable_thinking": False}}
 

@@ -9,7 +9,7 @@ import pytest
 
 from tessera.ask.ask import Receive, Reply, Request
 from tessera.eval import scores
-from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
+from tessera.eval.answers import Asker, Conversation, Sampling, answer, conversations
 from tessera.eval.task import Data, Item
 from tessera.eval.tasks import find
 from tessera.eval.tasks.multi_turn import STEPS, goes_on, turns_of, verify_turns
@@ -124,24 +124,24 @@ def test_a_conversation_is_held_scored_and_resumed_without_asking_again(
     few = [*items[:200:25], *items[205:400:25], *items[410::25]]  # the sets share questions
     assert len({item.messages[-1]["content"] for item in few}) == len(few)
 
-    def talk(teacher: Knowing) -> list[Conversation]:
-        talks = list(conversations(task, few, ["off"], {"off": Sampling()}, 64))
+    def chat(teacher: Knowing) -> list[Conversation]:
+        chats = list(conversations(task, few, ["off"], {"off": Sampling()}, 64))
         with Journal(tmp_path / "records.jsonl") as records:
-            answer(talks, Mouth(teacher, False), records, label="", quiet=True)
-        return talks
+            answer(chats, Asker(teacher, False), records, label="", quiet=True)
+        return chats
 
     first, second = Knowing(few), Knowing(few)
-    talks, again = talk(first), talk(second)
+    chats, again = chat(first), chat(second)
     steps = sum(len(calls) + 1 for item in few for calls in true_calls(item))
     assert (first.asked, second.asked) == (steps, 0)
-    assert [one.messages for one in talks] == [one.messages for one in again]
+    assert [one.messages for one in chats] == [one.messages for one in again]
     path = tmp_path / "records.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-40]))
     third = Knowing(few)
-    assert [one.messages for one in talk(third)] == [one.messages for one in talks]
+    assert [one.messages for one in chat(third)] == [one.messages for one in chats]
     assert third.asked == 40
     with Journal(tmp_path / "verdicts.jsonl") as kept:
-        row = scores.summary(task, "off", scores.score(talks, task, kept, 1, quiet=True), [])
-        groups = scores.groups(task, "off", scores.score(talks, task, kept, 1, quiet=True))
+        row = scores.summary(task, "off", scores.score(chats, task, kept, 1, quiet=True), [])
+        groups = scores.groups(task, "off", scores.score(chats, task, kept, 1, quiet=True))
     assert (row["value"], row["unjudged"], row["items"]) == (1.0, 0, len(few))
     assert [one["of"] for one in groups] == ["base", "miss_func", "miss_param"]

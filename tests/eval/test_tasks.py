@@ -12,7 +12,7 @@ import pytest
 from tessera.ask.ask import Receive, Reply, Request
 from tessera.data.thought import CLOSE, OPEN
 from tessera.eval import scores
-from tessera.eval.answers import Conversation, Mouth, Sampling, answer, conversations
+from tessera.eval.answers import Asker, Conversation, Sampling, answer, conversations
 from tessera.eval.task import Data, EvalError, Item, Task, ask
 from tessera.eval.tasks import TASKS, find
 from tessera.eval.tasks.judged import duels, marks, mean_mark, win_share
@@ -42,10 +42,10 @@ class Oracle:
 def scored(task: Task, items: list[Item], say: Say, folder: Path) -> dict:
     oracle = Oracle(items, say)
     with Journal(folder / "records.jsonl") as records, Journal(folder / "verdicts.jsonl") as kept:
-        talks = list(conversations(task, items, ["off"], {"off": Sampling()}, 64))
-        answer(talks, Mouth(oracle, False), records, label="", quiet=True)
+        chats = list(conversations(task, items, ["off"], {"off": Sampling()}, 64))
+        answer(chats, Asker(oracle, False), records, label="", quiet=True)
         return scores.summary(
-            task, "off", scores.score(talks, task, kept, 2, quiet=True), failed=[]
+            task, "off", scores.score(chats, task, kept, 2, quiet=True), failed=[]
         )
 
 
@@ -175,14 +175,14 @@ def test_the_second_turn_is_asked_after_the_first_answer(shared, tmp_path: Path)
     oracle = Oracle(items, lambda item: f"first {item.id}")
     oracle.said |= said
     with Journal(tmp_path / "records.jsonl") as records:
-        talks: list[Conversation] = list(
+        chats: list[Conversation] = list(
             conversations(task, items, ["off"], {"off": Sampling()}, None)
         )
-        answer(talks, Mouth(oracle, False), records, label="", quiet=True)
-    for talk in talks:
-        roles = [message["role"] for message in talk.messages]
+        answer(chats, Asker(oracle, False), records, label="", quiet=True)
+    for chat in chats:
+        roles = [message["role"] for message in chat.messages]
         assert roles == ["user", "assistant", "user", "assistant"]
-        assert talk.messages[-1]["content"] == f"second {talk.item.id}"
+        assert chat.messages[-1]["content"] == f"second {chat.item.id}"
     assert oracle.asked == 6
 
 

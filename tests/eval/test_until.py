@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tessera.data.tokenizer import byte_tokenizer
-from tessera.eval.until import Answer, Wanted, complete
+from tessera.eval.harness import Answer, Wanted, complete
 from tessera.generate.engine import GenerationError, SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tests import tiny

@@ -109,7 +109,7 @@ def test_what_llama_cpp_would_split_otherwise_is_refused_or_noted(tmp_path):
     steps = [split | {"invert": False}, spec["pre_tokenizer"] | {"use_regex": False}]
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     file.write_text(json.dumps(spec))
-    with pytest.raises(ExportError, match=r"splits text by .*w\+.*known: gpt-2, llama-bpe, qwen2"):
+    with pytest.raises(ExportError, match=r"\\\\w\+.*gpt-2, llama-bpe, qwen2"):
         export_model(tmp_path / "child", tmp_path / "out", "gguf")
     report = export_model(tmp_path / "child", tmp_path / "out", "gguf", engines=())
     assert any("by token ids" in note for note in report.notes)
@@ -128,7 +128,7 @@ def test_a_tokenizer_without_merges_splits_the_same_whatever_its_pattern(tmp_pat
 
 def test_a_missing_tokenizer_is_named(tmp_path):
     save_model(random_model(), tmp_path / "child")
-    with pytest.raises(ExportError, match="a GGUF file carries its tokenizer"):
+    with pytest.raises(ExportError, match="tokenizer.json"):
         export_model(tmp_path / "child", tmp_path / "out", "gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["child"]
 

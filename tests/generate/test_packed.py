@@ -26,7 +26,7 @@ FAMILIES = [
 def test_packed_logits_are_the_modules(changes):
     module, tokens = tiny.model(**changes), tiny.tokens(29, 3, 11)
     packed = Packed(module)
-    hidden = packed.forward(tokens.flatten(), Prefill(packed, 3, 11, keep=False))
+    hidden = Prefill(packed, tokens.tolist(), keep=False).forward(11).flatten(0, 1)
     expected = module.logits(module(tokens)).flatten(0, 1)
     torch.testing.assert_close(packed.logits(hidden), expected, atol=2e-5, rtol=0)
 
@@ -35,7 +35,7 @@ def test_packed_logits_are_the_modules(changes):
 def test_half_precision_is_as_near_as_its_rounding():
     module, tokens = tiny.model(qk_norm=True), tiny.tokens(29, 2, 9)
     packed = Packed(module.to(torch.bfloat16))
-    hidden = packed.forward(tokens.flatten(), Prefill(packed, 2, 9, keep=False))
+    hidden = Prefill(packed, tokens.tolist(), keep=False).forward(9).flatten(0, 1)
     assert hidden.dtype == torch.bfloat16
     expected = module.float().logits(module(tokens)).flatten(0, 1)
     found = packed.logits(hidden).float()
@@ -46,10 +46,13 @@ def test_half_precision_is_as_near_as_its_rounding():
 def test_a_snapshot_does_not_follow_its_module():
     module, tokens = tiny.model(), tiny.tokens(29, 1, 5)
     packed = Packed(module)
-    step = Prefill(packed, 1, 5, keep=False)
-    before = packed.logits(packed.forward(tokens.flatten(), step))
+
+    def logits() -> torch.Tensor:
+        return packed.logits(Prefill(packed, tokens.tolist(), keep=False).forward(5)[0])
+
+    before = logits()
     tiny.randomise(module, seed=1)
-    assert torch.equal(before, packed.logits(packed.forward(tokens.flatten(), step)))
+    assert torch.equal(before, logits())
 
 
 @pytest.mark.parametrize("size", [(640, 512), (2048, 600)], ids=["kept twice", "kept once"])

@@ -226,7 +226,7 @@ def test_a_failed_step_fails_its_requests_and_no_others(monkeypatch):
     assert second.completions[0].token_ids == expected.token_ids
 
 
-def test_a_watch_ends_its_sample_and_one_that_fails_hurts_nobody_else():
+def test_a_stopping_criterion_ends_its_sample_and_one_that_fails_hurts_nobody_else():
     module = tiny.model()
     (whole,) = TorchEngine(module).generate([[1, 2, 3]], GREEDY)[0]
     engine = TorchEngine(module)
@@ -235,8 +235,8 @@ def test_a_watch_ends_its_sample_and_one_that_fails_hurts_nobody_else():
         count = itertools.count(1)
         return lambda token: next(count) == 3
 
-    watched = engine.submit([1, 2, 3], GREEDY, watch=third)
-    broken = engine.submit([1, 2, 3], GREEDY, watch=lambda: lambda token: [][0])
+    watched = engine.submit([1, 2, 3], GREEDY, stopping=third)
+    broken = engine.submit([1, 2, 3], GREEDY, stopping=lambda: lambda token: [][0])
     free = engine.submit([1, 2, 3], GREEDY)
     run(engine)
     assert watched.completions[0].token_ids == whole.token_ids[:3]

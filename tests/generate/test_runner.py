@@ -8,7 +8,7 @@ import pytest
 
 from tessera.generate.engine import ClosedError, SamplingParams
 from tessera.generate.requests import EngineError
-from tessera.generate.torch_engine import BROKEN, EngineThread, TorchEngine
+from tessera.generate.torch_engine import MAX_FAILURES, EngineThread, TorchEngine
 from tests import tiny
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0)
@@ -56,7 +56,7 @@ def test_one_failure_is_survived_and_many_in_a_row_close_the_engine(monkeypatch)
                 engine.submit([1], GREEDY).result(timeout=30)
         assert engine.submit([1], GREEDY).result(timeout=30) and len(errors) == 1
         monkeypatch.setattr(engine.slots, "step", lambda packed: 1 / 0)
-        handles = [engine.submit([1], GREEDY) for _ in range(BROKEN)]
+        handles = [engine.submit([1], GREEDY) for _ in range(MAX_FAILURES)]
         end = time.monotonic() + 30
         while thread.alive and time.monotonic() < end:
             time.sleep(0.01)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tessera.generate.engine import SamplingParams
-from tessera.generate.sampling import Plan, choose, draw, nucleus, uniforms
+from tessera.generate.sampling import Sampler, draw, nucleus, uniforms
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -4.0])
 DRAWS = 20_000
@@ -15,7 +15,7 @@ CHI_SQUARE = {2: 13.82, 5: 20.52}
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, noise: torch.Tensor) -> torch.Tensor:
-    return choose(logits, Plan.of([params] * len(logits)), noise).tokens
+    return Sampler([params] * len(logits)).choose(logits, noise).tokens
 
 
 def counts(params: SamplingParams) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_ties_in_top_k_keep_exactly_k():
 def test_logprobs_are_those_of_the_raw_logits():
     noise = torch.tensor([0.9], dtype=torch.float64)
     for params in (SamplingParams(temperature=0), SamplingParams(temperature=3.0, top_k=2)):
-        found = choose(LOGITS[None], Plan.of([params]), noise)
+        found = Sampler([params]).choose(LOGITS[None], noise)
         assert found.logprobs[0] == LOGITS.log_softmax(-1)[found.tokens[0]]
 
 
@@ -101,35 +101,35 @@ def test_a_row_is_drawn_as_if_it_were_alone():
         logits = torch.randn(len(MIXED), 40, generator=generator) * 2
         noise = torch.rand(len(MIXED), generator=generator, dtype=torch.float64)
         seen = torch.rand(len(MIXED), 40, generator=generator) < 0.5
-        together = choose(logits, Plan.of(MIXED), noise, seen=seen)
+        together = Sampler(MIXED).choose(logits, noise, seen=seen)
         for i, params in enumerate(MIXED):
             one = slice(i, i + 1)
-            alone = choose(logits[one], Plan.of([params]), noise[one], seen=seen[one])
+            alone = Sampler([params]).choose(logits[one], noise[one], seen=seen[one])
             assert alone.tokens[0] == together.tokens[i], (trial, params)
             assert alone.logprobs[0] == together.logprobs[i]
 
 
 def test_the_penalty_turns_the_choice_away_from_what_was_seen():
-    plan = Plan.of([SamplingParams(temperature=0, repetition_penalty=3.0)])
+    sampler = Sampler([SamplingParams(temperature=0, repetition_penalty=3.0)])
     seen = torch.zeros(1, len(LOGITS), dtype=torch.bool)
-    assert choose(LOGITS[None], plan, seen=seen).tokens == 0
+    assert sampler.choose(LOGITS[None], seen=seen).tokens == 0
     seen[0, 0] = True  # 2 / 3 is below the second's 1
-    found = choose(LOGITS[None], plan, seen=seen)
+    found = sampler.choose(LOGITS[None], seen=seen)
     assert found.tokens == 1 and found.logprobs == LOGITS.log_softmax(-1)[1]
 
 
 def test_the_likeliest_tokens_are_reported_with_their_raw_logprobs():
-    plan = Plan.of([SamplingParams(temperature=0, logprobs=2), SamplingParams(temperature=0)])
-    top = choose(LOGITS.expand(2, -1), plan).top
+    sampler = Sampler([SamplingParams(temperature=0, logprobs=2), SamplingParams(temperature=0)])
+    top = sampler.choose(LOGITS.expand(2, -1)).top
     assert top is not None
     ids, values = top
     assert ids[0].tolist() == [0, 1] and torch.equal(values[0], LOGITS.log_softmax(-1)[:2])
-    assert choose(LOGITS[None], Plan.of([SamplingParams(logprobs=99, temperature=0)])).top
+    assert Sampler([SamplingParams(logprobs=99, temperature=0)]).choose(LOGITS[None]).top
 
 
 def test_a_forced_token_comes_with_the_models_logprob():
-    plan = Plan.of([SamplingParams(temperature=0)] * 2)
-    found = choose(LOGITS.expand(2, -1), plan, forced=torch.tensor([-1, 4]))
+    sampler = Sampler([SamplingParams(temperature=0)] * 2)
+    found = sampler.choose(LOGITS.expand(2, -1), forced=torch.tensor([-1, 4]))
     assert found.tokens.tolist() == [0, 4]
     assert found.logprobs[1] == LOGITS.log_softmax(-1)[4]
 
@@ -148,6 +148,6 @@ def test_a_temperature_near_zero_is_greedy():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 10
     for temperature in (1e-6, 1e-30, 1e-39, 5e-324):
         for more in ({}, {"top_p": 0.9}):
-            plan = Plan.of([SamplingParams(temperature=temperature, **more)] * 4)
-            found = choose(logits, plan, torch.full((4,), 0.5, dtype=torch.float64))
+            sampler = Sampler([SamplingParams(temperature=temperature, **more)] * 4)
+            found = sampler.choose(logits, torch.full((4,), 0.5, dtype=torch.float64))
             assert torch.equal(found.tokens, logits.argmax(-1))

@@ -16,7 +16,7 @@ from tessera.generate.text import (
     TextStream,
     opens_thought,
     said,
-    stop_watch,
+    stop_criterion,
     thinking_budget,
 )
 from tessera.generate.torch_engine import TorchEngine
@@ -123,7 +123,7 @@ def test_a_watched_request_ends_with_the_token_that_completes_the_stop_string():
         text = tokenizer.decode(free.token_ids)
         stop = next(character for character in text[10:] if character.isascii())
         watched = engine.submit(
-            [1, 2], params, watch=stop_watch(tokenizer, [stop, "never"], [1, 2])
+            [1, 2], params, stopping=stop_criterion(tokenizer, [stop, "never"], [1, 2])
         )
         while engine.step():
             pass

@@ -25,20 +25,20 @@ def test_a_word_that_parses_is_the_name_of_what_it_means(word):
     try:
         variant = parse(word)
     except ConfigError as error:
-        assert "names no subblock" in str(error)
+        assert repr(word) in str(error)
     else:
         assert name(variant) == word
 
 
 @pytest.mark.parametrize("word", ["gqa-0", "gqa-08", "swiglu--1", "gqa", "swiglu-1.5", "GQA-8", ""])
 def test_near_words_are_refused(word):
-    with pytest.raises(ConfigError, match="names no subblock"):
+    with pytest.raises(ConfigError, match=repr(word)):
         parse(word)
 
 
 @pytest.mark.parametrize(("kind", "word"), [("attention", "swiglu-8"), ("ffn", "gqa-8")])
 def test_a_word_in_the_other_kinds_place_is_refused(kind, word):
-    with pytest.raises(ConfigError, match=f"cannot stand for {kind}"):
+    with pytest.raises(ConfigError, match=f"{word}.*{kind}"):
         parse_kind(kind, word)
 
 

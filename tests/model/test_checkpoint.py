@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -196,7 +197,7 @@ def test_a_model_takes_the_tokenizer_along(single, tmp_path):
 
 
 def test_a_tokenizer_from_nowhere_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is no directory to copy a tokenizer from"):
+    with pytest.raises(CheckpointError, match="absent"):
         save_model(tiny.model(), tmp_path / "out", tokenizer_from=tmp_path / "absent")
     assert list(tmp_path.iterdir()) == []
 
@@ -220,7 +221,7 @@ def test_a_full_disk_leaves_the_old_model(single, monkeypatch):
         saved.append(save_file(tensors, file, metadata))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(WriteError, match="No space left on device.*intact; free some space"):
+    with pytest.raises(WriteError, match=os.strerror(errno.ENOSPC)):
         save_model(tiny.model(seed=1), single, max_shard_bytes=2000)
     assert saved and {file.name: file.read_bytes() for file in single.iterdir()} == before
     assert [file.name for file in single.parent.iterdir()] == ["single"]

@@ -163,63 +163,53 @@ def test_what_a_family_cannot_say_is_written_in_our_words():
     assert (values["model_type"], values["qk_norm"]) == ("tessera", True)
 
 
-REFUSED = {
-    "architecture": (
-        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-        "unsupported architecture GPT2LMHeadModel .*'gpt2'.*supported are llama, mistral, qwen2, "
-        "qwen3, nemotron-nas and tessera",
-    ),
-    "no model_type": ({"model_type": None}, "names no model_type"),
+REFUSED = {  # what the file says, and what the error must name
+    "architecture": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "gpt2.*qwen3"),
+    "no model_type": ({"model_type": None}, "model_type"),
     "classifier": (
         {"architectures": ["LlamaForSequenceClassification"]},
-        "unsupported architecture LlamaForSequenceClassification: only language models",
+        "LlamaForSequenceClassification",
     ),
-    "moe by name": (stock("qwen3_moe"), "model_type 'qwen3_moe'.* mixture of experts"),
-    "moe by key": (stock("mixtral", num_local_experts=8), "mixture of experts"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-    "quantized": (
-        {"quantization_config": {"bits": 4}},
-        "quantization_config of .* is not",
-    ),
-    "per layer": ({"per_layer_config": {"1": {"mamba": 1}}}, "sets mamba; supported"),
-    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not support"),
-    "dynamic": ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic'"),
-    "longrope": ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
-    "no factor": ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
+    "moe by name": (stock("qwen3_moe"), "'qwen3_moe'"),
+    "moe by key": (stock("mixtral", num_local_experts=8), "mixtral"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "per layer": ({"per_layer_config": {"1": {"mamba": 1}}}, "mamba"),
+    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
+    "dynamic": ({"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic'"),
+    "longrope": ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+    "no factor": ({"rope_scaling": {"rope_type": "linear"}}, "'factor'"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-    "rope by layer": ({"rope_parameters": {"full_attention": {}}}, "between kinds of layers"),
+    "rope by layer": ({"rope_parameters": {"full_attention": {}}}, "rope_parameters"),
     "some windows": (
         stock("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
-        r"with and without a sliding window.*8 on 2 of 3 layers",
+        "sliding_window 8 on 2 of 3",
     ),
-    "missing": ({"hidden_size": None}, "'hidden_size' is missing"),
-    "text": ({"hidden_size": "64"}, "hidden_size is '64'; it must be a whole number"),
+    "missing": ({"hidden_size": None}, "'hidden_size'"),
+    "text": ({"hidden_size": "64"}, "hidden_size is '64'"),
     "zero": ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    "epsilon": ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; it must be a number"),
-    "heads": ({"num_attention_heads": 7}, "64 is not a multiple of num_attention_heads 7"),
-    "kv heads": ({"num_key_value_heads": 3}, "gqa-3 does not divide the 8 query heads"),
+    "epsilon": ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+    "heads": ({"num_attention_heads": 7}, "64 .*num_attention_heads 7"),
+    "kv heads": ({"num_key_value_heads": 3}, "gqa-3 .*8"),
     "odd heads": ({"head_dim": 7}, "head_dim is 7"),
-    "no blocks": (nas(), "'block_configs' is missing"),
+    "no blocks": (nas(), "'block_configs'"),
     "window": (
         nas({"attention": ATTENTION | {"window_length": 8}, "ffn": FFN}),
-        r"block_configs\[0\]: window_length is not supported",
+        r"block_configs\[0\]: window_length",
     ),
-    "parallel": (
-        nas({"attention": ATTENTION, "ffn": FFN, "parallel_blocks": [1]}),
-        "parallel_blocks is not supported",
-    ),
+    "parallel": (nas({"attention": ATTENTION, "ffn": FFN, "parallel_blocks": [1]}), "parallel_b"),
     "group": (
         nas({"attention": ATTENTION | {"n_heads_in_group": 3}, "ffn": FFN}),
-        r"block_configs\[0\]: n_heads_in_group 3 does not divide the 8",
+        r"block_configs\[0\]: n_heads_in_group 3",
     ),
     "no multiplier": (
         nas({"attention": ATTENTION, "ffn": {"no_op": False}}),
-        r"block_configs\[0\]: 'ffn_mult' is missing",
+        r"block_configs\[0\]: 'ffn_mult'",
     ),
-    "no words": ({"model_type": "tessera", "head_dim": 8}, "'blocks' is missing"),
+    "no words": ({"model_type": "tessera", "head_dim": 8}, "'blocks'"),
     "wrong word": (
         {"model_type": "tessera", "head_dim": 8, "blocks": [["gqa-8", "gqa-8"]]},
-        "'gqa-8' cannot stand for ffn",
+        "'gqa-8' .*ffn",
     ),
     "half a block": (
         {"model_type": "tessera", "head_dim": 8, "blocks": [["gqa-8"]]},
@@ -238,11 +228,9 @@ def test_what_cannot_be_run_is_refused_by_name(case, tmp_path):
     assert str(error.value).startswith(str(file))
 
 
-@pytest.mark.parametrize(
-    ("content", "text"), [("{", "is not valid JSON"), ("[1]", "holds a list"), (None, "not exist")]
-)
-def test_a_file_that_is_no_config(content, text, tmp_path):
+@pytest.mark.parametrize("content", ["{", "[1]", None])
+def test_a_file_that_is_no_config(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=text):
+    with pytest.raises(ConfigError, match="config.json"):
         read_config(tmp_path)

@@ -31,7 +31,7 @@ tokens = 64
 microbatch_tokens = 64
 sequence_length = 32
 [cost]
-measure = false
+source = "counted"
 [search]
 constraints = { parameters = "0.7x" }
 solutions = 3

@@ -18,8 +18,7 @@ from tessera.data.chat import ChatEncoder
 from tessera.data.documents import Documents
 from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import load_model
-from tessera.objectives.lm import LM
-from tessera.objectives.sft import SFT, SFTConfig, stage
+from tessera.objectives.lm import LM, SFT, SFTConfig, sft
 from tessera.pipeline import run_recipe
 from tessera.runs.files import RunError
 from tessera.runs.recipe import loads
@@ -154,7 +153,7 @@ def _sft(path: Path, runs: Path, data: str, stop: int | None = None, **train: An
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Documents, "batches", stopping)
         with Run.open(path, stage="sft", config={}, inputs=inputs, seed=0, quiet=True) as run:
-            stage(config, run, inputs)
+            sft(config, run, inputs)
             run.finish()
 
 

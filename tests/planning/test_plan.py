@@ -202,7 +202,7 @@ def policy(table: str, recipe: str = "grpo") -> Job:
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_policy_learns_from_its_answers_and_from_each_prompt_once(window: int | None):
-    own = experience(RolloutConfig(prompts_per_rollout=6, samples=3, max_tokens=5), TRAIN)
+    own = experience(RolloutConfig(train=TRAIN, prompts_per_rollout=6, samples=3, max_tokens=5))
     own = replace(own, prompt=4)
     answers = [Answer([0] * 5, [0.0] * 5, "stop", "", 1.0, {}, True, advantage=1.0)] * 3
     (batch,) = rows([Group(i, "on", [0] * 4, answers) for i in range(6)], 200, "token")

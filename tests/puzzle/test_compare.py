@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tessera.objectives.lm import loss_sums
+from tessera.objectives.lm import LM, loss_sums
 from tessera.puzzle import compare
 from tessera.puzzle.compare import CompareConfig, promised_speedup, quality, speeds
 from tessera.puzzle.cost_table import Scenario
@@ -18,7 +18,7 @@ def test_a_model_agrees_with_itself_and_has_its_own_loss():
     parent = toy_model().requires_grad_(False)
     found = quality(parent, parent, BATCHES)
     assert found["kl"] == 0 and found["agreement"] == pytest.approx(1)
-    loss, weight = loss_sums(parent, BATCHES).tolist()
+    loss, weight = loss_sums(LM(), parent, BATCHES)[0].tolist()
     assert found["lm_loss"] == pytest.approx(loss / weight, rel=1e-5)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tessera.puzzle.constraints import Case, ConstraintError, Demand, cases
+from tessera.puzzle.constraints import BatchChoice, Budgets, ConstraintError, batch_choices
 from tessera.puzzle.cost_table import CostTable, Scenario
-from tests.searching import PARENT, cases_of, priced, table
+from tests.searching import PARENT, choices_of, priced, table
 
 CHAT, LONG = Scenario(batch=2, prompt=4, new=10), Scenario(batch=3, prompt=40, new=5)
 ONE = priced(table(1, CHAT, measured=True))
@@ -14,8 +14,8 @@ TWO = priced(table(1, CHAT, True), table(2, LONG, True), names=("chat", "long"))
 WORDS = [("gqa-1", "swiglu-48"), ("noop", "swiglu-12")]
 
 
-def _only(**constraints: float | str) -> Case:
-    (case,) = cases_of(constraints, ONE)
+def _only(**constraints: float | str) -> BatchChoice:
+    (case,) = choices_of(constraints, ONE)
     return case
 
 
@@ -24,8 +24,8 @@ def _own(costs: CostTable = ONE.tables["default", 2]) -> dict[str, float]:
 
 
 def test_a_relative_budget_of_one_is_the_parent():
-    for name in ("parameters", "bytes", "latency", "throughput", "decode_seconds",
-                 "inter_token_latency", "time_to_first_token"):  # fmt: skip
+    for name in ("parameters", "bytes", "latency", "throughput", "inter_token_latency",
+                 "time_to_first_token"):  # fmt: skip
         assert _only(**{name: "1x"}).excess(PARENT.words) == pytest.approx(1)
 
 
@@ -48,30 +48,30 @@ def test_what_fits_is_weights_and_the_cache_of_the_tokens():
 
 def test_shares_of_time_are_mixed_by_weight_and_all_else_holds_everywhere():
     asked = {"throughput": "1.5x", "latency": "90 s", "parameters": 30, "bytes": "0.8x"}
-    (case,) = cases_of(asked, TWO, chat=2.0)
-    assert {one.key for one in case.limits} == {
+    (case,) = choices_of(asked, TWO, chat=2.0)
+    assert {one.key for one in case.constraints} == {
         "throughput", "latency in chat", "latency in long", "parameters",
         "bytes in chat", "bytes in long"}  # fmt: skip
     totals, own = case.totals(WORDS), case.totals(PARENT.words)
     chat, long = (totals[s]["seconds"] / own[s]["seconds"] for s in ("chat", "long"))
-    (mixed,) = (one for one in case.limits if one.key == "throughput")
-    assert mixed.total(totals) / mixed.most == pytest.approx(1.5 * (2 * chat + long) / 3)
-    assert mixed.number(mixed.most) == pytest.approx(1.5)
+    (mixed,) = (one for one in case.constraints if one.key == "throughput")
+    assert mixed.total(totals) / mixed.bound == pytest.approx(1.5 * (2 * chat + long) / 3)
+    assert mixed.in_unit(mixed.bound) == pytest.approx(1.5)
 
 
 def test_a_scenario_has_budgets_of_its_own():
     own = {"long": {"throughput": "2x"}}
-    (case,) = cases_of({"throughput": "1.5x", "bytes": "0.8x"}, TWO, own)
+    (case,) = choices_of({"throughput": "1.5x", "bytes": "0.8x"}, TWO, own)
     totals, parent = case.totals(WORDS), case.totals(PARENT.words)
-    shares = {one.key: one.total(totals) / one.most for one in case.limits}
+    shares = {one.key: one.total(totals) / one.bound for one in case.constraints}
     assert set(shares) == {"throughput", "throughput in long", "bytes in chat", "bytes in long"}
     chat, long = (totals[s]["seconds"] / parent[s]["seconds"] for s in ("chat", "long"))
     assert shares["throughput"] == pytest.approx(1.5 * chat)
     assert shares["throughput in long"] == pytest.approx(2 * long)
 
 
-def _swept(memory: float | str) -> Demand:
-    return Demand({"throughput": "1.5x", "bytes": memory}, {}, {})
+def _swept(memory: float | str) -> Budgets:
+    return Budgets({"throughput": "1.5x", "bytes": memory}, {}, {})
 
 
 def test_the_parent_is_taken_at_its_best_batch_that_meets_the_memory():
@@ -82,19 +82,21 @@ def test_the_parent_is_taken_at_its_best_batch_that_meets_the_memory():
     costs = priced(*tables, batches=(1, 2, 4))
     bytes_at = [one.total(PARENT.words)["bytes"] for one in tables]
     for allowed, best in ((bytes_at[0], 1), (bytes_at[1], 2), (bytes_at[2] + 9, 4), ("1x", 4)):
-        found = cases(_swept(allowed), costs, PARENT.words)
+        found = batch_choices(_swept(allowed), costs, PARENT.words)
         assert [case.tables["default"].scenario.batch for case in found] == [1, 2, 4]
         for case in found:
             batch = case.tables["default"].scenario.batch
             assert case.reference["default"] is tables[(1, 2, 4).index(best)]
             # Equal seconds, so a batch is worth as much as it is larger than the parent's.
-            (rate,) = (one for one in case.limits if one.name == "throughput")
-            own = rate.total(case.totals(PARENT.words)) / rate.most
+            (rate,) = (one for one in case.constraints if one.name == "throughput")
+            own = rate.total(case.totals(PARENT.words)) / rate.bound
             assert own == pytest.approx(1.5 * best / batch)
     with pytest.raises(ConstraintError, match="at none of the batches"):
-        cases(_swept(bytes_at[0] - 1), costs, PARENT.words)
-    alone = Demand({"parameters": "0.8x", "bytes": bytes_at[0] - 1}, {}, {})
-    assert cases(alone, costs, PARENT.words)  # a share of what no batch changes still means one
+        batch_choices(_swept(bytes_at[0] - 1), costs, PARENT.words)
+    alone = Budgets({"parameters": "0.8x", "bytes": bytes_at[0] - 1}, {}, {})
+    assert batch_choices(
+        alone, costs, PARENT.words
+    )  # a share of what no batch changes still means one
 
 
 def test_scenarios_are_served_at_batches_of_their_own():
@@ -103,7 +105,7 @@ def test_scenarios_are_served_at_batches_of_their_own():
         for scenario in (CHAT, LONG)
         for b in (1, 8)
     ]
-    found = cases_of({"bytes": "1x"}, priced(*tables, names=("chat", "long"), batches=(1, 8)))
+    found = choices_of({"bytes": "1x"}, priced(*tables, names=("chat", "long"), batches=(1, 8)))
     assert [str(case) for case in found] == [
         f"batches chat {a}, long {b}" for a in (1, 8) for b in (1, 8)
     ]
@@ -112,17 +114,17 @@ def test_scenarios_are_served_at_batches_of_their_own():
 @pytest.mark.parametrize(
     ("constraints", "text"),
     [
-        ({"latency": 1.0}, "measure = true"),
-        ({"throughput": "1.5x"}, "measure = true"),
+        ({"latency": 1.0}, 'cost.source = "measured"'),
+        ({"throughput": "1.5x"}, 'cost.source = "measured"'),
     ],
 )
 def test_seconds_must_be_measured(constraints, text):
     with pytest.raises(ConstraintError, match=text):
-        cases_of(constraints, priced(table(1)))
+        choices_of(constraints, priced(table(1)))
 
 
 def test_a_scenario_that_was_not_priced_is_named():
     with pytest.raises(ConstraintError, match="search.scenarios.chatt: .*did you mean 'chat'"):
-        cases_of({"bytes": "1x"}, TWO, {"chatt": {"latency": "1 s"}})
+        choices_of({"bytes": "1x"}, TWO, {"chatt": {"latency": "1 s"}})
     with pytest.raises(ConstraintError, match="Allowed: chat, long"):
-        cases_of({"bytes": "1x"}, TWO, short=2.0)
+        choices_of({"bytes": "1x"}, TWO, short=2.0)

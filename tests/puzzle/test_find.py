@@ -12,8 +12,7 @@ from tessera.model.checkpoint import save_model
 from tessera.puzzle.candidates import Candidates
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.program import SearchError
-from tessera.puzzle.promises import proof
-from tessera.puzzle.search import SearchConfig, find, stage
+from tessera.puzzle.search import SearchConfig, find, optimality, stage
 from tessera.runs.recipe import RecipeError, validate
 from tessera.runs.run import Run, read_json, read_table
 from tests.searching import PAIRS, PARENT, SPACE, scores, table
@@ -59,7 +58,7 @@ def _inputs(folder: Path, scenarios: dict[str, Scenario], batches: tuple[int, ..
 
 def test_one_scenario_is_a_plain_row(tmp_path: Path):
     inputs = _inputs(tmp_path, {"default": CHAT}, ())
-    (row,) = find(SearchConfig(constraints={"throughput": "1.5x"}), inputs)
+    (row,), *_ = find(SearchConfig(constraints={"throughput": "1.5x"}), inputs)
     assert "scenarios" not in row and row["method"] == "mip" and row["gap"] < 1e-6
     assert row["scenario"] == CHAT.model_dump() and row["meets"]
     assert row["predicted"]["throughput"] >= 1.5 * row["parent"]["throughput"]
@@ -71,7 +70,7 @@ def test_every_method_serves_scenarios_and_batches(tmp_path: Path, method: str):
     scenarios = {"long": {"weight": 3.0, "constraints": {"bytes": "0.95x"}}}
     asked = {"constraints": {"throughput": "1.2x"}, "scenarios": scenarios, "method": method}
     lines: list[str] = []
-    (row,) = find(validate(SearchConfig, asked, "search"), inputs, lines.append)
+    (row,), *_ = find(validate(SearchConfig, asked, "search"), inputs, lines.append)
     assert set(row["scenarios"]) == {"chat", "long"}
     assert row["predicted"] == row["scenarios"]["long"]["predicted"]  # it weighs most
     assert row["method"] == method and len(row["words"]) == 2
@@ -96,7 +95,7 @@ def test_the_stage_leaves_architectures_and_prices(tmp_path: Path):
 def test_any_damage_can_be_minimised_and_nothing_else(tmp_path: Path):
     inputs = _inputs(tmp_path, {"default": CHAT}, ())
     asked = {"parameters": "0.8x"}
-    (row,) = find(SearchConfig(constraints=asked, minimize="task.calc"), inputs)
+    (row,), *_ = find(SearchConfig(constraints=asked, minimize="task.calc"), inputs)
     assert row["score"] == round(row["score"])  # every word costs 1 there
     for name, told in (
         ("task.calk", "scores.jsonl has none; did you mean 'task.calc'"),
@@ -133,7 +132,7 @@ def test_a_recipe_that_is_off_is_told_so(changed: dict, told: str):
 
 def test_a_scenario_may_hold_all_the_budgets():
     config = SearchConfig(scenarios={"chat": {"constraints": {"latency": "3 ms"}}})  # type: ignore[arg-type]
-    assert config.demand.own == {"chat": {"latency": "3 ms"}}
+    assert config.budgets.own == {"chat": {"latency": "3 ms"}}
 
 
 def test_a_library_made_for_an_engine_binds_its_searches():
@@ -145,7 +144,7 @@ def test_a_library_made_for_an_engine_binds_its_searches():
 
 def test_what_is_proved_and_what_is_not():
     solution = SimpleNamespace(score=2.0, gap=0.0, seconds=0.25)
-    assert proof(solution) == "score 2.0000; optimal, proved: gap 0; 0.25 s"  # type: ignore[arg-type]
+    assert optimality(solution) == "score 2.0000; optimal, proved: gap 0; 0.25 s"  # type: ignore[arg-type]
     solution.gap, solution.seconds = 0.012, 60.2
     told = "score 2.0000; gap 1.2 % after 60 s; raise search.time_limit to prove more"
-    assert proof(solution) == told  # type: ignore[arg-type]
+    assert optimality(solution) == told  # type: ignore[arg-type]

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tessera.puzzle.constraints import Demand, cases
+from tessera.puzzle.constraints import Budgets, batch_choices
 from tessera.puzzle.cost_table import CostTable, Scenario
 from tessera.puzzle.program import Infeasible
-from tessera.puzzle.sweep import Effort, explain, relaxation, search_cases
-from tests.searching import brute_force, candidates, cases_of, priced, table
+from tessera.puzzle.search import Solver, explain
+from tests.searching import brute_force, candidates, choices_of, priced, table
 
 SCENARIO = Scenario(batch=2, prompt=4, new=10)
 WORD = {"parameters": 100, "bytes": 400, "kv_bytes_per_token": 8}
@@ -25,7 +25,7 @@ PARENT = [("gqa-2", "swiglu-8")]
 
 
 def told(constraints, least, **slack: float) -> list[str]:
-    (case,) = cases(Demand(constraints, {}, {}), priced(COSTS), PARENT)
+    (case,) = batch_choices(Budgets(constraints, {}, {}), priced(COSTS), PARENT)
     given = dict.fromkeys(constraints, 0.0) | slack
     return explain(case, given, least).splitlines()[1:-1]
 
@@ -67,7 +67,7 @@ def test_what_no_relaxing_helps_is_told_too():
     bare = words.space.__class__(((("noop",), ("swiglu-48",)),) * 2)
     stuck = words.__class__(words.parent, bare, (), {})
     with pytest.raises(Infeasible, match="no two words"):
-        search_cases(stuck, cases_of({"parameters": 9}, priced(table(0))), Effort())
+        Solver(stuck, choices_of({"parameters": 9}, priced(table(0)))).architectures()
 
 
 def _limits(parameters: int, seconds: int):
@@ -81,7 +81,7 @@ def test_the_nearest_can_be_met_and_a_little_less_cannot(seed: int, parameters: 
     words, costs = candidates(seed), priced(table(seed, measured=True))
     asked = _limits(parameters, seconds)
     try:
-        search_cases(words, cases_of(asked, costs), Effort())
+        Solver(words, choices_of(asked, costs)).architectures()
     except Infeasible as error:
         message = str(error)
     else:
@@ -93,9 +93,9 @@ def test_the_nearest_can_be_met_and_a_little_less_cannot(seed: int, parameters: 
         nearest = float(number.replace(",", ""))
         rest = {} if "space" in when else {k: v for k, v in asked.items() if k != name}
         met = {**rest, name: f"{nearest}{unit}" if unit else nearest}
-        assert brute_force(words, cases_of(met, costs)) is not None
+        assert brute_force(words, choices_of(met, costs)) is not None
         less = f"{nearest * 0.985 - 1e-3}{unit}" if unit else nearest * 0.985 - 1e-3
-        assert brute_force(words, cases_of({**rest, name: less}, costs)) is None
+        assert brute_force(words, choices_of({**rest, name: less}, costs)) is None
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,21 +104,23 @@ def test_the_cheapest_way_out_can_be_gone_and_is_the_cheapest(seed, parameters, 
     from tests.searching import architectures
 
     words, costs = candidates(seed), priced(table(seed, measured=True))
-    (case,) = cases_of(_limits(parameters, seconds), costs)
-    slack = relaxation(words, case, Effort())
+    (case,) = choices_of(_limits(parameters, seconds), costs)
+    slack = Solver(words, [case]).slack(case)
     assert slack is not None
 
     def way(architecture) -> float:
         totals = case.totals(architecture)
-        return sum(max(0.0, one.total(totals) - one.most) / one.most for one in case.limits)
+        return sum(max(0.0, one.total(totals) - one.bound) / one.bound for one in case.constraints)
 
     least = min(way(a) for a in architectures() if not words.refuses(a))
-    assert sum(slack[one.key] / one.most for one in case.limits) == pytest.approx(least, abs=1e-6)
+    assert sum(slack[one.key] / one.bound for one in case.constraints) == pytest.approx(
+        least, abs=1e-6
+    )
     if least == 0:
         return
     with pytest.raises(Infeasible) as error:
-        search_cases(words, (case,), Effort())
+        Solver(words, (case,)).architectures()
     (line,) = [x for x in str(error.value).splitlines() if x.startswith("The cheapest way out")]
     changed = dict(re.findall(r'(\w+) = "?([\d.,]+(?: s)?)"? \(', line))
     loosened = _limits(parameters, seconds) | {k: v.replace(",", "") for k, v in changed.items()}
-    assert changed and search_cases(words, cases_of(loosened, costs), Effort())
+    assert changed and Solver(words, choices_of(loosened, costs)).architectures()

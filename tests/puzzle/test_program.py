@@ -23,7 +23,7 @@ from tests.searching import (
     SPACE,
     brute_force,
     candidates,
-    cases_of,
+    choices_of,
     priced,
     scores,
     table,
@@ -36,7 +36,7 @@ def test_search_with_pairs_is_brute_force(seed: int, parameters: int, memory: in
     costs, words = priced(table(seed)), candidates(seed)
     budgets = {"parameters": parameters + 0.5, "bytes": memory + 0.5}
     config = SearchConfig(constraints={**budgets})
-    best = brute_force(words, cases_of(budgets, costs))
+    best = brute_force(words, choices_of(budgets, costs))
     if best is None:
         with pytest.raises(Infeasible):
             search(config, PARENT, SPACE, scores(seed), costs)
@@ -45,7 +45,7 @@ def test_search_with_pairs_is_brute_force(seed: int, parameters: int, memory: in
     assert found.solution is not None and found.solution.gap < 1e-6
     assert found.solution.score == pytest.approx(best, abs=1e-9)
     assert words.total(found.words) == pytest.approx(best, abs=1e-9)
-    assert found.case.excess(found.words) <= 1
+    assert found.choice.excess(found.words) <= 1
 
 
 def test_an_architecture_without_attention_is_refused_however_cheap():
@@ -57,7 +57,7 @@ def test_an_architecture_without_attention_is_refused_however_cheap():
 
 
 def test_a_pair_covers_both_places_of_its_layer():
-    (case,) = cases_of({"parameters": 5}, priced(table(1)))
+    (case,) = choices_of({"parameters": 5}, priced(table(1)))
     options = candidates(1).options(case)
     blocks = [o for o in options if o.kind == "block"]
     assert [o.places for o in blocks] == [
@@ -70,7 +70,7 @@ def test_a_pair_covers_both_places_of_its_layer():
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_no_finite_number_is_refused_with_its_layer_and_word(score: float):
-    (case,) = cases_of({"parameters": 20.5}, priced(table(1)))
+    (case,) = choices_of({"parameters": 20.5}, priced(table(1)))
     rows = scores(1)
     bad = next(row for row in rows if row["layer"] == 1 and row["kind"] == "ffn")
     bad["kl"] = score
@@ -81,7 +81,7 @@ def test_a_score_that_is_no_finite_number_is_refused_with_its_layer_and_word(sco
     options = Candidates.of(PARENT, SPACE, (), rows, "kl").options(case)
     for ask in (solve, divisible):
         with pytest.raises(SearchError, match=says):
-            ask(options, case.room() | KEEP)
+            ask(options, case.bounds() | KEEP)
 
 
 def test_what_gives_way_is_the_limit_where_that_costs_least():
@@ -99,10 +99,10 @@ def test_what_gives_way_is_the_limit_where_that_costs_least():
 
 
 def test_however_short_the_time_a_gap_is_a_number():
-    (case,) = cases_of({"parameters": 20.5}, priced(table(2)))
+    (case,) = choices_of({"parameters": 20.5}, priced(table(2)))
     for time_limit in (1e-9, 1e-3, 10.0):
         try:
-            found = solve(candidates(2).options(case), case.room() | KEEP, (), time_limit)
+            found = solve(candidates(2).options(case), case.bounds() | KEEP, (), time_limit)
         except TimedOut as error:
             assert "raise search.time_limit" in str(error)
         else:

@@ -43,7 +43,7 @@ tokens = 64
 microbatch_tokens = 64
 sequence_length = 32
 [cost]
-measure = false
+source = "counted"
 [search]
 constraints = {{ parameters = "0.9x" }}
 solutions = 3

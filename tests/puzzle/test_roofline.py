@@ -232,7 +232,7 @@ def test_a_recipe_is_priced_for_four_h100s_and_searched(tmp_path: Path):
         "parent": tmp_path / "parent", "scores": _scored(tmp_path), "costs": path,
         "library": None, "data": None,
     }  # fmt: skip
-    rows = find(settings, inputs, lambda _: None)
+    rows, *_ = find(settings, inputs, lambda _: None)
     assert rows
     for row in rows:
         assert row["predicted"]["latency"] <= 0.9 * row["parent"]["latency"]

@@ -79,7 +79,7 @@ def test_a_looser_budget_never_scores_worse(seed: int, budget: float, looser: fl
 
 def _counted(parent, space) -> tuple[list[dict], Costs]:
     """Equal scores, and counted costs, of every word of a space."""
-    settings = CostConfig(measure=False)
+    settings = CostConfig(source="counted")
     words = [(kind, word) for kind in ("attention", "ffn") for word in space.words(0, kind)]
     costs = CostTable.from_rows(cost_rows(parent, words, settings, "cost"), settings.scenario)
     places = space.replacements()

@@ -7,10 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tessera.puzzle.cost_table import Costs, Scenario
-from tessera.puzzle.prices import STEPS, shadow_prices
 from tessera.puzzle.program import Infeasible
-from tessera.puzzle.sweep import Effort, Found, search_cases
-from tests.searching import brute_force, candidates, cases_of, priced, table
+from tessera.puzzle.search import STEPS, Solver, shadow_prices
+from tests.searching import brute_force, candidates, choices_of, priced, table
 
 CHAT, LONG = Scenario(batch=2, prompt=4, new=10), Scenario(batch=3, prompt=40, new=5)
 
@@ -42,24 +41,24 @@ def test_search_over_scenarios_and_batches_is_brute_force(
     asked = {"throughput": f"{rate}x", "bytes": f"{memory}x"}
     own = {"long": {"time_to_first_token": f"{first}x"}}
     words = candidates(seed, engines)
-    choices = cases_of(asked, _two(seed), own, chat=weight)
+    choices = choices_of(asked, _two(seed), own, chat=weight)
     best = brute_force(words, choices)
     if best is None:
         with pytest.raises(Infeasible, match="The cheapest way out"):
-            search_cases(words, choices, Effort())
+            Solver(words, choices).architectures()
         return
-    (found,) = search_cases(words, choices, Effort())
+    (found,) = Solver(words, choices).architectures()
     assert found.solution is not None and found.solution.gap < 1e-6
     assert found.solution.score == pytest.approx(best, abs=1e-6)
-    assert found.case.excess(found.words) <= 1 + 1e-6 and not words.refuses(found.words)
+    assert found.choice.excess(found.words) <= 1 + 1e-6 and not words.refuses(found.words)
 
 
 def _found(seed: int, parameters: float, seconds: float) -> tuple:
     words = candidates(seed)
     asked = {"parameters": parameters, "latency": f"{seconds} s"}
-    choices = cases_of(asked, priced(table(seed, CHAT, measured=True)))
+    choices = choices_of(asked, priced(table(seed, CHAT, measured=True)))
     try:
-        (found,) = search_cases(words, choices, Effort())
+        (found,) = Solver(words, choices).architectures()
     except Infeasible:
         found = None
     return words, choices, found
@@ -70,7 +69,7 @@ def _found(seed: int, parameters: float, seconds: float) -> tuple:
 def test_shadow_prices_are_what_the_budgets_next_to_it_give(seed, parameters, seconds):
     words, choices, found = _found(seed, parameters + 0.25, seconds + 0.25)
     assume(found is not None)
-    rows = shadow_prices(words, choices, found, Effort())
+    rows = shadow_prices(Solver(words, choices), found)
     assert [row["budget"] for row in rows] == ["parameters", "latency"]
     score = found.solution.score
     for row in rows:
@@ -96,7 +95,7 @@ def _first_other(score: float, optima: list[float]) -> float:
 
 def test_a_budget_that_does_not_bind_says_so():
     words, choices, found = _found(1, 10_000.0, 1e6)
-    for row in shadow_prices(words, choices, found, Effort()):
+    for row in shadow_prices(Solver(words, choices), found):
         assert not row["binds"] and row["price"] == 0 and "does not bind" in row["told"]
     assert found.solution.score <= brute_force(words, choices) + 1e-9
 
@@ -112,17 +111,17 @@ def test_a_smaller_cache_gains_by_a_larger_batch():
             columns["prefill_seconds"] = columns["decode_seconds"] = columns["seconds"] = 1.0  # type: ignore[index]
         tables.append(own)
     costs = priced(*tables, batches=(1, 2, 4))
-    choices = cases_of({"bytes": 230, "throughput": "3.9x"}, costs)
+    choices = choices_of({"bytes": 230, "throughput": "3.9x"}, costs)
     assert choices[0].reference["default"] is tables[0]  # the parent's cache fits at batch 1 alone
-    (found,) = search_cases(candidates(5), choices, Effort())
-    assert str(found.case) == "batch 4"
-    assert isinstance(found, Found) and found.case.excess(found.words) <= 1
+    (found,) = Solver(candidates(5), choices).architectures()
+    assert str(found.choice) == "batch 4"
+    assert found.choice.excess(found.words) <= 1
 
 
 def test_solutions_differ_across_batches_and_come_best_first():
     words = candidates(11)
-    choices = cases_of({"throughput": "0.6x"}, _two(11))
-    found = search_cases(words, choices, Effort(solutions=4, overlap=0.6))
+    choices = choices_of({"throughput": "0.6x"}, _two(11))
+    found = Solver(words, choices, solutions=4, overlap=0.6).architectures()
     scores = [words.total(one.words) for one in found]
     assert len(found) > 1 and scores == sorted(scores)
     for i, one in enumerate(found):

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tessera import dist
-from tessera.objectives.grpo import GRPOConfig, stage
 from tessera.pipeline import run_recipe
 from tessera.rl import rollouts
+from tessera.rl.policy import GRPOConfig, grpo
 from tessera.runs.recipe import loads
 from tessera.runs.run import Run
 
@@ -60,9 +60,9 @@ def train(home: str, run: str, stop: int | None = None, within: bool = False, **
             raise KeyboardInterrupt
         return plain(self, step)
 
-    def breaking(self: rollouts.Rollouts, rollout: int, numbers: Any, seconds: Any):
-        groups = judged(self, rollout, numbers, seconds)
-        if rollout == stop and within:
+    def breaking(self: rollouts.Rollouts, key: int, numbers: Any, seconds: Any):
+        groups = judged(self, key, numbers, seconds)
+        if key == stop and within:
             raise KeyboardInterrupt
         return groups
 
@@ -71,7 +71,7 @@ def train(home: str, run: str, stop: int | None = None, within: bool = False, **
         config = GRPOConfig(**table)
         opened = Run.open(Path(run), stage="grpo", config=table, inputs=inputs, seed=0, quiet=True)
         with contextlib.suppress(KeyboardInterrupt), opened:
-            stage(config, opened, inputs)
+            grpo(config, opened, inputs)
     finally:
         rollouts.Rollouts.batches, rollouts.Rollouts._answered = plain, judged  # type: ignore
     dist.barrier()

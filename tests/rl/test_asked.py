@@ -17,7 +17,7 @@ from tessera.rl.rewards import JudgeReward, ModelReward, Sample
 from tessera.rl.rubric import Asked, Rubric
 from tessera.runs.files import FailureError
 
-pytest.importorskip("httpx")
+pytest.importorskip("openai")
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _judged(messages: list[dict[str, str]]) -> str:
 
 
 def endpoint(url: str, **more: Any) -> dict[str, Any]:
-    return {"url": url, "model": "judge", "wait": 0.001, "concurrency": 8, **more}
+    return {"url": url, "model": "judge", "concurrency": 8, **more}
 
 
 def samples(count: int) -> list[Sample]:

@@ -130,6 +130,10 @@ def test_what_is_not_known_is_an_error(names: list, arguments: list, message: st
         verify_instructions("anything", names, arguments)
 
 
+def test_no_instructions_are_not_judged():
+    assert verify_instructions("a", [], []).verdict == "could-not-judge"
+
+
 def test_null_arguments_are_none():
     names = ["punctuation:no_comma"] * 2
     assert verify_instructions("a", names, [{"num_words": None}, None]).verdict == "right"

@@ -20,7 +20,6 @@ from tessera.rl.rewards import ExactReward, FormatReward
 from tessera.rl.rollouts import RolloutConfig, Rollouts
 from tessera.rl.rubric import Rubric
 from tessera.runs.run import Run
-from tessera.train.parallel import Layout
 
 TOKENIZER = byte_tokenizer()
 PLAIN = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
@@ -54,7 +53,9 @@ def prompt(mode: Any) -> Prompt:
 
 
 def answers(where: Path, template: str, mode: str) -> list[Answer]:
-    config = RolloutConfig(prompts_per_rollout=1, samples=len(SAID), rewards=REWARDS, workers=1)
+    train: Any = {"steps": 1, "microbatch_tokens": 64}
+    settings = {"prompts_per_rollout": 1, "samples": len(SAID), "workers": 1}
+    config = RolloutConfig(train=train, rewards=REWARDS, **settings)
     opened: Any = {"stage": "grpo", "config": {}, "inputs": {}, "seed": 0, "quiet": True}
     engine: Any = Parrot()
     with Run.open(where / "run", **opened) as run, Rubric(REWARDS, 1) as rubric:
@@ -64,12 +65,9 @@ def answers(where: Path, template: str, mode: str) -> list[Answer]:
             encoder(template),
             [prompt(mode)],
             config,
-            rule=rloo,
-            steps=1,
-            row_length=64,
-            layout=Layout(1, 1, 1, 0),
-            run=run,
-            rubric=rubric,
+            rloo,
+            run,
+            rubric,
         )
         (group,) = rollouts._sample(0).groups
     return group.answers
@@ -97,10 +95,9 @@ def test_a_thought_that_the_prompt_opens_is_judged_as_one(
 
 @pytest.mark.parametrize(("template", "right"), [(OPENING, 2), (PLAIN, 3)])
 def test_a_profile_reads_answers_as_the_training_does(template: str, right: int):
-    profiler = Profiler.__new__(Profiler)
-    profiler.config, profiler.seed = ProfileConfig(samples=len(SAID), rewards=REWARDS), 0
-    profiler.tokenizer, profiler.encoder = TOKENIZER, encoder(template)
-    profiler.engine = Parrot()  # type: ignore[assignment]
+    engine: Any = Parrot()
+    config = ProfileConfig(samples=len(SAID), rewards=REWARDS)
+    profiler = Profiler(config, encoder(template), engine, 0)
     with Rubric(REWARDS, 1) as rubric:
         (found,) = profiler.outcomes([prompt("on")], [0], rubric)
     assert sum(map(bool, found)) == right

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 
 from tessera.data.batch import Batch
 from tessera.generate.torch_engine import TorchEngine
-from tessera.objectives.grpo import FAR, GRPOConfig, PolicyGradient, _Curve
-from tessera.objectives.sft import SFT
-from tessera.rl.experience import Answer, Group, pieces, rows
+from tessera.objectives.grpo import MAX_LOG_RATIO as FAR
+from tessera.objectives.grpo import PolicyGradient, _TokenLoss
+from tessera.objectives.lm import SFT
+from tessera.rl.experience import Answer, Group, rows, split_group
+from tessera.rl.policy import GRPOConfig
 from tests import tiny
 from tests.toy import toy_config
 
@@ -127,7 +129,7 @@ def test_a_token_far_from_the_reference_has_a_bounded_distance_and_does_not_pull
     zero, weight = torch.zeros_like(far), torch.ones_like(far)
     streams = {"advantage": zero, "behaviour": zero, "reference": far}
     log_prob = torch.zeros_like(far, requires_grad=True)
-    curve = _Curve(config(kl=0.3), streams, weight)
+    curve = _TokenLoss(config(kl=0.3), streams, weight)
     value, slope = curve(log_prob, zero, slice(None))
     near = (log_prob - far).abs() <= FAR
     further = far - log_prob
@@ -162,7 +164,7 @@ def test_a_row_holds_each_prompt_once_and_every_answer_once():
     trained = sum(int((batch.weight > 0).sum()) for batch in batches)
     assert trained == sum(len(a.ids) for g in GROUPS for a in g.answers)
     tokens = sum(int((batch.segments >= 0).sum()) for batch in batches)
-    found = [list(pieces(g, 40)) for g in GROUPS]
+    found = [list(split_group(g, 40)) for g in GROUPS]
     assert tokens == trained + sum(
         len(g.ids) - 1 for g, parts in zip(GROUPS, found, strict=True) for _ in parts
     )

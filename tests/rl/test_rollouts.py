@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from tessera.cli.main import app
 from tessera.model.checkpoint import load_model
-from tessera.objectives.grpo import GRPOConfig
 from tessera.rl.monitors import Guard
+from tessera.rl.policy import GRPOConfig
 from tessera.rl.rewards import FormatReward
 from tessera.rl.rollouts import RolloutConfig, joined, share
 from tessera.runs.files import FailureError
@@ -203,14 +203,13 @@ def test_a_step_that_could_not_be_judged_says_where_the_reasons_are(home: Path, 
 
 
 def test_settings_that_cannot_be_are_refused():
-    rewards = (FormatReward(kind="format"),)
+    rewards, steps = (FormatReward(kind="format"),), TrainConfig(steps=1)
     with pytest.raises(ValueError, match="compared with its group"):
-        RolloutConfig(samples=1, rewards=rewards)
+        RolloutConfig(train=steps, samples=1, rewards=rewards)
     with pytest.raises(ValueError, match="exceeds prompts_per_rollout"):
-        RolloutConfig(prompts_per_rollout=2, updates_per_rollout=3, rewards=rewards)
+        RolloutConfig(train=steps, prompts_per_rollout=2, updates_per_rollout=3, rewards=rewards)
     with pytest.raises(ValueError, match="overlong_buffer = 65 exceeds max_tokens = 64"):
-        RolloutConfig(max_tokens=64, overlong_buffer=65, rewards=rewards)
-    steps = TrainConfig(steps=1)
+        RolloutConfig(train=steps, max_tokens=64, overlong_buffer=65, rewards=rewards)
     GRPOConfig(train=steps, rewards=rewards, dual_clip=3.0)
-    with pytest.raises(ValueError, match="dual_clip = 1 .* above 1"):
+    with pytest.raises(ValueError, match="dual_clip = 1 "):
         GRPOConfig(train=steps, rewards=rewards, dual_clip=1.0)

@@ -15,21 +15,21 @@ import torch.nn.functional as F
 from tessera.data.chat import ChatEncoder
 from tessera.data.readers import DataError
 from tessera.data.tokenizer import load_tokenizer
-from tessera.objectives.rpo import (
+from tessera.objectives.rpo import RPO, Distance, distance
+from tessera.rl.experience import Answer, Group
+from tessera.rl.preference import (
     ORDER_STREAM,
-    RPO,
-    Distance,
     OnlinePairs,
+    Pair,
     PairSource,
     RPOConfig,
-    distance,
-    stage,
+    of_files,
+    of_group,
+    rows,
+    rpo,
 )
-from tessera.rl.experience import Answer, Group
-from tessera.rl.pairs import Pair, of_files, of_group, rows
 from tessera.runs.files import FailureError
 from tessera.runs.run import Run, read_metrics
-from tessera.train.parallel import Layout
 from tests import tiny
 from tests.rl.policy_runs import REWARDS, made
 from tests.toy import toy_config
@@ -131,7 +131,7 @@ def train(home: Path, name: str, **table: Any) -> list[dict[str, Any]]:
     table = {"train": {"steps": 12, "lr": 5e-3, "microbatch_tokens": 512}, **table}
     inputs: Any = {"model": home / "parent", "prompts": home / "profile"}
     with Run.open(home / name, stage="rpo", config=table, inputs=inputs, seed=0, quiet=True) as run:
-        stage(RPOConfig(**table), run, inputs)
+        rpo(RPOConfig(**table), run, inputs)
     return read_metrics(home / name)
 
 
@@ -157,7 +157,7 @@ def test_pairs_come_in_the_order_of_each_epoch_which_is_drawn_once(
     monkeypatch.setattr(np.random, "default_rng", lambda key: drawn.append(key) or plain(key))
 
     def read(steps: range) -> list[list[int]]:
-        source = PairSource(found, config(pairs_per_step=4), Layout(1, 1, 1, 0), 3)
+        source = PairSource(found, config(pairs_per_step=4), 3)
         labels = [torch.cat([b.labels.flatten() for b in source.batches(s)]) for s in steps]
         return [[int(label) - 2 for label in one if label > 1] for one in labels]
 

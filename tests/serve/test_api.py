@@ -25,7 +25,7 @@ from tessera.export import decilm
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
-from tessera.vllm import server as vllm_server
+from tessera.vllm import worker
 from tests import tiny
 from tests.rl.policy_runs import made
 
@@ -33,7 +33,7 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
-from tessera.serve.server import ServeConfig, ServeError  # noqa: E402
+from tessera.serve.app import ServeConfig, ServeError  # noqa: E402
 from tessera.serve.vllm import command  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -288,10 +288,10 @@ def test_others_are_served_with_a_key_only_and_a_taken_port_is_said(model: Path)
 
 
 def test_prompts_are_kept_for_those_that_begin_alike(model: Path):
-    from tessera.serve.server import serving
+    from tessera.serve.app import serving
 
     with serving(str(model), ServeConfig(prefix_cache=300)) as one:
-        engine = one.talker.engine
+        engine = one.model.engine
         for end in (50, 51):
             engine.generate([[*range(3, 40), end]], SamplingParams(max_tokens=2))
         assert engine.stats.cached_tokens == 37
@@ -309,10 +309,10 @@ def test_the_command_for_vllm(tmp_path: Path):
         command("owner/model", ServeConfig())
     config = ServeConfig(name="child", batch=8)
     words, environment, note = command(str(exported(tmp_path)), config, python="/bin/python")
-    assert words[0] == "/bin/python" and Path(words[1]).samefile(vllm_server.__file__)
+    assert words[0] == "/bin/python" and words[1:3] == [worker.__file__, "serve"]
     assert "--trust-remote-code" in words and words[-2:] == ["--reasoning-parser", "deepseek_r1"]
     assert (environment, note) == ({}, "")
-    told = dict(zip(words[2:-3:2], words[3:-3:2], strict=True))
+    told = dict(zip(words[3:-3:2], words[4:-3:2], strict=True))
     assert told["--served-model-name"] == "child" and told["--max-model-len"] == "64"
     assert told["--host"] == "127.0.0.1" and told["--max-num-seqs"] == "8"
     (tmp_path / "modeling_decilm.py").write_text("import os\n")
@@ -338,8 +338,8 @@ def test_keys_of_vllm_stand_in_its_environment_and_on_no_command_line(tmp_path: 
     given = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
     done = subprocess.run(words, env=given, capture_output=True, text=True, check=True)
     argv, inherited = json.loads(done.stdout)
-    assert argv == [*words[2:], "--api-key", "one", "two"]
-    assert vllm_server.KEYS not in inherited
+    assert argv == [*words[3:], "--api-key", "one", "two"]
+    assert worker.KEYS not in inherited
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():

@@ -19,8 +19,7 @@ from tessera import dist
 from tessera.data.batch import Batch
 from tessera.model.checkpoint import whole
 from tessera.objectives.kd import KD, KDConfig
-from tessera.objectives.lm import LM
-from tessera.objectives.sft import SFT
+from tessera.objectives.lm import LM, SFT
 from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary
 from tessera.puzzle.space import SpaceConfig, build_space

@@ -11,8 +11,7 @@ from tessera.data.batch import pack
 from tessera.model import cpu
 from tessera.model.transformer import Transformer
 from tessera.objectives.kd import KD, KDConfig
-from tessera.objectives.lm import LM
-from tessera.objectives.sft import SFT
+from tessera.objectives.lm import LM, SFT
 from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary, save_library
 from tessera.puzzle.space import SpaceConfig, Unit, build_space

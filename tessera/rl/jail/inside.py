@@ -227,15 +227,15 @@ def process_one(setup: dict[str, Any], privileged: bool, alive: int) -> NoReturn
     try:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if select.select([alive], [], [], 0)[0]:
-            os._exit(1)  # the parent died before it could be asked to take this one with it
+            os._exit(1)  # the parent died before PR_SET_PDEATHSIG was set
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         build_root(setup)
         prctl(PR_SET_DUMPABLE, 0)
-        errors, told = os.pipe()
+        errors, channel = os.pipe()
         program = os.fork()
         if not program:
-            start(setup, privileged, told)
-        os.close(told)
+            start(setup, privileged, channel)
+        os.close(channel)
         for descriptor in (0, 1, 2):
             os.close(descriptor)
         refused = os.read(errors, 4096).decode()
@@ -246,9 +246,9 @@ def process_one(setup: dict[str, Any], privileged: bool, alive: int) -> NoReturn
     os._exit(0)
 
 
-def start(setup: dict[str, Any], privileged: bool, told: int) -> NoReturn:
-    """`become_program`, telling process 1 of what went wrong before the program began."""
-    os.dup2(told, 1023, inheritable=False)
+def start(setup: dict[str, Any], privileged: bool, channel: int) -> NoReturn:
+    """`become_program`, sending process 1 the error if the program could not begin."""
+    os.dup2(channel, 1023, inheritable=False)
     os.closerange(3, 1023)
     try:
         become_program(setup, privileged)
@@ -258,7 +258,7 @@ def start(setup: dict[str, Any], privileged: bool, told: int) -> NoReturn:
 
 
 def run_without_isolation(setup: dict[str, Any]) -> NoReturn:
-    """The program with its limits and nothing around it: what the user asked for in words."""
+    """Runs the program with its limits and no isolation, for users who configured that."""
     program = os.fork()
     if not program:
         set_limits(setup, resource.getrlimit(resource.RLIMIT_NPROC)[1])

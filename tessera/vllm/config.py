@@ -48,21 +48,21 @@ class VLLMConfig(Config):
 
 
 class EngineChoice(Config):
-    """engine: who generates, tessera's own engine or stock vLLM, run as `vllm` says."""
+    """engine: tessera's own engine generates, or stock vLLM, run as `vllm` says."""
 
     engine: Literal["tessera", "vllm"] = "tessera"
     vllm: VLLMConfig = VLLMConfig()
 
 
-def open_engine(choice: EngineChoice, module: Transformer, batch: int) -> Engine:
+def open_engine(config: EngineChoice, module: Transformer, batch: int) -> Engine:
     """The engine on these weights, `batch` samples at a time; `close` it.
 
     Raises GenerationError and RunError where vLLM is chosen and cannot be had.
     """
-    if choice.engine == "vllm":
+    if config.engine == "vllm":
         from tessera.vllm.engine import VLLMEngine
 
-        return VLLMEngine(module, choice.vllm, batch=batch)
+        return VLLMEngine(module, config.vllm, batch=batch)
     from tessera.generate.torch_engine import TorchEngine
 
     return TorchEngine(module, max_batch_size=batch)

@@ -1,0 +1,92 @@
+"""Stage `parent`: the model that everything begins with, imported or trained from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+
+from tessera import dist
+from tessera.data.tokenizer import load_tokenizer
+from tessera.model.checkpoint import find_tensors, load_model, save_model
+from tessera.model.config import ModelConfig, uniform
+from tessera.model.source import is_hub_id, load_config, resolve
+from tessera.model.transformer import Transformer
+from tessera.objectives.lm import pretrain
+from tessera.runs.files import RunError
+from tessera.runs.recipe import Config
+from tessera.runs.run import Run
+from tessera.train.optim import DocumentTrainConfig
+
+
+class ArchitectureConfig(Config):
+    """A homogeneous Llama to train from scratch."""
+
+    hidden_size: int = Field(default=128, ge=2)
+    num_hidden_layers: int = Field(default=6, ge=1)
+    num_attention_heads: int = Field(default=4, ge=1)
+    num_key_value_heads: int = Field(default=4, ge=1)
+    intermediate_size: int = Field(default=384, ge=1)
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = False
+
+    def model(self, vocab_size: int, bos: int | None, eos: tuple[int, ...]) -> ModelConfig:
+        """The ModelConfig of this shape for a tokenizer's vocabulary."""
+        words = f"gqa-{self.num_key_value_heads}", f"swiglu-{self.intermediate_size}"
+        return ModelConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            blocks=uniform(*words, self.num_hidden_layers),
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=self.rope_theta,
+            tie_word_embeddings=self.tie_word_embeddings,
+            bos_token_id=bos,
+            eos_token_id=eos,
+        )
+
+
+class ParentConfig(Config):
+    """Either `path` (Hugging Face directory, run or hub id), or `architecture` and `train`."""
+
+    path: str | None = None
+    architecture: ArchitectureConfig | None = None
+    train: DocumentTrainConfig | None = None
+
+    @field_validator("path")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        """Reads config and headers of weights before anything runs, unless they are on a hub."""
+        if value is not None and not is_hub_id(value):
+            load_config(value)
+            find_tensors(resolve(value))
+        return value
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ParentConfig:
+        scratch = self.architecture is not None and self.train is not None
+        if (self.path is None) != scratch:
+            raise ValueError(
+                'a parent is imported with `path = "…"` (on the command line: '
+                "parent.path=MODEL), or trained with both `architecture` and `train`"
+            )
+        return self
+
+
+def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> None:
+    """Stage `parent`: import a checkpoint, or train one from scratch."""
+    if config.path is not None:
+        if dist.is_main():
+            save_model(load_model(config.path), run.model_path, tokenizer_from=resolve(config.path))
+        return
+    assert config.architecture is not None and config.train is not None
+    data = inputs["data"]
+    if data is None:
+        raise RunError("a parent trained from scratch needs a [data] table before [parent]")
+    tokenizer = load_tokenizer(data)
+    shape = config.architecture.model(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids)
+    module = Transformer(shape).init_weights(run.seed).to(dist.device())
+    pretrain(config.train.spread.transformer(module), config.train, run, data, data / "tokenizer")

@@ -1,0 +1,232 @@
+"""Stage `rpo`: preference optimisation on pairs of answers, one better by a margin of reward.
+
+Pairs come from rows of files (`prompt` or `messages`, `chosen`, `rejected`, and where known
+`chosen_reward` and `rejected_reward`, as NeMo-Aligner's sets have them), or online from the best
+and the worst of what the policy answers. Both answers of a pair share its prompt in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from tessera import dist
+from tessera.data.batch import Batch, best_fit
+from tessera.data.chat import ChatEncoder
+from tessera.data.conversation import Message, SchemaError, tidy
+from tessera.data.readers import Bad, DataError, expand, read_rows
+from tessera.data.thought import split
+from tessera.data.tokenizer import load_tokenizer
+from tessera.model.checkpoint import save_model
+from tessera.model.source import resolve
+from tessera.objectives.rpo import RPO, RPOLossConfig
+from tessera.rl import monitors
+from tessera.rl.advantages import rloo
+from tessera.rl.experience import Answer, Group, row, spans
+from tessera.rl.rollouts import Rollout, RolloutConfig, Rollouts, padded, unsharded
+from tessera.runs.files import FailureError
+from tessera.runs.recipe import RecipeError
+from tessera.runs.run import Run
+from tessera.train.engine import Trainer
+
+MAX_ATTEMPTS = 8  # rollouts in a row without a pair, then the run ends
+ORDER_STREAM = 0x2B0  # keeps the order of pairs apart from other draws of the same seed
+
+
+class RPOConfig(RolloutConfig, RPOLossConfig):
+    """paths: files of pairs; without, the policy answers the stage's prompts. pairs_per_step: of
+    files."""
+
+    paths: tuple[str, ...] = ()
+    pairs_per_step: int = Field(default=64, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Ids of a prompt and of both answers; margin: by how much reward the chosen one is better."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+
+    def __len__(self) -> int:
+        return len(self.prompt) - 1 + len(self.chosen) + len(self.rejected)
+
+
+def of_group(group: Group) -> Pair | None:
+    """The best and the worst answer of a group; None where they are worth the same."""
+    known = [(one.reward, one.ids) for one in group.answers if one.reward is not None and one.ids]
+    if not known:
+        return None
+    (most, best), (least, worst) = (pick(known, key=lambda one: one[0]) for pick in (max, min))
+    return Pair(group.ids, best, worst, most - least) if most > least else None
+
+
+def of_files(paths: Sequence[str], encoder: ChatEncoder) -> list[Pair]:
+    """The pairs of files of rows. Raises DataError naming a row that is none."""
+    found, stop = [], list(encoder.tokenizer.eos_ids[:1])
+    for path in expand(paths):
+        for number, value in read_rows(path):
+            if isinstance(value, Bad):
+                raise DataError(str(value))
+            try:
+                messages, chosen, rejected, margin = _read(value)
+            except (SchemaError, KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{path}:{number}: no pair: {error}") from None
+            mode = "off" if split(chosen).thought is None else "on"
+            better, worse = (encoder.tokenizer.encode(text) + stop for text in (chosen, rejected))
+            found.append(Pair(encoder.prompt(messages, mode), better, worse, margin))
+    return found
+
+
+def _read(value: Any) -> tuple[list[Message], str, str, float]:
+    """(conversation, chosen, rejected, margin) of one row; chosen may hold messages, too."""
+    if not isinstance(value, dict):
+        raise SchemaError(f"a {type(value).__name__} and not an object")
+    prompt = value.get("messages") or value.get("prompt")
+    messages = tidy([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    chosen, rejected = _text(value, "chosen"), _text(value, "rejected")
+    given = value.get("chosen_reward"), value.get("rejected_reward")
+    # NeMo-Aligner's defaults, for a null too.
+    better, worse = (d if g is None else float(g) for g, d in zip(given, (1.0, 0.0), strict=True))
+    if better <= worse:
+        raise SchemaError(f"the chosen answer's reward {better} is not above {worse}")
+    return messages, chosen, rejected, better - worse
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    found = value.get(name) or value.get(f"{name}_response")
+    if isinstance(found, list):
+        found = found[-1]
+    if isinstance(found, dict):
+        found = found.get("content")
+    if not isinstance(found, str):
+        raise SchemaError(f"no {name} or {name}_response")
+    return found
+
+
+def rows(pairs: Sequence[Pair], row_length: int) -> list[Batch]:
+    """Batches of one row each, every pair whole in one of them; see `_row`.
+
+    Raises ValueError for a pair that no row can hold.
+    """
+    for pair in pairs:
+        if len(pair) > row_length:
+            raise ValueError(
+                f"a pair of {len(pair)} tokens does not fit into a row of {row_length}; raise "
+                "train.microbatch_tokens"
+            )
+    return [_row([pairs[i] for i in one]) for one in best_fit([len(p) for p in pairs], row_length)]
+
+
+def _row(pairs: Sequence[Pair]) -> Batch:
+    """A row of pairs; without any it trains nothing.
+
+    streams: `pair`, k for the chosen and -k for the rejected answer of the k-th pair of the row;
+    `margin`; `first`, 1 at the first prediction of each pair.
+    """
+    groups = [Group(0, "", p.prompt, [_answer(p.chosen), _answer(p.rejected)]) for p in pairs]
+    batch = row(groups)
+    streams = {name: torch.zeros_like(batch.weight) for name in ("pair", "margin", "first")}
+    for number, (_, here) in enumerate(spans(groups)):
+        pair, rejected = divmod(number, 2)
+        streams["pair"][0, here] = -(pair + 1) if rejected else pair + 1
+        streams["margin"][0, here] = pairs[pair].margin
+        if not rejected:
+            streams["first"][0, here.start] = 1.0
+    batch.streams = streams
+    return batch
+
+
+def _answer(ids: list[int]) -> Answer:
+    return Answer(ids, [0.0] * len(ids), "stop", "", None, {}, True, advantage=1.0)
+
+
+class PairSource:
+    """A `Source` over pairs, each once an epoch, in an order that follows from the seed."""
+
+    def __init__(self, pairs: Sequence[Pair], config: RPOConfig, seed: int) -> None:
+        self.pairs, self.config, self.seed = pairs, config, seed
+        self._epoch, self._order = -1, np.empty(0, int)
+
+    def batches(self, step: int) -> list[Batch]:
+        """This process's rows of one step; see `Source`."""
+        first, layout = step * self.config.pairs_per_step, self.config.train.spread.layout
+        numbers = [self._at(first + i) for i in range(self.config.pairs_per_step)]
+        own = [self.pairs[i] for i in numbers[layout.data_rank :: layout.data_world]]
+        return padded(rows(own, self.config.train.microbatch_tokens), _row([]))
+
+    def _at(self, place: int) -> int:
+        epoch, at = divmod(place, len(self.pairs))
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
+            self._epoch, self._order = epoch, rng.permutation(len(self.pairs))
+        return int(self._order[at])
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class OnlinePairs(Rollouts):
+    """Rollouts whose rows hold the best and the worst answer of every group.
+
+    Where a rollout has fewer pairs than steps, further prompts are answered by the same weights.
+    """
+
+    def _complete(self, number: int, found: Rollout) -> None:
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            pairs = torch.tensor([len(_pairs(found.groups))], device=dist.device())
+            if int(dist.max(pairs)) >= self.config.updates_per_rollout:
+                return
+            if attempt < MAX_ATTEMPTS:
+                self.run.say(f"rollout {number}: too few prompts have answers of different reward")
+                self.engine.sync(unsharded(self.module), number)
+                more = self._sample(number, attempt)
+                found.groups += more.groups
+                for name, spent in more.seconds.items():
+                    found.seconds[name] += spent
+        monitors.keep_samples(found.groups, self.prompts, number, self.run)
+        raise FailureError(
+            f"{MAX_ATTEMPTS} rollouts in a row have no prompt whose answers differ in reward; see "
+            f"samples/{number:08}.jsonl of the run, and give prompts that are neither always nor "
+            "never solved, or take more samples of each"
+        )
+
+    def _rows(self, update: int) -> list[Batch]:
+        found = _pairs(self._groups)[update :: self.config.updates_per_rollout]
+        return padded(rows(found, self.row_length), _row([]))
+
+
+def _pairs(groups: Sequence[Group]) -> list[Pair]:
+    return [pair for group in groups if (pair := of_group(group))]
+
+
+def rpo(config: RPOConfig, run: Run, inputs: Mapping[str, Path | None]) -> None:
+    """Stage `rpo`: train `model` on pairs of files, or on those it makes of `prompts`."""
+    model, spread = inputs["model"], config.train.spread
+    assert model is not None
+    module = spread.load(model)
+    objective = RPO(config, spread.load(model, frozen=True))
+    if config.paths:
+        encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
+        source = PairSource(of_files(config.paths, encoder), config, run.seed)
+        Trainer(module, objective, source, config.train, run).fit()
+    elif inputs["prompts"] is None or not config.rewards:
+        raise RecipeError(
+            f'{run.name}: give paths = ["PAIRS.jsonl"], or prompts (a [profile] above) and rewards '
+            "to make pairs by"
+        )
+    else:
+        with OnlinePairs.open(module, config, rloo, run, inputs) as source:
+            Trainer(module, objective, source, config.train, run).fit()
+    save_model(module, run.model_path, tokenizer_from=resolve(model))
