@@ -1,13 +1,8 @@
-"""The accelerators we know by name: memory, bandwidth, peak arithmetic, link. Torch-free.
+"""The accelerators known by name: memory, bandwidth, peak arithmetic, link.
 
 Dense (not sparse) peaks of the makers' data sheets, SXM boards where there is a choice. `link` is
-what one device sends in one direction to its peers, which bounds an all-reduce. What software gets
-out of them is four numbers, the same for every accelerator unless it says otherwise, each from a
-measurement published on H100s or H200s that is none of those `benchmarks/roofline.py` predicts:
-
-    COMPUTE, MEMORY   the share of the peak and of the bandwidth that software reaches
-    KERNEL            seconds from one kernel's start to its dependent's, beyond its work
-    HOP               seconds of one exchange between devices, the kernel around it included
+what one device sends in one direction to its peers, which bounds an all-reduce. The four constants
+come from measurements published on H100s or H200s, none of which `benchmarks/roofline.py` predicts.
 """
 
 from __future__ import annotations
@@ -18,20 +13,23 @@ from dataclasses import dataclass
 from tessera.table import nearest
 
 GB, TB, TFLOPS = 1e9, 1e12, 1e12
+# COMPUTE, MEMORY: the share of the peak and of the bandwidth that software reaches.
 # Best FP8 product found on an H200 (the same die): 1453 of 1979 TFLOPS; bf16 reaches 0.80 (Bekman,
 # ml-engineering, "maximum achievable matmul FLOPS"). A model's products are at most as good.
 COMPUTE = 0.73
 # Llama-3.2-1B decoded in bf16 by one persistent kernel on an H100: 78 % of the bandwidth (Spector
 # et al., "Look Ma, No Bubbles!", 2025).
 MEMORY = 0.78
-# Engines that launch kernel by kernel reach "at most 50 %" there: 0.53 ms more for the 148 kernels
-# that we count. That holds the gaps of their hosts, too; a lean engine has less.
+# Seconds from one kernel's start to its dependent's, beyond its work. Engines that launch kernel by
+# kernel reach "at most 50 %" there: 0.53 ms more for the 148 kernels that we count. That includes
+# the gaps of their hosts; a lean engine has less.
 KERNEL = 3.6e-6
-# All-reduce of up to 32 KB on 8 H100: 6-8 us by one kernel, 9-12 us by another (SGLang, pull
-# request 2904). Over PCIe it is longer.
+# Seconds of one exchange between devices, the kernel around it included. All-reduce of up to 32 KB
+# on 8 H100: 6-8 us by one kernel, 9-12 us by another (SGLang, pull request 2904). Over PCIe it is
+# longer.
 HOP = 8e-6
 DTYPES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}  # bytes of a weight, and of a cached value
-CPU = "cpu"  # the name of the machine at hand, which `probe.probe_cpu` measures
+CPU = "cpu"  # the machine at hand, which is measured
 
 
 class DeviceError(ValueError):

@@ -87,14 +87,14 @@ def report(
         print_json({"path": str(path), "sections": page.plain(found)})
         return
     if markdown:
-        print(page.markdown(name, summary, found), end="")
-        return
-    text = page.html(name, summary, found)
+        text, out = page.markdown(name, summary, found), out or Path("-")
+    else:
+        text = page.html(name, summary, found)
+        single = (path / "run.json").is_file()
+        out = out or (path.parent / f"report-{name}.html" if single else path / "report.html")
     if str(out) == "-":
         print(text, end="")
         return
-    single = (path / "run.json").is_file()
-    out = out or (path.parent / f"report-{name}.html" if single else path / "report.html")
     atomic_write(out, text)
     complain(f"The report is {out} ({len(text.encode()) / 1000:,.0f} kB)")
 

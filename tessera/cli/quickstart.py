@@ -21,7 +21,7 @@ EXAMPLES = {
 }
 OWN = next(iter(EXAMPLES))
 # Tokens of a family's questions that the recipe's own do without.
-WORDS = {"hop": ("table", " stop")}
+TOKENS = {"hop": ("table", " stop")}
 EASY, HARD = "@3", "@6"  # steps, behind the family's name
 EVALUATIONS = ("parent", "child", "kd", "dropped", "sft", "grpo")
 # Less of everything, for 2 to 5 minutes: worse figures, the same path.
@@ -91,7 +91,7 @@ def recipe(task: str = OWN, fast: bool = False, overrides: Sequence[str] = ()) -
     tables = {spec.name: _for_family(task, spec.table) for spec in plan.stages}
     tokens = tables["data"]["tokenizer"]["tokens"]
     answers = tokens.index("Work:")
-    tokens[answers:answers] = WORDS.get(task, ())
+    tokens[answers:answers] = TOKENS.get(task, ())
     return replace(plan, stages=tuple(replace(s, table=tables[s.name]) for s in plan.stages))
 
 

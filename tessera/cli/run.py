@@ -49,8 +49,8 @@ def run(
     """Run a recipe: finished stages are skipped, unfinished ones go on where they stopped.
 
     A recipe that changed under a finished run is refused with a diff; --redo says which to redo.
-    What stages share stands once, in [defaults]: train = { sequence_length = 512 } completes the
-    train table of every stage that trains. defaults.KEY=VALUE overrides it.
+    Its table `defaults` holds what stages share: train = { lr = 3e-4 } there is a default of every
+    stage that has a table `train`.
     """
     from tessera import dist, pipeline
     from tessera.report import show

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.common import MODEL, Json, Model, choose, command, complain, print_json
+from tessera.cli.common import MODEL, Json, Model, Quiet, choose, command, complain, print_json
 
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 TASKS = (
@@ -108,7 +108,7 @@ def evaluate(
         bool, typer.Option("--rescore", help="Judge the kept answers anew.")
     ] = False,
     seed: Seed = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the table.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Ask a model the tasks' questions and print accuracy, tokens and obedience of each mode.

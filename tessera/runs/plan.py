@@ -26,11 +26,10 @@ from tessera.runs.recipe import (
 from tessera.runs.run import (
     Manifest,
     aside,
+    find_manifest,
     fingerprint_path,
     holds_no_work,
-    read_manifest,
     run_fingerprint,
-    started,
 )
 from tessera.table import nearest
 
@@ -110,16 +109,20 @@ class Step:
 
     @property
     def outdated(self) -> bool:
-        """True where an input has been made anew, or deleted, since this run was begun."""
+        """True where an input has been made anew, or deleted, since this run was begun.
+
+        An input that the recipe no longer names is a change of the recipe, not an outdated run.
+        """
         listed = self.manifest.inputs.values() if self.manifest else ()
-        inputs = [
-            one for value in listed for one in (value if isinstance(value, list) else [value])
-        ]
-        return any(
-            one["started"] != started(self.path.parent / one["path"])
+        inputs = [one for refs in listed for one in (refs if isinstance(refs, list) else [refs])]
+        times = {
+            (self.path.parent / one["path"]).resolve(): one["started"]
             for one in inputs
             if one and "started" in one
-        )
+        }
+        current = {path.resolve() for path in flat({**self.inputs, **self.files})}
+        now = {path: find_manifest(path) for path in times.keys() & current}
+        return any(run is None or run.started != times[path] for path, run in now.items())
 
     def reads(self, path: Path) -> bool:
         """True when this step has that run among its inputs."""
@@ -203,7 +206,9 @@ def with_defaults(recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
         specs.append(replace(spec, table=table))
     if unknown := _paths(recipe.defaults, "defaults") - allowed:
         first = min(unknown)
-        raise RecipeError(f"{first}: no stage has such a key; {nearest(first, sorted(allowed))}")
+        table, _, key = first.rpartition(".")
+        keys = sorted(p.removeprefix(f"{table}.") for p in allowed if p.rpartition(".")[0] == table)
+        raise RecipeError(f"{first}: no stage has such a key; {nearest(key, keys)}")
     return replace(recipe, stages=tuple(specs), defaults={})
 
 
@@ -279,8 +284,8 @@ def _resolve(
     prints = {need: _prints(value, known) for need, value in {**inputs, **files}.items()}
     path = runs_dir / recipe.name / spec.name
     fingerprint = run_fingerprint(stage.name, identity(config), recipe.seed, prints)
-    manifest = read_manifest(path) if (path / "run.json").is_file() else None
-    return Step(spec, stage, config, path, recipe.seed, inputs, files, fingerprint, "run", manifest)
+    run = find_manifest(path)
+    return Step(spec, stage, config, path, recipe.seed, inputs, files, fingerprint, "run", run)
 
 
 def _action(step: Step, follows: bool) -> Action:
@@ -370,8 +375,8 @@ def _named(
         raise RecipeError(
             f"{where}: {given!r} is no run above and no path; {nearest(given, steps)}"
         )
-    if (path / "run.json").is_file():
-        made = stages.get(read_manifest(path).stage)
+    if run := find_manifest(path):
+        made = stages.get(run.stage)
         if made and not _fits(made.gives, kind):
             raise RecipeError(f"{where}: the run {given} gives {made.gives}, and this needs {kind}")
     return path

@@ -45,9 +45,13 @@ def identity(config: BaseModel) -> dict[str, Any]:
 
     A class of configs names those in its `EXECUTION`.
     """
-    nested = {key: identity(value) for key, value in config if isinstance(value, BaseModel)}
-    kept = (config.model_dump(mode="json") | nested).items()
-    return {key: value for key, value in kept if key not in getattr(config, "EXECUTION", ())}
+    made = config.model_dump(mode="json")
+    for key, value in config:
+        if isinstance(value, BaseModel) and key in made:  # a key excluded from dumps is none
+            made[key] = identity(value)
+    return {
+        key: value for key, value in made.items() if key not in getattr(config, "EXECUTION", ())
+    }
 
 
 @dataclass(frozen=True)

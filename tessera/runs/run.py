@@ -69,8 +69,7 @@ def fingerprint_path(path: Path) -> str:
 
     Raises RunError for a run that is not done and for a path that does not exist.
     """
-    if (path / "run.json").is_file():
-        manifest = read_manifest(path)
+    if manifest := find_manifest(path):
         if manifest.status != "done":
             raise RunError(
                 f"{path} is not finished (its status is {manifest.status}), so nothing may read "
@@ -108,9 +107,9 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def started(path: Path) -> str | None:
-    """When the run in a directory was begun; None where there is no run."""
-    return read_manifest(path).started if (path / "run.json").is_file() else None
+def find_manifest(path: Path) -> Manifest | None:
+    """The manifest of a run directory; None where there is no run."""
+    return read_manifest(path) if (path / "run.json").is_file() else None
 
 
 def runs_in(folder: Path, depth: str = "*") -> list[Path]:
@@ -121,7 +120,8 @@ def runs_in(folder: Path, depth: str = "*") -> list[Path]:
 
 def is_done(path: Path) -> bool:
     """True for a finished run; everything else may not be read."""
-    return (path / "run.json").is_file() and read_manifest(path).status == "done"
+    manifest = find_manifest(path)
+    return manifest is not None and manifest.status == "done"
 
 
 def read_table(path: Path, name: str) -> list[dict[str, Any]]:
@@ -187,7 +187,7 @@ def now() -> dt.datetime:
 class Run:
     """One run directory, open for its stage; a context manager that records how it ended.
 
-    In a job of several processes only the main one writes; the others hold the same paths.
+    Of a job's processes only the main one writes.
     """
 
     def __init__(self, path: Path, manifest: Manifest, lock: Lock | None, quiet: bool) -> None:
@@ -229,7 +229,7 @@ class Run:
             manifest = _begin(path, stage, dict(config), made, inputs, seed)
             run = cls(path, manifest, lock, quiet)
             run._save()
-            run._mend_logs()
+            run._rewrite_logs()
         except BaseException:
             if lock:
                 lock.release()
@@ -259,11 +259,8 @@ class Run:
         self._append(name, json.dumps({"step": step, **numbers}))
 
     def rewind(self, step: int) -> None:
-        """Drops the steps after this one, so that a resumed run repeats no line."""
-        for name in LOGS:
-            if self._writes and (self.path / name).is_file():
-                kept = [row for row in whole_lines(self.path / name)[0] if row["step"] <= step]
-                atomic_write(self.path / name, _lines(kept))
+        """Drops the logged steps after this one, so that a resumed run repeats no line."""
+        self._rewrite_logs(step)
 
     def say(self, text: str) -> None:
         """Prints a line for the user and keeps it in `log.txt`."""
@@ -354,12 +351,14 @@ class Run:
             with writing(file), file.open("ab", buffering=0) as handle:
                 handle.write(line.encode() + b"\n")
 
-    def _mend_logs(self) -> None:
+    def _rewrite_logs(self, last: float = math.inf) -> None:
+        """Drops half a line that a killed process left, and the steps after `last`."""
         for file in (self.path / name for name in LOGS):
             if self._writes and file.is_file():
                 rows, torn = whole_lines(file)
-                if torn:
-                    atomic_write(file, _lines(rows))
+                kept = [row for row in rows if row["step"] <= last]
+                if torn or len(kept) < len(rows):
+                    atomic_write(file, _lines(kept))
 
 
 def _begin(
@@ -374,10 +373,14 @@ def _begin(
     references = {need: _reference(value, path.parent) for need, value in inputs.items()}
     prints = {need: _print_of(value) for need, value in references.items()}
     identity = run_fingerprint(stage, made, seed, prints)
-    if dist.is_main():  # The others would see what this one is just writing.
-        if (path / "run.json").is_file():
-            return _go_on(path, read_manifest(path), identity)
-        _refuse_foreign(path)
+    if dist.is_main():  # the other processes would see what this one is writing
+        if manifest := find_manifest(path):
+            return _go_on(path, manifest, identity)
+        if foreign := sorted(p.name for p in path.iterdir() if not p.name.startswith(".")):
+            raise RunError(
+                f"{path} holds files ({', '.join(foreign[:3])}) but no run.json, so it is no run; "
+                "name another directory or empty this one"
+            )
     return Manifest(
         name=path.name,
         stage=stage,
@@ -389,15 +392,6 @@ def _begin(
         versions=versions(),
         started=now().isoformat(),
     )
-
-
-def _refuse_foreign(path: Path) -> None:
-    foreign = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
-    if foreign:
-        raise RunError(
-            f"{path} holds files ({', '.join(foreign[:3])}) but no run.json, so it is no run; "
-            "name another directory or empty this one"
-        )
 
 
 def _go_on(path: Path, manifest: Manifest, identity: str) -> Manifest:
@@ -423,7 +417,8 @@ def _reference(value: Path | Sequence[Path] | None, near: Path) -> Any:
     inside = absolute.is_relative_to(home)
     shown = absolute.relative_to(home) if inside else absolute
     found = {"path": str(shown), "fingerprint": fingerprint_path(value)}
-    return {**found, "started": began} if (began := started(value)) else found
+    manifest = find_manifest(value)
+    return {**found, "started": manifest.started} if manifest else found
 
 
 def _print_of(reference: Any) -> Any:
@@ -497,17 +492,18 @@ def settle(path: Path, fingerprint: str) -> bool:
     if not old.exists():
         return False
     with Lock(old):
+        kept, new = (find_manifest(one) for one in (old, path))
         if is_done(path):
             shutil.rmtree(old)
-        elif holds_no_work(path) or _known_by(old) == fingerprint != _known_by(path):
+        elif holds_no_work(path) or (
+            kept
+            and kept.fingerprint == fingerprint
+            and not (new and new.fingerprint == fingerprint)
+        ):
             _put_back(path)
         else:
             return False
     return True
-
-
-def _known_by(path: Path) -> str | None:
-    return read_manifest(path).fingerprint if (path / "run.json").is_file() else None
 
 
 def _put_back(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`tessera check` tells beforehand what a stage would fail of, and is silent about the rest."""
+"""Warnings of a recipe's stages: what will fail is said beforehand, and nothing else."""
 
 from __future__ import annotations
 
@@ -91,6 +91,6 @@ def test_a_space_without_any_noop_cannot_lose_attention_either():
     )
 
 
-def test_the_recipes_of_the_house_leave_no_doubt():
+def test_the_quickstart_has_no_warnings():
     found = {path.name: of(load(path, ())) for path in (ROOT / "recipes").glob("quick*.toml")}
     assert found == {"quickstart.toml": {}}

@@ -34,7 +34,7 @@ def test_full_disk_keeps_the_old_file_and_says_so(tmp_path: Path, monkeypatch, c
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(WriteError, match=r"a\.json: No space left on device.*intact.*free some"):
+    with pytest.raises(WriteError, match=rf"a\.json: {os.strerror(errno.ENOSPC)}"):
         atomic_write(file, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert file.read_text() == "old"
@@ -50,7 +50,7 @@ def test_a_really_full_disk(tmp_path: Path):
         pytest.skip("needs the right to mount a small tmpfs")
     try:
         atomic_write(tmp_path / "a.json", "old")
-        with pytest.raises(WriteError, match="No space left"):
+        with pytest.raises(WriteError, match=os.strerror(errno.ENOSPC)):
             atomic_write(tmp_path / "a.json", b"x" * 200_000)
         assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.json": "old"}
     finally:
@@ -85,7 +85,7 @@ def test_fingerprint_ignores_key_order_and_nothing_else():
 
 def test_lock_refuses_a_second_holder_naming_the_first(tmp_path: Path):
     lock = Lock(tmp_path)
-    with pytest.raises(RunError, match=f"in use by process {os.getpid()}"):
+    with pytest.raises(RunError, match=f"process {os.getpid()}"):
         Lock(tmp_path)
     lock.release()
     Lock(tmp_path).release()
@@ -110,7 +110,7 @@ def test_a_held_directory_is_not_removed_nor_one_named_beside_it(tmp_path: Path)
     free, run = tmp_path / "free", tmp_path / "run"
     free.mkdir()
     lock = Lock(run)
-    with pytest.raises(RunError, match="in use"):
+    with pytest.raises(RunError, match=f"{run}.*process {os.getpid()}"):
         remove_directories(free, run)
     assert free.is_dir()
     lock.release()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from tessera.runs.recipe import Config, RecipeError, dumps, load, loads, validate
+from tessera.runs.recipe import Config, RecipeError, dumps, identity, load, loads, validate
 
 TEXT = """
 name = "nano"
@@ -148,3 +148,12 @@ values = st.recursive(
 @given(st.dictionaries(st.text("ab.-é", min_size=1), values, max_size=4))
 def test_dumps_then_parse_is_the_identity(table: dict[str, Any]):
     assert tomllib.loads(dumps(table)) == table
+
+
+class Cached(Config):
+    kept: Train = Field(default_factory=Train)
+    cache: Train = Field(default_factory=Train, exclude=True)
+
+
+def test_identity_leaves_out_what_is_excluded_from_dumps():
+    assert set(identity(Cached())) == {"kept"}

@@ -73,7 +73,7 @@ def test_the_old_run_stands_aside_unseen_while_the_new_one_is_made(tmp_path: Pat
         listed = [row["name"] for row in describe(kd.parent)["runs"]]
         assert sorted(listed) == ["child", "compare", "data", "kd", "parent"]
         assert len(read_runs(kd.parent).all) == 5
-        with pytest.raises(RunError, match=f"in use by process {process.pid}"):
+        with pytest.raises(RunError, match=f"process {process.pid}"):
             run(tmp_path)
         process.kill()
         process.communicate()
@@ -202,3 +202,13 @@ def test_what_was_made_from_a_deleted_run_is_outdated(tmp_path: Path):
     shutil.rmtree(tmp_path / "r" / "parent")
     planned = {"data": "skip", "parent": "run", "child": "redo", "kd": "redo", "compare": "redo"}
     assert actions(tmp_path) == planned
+
+
+def test_another_input_is_a_change_and_a_moved_one_is_none(tmp_path: Path):
+    run(tmp_path, 'name = "first"\n[parent]\n[parent-2]\nvalue = 2')
+    first = tmp_path / "first"
+    text = f'name = "second"\n[child]\nparent = "{first}/parent"'
+    run(tmp_path, text)
+    assert actions(tmp_path, text.replace("/parent", "/parent-2")) == {"child": "changed"}
+    first.rename(tmp_path / "moved")
+    assert actions(tmp_path, text.replace("/first/", "/moved/")) == {"child": "skip"}

@@ -43,7 +43,7 @@ def test_done_is_written_last_and_clears_state(tmp_path: Path):
 
 def test_a_finished_run_is_never_reopened(tmp_path: Path):
     open_run(tmp_path / "kd").finish()
-    with pytest.raises(RunError, match="is finished"):
+    with pytest.raises(RunError, match=str(tmp_path / "kd")):
         open_run(tmp_path / "kd")
 
 
@@ -79,14 +79,14 @@ def test_an_interrupt_after_the_end_does_not_undo_it(tmp_path: Path):
 
 def test_another_config_is_refused(tmp_path: Path):
     open_run(tmp_path / "kd", {"lr": 0.1}).close()
-    with pytest.raises(RunError, match="another config, seed or inputs"):
+    with pytest.raises(RunError, match=str(tmp_path / "kd")):
         open_run(tmp_path / "kd", {"lr": 0.2})
     open_run(tmp_path / "kd", {"lr": 0.1}).close()  # the refusal let go of the directory
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(RunError, match=r"holds files \(thesis.tex\)"):
+    with pytest.raises(RunError, match=r"thesis\.tex"):
         open_run(tmp_path)
 
 
@@ -123,7 +123,7 @@ def test_metrics_are_json_even_when_the_loss_is_not_finite(tmp_path: Path):
 
 def test_a_table_with_a_number_that_json_lacks_is_refused(tmp_path: Path):
     run = open_run(tmp_path / "kd")
-    with pytest.raises(RunError, match="row 1 has kl = inf"):
+    with pytest.raises(RunError, match=r"\b1\b.*kl = inf"):
         run.write_table("scores", [{"kl": 0.5}, {"kl": float("inf")}])
 
 
@@ -134,7 +134,11 @@ def test_a_full_disk_while_logging(tmp_path: Path, monkeypatch):
     def full(*_: Any, **__: Any):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(WriteError, match="No space left"), run:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(WriteError, match=os.strerror(errno.ENOSPC)),
+        run,
+    ):
         patch.setattr(Path, "open", full)
         patch.setattr(os, "write", full)
         run.log(2, loss=0.5)
@@ -145,7 +149,7 @@ def test_a_full_disk_while_logging(tmp_path: Path, monkeypatch):
 
 def test_inputs_are_named_by_sibling_path_and_known_by_fingerprint(tmp_path: Path):
     parent = open_run(tmp_path / "runs" / "parent")
-    with pytest.raises(RunError, match="not finished"):
+    with pytest.raises(RunError, match=str(parent.path)):
         open_run(tmp_path / "runs" / "kd", model=parent.path)
     parent.finish()
     outside = tmp_path / "checkpoint"
@@ -187,7 +191,7 @@ def test_tables_can_be_inherited(tmp_path: Path):
 def test_an_absent_table_is_named_with_those_there_are(tmp_path: Path):
     run = open_run(tmp_path / "kd")
     run.write_table("scores", [])
-    with pytest.raises(RunError, match=r"no table 'costs'; it has: scores\.jsonl"):
+    with pytest.raises(RunError, match=r"costs.*scores\.jsonl"):
         read_table(run.path, "costs")
 
 
