@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -69,6 +69,14 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def resumable(file: Path, compute: Callable[[], Any]) -> Any:
+    """What `compute` returns, as JSON values, from `file` where it was finished before."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps(compute()))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _write_through(path: Path, data: bytes) -> None:
