@@ -21,14 +21,13 @@ from pathlib import Path
 
 import torch
 
-from tessera.model.config import KINDS, ModelConfig, uniform
+from tessera.model.config import ModelConfig, uniform
 from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
 from tessera.puzzle.compare import CompareConfig, speeds
 from tessera.puzzle.cost import (
     CostConfig,
     Key,
-    Measured,
     Prices,
     Seconds,
     architectures,
@@ -36,7 +35,8 @@ from tessera.puzzle.cost import (
     least_seconds,
     measure,
     monotone,
-    promised,
+    offered_words,
+    predicted,
 )
 from tessera.puzzle.cost_table import Scenario, Words
 from tessera.puzzle.space import SpaceConfig, build_space
@@ -94,17 +94,19 @@ def parents(chosen: Sequence[str] | None) -> dict[str, ModelConfig]:
 
 
 def report(name: str, parent: ModelConfig, rounds: int, seed: int) -> None:
-    words, begun = offered(parent), time.process_time()
-    found = priced(parent, words)
+    words, begun = offered_words(build_space(SpaceConfig(), parent)), time.process_time()
+    settings = CostConfig(scenario=SCENARIO)  # what a cost stage measures, with its defaults
+    whole_words = architectures(parent.words, words, settings.wholes)
+    prices, wholes = measure(parent, words, whole_words, settings, "cost")
     spent = time.process_time() - begun
-    tables = (calibrate(found.words, found.wholes), monotone(found.words))
-    print(f"\n{name}: {len(words)} words and {len(found.wholes)} models in {spent:.0f} CPU s\n")
+    tables = (calibrate(prices, wholes), monotone(prices))
+    print(f"\n{name}: {len(words)} words and {len(wholes)} models in {spent:.0f} CPU s\n")
     print(f"| architecture | measured | {' | '.join(COLUMNS)} |\n|---|--:|--:|--:|--:|--:|")
     errors: list[list[dict[str, float]]] = [[], []]
     alone: list[float] = []
     for label, child in children(parent, words, seed).items():
         timed = in_turn(label, parent, child, rounds)
-        both = [errors_of(prices, parent, timed) for prices in tables]
+        both = [errors_of(table, parent, timed) for table in tables]
         cells = [f"{both[0][c]:+.1%} ({both[1][c]:+.1%})" for c in COLUMNS]
         print(f"| {label} | {timed.speedup:.2f}x | {' | '.join(cells)} |", flush=True)
         for kept, one in zip(errors, both, strict=True):
@@ -116,32 +118,11 @@ def report(name: str, parent: ModelConfig, rounds: int, seed: int) -> None:
             pair = [over(abs(one[column]) for one in kept) for kept in errors]
             cells.append(f"{pair[0]:.1%} ({pair[1]:.1%})")
         print(f"| {what}, absolute | | {' | '.join(cells)} |", flush=True)
-    own = 1000 * total(found.wholes[0][1])
+    own = 1000 * total(wholes[0][1])
     print(
         f"\nThe parent took {own:.0f} ms beside words, and {min(alone):.0f} to {max(alone):.0f} "
         "beside each of these: seconds cannot be promised closer than that.",
         flush=True,
-    )
-
-
-def offered(parent: ModelConfig) -> list[Key]:
-    """Every (kind, word) of the default space, once."""
-    layers = build_space(SpaceConfig(), parent).layers
-    pairs = (zip(KINDS, layer, strict=True) for layer in layers)
-    return list(dict.fromkeys((k, word) for pair in pairs for k, words in pair for word in words))
-
-
-def priced(parent: ModelConfig, words: list[Key]) -> Measured:
-    """What a cost stage measures, with its defaults."""
-    settings = CostConfig(scenario=SCENARIO)
-    return measure(
-        parent,
-        words,
-        architectures(parent.words, words, settings.wholes),
-        SCENARIO,
-        rounds=settings.rounds,
-        depth=settings.depth or len(parent.blocks),
-        label="cost",
     )
 
 
@@ -180,7 +161,7 @@ def in_turn(name: str, parent: ModelConfig, words: Words, rounds: int) -> Timed:
 
 def errors_of(prices: Prices, parent: ModelConfig, timed: Timed) -> dict[str, float]:
     """promised / measured - 1 by column."""
-    own, theirs = promised(prices, timed.words), promised(prices, parent.words)
+    own, theirs = predicted(prices, timed.words), predicted(prices, parent.words)
     return {
         "speed-up": total(theirs) / total(own) / timed.speedup - 1,
         "seconds": total(own) / total(timed.own) - 1,

@@ -13,16 +13,27 @@ owe to each choice, the batch rule among them, is the last table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from tessera.devices import DEVICES, Device
-from tessera.model.config import BlockConfig, ModelConfig, NoOp, RopeScaling, SwiGLU, uniform
+from tessera.devices import DEVICES, Device, find_device
+from tessera.model.config import (
+    GQA,
+    KINDS,
+    BlockConfig,
+    Chain,
+    ModelConfig,
+    NoOp,
+    RopeScaling,
+    SwiGLU,
+    uniform,
+)
 from tessera.model.families import read_config
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.roofline import Serving, largest_batch, predict
+from tessera.puzzle.roofline import Serving, base_seconds, word_seconds
 from tessera.table import render_table
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "data" / "nas_configs"
@@ -45,6 +56,78 @@ ENGINE = {
     "Llama-405B": (8, (3627, 4340, 3116, 453, 2296, 3994)),
 }
 ENGINE_MOST = 2048  # requests at once, its `max_batch_size` unless told
+
+
+def predict(
+    config: ModelConfig,
+    device: str | Device,
+    dtype: str,
+    scenario: Scenario,
+    tensor_parallel: int = 1,
+) -> dict[str, float]:
+    """What a whole model does on `tensor_parallel` devices: the sum of its words and the base.
+
+    prefill_seconds, decode_seconds (a step), seconds (the scenario), throughput (tokens/s of all
+    devices together), bytes (on each device). Raises DeviceError.
+    """
+    found = find_device(device) if isinstance(device, str) else device
+    serving = Serving(found, dtype, tensor_parallel)
+    pairs = [base_seconds(config, scenario, serving)]
+    pairs += [
+        word_seconds(config, getattr(block, kind), scenario, serving)
+        for block in config.blocks
+        for kind in KINDS
+    ]
+    prefill, decode = (math.fsum(column) for column in zip(*pairs, strict=True))
+    seconds = prefill + (scenario.new - 1) * decode
+    return {
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
+        "seconds": seconds,
+        "throughput": scenario.batch * scenario.new / seconds,
+        "bytes": device_bytes(config, scenario, serving),
+    }
+
+
+def device_bytes(config: ModelConfig, scenario: Scenario, serving: Serving) -> float:
+    """Bytes of weights and KV cache on the fullest device at the end of the scenario."""
+    n = serving.tensor_parallel
+    whole = sum(
+        config.subblock_params(kind, getattr(block, kind))
+        for block in config.blocks
+        for kind in KINDS
+        if isinstance(getattr(block, kind), Chain)
+    )
+    split = (config.num_params() - whole) / n
+    heads = (
+        serving.share(block.attention.num_key_value_heads)
+        for block in config.blocks
+        if isinstance(block.attention, GQA)
+    )
+    cached = scenario.cached_tokens * 2 * config.head_dim * serving.bytes_per_kv * sum(heads)
+    return (whole + split) * serving.bytes_per_parameter + cached
+
+
+def largest_batch(
+    config: ModelConfig,
+    scenario: Scenario,
+    serving: Serving,
+    share: float = 0.9,
+    of_free: bool = False,
+) -> int | None:
+    """The most requests that fit: 0 where not one does, None where nothing is cached.
+
+    share: of a device's memory for weights and cache (vLLM's rule) or, with `of_free`, of what the
+    weights leave for the cache (TensorRT-LLM's).
+    """
+    one, two = (
+        device_bytes(config, scenario.model_copy(update={"batch": batch}), serving)
+        for batch in (1, 2)
+    )
+    each, memory = two - one, serving.device.memory
+    weights = one - each
+    room = share * (memory - weights) if of_free else share * memory - weights
+    return max(0, math.floor(room / each)) if each else None
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from tessera.export.padding import expressible
 from tessera.export.write import export_model
 from tessera.model.config import ModelConfig
 from tessera.model.source import load_config
+from tessera.puzzle.cost import Seconds
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.vllm_cost import Seconds, VLLMCostConfig, cache_bytes, drive, job, seconds_of
+from tessera.puzzle.vllm_cost import VLLMCostConfig, cache_bytes, drive, job, prefill_and_step
 from tessera.runs.run import read_manifest, read_table
 from tessera.vllm.engine import PLUGIN
 from tessera.vllm.process import find_python
@@ -61,7 +62,7 @@ def measured(run: Path, config: VLLMCostConfig, starts: int) -> tuple[float, flo
         for _ in range(starts):
             for name, seconds in found.items():
                 rounds = timed(config, Path(scratch) / name, load_config(run / name))
-                prefill, decode = seconds_of(rounds, config.scenario.new)
+                prefill, decode = prefill_and_step(rounds, config.scenario.new)
                 seconds.append(prefill + (config.scenario.new - 1) * decode)
     parent, child = (statistics.median(seconds) for seconds in found.values())
     return parent, child

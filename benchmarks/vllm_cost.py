@@ -18,14 +18,14 @@ from tessera.export.padding import expressible
 from tessera.export.write import export_model
 from tessera.model.config import ModelConfig
 from tessera.model.source import load_config
+from tessera.puzzle.cost import Seconds
 from tessera.puzzle.cost_table import CostTable, read_costs
 from tessera.puzzle.vllm_cost import (
-    Seconds,
     VLLMCostConfig,
     cache_bytes,
     drive,
     job,
-    seconds_of,
+    prefill_and_step,
     served,
 )
 from tessera.runs.run import read_json, read_manifest
@@ -39,7 +39,7 @@ def main() -> None:
         return
     config = VLLMCostConfig.model_validate(read_manifest(options.costs).config)
     told = read_json(options.costs, "scenarios")
-    label, scenario = config.settings.priced()[0]
+    label, scenario = config.priced()[0]
     table = read_costs(options.costs).tables[label, scenario.batch]
     models = {path.name: load_config(path) for path in (options.parent, *options.models)}
     places = {path.name: path for path in (options.parent, *options.models)}
@@ -92,7 +92,7 @@ def print_models(
     new = table.scenario.new
 
     def latency(rounds: list[Seconds]) -> float:
-        prefill, decode = seconds_of(rounds, new)
+        prefill, decode = prefill_and_step(rounds, new)
         return prefill + (new - 1) * decode
 
     measured = {key: latency(sum(starts, [])) for key, starts in found.items()}

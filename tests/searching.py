@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tessera.puzzle.candidates import Architecture, Candidates, keeps_both_kinds
+from tessera.model.config import ModelConfig
+from tessera.puzzle.candidates import Architecture, Candidates, Found, keeps_both_kinds
 from tessera.puzzle.constraints import BatchChoice, Budgets, batch_choices
 from tessera.puzzle.cost_table import DEFAULT, Costs, CostTable, Scenario
+from tessera.puzzle.search import Problem, SearchConfig
 from tessera.puzzle.space import Space, Unit
 from tests.toy import toy_config
 
@@ -61,6 +63,19 @@ def scores(seed: int) -> list[dict]:
 
 def candidates(seed: int, engines: tuple[str, ...] = ()) -> Candidates:
     return Candidates.of(PARENT, SPACE, engines, scores(seed), "kl")
+
+
+def search(
+    config: SearchConfig,
+    parent: ModelConfig,
+    space: Space,
+    rows: list[dict],
+    costs: Costs,
+    share: float = 1.0,
+    near: tuple[Architecture, int] | None = None,
+) -> list[Found]:
+    """The best architectures of the integer program, best first."""
+    return Problem(config, parent, space, rows, costs).solver(None, share, near).architectures()
 
 
 def choices_of(constraints: Mapping, costs: Costs, own: Mapping = {}, **weights: float):  # noqa: B006

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, PositiveInt
 
@@ -49,6 +50,19 @@ class PricedConfig(Config):
             for name, scenario in self.named.items()
             for batch in dict.fromkeys(self.batches or [scenario.batch])
         ]
+
+    def described(
+        self, source: str, device: str | None, bytes_per_parameter: float, bytes_per_kv: float
+    ) -> dict[str, Any]:
+        """What `scenarios.json` says of the tables at least."""
+        return {
+            "scenarios": {name: one.model_dump() for name, one in self.named.items()},
+            "batches": list(dict.fromkeys(self.batches)),
+            "source": source,
+            "device": device,
+            "bytes_per_parameter": bytes_per_parameter,
+            "bytes_per_kv": bytes_per_kv,
+        }
 
 
 @dataclass(frozen=True)
@@ -103,12 +117,10 @@ class Costs:
     bytes_per_parameter: float
     bytes_per_kv: float
 
-    def at(self, batch: int | None) -> dict[str, CostTable]:
-        """Scenario -> its table at this batch, or at the scenario's own."""
-        return {
-            name: self.tables[name, batch or scenario.batch]
-            for name, scenario in self.scenarios.items()
-        }
+    @property
+    def first(self) -> CostTable:
+        """The table of the first scenario, at the first batch that it was priced at."""
+        return next(iter(self.tables.values()))
 
 
 def read_costs(directory: Path) -> Costs:

@@ -10,13 +10,10 @@ and timing is a file each: a killed sweep loses one at most.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from tessera.data.documents import heldout
 from tessera.model.checkpoint import load_model
 from tessera.puzzle.compare import CompareConfig, quality, speeds
 from tessera.puzzle.constraints import NAMES
@@ -24,8 +21,9 @@ from tessera.puzzle.cost_table import read_costs, share_of
 from tessera.puzzle.library import assemble
 from tessera.puzzle.program import SearchError
 from tessera.puzzle.race import HeatConfig, heat
+from tessera.puzzle.score import HeldoutConfig
 from tessera.puzzle.search import SearchConfig, find
-from tessera.runs.files import atomic_write
+from tessera.runs.files import resumable
 from tessera.runs.recipe import Config, validate
 from tessera.runs.run import Run
 from tessera.table import nearest
@@ -75,14 +73,6 @@ class FrontierConfig(Config):
         constraints = {**self.search.get("constraints", {}), self.constraint: f"{share}x"}
         table = {**self.search, "method": method, "constraints": constraints}
         return validate(SearchConfig, table, "search")
-
-
-def resumable(file: Path, compute: Callable[[], Any]) -> Any:
-    """What `compute` returns, as JSON values, from `file` where it was finished before."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps(compute()))
-    return json.loads(file.read_text())
 
 
 def architectures_at(config: FrontierConfig, method: Method, share: float, inputs: dict) -> Row:
@@ -137,9 +127,7 @@ def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -
     Without `train` they are those of the assembled model.
     """
     if config.train is None:
-        batches = heldout(
-            inputs["data"], sequence_length=256, microbatch_tokens=4096, tokens=config.tokens
-        )
+        batches = HeldoutConfig(tokens=config.tokens).heldout(inputs["data"])
         parent = load_model(inputs["parent"], frozen=True)
         child = assemble(load_model(inputs["parent"]), inputs["library"] / "library", row["words"])
         own = quality(parent, child, batches)

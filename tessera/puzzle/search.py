@@ -481,19 +481,6 @@ class Problem:
         )
 
 
-def search(
-    config: SearchConfig,
-    parent: ModelConfig,
-    space: Space,
-    scores: Sequence[Mapping],
-    costs: Costs,
-    share: float = 1.0,
-    near: tuple[Architecture, int] | None = None,
-) -> list[Found]:
-    """The best architectures of the integer program, best first."""
-    return Problem(config, parent, space, scores, costs).solver(None, share, near).architectures()
-
-
 def conditional_search(problem: Problem, inputs: Mapping) -> Found:
     """One architecture, by scores measured anew around what each step of it left."""
     config, conditional = problem.config, problem.config.conditional

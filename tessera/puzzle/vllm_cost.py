@@ -1,9 +1,5 @@
 """What each word costs in stock vLLM: seconds measured there, the rest counted (Puzzle §2.5).
 
-A probe is one layer of the parent's narrowest attention and `depth` layers of one word. What it
-takes longer than that first layer alone, over `depth`, is the word's. One new token is the
-prefill; what `new` take longer, over new - 1, is a decode step. Probes have no weights on disk.
-
 A word costs what it costs in the exported directory. The DeciLM dialect knows FFN widths in steps
 of 256, and vLLM's CPU build few head sizes: a narrower word is padded with zeros and is no cheaper.
 Words that pad to the same share a probe; `bytes` are of the padded word, `parameters` of its own.
@@ -12,7 +8,6 @@ A word that vLLM cannot load has no row, so no search offers it; `scenarios.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,33 +23,24 @@ from tessera.generate.engine import GenerationError
 from tessera.model.config import GQA, KINDS, BlockConfig, ModelConfig, NoOp, name, parse_kind
 from tessera.model.source import load_config
 from tessera.progress import Progress
-from tessera.puzzle.cost import CostConfig, count, monotone
-from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.space import Space, read_space
-from tessera.runs.files import FailureError, RunError
-from tessera.runs.recipe import Config
+from tessera.puzzle.cost import BASE, Key, Seconds, base_row, count, monotone, offered_words
+from tessera.puzzle.cost_table import PricedConfig
+from tessera.puzzle.space import read_space
+from tessera.runs.files import FailureError, RunError, resumable
 from tessera.runs.run import Run
 from tessera.vllm.process import Process, find_python
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-BASE = ("base", "")
 OURS = {"model", "load_format", "dtype", "enforce_eager", "enable_prefix_caching"}
 
-Key = tuple[str, str]  # (kind, word)
-Seconds = tuple[float, float]  # (prefill, one decode step)
-Job = dict  # keys of `Worker.open` and `Worker.measure` (vllm/worker.py), as is the answer
 
-
-class VLLMCostConfig(Config):
+class VLLMCostConfig(PricedConfig):
     """Scenarios as in stage `cost`, and how vLLM is run.
 
     `python`: that of an environment with vLLM; without, this one's or `.venv-vllm`'s.
     `arguments`: further ones of `vllm.LLM`, such as tensor_parallel_size.
     """
 
-    scenario: Scenario = Scenario()
-    scenarios: dict[str, Scenario] = {}
-    batches: list[PositiveInt] = []
     rounds: int = Field(default=10, ge=3)  # of one start
     starts: int = Field(default=1, ge=1)  # of each probe, in turn: more where the machine is shared
     depth: int = Field(default=10, ge=1)
@@ -74,23 +60,6 @@ class VLLMCostConfig(Config):
             )
         return value
 
-    @property
-    def settings(self) -> CostConfig:
-        """The same scenarios and bytes as the table of stage `cost` has them."""
-        return CostConfig(
-            scenario=self.scenario,
-            scenarios=self.scenarios,
-            batches=self.batches,
-            bytes_per_parameter=BYTES[self.dtype],
-            bytes_per_kv=BYTES[self.dtype],
-        )
-
-
-def offered(space: Space) -> list[Key]:
-    """Every (kind, word) of a space once."""
-    layers = range(len(space.layers))
-    return list(dict.fromkeys((k, w) for i in layers for k in KINDS for w in space.words(i, k)))
-
 
 def served(config: ModelConfig, key: Key) -> Key:
     """The word that an exported model has in this one's place: the same or a padded one."""
@@ -107,7 +76,11 @@ def base_word(words: Sequence[Key]) -> Key:
 
 
 def probe(config: ModelConfig, first: Key, key: Key, depth: int) -> ModelConfig:
-    """The model that a word is measured in, padded; of `BASE` it is the first layer alone."""
+    """The model that a word is measured in, padded: a first layer, and `depth` layers of the word.
+
+    What it takes longer than the first layer alone, the probe of `BASE`, over `depth` is the
+    word's.
+    """
     repeated = () if key == BASE else (_alone(key),) * depth
     return expressible(replace(config, blocks=(_alone(first), *repeated)))
 
@@ -137,7 +110,7 @@ def unloadable(config: ModelConfig, words: Sequence[Key]) -> dict[Key, str]:
     return dropped
 
 
-def seconds_of(rounds: Sequence[Seconds], new: int) -> Seconds:
+def prefill_and_step(rounds: Sequence[Seconds], new: int) -> Seconds:
     """(prefill, one decode step) of rounds of (seconds to the first token, to all `new`).
 
     Lower quartiles of both, for noise only ever adds to a time; to their differences it would not.
@@ -146,52 +119,26 @@ def seconds_of(rounds: Sequence[Seconds], new: int) -> Seconds:
     return float(first), float((whole - first) / (new - 1))
 
 
-def split(found: Mapping[Key, Seconds], first: Key, depth: int) -> dict[Key, Seconds]:
+def word_prices(found: Mapping[Key, Seconds], first: Key, depth: int) -> dict[Key, Seconds]:
     """Seconds of each word and of the base, from those of the probes.
 
     The base is what is left of its probe without the first layer: embedding, head, sampling and
     the engine's own work.
     """
+
+    def positive(pair: np.ndarray) -> Seconds:
+        prefill, decode = np.maximum(0.0, pair)
+        return float(prefill), float(decode)
+
     alone = np.array(found[BASE])
     over = {key: (np.array(pair) - alone) / depth for key, pair in found.items() if key != BASE}
-    words = monotone({key: _positive(pair) for key, pair in over.items()})
-    return {BASE: _positive(alone - np.array(words[first])), **words}
+    words = monotone({key: positive(pair) for key, pair in over.items()})
+    return {BASE: positive(alone - np.array(words[first])), **words}
 
 
-def _positive(pair: np.ndarray) -> Seconds:
-    prefill, decode = np.maximum(0.0, pair)
-    return float(prefill), float(decode)
-
-
-def rows_of(
-    config: ModelConfig, words: Sequence[Key], settings: CostConfig, seconds: Mapping[Key, Seconds]
-) -> list[dict]:
-    """One row a word and one `base` row, the columns those of a measured table of stage `cost`."""
-    wide = expressible(config)
-    outside = replace(config, blocks=()).num_params()
-    memory = outside * settings.bytes_per_parameter
-    base = {"parameters": outside, "kv_bytes_per_token": 0.0, "bytes": memory}
-    rows = [_row(BASE, base, seconds[BASE])]
-    for key in words:
-        kind, word = padded = served(config, key)
-        columns = count(wide, kind, parse_kind(kind, word), settings)
-        own = config.subblock_params(kind, parse_kind(*key))
-        spent = (0.0, 0.0) if word == "noop" else seconds[padded]
-        rows.append(_row(key, columns | {"parameters": own}, spent))
-    return rows
-
-
-def _row(key: Key, columns: Mapping[str, float], seconds: Seconds) -> dict:
-    kind, word = key
-    prefill, decode = seconds
-    return {
-        "kind": kind, "word": word, **columns, "prefill_seconds": prefill, "decode_seconds": decode
-    }  # fmt: skip
-
-
-def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> Job:
-    """What the worker is asked about a model directory: all scenarios in one process."""
-    priced = [scenario for _, scenario in config.settings.priced()]
+def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> dict:
+    """What `vllm/worker.py` is asked about a model directory: all scenarios in one process."""
+    priced = [scenario for _, scenario in config.priced()]
     return {
         "model": str(model),
         "vocab_size": vocab_size,
@@ -210,7 +157,7 @@ def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> Job:
     }
 
 
-def drive(python: str, asked: Job, threads: int | None, kv_bytes: float = 0.0) -> dict:
+def drive(python: str, job: dict, threads: int | None, kv_bytes: float = 0.0) -> dict:
     """vLLM's answer to a job, from a process of its own. Raises FailureError.
 
     kv_bytes: of the cache that the largest scenario fills, for the CPU build, which has no
@@ -221,14 +168,14 @@ def drive(python: str, asked: Job, threads: int | None, kv_bytes: float = 0.0) -
         environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     process = Process(python, environment)
     try:
-        opened = {key: asked[key] for key in ("model", "arguments", "plugin") if key in asked}
-        timed = {key: asked[key] for key in ("scenarios", "rounds", "vocab_size")}
+        opened = {key: job[key] for key in ("model", "arguments", "plugin") if key in job}
+        timed = {key: job[key] for key in ("scenarios", "rounds", "vocab_size")}
         answer = process.ask("open", checksums={}, **opened) | process.ask("measure", **timed)
     except GenerationError as error:
         raise FailureError(f"{error} ({python})") from error
     finally:
         process.close()
-    needed = max(one["batch"] * (one["prompt"] + one["new"]) for one in asked["scenarios"])
+    needed = max(one["batch"] * (one["prompt"] + one["new"]) for one in job["scenarios"])
     if (answer["cache_tokens"] or needed) < needed:
         raise FailureError(
             f"vLLM's KV cache holds {answer['cache_tokens']:,} tokens and a scenario needs "
@@ -238,47 +185,45 @@ def drive(python: str, asked: Job, threads: int | None, kv_bytes: float = 0.0) -
     return answer
 
 
+def cache_bytes(config: VLLMCostConfig, model: ModelConfig) -> float:
+    """Bytes of KV cache that the largest scenario fills in this model."""
+    tokens = max(scenario.cached_tokens for _, scenario in config.priced())
+    return tokens * model.kv_bytes_per_token(BYTES[config.dtype])
+
+
 def measure(
     config: VLLMCostConfig, run: Run, probes: Mapping[Key, ModelConfig], python: str
 ) -> dict[Key, list[dict]]:
     """The worker's answers for every probe, one a start; an interrupted run's are not asked anew.
 
-    probes: expressible configs. Starting vLLM is most of a probe's time, so that probes cannot
-    alternate round by round; on a shared machine several starts make them alternate nevertheless.
+    probes: expressible configs, which need no weights on disk. Starting vLLM is most of a probe's
+    time, so that probes cannot alternate round by round; on a shared machine several starts make
+    them alternate nevertheless.
     """
+
+    def ask(model: ModelConfig) -> dict:
+        place = run.state_path / "probe"
+        place.mkdir(parents=True, exist_ok=True)
+        write_config(model, place)
+        asked = job(config, place, model.vocab_size)
+        asked["arguments"]["load_format"] = "dummy"  # random weights
+        return drive(python, asked, config.threads, cache_bytes(config, model))
+
     answers: dict[Key, list[dict]] = {key: [] for key in probes}
     with Progress(run.name, config.starts * len(probes), "starts", quiet=run.quiet) as bar:
         for start in range(config.starts):
             for key, model in probes.items():
-                kept = run.state_path / f"{'-'.join((*key, str(start)))}.json"
-                known = kept.is_file()
-                if not known:
-                    answer = _asked(config, model, run.state_path / "probe", python)
-                    run.write_file(f"state/{kept.name}", json.dumps(answer))
-                answers[key].append(json.loads(kept.read_text()))
-                bar.advance(1, 0 if known else 1)
+                file = run.state_path / f"{'-'.join((*key, str(start)))}.json"
+                answers[key].append(resumable(file, lambda one=model: ask(one)))
+                bar.advance(1, 1)
     return answers
-
-
-def _asked(config: VLLMCostConfig, model: ModelConfig, place: Path, python: str) -> dict:
-    place.mkdir(parents=True, exist_ok=True)
-    write_config(model, place)
-    asked = job(config, place, model.vocab_size)
-    asked["arguments"]["load_format"] = "dummy"  # random weights, none on disk
-    return drive(python, asked, config.threads, cache_bytes(config, model))
-
-
-def cache_bytes(config: VLLMCostConfig, model: ModelConfig) -> float:
-    """Bytes of KV cache that the largest scenario fills in this model."""
-    tokens = max(scenario.cached_tokens for _, scenario in config.settings.priced())
-    return tokens * model.kv_bytes_per_token(BYTES[config.dtype])
 
 
 def probes_of(
     config: VLLMCostConfig, parent: ModelConfig, words: Sequence[Key]
 ) -> dict[Key, ModelConfig]:
     """The probe of the base and of every distinct padded word; `noop` needs none."""
-    longest = max(scenario.prompt + scenario.new for _, scenario in config.settings.priced())
+    longest = max(scenario.prompt + scenario.new for _, scenario in config.priced())
     # vLLM refuses requests beyond the model's context, and a longer one costs nothing.
     roomy = max(parent.max_position_embeddings, longest)
     parent = replace(parent, max_position_embeddings=roomy)
@@ -287,53 +232,55 @@ def probes_of(
     return {key: probe(parent, first, key, config.depth) for key in distinct}
 
 
-def tables(
+def cost_rows(
     config: VLLMCostConfig,
     parent: ModelConfig,
     words: Sequence[Key],
     answers: Mapping[Key, Sequence[Mapping]],
 ) -> list[dict]:
-    """Rows of `tables/costs.jsonl`: those of every scenario at every batch."""
-    first = base_word(words)
-    rows = []
-    for number, (label, scenario) in enumerate(config.settings.priced()):
+    """Rows of `tables/costs.jsonl`, as stage `cost` has them: every scenario at every batch."""
+    first, wide, rows = base_word(words), expressible(parent), []
+    bytes_each = BYTES[config.dtype]
+    for number, (label, scenario) in enumerate(config.priced()):
         rounds = {k: sum((a["seconds"][number] for a in v), []) for k, v in answers.items()}
-        found = {key: seconds_of(value, scenario.new) for key, value in rounds.items()}
-        seconds = split(found, first, config.depth)
-        settings = config.settings.model_copy(update={"scenario": scenario})
-        own = {"scenario": label, "batch": scenario.batch}
-        rows += [own | row for row in rows_of(parent, words, settings, seconds)]
+        found = {key: prefill_and_step(value, scenario.new) for key, value in rounds.items()}
+        seconds = word_prices(found, first, config.depth)
+        columns: dict[Key, dict] = {BASE: base_row(parent, bytes_each)}
+        for kind, word in words:
+            padded = served(parent, (kind, word))
+            seconds[kind, word] = (0.0, 0.0) if word == "noop" else seconds[padded]
+            own = count(wide, kind, parse_kind(*padded), scenario, (bytes_each, bytes_each))
+            own["parameters"] = parent.subblock_params(kind, parse_kind(kind, word))
+            columns[kind, word] = {"kind": kind, "word": word, **own}
+        for key, row in columns.items():
+            prefill, decode = seconds[key]
+            row = {"scenario": label, "batch": scenario.batch, **row}
+            rows.append({**row, "prefill_seconds": prefill, "decode_seconds": decode})
     return rows
 
 
 def stage(config: VLLMCostConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `cost_vllm`: price in vLLM every word of the library that vLLM can load."""
     parent = load_config(inputs["parent"])
-    words = offered(read_space(inputs["library"]))
+    words = offered_words(read_space(inputs["library"]))
     python = find_python(config.python)
     dropped = unloadable(parent, words)
     for (kind, word), reason in dropped.items():
         run.say(f"no price for {word} ({kind}): {reason}")
     words = [key for key in words if key not in dropped]
     answers = measure(config, run, probes_of(config, parent, words), python)
-    run.write_table("costs", tables(config, parent, words, answers))
+    run.write_table("costs", cost_rows(config, parent, words, answers))
     run.write_json("probes", {" ".join(key): answer for key, answer in answers.items()})
-    run.write_json("scenarios", _told(config, answers[BASE][0], dropped))
-
-
-def _told(config: VLLMCostConfig, answer: Mapping, dropped: Mapping[Key, str]) -> dict:
-    settings = config.settings
-    return {
-        "scenarios": {label: one.model_dump() for label, one in settings.named.items()},
-        "batches": list(dict.fromkeys(config.batches)),
-        "source": "measured",
-        "device": answer["device"],
-        "bytes_per_parameter": settings.bytes_per_parameter,
-        "bytes_per_kv": settings.bytes_per_kv,
-        "engine": answer["engine"],
-        "clock": answer["clock"],
-        "unavailable": [
-            {"kind": kind, "word": word, "reason": reason}
-            for (kind, word), reason in dropped.items()
-        ],
-    }
+    answer, size = answers[BASE][0], BYTES[config.dtype]
+    run.write_json(
+        "scenarios",
+        config.described("measured", answer["device"], size, size)
+        | {
+            "engine": answer["engine"],
+            "clock": answer["clock"],
+            "unavailable": [
+                {"kind": kind, "word": word, "reason": reason}
+                for (kind, word), reason in dropped.items()
+            ],
+        },
+    )

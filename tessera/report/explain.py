@@ -68,7 +68,7 @@ def prices_of(runs: Sequence[Path]) -> Prices:
             rows = read_table(run, "scores")
             scores = {(r["layer"], r["kind"], r["word"]): r["kl"] for r in rows}
         if (run / "tables" / "scenarios.json").is_file():
-            costs = next(iter(read_costs(run).at(None).values()))
+            costs = read_costs(run).first
     return Prices(scores, costs)
 
 

@@ -14,7 +14,7 @@ from tessera.puzzle.baselines import (
 )
 from tessera.puzzle.candidates import Candidates
 from tessera.puzzle.constraints import BatchChoice, Budgets, batch_choices
-from tessera.puzzle.cost import CostConfig, cost_rows
+from tessera.puzzle.cost import CostConfig, price
 from tessera.puzzle.cost_table import CostTable
 from tessera.puzzle.program import SearchError
 from tessera.puzzle.search import Solver
@@ -26,7 +26,7 @@ PARENT = toy_config(layers=4)
 SPACE = build_space(SpaceConfig(ffn=("50%", "25%", "noop")), PARENT)
 WORDS = [(k, w) for k in ("attention", "ffn") for w in SPACE.words(0, k)]
 COSTS = CostTable.from_rows(
-    cost_rows(PARENT, WORDS, CostConfig(source="counted"), "cost"), CostConfig().scenario
+    price(PARENT, WORDS, CostConfig(source="counted"), "cost")[0], CostConfig().scenario
 )
 
 

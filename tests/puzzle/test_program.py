@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,44 +19,87 @@ from tessera.puzzle.program import (
     relax,
     solve,
 )
-from tessera.puzzle.search import SearchConfig, search
+from tessera.puzzle.search import SearchConfig
 from tests.searching import (
     LAYERS,
     PARENT,
     SPACE,
-    brute_force,
     candidates,
     choices_of,
     priced,
     scores,
+    search,
     table,
 )
 
+DEPTH, WORDS = 3, ("a", "b", "c")
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 60), st.integers(2, 60))
-def test_search_with_pairs_is_brute_force(seed: int, parameters: int, memory: int):
-    costs, words = priced(table(seed)), candidates(seed)
-    budgets = {"parameters": parameters + 0.5, "bytes": memory + 0.5}
-    config = SearchConfig(constraints={**budgets})
-    best = brute_force(words, choices_of(budgets, costs))
+
+def _instance(seed: int) -> list[Option]:
+    rng = np.random.default_rng(seed)
+    return [
+        Option(layer, kind, word, float(rng.uniform(0, 5)), {"s": s, "m": float(rng.uniform())})
+        for layer in range(DEPTH)
+        for kind in ("attention", "ffn")
+        for word in WORDS
+        for s in [float(rng.uniform(0.1, 1))]
+    ]
+
+
+def _brute_force(options, budgets, forbidden=()):
+    places: dict = {}
+    for option in options:
+        places.setdefault((option.layer, option.kind), []).append(option)
+    best = None
+    for choice in itertools.product(*places.values()):
+        words = {(o.layer, o.kind): o.word for o in choice}
+        if any((words[i, "attention"], words[i, "ffn"]) == (a, f) for i, a, f in forbidden):
+            continue
+        if any(sum(o.costs[c] for o in choice) > b + 1e-12 for c, b in budgets.items()):
+            continue
+        score = sum(o.score for o in choice)
+        best = score if best is None else min(best, score)
+    return best
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(1.0, 4.0), st.floats(1.0, 5.0))
+def test_search_is_brute_force(seed: int, seconds: float, memory: float):
+    options, budgets = _instance(seed), {"s": seconds, "m": memory}
+    forbidden = [(0, "a", "a"), (1, "b", "c"), (2, "c", "a")]
+    best = _brute_force(options, budgets, forbidden)
     if best is None:
         with pytest.raises(Infeasible):
-            search(config, PARENT, SPACE, scores(seed), costs)
+            solve(options, budgets, forbidden)
         return
-    (found,) = search(config, PARENT, SPACE, scores(seed), costs)
-    assert found.solution is not None and found.solution.gap < 1e-6
-    assert found.solution.score == pytest.approx(best, abs=1e-9)
-    assert words.total(found.words) == pytest.approx(best, abs=1e-9)
-    assert found.choice.excess(found.words) <= 1
+    found = solve(options, budgets, forbidden)
+    assert found.score == pytest.approx(best, abs=1e-9)
+    assert found.gap < 1e-6
+    words = {(o.layer, o.kind): o.word for o in found.options}
+    assert not any((words[i, "attention"], words[i, "ffn"]) == (a, f) for i, a, f in forbidden)
 
 
-def test_an_architecture_without_attention_is_refused_however_cheap():
-    costs = priced(table(0))
-    least = table(0).total([("noop", "noop")] * LAYERS)["parameters"]
-    config = SearchConfig(constraints={"parameters": least + 0.5})
-    with pytest.raises(Infeasible, match="One attention and one FFN always stay"):
-        search(config, PARENT, SPACE, scores(0), costs)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.floats(2.0, 3.5), st.floats(1.0, 2.0))
+def test_a_looser_budget_never_scores_worse(seed: int, budget: float, looser: float):
+    options = _instance(seed)
+    try:
+        tight = solve(options, {"s": budget}).score
+    except Infeasible:
+        return
+    assert solve(options, {"s": budget * looser}).score <= tight + 1e-9
+
+
+def test_solutions_differ_and_come_best_first():
+    options = _instance(7)
+    found = [solve(options, {"s": 3.0})]
+    for _ in range(3):
+        found.append(solve(options, {"s": 3.0}, earlier=found, overlap=0.7))
+    scores = [solution.score for solution in found]
+    assert scores == sorted(scores)
+    for i, a in enumerate(found):
+        for b in found[:i]:
+            assert sum(x in b.options for x in a.options) <= 0.7 * 2 * DEPTH
 
 
 def test_a_pair_covers_both_places_of_its_layer():

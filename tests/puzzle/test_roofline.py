@@ -7,20 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.roofline import device_bytes, largest_batch, predict
 from tessera.devices import DEVICES
 from tessera.model.checkpoint import save_model
 from tessera.model.config import GQA, KINDS, Linear, NoOp, SwiGLU, uniform
 from tessera.puzzle import cost
-from tessera.puzzle.cost import CostConfig, cost_rows
+from tessera.puzzle.cost import CostConfig, price
 from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
 from tessera.puzzle.roofline import (
     Serving,
     base_seconds,
-    device_bytes,
-    largest_batch,
-    predict,
     probe_cpu,
-    seconds_of,
+    roofline_seconds,
     word_seconds,
 )
 from tessera.puzzle.search import SearchConfig, find
@@ -49,7 +47,7 @@ WORDS = sorted({(k, w) for pair in CHILD.words for k, w in zip(KINDS, pair, stri
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_a_whole_model_is_its_words_and_the_base(dtype: str, parallel: int):
     serving = Serving(DEVICES["H100"], dtype, parallel)
-    words = seconds_of(CHILD, WORDS, CHAT, serving)
+    words = roofline_seconds(CHILD, WORDS, CHAT, serving)
     whole = predict(CHILD, "H100", dtype, CHAT, parallel)
     for column, name in enumerate(("prefill_seconds", "decode_seconds")):
         total = words["base", ""][column] + sum(
@@ -65,7 +63,7 @@ def test_the_cost_tables_totals_are_the_whole_models(parallel: int):
     settings = CostConfig(
         source="roofline", device="H100", dtype="fp8", tensor_parallel=parallel, scenario=CHAT
     )
-    rows = cost_rows(LLAMA, WORDS, settings, "cost")
+    rows = price(LLAMA, WORDS, settings, "cost")[0]
     total = CostTable.from_rows(rows, CHAT).total(CHILD.words)
     whole = predict(CHILD, "H100", "fp8", CHAT, parallel)
     for column in ("prefill_seconds", "decode_seconds", "seconds", "throughput"):
@@ -220,7 +218,7 @@ def _scored(folder: Path) -> Path:
 def test_a_recipe_is_priced_for_four_h100s_and_searched(tmp_path: Path):
     path = _priced(tmp_path, loads(RECIPE).stages[0].table)
     costs = read_costs(path)
-    table = costs.at(None)["default"]
+    table = costs.first
     assert (costs.source, costs.device, costs.bytes_per_kv) == ("roofline", "H100", 1)
     assert read_json(path, "scenarios")["tensor_parallel"] == 4
     for words in ([("gqa-4", "swiglu-48")] * LAYERS, [("noop", "swiglu-12"), ("gqa-1", "noop")]):
@@ -242,5 +240,5 @@ def test_the_machine_at_hand_is_a_device(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cost, "probe_cpu", lambda: probe_cpu(seconds=0.01))
     costs = read_costs(_priced(tmp_path, {"source": "roofline", "device": "cpu"}))
     assert (costs.source, costs.device, costs.bytes_per_parameter) == ("roofline", "cpu", 4)
-    words = costs.at(None)["default"].words
+    words = costs.first.words
     assert words["attention", "noop"]["seconds"] == 0 < words["attention", "gqa-4"]["seconds"]

@@ -15,7 +15,7 @@ from tessera.puzzle import vllm_cost
 from tessera.puzzle.cost_table import read_costs
 from tessera.puzzle.search import SearchConfig, find
 from tessera.puzzle.space import Space, write_space
-from tessera.puzzle.vllm_cost import VLLMCostConfig, seconds_of, served, unloadable
+from tessera.puzzle.vllm_cost import VLLMCostConfig, prefill_and_step, served, unloadable
 from tessera.runs.files import FailureError, RunError
 from tessera.runs.recipe import RecipeError, validate
 from tessera.runs.run import Run, read_json, read_table
@@ -105,7 +105,7 @@ def priced(path: Path, inputs: dict[str, Path], **table) -> Path:
 
 def test_an_engine_whose_layers_add_up_gives_back_its_parts(inputs, tmp_path):
     costs = read_costs(priced(tmp_path / "costs", inputs))
-    (table,) = costs.at(None).values()
+    table = costs.first
     config = tiny.config(PARENT)
     spent = SPENT | {"noop": (0.0, 0.0), "": AROUND}
     for key, columns in [(("base", ""), table.base), *table.words.items()]:
@@ -120,7 +120,7 @@ def test_an_engine_whose_layers_add_up_gives_back_its_parts(inputs, tmp_path):
 
 
 def test_counted_bytes_are_those_of_the_exported_model(inputs, tmp_path):
-    (table,) = read_costs(priced(tmp_path / "costs", inputs)).at(None).values()
+    table = read_costs(priced(tmp_path / "costs", inputs)).first
     words = [("gqa-4", "swiglu-600"), ("noop", "swiglu-300"), ("gqa-1", "noop")]
     total, exported = table.total(words), expressible(tiny.config(words))
     assert total["kv_bytes_per_token"] == exported.kv_bytes_per_token()
@@ -130,8 +130,8 @@ def test_counted_bytes_are_those_of_the_exported_model(inputs, tmp_path):
 
 def test_noise_only_adds_so_that_a_quiet_start_among_loud_ones_decides():
     quiet, loud = [(1.0, 9.0)] * 10, [(1.7, 13.0)] * 10
-    assert seconds_of(quiet, 9) == (1.0, 1.0) == seconds_of(loud + quiet, 9)
-    assert seconds_of(loud, 9)[1] > 1.4
+    assert prefill_and_step(quiet, 9) == (1.0, 1.0) == prefill_and_step(loud + quiet, 9)
+    assert prefill_and_step(loud, 9)[1] > 1.4
 
 
 def test_what_vllm_cannot_load_has_no_row_and_is_in_no_architecture(inputs, tmp_path):
@@ -159,7 +159,7 @@ def test_words_that_pad_to_the_same_are_one_probe_and_cost_the_same(inputs, tmp_
     asked = []
     drive = vllm_cost.drive
     monkeypatch.setattr(vllm_cost, "drive", lambda *given: asked.append(given) or drive(*given))
-    table = read_costs(priced(tmp_path / "costs", inputs)).at(None)["default"]
+    table = read_costs(priced(tmp_path / "costs", inputs)).first
     assert len(asked) == 5  # the base, gqa-4, gqa-1, and widths 768 and 512
     wider, narrower = (table.words["ffn", f"swiglu-{width}"] for width in (300, 260))
     assert wider["seconds"] == narrower["seconds"] and wider["bytes"] == narrower["bytes"]
@@ -251,7 +251,7 @@ def test_the_real_engine_prices_every_word(inputs, tmp_path, monkeypatch):
     path = priced(tmp_path / "costs", needed, **options)
     told = read_json(path, "scenarios")
     assert told["engine"].startswith("vLLM 0.") and told["clock"] == "process"
-    (table,) = read_costs(path).at(None).values()
+    table = read_costs(path).first
     assert table.base["prefill_seconds"] > 0 and table.base["decode_seconds"] > 0
     assert table.words["attention", "gqa-4"]["seconds"] > 0
     assert table.words["ffn", "swiglu-600"]["seconds"] > 0

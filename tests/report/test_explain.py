@@ -108,7 +108,7 @@ def test_what_was_taken_adds_up_to_the_difference_of_the_whole(home: Path):
     found = explain(home / "search")
     assert found is not None
     total = found["total"]
-    table = read_costs(home / "cost").at(None)["default"]
+    table = read_costs(home / "cost").first
     before, after = (table.total(config.words) for config in (PARENT, CHILD))
     for column in ("bytes", "seconds"):
         saved = sum(total[f"{kind}_{column}"] for kind in KINDS)
