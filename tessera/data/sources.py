@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.data.config import Reading, as_list
+from tessera.data.config import Reading
 from tessera.data.conversation import Chat, Mode, fault
 from tessera.data.dataset import (
     DatasetPart,
@@ -114,7 +114,7 @@ def file_units(reading: Reading, patterns: str | list[str]) -> list[Unit]:
     parts = functools.partial
     return [
         Unit(str(path), parts(records, path), parts(identity, path), parts(stamp, path))
-        for path in expand(as_list(patterns))
+        for path in expand(patterns)
     ]
 
 
@@ -204,7 +204,7 @@ class Source:
     def problems(self, task: str, split: Split, count: int) -> Iterator[Any]:
         """Drawn contents; held-out ones do not change with the seed: runs of several compare."""
         seed = self.seed if split == "train" else 0
-        draw: Any = completion if self.reading.pairs else document
+        draw: Any = completion if self.reading.format == "completion" else document
         if self.reading.chats:
             draw = functools.partial(
                 problem_chat, mode=self.reading.reasoning, hasty=self.reading.hasty
