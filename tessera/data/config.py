@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -52,7 +52,7 @@ class BPE(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bpe: int = Field(ge=259)
-    tokens: list[str] = []
+    tokens: list[Annotated[str, Field(min_length=1)]] = []
     chat: bool = False
 
 

@@ -245,7 +245,7 @@ def test_the_cache_serves_chats_and_forgets_nothing(prepare: Prepare, tmp_path: 
         ({"turns": "last"}, "`turns` is about chats"),
         ({"format": "chat", "switch": "two words"}, "say the mode by"),
         ({"format": "chat", "reasoning": "yes"}, "data.reasoning"),
-        ({"tokenizer": {"bpe": 300, "tokens": [""]}}, "each of `tokens` is a text"),
+        ({"tokenizer": {"bpe": 300, "tokens": [""]}}, "tokens"),
     ],
 )
 def test_tables_that_are_refused(table: dict[str, Any], message: str) -> None:
