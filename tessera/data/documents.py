@@ -1,10 +1,8 @@
 """Prepared documents as a source of batches: an endless list of rows, a pure function of the seed.
 
-Epoch e of a source is a permutation of its documents drawn from (seed, e, name), cut into windows
-of a few thousand. A window's documents are packed into rows best-fit (batch.py) and its rows are
-shuffled. The lists of several sources are interleaved by weight; no row holds two sources. Step s
-takes rows s·R … (s+1)·R - 1 and rank r every `world`-th of them, so a batch depends on (seed, step,
-rank) alone, and resuming needs no replay.
+Epoch e of a source is a permutation drawn from (seed, e, name), cut into windows whose documents
+are packed best-fit and whose rows are shuffled. Sources are interleaved by weight. Step s takes
+rows s·R … (s+1)·R - 1 and rank r every `world`-th of them, so resuming needs no replay.
 """
 
 from __future__ import annotations
@@ -148,8 +146,8 @@ class Order:
 
 
 @dataclass(frozen=True)
-class OpenSource:
-    """One source's split on disk, memory-mapped.
+class Part:
+    """One source's split on disk, memory-mapped, as training sees it.
 
     weight: share of the trained tokens that it is to have. trained: the mode of each id that is
     trained, else 0; None where all are.
@@ -160,12 +158,6 @@ class OpenSource:
     ids: NDArray[Any]
     offsets: NDArray[np.int64]
     trained: NDArray[np.uint8] | None
-
-
-@dataclass(frozen=True)
-class Part(OpenSource):
-    """One source of a data run, as training sees it."""
-
     order: Order
 
     @property
@@ -175,14 +167,13 @@ class Part(OpenSource):
     @property
     def num_left_out(self) -> int:
         """Chats that are longer than a sequence: a part of one would be trained on no question."""
-        return 0 if self.order.documents is None else self.num_documents - len(self.order.documents)
+        return self.num_documents - len(self.documents)
 
     @functools.cached_property
     def num_predictions(self) -> int:
         """Trained predictions of one epoch."""
         if self.trained is None:
             return len(self.ids) - self.num_documents
-        assert self.order.documents is not None
         before = np.concatenate([[0], np.cumsum(self.trained > 0, dtype=np.int64)])
         return int((before[self.offsets[1:]] - before[self.offsets[:-1]])[self.documents].sum())
 
@@ -232,39 +223,48 @@ class Documents:
         row_length: int | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        opened, self.pad_id = open_split(Path(path), split)
+        described = _described(path, split)
+        self.pad_id = described["pad_id"]
         self.sequence_length, self.tokens_per_step = sequence_length, tokens_per_step
         self.row_length = row_length or sequence_length
         check_sizes(sequence_length, self.row_length, tokens_per_step, microbatch_tokens)
         self.rows_per_batch = microbatch_tokens // self.row_length
         self.split, self.seed = split, seed
         self.rank, self.world = shard
-        self.parts = [self._part(one) for one in opened]
-        shares = [part.weight / part.trained_per_row for part in self.parts]
-        self.mix = Interleaving(shares)
-
-    def _part(self, one: OpenSource) -> Part:
-        # By name: a source's own order is the same alone, in a mix, and in another mix.
-        stream = (zlib.crc32(one.name.encode()),) if one.name else ()
-        sizes = self.sequence_length, self.row_length
-        chosen = None if one.trained is None else self._whole(one)
-        order = Order(one.offsets, *sizes, self.seed, stream, chosen)
-        return Part(**vars(one), order=order)
-
-    def _whole(self, one: OpenSource) -> NDArray[np.int64]:
-        """The chats that a sequence holds. Raises DataError for none."""
-        lengths = np.diff(one.offsets) - 1
-        (chosen,) = np.nonzero(lengths <= self.sequence_length)
-        if not len(chosen):
+        sources = described.get("sources", {"": {"weight": 1.0}})
+        parts = [self._part(path, name, one["weight"]) for name, one in sources.items()]
+        self.parts = [part for part in parts if part is not None]
+        if not self.parts:
             raise DataError(
-                f"no chat of {one.name or 'the data'} fits into sequence_length = "
-                f"{self.sequence_length}; the shortest needs {lengths.min()}"
+                f'the split "{split}" of {path} holds no document; set `heldout` in its recipe to '
+                "a share or a number of documents"
             )
-        return chosen
+        self.mix = Interleaving([part.weight / part.trained_per_row for part in self.parts])
+
+    def _part(self, path: Path, name: str, weight: float) -> Part | None:
+        """The source, None where it holds no document. Raises DataError where no chat fits."""
+        home = path / "tokens" / name
+        ids, offsets = open_tokens(home, self.split)
+        if len(offsets) == 1:
+            return None
+        trained = chosen = None
+        if (home / f"{self.split}.trained.npy").is_file():
+            trained = open_tokens(home, f"{self.split}.trained")[0]
+            lengths = np.diff(offsets) - 1
+            (chosen,) = np.nonzero(lengths <= self.sequence_length)
+            if not len(chosen):
+                raise DataError(
+                    f"no chat of {name or 'the data'} fits into sequence_length = "
+                    f"{self.sequence_length}; the shortest needs {lengths.min()}"
+                )
+        # By name: a source's own order is the same alone, in a mix, and in another mix.
+        stream = (zlib.crc32(name.encode()),) if name else ()
+        sizes = self.sequence_length, self.row_length
+        order = Order(offsets, *sizes, self.seed, stream, chosen)
+        return Part(name, weight, ids, offsets, trained, order)
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step over all ranks."""
         return self.tokens_per_step // self.row_length
 
     def batches(self, step: int) -> list[Batch]:
@@ -274,8 +274,7 @@ class Documents:
 
     def _row(self, index: int) -> tuple[Part, Row]:
         source, own = self.mix.row(index)
-        part = self.parts[source]
-        return part, part.order.row(own)
+        return self.parts[source], self.parts[source].order.row(own)
 
     def heldout_batches(
         self, max_tokens: int | None = None, *, source: str | None = None
@@ -286,7 +285,11 @@ class Documents:
         several sources each by its weight. source: only that one's documents.
         The predictions do not depend on seed, microbatches or ranks.
         """
-        parts = self.parts if source is None else [self._named(source)]
+        parts = [part for part in self.parts if source in (None, part.name)]
+        if not parts:
+            names = ", ".join(part.name for part in self.parts if part.name)
+            names = names or "one without a name"
+            raise DataError(f'no source "{source}" in the split "{self.split}"; it has: {names}')
         total = sum(part.weight for part in parts)
         rows: list[tuple[Part, Row]] = []
         for part in parts:
@@ -298,17 +301,10 @@ class Documents:
             rows += [(part, row) for row in plan_rows(part.offsets, documents, *sizes)]
         return self._collate(rows)
 
-    def _named(self, source: str) -> Part:
-        found = {part.name: part for part in self.parts}
-        if source not in found:
-            names = ", ".join(filter(None, found)) or "one without a name"
-            raise DataError(f'no source "{source}" in the split "{self.split}"; it has: {names}')
-        return found[source]
-
     def summary(self, steps: int) -> list[dict[str, Any]]:
-        """A row for each source: what `steps` steps take of it, and how full its rows are.
+        """A row for each source: what `steps` steps take of it.
 
-        share: of the trained tokens; epochs: how often each of its documents is seen; fill: share
+        share: of the trained tokens. epochs: how often each of its documents is seen. fill: share
         of a row's positions that hold tokens, as in the first window.
         """
         taken = self.mix.counts(steps * self.rows_per_step)
@@ -376,11 +372,7 @@ def heldout(
     tokens: int,
     source: str | None = None,
 ) -> list[Batch]:
-    """The first held-out documents of a data run, at most `tokens` predictions: always the same.
-
-    Rows of `microbatch_tokens` positions, pieces of at most `sequence_length`. Of several sources
-    each by its weight, or only one's.
-    """
+    """The first held-out documents of a data run, at most `tokens` predictions: always the same."""
     documents = Documents(
         path,
         split="heldout",
@@ -393,32 +385,14 @@ def heldout(
     return documents.heldout_batches(tokens, source=source)
 
 
-def open_split(path: Path, split: str) -> tuple[list[OpenSource], int]:
-    """The sources of a finished data run that hold documents of a split, and the padding id.
-
-    Raises DataError for a run that is not done and for a split that is absent or empty.
-    """
+def _described(path: Path, split: str) -> dict[str, Any]:
     status = read_manifest(path).status
     if status != "done":
         raise DataError(f"the data run {path} is not finished ({status}); run its recipe again")
     described = read_json(path, "data")
     if split not in described["splits"]:
         raise DataError(f'{path} has no split "{split}"; it has: {", ".join(described["splits"])}')
-    weights = {name: one["weight"] for name, one in described.get("sources", {}).items()}
-    found = []
-    for name, weight in (weights or {"": 1.0}).items():
-        home = path / "tokens" / name
-        ids, offsets = open_tokens(home, split)
-        chats = (home / f"{split}.trained.npy").is_file()
-        trained = open_tokens(home, f"{split}.trained")[0] if chats else None
-        found.append(OpenSource(name, weight, ids, offsets, trained))
-    found = [one for one in found if len(one.offsets) > 1]
-    if not found:
-        raise DataError(
-            f'the split "{split}" of {path} holds no document; set `heldout` in its recipe to a '
-            "share or a number of documents"
-        )
-    return found, described["pad_id"]
+    return described
 
 
 def check_sizes(
