@@ -173,7 +173,7 @@ def test_a_sources_own_order_is_the_same_in_every_mix(
     del sources["sums"]
     other = Documents(prepare("other", sources=sources, tokenizer="byte"), **SIZES)
     for part in other.parts:
-        same = Documents(mixed, **SIZES)._named(part.name)
+        same = next(p for p in Documents(mixed, **SIZES).parts if p.name == part.name)
         assert [part.order.row(i) for i in range(50)] == [same.order.row(i) for i in range(50)]
 
 
