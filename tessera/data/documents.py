@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tessera.data.batch import Batch, Sample, best_fit, chunks, collate, shift
 from tessera.data.readers import DataError
-from tessera.data.store import open_tokens
+from tessera.data.store import open_tokens, open_trained
 from tessera.runs.run import read_json, read_manifest
 
 ONE = 1 << 32
@@ -247,9 +247,8 @@ class Documents:
         ids, offsets = open_tokens(home, self.split)
         if len(offsets) == 1:
             return None
-        trained = chosen = None
-        if (home / f"{self.split}.trained.npy").is_file():
-            trained = open_tokens(home, f"{self.split}.trained")[0]
+        trained, chosen = open_trained(home, self.split), None
+        if trained is not None:
             lengths = np.diff(offsets) - 1
             (chosen,) = np.nonzero(lengths <= self.sequence_length)
             if not len(chosen):

@@ -24,13 +24,13 @@ from tessera.data.batch import OFF, ON, PLAIN
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError, Record
-from tessera.data.store import TokenCache, TokenWriter, blocks, open_tokens
+from tessera.data.store import TokenCache, TokenWriter, blocks, open_tokens, open_trained
 from tessera.data.tokenizer import Tokenizer
 from tessera.progress import Progress
 
 TOKENIZE_AT_ONCE = 512  # documents, and about as many characters: whichever is reached first
 CHARACTERS_AT_ONCE = 1 << 22
-IDS, TRAINED = "documents", "trained"
+IDS = "documents"
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,7 @@ class Entry:
     def portions(self) -> Iterator[Portion]:
         """Its documents, some at a time."""
         ids, offsets = open_tokens(self.home, IDS)
-        masked = (self.home / f"{TRAINED}.npy").is_file()
-        trained = open_tokens(self.home, TRAINED)[0] if masked else None
+        trained = open_trained(self.home, IDS)
         sizes, origin = (np.load(self.home / f"{name}.npy") for name in ("sizes", "origin"))
         for start, stop in blocks(offsets):
             part, span = slice(start, stop), slice(offsets[start], offsets[stop])
@@ -250,22 +249,15 @@ def _read(
     else:
         size = encoder.tokenizer.vocab_size
         sizes, origin = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
-        with (
-            TokenWriter(directory, IDS, size) as ids,
-            TokenWriter(directory, TRAINED, size, np.uint8) as mask,
-        ):
+        with TokenWriter(directory, IDS, size, encoder.masked) as writer:
             for portion in encoder.portions(contents()):
-                ids.add(portion.ids, portion.lengths)
-                if portion.trained is not None:
-                    mask.add(portion.trained, portion.lengths)
+                writer.add(portion.ids, portion.lengths, portion.trained)
                 sizes.append(portion.sizes)
                 origin.append(portion.origin)
                 refused += portion.refused
                 if bar is not None:
                     bar.advance(0, len(portion.ids))
-            ids.finish()
-            if encoder.masked:
-                mask.finish()
+            writer.finish()
         np.save(directory / "sizes.npy", np.concatenate(sizes))
         np.save(directory / "origin.npy", np.concatenate(origin))
     np.save(directory / "keys.npy", np.array(keys, np.uint64))

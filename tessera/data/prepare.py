@@ -108,21 +108,18 @@ def encoder_of(config: DataConfig, reading: Reading, tokenizer: Tokenizer) -> En
 
 
 class SplitWriter:
-    """The token files of one split, and of masked records the file of what is trained."""
+    """The token files of one split, and what the summary says of them."""
 
     def __init__(self, stack: ExitStack, directory: Path, split: Split, encoder: Encoder) -> None:
-        size = encoder.tokenizer.vocab_size
         self.split, self.encoder = split, encoder
         self.bytes = self.own_ids = self.num_trained = 0
-        self.ids = stack.enter_context(TokenWriter(directory, split, size))
-        self.mask = None
-        if encoder.masked:
-            mask = TokenWriter(directory, f"{split}.trained", size, np.uint8)
-            self.mask = stack.enter_context(mask)
+        size = encoder.tokenizer.vocab_size
+        self.writer = stack.enter_context(TokenWriter(directory, split, size, encoder.masked))
 
-    def add(self, portion: Portion, chosen: NDArray[np.bool_]) -> None:
-        """Adds the chosen documents, but those that hold no prediction."""
+    def add(self, portion: Portion, chosen: NDArray[np.bool_] | None = None) -> None:
+        """Adds the chosen documents, all unless given, but those that hold no prediction."""
         lengths, ids, trained = portion.lengths, portion.ids, portion.trained
+        chosen = np.ones(len(lengths), bool) if chosen is None else chosen
         self.bytes += int(portion.sizes[chosen].sum())
         specials = self.encoder.bos + len(self.encoder.end)  # ids that are not of a text
         self.own_ids += int((lengths[chosen] - specials).sum())
@@ -131,24 +128,20 @@ class SplitWriter:
             inside = np.repeat(kept, lengths)
             lengths, ids = lengths[kept], ids[inside]
             trained = None if trained is None else trained[inside]
-        self.ids.add(ids, lengths)
-        if self.mask is not None and trained is not None:
-            self.mask.add(trained, lengths)
+        self.writer.add(ids, lengths, trained)
+        if trained is not None:
             self.num_trained += int(np.count_nonzero(trained))
 
     def finish(self) -> dict[str, Any]:
-        """Makes the split visible; returns what the summary says of it."""
-        if self.mask is not None:
-            self.mask.finish()
-        lengths = np.diff(self.ids.finish())
+        lengths = np.diff(self.writer.finish())
         pieces = [b - a - 1 for n in lengths[:WINDOW].tolist() for a, b in chunks(n, FILL_LENGTH)]
         row = {"split": self.split, "documents": len(lengths), "tokens": int(lengths.sum())}
-        if self.mask is None:
+        if not self.encoder.masked:
             per_token = round(self.bytes / max(1, self.own_ids), 4)
             row |= {"bytes": self.bytes, "bytes_per_token": per_token}
         row |= {"longest": int(lengths.max(initial=0))}
         row |= {f"fill_{FILL_LENGTH}": round(fill(pieces, FILL_LENGTH), 4)}
-        return row if self.mask is None else {**row, "trained": self.num_trained}
+        return row if not self.encoder.masked else {**row, "trained": self.num_trained}
 
 
 def write_source(
@@ -164,11 +157,11 @@ def write_source(
                 heldout.add(portion, held[portion.origin])
         for entry in source.own_heldout:
             for portion in entry.portions():
-                heldout.add(portion, np.ones(len(portion.lengths), bool))
+                heldout.add(portion)
         for task, split, count in source.tasks:
             writer = train if split == "train" else heldout
             for portion in encoder.portions(source.problems(task, split, count)):
-                writer.add(portion, np.ones(len(portion.lengths), bool))
+                writer.add(portion)
                 bar.advance(0, len(portion.ids))
                 source.refused += [Bad(task, i + 1, why, "") for i, why in portion.refused]
             bar.advance(1, 0)
