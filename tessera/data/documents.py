@@ -7,11 +7,9 @@ rows s·R … (s+1)·R - 1 and rank r every `world`-th of them, so resuming need
 
 from __future__ import annotations
 
-import bisect
 import functools
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,86 +77,73 @@ def plan_rows(
     return [[spans[i] for i in row] for row in rows]
 
 
-class Order:
-    """The endless list of a source's rows, planned a window at a time; `row(i)` in any order of i.
+class Part:
+    """One source's split on disk, and the endless list of its rows, planned a window at a time.
 
-    stream: numbers that set this order apart from others of the same seed.
-    documents: those that are read, all unless given.
+    weight: share of the trained tokens that it is to have. trained: the mode of each id that is
+    trained, else 0; None where all are. sizes: (sequence_length, row_length).
     """
 
     def __init__(
         self,
+        name: str,
+        weight: float,
+        ids: NDArray[Any],
         offsets: NDArray[np.int64],
-        sequence_length: int,
-        row_length: int,
+        trained: NDArray[np.uint8] | None,
+        sizes: tuple[int, int],
         seed: int,
-        stream: tuple[int, ...] = (),
-        documents: NDArray[np.int64] | None = None,
     ) -> None:
-        self.offsets, self.seed, self.stream = offsets, seed, stream
-        self.sequence_length, self.row_length = sequence_length, row_length
-        self.documents = documents
-        self._num_documents = len(offsets) - 1 if documents is None else len(documents)
-        self.num_windows = max(1, round(self._num_documents / WINDOW))
-        self._windows, self._firsts = [0], [0]  # known first rows of windows, both ascending
+        self.name, self.weight, self.sizes = name, weight, sizes
+        self.ids, self.offsets, self.trained = ids, offsets, trained
+        self.documents = np.arange(self.num_documents)  # those that are read
+        if trained is not None:
+            lengths = np.diff(offsets) - 1
+            (self.documents,) = np.nonzero(lengths <= sizes[0])
+            if not len(self.documents):
+                raise DataError(
+                    f"no chat of {name or 'the data'} fits into sequence_length = {sizes[0]}; the "
+                    f"shortest needs {lengths.min()}"
+                )
+        # By name: a source's own order is the same alone, in a mix, and in another mix.
+        self._seed, self._stream = seed, [zlib.crc32(name.encode())] if name else []
+        self.num_windows = max(1, round(len(self.documents) / WINDOW))
+        self._firsts = {0: 0}  # the first row of each window that is known
         self._permutation: tuple[int, NDArray[np.int64]] | None = None
-        self._at, self._rows = 0, self._plan(0)
+        self._window, self._rows = 0, self._plan(0)
         held = sum(stop - start - 1 for row in self._rows for start, stop in row)
         self.tokens_per_row = held / len(self._rows)
 
     @property
     def anchor(self) -> tuple[int, int]:
         """(window, its first row) of the row served last: all that resuming needs."""
-        return self._windows[self._at], self._firsts[self._at]
+        return self._window, self._firsts[self._window]
 
     def resume(self, window: int, first: int) -> None:
         """Jumps to a window without planning those before it."""
-        if window not in self._windows:
-            at = bisect.bisect(self._windows, window)
-            self._windows.insert(at, window)
-            self._firsts.insert(at, first)
-        self._at = self._windows.index(window)
-        self._rows = self._plan(window)
+        self._firsts.setdefault(window, first)
+        self._window, self._rows = window, self._plan(window)
 
     def row(self, index: int) -> Row:
-        """Row `index`; a window that was not planned yet is."""
-        if index < self._firsts[self._at]:
-            at = bisect.bisect(self._firsts, index) - 1
-            self.resume(self._windows[at], self._firsts[at])
-        while index >= self._firsts[self._at] + len(self._rows):
+        """Row `index`, in any order of them; a window that was not planned yet is."""
+        if index < self.anchor[1]:
+            self.resume(max(w for w, first in self._firsts.items() if first <= index), 0)
+        while index >= self.anchor[1] + len(self._rows):
             window, first = self.anchor
             self.resume(window + 1, first + len(self._rows))
-        return self._rows[index - self._firsts[self._at]]
+        return self._rows[index - self.anchor[1]]
 
     def _plan(self, window: int) -> list[Row]:
         epoch, part = divmod(window, self.num_windows)
         if self._permutation is None or self._permutation[0] != epoch:
-            shuffled = self._generator(epoch).permutation(self._num_documents)
-            chosen = shuffled if self.documents is None else self.documents[shuffled]
-            self._permutation = epoch, chosen
+            shuffled = self._generator(epoch).permutation(len(self.documents))
+            self._permutation = epoch, self.documents[shuffled]
         documents = np.array_split(self._permutation[1], self.num_windows)[part]
-        rows = plan_rows(self.offsets, documents, self.sequence_length, self.row_length)
-        order = self._generator(epoch, part).permutation(len(rows))
-        return [rows[i] for i in order]
+        rows = plan_rows(self.offsets, documents, *self.sizes)
+        return [rows[i] for i in self._generator(epoch, part).permutation(len(rows))]
 
     def _generator(self, *numbers: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *numbers, *self.stream])
-
-
-@dataclass(frozen=True)
-class Part:
-    """One source's split on disk, memory-mapped, as training sees it.
-
-    weight: share of the trained tokens that it is to have. trained: the mode of each id that is
-    trained, else 0; None where all are.
-    """
-
-    name: str
-    weight: float
-    ids: NDArray[Any]
-    offsets: NDArray[np.int64]
-    trained: NDArray[np.uint8] | None
-    order: Order
+        return np.random.default_rng([self._seed, *numbers, *self._stream])
 
     @property
     def num_documents(self) -> int:
@@ -177,19 +162,13 @@ class Part:
         before = np.concatenate([[0], np.cumsum(self.trained > 0, dtype=np.int64)])
         return int((before[self.offsets[1:]] - before[self.offsets[:-1]])[self.documents].sum())
 
-    @property
-    def documents(self) -> NDArray[np.int64]:
-        """The numbers of the documents that are read."""
-        chosen = self.order.documents
-        return np.arange(self.num_documents) if chosen is None else chosen
-
     @functools.cached_property
     def trained_per_row(self) -> float:
         """Trained predictions of a row, on average."""
         if self.trained is None:
-            return self.order.tokens_per_row
+            return self.tokens_per_row
         all_of_them = int((np.diff(self.offsets)[self.documents] - 1).sum())
-        return self.order.tokens_per_row * (self.num_predictions / all_of_them)
+        return self.tokens_per_row * (self.num_predictions / all_of_them)
 
     def sample(self, start: int, stop: int) -> Sample:
         """The predictions of ids[start:stop], which are of one document."""
@@ -223,7 +202,13 @@ class Documents:
         row_length: int | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        described = _described(path, split)
+        status = read_manifest(path).status
+        if status != "done":
+            raise DataError(f"the data run {path} is not finished ({status}); run its recipe again")
+        described = read_json(path, "data")
+        if split not in described["splits"]:
+            has = ", ".join(described["splits"])
+            raise DataError(f'{path} has no split "{split}"; it has: {has}')
         self.pad_id = described["pad_id"]
         self.sequence_length, self.tokens_per_step = sequence_length, tokens_per_step
         self.row_length = row_length or sequence_length
@@ -231,36 +216,21 @@ class Documents:
         self.rows_per_batch = microbatch_tokens // self.row_length
         self.split, self.seed = split, seed
         self.rank, self.world = shard
-        sources = described.get("sources", {"": {"weight": 1.0}})
-        parts = [self._part(path, name, one["weight"]) for name, one in sources.items()]
-        self.parts = [part for part in parts if part is not None]
+        self.parts: list[Part] = []
+        sizes = sequence_length, self.row_length
+        for name, one in described.get("sources", {"": {"weight": 1.0}}).items():
+            home = path / "tokens" / name
+            ids, offsets = open_tokens(home, split)
+            if len(offsets) > 1:
+                trained = open_trained(home, split)
+                part = Part(name, one["weight"], ids, offsets, trained, sizes, seed)
+                self.parts.append(part)
         if not self.parts:
             raise DataError(
                 f'the split "{split}" of {path} holds no document; set `heldout` in its recipe to '
                 "a share or a number of documents"
             )
         self.mix = Interleaving([part.weight / part.trained_per_row for part in self.parts])
-
-    def _part(self, path: Path, name: str, weight: float) -> Part | None:
-        """The source, None where it holds no document. Raises DataError where no chat fits."""
-        home = path / "tokens" / name
-        ids, offsets = open_tokens(home, self.split)
-        if len(offsets) == 1:
-            return None
-        trained, chosen = open_trained(home, self.split), None
-        if trained is not None:
-            lengths = np.diff(offsets) - 1
-            (chosen,) = np.nonzero(lengths <= self.sequence_length)
-            if not len(chosen):
-                raise DataError(
-                    f"no chat of {name or 'the data'} fits into sequence_length = "
-                    f"{self.sequence_length}; the shortest needs {lengths.min()}"
-                )
-        # By name: a source's own order is the same alone, in a mix, and in another mix.
-        stream = (zlib.crc32(name.encode()),) if name else ()
-        sizes = self.sequence_length, self.row_length
-        order = Order(offsets, *sizes, self.seed, stream, chosen)
-        return Part(name, weight, ids, offsets, trained, order)
 
     @property
     def rows_per_step(self) -> int:
@@ -273,7 +243,7 @@ class Documents:
 
     def _row(self, index: int) -> tuple[Part, Row]:
         source, own = self.mix.row(index)
-        return self.parts[source], self.parts[source].order.row(own)
+        return self.parts[source], self.parts[source].row(own)
 
     def heldout_batches(
         self, max_tokens: int | None = None, *, source: str | None = None
@@ -282,7 +252,6 @@ class Documents:
 
         max_tokens: only the first documents with at most that many predictions (at least one), of
         several sources each by its weight. source: only that one's documents.
-        The predictions do not depend on seed, microbatches or ranks.
         """
         parts = [part for part in self.parts if source in (None, part.name)]
         if not parts:
@@ -296,8 +265,7 @@ class Documents:
             room = None if max_tokens is None else max_tokens * (part.weight / total)
             count = len(ends) if room is None else int(np.searchsorted(ends, room, "right"))
             documents = part.documents[: max(1, count)]
-            sizes = self.sequence_length, self.row_length
-            rows += [(part, row) for row in plan_rows(part.offsets, documents, *sizes)]
+            rows += [(part, row) for row in plan_rows(part.offsets, documents, *part.sizes)]
         return self._collate(rows)
 
     def summary(self, steps: int) -> list[dict[str, Any]]:
@@ -317,14 +285,14 @@ class Documents:
                 "tokens": len(part.ids),
                 "trained": round(tokens),
                 "epochs": tokens / part.num_predictions,
-                "fill": part.order.tokens_per_row / self.row_length,
+                "fill": part.tokens_per_row / self.row_length,
             }
             for part, tokens in zip(self.parts, trained, strict=True)
         ]
 
     def state_dict(self) -> dict[str, Any]:
         """Where each source's order stands (window, its first row), and what it is an order of."""
-        anchors = {part.name: list(part.order.anchor) for part in self.parts}
+        anchors = {part.name: list(part.anchor) for part in self.parts}
         return {"anchors": anchors, "of": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -340,7 +308,7 @@ class Documents:
                 "undo the change or begin the run again"
             )
         for part in self.parts:
-            part.order.resume(*state["anchors"][part.name])
+            part.resume(*state["anchors"][part.name])
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -384,24 +352,13 @@ def heldout(
     return documents.heldout_batches(tokens, source=source)
 
 
-def _described(path: Path, split: str) -> dict[str, Any]:
-    status = read_manifest(path).status
-    if status != "done":
-        raise DataError(f"the data run {path} is not finished ({status}); run its recipe again")
-    described = read_json(path, "data")
-    if split not in described["splits"]:
-        raise DataError(f'{path} has no split "{split}"; it has: {", ".join(described["splits"])}')
-    return described
-
-
 def check_sizes(
     sequence_length: int, row_length: int, tokens_per_step: int, microbatch_tokens: int
 ) -> None:
     """Raises DataError, naming the nearest that will do, for portions that no rows make up."""
     if row_length < sequence_length:
         raise DataError(
-            f"sequence_length = {sequence_length} is longer than a row of {row_length} positions; "
-            "lower it, or raise microbatch_tokens"
+            f"sequence_length = {sequence_length} is longer than a row of {row_length} positions"
         )
     if tokens_per_step < 1 or tokens_per_step % row_length:
         near = max(1, round(tokens_per_step / row_length)) * row_length
@@ -411,6 +368,5 @@ def check_sizes(
         )
     if microbatch_tokens < row_length:
         raise DataError(
-            f"microbatch_tokens = {microbatch_tokens} does not hold one row of {row_length} "
-            "positions; raise it to that at least"
+            f"microbatch_tokens = {microbatch_tokens} does not hold one row of {row_length}"
         )
