@@ -31,6 +31,7 @@ from tessera.progress import Progress
 TOKENIZE_AT_ONCE = 512  # documents, and about as many characters: whichever is reached first
 CHARACTERS_AT_ONCE = 1 << 22
 IDS = "documents"
+_Made = list[tuple[list[int], NDArray[np.uint8] | None]]  # documents of a record: ids, mask
 
 
 @dataclass(frozen=True)
@@ -76,58 +77,50 @@ class Encoder:
         encode = self._chats if self.chats else self._pairs if self.masked else self._texts
         first = 0
         for some in _batched(contents):
-            yield encode(some, first)
+            ids, marks, origin, refused = [], [], [], []
+            for number, found in enumerate(encode(some), first):
+                if isinstance(found, str):
+                    refused.append((number, found))
+                    continue
+                for one, mark in found:
+                    ids.append(np.array(one, np.uint32))
+                    marks.append(mark)
+                    origin.append(number)
+            sizes = [0] * len(ids) if self.masked else [len(text.encode()) for text in some]
+            yield Portion(
+                np.concatenate([np.zeros(0, np.uint32), *ids]),
+                np.array([len(one) for one in ids], np.int64),
+                np.array(sizes, np.uint32),
+                np.concatenate([np.zeros(0, np.uint8), *marks]) if self.masked else None,
+                np.array(origin, np.int64),
+                refused,
+            )
             first += len(some)
 
-    def _texts(self, texts: list[str], first: int) -> Portion:
+    def _texts(self, texts: list[str]) -> list[_Made]:
         tail = list(self.end)
-        ids = [one + tail for one in self.tokenizer.encode_batch(texts, bos=self.bos)]
-        sizes = [len(text.encode()) for text in texts]
-        return _portion(ids, None, range(first, first + len(ids)), sizes=sizes)
+        return [[(one + tail, None)] for one in self.tokenizer.encode_batch(texts, bos=self.bos)]
 
-    def _pairs(self, pairs: list[tuple[str, str]], first: int) -> Portion:
+    def _pairs(self, pairs: list[tuple[str, str]]) -> list[_Made]:
         """Prompt and completion are encoded apart, as an engine does."""
         asked = self.tokenizer.encode_batch([prompt for prompt, _ in pairs], bos=self.bos)
         told = self.tokenizer.encode_batch([completion for _, completion in pairs])
         tail = list(self.end)
-        ids = [a + b + tail for a, b in zip(asked, told, strict=True)]
         marks = [
             np.repeat(np.array([0, PLAIN], np.uint8), [len(a), len(b) + len(tail)])
             for a, b in zip(asked, told, strict=True)
         ]
-        return _portion(ids, marks, range(first, first + len(ids)))
+        return [[(a + b + tail, m)] for a, b, m in zip(asked, told, marks, strict=True)]
 
-    def _chats(self, chats: list[Chat], first: int) -> Portion:
+    def _chats(self, chats: list[Chat]) -> list[_Made | str]:
         assert self.chats is not None
-        ids, marks, origin, refused = [], [], [], []
-        for number, found in enumerate(self.chats.encode_batch(chats), first):
-            if isinstance(found, str):
-                refused.append((number, found))
-                continue
-            for document in found:
-                ids.append(document.ids)
-                mark = ON if document.mode == "on" else OFF
-                marks.append(np.array(document.trained, np.uint8) * np.uint8(mark))
-                origin.append(number)
-        return _portion(ids, marks, origin, refused=refused)
-
-
-def _portion(
-    ids: Sequence[list[int]],
-    marks: Sequence[NDArray[np.uint8]] | None,
-    origin: Sequence[int],
-    *,
-    sizes: Sequence[int] | None = None,
-    refused: Sequence[tuple[int, str]] = (),
-) -> Portion:
-    return Portion(
-        np.concatenate([np.zeros(0, np.uint32), *(np.array(one, np.uint32) for one in ids)]),
-        np.array([len(one) for one in ids], np.int64),
-        np.zeros(len(ids), np.uint32) if sizes is None else np.array(sizes, np.uint32),
-        None if marks is None else np.concatenate([np.zeros(0, np.uint8), *marks]),
-        np.array(origin, np.int64),
-        refused,
-    )
+        values = {"on": np.uint8(ON), "off": np.uint8(OFF)}
+        return [
+            found
+            if isinstance(found, str)
+            else [(one.ids, np.array(one.trained, np.uint8) * values[one.mode]) for one in found]
+            for found in self.chats.encode_batch(chats)
+        ]
 
 
 def _batched(contents: Iterable[Any]) -> Iterator[list[Any]]:

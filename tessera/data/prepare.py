@@ -144,30 +144,6 @@ class SplitWriter:
         return row if not self.encoder.masked else {**row, "trained": self.num_trained}
 
 
-def write_source(
-    directory: Path, source: Source, encoder: Encoder, bar: Progress
-) -> list[dict[str, Any]]:
-    """Writes the token files of a source; returns a row of figures for each split."""
-    with ExitStack() as stack:
-        train, heldout = (SplitWriter(stack, directory, split, encoder) for split in SPLITS)
-        for entry in source.corpus:
-            held = source.is_heldout(entry.keys)
-            for portion in entry.portions():
-                train.add(portion, ~held[portion.origin])
-                heldout.add(portion, held[portion.origin])
-        for entry in source.own_heldout:
-            for portion in entry.portions():
-                heldout.add(portion)
-        for task, split, count in source.tasks:
-            writer = train if split == "train" else heldout
-            for portion in encoder.portions(source.problems(task, split, count)):
-                writer.add(portion)
-                bar.advance(0, len(portion.ids))
-                source.refused += [Bad(task, i + 1, why, "") for i, why in portion.refused]
-            bar.advance(1, 0)
-        return [train.finish(), heldout.finish()]
-
-
 def write_sources(
     run: Run,
     sources: Sequence[Source],
@@ -182,14 +158,30 @@ def write_sources(
     """
     rows = []
     for source, encoder in zip(sources, encoders, strict=True):
-        train, heldout = write_source(run.path / "tokens" / source.name, source, encoder, bar)
-        if not train["documents"]:
+        with ExitStack() as stack:
+            home = run.path / "tokens" / source.name
+            train, heldout = (SplitWriter(stack, home, split, encoder) for split in SPLITS)
+            for entry in source.corpus:
+                held = source.is_heldout(entry.keys)
+                for portion in entry.portions():
+                    train.add(portion, ~held[portion.origin])
+                    heldout.add(portion, held[portion.origin])
+            for portion in itertools.chain(*(one.portions() for one in source.own_heldout)):
+                heldout.add(portion)
+            for task, split, count in source.tasks:
+                for portion in encoder.portions(source.problems(task, split, count)):
+                    (train if split == "train" else heldout).add(portion)
+                    bar.advance(0, len(portion.ids))
+                    source.refused += [Bad(task, i + 1, why, "") for i, why in portion.refused]
+                bar.advance(1, 0)
+            trained, held_out = train.finish(), heldout.finish()
+        if not trained["documents"]:
             raise DataError(f"{source.where}no document has two tokens: nothing to predict")
         if not source.name:
-            return [train, heldout]
+            return [trained, held_out]
         share = config.shares[source.name]
-        more = {"weight": round(share, 6), "repeats_after": round(train["tokens"] / share)}
-        rows += [{"source": source.name, **train, **more}, {"source": source.name, **heldout}]
+        more = {"weight": round(share, 6), "repeats_after": round(trained["tokens"] / share)}
+        rows += [{"source": source.name, **trained, **more}, {"source": source.name, **held_out}]
     return rows
 
 

@@ -80,10 +80,6 @@ class Tokenizer:
         """All that the ids of a text follow from: the file, and the library's version."""
         raise NotImplementedError
 
-    def _guess(self) -> tuple[int | None, tuple[int, ...], int | None]:
-        """(bos, eos, pad) as the vocabulary itself says, for one without any config file."""
-        raise NotImplementedError
-
     @property
     def special_tokens(self) -> list[str]:
         """The texts that `special=True` reads as one special token each."""
@@ -119,7 +115,13 @@ class Tokenizer:
             encoded = self._encode(texts, special)
         except (TypeError, UnicodeEncodeError):
             for text in texts:
-                _check_speakable(text)
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    around = ascii(text[max(0, error.start - 20) : error.end])
+                    raise TokenizerError(
+                        f"{around} ends with half a surrogate pair; give the text in UTF-8"
+                    ) from None
             raise
         if not bos:
             return encoded
@@ -198,17 +200,6 @@ class Fast(Tokenizer):
     def _definition(self) -> bytes:
         return f"tokenizers {tokenizers.__version__} {self.tokenizer.to_str()}".encode()
 
-    def _guess(self) -> tuple[int | None, tuple[int, ...], int | None]:
-        for begin, ends, pad in (
-            (BOS, (EOS,), PAD),
-            ("<|begin_of_text|>", ("<|end_of_text|>", "<|eot_id|>"), "<|finetune_right_pad_id|>"),
-            ("<|endoftext|>", ("<|endoftext|>",), "<|endoftext|>"),
-        ):
-            first, last = self.token_id(begin), [self.token_id(end) for end in ends]
-            if first is not None and None not in last:
-                return first, tuple(i for i in last if i is not None), self.token_id(pad)
-        return None, (), None
-
 
 class SentencePiece(Tokenizer):
     """A SentencePiece `tokenizer.model`."""
@@ -251,23 +242,6 @@ class SentencePiece(Tokenizer):
         model = cast(bytes, self.processor.serialized_model_proto())
         return f"sentencepiece {sentencepiece.__version__} ".encode() + model
 
-    def _guess(self) -> tuple[int | None, tuple[int, ...], int | None]:
-        inner = self.processor
-        bos, eos, pad = (
-            i if i >= 0 else None for i in (inner.bos_id(), inner.eos_id(), inner.pad_id())
-        )
-        return bos, () if eos is None else (eos,), pad
-
-
-def read_json_tokenizer(path: Path) -> Fast:
-    """The tokenizer of a tokenizer.json."""
-    try:
-        return Fast(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
-    except Exception as error:  # the library raises nothing narrower than Exception
-        raise TokenizerError(
-            f"{path} is not a readable tokenizer.json ({error}); copy it again from its source"
-        ) from error
-
 
 def read_model_file(path: Path) -> Fast | SentencePiece:
     """The tokenizer of a tokenizer.model: SentencePiece or tiktoken ranks, by its content."""
@@ -278,18 +252,14 @@ def read_model_file(path: Path) -> Fast | SentencePiece:
         return SentencePiece(data)
     except RuntimeError as error:
         raise TokenizerError(
-            f"{path} is neither a SentencePiece model nor a list of tiktoken ranks "
-            f"({len(data)} bytes); copy it again from its source"
+            f"{path} is neither a SentencePiece model nor a list of tiktoken ranks"
         ) from error
 
 
 def read_gpt2_files(vocab: Path, merges: Path) -> Fast:
     """The tokenizer of GPT-2's vocab.json + merges.txt: plain byte-level BPE."""
     try:
-        ids = json.loads(vocab.read_text(encoding="utf-8"))
-        lines = merges.read_text(encoding="utf-8").split("\n")
-        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#vers")]
-        model = models.BPE(vocab=ids, merges=cast(Any, pairs))
+        model = models.BPE.from_file(str(vocab), str(merges))
     except Exception as error:  # the library raises nothing narrower than Exception
         raise TokenizerError(
             f"{vocab} with {merges.name} is not a BPE vocabulary ({error})"
@@ -297,7 +267,7 @@ def read_gpt2_files(vocab: Path, merges: Path) -> Fast:
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    if "<|endoftext|>" in ids:
+    if tokenizer.token_to_id("<|endoftext|>") is not None:
         tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
     return Fast(tokenizer)
 
@@ -372,12 +342,8 @@ def train_bpe(
     marks, where special tokens are asked for, and, as plain text that stock parsers find, `<think>`
     and `</think>`.
     """
-    smallest = 256 + 3
-    if vocab_size < smallest:
-        raise TokenizerError(
-            f"bpe = {vocab_size} is below {smallest} (256 bytes and 3 specials); "
-            'give at least that, or tokenizer = "byte"'
-        )
+    if vocab_size < 256 + 3:
+        raise TokenizerError(f"bpe = {vocab_size} is below 259: 256 bytes and 3 specials")
     marks, thoughts = (CHAT_MARKS, (OPEN, CLOSE)) if chat else ((), ())
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _byte_level(TRAINED_SPLIT)
@@ -440,13 +406,30 @@ def _from_file(path: Path) -> Tokenizer:
     bos, eos, pad = (None if t is None else made.token_id(t) for t in tokens)
     more = ids.get("eos_token_id")
     ends = [eos, *(more if isinstance(more, list) else [more])]
-    guess = made._guess()
+    guess = _guess(made)
     made.bos_id = next((i for i in (bos, ids.get("bos_token_id")) if i is not None), guess[0])
     made.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None)) or guess[1]
     made.own_pad_id = next((i for i in (pad, ids.get("pad_token_id")) if i is not None), guess[2])
     # Files are copied on save only where they carry their own names and mean the same ids.
     made.home = home if path.name in VOCABULARY_FILES else None
     return made
+
+
+def _guess(made: Tokenizer) -> tuple[int | None, tuple[int, ...], int | None]:
+    """(bos, eos, pad) as the vocabulary itself says, for one without any config file."""
+    if isinstance(made, SentencePiece):
+        ids = made.processor.bos_id(), made.processor.eos_id(), made.processor.pad_id()
+        bos, eos, pad = (i if i >= 0 else None for i in ids)
+        return bos, () if eos is None else (eos,), pad
+    for begin, ends, last in (
+        (BOS, (EOS,), PAD),
+        ("<|begin_of_text|>", ("<|end_of_text|>", "<|eot_id|>"), "<|finetune_right_pad_id|>"),
+        ("<|endoftext|>", ("<|endoftext|>",), "<|endoftext|>"),
+    ):
+        found = [i for i in map(made.token_id, ends) if i is not None]
+        if made.token_id(begin) is not None and len(found) == len(ends):
+            return made.token_id(begin), tuple(found), made.token_id(last)
+    return None, (), None
 
 
 def _vocabulary(path: Path) -> Tokenizer:
@@ -458,7 +441,10 @@ def _vocabulary(path: Path) -> Tokenizer:
             raise TokenizerError(f"{path} has no merges.txt beside it; a BPE needs both files")
         return read_gpt2_files(path, merges)
     if path.suffix == ".json":
-        return read_json_tokenizer(path)
+        try:
+            return Fast(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        except Exception as error:  # the library raises nothing narrower than Exception
+            raise TokenizerError(f"{path} is not a readable tokenizer.json ({error})") from error
     raise TokenizerError(
         f"{path} is not a tokenizer file; expected tokenizer.json, a .model file or vocab.json"
     )
@@ -466,15 +452,10 @@ def _vocabulary(path: Path) -> Tokenizer:
 
 def _named_specials(home: Path) -> dict[str, str]:
     """The entries `…_token` of a tokenizer's files, as texts."""
-    found = _read_json(home / "special_tokens_map.json") | _read_json(
-        home / "tokenizer_config.json"
-    )
-    named = {}
-    for key, value in found.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(content, str):
-            named[key] = content
-    return named
+    found = _read_json(home / "special_tokens_map.json")
+    found |= _read_json(home / "tokenizer_config.json")
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items()}
+    return {k: v for k, v in texts.items() if k.endswith("_token") and isinstance(v, str)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -485,14 +466,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise TokenizerError(f"{path} is not JSON: {error}") from error
     return value if isinstance(value, dict) else {}
-
-
-def _check_speakable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        around = ascii(text[max(0, error.start - 20) : error.end])
-        raise TokenizerError(
-            f"{around} ends with half a surrogate pair: bytes that are no UTF-8, or an escape of "
-            "JSON cut in two. Give the text in UTF-8"
-        ) from None
