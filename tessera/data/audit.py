@@ -7,7 +7,7 @@ spoils them is found before the training is paid for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,46 +80,31 @@ def _at(rows: list[int]) -> str:
     return f"  [{len(rows):,}: rows {', '.join(map(str, rows[:ROWS_NAMED]))}{more}]"
 
 
-def encoded(
-    path: Path, encoder: ChatEncoder, limit: int | None = None
-) -> Iterator[tuple[int, Chat | None, list[Document] | str]]:
-    """(row, its chat, its documents or why it is refused) of the first `limit` rows of a file."""
-    rows = itertools.islice(read_chats(path), limit)
-    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        chats = [chat for _, chat in some if isinstance(chat, Chat)]
-        found = iter(encoder.encode_batch(chats))
-        for number, chat in some:
-            if isinstance(chat, Bad):
-                yield number, None, chat.reason
-            else:
-                yield number, chat, next(found)
-
-
 def audit(
     path: Path,
     encoder: ChatEncoder,
     limit: int | None = None,
     seen: Callable[[int, list[Document] | str], None] = lambda row, found: None,
 ) -> Report:
-    """Checks the masks of a file; `seen` is given each row's documents or refusal.
-
-    Raises DataError for a file that holds no row.
-    """
-    report = Report()
-    number = 0
-    for number, chat, documents in encoded(path, encoder, limit):
-        seen(number, documents)
-        if chat is None or isinstance(documents, str):
-            report.refused.setdefault(str(documents), []).append(number)
-            continue
-        report.rows[chat.mode] += 1
-        report.documents += len(documents)
-        for document in documents:
-            report.tokens += len(document.ids)
-            report.trained[document.mode] += sum(document.trained)
-            report.longest = max(report.longest, len(document.ids))
-        for name in violations(chat, documents, encoder):
-            report.violations.setdefault(name, []).append(number)
+    """Checks the masks of a file; `seen` is given each row's documents or refusal."""
+    report, number = Report(), 0
+    rows = itertools.islice(read_chats(path), limit)
+    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        found = iter(encoder.encode_batch([chat for _, chat in some if isinstance(chat, Chat)]))
+        for number, chat in some:
+            documents = chat.reason if isinstance(chat, Bad) else next(found)
+            seen(number, documents)
+            if isinstance(chat, Bad) or isinstance(documents, str):
+                report.refused.setdefault(str(documents), []).append(number)
+                continue
+            report.rows[chat.mode] += 1
+            report.documents += len(documents)
+            for document in documents:
+                report.tokens += len(document.ids)
+                report.trained[document.mode] += sum(document.trained)
+                report.longest = max(report.longest, len(document.ids))
+            for name in violations(chat, documents, encoder):
+                report.violations.setdefault(name, []).append(number)
     if not number:
         raise DataError(f"{path} holds no row")
     return report

@@ -20,15 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tessera.data.dataset import local_dataset
 from tessera.data.problems import family
@@ -95,7 +87,7 @@ class Reading(BaseModel):
     split: str = "train"
     heldout_split: str | None = None
     revision: str | None = None
-    tasks: dict[str, PositiveInt] = {}
+    tasks: dict[str, Annotated[int, Field(ge=1)]] = {}
     format: Format = "auto"
     field: str = "text"
     separator: str = "<|endoftext|>"
@@ -110,10 +102,8 @@ class Reading(BaseModel):
     @classmethod
     def _sayable(cls, value: str) -> str:
         if value not in ("detailed thinking", "/no_think") and not value.isidentifier():
-            raise ValueError(
-                'say the mode by "detailed thinking", "/no_think" or a variable of the chat '
-                'template, for example "enable_thinking"'
-            )
+            names = '"detailed thinking", "/no_think" or a variable of the chat template'
+            raise ValueError(f"say the mode by {names}")
         return value
 
     @field_validator("heldout")
@@ -173,7 +163,7 @@ class Reading(BaseModel):
 class SourceConfig(Reading):
     """One of several sources; weight: its share of the trained tokens, over the sum of all."""
 
-    weight: FiniteFloat = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _something(self) -> SourceConfig:
@@ -208,14 +198,10 @@ class DataConfig(Reading):
     @model_validator(mode="after")
     def _one_or_several(self) -> DataConfig:
         if self.sources and (here := self._given(*Reading.model_fields)):
-            raise ValueError(
-                f"`{here[0]}` stands beside `sources`; move it into the source that it is about "
-                f"({', '.join(self.sources)})"
-            )
+            raise ValueError(f"`{here[0]}` stands beside `sources`; move it into one of them")
         if not self.sources and not self.reads:
             raise ValueError(
-                "nothing to read: set `paths` (files or globs), `dataset` (a hub id or a "
-                "directory), `tasks` (as { calc = 1000 }), or several `sources`"
+                "nothing to read: set `paths`, `dataset`, `tasks` (as { calc = 1000 }) or `sources`"
             )
         return self
 
@@ -234,9 +220,9 @@ class DataConfig(Reading):
     @property
     def shares(self) -> dict[str, float]:
         """The share of the trained tokens that each source is to have; they sum to 1."""
-        weights = {name: source.weight for name, source in sorted(self.sources.items())}
-        total = sum(weights.values())
-        return {name: weight / total for name, weight in weights.items()} or {"": 1.0}
+        named = sorted(self.sources.items())
+        total = sum(source.weight for _, source in named)
+        return {name: source.weight / total for name, source in named} or {"": 1.0}
 
     @property
     def files(self) -> list[Path]:

@@ -25,10 +25,6 @@ Dialect = Literal["nemotron", "nemotron-rendered", "openai", "sharegpt", "alpaca
 Row = dict[str, Any]
 
 
-class DialectError(SchemaError):
-    """A row whose keys are those of no dialect."""
-
-
 def read_row(row: Any) -> Chat:
     """The chat of a row. Raises SchemaError with the reason where it is no conversation."""
     if not isinstance(row, dict):
@@ -37,7 +33,7 @@ def read_row(row: Any) -> Chat:
         if key in row:
             return check(read(row))
     keys = ", ".join(map(str, row)) or "no keys"
-    raise DialectError(f"no row of a known dialect: it has {keys}, and none of {', '.join(_READ)}")
+    raise SchemaError(f"no row of a known dialect: it has {keys}, and none of {', '.join(_READ)}")
 
 
 def write_row(chat: Chat, dialect: Dialect = "openai") -> Row:
@@ -75,7 +71,7 @@ def chats_of(label: str, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int,
         try:
             yield number, read_row(row)
         except SchemaError as error:
-            if number == 1 and isinstance(error, DialectError):
+            if number == 1 and isinstance(row, dict) and not _READ.keys() & row.keys():
                 raise DataError(f"{label}:1 is {error}") from None
             excerpt = json.dumps(row, ensure_ascii=True, default=str)[:EXCERPT]
             yield number, Bad(label, number, str(error), excerpt)
@@ -233,7 +229,16 @@ def _read_nemotron(row: Row) -> Chat:
     if output is not None:
         messages.append({"role": "assistant", "content": output.removesuffix(_END)})
     elif "args" in row:
-        _check_args(row["args"])
+        match row["args"]:
+            case {"instruction_id_list": list(ids), "instruction_kwargs": list(kwargs)}:
+                if len(ids) != len(kwargs):
+                    raise SchemaError(
+                        f"args name {len(ids)} instructions and {len(kwargs)} settings"
+                    )
+            case dict(args) if "instruction_id_list" not in args:
+                pass
+            case _:
+                raise SchemaError("args are no lists of instructions and their settings")
     own = ("input", "output", "reasoning", "system_prompt")
     extra = {key: value for key, value in row.items() if key not in own}
     return Chat(messages, row.get("reasoning"), [], extra)
@@ -248,17 +253,6 @@ def _turns(text: str) -> list[Message]:
     if "".join(_rendered(turn) for turn in turns) != body:
         raise SchemaError("`input` is a text between whose turns something else stands")
     return turns
-
-
-def _check_args(args: Any) -> None:
-    match args:
-        case {"instruction_id_list": list(ids), "instruction_kwargs": list(kwargs)}:
-            if len(ids) != len(kwargs):
-                raise SchemaError(f"args name {len(ids)} instructions and {len(kwargs)} settings")
-        case dict() if "instruction_id_list" not in args:
-            return
-        case _:
-            raise SchemaError("args are no lists of instructions and their settings")
 
 
 def _write_nemotron(chat: Chat) -> Row:

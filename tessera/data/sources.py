@@ -17,29 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tessera.data import dataset, readers
 from tessera.data.config import Reading
 from tessera.data.conversation import Chat, fault
-from tessera.data.dataset import (
-    DatasetPart,
-    dataset_identity,
-    dataset_stamp,
-    read_dataset,
-    read_dataset_rows,
-)
 from tessera.data.dialects import chats_of
 from tessera.data.encode import Encoder, Entry, Unit, read_unit
 from tessera.data.problems import SPLITS, Split, completion, document, problem_chat
-from tessera.data.readers import (
-    EXCERPT,
-    Bad,
-    DataError,
-    Record,
-    content_hash,
-    expand,
-    format_of,
-    read,
-    read_rows,
-)
+from tessera.data.readers import EXCERPT, Bad, DataError, Record
 from tessera.data.store import TokenCache
 from tessera.progress import Progress
 
@@ -85,15 +69,17 @@ def _kind(reading: Reading) -> list[Any]:
 def _file_unit(reading: Reading, path: Path) -> Unit:
     def records() -> Iterator[Record[Any] | Bad]:
         if reading.masked:
-            return _of_rows(str(path), read_rows(path), reading)
-        return read(path, format=reading.format, field=reading.field, separator=reading.separator)
+            return _of_rows(str(path), readers.read_rows(path), reading)
+        return readers.read(
+            path, format=reading.format, field=reading.field, separator=reading.separator
+        )
 
     def identity() -> list[Any]:
         how = _kind(reading)
         if not how:
-            format = format_of(path) if reading.format == "auto" else reading.format
+            format = readers.format_of(path) if reading.format == "auto" else reading.format
             how = [format, reading.separator if format == "text" else reading.field]
-        return ["file", how, path.suffix == ".gz", content_hash(path)]
+        return ["file", how, path.suffix == ".gz", readers.content_hash(path)]
 
     def stamp() -> tuple[int, int]:
         return path.stat().st_size, path.stat().st_mtime_ns
@@ -103,22 +89,24 @@ def _file_unit(reading: Reading, path: Path) -> Unit:
 
 def _units(reading: Reading, patterns: str | list[str], split: str | None) -> list[Unit]:
     """A unit for every file, and for a split of the source's dataset, if it has any."""
-    units = [_file_unit(reading, path) for path in expand(patterns)]
+    units = [_file_unit(reading, path) for path in readers.expand(patterns)]
     if reading.dataset is None or split is None:
         return units
     field = None if reading.masked else reading.field
     streamed = reading.limit is not None
-    part = DatasetPart(reading.dataset, reading.subset, split, reading.revision, field, streamed)
+    part = dataset.DatasetPart(
+        reading.dataset, reading.subset, split, reading.revision, field, streamed
+    )
 
     def records() -> Iterator[Record[Any] | Bad]:
         if reading.masked:
-            return _of_rows(part.label, read_dataset_rows(part), reading)
-        return read_dataset(part)
+            return _of_rows(part.label, dataset.read_dataset_rows(part), reading)
+        return dataset.read_dataset(part)
 
     def identity() -> list[Any]:
-        return ["dataset", dataset_identity(part), _kind(reading)]
+        return ["dataset", dataset.dataset_identity(part), _kind(reading)]
 
-    return [*units, Unit(part.label, records, identity, lambda: dataset_stamp(part))]
+    return [*units, Unit(part.label, records, identity, lambda: dataset.dataset_stamp(part))]
 
 
 class Source:
@@ -208,16 +196,12 @@ class Source:
 
     def training_texts(self) -> Iterator[str]:
         """What a tokenizer is trained on: the training documents, of chats what is said in them."""
-        for content in self._training_contents():
+        read = (
+            itertools.compress(one.contents(), ~self.is_heldout(one.keys)) for one in self.corpus
+        )
+        drawn = (self.problems(*task) for task in self.tasks if task[1] == "train")
+        for content in itertools.chain.from_iterable(itertools.chain(read, drawn)):
             if isinstance(content, Chat):
                 yield "\n".join(message["content"] for message in content.messages)
             else:
                 yield "".join(content)
-
-    def _training_contents(self) -> Iterator[Any]:
-        for one in self.corpus:
-            trained = ~self.is_heldout(one.keys)
-            yield from itertools.compress(one.contents(), trained)
-        for task, split, count in self.tasks:
-            if split == "train":
-                yield from self.problems(task, split, count)
