@@ -53,7 +53,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values."""
-        found = vars(self) | {"clean": self.clean}
+        found: dict[str, Any] = {**vars(self), "clean": self.clean}
         for name in ("violations", "refused"):
             some = found[name].items()
             found[name] = {k: {"count": len(rows), "rows": rows[:ROWS_NAMED]} for k, rows in some}

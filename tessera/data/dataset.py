@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,10 +73,8 @@ def dataset_identity(part: DatasetPart) -> list[Any]:
         return [*which, [[str(path.relative_to(home)), content_hash(path)] for path in files]]
     import datasets
 
-    try:
+    with _opening(part):
         builder = datasets.load_dataset_builder(part.name, part.subset, revision=part.revision)
-    except Exception as error:  # the library raises its own, requests' and fsspec's errors
-        raise _refusal(part, error) from error
     return [*which, part.name, builder.config.name, builder.hash]
 
 
@@ -105,7 +104,7 @@ def read_dataset(part: DatasetPart) -> Iterator[Record[str] | Bad]:
 
 
 def _check_column(part: DatasetPart, columns: Mapping[str, Any]) -> None:
-    if part.field not in columns:
+    if part.field is None or part.field not in columns:
         raise DataError(
             f'{part.label} has no column "{part.field}"; it has: {", ".join(columns)}. '
             "Set `field` to the one that holds the text"
@@ -147,30 +146,30 @@ def _opened(part: DatasetPart) -> Dataset | IterableDataset:
     import datasets
 
     home = local_dataset(part.name)
+    with _opening(part):
+        if not home or not any((home / name).is_file() for name in SAVED):
+            return datasets.load_dataset(
+                str(home or part.name),
+                part.subset,
+                split=part.split,
+                revision=part.revision,
+                streaming=part.stream or home is not None,
+            )
+        saved: Any = datasets.load_from_disk(str(home))
+    found = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if part.split not in found:
+        has = ", ".join(found)
+        raise DataError(f'{part.name} has no split "{part.split}"; it has: {has}. Set `split`')
+    return found[part.split]
+
+
+@contextmanager
+def _opening(part: DatasetPart) -> Iterator[None]:
     try:
-        if home and any((home / name).is_file() for name in SAVED):
-            saved: Any = datasets.load_from_disk(str(home))
-            one = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-            if part.split not in one:
-                told = f'{part.name} has no split "{part.split}"; it has: {", ".join(one)}'
-                raise DataError(f"{told}. Set `split`")
-            return one[part.split]
-        return datasets.load_dataset(
-            str(home or part.name),
-            part.subset,
-            split=part.split,
-            revision=part.revision,
-            streaming=part.stream or home is not None,
-        )
-    except DataError:
-        raise
+        yield
     except Exception as error:  # the library raises its own, requests' and fsspec's errors
-        raise _refusal(part, error) from error
-
-
-def _refusal(part: DatasetPart, error: Exception) -> DataError:
-    said = str(error).strip().split("\n")[0]
-    return DataError(
-        f"the dataset {part.label} cannot be opened: {type(error).__name__}: {said}. "
-        "Check `dataset`, `subset`, `split` and `revision`, and the network for a hub id"
-    )
+        said = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"the dataset {part.label} cannot be opened: {type(error).__name__}: {said}. "
+            "Check `dataset`, `subset`, `split` and `revision`, and the network for a hub id"
+        ) from error

@@ -24,6 +24,7 @@ import numpy as np
 from tessera.data.conversation import Chat, Mode
 from tessera.data.switch import set_switch
 from tessera.data.thought import CLOSE, OPEN
+from tessera.table import nearest
 
 PREFIX = "gym/"
 Split = Literal["train", "heldout"]
@@ -156,9 +157,7 @@ def family(name: str) -> Family:
     if not name.startswith(PREFIX):
         if name in TASKS:
             return TASKS[name]
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f'did you mean "{near[0]}"? ' if near else ""
-        raise TaskError(f'no task "{name}"; {hint}known: {", ".join(TASKS)}')
+        raise TaskError(f'no task "{name}"; {nearest(name, TASKS)}')
     if importlib.util.find_spec("reasoning_gym") is None:
         raise TaskError(
             f'the task "{name}" needs the reasoning-gym library, which is not installed: '

@@ -16,8 +16,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from tessera.data.conversation import Chat
 
@@ -113,11 +114,11 @@ def read(
 
 
 @contextmanager
-def _opened(path: Path, packed: bool = True) -> Iterator[BinaryIO]:
+def _opened(path: Path, packed: bool = True) -> Iterator[BufferedReader]:
     """The bytes of a file, unpacked; whatever the system or gzip says against it is a DataError."""
     try:
         with gzip.open(path) if packed and path.suffix == ".gz" else path.open("rb") as file:
-            yield cast(BinaryIO, file)
+            yield cast(BufferedReader, file)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 

@@ -105,11 +105,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 @dataclass(frozen=True)
 class Template:
-    """One template with the special tokens it may name; builtin: it is not the tokenizer's own."""
+    """One template with the special tokens it may name."""
 
     source: str
     specials: dict[str, str]
-    builtin: bool = False
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
@@ -170,17 +169,16 @@ def template_of(tokenizer: Tokenizer) -> Template:
     Raises TemplateError where it has none and lacks the tokens of the built-in one.
     """
     specials = tokenizer.special_names()
-    source = _own_source(tokenizer.home)
-    if source is not None:
+    if (source := _own_source(tokenizer.home)) is not None:
         return Template(source, specials)
     lacking = [mark for mark in re.findall(r"<\|\w+\|>", LLAMA3) if not tokenizer.token_id(mark)]
     if lacking or "bos_token" not in specials:
         raise TemplateError(
             "the tokenizer has no chat template, and the built-in one needs the token "
-            f"{(lacking or ['<bos>'])[0]}, which it lacks. Name a tokenizer with a "
-            f"{FILE}, or train one with tokenizer = {{ bpe = N, chat = true }}"
+            f"{(lacking or ['<bos>'])[0]}, which it lacks; name a tokenizer with a {FILE}, or "
+            "train one with tokenizer = { bpe = N, chat = true }"
         )
-    return Template(LLAMA3, specials, builtin=True)
+    return Template(LLAMA3, specials)
 
 
 def _own_source(home: Path | None) -> str | None:
