@@ -66,8 +66,8 @@ def ours(home: Path, file: Path) -> dict[str, Any]:
         sizes = {"sequence_length": ROW, "tokens_per_step": ROW, "microbatch_tokens": ROW}
         source = Documents(path, **sizes, seed=0)
         rows = 0
-        while source.parts[0].order.row(rows) is not None and rows < 1 << 20:
-            part = source.parts[0].order
+        while source.parts[0].row(rows) is not None and rows < 1 << 20:
+            part = source.parts[0]
             if part.anchor[0] >= max(1, round(source.parts[0].num_documents / WINDOW)):
                 break  # the next epoch has begun
             rows += 1

@@ -239,7 +239,7 @@ def counted(source: Documents, steps: int) -> dict[str, float]:
     for index in range(steps * source.rows_per_step):
         which, own = source.mix.row(index)
         part = source.parts[which]
-        row = part.order.row(own)
+        row = part.row(own)
         trained[part.name] += sum(stop - start - 1 for start, stop in row or [])
     total = sum(trained.values())
     return {name: tokens / total for name, tokens in trained.items()}

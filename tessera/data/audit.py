@@ -1,14 +1,13 @@
 """Whether the right tokens of a set of conversations are trained: `tessera data audit`.
 
 The checks read the ids and the mask, not the code that made them, so a template or a tokenizer that
-spoils them is found before the training is paid for. A row that is refused (data/conversation.py)
-is counted with its reason: it would be quarantined.
+spoils them is found before the training is paid for.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,29 +35,16 @@ CHECKS = {
 
 
 @dataclass
-class Tally:
-    """How many rows something was found in, and the first of their numbers."""
-
-    count: int = 0
-    rows: list[int] = field(default_factory=list)
-
-    def add(self, row: int) -> None:
-        self.count += 1
-        if len(self.rows) < ROWS_NAMED:
-            self.rows.append(row)
-
-
-@dataclass
 class Report:
-    """What was found in a set. violations: by the names of CHECKS; refused: by reason."""
+    """What was found in a set: rows by the names of CHECKS, and by the reason of a refusal."""
 
     rows: dict[str, int] = field(default_factory=lambda: {"on": 0, "off": 0})
     documents: int = 0
     tokens: int = 0
     trained: dict[str, int] = field(default_factory=lambda: {"on": 0, "off": 0})
     longest: int = 0
-    violations: dict[str, Tally] = field(default_factory=dict)
-    refused: dict[str, Tally] = field(default_factory=dict)
+    violations: dict[str, list[int]] = field(default_factory=dict)
+    refused: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def clean(self) -> bool:
@@ -67,11 +53,11 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values."""
-        found = {name: getattr(self, name) for name in ("rows", "documents", "tokens", "trained")}
+        found: dict[str, Any] = {**vars(self), "clean": self.clean}
         for name in ("violations", "refused"):
-            tallies = getattr(self, name)
-            found[name] = {key: vars(tally) for key, tally in tallies.items()}
-        return {**found, "longest": self.longest, "clean": self.clean}
+            some = found[name].items()
+            found[name] = {k: {"count": len(rows), "rows": rows[:ROWS_NAMED]} for k, rows in some}
+        return found
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -84,30 +70,14 @@ class Report:
             f"{self.trained['off']:,} off",
         ]
         for name, told in CHECKS.items() if total else ():
-            tally = self.violations.get(name)
-            lines.append(f"ok    {name}" if tally is None else f"FAIL  {name}: {told}{_at(tally)}")
-        lines += [f"refused  {reason}{_at(tally)}" for reason, tally in self.refused.items()]
-        return lines
+            rows = self.violations.get(name)
+            lines.append(f"FAIL  {name}: {told}{_at(rows)}" if rows else f"ok    {name}")
+        return lines + [f"refused  {reason}{_at(rows)}" for reason, rows in self.refused.items()]
 
 
-def _at(tally: Tally) -> str:
-    more = ", …" if tally.count > len(tally.rows) else ""
-    return f"  [{tally.count:,}: rows {', '.join(map(str, tally.rows))}{more}]"
-
-
-def encoded(
-    path: Path, encoder: ChatEncoder, limit: int | None = None
-) -> Iterator[tuple[int, Chat | None, list[Document] | str]]:
-    """(row, its chat, its documents or why it is refused) of the first `limit` rows of a file."""
-    rows = itertools.islice(read_chats(path), limit)
-    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        chats = [chat for _, chat in some if isinstance(chat, Chat)]
-        found = iter(encoder.encode_batch(chats))
-        for number, chat in some:
-            if isinstance(chat, Bad):
-                yield number, None, chat.reason
-            else:
-                yield number, chat, next(found)
+def _at(rows: list[int]) -> str:
+    more = ", …" if len(rows) > ROWS_NAMED else ""
+    return f"  [{len(rows):,}: rows {', '.join(map(str, rows[:ROWS_NAMED]))}{more}]"
 
 
 def audit(
@@ -116,25 +86,25 @@ def audit(
     limit: int | None = None,
     seen: Callable[[int, list[Document] | str], None] = lambda row, found: None,
 ) -> Report:
-    """Checks the masks of a file; `seen` is given each row's documents or refusal.
-
-    Raises DataError for a file that holds no row.
-    """
-    report = Report()
-    number = 0
-    for number, chat, documents in encoded(path, encoder, limit):
-        seen(number, documents)
-        if chat is None or isinstance(documents, str):
-            report.refused.setdefault(str(documents), Tally()).add(number)
-            continue
-        report.rows[chat.mode] += 1
-        report.documents += len(documents)
-        for document in documents:
-            report.tokens += len(document.ids)
-            report.trained[document.mode] += sum(document.trained)
-            report.longest = max(report.longest, len(document.ids))
-        for name in violations(chat, documents, encoder):
-            report.violations.setdefault(name, Tally()).add(number)
+    """Checks the masks of a file; `seen` is given each row's documents or refusal."""
+    report, number = Report(), 0
+    rows = itertools.islice(read_chats(path), limit)
+    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        found = iter(encoder.encode_batch([chat for _, chat in some if isinstance(chat, Chat)]))
+        for number, chat in some:
+            documents = chat.reason if isinstance(chat, Bad) else next(found)
+            seen(number, documents)
+            if isinstance(chat, Bad) or isinstance(documents, str):
+                report.refused.setdefault(str(documents), []).append(number)
+                continue
+            report.rows[chat.mode] += 1
+            report.documents += len(documents)
+            for document in documents:
+                report.tokens += len(document.ids)
+                report.trained[document.mode] += sum(document.trained)
+                report.longest = max(report.longest, len(document.ids))
+            for name in violations(chat, documents, encoder):
+                report.violations.setdefault(name, []).append(number)
     if not number:
         raise DataError(f"{path} holds no row")
     return report
@@ -143,7 +113,7 @@ def audit(
 def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> list[str]:
     """The checks that the documents of a conversation do not pass, by the names of CHECKS."""
     decode = encoder.tokenizer.decode
-    stretches = [span for document in documents for span in _stretches(document)]
+    stretches = [(one.ids, *span) for one in documents for span in _stretches(one)]
     if not stretches:
         return ["answer"]
     last, (start, stop) = documents[-1], _stretches(documents[-1])[-1]
@@ -158,14 +128,13 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
         found.append("first thought")
     if told.answer.strip() != wanted.answer.strip() and not chat.messages[-1].get("tool_calls"):
         found.append("answer")
-    ends = [document.ids[stop - 1] for document in documents for _, stop in _stretches(document)]
-    if not set(ends) <= set(encoder.tokenizer.eos_ids):
+    if not {ids[b - 1] for ids, _, b in stretches} <= set(encoder.tokenizer.eos_ids):
         found.append("stop token")
     if not encoder.template.marks_generation and (
         last.ids[: len(asked)] != asked or start != len(asked)
     ):
         found.append("prompt")
-    texts = [decode(document.ids[a:b]) for document, a, b in _written(documents)]
+    texts = [decode(ids[a:b]) for ids, a, b in stretches]
     if chat.mode == "off" and any(OPEN in text or CLOSE in text for text in texts):
         found.append("off-row")
     asked_at = max(i for i, one in enumerate(chat.messages) if one["role"] == "user")
@@ -174,7 +143,10 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     if any(one and f"{one}\n{CLOSE}" in before for one in old):
         found.append("history")
     answers = [one for one in chat.messages if one["role"] == "assistant"]
-    if len(stretches) > len(answers) or _repeated(texts, answers):
+    said = [split_message(one).answer.strip() for one in answers]
+    wrote = [split(text).answer.strip() for text in texts]
+    twice = any(wrote.count(text) > max(1, said.count(text)) for text in set(wrote) if text)
+    if len(stretches) > len(answers) or twice:
         found.append("once")
     return found
 
@@ -188,19 +160,6 @@ def _stretches(document: Document) -> list[tuple[int, int]]:
             runs.append((at, at + size))
         at += size
     return runs
-
-
-def _written(documents: list[Document]) -> Iterator[tuple[Document, int, int]]:
-    for document in documents:
-        for start, stop in _stretches(document):
-            yield document, start, stop
-
-
-def _repeated(texts: list[str], answers: list[dict[str, Any]]) -> bool:
-    """Whether a text is trained more often than it is an answer."""
-    said = [split_message(one).answer.strip() for one in answers]
-    wrote = [split(text).answer.strip() for text in texts]
-    return any(wrote.count(text) > max(1, said.count(text)) for text in set(wrote) if text)
 
 
 def coloured(document: Document, encoder: ChatEncoder, number: int) -> Text:

@@ -1,21 +1,15 @@
 """Conversations to ids, and which of them are trained.
 
-A turn that is trained is what an engine would be asked and would have to write:
-
-    prompt      the template with everything before it and the generation prompt: never trained
-    completion  thought, answer and the token that ends the turn: trained, each id
-
-Both are encoded apart, so the prompt's ids are those of inference. The template is asked for each
-prompt anew, because templates cut old thoughts out of the history. As long as a prompt goes on from
-the ids of the turn before, the two share a document, else each has its own; no turn is trained
-twice. A template without a generation prompt is read by its `{% generation %}` marks, if any.
+A trained turn is what an engine would be asked (the prompt) and would have to write (the
+completion, to the token that ends the turn), each encoded apart. The template is asked for each
+prompt anew, because templates cut old thoughts out of the history.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -28,6 +22,7 @@ from tessera.data.tokenizer import Tokenizer
 Turns = Literal["last", "all"]
 RULES = "chat-1"  # changed whenever a conversation becomes other ids than before
 _OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
+_Pairs = list[tuple[str, str]]
 
 
 class ChatError(ValueError):
@@ -45,10 +40,7 @@ class Document:
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """How the conversations of a set become ids.
-
-    turns: the last answer is trained, or all answers are. switch: how the mode is said (switch.py).
-    """
+    """How the conversations of a set become ids. switch: how the mode is said (switch.py)."""
 
     tokenizer: Tokenizer
     template: Template
@@ -75,10 +67,7 @@ class ChatEncoder:
         return self.tokenizer.encode(text, special=True)
 
     def encode(self, chat: Chat) -> list[Document]:
-        """The documents of a conversation; every trained answer is in exactly one.
-
-        Raises ChatError with the reason for what must not be trained on.
-        """
+        """The documents of a conversation. Raises ChatError for what must not be trained on."""
         (found,) = self.encode_batch([chat])
         if isinstance(found, str):
             raise ChatError(found)
@@ -87,56 +76,76 @@ class ChatEncoder:
     def encode_batch(self, chats: Sequence[Chat]) -> list[list[Document] | str]:
         """The documents of each conversation, or why it must not be trained on.
 
-        All texts go to the tokenizer in one call, whose own threads share them.
+        Every trained answer is in exactly one. The tokenizer's own threads share the texts.
         """
         plans = [self._plan(chat) for chat in chats]
-        texts = [text for plan in plans if isinstance(plan, _Plan) for text in plan.texts()]
+        texts = [text for pairs, _ in plans for pair in pairs for text in pair]
         ids = iter(self.tokenizer.encode_batch(texts, special=True))
-        return [plan if isinstance(plan, str) else self._documents(plan, ids) for plan in plans]
+        found: list[list[Document] | str] = []
+        for chat, (pairs, how) in zip(chats, plans, strict=True):
+            encoded = [(next(ids), next(ids)) for _ in pairs]  # taken whole, whatever comes of it
+            try:
+                if how == "marked":
+                    found.append([self._marked(encoded, chat.mode)])
+                else:
+                    found.append(self._documents(pairs, encoded, chat.mode) if pairs else how)
+            except ChatError as error:
+                found.append(str(error))
+        return found
 
-    def _plan(self, chat: Chat) -> _Plan | str:
-        """The texts of a conversation, or why there are none."""
+    def _plan(self, chat: Chat) -> tuple[_Pairs, str]:
+        """((prompt, completion) texts of each trained turn, ""), or none and why.
+
+        Of a template without a generation prompt, the stretches that are not and that are inside of
+        its `{% generation %}`, and "marked".
+        """
         if reason := fault(chat) or self._forged(chat):
-            return reason
+            return [], reason
         messages, variables = set_switch(chat.messages, chat.mode, self.switch)
         turns, last = _Turns(self.template, messages, chat.tools, variables), len(messages) - 1
-        answers = _answers(messages, chat.mode) if self.turns == "all" else [last]
+        before = turns.before(last)
         try:
-            if not self.template.marks_generation or turns.asks(last):
-                return _Plan(chat.mode, [turns.split(index) for index in answers])
-            text, spans = turns.whole(last)
+            if not self.template.marks_generation or turns.prompt(last) != turns.render(before):
+                answers = _answers(messages, chat.mode) if self.turns == "all" else [last]
+                return [turns.split(index) for index in answers], ""
+            whole = [*before, messages[last]]
+            text, spans = self.template.spans(whole, tools=chat.tools, **variables)
         except TemplateError as error:
-            return str(error)
-        return _Plan(chat.mode, marked=_cut(text, spans if self.turns == "all" else spans[-1:]))
+            return [], str(error)
+        pairs, at = [], 0
+        for start, stop in spans if self.turns == "all" else spans[-1:]:
+            pairs.append((text[at:start], text[start:stop]))
+            at = stop
+        return [*pairs, (text[at:], "")], "marked"
 
-    def _documents(self, plan: _Plan, ids: Iterator[list[int]]) -> list[Document] | str:
-        """The documents of a plan, its texts' ids taken from `ids`."""
+    def _documents(
+        self, pairs: _Pairs, encoded: Sequence[tuple[list[int], list[int]]], mode: Mode
+    ) -> list[Document]:
+        """Turns share a document as long as a prompt goes on from the ids of the turn before."""
         documents: list[Document] = []
-        turns = [(next(ids), next(ids)) for _ in plan.turns]  # taken whole, whatever comes of it
-        pieces = [(next(ids), inside) for _, inside in plan.marked]
-        try:
-            for (prompt, answer), (_, text) in zip(turns, plan.turns, strict=True):
-                _extend(documents, prompt, self._stopped(answer, text), plan.mode)
-            return documents or [self._marked(pieces, plan.mode)]
-        except ChatError as error:
-            return str(error)
+        before: Document | None = None
+        for (prompt, written), (_, text) in zip(encoded, pairs, strict=True):
+            ends = [i for i, token in enumerate(written) if token in self.tokenizer.eos_ids]
+            if not ends:
+                stops = [repr(self.tokenizer.token(i)) for i in self.tokenizer.eos_ids]
+                raise ChatError(
+                    f"the template ends a turn with {text[-16:]!r}, at which generation does not "
+                    f"stop (it stops at {', '.join(stops)}): name the end of a turn as eos_token "
+                    "in tokenizer_config.json, or in generation_config.json"
+                )
+            answer = written[: ends[-1] + 1]
+            if before is None or prompt[: len(before.ids)] != before.ids:
+                before = Document([], [], mode)
+                documents.append(before)
+            gap = len(prompt) - len(before.ids)
+            before.ids = prompt + answer
+            before.trained += [False] * gap + [True] * len(answer)
+        return documents
 
-    def _stopped(self, ids: list[int], text: str) -> list[int]:
-        """The ids of a completion, up to the token at which generation stops."""
-        ends = [i for i, token in enumerate(ids) if token in self.tokenizer.eos_ids]
-        if not ends:
-            stops = [self.tokenizer.token(i) for i in self.tokenizer.eos_ids]
-            raise ChatError(
-                f"the template ends a turn with {text[-16:]!r}, at which generation does not stop "
-                f"(it stops at {', '.join(map(repr, stops))}): name the end of a turn as eos_token "
-                "in tokenizer_config.json, or in generation_config.json"
-            )
-        return ids[: ends[-1] + 1]
-
-    def _marked(self, pieces: Sequence[tuple[list[int], bool]], mode: Mode) -> Document:
+    def _marked(self, encoded: Sequence[tuple[list[int], list[int]]], mode: Mode) -> Document:
         """The one document of a template that marks what the model has written."""
-        ids = [i for piece, _ in pieces for i in piece]
-        trained = [inside for piece, inside in pieces for _ in piece]
+        ids = [i for outside, inside in encoded for i in outside + inside]
+        trained = [one for a, b in encoded for one in [False] * len(a) + [True] * len(b)]
         if not any(trained):
             raise ChatError("the template marks no answer with {% generation %}")
         final = max(i for i, one in enumerate(trained) if one)
@@ -174,40 +183,6 @@ def _answers(messages: Sequence[Message], mode: Mode) -> Iterator[int]:
                 yield index
 
 
-@dataclass
-class _Plan:
-    """The texts of a conversation: (prompt, completion) of each trained turn, or (text, trained)
-    of the stretches of a marked one.
-    """
-
-    mode: Mode
-    turns: list[tuple[str, str]] = field(default_factory=list)
-    marked: list[tuple[str, bool]] = field(default_factory=list)
-
-    def texts(self) -> list[str]:
-        return [text for turn in self.turns for text in turn] + [text for text, _ in self.marked]
-
-
-def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """A text in stretches, and whether each is inside of a span."""
-    pieces, at = [], 0
-    for start, stop in [*spans, (len(text), len(text))]:
-        pieces += [(text[at:start], False), (text[start:stop], True)]
-        at = stop
-    return pieces
-
-
-def _extend(documents: list[Document], prompt: list[int], answer: list[int], mode: Mode) -> None:
-    """Adds a turn to the last document where its prompt goes on from it, else as one more."""
-    before = documents[-1] if documents else None
-    if before is None or prompt[: len(before.ids)] != before.ids:
-        before = Document([], [], mode)
-        documents.append(before)
-    gap = len(prompt) - len(before.ids)
-    before.ids = prompt + answer
-    before.trained += [False] * gap + [True] * len(answer)
-
-
 @dataclass(frozen=True)
 class _Turns:
     """One conversation before a template."""
@@ -218,27 +193,16 @@ class _Turns:
     variables: dict[str, Any]
 
     def before(self, index: int) -> list[Message]:
-        """The history of message `index`.
+        """The history of a message, without thoughts from before the last question.
 
-        Thoughts from before the last question are cut, whatever the template would do; those
-        since then, between calls of tools, are the template's to cut or keep.
+        Those since then, between calls of tools, are the template's to cut or keep.
         """
         history = self.messages[:index]
         asked = max((i for i, one in enumerate(history) if one["role"] == "user"), default=0)
         return [_without_thought(one) if i < asked else one for i, one in enumerate(history)]
 
     def prompt(self, index: int) -> str:
-        """What an engine is asked before message `index`."""
-        return self._render(self.before(index), add_generation_prompt=True)
-
-    def asks(self, index: int) -> bool:
-        """Whether the template has a generation prompt."""
-        return self.prompt(index) != self._render(self.before(index))
-
-    def whole(self, index: int) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation up to message `index`, and what `{% generation %}` marks in it."""
-        messages = [*self.before(index), self.messages[index]]
-        return self.template.spans(messages, tools=self.tools, **self.variables)
+        return self.render(self.before(index), add_generation_prompt=True)
 
     def split(self, index: int) -> tuple[str, str]:
         """(prompt, completion) of the answer at `index`.
@@ -256,22 +220,25 @@ class _Turns:
                 f"{cannot}; set `switch` to the template's own variable (it reads "
                 f"{', '.join(self.template.variables) or 'none'})"
             )
-        text = self._render([*before, message])
+        text = self.render([*before, message])
         if text.startswith(prompt) and (not thought or thought in text[len(prompt) :]):
             return prompt, text[len(prompt) :]
-        text = self._render([*before, _without_thought(message)])
+        text = self.render([*before, _without_thought(message)])
         head = prompt[: opened.start()] if opened else prompt
         if not text.startswith(head):
             raise TemplateError(
                 f"the template asks for an answer with {prompt[-40:]!r} and does not render one "
                 "behind that: nothing says where the answer begins"
             )
-        written = _thought_text(message)
+        content, apart = message["content"], message.get("reasoning_content")
+        written = content.removesuffix(split(content).answer).lstrip()  # white space is kept
+        if isinstance(apart, str):
+            written = f"{OPEN}\n{apart.strip()}\n{CLOSE}\n\n"
         if opened and thought:
             written = written[len(OPEN) :].lstrip()
         return prompt, written + text[len(head) :]
 
-    def _render(self, messages: list[Message], **more: Any) -> str:
+    def render(self, messages: list[Message], **more: Any) -> str:
         return self.template.render(messages, tools=self.tools, **self.variables, **more)
 
 
@@ -282,11 +249,3 @@ def _without_thought(message: Message) -> Message:
     answer = split_message(message).answer
     rest = {k: v for k, v in message.items() if k != "reasoning_content"} | {"content": answer}
     return rest | {"reasoning_content": ""} if OPEN in answer or CLOSE in answer else rest
-
-
-def _thought_text(message: Message) -> str:
-    """The thought as the model is to write it, "" for none; a row's own white space is kept."""
-    content, apart = message["content"], message.get("reasoning_content")
-    if isinstance(apart, str):
-        return f"{OPEN}\n{apart.strip()}\n{CLOSE}\n\n"
-    return content.removesuffix(split(content).answer).lstrip()

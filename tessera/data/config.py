@@ -10,17 +10,15 @@
     sources.code = { dataset = "owner/name", field = "content", weight = 0.2 }
     sources.sums = { tasks = { calc = 8000 }, weight = 0.1 }
 
-A weight is a share of the *trained tokens*; only ratios count. Epochs follow from it: a small
-source with a large weight begins anew sooner than the others.
+A weight is a share of the *trained tokens*; only ratios count.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -46,22 +44,15 @@ class BPE(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bpe: int = Field(ge=259)
-    tokens: list[str] = []
+    tokens: list[Annotated[str, Field(min_length=1)]] = []
     chat: bool = False
-
-    @field_validator("tokens")
-    @classmethod
-    def _not_empty(cls, value: list[str]) -> list[str]:
-        if "" in value or len(set(value)) != len(value):
-            raise ValueError("each of `tokens` is a text of its own, one sign or more")
-        return value
 
 
 class CacheConfig(BaseModel):
     """Where tokenised files are kept for the next recipe; changes nothing that is computed.
 
-    directory: `.tokens` beside the recipes' directories unless given.
-    gib: what was used least recently is deleted above so many GiB; 0 keeps nothing.
+    directory: `.tokens` beside the recipes' directories unless given. gib: what was used least
+    recently is deleted above so many GiB; 0 keeps nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,19 +65,17 @@ class Reading(BaseModel):
     """What one source reads, and how it is cut into training and held-out documents.
 
     paths, heldout_paths: files or globs. heldout_paths hold out whole files instead of a share.
-    dataset: a hub id, or a directory: what `save_to_disk` wrote, or of data files. `subset` (its
-    configuration), `split`, `revision` (a commit or tag) say which; `heldout_split` is held out.
+    dataset: a hub id, or a directory: what `save_to_disk` wrote, or of data files.
     tasks: numbers of problems to draw.
-    field: the column or key that holds the text; separator: what stands between documents of .txt.
+    field: the column or key that holds the text. separator: between documents of .txt.
     heldout: a share (0.02) or a number (100) of the documents, taken from files and dataset (where
     none are held out by name) and drawn anew for each task.
     limit: the first so many documents of files and dataset, which is then streamed.
-    format = "chat": rows of conversations in any dialect (dialects/), of .jsonl, .json, .parquet or
-    a dataset, and problems as question, thought and answer. Then `reasoning` keeps the rows of one
-    mode, `turns` says which answers are trained, and `switch` how the mode is said (switch.py).
-    `hasty` is the share of problems whose thought skips intermediate results (problems.py).
-    format = "completion": rows of `prompt` and `completion`, or problems and their solutions, of
-    which only the completion is trained.
+    format: "chat" reads rows of conversations in any dialect (dialects.py), and problems as
+    question, thought and answer; "completion" rows of `prompt` and `completion`, or problems and
+    their solutions, of which only the completion is trained.
+    reasoning, turns, switch, hasty are about chats: the rows of one mode, which answers are
+    trained, how the mode is said, and the share of problems whose thought skips results.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,7 +87,7 @@ class Reading(BaseModel):
     split: str = "train"
     heldout_split: str | None = None
     revision: str | None = None
-    tasks: dict[str, int] = {}
+    tasks: dict[str, Annotated[int, Field(ge=1)]] = {}
     format: Format = "auto"
     field: str = "text"
     separator: str = "<|endoftext|>"
@@ -113,10 +102,8 @@ class Reading(BaseModel):
     @classmethod
     def _sayable(cls, value: str) -> str:
         if value not in ("detailed thinking", "/no_think") and not value.isidentifier():
-            raise ValueError(
-                'say the mode by "detailed thinking", "/no_think" or the name of a variable of the '
-                'chat template, for example "enable_thinking"'
-            )
+            names = '"detailed thinking", "/no_think" or a variable of the chat template'
+            raise ValueError(f"say the mode by {names}")
         return value
 
     @field_validator("heldout")
@@ -129,29 +116,21 @@ class Reading(BaseModel):
     @field_validator("tasks")
     @classmethod
     def _known_tasks(cls, value: dict[str, int]) -> dict[str, int]:
-        for name, count in value.items():
+        for name in value:
             family(name)
-            if count < 1:
-                raise ValueError(f"{name} = {count}: give the number of documents, 1 or more")
         return value
 
     @model_validator(mode="after")
-    def _belongs_to_chats(self) -> Reading:
-        given = [key for key in CHAT_KEYS if getattr(self, key) != self._default(key)]
-        if given and not self.chats:
+    def _keys_that_need_another(self) -> Reading:
+        if not self.chats and (given := self._given(*CHAT_KEYS)):
             raise ValueError(f'`{given[0]}` is about chats; set format = "chat"')
+        if self.dataset is None and (given := self._given("subset", "heldout_split", "revision")):
+            raise ValueError(f"`{given[0]}` says which part of a `dataset`, and none is named")
         return self
 
-    @model_validator(mode="after")
-    def _belongs_to_a_dataset(self) -> Reading:
-        lonely = [k for k in ("subset", "heldout_split", "revision") if getattr(self, k)]
-        if self.dataset is None and lonely:
-            raise ValueError(f"`{lonely[0]}` says which part of a `dataset`, and none is named")
-        return self
-
-    @classmethod
-    def _default(cls, key: str) -> Any:
-        return cls.model_fields[key].default
+    def _given(self, *keys: str) -> list[str]:
+        """Those of some keys that differ from their defaults."""
+        return [k for k in keys if getattr(self, k) != type(self).model_fields[k].default]
 
     @property
     def chats(self) -> bool:
@@ -159,14 +138,9 @@ class Reading(BaseModel):
         return self.format == "chat"
 
     @property
-    def pairs(self) -> bool:
-        """True where they are prompts with completions."""
-        return self.format == "completion"
-
-    @property
     def masked(self) -> bool:
         """True where not every token of a document is trained."""
-        return self.chats or self.pairs
+        return self.format in ("chat", "completion")
 
     @property
     def reads(self) -> bool:
@@ -175,7 +149,7 @@ class Reading(BaseModel):
 
     def inputs(self) -> list[Path]:
         """Files and directories on disk that it reads. Raises DataError naming what is absent."""
-        found = [*expand(as_list(self.paths)), *expand(as_list(self.heldout_paths))]
+        found = [*expand(self.paths), *expand(self.heldout_paths)]
         home = local_dataset(self.dataset) if self.dataset else None
         return [*found, home] if home else found
 
@@ -187,22 +161,9 @@ class Reading(BaseModel):
 
 
 class SourceConfig(Reading):
-    """One of several sources.
+    """One of several sources; weight: its share of the trained tokens, over the sum of all."""
 
-    weight: its share of the trained tokens, over the sum of all weights.
-    """
-
-    weight: float = 1.0
-
-    @field_validator("weight")
-    @classmethod
-    def _positive(cls, value: float) -> float:
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(
-                "a weight is a share of the trained tokens: give a number above 0, or leave the "
-                "source out"
-            )
-        return value
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _something(self) -> SourceConfig:
@@ -236,16 +197,11 @@ class DataConfig(Reading):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> DataConfig:
-        here = [key for key in Reading.model_fields if getattr(self, key) != self._default(key)]
-        if self.sources and here:
-            raise ValueError(
-                f"`{here[0]}` stands beside `sources`; move it into the source that it is about "
-                f"({', '.join(self.sources)})"
-            )
+        if self.sources and (here := self._given(*Reading.model_fields)):
+            raise ValueError(f"`{here[0]}` stands beside `sources`; move it into one of them")
         if not self.sources and not self.reads:
             raise ValueError(
-                "nothing to read: set `paths` (files or globs), `dataset` (a hub id or a "
-                "directory), `tasks` (as { calc = 1000 }), or several `sources`"
+                "nothing to read: set `paths`, `dataset`, `tasks` (as { calc = 1000 }) or `sources`"
             )
         return self
 
@@ -264,9 +220,9 @@ class DataConfig(Reading):
     @property
     def shares(self) -> dict[str, float]:
         """The share of the trained tokens that each source is to have; they sum to 1."""
-        weights = {name: source.weight for name, source in sorted(self.sources.items())}
-        total = sum(weights.values())
-        return {name: weight / total for name, weight in weights.items()} or {"": 1.0}
+        named = sorted(self.sources.items())
+        total = sum(source.weight for _, source in named)
+        return {name: source.weight / total for name, source in named} or {"": 1.0}
 
     @property
     def files(self) -> list[Path]:
@@ -277,48 +233,41 @@ class DataConfig(Reading):
 
 
 def no_chat_template(step: Step, steps: Sequence[Step]) -> list[str]:
-    """A warning for a stage that renders chats, where its tokenizer cannot.
+    """A warning for a stage that renders chats, where its tokenizer cannot."""
+    try:
+        tokenizer = _tokenizer_of(step, steps)
+        if tokenizer is not None:
+            template_of(tokenizer)
+    except TemplateError as error:
+        return [f"it renders chats, and {error}"]
+    return []
 
-    A model keeps the tokenizer of what it is made from, down to a checkpoint or to data. Nothing is
-    said of a tokenizer that is not there yet.
+
+def _tokenizer_of(step: Step, steps: Sequence[Step]) -> Tokenizer | None:
+    """The tokenizer of what a model is made from, down to a checkpoint or to data.
+
+    None where it is not there yet. Raises TemplateError for one to be trained without marks.
     """
-    reason = _no_template(step, steps)
-    return [f"it renders chats, and {reason}"] if reason else []
-
-
-def _no_template(step: Step, steps: Sequence[Step]) -> str:
-    config = step.config
-    if isinstance(config, DataConfig) and isinstance(config.tokenizer, BPE):
-        lacks = not (config.tokenizer.chat or config.tokenizer.tokens)
-        return "its tokenizer is trained without chat = true, so it has no marks" if lacks else ""
-    if isinstance(config, DataConfig) and config.tokenizer == "byte":
-        return _template_error(byte_tokenizer())
-    if isinstance(config, DataConfig) and isinstance(config.tokenizer, str):
-        source = Path(config.tokenizer)
+    wanted = step.config.tokenizer if isinstance(step.config, DataConfig) else None
+    if isinstance(wanted, BPE):
+        if not (wanted.chat or wanted.tokens):
+            raise TemplateError("its tokenizer is trained without chat = true, so it has no marks")
+        return None
+    if wanted == "byte":
+        return byte_tokenizer()
+    if wanted is not None:
+        source = Path(wanted)
     elif step.stage.name == "parent" and "path" in step.spec.table:
         source = step.files["path"]
     else:
         needs = ("model", "parent", "data")
         source = next((step.inputs[need] for need in needs if step.inputs.get(need)), None)
     if not isinstance(source, Path):
-        return ""
+        return None
     origin = maker(source, steps)
     if origin is not None and not is_done(source):
-        return _no_template(origin, steps)
+        return _tokenizer_of(origin, steps)
     try:
-        return _template_error(load_tokenizer(source))
+        return load_tokenizer(source)
     except TokenizerError:
-        return ""
-
-
-def _template_error(tokenizer: Tokenizer) -> str:
-    try:
-        template_of(tokenizer)
-    except TemplateError as error:
-        return str(error)
-    return ""
-
-
-def as_list(value: str | list[str]) -> list[str]:
-    """A key that may hold one string or several."""
-    return [value] if isinstance(value, str) else value
+        return None

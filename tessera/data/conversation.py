@@ -1,10 +1,7 @@
 """One conversation: what every dialect of chat rows is read into and written from.
 
-Messages are OpenAI's: `role`, `content`, and where there are any `reasoning_content`, `tool_calls`
-(arguments as objects) and whatever else a row says of them. A thought stands in
-`reasoning_content` or, as the Llama-Nemotron data have it, between `<think>` and `</think>` at the
-beginning of `content`; both are left as they were written. `check` refuses what is no conversation,
-`fault` tells what is one and yet must not be trained on.
+Messages are OpenAI's, arguments of `tool_calls` as objects. A thought stands in `reasoning_content`
+or between `<think>` and `</think>` at the beginning of `content`; both are left as they were.
 """
 
 from __future__ import annotations
@@ -54,18 +51,16 @@ class Chat:
         return "on" if split_message(self.messages[-1]).thought is not None else "off"
 
     def to_json(self) -> str:
-        """One line that `from_json` reads back."""
         row = {"messages": self.messages, "reasoning": self.reasoning, "tools": self.tools}
         return json.dumps({**row, "extra": self.extra}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Chat:
-        """The chat of a line that `to_json` wrote."""
         return cls(**json.loads(line))
 
 
 def switch_of(messages: Sequence[Mapping[str, Any]]) -> Mode | None:
-    """What the first line of the system prompt says, if it is the switch: there it is trained."""
+    """The mode that the first line of the system prompt says, if it is the switch."""
     if not messages or messages[0]["role"] != "system":
         return None
     return SWITCH.get(messages[0]["content"].strip().split("\n")[0].strip())
@@ -98,12 +93,10 @@ def _tidy(index: int, message: Any) -> Message:
     content = found.get("content", "")
     if isinstance(content, list):
         found |= _parts(index, content)
-    elif not isinstance(content, str):
-        raise SchemaError(f"message {index} has a {type(content).__name__} as content, not text")
     found = {**found, "role": role, "content": found.get("content", "")}
-    thought = found.get("reasoning_content", "")
-    if not isinstance(thought, str):
-        raise SchemaError(f"message {index} has a {type(thought).__name__} as reasoning_content")
+    for key in ("content", "reasoning_content"):
+        if not isinstance(found.get(key, ""), str):
+            raise SchemaError(f"message {index} has a {type(found[key]).__name__} as {key}")
     if "tool_calls" in found:
         found["tool_calls"] = tool_calls(index, found["tool_calls"])
         if not found["tool_calls"]:
@@ -125,10 +118,8 @@ def _parts(index: int, parts: list[Any]) -> Message:
             calls += value if isinstance(value, list) else [value]
         else:
             raise SchemaError(f"message {index} has a part of type {kind!r}, which is no text")
-    found: Message = {"content": "".join(texts)}
-    if thoughts:
-        found["reasoning_content"] = "\n".join(thoughts)
-    return {**found, "tool_calls": calls} if calls else found
+    thought = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
+    return {"content": "".join(texts), **thought, **({"tool_calls": calls} if calls else {})}
 
 
 def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
@@ -142,14 +133,13 @@ def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
         function = _parsed(call.get("function", call)) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise SchemaError(f"message {index} calls a tool without a name")
+        name = function["name"]
         arguments = _parsed(function.get("arguments", function.get("parameters", {})))
         if not isinstance(arguments, dict):
-            raise SchemaError(
-                f"message {index} calls {function['name']} with arguments that are no JSON object"
-            )
-        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        call = {"name": function["name"], "arguments": arguments}
-        found.append({**named, "type": "function", "function": call})
+            raise SchemaError(f"message {index} calls {name} with arguments that are no object")
+        own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        made = {"name": name, "arguments": arguments}
+        found.append({**own, "type": "function", "function": made})
     return found
 
 

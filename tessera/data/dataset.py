@@ -1,9 +1,7 @@
 """Hugging Face datasets as documents; the only file that imports the `datasets` library.
 
-A dataset is a hub id or a directory: what `save_to_disk` wrote is memory-mapped, data files
-(Parquet, JSONL, ...) are streamed. One from the hub is downloaded once into the library's own
-cache and memory-mapped; with a `limit` it is streamed and only that much is fetched. A row without
-text is `Bad`, like a broken line of a file.
+What `save_to_disk` wrote and what the hub has is memory-mapped; data files of a directory, and with
+a `limit` what the hub has, are streamed.
 """
 
 from __future__ import annotations
@@ -11,7 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +27,7 @@ SAVED = ("dataset_dict.json", "state.json")  # what tells a directory of `save_t
 
 @dataclass(frozen=True, slots=True)
 class DatasetPart:
-    """Which rows: a dataset's configuration and split at a revision, and the column of the text.
-
-    field: None where whole rows are read.
-    """
+    """Which rows; field: the column of the text, None where whole rows are read."""
 
     name: str
     subset: str | None
@@ -42,7 +38,6 @@ class DatasetPart:
 
     @property
     def label(self) -> str:
-        """How messages call it."""
         return ":".join(part for part in (self.name, self.subset, self.split) if part)
 
 
@@ -53,9 +48,8 @@ def local_dataset(name: str) -> Path | None:
     """
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
-            f'dataset = "{name}" needs the `datasets` library, which is not installed: '
-            "pip install 'tessera[datasets]'. Parquet and JSONL files are read without it: name "
-            "them in `paths`"
+            f"dataset = \"{name}\" needs the `datasets` library: pip install 'tessera[datasets]'. "
+            "Parquet and JSONL files are read without it: name them in `paths`"
         )
     path = Path(name).expanduser()
     if path.is_dir():
@@ -79,10 +73,8 @@ def dataset_identity(part: DatasetPart) -> list[Any]:
         return [*which, [[str(path.relative_to(home)), content_hash(path)] for path in files]]
     import datasets
 
-    try:
+    with _opening(part):
         builder = datasets.load_dataset_builder(part.name, part.subset, revision=part.revision)
-    except Exception as error:  # the library raises its own, requests' and fsspec's errors
-        raise _refusal(part, error) from error
     return [*which, part.name, builder.config.name, builder.hash]
 
 
@@ -96,12 +88,12 @@ def dataset_stamp(part: DatasetPart) -> list[Any]:
 def read_dataset(part: DatasetPart) -> Iterator[Record[str] | Bad]:
     """The texts of a split in order, and its rows without one, numbered from 1."""
     assert part.field is not None
-    rows = _opened(part)
-    _check_column(part, rows)
-    number = 0
+    rows, number = _opened(part), 0
+    if rows.features is not None:
+        _check_column(part, rows.features)
     for batch in _batches(part, rows):
         if part.field not in batch:  # a stream of unknown columns tells them with its rows
-            raise _no_column(part, list(batch))
+            _check_column(part, batch)
         for value in batch[part.field]:
             number += 1
             if isinstance(value, str):
@@ -109,6 +101,20 @@ def read_dataset(part: DatasetPart) -> Iterator[Record[str] | Bad]:
             else:
                 reason = "null" if value is None else f"a {type(value).__name__}, not text"
                 yield Bad(part.label, number, reason, repr(value)[:200] if value else "")
+
+
+def _check_column(part: DatasetPart, columns: Mapping[str, Any]) -> None:
+    if part.field is None or part.field not in columns:
+        raise DataError(
+            f'{part.label} has no column "{part.field}"; it has: {", ".join(columns)}. '
+            "Set `field` to the one that holds the text"
+        )
+    column = columns[part.field]
+    kind = getattr(column, "dtype", None) or type(column).__name__
+    if kind not in ("string", "large_string", "null"):
+        raise DataError(
+            f'{part.label}: column "{part.field}" holds {kind}, not text; choose another `field`'
+        )
 
 
 def read_dataset_rows(part: DatasetPart) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -140,55 +146,30 @@ def _opened(part: DatasetPart) -> Dataset | IterableDataset:
     import datasets
 
     home = local_dataset(part.name)
+    with _opening(part):
+        if not home or not any((home / name).is_file() for name in SAVED):
+            return datasets.load_dataset(
+                str(home or part.name),
+                part.subset,
+                split=part.split,
+                revision=part.revision,
+                streaming=part.stream or home is not None,
+            )
+        saved: Any = datasets.load_from_disk(str(home))
+    found = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if part.split not in found:
+        has = ", ".join(found)
+        raise DataError(f'{part.name} has no split "{part.split}"; it has: {has}. Set `split`')
+    return found[part.split]
+
+
+@contextmanager
+def _opening(part: DatasetPart) -> Iterator[None]:
     try:
-        if home and any((home / name).is_file() for name in SAVED):
-            return _saved(part, datasets.load_from_disk(str(home)))
-        return datasets.load_dataset(
-            str(home or part.name),
-            part.subset,
-            split=part.split,
-            revision=part.revision,
-            streaming=part.stream or home is not None,
-        )
-    except DataError:
-        raise
+        yield
     except Exception as error:  # the library raises its own, requests' and fsspec's errors
-        raise _refusal(part, error) from error
-
-
-def _saved(part: DatasetPart, saved: Any) -> Dataset:
-    """The split of what `save_to_disk` wrote: several by name, or one, `train` if without."""
-    here = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-    if part.split not in here:
+        said = str(error).strip().split("\n")[0]
         raise DataError(
-            f'{part.name} has no split "{part.split}"; it has: {", ".join(here)}. Set `split`'
-        )
-    return here[part.split]
-
-
-def _check_column(part: DatasetPart, rows: Dataset | IterableDataset) -> None:
-    features = rows.features
-    if features is None:
-        return
-    if part.field not in features:
-        raise _no_column(part, list(features))
-    kind = getattr(features[part.field], "dtype", None) or type(features[part.field]).__name__
-    if kind not in ("string", "large_string", "null"):
-        raise DataError(
-            f'{part.label}: column "{part.field}" holds {kind}, not text; choose another `field`'
-        )
-
-
-def _no_column(part: DatasetPart, columns: list[str]) -> DataError:
-    return DataError(
-        f'{part.label} has no column "{part.field}"; it has: {", ".join(columns)}. '
-        "Set `field` to the one that holds the text"
-    )
-
-
-def _refusal(part: DatasetPart, error: Exception) -> DataError:
-    said = str(error).strip().split("\n")[0]
-    return DataError(
-        f"the dataset {part.label} cannot be opened: {type(error).__name__}: {said}. "
-        "Check `dataset`, `subset`, `split` and `revision`, and the network for a hub id"
-    )
+            f"the dataset {part.label} cannot be opened: {type(error).__name__}: {said}. "
+            "Check `dataset`, `subset`, `split` and `revision`, and the network for a hub id"
+        ) from error

@@ -17,24 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from tessera.data.conversation import (
-    Chat,
-    Message,
-    SchemaError,
-    check,
-    tidy,
-    tool_calls,
-    tool_list,
-)
+from tessera.data.conversation import Chat, Message, SchemaError, check, tidy, tool_calls, tool_list
 from tessera.data.readers import EXCERPT, Bad, DataError, read_rows
 from tessera.runs.files import writing
 
 Dialect = Literal["nemotron", "nemotron-rendered", "openai", "sharegpt", "alpaca"]
 Row = dict[str, Any]
-
-
-class DialectError(SchemaError):
-    """A row whose keys are those of no dialect."""
 
 
 def read_row(row: Any) -> Chat:
@@ -44,10 +32,8 @@ def read_row(row: Any) -> Chat:
     for key, read in _READ.items():
         if key in row:
             return check(read(row))
-    raise DialectError(
-        f"no row of a known dialect: it has {', '.join(map(str, row)) or 'no keys'}, and none of "
-        f"{', '.join(_READ)}"
-    )
+    keys = ", ".join(map(str, row)) or "no keys"
+    raise SchemaError(f"no row of a known dialect: it has {keys}, and none of {', '.join(_READ)}")
 
 
 def write_row(chat: Chat, dialect: Dialect = "openai") -> Row:
@@ -56,10 +42,7 @@ def write_row(chat: Chat, dialect: Dialect = "openai") -> Row:
 
 
 def write_rows(path: Path, chats: Iterable[Chat], dialect: str = "openai") -> int:
-    """Writes chats as JSON lines, whole or not at all; returns their number.
-
-    Raises SchemaError for an unknown dialect, and for what the dialect has no words for.
-    """
+    """Writes chats as JSON lines, whole or not at all; returns their number."""
     if dialect not in _WRITE:
         raise SchemaError(f'no dialect "{dialect}"; known: {", ".join(_WRITE)}')
     part, written = path.with_name(f".{path.name}.tmp"), 0
@@ -88,19 +71,20 @@ def chats_of(label: str, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int,
         try:
             yield number, read_row(row)
         except SchemaError as error:
-            if number == 1 and isinstance(error, DialectError):
+            if number == 1 and isinstance(row, dict) and not _READ.keys() & row.keys():
                 raise DataError(f"{label}:1 is {error}") from None
             excerpt = json.dumps(row, ensure_ascii=True, default=str)[:EXCERPT]
             yield number, Bad(label, number, str(error), excerpt)
 
 
-def _chat(row: Row, messages: Any, own: tuple[str, ...], tools: Any = None) -> Chat:
+def _chat(row: Row, messages: Any, *own: str) -> Chat:
     """A chat; a `reasoning` that is neither on nor off is not about the switch, but an extra."""
     said = row.get("reasoning")
     if said in ("on", "off", None):
         own = (*own, "reasoning")
     extra = {key: value for key, value in row.items() if key not in own}
-    return Chat(tidy(messages), said if said in ("on", "off") else None, tool_list(tools), extra)
+    tools = tool_list(row.get("tools") if "tools" in own else None)
+    return Chat(tidy(messages), said if said in ("on", "off") else None, tools, extra)
 
 
 def _apart(chat: Chat, system: str, answer: str | None = None) -> tuple[list[Message], Row]:
@@ -115,17 +99,17 @@ def _apart(chat: Chat, system: str, answer: str | None = None) -> tuple[list[Mes
     return messages, row
 
 
-def _check_text(row: Row, *keys: str) -> None:
-    for key in keys:
-        if not isinstance(row.get(key) or "", str):
-            raise SchemaError(f"{key} is a {type(row[key]).__name__}, not text")
+def _check_plain(chat: Chat) -> None:
+    for index, message in enumerate(chat.messages):
+        if more := sorted(set(message) - {"role", "content"}) or chat.tools and ["tools"]:
+            raise SchemaError(f"message {index} has {more[0]}, which this dialect cannot say")
 
 
 def _read_openai(row: Row) -> Chat:
     """Content may be a list of parts; `tools`, calls and arguments may be strings of JSON."""
     if not isinstance(row["messages"], list):
         raise SchemaError(f"messages is a {type(row['messages']).__name__}, not a list")
-    return _chat(row, row["messages"], ("messages", "tools"), row.get("tools"))
+    return _chat(row, row["messages"], "messages", "tools")
 
 
 def _write_openai(chat: Chat) -> Row:
@@ -138,17 +122,9 @@ def _write_openai(chat: Chat) -> Row:
 
 
 _SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "call",
-    "observation": "tool",
-    "tool": "tool",
-    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
+    **{"function_call": "call", "observation": "tool", "tool": "tool", "system": "system"},
 }
 _NAMES = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system"}
 
@@ -158,24 +134,22 @@ def _read_sharegpt(row: Row) -> Chat:
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
         raise SchemaError("no conversations")
-    messages = [_spoken(index, turn) for index, turn in enumerate(turns)]
+    messages: list[Message] = []
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise SchemaError(f"turn {index} is no object with a text as `value`")
+        said, value = turn.get("from"), turn["value"]
+        role = _SPEAKERS.get(str(said).lower())
+        if role is None:
+            raise SchemaError(f"turn {index} is from {said!r}; known: {', '.join(_SPEAKERS)}")
+        if role == "call":
+            calls = tool_calls(index, value)
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        else:
+            messages.append({"role": role, "content": value})
     if (system := row.get("system")) not in (None, ""):
         messages.insert(0, {"role": "system", "content": system})
-    return _chat(row, messages, ("conversations", "system", "tools"), row.get("tools"))
-
-
-def _spoken(index: int, turn: Any) -> Message:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise SchemaError(f"turn {index} is no object with a text as `value`")
-    speaker = _SPEAKERS.get(str(turn.get("from")).lower())
-    if speaker is None:
-        raise SchemaError(
-            f"turn {index} is from {turn.get('from')!r}; known: {', '.join(_SPEAKERS)}"
-        )
-    if speaker == "call":
-        calls = tool_calls(index, turn["value"])
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    return {"role": speaker, "content": turn["value"]}
+    return _chat(row, messages, "conversations", "system", "tools")
 
 
 def _write_sharegpt(chat: Chat) -> Row:
@@ -190,10 +164,8 @@ def _turn(index: int, message: Message) -> dict[str, str]:
     calls = message.get("tool_calls")
     more = sorted(set(message) - {"role", "content", "tool_calls"})
     if more or (calls and message["content"]):
-        raise SchemaError(
-            f"message {index} has {(more or ['content beside tool_calls'])[0]}, which this dialect "
-            "cannot say"
-        )
+        found = more[0] if more else "content beside tool_calls"
+        raise SchemaError(f"message {index} has {found}, which this dialect cannot say")
     if calls:
         functions = [call["function"] for call in calls]
         value = json.dumps(functions if len(functions) > 1 else functions[0], ensure_ascii=False)
@@ -203,7 +175,9 @@ def _turn(index: int, message: Message) -> dict[str, str]:
 
 def _read_alpaca(row: Row) -> Chat:
     """`input` follows the instruction on a line of its own; `history` holds earlier pairs."""
-    _check_text(row, "instruction", "input", "output", "system")
+    for key in ("instruction", "input", "output", "system"):
+        if not isinstance(row.get(key) or "", str):
+            raise SchemaError(f"{key} is a {type(row[key]).__name__}, not text")
     question, about = row["instruction"] or "", row.get("input")
     pairs = row.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
@@ -216,18 +190,16 @@ def _read_alpaca(row: Row) -> Chat:
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
-    return _chat(row, messages, ("instruction", "input", "output", "system", "history"))
+    return _chat(row, messages, "instruction", "input", "output", "system", "history")
 
 
 def _write_alpaca(chat: Chat) -> Row:
     """Raises SchemaError for tools, and where turns do not alternate."""
+    _check_plain(chat)
     messages, row = _apart(chat, "system", "output")
-    plain = not chat.tools and all(set(one) == {"role", "content"} for one in chat.messages)
     roles = [message["role"] for message in messages]
-    if not plain or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
-        raise SchemaError("only plain questions and answers in turn can be said in this dialect")
-    if roles[-1:] != ["user"]:
-        raise SchemaError("no question before the answer")
+    if not len(roles) % 2 or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        raise SchemaError("only questions and answers in turn can be said in this dialect")
     texts = [message["content"] for message in messages]
     if texts[:-1]:
         row["history"] = [list(pair) for pair in zip(texts[:-1:2], texts[1:-1:2], strict=True)]
@@ -247,9 +219,9 @@ def _read_nemotron(row: Row) -> Chat:
     """
     given, prompt, output = row["input"], row.get("system_prompt"), row.get("output")
     messages = tidy(_turns(given) if isinstance(given, str) else given)
-    for key, value in (("system_prompt", prompt), ("output", output)):
-        if value is not None and not isinstance(value, str):
-            raise SchemaError(f"{key} is a {type(value).__name__}, not text")
+    for key in ("system_prompt", "output"):
+        if not isinstance(row.get(key), str | None):
+            raise SchemaError(f"{key} is a {type(row[key]).__name__}, not text")
     if prompt is not None:
         if messages[0]["role"] == "system":
             raise SchemaError("a system message in `input` beside system_prompt")
@@ -257,7 +229,16 @@ def _read_nemotron(row: Row) -> Chat:
     if output is not None:
         messages.append({"role": "assistant", "content": output.removesuffix(_END)})
     elif "args" in row:
-        _check_args(row["args"])
+        match row["args"]:
+            case {"instruction_id_list": list(ids), "instruction_kwargs": list(kwargs)}:
+                if len(ids) != len(kwargs):
+                    raise SchemaError(
+                        f"args name {len(ids)} instructions and {len(kwargs)} settings"
+                    )
+            case dict(args) if "instruction_id_list" not in args:
+                pass
+            case _:
+                raise SchemaError("args are no lists of instructions and their settings")
     own = ("input", "output", "reasoning", "system_prompt")
     extra = {key: value for key, value in row.items() if key not in own}
     return Chat(messages, row.get("reasoning"), [], extra)
@@ -274,23 +255,9 @@ def _turns(text: str) -> list[Message]:
     return turns
 
 
-def _check_args(args: Any) -> None:
-    match args:
-        case {"instruction_id_list": list(ids), "instruction_kwargs": list(kwargs)}:
-            if len(ids) != len(kwargs):
-                raise SchemaError(f"args name {len(ids)} instructions and {len(kwargs)} settings")
-        case dict() if "instruction_id_list" not in args:
-            return
-        case _:
-            raise SchemaError("args are no lists of instructions and their settings")
-
-
 def _write_nemotron(chat: Chat) -> Row:
     """The last answer as `output`. Raises SchemaError for tools."""
-    for index, message in enumerate(chat.messages):
-        if chat.tools or set(message) - {"role", "content"}:
-            more = sorted(set(message) - {"role", "content"}) or ["tools"]
-            raise SchemaError(f"message {index} has {more[0]}, which this dialect cannot say")
+    _check_plain(chat)
     messages, row = _apart(chat, "system_prompt", "output")
     return {"input": messages, **row}
 

@@ -1,19 +1,15 @@
 """Prepared documents as a source of batches: an endless list of rows, a pure function of the seed.
 
-Epoch e of a source is a permutation of its documents drawn from (seed, e, name), cut into windows
-of a few thousand. A window's documents are packed into rows best-fit (batch.py) and its rows are
-shuffled. The lists of several sources are interleaved by weight; no row holds two sources. Step s
-takes rows s·R … (s+1)·R - 1 and rank r every `world`-th of them, so a batch depends on (seed, step,
-rank) alone, and resuming needs no replay.
+Epoch e of a source is a permutation drawn from (seed, e, name), cut into windows whose documents
+are packed best-fit and whose rows are shuffled. Sources are interleaved by weight. Step s takes
+rows s·R … (s+1)·R - 1 and rank r every `world`-th of them, so resuming needs no replay.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ from numpy.typing import NDArray
 
 from tessera.data.batch import Batch, Sample, best_fit, chunks, collate, shift
 from tessera.data.readers import DataError
-from tessera.data.store import open_tokens
+from tessera.data.store import open_tokens, open_trained
 from tessera.runs.run import read_json, read_manifest
 
 ONE = 1 << 32
@@ -81,92 +77,73 @@ def plan_rows(
     return [[spans[i] for i in row] for row in rows]
 
 
-class Order:
-    """The endless list of a source's rows, planned a window at a time; `row(i)` in any order of i.
+class Part:
+    """One source's split on disk, and the endless list of its rows, planned a window at a time.
 
-    stream: numbers that set this order apart from others of the same seed.
-    documents: those that are read, all unless given.
+    weight: share of the trained tokens that it is to have. trained: the mode of each id that is
+    trained, else 0; None where all are. sizes: (sequence_length, row_length).
     """
 
     def __init__(
         self,
+        name: str,
+        weight: float,
+        ids: NDArray[Any],
         offsets: NDArray[np.int64],
-        sequence_length: int,
-        row_length: int,
+        trained: NDArray[np.uint8] | None,
+        sizes: tuple[int, int],
         seed: int,
-        stream: tuple[int, ...] = (),
-        documents: NDArray[np.int64] | None = None,
     ) -> None:
-        self.offsets, self.seed, self.stream = offsets, seed, stream
-        self.sequence_length, self.row_length = sequence_length, row_length
-        self.documents = documents
-        self._num_documents = len(offsets) - 1 if documents is None else len(documents)
-        self.num_windows = max(1, round(self._num_documents / WINDOW))
-        self._windows, self._firsts = [0], [0]  # known first rows of windows, both ascending
+        self.name, self.weight, self.sizes = name, weight, sizes
+        self.ids, self.offsets, self.trained = ids, offsets, trained
+        self.documents = np.arange(self.num_documents)  # those that are read
+        if trained is not None:
+            lengths = np.diff(offsets) - 1
+            (self.documents,) = np.nonzero(lengths <= sizes[0])
+            if not len(self.documents):
+                raise DataError(
+                    f"no chat of {name or 'the data'} fits into sequence_length = {sizes[0]}; the "
+                    f"shortest needs {lengths.min()}"
+                )
+        # By name: a source's own order is the same alone, in a mix, and in another mix.
+        self._seed, self._stream = seed, [zlib.crc32(name.encode())] if name else []
+        self.num_windows = max(1, round(len(self.documents) / WINDOW))
+        self._firsts = {0: 0}  # the first row of each window that is known
         self._permutation: tuple[int, NDArray[np.int64]] | None = None
-        self._at, self._rows = 0, self._plan(0)
+        self._window, self._rows = 0, self._plan(0)
         held = sum(stop - start - 1 for row in self._rows for start, stop in row)
         self.tokens_per_row = held / len(self._rows)
 
     @property
     def anchor(self) -> tuple[int, int]:
         """(window, its first row) of the row served last: all that resuming needs."""
-        return self._windows[self._at], self._firsts[self._at]
+        return self._window, self._firsts[self._window]
 
     def resume(self, window: int, first: int) -> None:
         """Jumps to a window without planning those before it."""
-        if window not in self._windows:
-            at = bisect.bisect(self._windows, window)
-            self._windows.insert(at, window)
-            self._firsts.insert(at, first)
-        self._at = self._windows.index(window)
-        self._rows = self._plan(window)
+        self._firsts.setdefault(window, first)
+        self._window, self._rows = window, self._plan(window)
 
     def row(self, index: int) -> Row:
-        """Row `index`; a window that was not planned yet is."""
-        if index < self._firsts[self._at]:
-            at = bisect.bisect(self._firsts, index) - 1
-            self.resume(self._windows[at], self._firsts[at])
-        while index >= self._firsts[self._at] + len(self._rows):
+        """Row `index`, in any order of them; a window that was not planned yet is."""
+        if index < self.anchor[1]:
+            self.resume(max(w for w, first in self._firsts.items() if first <= index), 0)
+        while index >= self.anchor[1] + len(self._rows):
             window, first = self.anchor
             self.resume(window + 1, first + len(self._rows))
-        return self._rows[index - self._firsts[self._at]]
+        return self._rows[index - self.anchor[1]]
 
     def _plan(self, window: int) -> list[Row]:
         epoch, part = divmod(window, self.num_windows)
         if self._permutation is None or self._permutation[0] != epoch:
-            shuffled = self._generator(epoch).permutation(self._num_documents)
-            chosen = shuffled if self.documents is None else self.documents[shuffled]
-            self._permutation = epoch, chosen
+            shuffled = self._generator(epoch).permutation(len(self.documents))
+            self._permutation = epoch, self.documents[shuffled]
         documents = np.array_split(self._permutation[1], self.num_windows)[part]
-        rows = plan_rows(self.offsets, documents, self.sequence_length, self.row_length)
-        order = self._generator(epoch, part).permutation(len(rows))
-        return [rows[i] for i in order]
+        rows = plan_rows(self.offsets, documents, *self.sizes)
+        return [rows[i] for i in self._generator(epoch, part).permutation(len(rows))]
 
     def _generator(self, *numbers: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *numbers, *self.stream])
-
-
-@dataclass(frozen=True)
-class OpenSource:
-    """One source's split on disk, memory-mapped.
-
-    weight: share of the trained tokens that it is to have. trained: the mode of each id that is
-    trained, else 0; None where all are.
-    """
-
-    name: str
-    weight: float
-    ids: NDArray[Any]
-    offsets: NDArray[np.int64]
-    trained: NDArray[np.uint8] | None
-
-
-@dataclass(frozen=True)
-class Part(OpenSource):
-    """One source of a data run, as training sees it."""
-
-    order: Order
+        return np.random.default_rng([self._seed, *numbers, *self._stream])
 
     @property
     def num_documents(self) -> int:
@@ -175,30 +152,23 @@ class Part(OpenSource):
     @property
     def num_left_out(self) -> int:
         """Chats that are longer than a sequence: a part of one would be trained on no question."""
-        return 0 if self.order.documents is None else self.num_documents - len(self.order.documents)
+        return self.num_documents - len(self.documents)
 
     @functools.cached_property
     def num_predictions(self) -> int:
         """Trained predictions of one epoch."""
         if self.trained is None:
             return len(self.ids) - self.num_documents
-        assert self.order.documents is not None
         before = np.concatenate([[0], np.cumsum(self.trained > 0, dtype=np.int64)])
         return int((before[self.offsets[1:]] - before[self.offsets[:-1]])[self.documents].sum())
-
-    @property
-    def documents(self) -> NDArray[np.int64]:
-        """The numbers of the documents that are read."""
-        chosen = self.order.documents
-        return np.arange(self.num_documents) if chosen is None else chosen
 
     @functools.cached_property
     def trained_per_row(self) -> float:
         """Trained predictions of a row, on average."""
         if self.trained is None:
-            return self.order.tokens_per_row
+            return self.tokens_per_row
         all_of_them = int((np.diff(self.offsets)[self.documents] - 1).sum())
-        return self.order.tokens_per_row * (self.num_predictions / all_of_them)
+        return self.tokens_per_row * (self.num_predictions / all_of_them)
 
     def sample(self, start: int, stop: int) -> Sample:
         """The predictions of ids[start:stop], which are of one document."""
@@ -232,39 +202,38 @@ class Documents:
         row_length: int | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        opened, self.pad_id = open_split(Path(path), split)
+        status = read_manifest(path).status
+        if status != "done":
+            raise DataError(f"the data run {path} is not finished ({status}); run its recipe again")
+        described = read_json(path, "data")
+        if split not in described["splits"]:
+            has = ", ".join(described["splits"])
+            raise DataError(f'{path} has no split "{split}"; it has: {has}')
+        self.pad_id = described["pad_id"]
         self.sequence_length, self.tokens_per_step = sequence_length, tokens_per_step
         self.row_length = row_length or sequence_length
         check_sizes(sequence_length, self.row_length, tokens_per_step, microbatch_tokens)
         self.rows_per_batch = microbatch_tokens // self.row_length
         self.split, self.seed = split, seed
         self.rank, self.world = shard
-        self.parts = [self._part(one) for one in opened]
-        shares = [part.weight / part.trained_per_row for part in self.parts]
-        self.mix = Interleaving(shares)
-
-    def _part(self, one: OpenSource) -> Part:
-        # By name: a source's own order is the same alone, in a mix, and in another mix.
-        stream = (zlib.crc32(one.name.encode()),) if one.name else ()
-        sizes = self.sequence_length, self.row_length
-        chosen = None if one.trained is None else self._whole(one)
-        order = Order(one.offsets, *sizes, self.seed, stream, chosen)
-        return Part(**vars(one), order=order)
-
-    def _whole(self, one: OpenSource) -> NDArray[np.int64]:
-        """The chats that a sequence holds. Raises DataError for none."""
-        lengths = np.diff(one.offsets) - 1
-        (chosen,) = np.nonzero(lengths <= self.sequence_length)
-        if not len(chosen):
+        self.parts: list[Part] = []
+        sizes = sequence_length, self.row_length
+        for name, one in described.get("sources", {"": {"weight": 1.0}}).items():
+            home = path / "tokens" / name
+            ids, offsets = open_tokens(home, split)
+            if len(offsets) > 1:
+                trained = open_trained(home, split)
+                part = Part(name, one["weight"], ids, offsets, trained, sizes, seed)
+                self.parts.append(part)
+        if not self.parts:
             raise DataError(
-                f"no chat of {one.name or 'the data'} fits into sequence_length = "
-                f"{self.sequence_length}; the shortest needs {lengths.min()}"
+                f'the split "{split}" of {path} holds no document; set `heldout` in its recipe to '
+                "a share or a number of documents"
             )
-        return chosen
+        self.mix = Interleaving([part.weight / part.trained_per_row for part in self.parts])
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step over all ranks."""
         return self.tokens_per_step // self.row_length
 
     def batches(self, step: int) -> list[Batch]:
@@ -274,8 +243,7 @@ class Documents:
 
     def _row(self, index: int) -> tuple[Part, Row]:
         source, own = self.mix.row(index)
-        part = self.parts[source]
-        return part, part.order.row(own)
+        return self.parts[source], self.parts[source].row(own)
 
     def heldout_batches(
         self, max_tokens: int | None = None, *, source: str | None = None
@@ -284,9 +252,12 @@ class Documents:
 
         max_tokens: only the first documents with at most that many predictions (at least one), of
         several sources each by its weight. source: only that one's documents.
-        The predictions do not depend on seed, microbatches or ranks.
         """
-        parts = self.parts if source is None else [self._named(source)]
+        parts = [part for part in self.parts if source in (None, part.name)]
+        if not parts:
+            names = ", ".join(part.name for part in self.parts if part.name)
+            names = names or "one without a name"
+            raise DataError(f'no source "{source}" in the split "{self.split}"; it has: {names}')
         total = sum(part.weight for part in parts)
         rows: list[tuple[Part, Row]] = []
         for part in parts:
@@ -294,21 +265,13 @@ class Documents:
             room = None if max_tokens is None else max_tokens * (part.weight / total)
             count = len(ends) if room is None else int(np.searchsorted(ends, room, "right"))
             documents = part.documents[: max(1, count)]
-            sizes = self.sequence_length, self.row_length
-            rows += [(part, row) for row in plan_rows(part.offsets, documents, *sizes)]
+            rows += [(part, row) for row in plan_rows(part.offsets, documents, *part.sizes)]
         return self._collate(rows)
 
-    def _named(self, source: str) -> Part:
-        found = {part.name: part for part in self.parts}
-        if source not in found:
-            names = ", ".join(filter(None, found)) or "one without a name"
-            raise DataError(f'no source "{source}" in the split "{self.split}"; it has: {names}')
-        return found[source]
-
     def summary(self, steps: int) -> list[dict[str, Any]]:
-        """A row for each source: what `steps` steps take of it, and how full its rows are.
+        """A row for each source: what `steps` steps take of it.
 
-        share: of the trained tokens; epochs: how often each of its documents is seen; fill: share
+        share: of the trained tokens. epochs: how often each of its documents is seen. fill: share
         of a row's positions that hold tokens, as in the first window.
         """
         taken = self.mix.counts(steps * self.rows_per_step)
@@ -322,14 +285,14 @@ class Documents:
                 "tokens": len(part.ids),
                 "trained": round(tokens),
                 "epochs": tokens / part.num_predictions,
-                "fill": part.order.tokens_per_row / self.row_length,
+                "fill": part.tokens_per_row / self.row_length,
             }
             for part, tokens in zip(self.parts, trained, strict=True)
         ]
 
     def state_dict(self) -> dict[str, Any]:
         """Where each source's order stands (window, its first row), and what it is an order of."""
-        anchors = {part.name: list(part.order.anchor) for part in self.parts}
+        anchors = {part.name: list(part.anchor) for part in self.parts}
         return {"anchors": anchors, "of": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -345,7 +308,7 @@ class Documents:
                 "undo the change or begin the run again"
             )
         for part in self.parts:
-            part.order.resume(*state["anchors"][part.name])
+            part.resume(*state["anchors"][part.name])
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -376,11 +339,7 @@ def heldout(
     tokens: int,
     source: str | None = None,
 ) -> list[Batch]:
-    """The first held-out documents of a data run, at most `tokens` predictions: always the same.
-
-    Rows of `microbatch_tokens` positions, pieces of at most `sequence_length`. Of several sources
-    each by its weight, or only one's.
-    """
+    """The first held-out documents of a data run, at most `tokens` predictions: always the same."""
     documents = Documents(
         path,
         split="heldout",
@@ -393,42 +352,13 @@ def heldout(
     return documents.heldout_batches(tokens, source=source)
 
 
-def open_split(path: Path, split: str) -> tuple[list[OpenSource], int]:
-    """The sources of a finished data run that hold documents of a split, and the padding id.
-
-    Raises DataError for a run that is not done and for a split that is absent or empty.
-    """
-    status = read_manifest(path).status
-    if status != "done":
-        raise DataError(f"the data run {path} is not finished ({status}); run its recipe again")
-    described = read_json(path, "data")
-    if split not in described["splits"]:
-        raise DataError(f'{path} has no split "{split}"; it has: {", ".join(described["splits"])}')
-    weights = {name: one["weight"] for name, one in described.get("sources", {}).items()}
-    found = []
-    for name, weight in (weights or {"": 1.0}).items():
-        home = path / "tokens" / name
-        ids, offsets = open_tokens(home, split)
-        chats = (home / f"{split}.trained.npy").is_file()
-        trained = open_tokens(home, f"{split}.trained")[0] if chats else None
-        found.append(OpenSource(name, weight, ids, offsets, trained))
-    found = [one for one in found if len(one.offsets) > 1]
-    if not found:
-        raise DataError(
-            f'the split "{split}" of {path} holds no document; set `heldout` in its recipe to a '
-            "share or a number of documents"
-        )
-    return found, described["pad_id"]
-
-
 def check_sizes(
     sequence_length: int, row_length: int, tokens_per_step: int, microbatch_tokens: int
 ) -> None:
     """Raises DataError, naming the nearest that will do, for portions that no rows make up."""
     if row_length < sequence_length:
         raise DataError(
-            f"sequence_length = {sequence_length} is longer than a row of {row_length} positions; "
-            "lower it, or raise microbatch_tokens"
+            f"sequence_length = {sequence_length} is longer than a row of {row_length} positions"
         )
     if tokens_per_step < 1 or tokens_per_step % row_length:
         near = max(1, round(tokens_per_step / row_length)) * row_length
@@ -438,6 +368,5 @@ def check_sizes(
         )
     if microbatch_tokens < row_length:
         raise DataError(
-            f"microbatch_tokens = {microbatch_tokens} does not hold one row of {row_length} "
-            "positions; raise it to that at least"
+            f"microbatch_tokens = {microbatch_tokens} does not hold one row of {row_length}"
         )

@@ -1,10 +1,8 @@
 """Records to ids, once: what a file or a split of a dataset became is kept in the cache.
 
-A unit is read once. Its documents, the hash of every record and the broken records go into one
-entry of the cache, under a key of all that they follow from: the content, how it is read and
-encoded. What is held out is not part of it, so the entry serves every source, mix and recipe, and
-writing a split is copying. A tokenizer that is still to be trained needs the hashes first: then an
-entry is made without ids.
+An entry holds a unit's documents, the hash of every record and the broken records. What is held out
+is not part of it, so it serves every source, mix and recipe, and writing a split is copying. A
+tokenizer that is still to be trained needs the hashes first: then an entry is made without ids.
 """
 
 from __future__ import annotations
@@ -26,13 +24,14 @@ from tessera.data.batch import OFF, ON, PLAIN
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError, Record
-from tessera.data.store import TokenCache, TokenWriter, blocks, open_tokens
+from tessera.data.store import TokenCache, TokenWriter, blocks, open_tokens, open_trained
 from tessera.data.tokenizer import Tokenizer
 from tessera.progress import Progress
 
 TOKENIZE_AT_ONCE = 512  # documents, and about as many characters: whichever is reached first
 CHARACTERS_AT_ONCE = 1 << 22
-IDS, TRAINED = "documents", "trained"
+IDS = "documents"
+_Made = list[tuple[list[int], NDArray[np.uint8] | None]]  # documents of a record: ids, mask
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ class Portion:
 class Encoder:
     """How the records of a source become documents.
 
-    bos: whether texts begin with the tokenizer's <s>. end: the ids that end them, 0 or 1. chats:
-    how conversations are rendered, which decides their first and last ids; None for other records.
-    masked: whether a part of each document is not trained.
+    bos: whether texts begin with the tokenizer's <s>. end: the ids that end them, 0 or 1. chats: of
+    conversations, whose template decides their first and last ids. masked: whether a part of each
+    document is not trained.
     """
 
     tokenizer: Tokenizer
@@ -67,11 +66,6 @@ class Encoder:
     masked: bool = False
 
     @property
-    def specials(self) -> int:
-        """Ids of a document that are not of its text."""
-        return self.bos + len(self.end)
-
-    @property
     def identity(self) -> list[Any]:
         """What the ids of a document follow from, beside its record."""
         if self.chats is not None:
@@ -79,70 +73,58 @@ class Encoder:
         return [self.tokenizer.fingerprint(), self.tokenizer.bos_id if self.bos else None, self.end]
 
     def portions(self, contents: Iterable[Any]) -> Iterator[Portion]:
-        """The documents of records of one kind, some at a time.
-
-        The tokenizer's own threads share each time.
-        """
+        """The documents of records of one kind, some at a time."""
+        encode = self._chats if self.chats else self._pairs if self.masked else self._texts
         first = 0
         for some in _batched(contents):
-            encode = self._chats if self.chats else self._pairs if self.masked else self._texts
-            yield encode(some, first)
+            ids, marks, origin, refused = [], [], [], []
+            for number, found in enumerate(encode(some), first):
+                if isinstance(found, str):
+                    refused.append((number, found))
+                    continue
+                for one, mark in found:
+                    ids.append(np.array(one, np.uint32))
+                    marks.append(mark)
+                    origin.append(number)
+            sizes = [0] * len(ids) if self.masked else [len(text.encode()) for text in some]
+            yield Portion(
+                np.concatenate([np.zeros(0, np.uint32), *ids]),
+                np.array([len(one) for one in ids], np.int64),
+                np.array(sizes, np.uint32),
+                np.concatenate([np.zeros(0, np.uint8), *marks]) if self.masked else None,
+                np.array(origin, np.int64),
+                refused,
+            )
             first += len(some)
 
-    def _texts(self, texts: list[str], first: int) -> Portion:
+    def _texts(self, texts: list[str]) -> list[_Made]:
         tail = list(self.end)
-        ids = [one + tail for one in self.tokenizer.encode_batch(texts, bos=self.bos)]
-        sizes = [len(text.encode()) for text in texts]
-        return _portion(ids, None, range(first, first + len(ids)), sizes)
+        return [[(one + tail, None)] for one in self.tokenizer.encode_batch(texts, bos=self.bos)]
 
-    def _pairs(self, pairs: list[tuple[str, str]], first: int) -> Portion:
+    def _pairs(self, pairs: list[tuple[str, str]]) -> list[_Made]:
         """Prompt and completion are encoded apart, as an engine does."""
         asked = self.tokenizer.encode_batch([prompt for prompt, _ in pairs], bos=self.bos)
         told = self.tokenizer.encode_batch([completion for _, completion in pairs])
         tail = list(self.end)
-        ids = [a + b + tail for a, b in zip(asked, told, strict=True)]
         marks = [
             np.repeat(np.array([0, PLAIN], np.uint8), [len(a), len(b) + len(tail)])
             for a, b in zip(asked, told, strict=True)
         ]
-        return _portion(ids, marks, range(first, first + len(ids)))
+        return [[(a + b + tail, m)] for a, b, m in zip(asked, told, marks, strict=True)]
 
-    def _chats(self, chats: list[Chat], first: int) -> Portion:
+    def _chats(self, chats: list[Chat]) -> list[_Made | str]:
         assert self.chats is not None
-        ids, marks, origin, refused = [], [], [], []
-        for number, found in enumerate(self.chats.encode_batch(chats), first):
-            if isinstance(found, str):
-                refused.append((number, found))
-                continue
-            for document in found:
-                ids.append(document.ids)
-                mark = ON if document.mode == "on" else OFF
-                marks.append(np.array(document.trained, np.uint8) * np.uint8(mark))
-                origin.append(number)
-        return _portion(ids, marks, origin, refused=refused)
-
-
-def _portion(
-    ids: Sequence[list[int]],
-    marks: Sequence[NDArray[np.uint8]] | None,
-    origin: Sequence[int],
-    sizes: Sequence[int] | None = None,
-    refused: Sequence[tuple[int, str]] = (),
-) -> Portion:
-    arrays = [np.zeros(0, np.uint32), *(np.array(one, np.uint32) for one in ids)]
-    return Portion(
-        np.concatenate(arrays),
-        np.array([len(one) for one in ids], np.int64),
-        np.zeros(len(ids), np.uint32) if sizes is None else np.array(sizes, np.uint32),
-        None if marks is None else np.concatenate([np.zeros(0, np.uint8), *marks]),
-        np.array(origin, np.int64),
-        refused,
-    )
+        values = {"on": np.uint8(ON), "off": np.uint8(OFF)}
+        return [
+            found
+            if isinstance(found, str)
+            else [(one.ids, np.array(one.trained, np.uint8) * values[one.mode]) for one in found]
+            for found in self.chats.encode_batch(chats)
+        ]
 
 
 def _batched(contents: Iterable[Any]) -> Iterator[list[Any]]:
-    some: list[Any] = []
-    characters = 0
+    some, characters = [], 0
     for content in contents:
         some.append(content)
         characters += len(content) if isinstance(content, str) else 0
@@ -155,16 +137,16 @@ def _batched(contents: Iterable[Any]) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class Unit:
-    """One thing that a source reads.
+    """A file or a split of a dataset.
 
     records: its documents and broken records, in order. identity: JSON values that those follow
-    from; called, because it hashes the content. stamp: changes whenever the content may have.
+    from. stamp: changes whenever the content may have.
     """
 
     label: str
     records: Callable[[], Iterator[Record[Any] | Bad]]
     identity: Callable[[], Any]
-    stamp: Callable[[], Any] = lambda: None
+    stamp: Callable[[], Any]
 
 
 class Entry:
@@ -195,8 +177,7 @@ class Entry:
     def portions(self) -> Iterator[Portion]:
         """Its documents, some at a time."""
         ids, offsets = open_tokens(self.home, IDS)
-        masked = (self.home / f"{TRAINED}.npy").is_file()
-        trained = open_tokens(self.home, TRAINED)[0] if masked else None
+        trained = open_trained(self.home, IDS)
         sizes, origin = (np.load(self.home / f"{name}.npy") for name in ("sizes", "origin"))
         for start, stop in blocks(offsets):
             part, span = slice(start, stop), slice(offsets[start], offsets[stop])
@@ -210,8 +191,7 @@ def read_unit(
 ) -> Entry:
     """At most `limit` good records of a unit, from the cache where they were read before.
 
-    Without an encoder the entry holds no documents. Raises DataError where the unit changes while
-    it is read.
+    Without an encoder no documents. Raises DataError where the unit changes while it is read.
     """
     stamp = unit.stamp()
     identity = ["unit", unit.identity(), limit, encoder and encoder.identity]
@@ -256,42 +236,26 @@ def _read(
                 lines.append(record.line)
                 yield record.content
 
+    refused: list[tuple[int, str]] = []
     if encoder is None:
-        refused = []
         deque(contents(), maxlen=0)
     else:
-        refused = _tokenise(encoder, contents(), directory, bar)
+        size = encoder.tokenizer.vocab_size
+        sizes, origin = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
+        with TokenWriter(directory, IDS, size, encoder.masked) as writer:
+            for portion in encoder.portions(contents()):
+                writer.add(portion.ids, portion.lengths, portion.trained)
+                sizes.append(portion.sizes)
+                origin.append(portion.origin)
+                refused += portion.refused
+                if bar is not None:
+                    bar.advance(0, len(portion.ids))
+            writer.finish()
+        np.save(directory / "sizes.npy", np.concatenate(sizes))
+        np.save(directory / "origin.npy", np.concatenate(origin))
     np.save(directory / "keys.npy", np.array(keys, np.uint64))
     counts = {"records": len(keys) + len(broken), "bad": len(broken) + len(refused)}
     (directory / "counts.json").write_text(json.dumps(counts))
     broken += [(lines[number], reason, "") for number, reason in refused]
     told = [json.dumps(one, ensure_ascii=False) + "\n" for one in broken]
     (directory / "bad.jsonl").write_text("".join(told), encoding="utf-8")
-
-
-def _tokenise(
-    encoder: Encoder, contents: Iterable[Any], directory: Path, bar: Progress | None
-) -> list[tuple[int, str]]:
-    """Writes the documents; returns the numbers of the records that were refused, and why."""
-    size = encoder.tokenizer.vocab_size
-    sizes, origin = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
-    refused: list[tuple[int, str]] = []
-    with (
-        TokenWriter(directory, IDS, size) as ids,
-        TokenWriter(directory, TRAINED, size, np.uint8) as mask,
-    ):
-        for portion in encoder.portions(contents):
-            ids.add(portion.ids, portion.lengths)
-            if portion.trained is not None:
-                mask.add(portion.trained, portion.lengths)
-            sizes.append(portion.sizes)
-            origin.append(portion.origin)
-            refused += portion.refused
-            if bar is not None:
-                bar.advance(0, len(portion.ids))
-        ids.finish()
-        if encoder.masked:
-            mask.finish()
-    np.save(directory / "sizes.npy", np.concatenate(sizes))
-    np.save(directory / "origin.npy", np.concatenate(origin))
-    return refused

@@ -1,11 +1,8 @@
 """Stage `data`: sources in, token files and a tokenizer out.
 
-    tokens/train.npy, tokens/heldout.npy            one source (store.py)
-    tokens/NAME/train.npy, tokens/NAME/heldout.npy  several, with their weights in tables/data.json
-    quarantine.jsonl                                broken records: source, file, line, reason
-
-sources.py says what a source is and how it is split, encode.py how it becomes ids. Nothing is
-shuffled or mixed here: `Documents` decides the order of training.
+tokens/train.npy, tokens/heldout.npy            one source (store.py)
+tokens/NAME/train.npy, tokens/NAME/heldout.npy  several, with their weights in tables/data.json
+quarantine.jsonl                                broken records: source, file, line, reason
 """
 
 from __future__ import annotations
@@ -24,10 +21,10 @@ from numpy.typing import NDArray
 from tessera import dist
 from tessera.data.batch import chunks, fill
 from tessera.data.chat import ChatEncoder
-from tessera.data.config import BPE, DataConfig, Reading, SourceConfig
+from tessera.data.config import BPE, DataConfig, Reading
 from tessera.data.dataset import local_dataset
 from tessera.data.documents import WINDOW
-from tessera.data.encode import Encoder, Entry, Portion
+from tessera.data.encode import Encoder, Portion
 from tessera.data.problems import SPLITS, Split
 from tessera.data.readers import Bad, DataError
 from tessera.data.sources import Source
@@ -39,51 +36,40 @@ from tessera.progress import Progress
 from tessera.runs.files import atomic_write, writing
 from tessera.runs.run import Run
 
-__all__ = ["BPE", "DataConfig", "SourceConfig", "stage"]
-
 CACHE = ".tokens"
 FILL_LENGTH = 512  # the summary states the fill of rows this long
 SHOWN_BAD = 5
 
 
-def quarantine(run: Run, sources: Sequence[Source], max_bad: float) -> int:
-    """Writes the broken records to quarantine.jsonl and returns their number.
+def quarantine(run: Run, sources: Sequence[Source], max_bad: float) -> None:
+    """Writes the broken records to quarantine.jsonl.
 
     Raises DataError when they are more than `max_bad` of a source's, and when nothing is left.
     """
-    broken = sum(source.num_bad for source in sources)
-    if broken:
-        _write_quarantine(run.path / "quarantine.jsonl", sources)
+    path = run.path / "quarantine.jsonl"
+    if any(source.num_bad for source in sources):
+        part = path.with_name(f".{path.name}.tmp")
+        with writing(path), part.open("w", encoding="utf-8") as file:
+            for source in sources:
+                named = {"source": source.name} if source.name else {}
+                for record in source.broken():
+                    row = {"file": record.file, "line": record.line, "reason": record.reason}
+                    row = {**named, **row, "excerpt": record.excerpt}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            os.replace(part, path)
     for source in sources:
         total = sum(one.records for one in source.entries)
         if source.num_bad > max_bad * total:
             shown = "\n".join(f"  {bad}" for bad in itertools.islice(source.broken(), SHOWN_BAD))
             raise DataError(
                 f"{source.where}{source.num_bad} of {total} records are broken, more than max_bad "
-                f"= {max_bad:g} allows (all are listed in {run.path / 'quarantine.jsonl'}):\n"
-                f"{shown}\nRepair them, or raise `max_bad`"
+                f"= {max_bad:g} allows (all are listed in {path}):\n{shown}\nRepair them, or raise "
+                "`max_bad`"
             )
         for entries in (source.corpus, source.own_heldout):
-            _check_not_empty(entries, source.where)
-    return broken
-
-
-def _write_quarantine(path: Path, sources: Sequence[Source]) -> None:
-    part = path.with_name(f".{path.name}.tmp")
-    with writing(path), part.open("w", encoding="utf-8") as file:
-        for source in sources:
-            named = {"source": source.name} if source.name else {}
-            for record in source.broken():
-                row = {"file": record.file, "line": record.line, "reason": record.reason}
-                row = {**named, **row, "excerpt": record.excerpt}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(part, path)
-
-
-def _check_not_empty(entries: Sequence[Entry], where: str) -> None:
-    if entries and not any(len(one.keys) for one in entries):
-        names = ", ".join(one.unit.label for one in entries[:3])
-        raise DataError(f"{where}no document in {names}: every record is empty")
+            if entries and not any(len(one.keys) for one in entries):
+                names = ", ".join(one.unit.label for one in entries[:3])
+                raise DataError(f"{source.where}no document in {names}: every record is empty")
 
 
 def choose_tokenizer(
@@ -104,97 +90,58 @@ def choose_tokenizer(
     return load_tokenizer(model or str(wanted))
 
 
-def end_of(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that follow the last token of every document: one or none."""
-    ids = {"eos": tokenizer.eos_ids[:1], "bos": (tokenizer.bos_id,), "none": ()}[config.end]
-    missing = config.end != "none" and (not ids or ids[0] is None)
-    if missing or (config.bos and tokenizer.bos_id is None):
-        key = f'end = "{config.end}"' if missing else "bos = true"
-        raise DataError(
-            f"{key}: the tokenizer names no such token (beginning: {tokenizer.bos_id}, ends: "
-            f'{tokenizer.eos_ids}); set bos = false or end = "none", or name the tokens in its '
-            "tokenizer_config.json"
-        )
-    return tuple(i for i in ids if i is not None)
-
-
 def encoder_of(config: DataConfig, reading: Reading, tokenizer: Tokenizer) -> Encoder:
     """How a source's records become ids."""
     if reading.chats:
         chats = ChatEncoder.of(tokenizer, reading.turns, reading.switch)
         return Encoder(tokenizer, chats=chats, masked=True)
-    return Encoder(tokenizer, config.bos, end_of(config, tokenizer), masked=reading.masked)
+    bos, ends = tokenizer.bos_id, tokenizer.eos_ids
+    end = {"eos": ends[:1], "bos": () if bos is None else (bos,), "none": ()}[config.end]
+    missing = config.end != "none" and not end
+    if missing or (config.bos and bos is None):
+        key = f'end = "{config.end}"' if missing else "bos = true"
+        raise DataError(
+            f"{key}: the tokenizer names no such token (beginning: {bos}, ends: {ends}); set "
+            'bos = false or end = "none", or name the tokens in its tokenizer_config.json'
+        )
+    return Encoder(tokenizer, config.bos, end, masked=reading.masked)
 
 
 class SplitWriter:
-    """The token files of one split, and of masked records the file of what is trained."""
+    """The token files of one split, and what the summary says of them."""
 
     def __init__(self, stack: ExitStack, directory: Path, split: Split, encoder: Encoder) -> None:
-        size = encoder.tokenizer.vocab_size
         self.split, self.encoder = split, encoder
         self.bytes = self.own_ids = self.num_trained = 0
-        self.ids = stack.enter_context(TokenWriter(directory, split, size))
-        self.mask = None
-        if encoder.masked:
-            mask = TokenWriter(directory, f"{split}.trained", size, np.uint8)
-            self.mask = stack.enter_context(mask)
+        size = encoder.tokenizer.vocab_size
+        self.writer = stack.enter_context(TokenWriter(directory, split, size, encoder.masked))
 
-    def add(self, portion: Portion, chosen: NDArray[np.bool_]) -> None:
-        """Adds the chosen documents, but those that hold no prediction."""
+    def add(self, portion: Portion, chosen: NDArray[np.bool_] | None = None) -> None:
+        """Adds the chosen documents, all unless given, but those that hold no prediction."""
         lengths, ids, trained = portion.lengths, portion.ids, portion.trained
+        chosen = np.ones(len(lengths), bool) if chosen is None else chosen
         self.bytes += int(portion.sizes[chosen].sum())
-        self.own_ids += int((lengths[chosen] - self.encoder.specials).sum())
+        specials = self.encoder.bos + len(self.encoder.end)  # ids that are not of a text
+        self.own_ids += int((lengths[chosen] - specials).sum())
         kept = chosen & (lengths > 1)
         if not kept.all():
             inside = np.repeat(kept, lengths)
             lengths, ids = lengths[kept], ids[inside]
             trained = None if trained is None else trained[inside]
-        self.ids.add(ids, lengths)
-        if self.mask is not None and trained is not None:
-            self.mask.add(trained, lengths)
+        self.writer.add(ids, lengths, trained)
+        if trained is not None:
             self.num_trained += int(np.count_nonzero(trained))
 
     def finish(self) -> dict[str, Any]:
-        """Makes the split visible; returns what the summary says of it."""
-        if self.mask is not None:
-            self.mask.finish()
-        lengths = np.diff(self.ids.finish())
+        lengths = np.diff(self.writer.finish())
         pieces = [b - a - 1 for n in lengths[:WINDOW].tolist() for a, b in chunks(n, FILL_LENGTH)]
-        per_token = round(self.bytes / max(1, self.own_ids), 4)
-        text = {"bytes": self.bytes, "bytes_per_token": per_token}
-        return {
-            "split": self.split,
-            "documents": len(lengths),
-            "tokens": int(lengths.sum()),
-            **(text if self.mask is None else {}),
-            "longest": int(lengths.max(initial=0)),
-            f"fill_{FILL_LENGTH}": round(fill(pieces, FILL_LENGTH), 4),
-            **({} if self.mask is None else {"trained": self.num_trained}),
-        }
-
-
-def write_source(
-    directory: Path, source: Source, encoder: Encoder, bar: Progress
-) -> list[dict[str, Any]]:
-    """Writes the token files of a source; returns a row of figures for each split."""
-    with ExitStack() as stack:
-        train, heldout = (SplitWriter(stack, directory, split, encoder) for split in SPLITS)
-        for entry in source.corpus:
-            held = source.is_heldout(entry.keys)
-            for portion in entry.portions():
-                train.add(portion, ~held[portion.origin])
-                heldout.add(portion, held[portion.origin])
-        for entry in source.own_heldout:
-            for portion in entry.portions():
-                heldout.add(portion, np.ones(len(portion.lengths), bool))
-        for task, split, count in source.tasks:
-            writer = train if split == "train" else heldout
-            for portion in encoder.portions(source.problems(task, split, count)):
-                writer.add(portion, np.ones(len(portion.lengths), bool))
-                bar.advance(0, len(portion.ids))
-                source.refused += [Bad(task, i + 1, why, "") for i, why in portion.refused]
-            bar.advance(1, 0)
-        return [train.finish(), heldout.finish()]
+        row = {"split": self.split, "documents": len(lengths), "tokens": int(lengths.sum())}
+        if not self.encoder.masked:
+            per_token = round(self.bytes / max(1, self.own_ids), 4)
+            row |= {"bytes": self.bytes, "bytes_per_token": per_token}
+        row |= {"longest": int(lengths.max(initial=0))}
+        row |= {f"fill_{FILL_LENGTH}": round(fill(pieces, FILL_LENGTH), 4)}
+        return row if not self.encoder.masked else {**row, "trained": self.num_trained}
 
 
 def write_sources(
@@ -211,17 +158,30 @@ def write_sources(
     """
     rows = []
     for source, encoder in zip(sources, encoders, strict=True):
-        train, heldout = write_source(run.path / "tokens" / source.name, source, encoder, bar)
-        if not train["documents"]:
-            raise DataError(
-                f"{source.where}no document has two tokens, so there is nothing to predict"
-            )
+        with ExitStack() as stack:
+            home = run.path / "tokens" / source.name
+            train, heldout = (SplitWriter(stack, home, split, encoder) for split in SPLITS)
+            for entry in source.corpus:
+                held = source.is_heldout(entry.keys)
+                for portion in entry.portions():
+                    train.add(portion, ~held[portion.origin])
+                    heldout.add(portion, held[portion.origin])
+            for portion in itertools.chain(*(one.portions() for one in source.own_heldout)):
+                heldout.add(portion)
+            for task, split, count in source.tasks:
+                for portion in encoder.portions(source.problems(task, split, count)):
+                    (train if split == "train" else heldout).add(portion)
+                    bar.advance(0, len(portion.ids))
+                    source.refused += [Bad(task, i + 1, why, "") for i, why in portion.refused]
+                bar.advance(1, 0)
+            trained, held_out = train.finish(), heldout.finish()
+        if not trained["documents"]:
+            raise DataError(f"{source.where}no document has two tokens: nothing to predict")
         if not source.name:
-            return [train, heldout]
+            return [trained, held_out]
         share = config.shares[source.name]
-        more = {"weight": round(share, 6), "repeats_after": round(train["tokens"] / share)}
-        rows += [{"source": source.name, **train, **more}]
-        rows += [{"source": source.name, **heldout}]
+        more = {"weight": round(share, 6), "repeats_after": round(trained["tokens"] / share)}
+        rows += [{"source": source.name, **trained, **more}, {"source": source.name, **held_out}]
     return rows
 
 
@@ -235,32 +195,11 @@ def seen_in_train(sources: Sequence[Source]) -> int:
     return seen
 
 
-def describe(
-    config: DataConfig, tokenizer: Tokenizer, sources: Sequence[Source], seen: int
-) -> dict[str, Any]:
-    """tables/data.json: what `Documents` has to know, and what went wrong."""
-    named = {
-        source.name: {"weight": config.shares[source.name], "quarantined": source.num_bad}
-        for source in sources
-        if source.name
-    }
-    return {
-        "splits": list(SPLITS),
-        "vocab_size": tokenizer.vocab_size,
-        "pad_id": tokenizer.pad_id,
-        "bos": config.bos,
-        "end": config.end,
-        "quarantined": sum(source.num_bad for source in sources),
-        "heldout_seen_in_train": seen,
-        **({"sources": named} if named else {}),
-    }
-
-
 def say_beginning(run: Run, readings: Mapping[str, Reading]) -> None:
     """What is going to be read."""
     inputs = sum(len(one.inputs()) for one in readings.values())
-    hub = [one.dataset for one in readings.values() if one.dataset]
-    hub = [name for name in hub if local_dataset(name) is None]
+    named = [one.dataset for one in readings.values() if one.dataset]
+    hub = [name for name in named if local_dataset(name) is None]
     drawn = sum(sum(one.tasks.values()) for one in readings.values())
     what = [f"reading {inputs} file{'s' * (inputs > 1)}"] if inputs else []
     what += [f"fetching {', '.join(hub)}"] if hub else []
@@ -271,21 +210,17 @@ def say_beginning(run: Run, readings: Mapping[str, Reading]) -> None:
 def say_rows(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each source and split."""
     for row in rows:
-        name = f"{row['source']}, " if "source" in row else ""
-        told = (
-            f"of which {row['trained']:,} are trained"
-            if "trained" in row
-            else f"of {row['bytes_per_token']:.2f} bytes"
-        )
-        mixed = (
-            f"; {row['weight']:.1%} of the mix, anew after {row['repeats_after']:,} tokens of it"
-            if "weight" in row
-            else ""
-        )
-        run.say(
-            f"{name}{row['split']}: {row['documents']:,} documents, {row['tokens']:,} tokens "
-            f"{told}, longest {row['longest']:,}{mixed}"
-        )
+        told = f"{row['source']}, " if "source" in row else ""
+        told += f"{row['split']}: {row['documents']:,} documents, {row['tokens']:,} tokens "
+        if "trained" in row:
+            told += f"of which {row['trained']:,} are trained"
+        else:
+            told += f"of {row['bytes_per_token']:.2f} bytes"
+        told += f", longest {row['longest']:,}"
+        if "weight" in row:
+            told += f"; {row['weight']:.1%} of the mix, anew after {row['repeats_after']:,} tokens"
+            told += " of it"
+        run.say(told)
 
 
 def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> None:
@@ -294,7 +229,11 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
         return  # the others wait at the end of the stage
     readings = config.readings
     say_beginning(run, readings)
-    with TokenCache(cache_directory(config, run), config.cache.gib) as cache:
+    of_recipe = (run.path / "recipe.toml").is_file()  # RUNS/RECIPE/RUN
+    home = run.path.parents[1 if of_recipe else 0] / CACHE
+    if config.cache.directory:
+        home = Path(config.cache.directory).expanduser()
+    with TokenCache(home, config.cache.gib) as cache:
         sources = [Source(name, one, run.seed) for name, one in readings.items()]
         if isinstance(config.tokenizer, BPE):  # it is trained on what is not held out
             for source in sources:
@@ -318,13 +257,19 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
         if any(source.reading.chats for source in sources):
             atomic_write(run.path / "tokenizer" / TEMPLATE_FILE, template_of(tokenizer).source)
         run.write_table("summary", rows)
-        run.write_json("data", describe(config, tokenizer, sources, seen_in_train(sources)))
+        named = {
+            source.name: {"weight": config.shares[source.name], "quarantined": source.num_bad}
+            for source in sources
+            if source.name
+        }
+        described = {
+            "splits": list(SPLITS),
+            "vocab_size": tokenizer.vocab_size,
+            "pad_id": tokenizer.pad_id,
+            "bos": config.bos,
+            "end": config.end,
+            "quarantined": sum(source.num_bad for source in sources),
+            "heldout_seen_in_train": seen_in_train(sources),
+        }
+        run.write_json("data", {**described, **({"sources": named} if named else {})})
     say_rows(run, rows)
-
-
-def cache_directory(config: DataConfig, run: Run) -> Path:
-    """Where tokenised files are kept: beside all recipes' directories, or beside a lone run."""
-    if config.cache.directory:
-        return Path(config.cache.directory).expanduser()
-    of_recipe = (run.path / "recipe.toml").is_file()  # RUNS/RECIPE/RUN
-    return run.path.parents[1 if of_recipe else 0] / CACHE

@@ -24,14 +24,11 @@ import numpy as np
 from tessera.data.conversation import Chat, Mode
 from tessera.data.switch import set_switch
 from tessera.data.thought import CLOSE, OPEN
+from tessera.table import nearest
 
 PREFIX = "gym/"
-TOP_LEVEL = 4
-SEEDS = 2**31 - 1
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
-HELDOUT_SHARE = 0.1
-WORK_SHARE = 0.75
 MODES: tuple[Mode, Mode] = ("on", "off")
 LETTERS = string.ascii_lowercase
 # Every operation that occurs: with ten register values, 120 facts to learn.
@@ -44,10 +41,7 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question with its reasoning and its answer.
-
-    results: what each step of `work` found, as it stands there; a hasty thought skips some.
-    """
+    """A question; results: what each step of `work` found (a hasty thought skips some)."""
 
     name: str
     question: str
@@ -62,15 +56,12 @@ class Problem:
         return split_of(self.question)
 
     def text(self, work: bool = True) -> str:
-        """The document of this problem, with or without the reasoning."""
+        """The document of this problem."""
         reasoning = f"Work: {self.work}\n" if work and self.work else ""
         return f"{self.question}\n{reasoning}Answer: {self.answer}"
 
     def chat(self, mode: Mode) -> Chat:
-        """The conversation of this problem: the reasoning is the thought, or left out.
-
-        Raises TaskError for reasoning on where the problem shows no work.
-        """
+        """The conversation of this problem. Raises TaskError for "on" where it shows no work."""
         if mode == "on" and not self.work:
             raise TaskError(
                 f'{self.name} shows no work to think: set reasoning = "off", or ask a teacher'
@@ -87,7 +78,7 @@ class Problem:
 def split_of(question: str) -> Split:
     """ "heldout" for a tenth of all questions, for ever the same ones."""
     digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
-    return "heldout" if int.from_bytes(digest, "big") < HELDOUT_SHARE * 2**64 else "train"
+    return "heldout" if int.from_bytes(digest, "big") < 0.1 * 2**64 else "train"
 
 
 def calc(rng: np.random.Generator, level: int) -> Problem:
@@ -110,9 +101,8 @@ def sort(rng: np.random.Generator, level: int) -> Problem:
     """`level` distinct letters into alphabetical order, the work inserting one at a time."""
     letters = [LETTERS[int(i)] for i in rng.choice(26, size=level, replace=False)]
     grown = ["".join(sorted(letters[: i + 1])) for i in range(level)]
-    return Problem(
-        "sort", f"sort {' '.join(letters)}", " ".join(grown), " ".join(sorted(letters)), level
-    )
+    question, answer = f"sort {' '.join(letters)}", " ".join(sorted(letters))
+    return Problem("sort", question, " ".join(grown), answer, level)
 
 
 def compare(rng: np.random.Generator, level: int) -> Problem:
@@ -148,7 +138,7 @@ def hop(rng: np.random.Generator, level: int) -> Problem:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How to draw a problem, and the levels (inclusive) documents are drawn from."""
+    """How to draw a problem, and the levels (inclusive) that documents are drawn from."""
 
     draw: Callable[[np.random.Generator, int], Problem]
     levels: tuple[int, int]
@@ -164,32 +154,32 @@ TASKS: dict[str, Family] = {
 
 def family(name: str) -> Family:
     """The family of that name; a TaskError names the nearest one."""
-    if name.startswith(PREFIX):
-        return Family(functools.partial(_gym_problem, name), _gym_levels(name))
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f'did you mean "{near[0]}"? ' if near else ""
-        raise TaskError(f'no task "{name}"; {hint}known: {", ".join(TASKS)}')
-    return TASKS[name]
+    if not name.startswith(PREFIX):
+        if name in TASKS:
+            return TASKS[name]
+        raise TaskError(f'no task "{name}"; {nearest(name, TASKS)}')
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise TaskError(
+            f'the task "{name}" needs the reasoning-gym library, which is not installed: '
+            "pip install 'tessera[gym]'"
+        )
+    from reasoning_gym import factory  # pyright: ignore[reportMissingImports]
 
-
-def _gym_levels(name: str) -> tuple[int, int]:
-    library = _library(name)
     task = name.removeprefix(PREFIX)
-    if task not in library.DATASETS:
-        near = difflib.get_close_matches(task, library.DATASETS, n=1)
+    if task not in factory.DATASETS:
+        near = difflib.get_close_matches(task, factory.DATASETS, n=1)
         hint = f'did you mean "{PREFIX}{near[0]}"? ' if near else ""
-        raise TaskError(f'no task "{name}" in reasoning-gym; {hint}it has {len(library.DATASETS)}')
-    return (1, TOP_LEVEL) if task in library.CURRICULA else (1, 1)
+        raise TaskError(f'no task "{name}" in reasoning-gym; {hint}it has {len(factory.DATASETS)}')
+    levels = (1, 4) if task in factory.CURRICULA else (1, 1)
+    return Family(functools.partial(_gym_problem, factory, name), levels)
 
 
-def _gym_problem(name: str, rng: np.random.Generator, level: int) -> Problem:
-    """A problem of reasoning-gym at a global level of its curriculum, from 1.
+def _gym_problem(library: Any, name: str, rng: np.random.Generator, level: int) -> Problem:
+    """A problem at a global level of the task's curriculum, from 1.
 
     Raises TaskError where the library cannot make it, or judges answers by code of its own.
     """
-    library = _library(name)
-    task, settings = name.removeprefix(PREFIX), {"size": 1, "seed": int(rng.integers(SEEDS))}
+    task, settings = name.removeprefix(PREFIX), {"size": 1, "seed": int(rng.integers(2**31 - 1))}
     try:
         if task in library.CURRICULA:
             curriculum = library.create_curriculum(task)
@@ -205,17 +195,6 @@ def _gym_problem(name: str, rng: np.random.Generator, level: int) -> Problem:
     return Problem(name, entry["question"], "", entry["answer"], level)
 
 
-def _library(name: str) -> Any:
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise TaskError(
-            f'the task "{name}" needs the reasoning-gym library, which is not installed: '
-            "pip install 'tessera[gym]'"
-        )
-    from reasoning_gym import factory  # pyright: ignore[reportMissingImports]
-
-    return factory
-
-
 def problem(
     name: str, seed: int, index: int, split: Split = "train", level: int | None = None
 ) -> Problem:
@@ -227,7 +206,7 @@ def completion(name: str, seed: int, index: int, split: Split = "train") -> tupl
     """(question, solution) of the document with this index: three in four show their work."""
     rng = _generator(name, seed, index, split)
     drawn = _draw(name, rng, split, None)
-    text = drawn.text(work=bool(rng.random() < WORK_SHARE))
+    text = drawn.text(work=bool(rng.random() < 0.75))
     return f"{drawn.question}\n", text.removeprefix(f"{drawn.question}\n")
 
 
@@ -246,23 +225,17 @@ def problem_chat(
 ) -> Chat:
     """The conversation with this index, reasoning on and off in turn unless `mode` says.
 
-    hasty: the share of problems whose thought skips about half of its intermediate results, as in
-    traces of mixed quality.
+    hasty: the share of problems whose thought skips each result but the last half of the time.
     """
     drawn = problem(name, seed, index, split)
     rng = _generator(f"{name}/hasty", seed, index, split)
     if rng.random() < hasty:
-        drawn = replace(drawn, work=_hasty(drawn, rng))
+        kept, rest = "", drawn.work
+        for result in drawn.results[:-1]:
+            step, _, rest = rest.partition(result)
+            kept += step + (result if rng.random() < 0.5 else "")
+        drawn = replace(drawn, work=kept + rest)
     return drawn.chat(mode or ("off" if index % 2 else "on"))
-
-
-def _hasty(drawn: Problem, rng: np.random.Generator) -> str:
-    """The work with each result but the last left out by the throw of a coin."""
-    kept, rest = "", drawn.work
-    for result in drawn.results[:-1]:
-        step, _, rest = rest.partition(result)
-        kept += step + (result if rng.random() < 0.5 else "")
-    return kept + rest
 
 
 def problem_rows(

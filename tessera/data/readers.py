@@ -1,9 +1,7 @@
 """Documents out of files: .txt, .jsonl and .parquet, each also as .gz (Parquet compresses itself).
 
-A reader yields `Record` and `Bad`, streaming; a broken record never stops it, and whoever reads
-decides how many are too many. What concerns a whole file (absent, unreadable, no such field) is a
-DataError. Documents of a text file are stripped of the white space around their separator; those
-of JSONL and Parquet are taken as they are.
+A reader streams `Record` and `Bad`; what concerns a whole file is a DataError. Documents of a text
+file are stripped of the white space around them; those of JSONL and Parquet are taken as they are.
 """
 
 from __future__ import annotations
@@ -12,25 +10,22 @@ import difflib
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from tessera.data.conversation import Chat
 
 Content = TypeVar("Content", bound=str | tuple[str, str] | Chat, covariant=True)
 Format = Literal["auto", "text", "jsonl", "parquet", "chat", "completion"]
-SUFFIXES: dict[str, Format] = {
-    ".txt": "text",
-    ".text": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-}
+SUFFIXES: dict[str, Format] = {".txt": "text", ".text": "text"}
+SUFFIXES |= {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 BLOCK = 1 << 20
 EXCERPT = 200
 
@@ -64,11 +59,11 @@ class Bad:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-def expand(patterns: Sequence[str]) -> list[Path]:
-    """The files of a list of paths and globs, in the order given, each once."""
+def expand(patterns: str | Sequence[str]) -> list[Path]:
+    """The files of one or several paths and globs, in the order given, each once."""
     found: dict[Path, None] = {}
     nothing = []
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         path = Path(pattern).expanduser()
         hits = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [hit for hit in hits if hit.is_file()]
@@ -103,15 +98,9 @@ def format_of(path: Path) -> Format:
 
 
 def content_hash(path: Path) -> str:
-    """The hash of all bytes of a file: unlike a run's fingerprint, it sees a change in the middle.
-
-    Raises DataError for a file that cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    """The hash of all bytes of a file, unlike the sampled one of a run's fingerprint."""
+    with _opened(path, packed=False) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def read(
@@ -125,11 +114,11 @@ def read(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path, packed: bool = True) -> Iterator[BufferedReader]:
     """The bytes of a file, unpacked; whatever the system or gzip says against it is a DataError."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield cast(BinaryIO, file)
+        with gzip.open(path) if packed and path.suffix == ".gz" else path.open("rb") as file:
+            yield cast(BufferedReader, file)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
@@ -139,8 +128,7 @@ def read_text(path: Path, separator: str) -> Iterator[Record[str] | Bad]:
     line = 1
     for data in _stretches(path, separator.encode()):
         try:
-            text = _text(data).strip()
-            if text:
+            if text := _text(data).strip():
                 yield Record(text)
         except UnicodeDecodeError as error:
             at = line + data.count(b"\n", 0, error.start)
@@ -187,10 +175,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Record[str] | Bad]:
 def _json_lines(
     path: Path, start: int = 0, stop: int | None = None, first: int = 1
 ) -> Iterator[tuple[int, bytes, Any]]:
-    """(number, line, value) of each line that is not blank; `Bad` for one that is no JSON.
-
-    See `read_rows` for start, stop and first.
-    """
+    """(number, line, value) of each line that is not blank; `Bad` for one that is no JSON."""
     with _opened(path) as file:
         file.seek(start)
         for number, line in enumerate(file, first):
@@ -226,28 +211,32 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def read_parquet(path: Path, field: str) -> Iterator[Record[str] | Bad]:
-    """The string column `field`, row group by row group."""
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path)
+        yield parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-    names = file.schema_arrow.names
-    if field not in names:
-        raise DataError(
-            f'{path} has no column "{field}"; it has: {", ".join(names)}. '
-            "Set `field` to the one that holds the text"
-        )
-    kind = file.schema_arrow.field(field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise DataError(f'{path}: column "{field}" holds {kind}, not text; choose another `field`')
-    number = 0
-    for batch in file.iter_batches(batch_size=1024, columns=[field]):
-        for value in batch.column(0).to_pylist():
-            number += 1
+
+
+def read_parquet(path: Path, field: str) -> Iterator[Record[str] | Bad]:
+    """The string column `field`, row group by row group."""
+    with _parquet(path) as file:
+        names = file.schema_arrow.names
+        if field not in names:
+            raise DataError(
+                f'{path} has no column "{field}"; it has: {", ".join(names)}. '
+                "Set `field` to the one that holds the text"
+            )
+        kind = str(file.schema_arrow.field(field).type)
+        if kind not in ("string", "large_string"):
+            raise DataError(f'{path}: column "{field}" holds {kind}, not text; choose another')
+        batches = file.iter_batches(batch_size=1024, columns=[field])
+        values = (value for batch in batches for value in batch.column(0).to_pylist())
+        for number, value in enumerate(values, 1):
             yield Bad(str(path), number, "null", "") if value is None else Record(value)
 
 
@@ -259,35 +248,21 @@ def read_rows(
     start, stop: of JSON lines, those from byte to byte, numbered from `first`. A line that is no
     JSON is `Bad`. Raises DataError for a file that cannot be read.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if ".json" in suffixes:
-        yield from enumerate(_json_list(path), 1)
+    if ".json" in map(str.lower, path.suffixes):
+        with _opened(path) as file:
+            try:
+                rows = json.loads(_text(file.read()))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path} is {_reason(error)}") from None
+        if not isinstance(rows, list):
+            raise DataError(f"{path} holds a {type(rows).__name__}, not a list of rows")
+        yield from enumerate(rows, 1)
     elif format_of(path) == "parquet":
-        yield from enumerate(_parquet_rows(path), 1)
+        with _parquet(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            yield from enumerate(map(_present, itertools.chain.from_iterable(batches)), 1)
     else:
         yield from ((number, row) for number, _, row in _json_lines(path, start, stop, first))
-
-
-def _json_list(path: Path) -> list[Any]:
-    with _opened(path) as file:
-        try:
-            rows = json.loads(_text(file.read()))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is {_reason(error)}") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds a {type(rows).__name__}, not a list of rows")
-    return rows
-
-
-def _parquet_rows(path: Path) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from map(_present, batch.to_pylist())
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
 
 
 def _present(value: Any) -> Any:

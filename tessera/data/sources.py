@@ -1,9 +1,8 @@
 """A source of documents: what it reads, and which documents are held out.
 
-A source reads *units*: files and splits of a dataset, and draws problems of tasks beside them. The
-records with the lowest hashes are held out, so the split depends on no seed and no order, and equal
-ones are on one side. A chat is hashed by its first question, a completion by its prompt: both modes
-of a question are held out together. Memory is 8 bytes a record of the source.
+The records with the lowest hashes are held out, so the split depends on no seed and no order. A
+chat is hashed by its first question, a completion by its prompt: both modes of a question are held
+out together. Memory is 8 bytes a record of the source.
 """
 
 from __future__ import annotations
@@ -11,64 +10,46 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.data.config import Reading, as_list
-from tessera.data.conversation import Chat, Mode, fault
-from tessera.data.dataset import (
-    DatasetPart,
-    dataset_identity,
-    dataset_stamp,
-    read_dataset,
-    read_dataset_rows,
-)
+from tessera.data import dataset, readers
+from tessera.data.config import Reading
+from tessera.data.conversation import Chat, fault
 from tessera.data.dialects import chats_of
 from tessera.data.encode import Encoder, Entry, Unit, read_unit
 from tessera.data.problems import SPLITS, Split, completion, document, problem_chat
-from tessera.data.readers import (
-    EXCERPT,
-    Bad,
-    DataError,
-    Record,
-    content_hash,
-    expand,
-    format_of,
-    read,
-    read_rows,
-)
+from tessera.data.readers import EXCERPT, Bad, DataError, Record
 from tessera.data.store import TokenCache
 from tessera.progress import Progress
 
 
-def chat_records(
-    label: str, rows: Iterable[tuple[int, Any]], mode: Mode | None
-) -> Iterator[Record[Chat] | Bad]:
-    """The chats of rows that may be trained on, of one mode or of both, and what is none."""
-    for number, chat in chats_of(label, rows):
-        if isinstance(chat, Bad):
-            yield chat
-        elif mode is None or chat.mode == mode:
-            if reason := fault(chat):
-                yield Bad(label, number, reason, chat.to_json()[:EXCERPT])
-            else:
-                question = next(one["content"] for one in chat.messages if one["role"] == "user")
-                yield Record(chat, key=question.strip(), line=number)
-
-
-def completion_records(
-    label: str, rows: Iterable[tuple[int, Any]]
-) -> Iterator[Record[tuple[str, str]] | Bad]:
-    """The pairs of rows with `prompt` and `completion`, as TRL's prompt-completion sets have them.
+def _of_rows(
+    label: str, rows: Iterable[tuple[int, Any]], reading: Reading
+) -> Iterator[Record[Any] | Bad]:
+    """The chats of rows that may be trained on, or their prompts with completions as TRL has them.
 
     Of a small model trained from scratch: what nobody can predict (the question) drowns what is to
     be learned; the toy of recipes/sft-toy.toml learns in 500 steps what took it 1,500 on whole
     documents.
     """
+    if reading.chats:
+        for number, chat in chats_of(label, rows):
+            if isinstance(chat, Bad):
+                yield chat
+            elif reading.reasoning is None or chat.mode == reading.reasoning:
+                if reason := fault(chat):
+                    yield Bad(label, number, reason, chat.to_json()[:EXCERPT])
+                else:
+                    question = next(
+                        one["content"] for one in chat.messages if one["role"] == "user"
+                    )
+                    yield Record(chat, key=question.strip(), line=number)
+        return
     for number, row in rows:
         match row:
             case Bad():
@@ -80,62 +61,52 @@ def completion_records(
                 yield Bad(label, number, "no texts `prompt` and `completion`", told)
 
 
-def _of_rows(
-    label: str, rows: Iterable[tuple[int, Any]], reading: Reading
-) -> Iterator[Record[Any] | Bad]:
-    if reading.chats:
-        return chat_records(label, rows, reading.reasoning)
-    return completion_records(label, rows)
-
-
 def _kind(reading: Reading) -> list[Any]:
     """What the records of rows follow from beside the rows."""
     return [reading.format, reading.reasoning] if reading.masked else []
 
 
-def file_units(reading: Reading, patterns: str | list[str]) -> list[Unit]:
-    """A unit for every file of some paths and globs."""
-
-    def records(path: Path) -> Iterator[Record[Any] | Bad]:
+def _file_unit(reading: Reading, path: Path) -> Unit:
+    def records() -> Iterator[Record[Any] | Bad]:
         if reading.masked:
-            return _of_rows(str(path), read_rows(path), reading)
-        return read(path, format=reading.format, field=reading.field, separator=reading.separator)
+            return _of_rows(str(path), readers.read_rows(path), reading)
+        return readers.read(
+            path, format=reading.format, field=reading.field, separator=reading.separator
+        )
 
-    def identity(path: Path) -> list[Any]:
+    def identity() -> list[Any]:
         how = _kind(reading)
         if not how:
-            format = format_of(path) if reading.format == "auto" else reading.format
+            format = readers.format_of(path) if reading.format == "auto" else reading.format
             how = [format, reading.separator if format == "text" else reading.field]
-        return ["file", how, path.suffix == ".gz", content_hash(path)]
+        return ["file", how, path.suffix == ".gz", readers.content_hash(path)]
 
-    def stamp(path: Path) -> tuple[int, int]:
+    def stamp() -> tuple[int, int]:
         return path.stat().st_size, path.stat().st_mtime_ns
 
-    parts = functools.partial
-    return [
-        Unit(str(path), parts(records, path), parts(identity, path), parts(stamp, path))
-        for path in expand(as_list(patterns))
-    ]
+    return Unit(str(path), records, identity, stamp)
 
 
-def dataset_units(reading: Reading, split: str | None) -> list[Unit]:
-    """The unit of one split of a source's dataset, if it has any."""
+def _units(reading: Reading, patterns: str | list[str], split: str | None) -> list[Unit]:
+    """A unit for every file, and for a split of the source's dataset, if it has any."""
+    units = [_file_unit(reading, path) for path in readers.expand(patterns)]
     if reading.dataset is None or split is None:
-        return []
-    part = DatasetPart(
-        reading.dataset, reading.subset, split, reading.revision,
-        None if reading.masked else reading.field, stream=reading.limit is not None,
-    )  # fmt: skip
+        return units
+    field = None if reading.masked else reading.field
+    streamed = reading.limit is not None
+    part = dataset.DatasetPart(
+        reading.dataset, reading.subset, split, reading.revision, field, streamed
+    )
 
     def records() -> Iterator[Record[Any] | Bad]:
         if reading.masked:
-            return _of_rows(part.label, read_dataset_rows(part), reading)
-        return read_dataset(part)
+            return _of_rows(part.label, dataset.read_dataset_rows(part), reading)
+        return dataset.read_dataset(part)
 
     def identity() -> list[Any]:
-        return ["dataset", dataset_identity(part), _kind(reading)]
+        return ["dataset", dataset.dataset_identity(part), _kind(reading)]
 
-    return [Unit(part.label, records, identity, lambda: dataset_stamp(part))]
+    return [*units, Unit(part.label, records, identity, lambda: dataset.dataset_stamp(part))]
 
 
 class Source:
@@ -143,9 +114,9 @@ class Source:
 
     def __init__(self, name: str, reading: Reading, seed: int) -> None:
         self.name, self.reading, self.seed = name, reading, seed
-        self.units = file_units(reading, reading.paths) + dataset_units(reading, reading.split)
-        self.heldout_units = file_units(reading, reading.heldout_paths)
-        self.heldout_units += dataset_units(reading, reading.heldout_split)
+        self.where = f"source {name}: " if name else ""  # how messages about it begin
+        self.units = _units(reading, reading.paths, reading.split)
+        self.heldout_units = _units(reading, reading.heldout_paths, reading.heldout_split)
         self.tasks: list[tuple[str, Split, int]] = [
             (task, split, count)
             for task, train in reading.tasks.items()
@@ -157,17 +128,16 @@ class Source:
 
     def read(self, encoder: Encoder | None, cache: TokenCache, bar: Progress | None = None) -> None:
         """Reads and tokenises what is not in the cache; without an encoder it hashes alone."""
-        self.corpus = list(_entries(self.units, self.reading.limit, encoder, cache, bar))
-        self.own_heldout = list(_entries(self.heldout_units, None, encoder, cache, bar))
-
-    @property
-    def where(self) -> str:
-        """How messages about this source begin."""
-        return f"source {self.name}: " if self.name else ""
+        left, self.corpus = self.reading.limit, []
+        for unit in self.units:
+            if left != 0:
+                entry = read_unit(unit, left, encoder, cache, bar)
+                left = None if left is None else left - len(entry.keys)
+                self.corpus.append(entry)
+        self.own_heldout = [read_unit(one, None, encoder, cache, bar) for one in self.heldout_units]
 
     @property
     def entries(self) -> list[Entry]:
-        """All that was read."""
         return [*self.corpus, *self.own_heldout]
 
     @property
@@ -187,10 +157,23 @@ class Source:
 
     @functools.cached_property
     def cut(self) -> int:
-        """The highest hash held out, -1 for none. Raises DataError where none would be trained."""
-        if any(len(one.keys) for one in self.own_heldout):
+        """The highest hash held out, -1 for none; equal documents stay together.
+
+        Raises DataError where none would be trained.
+        """
+        keys = self.keys
+        count = self.reading.num_heldout(len(keys))
+        if any(len(one.keys) for one in self.own_heldout) or count == 0 or len(keys) == 0:
             return -1
-        return _cut(self.keys, self.reading.num_heldout(len(self.keys)), self.where)
+        if count >= len(keys):
+            raise DataError(
+                f"{self.where}heldout asks for {count} of {len(keys)} documents and leaves none to "
+                "train on"
+            )
+        cut = int(np.partition(keys, count - 1)[count - 1])
+        if cut == int(keys.max()):
+            raise DataError(f"{self.where}the documents are all alike; set heldout = 0")
+        return cut
 
     def is_heldout(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which of some records of the corpus are held out."""
@@ -204,7 +187,7 @@ class Source:
     def problems(self, task: str, split: Split, count: int) -> Iterator[Any]:
         """Drawn contents; held-out ones do not change with the seed: runs of several compare."""
         seed = self.seed if split == "train" else 0
-        draw: Any = completion if self.reading.pairs else document
+        draw: Any = completion if self.reading.masked else document
         if self.reading.chats:
             draw = functools.partial(
                 problem_chat, mode=self.reading.reasoning, hasty=self.reading.hasty
@@ -213,49 +196,12 @@ class Source:
 
     def training_texts(self) -> Iterator[str]:
         """What a tokenizer is trained on: the training documents, of chats what is said in them."""
-        for one in self.corpus:
-            heldout = self.is_heldout(one.keys)
-            for index, content in enumerate(one.contents()):
-                if not heldout[index]:
-                    yield _spoken(content)
-        for task, split, count in self.tasks:
-            if split == "train":
-                yield from map(_spoken, self.problems(task, split, count))
-
-
-def _spoken(content: str | tuple[str, str] | Chat) -> str:
-    if isinstance(content, Chat):
-        return "\n".join(message["content"] for message in content.messages)
-    return "".join(content)
-
-
-def _entries(
-    units: Sequence[Unit],
-    limit: int | None,
-    encoder: Encoder | None,
-    cache: TokenCache,
-    bar: Progress | None,
-) -> Iterator[Entry]:
-    left = limit
-    for unit in units:
-        if left == 0:
-            return
-        found = read_unit(unit, left, encoder, cache, bar)
-        left = None if left is None else left - len(found.keys)
-        yield found
-
-
-def _cut(keys: NDArray[np.uint64], count: int, where: str) -> int:
-    """The highest hash that is held out; -1 for none. Equal documents stay together."""
-    if count == 0 or len(keys) == 0:
-        return -1
-    if count >= len(keys):
-        raise DataError(
-            f"{where}heldout asks for {count} of {len(keys)} documents and leaves none to train on"
+        read = (
+            itertools.compress(one.contents(), ~self.is_heldout(one.keys)) for one in self.corpus
         )
-    cut = int(np.partition(keys, count - 1)[count - 1])
-    if cut == int(keys.max()):
-        raise DataError(
-            f"{where}the documents are all alike, so none can be held out; set heldout = 0"
-        )
-    return cut
+        drawn = (self.problems(*task) for task in self.tasks if task[1] == "train")
+        for content in itertools.chain.from_iterable(itertools.chain(read, drawn)):
+            if isinstance(content, Chat):
+                yield "\n".join(message["content"] for message in content.messages)
+            else:
+                yield "".join(content)

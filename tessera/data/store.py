@@ -4,9 +4,8 @@
     tokens/train.offsets.npy  int64 (documents + 1,): document i is ids[offsets[i]:offsets[i + 1]]
     tokens/train.trained.npy  of chats: uint8, the mode of each id that is trained, 0 of others
 
-Plain .npy files: `numpy.load` reads them. A writer streams into a temporary name and renames at
-the end, offsets last, so a pair that exists is whole. `TokenCache` keeps what files became for the
-next recipe.
+A writer streams into a temporary name and renames at the end, offsets last, so a pair that exists
+is whole. `TokenCache` keeps what files became for the next recipe.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -31,7 +29,7 @@ from tessera.runs.files import atomic_write, fingerprint, sync, writing
 HEADER_BYTES = 128
 BUFFER_IDS = 1 << 20
 BLOCK_DOCUMENTS = 1 << 16
-VERSION = 2  # raised whenever what readers or writers of entries mean changes
+VERSION = 3  # raised whenever what readers or writers of entries mean changes
 GIB = 1 << 30
 
 
@@ -47,11 +45,16 @@ def header(dtype: np.dtype[Any], length: int) -> bytes:
 class TokenWriter:
     """Streams the documents of one split to disk; without `finish` it leaves nothing behind.
 
-    dtype: of what is written in place of ids of a vocabulary of `vocab_size`.
+    masked: beside the ids stands what is trained of them.
     """
 
     def __init__(
-        self, directory: Path, split: str, vocab_size: int, dtype: type[np.integer] | None = None
+        self,
+        directory: Path,
+        split: str,
+        vocab_size: int,
+        masked: bool = False,
+        dtype: type[np.integer] | None = None,
     ) -> None:
         self.dtype = np.dtype(dtype or (np.uint16 if vocab_size <= 1 << 16 else np.uint32))
         self.path = directory / f"{split}.npy"
@@ -65,21 +68,25 @@ class TokenWriter:
             self.offsets_path.unlink(missing_ok=True)
             self._file = self._part.open("wb", buffering=0)  # so that closing cannot fail
             self._file.seek(HEADER_BYTES)
+        self.mask = None
+        if masked:
+            self.mask = TokenWriter(directory, f"{split}.trained", vocab_size, dtype=np.uint8)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._file.close()
         self._part.unlink(missing_ok=True)
+        if self.mask is not None:
+            self.mask.__exit__(*error)
 
-    def add(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> None:
-        """Appends documents: their ids end to end, and how many each has."""
+    def add(
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], trained: NDArray[Any] | None = None
+    ) -> None:
+        """Appends documents: their ids end to end, how many each has, and what is trained."""
+        if self.mask is not None and trained is not None:
+            self.mask.add(trained, lengths)
         self.lengths.frombytes(lengths.astype(np.int64, copy=False).tobytes())
         self._pending.append(ids.astype(self.dtype, copy=False))
         self._num_pending += len(ids)
@@ -88,6 +95,8 @@ class TokenWriter:
 
     def finish(self) -> NDArray[np.int64]:
         """Makes the split visible and returns its offsets."""
+        if self.mask is not None:
+            self.mask.finish()
         self._flush()
         lengths = np.frombuffer(self.lengths, np.int64)
         offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
@@ -130,6 +139,12 @@ def open_tokens(directory: Path, split: str) -> tuple[NDArray[Any], NDArray[np.i
             "delete the run and redo it"
         )
     return ids, offsets
+
+
+def open_trained(directory: Path, split: str) -> NDArray[np.uint8] | None:
+    """The memory-mapped mode of each id that is trained, else 0; None where all are."""
+    there = (directory / f"{split}.trained.npy").is_file()
+    return open_tokens(directory, f"{split}.trained")[0] if there else None
 
 
 def blocks(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -191,7 +206,14 @@ class TokenCache:
         try:
             with writing(building):
                 build(building)
-            _move(building, path)
+            with writing(path):
+                sync(*building.iterdir(), building)
+                try:
+                    building.rename(path)
+                except OSError:
+                    if not path.is_dir():  # else another process was faster, and built the same
+                        raise
+                sync(path.parent)
         finally:
             shutil.rmtree(building, ignore_errors=True)
         return path
@@ -202,7 +224,8 @@ class TokenCache:
             if path.name.startswith(".building-"):
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_dir():
-                entries.append((path.stat().st_mtime_ns, path, _size(path)))
+                size = sum(file.stat().st_size for file in path.iterdir())
+                entries.append((path.stat().st_mtime_ns, path, size))
         excess = sum(size for _, _, size in entries) - self.gib * GIB
         for _, path, size in sorted(entries):
             if excess <= 0:
@@ -211,18 +234,3 @@ class TokenCache:
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
             excess -= size
-
-
-def _move(building: Path, path: Path) -> None:
-    with writing(path):
-        sync(*building.iterdir(), building)
-        try:
-            building.rename(path)
-        except OSError:
-            if not path.is_dir():  # else another process was faster, and built the same
-                raise
-        sync(path.parent)
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir())

@@ -1,11 +1,8 @@
 """The reasoning switch: how it is said, who may say it, and whether a model obeys.
 
 Llama-Nemotron's is the system prompt `detailed thinking on` or `detailed thinking off` (paper §4);
-the later `/no_think` stands in the system prompt where thinking is off and nothing where it is on;
-other templates take a variable, `enable_thinking` say. `Switch` names one of the three.
-
-A model obeys `on` with one closed thought at the beginning and an answer behind it, `off` with no
-trace of a thought.
+the later `/no_think` stands in the system prompt where thinking is off; other templates take a
+variable, `enable_thinking` say.
 """
 
 from __future__ import annotations
@@ -19,14 +16,7 @@ from tessera.data.thought import CLOSE, OPEN, split
 
 DETAILED, NO_THINK = "detailed thinking", "/no_think"
 _SOFT = re.compile(r"(?<!\S)/(no_)?think(?!\S)")
-_EFFORTS: dict[str, Mode] = {
-    "none": "off",
-    "minimal": "off",
-    "low": "on",
-    "medium": "on",
-    "high": "on",
-    "xhigh": "on",
-}
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # the first two are off
 
 
 class SwitchError(ValueError):
@@ -42,18 +32,15 @@ def set_switch(
     a line of their own. switch: "detailed thinking", "/no_think" or a variable of the template.
     """
     rest = [dict(message) for message in messages]
-    text = _own_instructions(rest.pop(0)["content"]) if rest[0]["role"] == "system" else ""
+    text = rest.pop(0)["content"].strip() if rest[0]["role"] == "system" else ""
+    first, _, own = text.partition("\n")
+    if first.strip() in (*SWITCH, NO_THINK):
+        text = own.strip()
     says = {DETAILED: f"{DETAILED} {mode}", NO_THINK: NO_THINK if mode == "off" else ""}
     system = "\n\n".join(part for part in (says.get(switch, ""), text) if part)
     if system:
         rest.insert(0, {"role": "system", "content": system})
     return rest, {} if switch in says else {switch: mode == "on"}
-
-
-def _own_instructions(text: str) -> str:
-    """A system prompt without the switch."""
-    first, _, rest = text.strip().partition("\n")
-    return (rest if first.strip() in (*SWITCH, NO_THINK) else text).strip()
 
 
 def requested(
@@ -64,9 +51,9 @@ def requested(
 ) -> tuple[Mode | None, list[Message]]:
     """(the mode that a request asks for, its messages without `/think` and `/no_think`).
 
-    The most explicit word wins: `enable_thinking`, then `reasoning_effort` ("none" and "minimal"
-    are off), then the last `/think` or `/no_think` of a user or the system, then the system prompt
-    `detailed thinking …`. None where nobody says. Raises SwitchError for an unknown effort.
+    In this order: `enable_thinking`, `reasoning_effort` ("none" and "minimal" are off), the last
+    `/think` or `/no_think` of a user or the system, the system prompt `detailed thinking …`. None
+    where nobody says. Raises SwitchError for an unknown effort.
     """
     if reasoning_effort is not None and reasoning_effort not in _EFFORTS:
         raise SwitchError(
@@ -87,12 +74,12 @@ def requested(
     if enable_thinking is not None:
         return ("on" if enable_thinking else "off"), cleaned
     if reasoning_effort is not None:
-        return _EFFORTS[reasoning_effort], cleaned
+        return ("off" if reasoning_effort in _EFFORTS[:2] else "on"), cleaned
     return soft or switch_of(cleaned), cleaned
 
 
 def obeys(text: str, mode: Mode, *, opened: bool = False) -> bool:
-    """Whether what a model wrote does what the switch said.
+    """Whether a text is one closed thought and an answer, or with "off" has no trace of a thought.
 
     opened: its prompt ended with `<think>`. A thought that nobody opened does not obey.
     """

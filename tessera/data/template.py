@@ -1,11 +1,8 @@
 """Chat templates: Jinja as Hugging Face's tokenizers carry it, rendered in a sandbox.
 
-The only file that imports jinja2. A template sees `messages`, `tools`, `add_generation_prompt`,
-the special tokens by name, `raise_exception` and `strftime_now`; `{% generation %}` marks what a
-model has written. The clock stands still unless a time is given, so that rendering is a function.
-
-The built-in template is Llama 3's with Llama-Nemotron's additions: an answer of the history loses
-its thought, by the rule of thought.py, and tools are listed and called as JSON between tags.
+A template sees what transformers gives it, but its clock stands still: rendering is a function.
+The built-in one is Llama 3's with Llama-Nemotron's additions: an answer of the history loses its
+thought, by the rule of thought.py, and tools are listed and called as JSON between tags.
 """
 
 from __future__ import annotations
@@ -88,6 +85,15 @@ class _Generation(Extension):
         return f"{_BEGIN}{caller()}{_END}"
 
 
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Unlike Jinja's own filter, it does not write HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -97,33 +103,12 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike Jinja's own filter, it does not write HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
 @dataclass(frozen=True)
 class Template:
-    """One template with the special tokens it may name (`bos_token` …).
-
-    builtin: it came with tessera and not with the tokenizer.
-    """
+    """One template with the special tokens it may name."""
 
     source: str
     specials: dict[str, str]
-    builtin: bool = False
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
@@ -150,7 +135,6 @@ class Template:
         return sorted(read - given - set(self.specials) - {"raise_exception", "namespace"})
 
     def fingerprint(self) -> str:
-        """A hash of what rendering follows from."""
         told = json.dumps([self.source, self.specials], sort_keys=True)
         return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
@@ -159,21 +143,17 @@ class Template:
         return self.spans(messages, **{"add_generation_prompt": False, **variables})[0]
 
     def spans(
-        self, messages: Sequence[Message], *, now: datetime = STILL, **variables: Any
+        self, messages: Sequence[Message], **variables: Any
     ) -> tuple[str, list[tuple[int, int]]]:
-        """(the text, [start, stop) of what `{% generation %}` marks in it).
-
-        variables: `tools`, `add_generation_prompt` and whatever else the template reads.
-        """
-        given = {"messages": list(messages), "strftime_now": now.strftime, **variables}
+        """(the text, [start, stop) of each `{% generation %}` in it); variables: what it reads."""
+        given = {"messages": list(messages), "strftime_now": STILL.strftime, **variables}
         given["tools"] = list(given.get("tools") or ()) or None
         try:
             marked = self._compiled.render(**self.specials, **given)
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             raise TemplateError(f"the chat template refuses the conversation: {error}") from error
-        pieces = re.split(f"({_BEGIN}|{_END})", marked)
         text, spans, start = "", [], 0
-        for piece in pieces:
+        for piece in re.split(f"({_BEGIN}|{_END})", marked):
             if piece == _BEGIN:
                 start = len(text)
             elif piece == _END:
@@ -189,17 +169,16 @@ def template_of(tokenizer: Tokenizer) -> Template:
     Raises TemplateError where it has none and lacks the tokens of the built-in one.
     """
     specials = tokenizer.special_names()
-    source = _own_source(tokenizer.home)
-    if source is not None:
+    if (source := _own_source(tokenizer.home)) is not None:
         return Template(source, specials)
     lacking = [mark for mark in re.findall(r"<\|\w+\|>", LLAMA3) if not tokenizer.token_id(mark)]
     if lacking or "bos_token" not in specials:
         raise TemplateError(
             "the tokenizer has no chat template, and the built-in one needs the token "
-            f"{(lacking or ['<bos>'])[0]}, which it lacks. Name a tokenizer with a "
-            f"{FILE}, or train one with tokenizer = {{ bpe = N, chat = true }}"
+            f"{(lacking or ['<bos>'])[0]}, which it lacks; name a tokenizer with a {FILE}, or "
+            "train one with tokenizer = { bpe = N, chat = true }"
         )
-    return Template(LLAMA3, specials, builtin=True)
+    return Template(LLAMA3, specials)
 
 
 def _own_source(home: Path | None) -> str | None:

@@ -41,10 +41,7 @@ def split(text: str, opened: bool = False) -> Thought:
 
 
 def split_message(message: Mapping[str, Any]) -> Thought:
-    """Thought and answer of an assistant's message.
-
-    Where the message has `reasoning_content`, its content is the answer, tags and all.
-    """
+    """Of an assistant's message; beside `reasoning_content`, all of its content is the answer."""
     apart = message.get("reasoning_content")
     if isinstance(apart, str):
         return Thought(apart.strip(), message["content"], closed=True)
@@ -73,7 +70,12 @@ class Splitter:
         """What is certain with this piece; the rest is held back."""
         self._held += text
         if not (self.thinking or self.answering):
-            self._begin()
+            start = self._held.lstrip()
+            if start.startswith(OPEN):
+                self.thinking, self._fresh = True, True
+                self._held = start[len(OPEN) :]
+            else:
+                self.answering = not OPEN.startswith(start)
         piece = Thought()
         if self.thinking:
             piece = self._thought()
@@ -84,18 +86,8 @@ class Splitter:
 
     def flush(self) -> Thought:
         """What was held back, where the text ends here."""
-        held, self._held = self._held, ""
-        if self.thinking:
-            return Thought(self._trimmed(held).rstrip())
-        return Thought(answer=self._trimmed(held))
-
-    def _begin(self) -> None:
-        start = self._held.lstrip()
-        if start.startswith(OPEN):
-            self.thinking, self._fresh = True, True
-            self._held = start[len(OPEN) :]
-        else:
-            self.answering = not OPEN.startswith(start)
+        rest, self._held = self._trimmed(self._held), ""
+        return Thought(rest.rstrip()) if self.thinking else Thought(answer=rest)
 
     def _thought(self) -> Thought:
         thought, close, rest = self._held.partition(CLOSE)

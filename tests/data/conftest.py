@@ -52,7 +52,8 @@ def kill_stage(where: Path, table: dict[str, Any], waits: Sequence[float]) -> No
     """Runs the stage into `where` in a process of its own, killed after each of these seconds."""
     code = (
         "from pathlib import Path\n"
-        "from tessera.runs.run import Run; from tessera.data.prepare import DataConfig, stage\n"
+        "from tessera.runs.run import Run; from tessera.data.config import DataConfig\n"
+        "from tessera.data.prepare import stage\n"
         f"c = DataConfig(**{table!r}); print('ready', flush=True)\n"
         f"with Run.open(Path({str(where)!r}), stage='data', quiet=True,\n"
         "    config=c.model_dump(mode='json'), inputs={'model': None}, seed=0) as run:\n"

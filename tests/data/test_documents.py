@@ -12,7 +12,7 @@ import torch
 
 from tessera.data import documents as module
 from tessera.data.batch import Batch
-from tessera.data.documents import Documents, Order
+from tessera.data.documents import Documents, Part
 from tessera.data.readers import DataError
 from tessera.data.store import open_tokens
 
@@ -56,10 +56,10 @@ def equal(a: list[Batch], b: list[Batch]) -> bool:
 
 def spans(source: Documents, epoch: int = 0) -> list[tuple[int, int]]:
     """Every piece of one epoch."""
-    return order_spans(source.parts[0].order, epoch)
+    return order_spans(source.parts[0], epoch)
 
 
-def order_spans(order: Order, epoch: int) -> list[tuple[int, int]]:
+def order_spans(order: Part, epoch: int) -> list[tuple[int, int]]:
     first = epoch * order.num_windows
     windows = range(first, first + order.num_windows)
     return [span for window in windows for row in order._plan(window) for span in row]
@@ -72,7 +72,7 @@ def test_an_epoch_makes_every_prediction_once(data: Path) -> None:
     for epoch in (0, 1, 3):
         assert sorted(t for a, b in spans(source, epoch) for t in range(a, b - 1)) == expected
     assert spans(source, 0) != spans(source, 1)
-    assert source.parts[0].order.num_windows > 2
+    assert source.parts[0].num_windows > 2
 
 
 def test_order_is_a_function_of_the_seed(data: Path) -> None:

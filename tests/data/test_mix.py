@@ -86,7 +86,7 @@ def test_the_mix_is_of_trained_tokens(mixed: Path) -> None:
         assert share == pytest.approx(WEIGHTS[row["source"]], rel=0.03)
         assert row["share"] == pytest.approx(WEIGHTS[row["source"]], rel=0.005)
         assert row["trained"] == pytest.approx(trained[row["source"]], rel=0.03)
-    held = {part.name: part.order.tokens_per_row for part in source.parts}
+    held = {part.name: part.tokens_per_row for part in source.parts}
     assert held["long"] < 0.9 * held["short"]
 
 
@@ -103,7 +103,7 @@ def test_an_epoch_of_a_source_makes_each_of_its_predictions_once(mixed: Path) ->
         documents = zip(part.offsets[:-1], part.offsets[1:], strict=True)
         expected = sorted(t for start, stop in documents for t in range(start, stop - 1))
         for epoch in (0, 1, 2):
-            spans = order_spans(part.order, epoch)
+            spans = order_spans(part, epoch)
             assert sorted(t for a, b in spans for t in range(a, b - 1)) == expected
 
 
@@ -136,8 +136,8 @@ def test_resuming_gives_the_undisturbed_batches(mixed: Path, at: int) -> None:
     resumed = Documents(mixed, **SIZES)
     planned = []
     for part in resumed.parts:
-        plan = part.order._plan
-        part.order._plan = lambda w, plan=plan, name=part.name: planned.append(name) or plan(w)  # type: ignore[method-assign]
+        plan = part._plan
+        part._plan = lambda w, plan=plan, name=part.name: planned.append(name) or plan(w)  # type: ignore[method-assign]
     resumed.load_state_dict(state)
     assert all(equal(a, resumed.batches(at + i)) for i, a in enumerate(undisturbed[:1]))
     assert len(planned) <= 2 * len(resumed.parts), "windows before the saved step are not planned"
@@ -173,8 +173,8 @@ def test_a_sources_own_order_is_the_same_in_every_mix(
     del sources["sums"]
     other = Documents(prepare("other", sources=sources, tokenizer="byte"), **SIZES)
     for part in other.parts:
-        same = Documents(mixed, **SIZES)._named(part.name)
-        assert [part.order.row(i) for i in range(50)] == [same.order.row(i) for i in range(50)]
+        same = next(p for p in Documents(mixed, **SIZES).parts if p.name == part.name)
+        assert [part.row(i) for i in range(50)] == [same.row(i) for i in range(50)]
 
 
 def test_the_order_of_the_tables_does_not_matter(
@@ -200,7 +200,7 @@ def test_heldout_by_source_and_by_weight(mixed: Path) -> None:
     by_source = [rows(source.heldout_batches(source=name)) for name in WEIGHTS]
     assert all(by_source) and sum(by_source, Rows()) == rows(source.heldout_batches())
     for name, one in zip(WEIGHTS, by_source, strict=True):
-        part = source._named(name)
+        part = next(p for p in source.parts if p.name == name)
         assert part.num_documents == 3
         batches = source.heldout_batches(source=name)
         assert sum(float(b.weight.sum()) for b in batches) == part.num_predictions, one

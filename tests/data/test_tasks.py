@@ -106,7 +106,7 @@ def test_three_documents_in_four_show_their_work_and_all_letters_occur() -> None
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match='no task "clac"; did you mean "calc"'):
+    with pytest.raises(ValueError, match="no task \"clac\"; did you mean 'calc'"):
         document("clac", 0, 0)
     with pytest.raises(ValueError, match="give 1 or more"):
         problem("calc", 0, 0, level=0)
