@@ -94,10 +94,9 @@ class Guard:
         if gap > self.gap_limit:
             raise FailureError(
                 f"step {step + 1}: the engine's log-probs are {gap:.3g} from the trainer's a "
-                f"token, and gap_limit is {self.gap_limit:g}. They hold different weights, or "
-                "compute differently: check the engine's dtype and quantisation, and with "
-                "staleness the learning rate; or correct for it with importance_cap and raise "
-                "gap_limit"
+                f"token, over gap_limit = {self.gap_limit:g}. Check the engine's dtype and "
+                "quantisation, and with staleness the learning rate; or correct for it with "
+                "importance_cap and raise gap_limit"
             )
         if self._first_length is None:
             self._first_length = metrics.get("length")

@@ -67,16 +67,20 @@ def train(config: PolicyConfig, rule: Advantages, run: Run, inputs: Mapping[str,
 
 def _write_curriculum(order: Order, run: Run) -> None:
     """Planned and actual pass rates of each eighth of the training: a table and a chart."""
-    rows = order.table(max(1, len(order.batches) // 8))
+    rows, lines, bins = [], [], order.planned.shape[1]
+    every = max(1, len(order.batches) // 8)
+    for first in range(0, len(order.batches), every):
+        for kind, shares in (("planned", order.planned), ("actual", order.actual)):
+            means = shares[first : first + every].mean(0).tolist()
+            points = [(round((n + 0.5) / bins, 4), m, f"{m:.2f}") for n, m in enumerate(means)]
+            lines.append(Series(f"{kind} from step {first + 1}", points))
+        (planned, actual) = (line.points for line in lines[-2:])
+        rows += [
+            {"step": first + 1, "pass_rate": rate, "planned": share, "actual": other}
+            for (rate, share, _), (_, other, _) in zip(planned, actual, strict=True)
+        ]
     run.write_table("curriculum", rows)
-    lines = [
-        Series(
-            f"{kind} from step {step}",
-            [(r["pass_rate"], r[kind], f"{r[kind]:.2f}") for r in rows if r["step"] == step],
-        )
-        for step in sorted({row["step"] for row in rows})[::2]
-        for kind in ("planned", "actual")
-    ]
+    lines = [line for number, line in enumerate(lines) if number % 4 < 2]  # every other span
     x, y = "pass rate before training", "share of the prompts"
     run.write_file("curriculum.svg", line_chart(lines, title="Pass rates of the prompts", x=x, y=y))
 

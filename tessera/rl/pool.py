@@ -1,15 +1,13 @@
 """Processes that judge samples. One that is late or dies is killed and replaced; nothing can hang.
 
-A checker runs on what a model wrote, and a model writes `9^{9^{9^9}}`. Deadlines within a process
-rely on signals, which threads and C code do not obey; a process can always be killed. Its sample is
-could-not-judge, the others go on. Messages are JSON, so nothing a checker made is unpickled.
-
-pebble's pool (5.x) did not replace this: it leaves processes alive that a killed checker started,
-sets no deadline for the start of a worker, unpickles results, and runs an unguarded script twice.
+Deadlines within a process rely on signals, which threads and C code do not obey; a process can
+always be killed. Its sample is could-not-judge, the others go on. Messages are JSON, so nothing
+that a checker made is unpickled. pebble's pool (5.x) leaves alive what a killed checker started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -37,13 +35,10 @@ REWARDS = TypeAdapter(list[CheckedReward])
 
 
 class Pool:
-    """Workers that check samples by some rewards.
+    """Workers that check samples by some rewards; a context manager.
 
-    with Pool(rewards, workers=8) as pool:
-        outcomes = pool.check([(0, sample), (1, sample)])
-
-    The workers start at the first call, live between calls, and end with the thread that started
-    them. `replaced` counts those that were killed or died.
+    They start at the first call, live between calls, and end with the thread that started them.
+    `replaced` counts those that were killed or died.
     """
 
     def __init__(self, rewards: Sequence[CheckedReward], workers: int) -> None:
@@ -62,16 +57,13 @@ class Pool:
     def close(self) -> None:
         """Ends all workers at once; a call of `check` in another thread ends with RewardError."""
         self._closed = True
-        self._end_workers()
+        self._end(*self._workers)
 
-    def _end_workers(self) -> None:
-        for worker in list(self._workers):
-            self._end(worker)
-
-    def _end(self, worker: _Worker) -> None:
-        worker.kill()
-        if worker in self._workers:  # else `close` was there first
-            self._workers.remove(worker)
+    def _end(self, *workers: _Worker) -> None:
+        for worker in workers:
+            worker.kill()
+            if worker in self._workers:  # else `close` was there first
+                self._workers.remove(worker)
 
     def check(self, tasks: Sequence[tuple[int, Sample]]) -> list[Outcome]:
         """The outcome of each task (index of a reward, sample), in the order of the tasks.
@@ -86,31 +78,29 @@ class Pool:
                     self._workers.append(_Worker(REWARDS.dump_json(self.rewards)))
                 for worker in self._workers:
                     if waiting and worker.ready and worker.task is None:
-                        part, sample = tasks[waiting[0]]
+                        worker.task = waiting.popleft()
+                        part, sample = tasks[worker.task]
                         message = json.dumps([part, asdict(sample)]).encode()
-                        worker.give(waiting.popleft(), message, self.rewards[part].deadline)
-                for worker in self._with_message():
+                        worker.send(message, self.rewards[part].deadline)
+                deadlines = [one.deadline for one in self._workers if one.occupied]
+                patience = min(deadlines, default=0.0) - time.monotonic()
+                pipes = wait([worker.pipe for worker in self._workers], max(0.0, patience))
+                for worker in [one for one in self._workers if one.pipe in pipes]:
                     self._receive(worker, results)
-                for worker in [one for one in self._workers if one.late]:
+                now = time.monotonic()
+                for worker in [w for w in self._workers if w.occupied and now > w.deadline]:
                     why = f"its checker took over {worker.limit:g} s and was killed"
                     self._replace(worker, results, why)
         except BaseException:
-            self._end_workers()  # their tasks belong to a call that is over
+            self._end(*self._workers)  # their tasks belong to a call that is over
             raise
         if self._closed:
-            self._end_workers()  # one may have been started while the others were ended
+            self._end(*self._workers)  # one may have been started while the others were ended
             raise RewardError("the processes that judge were ended")
         return [outcome for outcome in results if outcome is not None]
 
     def _busy(self) -> int:
         return sum(worker.task is not None for worker in self._workers)
-
-    def _with_message(self) -> list[_Worker]:
-        """Workers whose pipe has a message, or has closed, before the next deadline."""
-        deadlines = [one.deadline for one in self._workers if one.occupied]
-        patience = min(deadlines, default=0.0) - time.monotonic()
-        pipes = wait([worker.pipe for worker in self._workers], max(0.0, patience))
-        return [worker for worker in self._workers if worker.pipe in pipes]
 
     def _receive(self, worker: _Worker, results: list[Outcome | None]) -> None:
         try:
@@ -151,33 +141,21 @@ class _Worker:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         theirs.close()
-        self._send(rewards, START_SECONDS)
+        self.send(rewards, START_SECONDS)
 
     @property
     def occupied(self) -> bool:
         return self.task is not None or not self.ready
 
-    @property
-    def late(self) -> bool:
-        return self.occupied and time.monotonic() > self.deadline
-
-    def give(self, task: int, message: bytes, limit: float) -> None:
-        self.task = task
-        self._send(message, limit)
-
-    def _send(self, message: bytes, limit: float) -> None:
+    def send(self, message: bytes, limit: float) -> None:
         self.limit, self.deadline = limit, time.monotonic() + limit
-        try:
+        with contextlib.suppress(OSError):  # a dead one is found by the next look at its pipe
             self.pipe.send_bytes(message)
-        except OSError:
-            pass  # it is dead, which the next look at its pipe finds
 
     def kill(self) -> None:
         """Kills the process and its group; a jail dies with the process that made it."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         self.pipe.close()
 

@@ -113,17 +113,14 @@ def _text(value: dict[str, Any], name: str) -> str:
 
 
 def rows(pairs: Sequence[Pair], row_length: int) -> list[Batch]:
-    """Batches of one row each, every pair whole in one of them; see `_row`.
-
-    Raises ValueError for a pair that no row can hold.
-    """
-    for pair in pairs:
-        if len(pair) > row_length:
-            raise ValueError(
-                f"a pair of {len(pair)} tokens does not fit into a row of {row_length}; raise "
-                "train.microbatch_tokens"
-            )
-    return [_row([pairs[i] for i in one]) for one in best_fit([len(p) for p in pairs], row_length)]
+    """Batches of one row each, every pair whole in one; ValueError for a pair that is too long."""
+    lengths = [len(pair) for pair in pairs]
+    if max(lengths, default=0) > row_length:
+        raise ValueError(
+            f"a pair of {max(lengths)} tokens does not fit into a row of {row_length}; raise "
+            "train.microbatch_tokens"
+        )
+    return [_row([pairs[i] for i in one]) for one in best_fit(lengths, row_length)]
 
 
 def _row(pairs: Sequence[Pair]) -> Batch:
@@ -132,7 +129,11 @@ def _row(pairs: Sequence[Pair]) -> Batch:
     streams: `pair`, k for the chosen and -k for the rejected answer of the k-th pair of the row;
     `margin`; `first`, 1 at the first prediction of each pair.
     """
-    groups = [Group(0, "", p.prompt, [_answer(p.chosen), _answer(p.rejected)]) for p in pairs]
+
+    def answer(ids: list[int]) -> Answer:
+        return Answer(ids, [0.0] * len(ids), "stop", "", None, {}, True, advantage=1.0)
+
+    groups = [Group(0, "", p.prompt, [answer(p.chosen), answer(p.rejected)]) for p in pairs]
     batch = row(groups)
     streams = {name: torch.zeros_like(batch.weight) for name in ("pair", "margin", "first")}
     for number, (_, here) in enumerate(spans(groups)):
@@ -143,10 +144,6 @@ def _row(pairs: Sequence[Pair]) -> Batch:
             streams["first"][0, here.start] = 1.0
     batch.streams = streams
     return batch
-
-
-def _answer(ids: list[int]) -> Answer:
-    return Answer(ids, [0.0] * len(ids), "stop", "", None, {}, True, advantage=1.0)
 
 
 class PairSource:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from pydantic import Field
 from tessera.data.chat import ChatEncoder
 from tessera.data.config import no_chat_template
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.engine import Engine, SamplingParams
+from tessera.generate.engine import Engine
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 from tessera.progress import Progress
-from tessera.rl.prompts import FILE, Prompt, PromptsConfig, collect, judged_samples, write
+from tessera.rl.prompts import FILE, Prompt, PromptsConfig, collect, sample_answers, write
 from tessera.rl.rewards import Reward, require_fields
 from tessera.rl.rubric import Rubric
 from tessera.runs.files import Journal
@@ -53,38 +53,18 @@ class ProfileConfig(PromptsConfig, EngineChoice):
         return no_chat_template(step, steps)
 
 
-@dataclass
-class Profiler:
-    """A model that answers prompts and is judged."""
-
-    config: ProfileConfig
-    encoder: ChatEncoder
-    engine: Engine
-    seed: int
-
-    def outcomes(
-        self, prompts: Sequence[Prompt], numbers: Sequence[int], rubric: Rubric
-    ) -> list[list[bool | None]]:
-        """For each prompt whether its samples are right; None where that could not be judged."""
-        params = SamplingParams(
-            max_tokens=self.config.max_tokens,
-            n=self.config.samples,
-            stop_token_ids=self.encoder.tokenizer.eos_ids,
-            seed=self.seed,
-        )
-        ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
-        completions = self.engine.generate(ids, params, keys=numbers)
-        found = iter(rubric(judged_samples(self.encoder.tokenizer, prompts, ids, completions)))
-        name, count = rubric.names[0], self.config.samples
-        verdicts = [[next(found).parts[name].verdict for _ in range(count)] for _ in prompts]
-        return [[None if v == "could-not-judge" else v == "right" for v in one] for one in verdicts]
-
-
-def measure(prompts: Sequence[Prompt], profiler: Profiler, kept: Journal, run: Run) -> list[Prompt]:
+def measure(
+    prompts: Sequence[Prompt],
+    config: ProfileConfig,
+    engine: Engine,
+    encoder: ChatEncoder,
+    kept: Journal,
+    run: Run,
+) -> list[Prompt]:
     """The prompts with their pass rates; those that could not be judged at all have none."""
-    config = profiler.config
     missing = [n for n in range(len(prompts)) if str(n) not in kept]
     portion = max(1, PORTION // config.samples)
+    sampling = {"max_tokens": config.max_tokens, "n": config.samples, "seed": run.seed}
     with (
         Rubric(config.rewards, config.workers) as rubric,
         Progress(run.name, len(prompts), "prompts", quiet=run.quiet) as progress,
@@ -92,9 +72,13 @@ def measure(prompts: Sequence[Prompt], profiler: Profiler, kept: Journal, run: R
         progress.advance(len(prompts) - len(missing), 0)
         for start in range(0, len(missing), portion):
             part = missing[start : start + portion]
-            rows = profiler.outcomes([prompts[n] for n in part], part, rubric)
-            for number, row in zip(part, rows, strict=True):
-                kept.add(str(number), {"right": row})
+            asked = [prompts[n] for n in part]
+            _, _, samples = sample_answers(engine, encoder, asked, part, **sampling)
+            verdicts = (judged.parts[rubric.names[0]].verdict for judged in rubric(samples))
+            right = [None if v == "could-not-judge" else v == "right" for v in verdicts]
+            for place, number in enumerate(part):
+                own = slice(place * config.samples, (place + 1) * config.samples)
+                kept.add(str(number), {"right": right[own]})
             progress.advance(len(part))
     found = []
     for number, prompt in enumerate(prompts):
@@ -130,7 +114,7 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
     encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
     engine = open_engine(config, load_model(model, frozen=True), config.batch)
     with Journal(run.path / "samples.jsonl") as kept, closing(engine):
-        found = measure(prompts, Profiler(config, encoder, engine, run.seed), kept, run)
+        found = measure(prompts, config, engine, encoder, kept, run)
     low, high = config.drop_to, config.drop_from
     chosen = [p for p in found if p.pass_rate is not None and low < p.pass_rate < high]
     run.write_table("pass_rates", histogram(found, chosen))

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode
 from tessera.data.dialects import read_chats
 from tessera.data.problems import problem
 from tessera.data.readers import Bad, DataError, expand
 from tessera.data.switch import DETAILED, set_switch
-from tessera.data.tokenizer import Tokenizer
-from tessera.generate.engine import Completion
+from tessera.generate.engine import Completion, Engine, SamplingParams
 from tessera.generate.text import completion_text
 from tessera.rl.rewards import Sample
 from tessera.runs.recipe import Config
@@ -57,25 +57,25 @@ class PromptsConfig(Config):
 
 
 def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
-    """All prompts, each question once. Raises DataError for none, and for a file of bad rows."""
+    """All prompts, each question once; those with reasoning off are spread evenly.
+
+    Raises DataError for none, and for a file of bad rows.
+    """
     found: dict[str, Prompt] = {}
     for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
         question, _ = set_switch(one.messages, "on", config.switch)  # the same in either mode
         found.setdefault(json.dumps(question), one)
-    prompts = list(found.values())[: config.limit]
-    if not prompts:
+    if not found:
         raise DataError(
             'there are no prompts: give tasks = { "calc@6" = 400 } or paths = ["FILE.jsonl"]'
         )
-    return [_in_mode(one, number, config) for number, one in enumerate(prompts)]
-
-
-def _in_mode(prompt: Prompt, number: int, config: PromptsConfig) -> Prompt:
-    """The prompt with its mode; those with reasoning off are spread evenly."""
-    off = int((number + 1) * config.off) > int(number * config.off)
-    mode: Mode = "off" if off or config.reasoning == "off" else "on"
-    messages, _ = set_switch(prompt.messages, mode, config.switch)
-    return replace(prompt, messages=messages, mode=mode)
+    prompts = []
+    for number, prompt in enumerate(list(found.values())[: config.limit]):
+        off = int((number + 1) * config.off) > int(number * config.off)
+        mode: Mode = "off" if off or config.reasoning == "off" else "on"
+        messages, _ = set_switch(prompt.messages, mode, config.switch)
+        prompts.append(replace(prompt, messages=messages, mode=mode))
+    return prompts
 
 
 def _of_tasks(tasks: Mapping[str, int], seed: int) -> Iterator[Prompt]:
@@ -113,23 +113,31 @@ def _instructions(arguments: Any) -> dict[str, Any]:
     return {"instruction_id_list": ids, "kwargs": kwargs}
 
 
-def judged_samples(
-    tokenizer: Tokenizer,
+def sample_answers(
+    engine: Engine,
+    encoder: ChatEncoder,
     prompts: Sequence[Prompt],
-    ids: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[Completion]],
-) -> list[Sample]:
-    """Samples in the order of prompts and their completions. ids: those that the engine got."""
-    return [
+    keys: Sequence[int],
+    **sampling: int,
+) -> tuple[list[list[int]], list[list[Completion]], list[Sample]]:
+    """Each prompt's ids and completions at temperature 1, and the samples of all in order.
+
+    sampling: `n`, `max_tokens` and `seed`.
+    """
+    ids = [encoder.prompt(one.messages, one.mode) for one in prompts]
+    params = SamplingParams(stop_token_ids=encoder.tokenizer.eos_ids, **sampling)  # type: ignore[arg-type]
+    completions = engine.generate(ids, params, keys=keys)
+    samples = [
         Sample(
             prompt.messages,
-            completion_text(tokenizer, prompt_ids, one.token_ids),
+            completion_text(encoder.tokenizer, own, one.token_ids),
             dict(prompt.fields),
             one.finish_reason == "length",
         )
-        for prompt, prompt_ids, of_prompt in zip(prompts, ids, completions, strict=True)
+        for prompt, own, of_prompt in zip(prompts, ids, completions, strict=True)
         for one in of_prompt
     ]
+    return ids, completions, samples
 
 
 def write(prompts: Sequence[Prompt]) -> str:

@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -39,14 +39,14 @@ from tessera.data.chat import ChatEncoder
 from tessera.data.config import no_chat_template
 from tessera.data.switch import DETAILED, obeys
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.engine import Completion, Engine, SamplingParams
+from tessera.generate.engine import Completion, Engine
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer, holding
 from tessera.rl import monitors
 from tessera.rl.advantages import Advantages, of_group
 from tessera.rl.curriculum import CurriculumConfig, Order, order
 from tessera.rl.experience import Answer, Group, Level, pack, row, rows, spans
-from tessera.rl.prompts import Prompt, judged_samples, read
+from tessera.rl.prompts import Prompt, read, sample_answers
 from tessera.rl.rewards import Reward, Sample, require_fields
 from tessera.rl.rubric import Judged, Rubric
 from tessera.runs.files import FailureError, atomic_write
@@ -69,12 +69,12 @@ class RolloutConfig(EngineChoice):
     overlong: "mask" leaves out answers that were cut at max_tokens. overlong_buffer: over so many
     tokens before max_tokens the reward falls by up to 1 (DAPO, arXiv 2503.14476, §3.4).
     dynamic_sampling: how many further sets of prompts may replace groups whose answers are all
-    worth the same (DAPO §3.2).
+    worth the same (DAPO §3.2). samples_every: rollouts between samples that are kept.
     """
 
     train: TrainConfig
     prompts_per_rollout: int = Field(default=64, ge=1)
-    samples: int = Field(default=16, ge=1)
+    samples: int = Field(default=16, ge=2)
     updates_per_rollout: int = Field(default=1, ge=1)
     max_tokens: int = Field(default=1024, ge=1)
     rewards: tuple[Reward, ...] = ()
@@ -87,7 +87,7 @@ class RolloutConfig(EngineChoice):
     staleness: Literal[0, 1] = 0
     engine_batch: int = Field(default=256, ge=1)
     workers: int = Field(default=2, ge=1)
-    samples_every: int = Field(default=10, ge=1)  # rollouts between samples that are kept
+    samples_every: int = Field(default=10, ge=1)
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
         return no_chat_template(step, steps)
@@ -99,8 +99,6 @@ class RolloutConfig(EngineChoice):
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
-        if self.samples < 2:
-            raise ValueError("samples must be 2 or more: an answer is compared with its group")
         if self.updates_per_rollout > self.prompts_per_rollout:
             raise ValueError(
                 "updates_per_rollout exceeds prompts_per_rollout: a step needs prompts"
@@ -119,11 +117,6 @@ class Rollout:
 
     groups: list[Group]
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @property
-    def version(self) -> int:
-        """The rollout whose weights answered."""
-        return min((answer.version for group in self.groups for answer in group.answers), default=0)
 
 
 class Rollouts:
@@ -190,7 +183,7 @@ class Rollouts:
         number, update = divmod(step, self.config.updates_per_rollout)
         self._metrics, self._seconds = {}, {}
         if number != self._number:
-            self._groups = self._own(number) if update else self._begin(number)
+            self._groups = self._read(number) if update else self._begin(number)
             self._number = number
             self._updates = [self._rows(u) for u in range(self.config.updates_per_rollout)]
         return self._updates[update]
@@ -219,7 +212,7 @@ class Rollouts:
         self._saved, self._kept, world = [state["rollout"]], state["kept"], state["world"]
         for number in (state["rollout"], state["kept"]):
             if world != self.layout.data_world and self._path(number, 0, world).is_file():
-                shares = [self._read(number, rank, world) for rank in range(world)]
+                shares = [self._read(number, (rank, world)) for rank in range(world)]
                 self._keep(number, self._share(joined(shares, self.config.updates_per_rollout)))
 
     def _path(self, number: int, rank: int, world: int) -> Path:
@@ -231,12 +224,12 @@ class Rollouts:
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, "".join(json.dumps(asdict(group)) + "\n" for group in groups))
 
-    def _read(self, number: int, rank: int, world: int) -> list[Group]:
-        lines = self._path(number, rank, world).read_text(encoding="utf-8").split("\n")
-        return [Group.from_json(json.loads(line)) for line in lines if line]
-
-    def _own(self, number: int) -> list[Group]:
-        return self._read(number, self.layout.data_rank, self.layout.data_world)
+    def _read(self, number: int, place: tuple[int, int] | None = None) -> list[Group]:
+        """The groups that this process kept, or the one of another (rank, world)."""
+        rank, world = place or (self.layout.data_rank, self.layout.data_world)
+        text = self._path(number, rank, world).read_text(encoding="utf-8")
+        found = [json.loads(line) for line in text.split("\n") if line]
+        return [Group(**one | {"answers": [Answer(**a) for a in one["answers"]]}) for one in found]
 
     def _share(self, items: Sequence[T]) -> list[T]:
         updates, layout = self.config.updates_per_rollout, self.layout
@@ -250,7 +243,7 @@ class Rollouts:
             found = prefetched.result()
             found.seconds["wait_seconds"] = time.monotonic() - started
         elif number == self._kept:
-            found = Rollout(self._own(number))
+            found = Rollout(self._read(number))
         prefetch = self.config.staleness and number + 1 < len(self.order.batches)
         if found is None or prefetch:
             self.engine.sync(unsharded(self.module), number)
@@ -263,7 +256,8 @@ class Rollouts:
         groups, self._seconds = found.groups, dict(found.seconds)
         self._metrics = monitors.measured(groups, self.rubric.names, self.layout)
         if self.config.staleness:
-            self._metrics["staleness"] = float(number - found.version)
+            versions = (answer.version for group in groups for answer in group.answers)
+            self._metrics["staleness"] = float(number - min(versions, default=0))
         if self.config.updates_per_rollout > 1:
             self._score_old(groups)
             self._keep(number, groups)
@@ -293,51 +287,46 @@ class Rollouts:
         return found
 
     def _answered(self, key: int, numbers: Sequence[int], seconds: dict[str, float]) -> list[Group]:
-        """A group of judged answers, at temperature 1, for each prompt; adds to `seconds`."""
-        prompts = [self.prompts[number] for number in numbers]
-        ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
-        params = SamplingParams(
-            max_tokens=self.config.max_tokens,
-            n=self.config.samples,
-            stop_token_ids=self.encoder.tokenizer.eos_ids,
-            seed=self.run.seed,
-        )
+        """A group of judged answers for each prompt; adds to `seconds`."""
+        config, prompts = self.config, [self.prompts[number] for number in numbers]
+        keys = [key << 32 | number for number in numbers]
+        sampling = {"n": config.samples, "max_tokens": config.max_tokens, "seed": self.run.seed}
         started = time.monotonic()
-        completions = self.engine.generate(ids, params, keys=[key << 32 | n for n in numbers])
+        ids, completions, samples = sample_answers(
+            self.engine, self.encoder, prompts, keys, **sampling
+        )
         generated = time.monotonic()
-        samples = judged_samples(self.encoder.tokenizer, prompts, ids, completions)
         judged = iter(zip(samples, self.rubric(samples), strict=True))
         groups = []
         for number, prompt, own, of_prompt in zip(numbers, prompts, ids, completions, strict=True):
             answers = [self._answer(prompt, one, *next(judged)) for one in of_prompt]
             values = of_group([answer.reward for answer in answers], self.rule)
-            for answer, value in zip(answers, values, strict=True):
-                answer.advantage = value
+            for one, value in zip(answers, values, strict=True):
+                one.advantage = value
             groups.append(Group(number, prompt.mode, own, answers))
         seconds["generate_seconds"] += generated - started
         seconds["judge_seconds"] += time.monotonic() - generated
         return groups
 
     def _answer(self, prompt: Prompt, one: Completion, sample: Sample, judged: Judged) -> Answer:
-        unjudged = {name: part.reason for name, part in judged.parts.items() if part.score is None}
+        config, reward = self.config, judged.reward
+        if sample.truncated and config.overlong == "mask":
+            reward = None
+        over = len(one.token_ids) - (config.max_tokens - config.overlong_buffer)
+        if reward is not None and config.overlong_buffer and over > 0:
+            reward -= min(1.0, over / config.overlong_buffer)
+        unjudged = [f"{k}: {part.reason}" for k, part in judged.parts.items() if part.score is None]
         return Answer(
             one.token_ids,
             one.logprobs,
             one.finish_reason,
             sample.completion,
-            self._reward(judged, len(one.token_ids), sample.truncated),
+            reward,
             {name: outcome.score for name, outcome in judged.parts.items()},
             obeys(sample.completion, prompt.mode),
             version=one.version,
-            unjudged="; ".join(f"{name}: {reason}" for name, reason in unjudged.items()),
+            unjudged="; ".join(unjudged),
         )
-
-    def _reward(self, judged: Judged, length: int, truncated: bool) -> float | None:
-        if judged.reward is None or (truncated and self.config.overlong == "mask"):
-            return None
-        buffer = self.config.overlong_buffer
-        over = length - (self.config.max_tokens - buffer)
-        return judged.reward - (min(1.0, over / buffer) if buffer and over > 0 else 0.0)
 
     def _rows(self, update: int) -> list[Batch]:
         """The rows of one update, as many in every process."""
@@ -354,8 +343,7 @@ class Rollouts:
             # Answers of advantage 0 are not computed; their weight scales the others.
             scale = nonzero / trained
             groups = [
-                Group(g.number, g.mode, g.ids, [one for one in g.answers if one.advantage])
-                for g in groups
+                replace(g, answers=[one for one in g.answers if one.advantage]) for g in groups
             ]
         return padded(rows(groups, self.row_length, self.config.level, scale), row([]))
 
@@ -397,7 +385,6 @@ class DaemonThread:
         self._thread: threading.Thread | None = None
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """The future of a call."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()

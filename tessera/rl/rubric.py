@@ -1,8 +1,8 @@
 """What a completion is worth: the weighted sum of its rewards, or nothing where one cannot tell.
 
 A reward that could not judge leaves the sample out of its group: any number in its place would be
-learned from. Checkers run in the killable processes of `pool.py`. Judges and reward models are
-asked over HTTP; a server that fails too often stops the run, which can go on later.
+learned from. Checkers run in the processes of `pool.py`; judges and reward models are asked over
+HTTP, and a server that fails too often stops the run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REWARD = re.compile(r"reward[\s:=*]{0,3}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 class Asked:
-    """One reward of this kind: samples in, outcomes out."""
+    """A reward that a server gives: samples in, outcomes out."""
 
     def __init__(self, reward: AskedReward) -> None:
         self.reward = reward
@@ -70,11 +70,7 @@ class Judged:
 
 
 class Rubric:
-    """Some rewards and the processes that compute them; a context manager.
-
-    with Rubric(rewards, workers=8) as rubric:
-        judged = rubric(samples)
-    """
+    """Some rewards and the processes that compute them; a context manager."""
 
     def __init__(self, rewards: Sequence[Reward], workers: int) -> None:
         self.rewards, self.names = list(rewards), names(rewards)
@@ -98,8 +94,8 @@ class Rubric:
         return [self._sum([column[i] for column in columns]) for i in range(len(samples))]
 
     def _sum(self, outcomes: Sequence[Outcome]) -> Judged:
-        parts = dict(zip(self.names, outcomes, strict=True))
         total = 0.0
+        parts = dict(zip(self.names, outcomes, strict=True))
         for reward, outcome in zip(self.rewards, outcomes, strict=True):
             if outcome.score is None:
                 return Judged(None, parts)
