@@ -126,6 +126,6 @@ def _placed(chat: Chat, source: SourceConfig, name: str, place: str) -> Chat:
         extra["expected_answer"] = str(known)
     if extra.get("license") is None and source.license:
         extra["license"] = source.license
-    lineage = extra.get("lineage")
-    before = lineage if isinstance(lineage, list) else []
-    return replace(chat, extra={**extra, "source": name, "lineage": before or [place]})
+    before = extra.get("lineage")
+    lineage = before if before and isinstance(before, list) else [place]
+    return replace(chat, extra={**extra, "source": name, "lineage": lineage})

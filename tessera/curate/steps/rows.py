@@ -9,9 +9,7 @@ A step is the config of its table (`[[curate.steps]]`) and the object that runs:
               replies)
 
 A row is a `Chat`. What steps find stands in its `extra` under the keys of the Llama-Nemotron data
-and NeMo-Skills: `license`, `generator`, `category`, `problem_type`, `expected_answer`,
-`predicted_answer`, `correct`, `pass_rate`. `lineage` lists the row's file and line, then each step
-that wrote into it.
+and NeMo-Skills; `lineage` lists the row's file and line, then each step that wrote into it.
 """
 
 from __future__ import annotations
@@ -85,14 +83,17 @@ class AskStep(Config):
         raise NotImplementedError
 
     def failed(self, error: str) -> Drop:
-        """What becomes of a row whose request failed."""
         return Drop(f"{self.teacher}: {error[:120]}")
 
 
+def asked(chat: Chat) -> list[Message]:
+    """All messages before the last answer."""
+    return chat.messages[:-1] if chat.answered else chat.messages
+
+
 def question(chat: Chat) -> str:
-    """All messages before the last answer, without system prompts."""
-    asked = chat.messages[:-1] if chat.answered else chat.messages
-    return "\n".join(one["content"] for one in asked if one["role"] != "system")
+    """The text before the last answer, without system prompts."""
+    return "\n".join(one["content"] for one in asked(chat) if one["role"] != "system")
 
 
 def thought(chat: Chat) -> str | None:
@@ -115,8 +116,7 @@ def text_of(chat: Chat, field: str) -> str:
         return thought(chat) or ""
     if field == "completion":
         return "\n".join(filter(None, (thought(chat), answer(chat))))
-    texts = [one.get("reasoning_content", "") + one["content"] for one in chat.messages]
-    return "\n".join(texts)
+    return "\n".join(one.get("reasoning_content", "") + one["content"] for one in chat.messages)
 
 
 def text_hash(text: str) -> int:
@@ -131,8 +131,7 @@ def tagged(chat: Chat, step: str, **found: Any) -> Chat:
 
 def answered(chat: Chat, message: Message) -> Chat:
     """The chat with this message as its answer, in place of the one it had."""
-    asked = chat.messages[:-1] if chat.answered else chat.messages
-    return replace(chat, messages=[*asked, message])
+    return replace(chat, messages=[*asked(chat), message])
 
 
 def removed_line(chat: Chat, step: str, reason: str) -> str:
