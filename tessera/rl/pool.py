@@ -1,8 +1,9 @@
-"""Processes that judge samples. One that is late or dies is killed and replaced; nothing can hang.
+"""What completions are worth: the weighted sum of rewards, or None where one could not judge.
 
-Deadlines within a process rely on signals, which threads and C code do not obey; a process can
-always be killed. Its sample is could-not-judge, the others go on. Messages are JSON, so nothing
-that a checker made is unpickled. pebble's pool (5.x) leaves alive what a killed checker started.
+Checkers run in processes: one that is late or dies is killed and replaced, and its sample is
+could-not-judge. Deadlines within a process rely on signals, which threads and C code do not obey.
+Messages are JSON, so nothing that a checker made is unpickled. pebble's pool (5.x) leaves alive
+what a killed checker started. Judges and reward models are asked over HTTP.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,20 +20,35 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, Self
 
 from pydantic import TypeAdapter
 
-from tessera.rl.rewards import CheckedReward, RewardError, Sample, check, prepare
-from tessera.rl.verifiers.outcome import Outcome, unjudged
+from tessera.ask import judge
+from tessera.ask.ask import Reply, Request
+from tessera.ask.endpoint import Endpoint
+from tessera.rl.rewards import (
+    AskedReward,
+    CheckedReward,
+    JudgeReward,
+    Reward,
+    RewardError,
+    Sample,
+    check,
+    names,
+    prepare,
+)
+from tessera.rl.verifiers.outcome import Outcome, judged, unjudged, wrong
 
 START_SECONDS = 120.0  # for a worker to import its libraries, on a busy machine
 MAX_FAILED_STARTS = 3  # in a row, then `check` raises
 WORKER_BYTES = 4 << 30  # of address space: beyond it a checker gets a MemoryError
 PR_SET_PDEATHSIG = 1
 REWARDS = TypeAdapter(list[CheckedReward])
+_REWARD = re.compile(r"reward[\s:=*]{0,3}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 class Pool:
@@ -166,6 +183,86 @@ class _Worker:
         except subprocess.TimeoutExpired:
             return "it closed its pipe"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+class Asked:
+    """A reward that a server gives: samples in, outcomes out."""
+
+    def __init__(self, reward: AskedReward) -> None:
+        self.reward = reward
+        self.endpoint = Endpoint(reward.endpoint, seed=0, deadline=reward.deadline)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """The outcome of each sample, all asked at once."""
+        answered = [sample for sample in samples if sample.answer]
+        found = judge.replies(self.endpoint, [self._request(sample) for sample in answered])
+        outcomes = map(self._outcome, found)
+        return [next(outcomes) if sample.answer else wrong("no answer") for sample in samples]
+
+    def _request(self, sample: Sample) -> Request:
+        if not isinstance(self.reward, JudgeReward):
+            asked = [dict(message) for message in sample.messages]
+            return judge.request("", [*asked, {"role": "assistant", "content": sample.answer}], 64)
+        question = next(m["content"] for m in reversed(sample.messages) if m["role"] == "user")
+        expected = str(sample.fields[self.reward.answer])
+        text = judge.same_answer(question, expected, sample.answer, self.reward.template)
+        return judge.request("", text, self.reward.max_tokens)
+
+    def _outcome(self, reply: Reply) -> Outcome:
+        if reply.error:
+            return unjudged(reply.error)
+        if isinstance(self.reward, JudgeReward):
+            verdict = judge.verdict(reply.answer)
+            if verdict is None:
+                return unjudged(f"no verdict in the judge's reply: {reply.answer[-80:]!r}")
+            return judged(verdict, "the judge says so")
+        scores = _REWARD.findall(reply.answer)
+        if not scores:
+            return unjudged(f"no reward in the model's reply: {reply.answer[-80:]!r}")
+        score = float(scores[-1])
+        return Outcome("right" if score >= self.reward.right_from else "wrong", score)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A sample's reward (None: could not be judged), and the outcome of each part by name."""
+
+    reward: float | None
+    parts: dict[str, Outcome]
+
+
+class Rubric:
+    """Some rewards and the processes that compute them; a context manager."""
+
+    def __init__(self, rewards: Sequence[Reward], workers: int) -> None:
+        self.rewards, self.names = list(rewards), names(rewards)
+        self._pool = Pool([one for one in self.rewards if isinstance(one, CheckedReward)], workers)
+        self._asked = [Asked(one) if isinstance(one, AskedReward) else None for one in self.rewards]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.close()
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Judged]:
+        """What each sample is worth. Raises RewardError where nothing can be judged at all."""
+        parts = range(len(self._pool.rewards))
+        checked = iter(self._pool.check([(part, sample) for part in parts for sample in samples]))
+        columns = [
+            list(islice(checked, len(samples))) if one is None else one(samples)
+            for one in self._asked
+        ]
+        return [self._sum([column[i] for column in columns]) for i in range(len(samples))]
+
+    def _sum(self, outcomes: Sequence[Outcome]) -> Judged:
+        total = 0.0
+        parts = dict(zip(self.names, outcomes, strict=True))
+        for reward, outcome in zip(self.rewards, outcomes, strict=True):
+            if outcome.score is None:
+                return Judged(None, parts)
+            total += reward.weight * outcome.score
+        return Judged(total, parts)
 
 
 def serve(descriptor: int, parent: int, memory_bytes: int) -> None:

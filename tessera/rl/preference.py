@@ -26,10 +26,9 @@ from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
 from tessera.objectives.rpo import RPO, RPOLossConfig
-from tessera.rl import monitors
 from tessera.rl.advantages import rloo
 from tessera.rl.experience import Answer, Group, row, spans
-from tessera.rl.rollouts import Rollout, RolloutConfig, Rollouts, padded, unsharded
+from tessera.rl.rollouts import Rollout, RolloutConfig, Rollouts, keep_samples, padded, unsharded
 from tessera.runs.files import FailureError
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import Run
@@ -192,7 +191,7 @@ class OnlinePairs(Rollouts):
                 found.groups += more.groups
                 for name, spent in more.seconds.items():
                     found.seconds[name] += spent
-        monitors.keep_samples(found.groups, self.prompts, number, self.run)
+        keep_samples(found.groups, self.prompts, number, self.run)
         raise FailureError(
             f"{MAX_ATTEMPTS} rollouts in a row have no prompt whose answers differ in reward; see "
             f"samples/{number:08}.jsonl of the run, and give prompts that are neither always nor "

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import queue
+import random
 import threading
 import time
 from collections import defaultdict
@@ -42,22 +43,23 @@ from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer, holding
-from tessera.rl import monitors
 from tessera.rl.advantages import Advantages, of_group
 from tessera.rl.curriculum import CurriculumConfig, Order, order
 from tessera.rl.experience import Answer, Group, Level, pack, row, rows, spans
-from tessera.rl.prompts import Prompt, read, sample_answers
+from tessera.rl.pool import Judged, Rubric
+from tessera.rl.profile import Prompt, read, sample_answers
 from tessera.rl.rewards import Reward, Sample, require_fields
-from tessera.rl.rubric import Judged, Rubric
 from tessera.runs.files import FailureError, atomic_write
 from tessera.runs.plan import Step
 from tessera.runs.run import Run
 from tessera.train.engine import context_of
 from tessera.train.losses import token_log_probs
 from tessera.train.optim import TrainConfig
+from tessera.train.parallel import Layout
 from tessera.vllm.config import EngineChoice, open_engine
 
 T = TypeVar("T")
+KEPT = 3  # samples of each kind
 
 
 class RolloutConfig(EngineChoice):
@@ -254,7 +256,7 @@ class Rollouts:
         elif self.module.device.type == "cuda":
             self.engine.sleep()
         groups, self._seconds = found.groups, dict(found.seconds)
-        self._metrics = monitors.measured(groups, self.rubric.names, self.layout)
+        self._metrics = measured(groups, self.rubric.names, self.layout)
         if self.config.staleness:
             versions = (answer.version for group in groups for answer in group.answers)
             self._metrics["staleness"] = float(number - min(versions, default=0))
@@ -262,7 +264,7 @@ class Rollouts:
             self._score_old(groups)
             self._keep(number, groups)
         if number % self.config.samples_every == 0:
-            monitors.keep_samples(groups, self.prompts, number, self.run)
+            keep_samples(groups, self.prompts, number, self.run)
         return groups
 
     def _complete(self, number: int, found: Rollout) -> None:
@@ -349,7 +351,7 @@ class Rollouts:
 
     def _nothing_counts(self) -> FailureError:
         """Why a step has no answer to learn from; its answers are kept to be read."""
-        monitors.keep_samples(self._groups, self.prompts, self._number, self.run)
+        keep_samples(self._groups, self.prompts, self._number, self.run)
         answers = [answer for group in self._groups for answer in group.answers]
         cut = sum(answer.truncated for answer in answers)
         if self.config.overlong == "mask" and cut:
@@ -400,6 +402,60 @@ class DaemonThread:
             except BaseException as error:
                 future.set_exception(error)
             del future, call  # frees the result while the thread is idle
+
+
+def measured(groups: Sequence[Group], names: Sequence[str], layout: Layout) -> dict[str, float]:
+    """Means over the answers of all processes.
+
+    reward, and reward/NAME of each part: of what could be judged. no_signal: share of groups whose
+    answers are all worth the same. length: in tokens. truncated, unjudged, obedience: shares.
+    """
+    answers = [answer for group in groups for answer in group.answers]
+    values: dict[str, list[float | None]] = {"reward": [one.reward for one in answers]}
+    values |= {f"reward/{name}": [one.parts[name] for one in answers] for name in names}
+    values["no_signal"] = [not group.has_signal for group in groups]
+    values["length"] = [len(one.ids) for one in answers]
+    values["truncated"] = [one.truncated for one in answers]
+    values["unjudged"] = [None in one.parts.values() for one in answers]
+    values["obedience"] = [one.obedient for one in answers]
+    known = [[one for one in column if one is not None] for column in values.values()]
+    own = [(sum(column), len(column)) for column in known]
+    sums = torch.tensor(own, dtype=torch.float64, device=dist.device())
+    totals = zip(values, layout.sum(sums).tolist(), strict=True)
+    return {name: total / count for name, (total, count) in totals if count}
+
+
+def keep_samples(
+    groups: Sequence[Group], prompts: Sequence[Prompt], rollout: int, run: Run
+) -> None:
+    """Writes the best, the worst and some answers of the main process to `samples/`."""
+    every = [(prompts[group.number], answer) for group in groups for answer in group.answers]
+    judged = [(answer.reward, pair) for pair in every if (answer := pair[1]).reward is not None]
+    ranked = [pair for _, pair in sorted(judged, key=lambda one: one[0])]
+    chance = random.Random(f"{run.seed} {rollout}")
+    chosen = {
+        "best": ranked[::-1][:KEPT],
+        "worst": ranked[:KEPT],
+        "random": chance.sample(every, min(KEPT, len(every))),
+        "unjudged": [pair for pair in every if pair[1].reward is None][:KEPT],
+    }
+    rows = [
+        {
+            "rollout": rollout,
+            "kind": kind,
+            "prompt": prompt.messages[-1]["content"],
+            "mode": prompt.mode,
+            "text": answer.text,
+            "reward": answer.reward,
+            "parts": answer.parts,
+            "unjudged": answer.unjudged,
+            "tokens": len(answer.ids),
+            "finish_reason": answer.finish_reason,
+        }
+        for kind, pairs in chosen.items()
+        for prompt, answer in pairs
+    ]
+    run.write_file(f"samples/{rollout:08}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def share(items: Sequence[T], updates: int, rank: int, world: int) -> list[T]:

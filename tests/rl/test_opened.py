@@ -14,11 +14,10 @@ from tessera.data.tokenizer import byte_tokenizer
 from tessera.generate.engine import Completion
 from tessera.rl.advantages import rloo
 from tessera.rl.experience import Answer
-from tessera.rl.profile import ProfileConfig, measure
-from tessera.rl.prompts import Prompt
+from tessera.rl.pool import Rubric
+from tessera.rl.profile import ProfileConfig, Prompt, measure
 from tessera.rl.rewards import ExactReward, FormatReward
 from tessera.rl.rollouts import RolloutConfig, Rollouts
-from tessera.rl.rubric import Rubric
 from tessera.runs.files import Journal
 from tessera.runs.run import Run
 
