@@ -1,6 +1,5 @@
 """Final answers: extracted, compared with the expected one, voted on.
 
-`extract_answer` and `verify` ask the functions that rewards and evaluation ask (rl/verifiers).
 Where no answer is known, the answer that most samples give is the reference (arXiv 2505.00949 §3.1
 and §3.3); the share of right samples is the difficulty that reinforcement learning goes by.
 """
@@ -22,6 +21,7 @@ from tessera.data.conversation import Chat
 from tessera.rl.verifiers.answer import boxed, final_answer, normalized, same_answer
 from tessera.rl.verifiers.exact import verify_exact, verify_number
 from tessera.rl.verifiers.mathematics import verify_math
+from tessera.rl.verifiers.outcome import Outcome
 from tessera.runs.files import RunError
 
 LONGEST = 400  # characters of a final answer; what is longer is a text
@@ -48,12 +48,11 @@ class Extract(RowStep):
 
 
 class Verify(RowStep):
-    """Compares `predicted_answer` with `expected_answer` and writes `correct`.
+    """Compares `predicted_answer` with `expected_answer`, where there is one; writes `correct`.
 
     verifier: "equal" (the same number, or the same text up to spelling), "exact", "number" and
     "math" as the rewards have them, or `package.module:function`, a function of the two texts that
-    gives True, False, None or an Outcome. keep: "correct" leaves out what is wrong or not judged;
-    "all" keeps it for a pass rate. A row without an expected answer passes unjudged.
+    gives True, False, None or an Outcome. keep: "all" keeps what is wrong or not judged.
     """
 
     step: Literal["verify"]
@@ -73,8 +72,9 @@ class Verify(RowStep):
         if not predicted.strip() or not expected.strip():
             return None
         outcome = self._function(predicted, expected)
-        verdict = getattr(outcome, "verdict", outcome)
-        return {"right": True, "wrong": False}.get(verdict) if isinstance(verdict, str) else verdict
+        if isinstance(outcome, Outcome):
+            return {"right": True, "wrong": False}.get(outcome.verdict)
+        return outcome
 
     @functools.cached_property
     def _function(self) -> Callable[[str, str], Any]:
@@ -103,7 +103,6 @@ class Majority(SetStep):
 
     Rows of the problem that answer otherwise are left out, and whole problems whose majority has
     under `min_votes` votes or under `min_share` of them. Of equal counts the first seen wins.
-    Rows whose expected answer is known pass untouched.
     """
 
     step: Literal["majority"]
@@ -112,14 +111,13 @@ class Majority(SetStep):
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
         """(rows, 2): hashes of problem and answer, for which 0 is none and 1 known before."""
-        found = np.zeros((len(chats), 2), np.uint64)
+        marks = [0] * len(chats)
         for index, chat in enumerate(chats):
-            found[index, 0] = rows.text_hash(rows.question(chat))
             if chat.extra.get("expected_answer") is not None:
-                found[index, 1] = 1
+                marks[index] = 1
             elif (predicted := chat.extra.get("predicted_answer")) is not None:
-                found[index, 1] = max(2, rows.text_hash(normalized(str(predicted))))
-        return found
+                marks[index] = max(2, rows.text_hash(normalized(str(predicted))))
+        return rows.keyed(chats, marks)
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
         """(rows,): 0 another answer, 1 the majority's, 2 known before, 3 too small a majority."""
@@ -162,10 +160,8 @@ class PassRate(SetStep):
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
         """(rows, 2): the hash of the problem, and 0 wrong, 1 right, 2 not judged."""
-        said = [chat.extra.get("correct") for chat in chats]
-        marks = [int(one) if isinstance(one, bool) else 2 for one in said]
-        hashes = [rows.text_hash(rows.question(chat)) for chat in chats]
-        return np.array([hashes, marks], np.uint64).T.reshape(len(chats), 2)
+        said = (chat.extra.get("correct") for chat in chats)
+        return rows.keyed(chats, (int(one) if isinstance(one, bool) else 2 for one in said))
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
         """(rows,) shares; -1 where none was judged."""

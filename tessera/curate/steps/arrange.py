@@ -1,8 +1,4 @@
-"""Pairs of reasoning on and off, the blend of sources, and the order of the rows.
-
-Reasoning off is taught with prompts of the reasoning-on set (arXiv 2505.00949 §3.4); an open recipe
-for an 8B model sorts each side by the length of its completions and interleaves them (Curator).
-"""
+"""Pairs of reasoning on and off (arXiv 2505.00949 §3.4), the blend of sources, the rows' order."""
 
 from __future__ import annotations
 
@@ -31,8 +27,7 @@ class Pair(SetStep):
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
         """(rows, 2): the hash of the question, and 1 for on."""
-        found = [(rows.text_hash(rows.question(chat)), chat.mode == "on") for chat in chats]
-        return np.array(found, np.uint64).reshape(len(chats), 2)
+        return rows.keyed(chats, (chat.mode == "on" for chat in chats))
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
         """(rows,): 0 kept, 1 one too many, 2 without its other side."""

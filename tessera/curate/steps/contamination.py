@@ -1,9 +1,8 @@
 """Decontamination: rows that hold a problem of an evaluation, or a part of one.
 
 `decontaminate` finds copies and light rewording: the overlap of a row with a problem is the number
-of distinct word n-grams that both have, over the smaller of their numbers. A paraphrase shares few
-n-grams. For those, `nearest` writes the problem that is nearest by embedding into the row, and
-`same_problem` asks a judge whether the two are the same (the paper's §3.1, §3.2, NeMo-Skills).
+of distinct word n-grams that both have, over the smaller of their numbers. For paraphrases,
+`nearest` finds a problem by embedding and `same_problem` asks a judge (the paper's §3.1, §3.2).
 """
 
 from __future__ import annotations

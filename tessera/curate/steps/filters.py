@@ -1,9 +1,7 @@
 """Filters that look at one row: tags, fields, lengths, language, code.
 
-Those of the Llama-Nemotron recipes (arXiv 2505.00949 §3, NVIDIA's Curator tutorial): a row that
-contradicts its switch, has an empty or unclosed thought, is of another language, or is too long.
-Code as in §3.2 (after OpenCodeReasoning): one fence in the answer, none in the thought, and
-tree-sitter parses it.
+Those of the Llama-Nemotron recipes (arXiv 2505.00949 §3, NVIDIA's Curator tutorial). Code as in
+§3.2: a fence in the answer, none in the thought, and it parses.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ NAMES = {"python": PYTHON, "cpp": ("cpp", "c++", "cc", "cxx")}
 class Code(RowStep):
     """Keeps answers with fenced code of `language` that parses; the code goes into `code`.
 
-    parser: `ast` is that of the running Python; tree-sitter knows C++ as well, and Python of any
-    version. thought: one is required. which: the fence taken where there are several.
+    parser: `ast` reads Python alone. thought: one is required. which: of several fences.
     """
 
     step: Literal["code"]
@@ -135,10 +132,7 @@ class Label(RowStep):
 
 
 class Licence(RowStep):
-    """Keeps the rows whose `license` is one of `allow`, ignoring case; a row without one goes.
-
-    A row's own licence overrides that of its source.
-    """
+    """Keeps the rows whose `license` is one of `allow`, ignoring case; a row without one goes."""
 
     step: Literal["licence"]
     allow: list[str] = Field(min_length=1)
@@ -152,8 +146,7 @@ class Licence(RowStep):
 class Length(RowStep):
     """Bounds a row's length: of `field`, in characters, words or, with `tokenizer`, tokens.
 
-    Nano's rows have at most 16,384 tokens in all and 8,192 in the answer, thought included:
-    `field = "all"` and "completion". keep: writes the length under this key.
+    keep: writes the length under this key.
     """
 
     step: Literal["length"]

@@ -15,11 +15,12 @@ and NeMo-Skills; `lineage` lists the row's file and line, then each step that wr
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from tessera.ask.ask import Reply, Request
@@ -122,6 +123,12 @@ def text_of(chat: Chat, field: str) -> str:
 def text_hash(text: str) -> int:
     """64 bits of a text without the white space around it."""
     return int.from_bytes(blake2b(text.strip().encode("utf-8", "replace"), digest_size=8).digest())
+
+
+def keyed(chats: Sequence[Chat], marks: Iterable[int]) -> NDArray[Any]:
+    """(rows, 2): the hash of each row's question, and its mark."""
+    hashes = [text_hash(question(chat)) for chat in chats]
+    return np.array([hashes, list(marks)], np.uint64).T.reshape(len(chats), 2)
 
 
 def tagged(chat: Chat, step: str, **found: Any) -> Chat:
