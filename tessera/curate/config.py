@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, SerializeAsAny, Tag, field_validator,
 from tessera.ask.endpoint import EndpointConfig
 from tessera.ask.local import EmbedderConfig, EngineConfig
 from tessera.curate.sources import SourceConfig
-from tessera.curate.steps import answers, arrange, ask, contamination, duplicates, filters
+from tessera.curate.steps import arrange, ask, contamination, duplicates, filters
 from tessera.curate.steps.contamination import Nearest
 from tessera.curate.steps.rows import AskStep, RowStep, SetStep
 from tessera.data.dialects import Dialect
@@ -34,7 +34,7 @@ TeacherConfig = Annotated[
 # Every step by the name that its config's `step` allows.
 STEPS: dict[str, type[Step]] = {
     name: one
-    for module in (ask, answers, filters, duplicates, contamination, arrange)
+    for module in (ask, filters, duplicates, contamination, arrange)
     for one in vars(module).values()
     if isinstance(one, type) and issubclass(one, RowStep | SetStep | AskStep)
     for name in get_args(one.model_fields["step"].annotation)

@@ -93,14 +93,10 @@ class ShardWriter:
         return self.path("counts", "json").is_file()
 
     def path(self, what: str, suffix: str) -> Path:
-        """The name of one of the shard's files."""
         return self.home / f"{what}-{self.number:05}.{suffix}"
 
     def write(self, chats: Iterable[Chat], steps: Sequence[tuple[str, RowStep]]) -> None:
-        """Sends the rows through row steps and writes what comes out.
-
-        steps: with their names for the counts. Whoever makes the rows counts through `note`.
-        """
+        """Sends rows, which their maker counted through `note`, through steps, and writes them."""
         coming = iter(chats)
         with writing(self.home):
             self.home.mkdir(parents=True, exist_ok=True)
@@ -135,7 +131,6 @@ class ShardWriter:
                 self._removed.write(rows.removed_line(chat, name, one.reason))
 
     def note_bad(self, bad: Bad) -> None:
-        """Counts a record that is no row."""
         self.counts[READ].rows_in += 1
         self.counts[READ].reasons[bad.reason] += 1
         told = {"row": f"{bad.file}:{bad.line}", "step": READ, "reason": bad.reason}

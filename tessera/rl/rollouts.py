@@ -221,7 +221,6 @@ class Rollouts:
         return self.run.path / "rollouts" / f"{number:08}-{rank}-of-{world}.jsonl"
 
     def _keep(self, number: int, groups: Sequence[Group]) -> None:
-        """Writes this process's groups."""
         path = self._path(number, self.layout.data_rank, self.layout.data_world)
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, "".join(json.dumps(asdict(group)) + "\n" for group in groups))

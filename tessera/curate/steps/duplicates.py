@@ -57,7 +57,6 @@ class Dedupe(SetStep):
         return np.frombuffer(b"".join(hashes), np.uint64).reshape(len(chats), 2)
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
-        """(rows,): whether a row is the first of its text."""
         _, firsts = np.unique(digests, axis=0, return_index=True)
         return np.isin(np.arange(len(digests)), firsts)
 
@@ -79,11 +78,9 @@ class NearDedupe(SetStep):
     n: int = Field(default=3, ge=1, le=32)
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
-        """(rows, 128): the signature of each text."""
         return signatures(word_grams(rows.text_of(chat, self.field), self.n) for chat in chats)
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
-        """(rows,): whether a row is the first of its cluster."""
         return clusters(digests, self.threshold) == np.arange(len(digests))
 
     def judge(self, chat: Chat, verdict: Any) -> Result:

@@ -2,11 +2,12 @@
 
 A step is the config of its table (`[[curate.steps]]`) and the object that runs:
 
-    RowStep   apply(chat)                       sees one row
-    SetStep   digest(chats), decide(digests),   decides over all rows from some bytes of each,
-              judge(chat, verdict)              so it spreads over processes
-    AskStep   requests(chat), receive(chat,     asks a model
-              replies)
+    RowStep   apply(chat)                what becomes of a row: rows, or why it is left out
+    SetStep   digest(chats)              (rows, …) what has to be known of each row
+              decide(digests)            (rows,) verdicts, from the whole set in order
+              judge(chat, verdict)       what becomes of a row
+    AskStep   requests(chat)             what a model is asked for a row; none: it stays
+              receive(chat, replies)     what becomes of it, by the replies in order
 
 A row is a `Chat`. What steps find stands in its `extra` under the keys of the Llama-Nemotron data
 and NeMo-Skills; `lineage` lists the row's file and line, then each step that wrote into it.
@@ -46,7 +47,6 @@ class RowStep(Config):
     step: str
 
     def apply(self, chat: Chat) -> Result:
-        """The row, several made of it, or why it is left out."""
         raise NotImplementedError
 
 
@@ -57,15 +57,12 @@ class SetStep(Config):
     reorders: ClassVar[bool] = False
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
-        """(rows, …) what has to be known of each row."""
         raise NotImplementedError
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
-        """(rows,) verdicts, from the digests of the whole set in order."""
         raise NotImplementedError
 
     def judge(self, chat: Chat, verdict: Any) -> Result:
-        """What becomes of a row."""
         return chat
 
 
@@ -76,11 +73,9 @@ class AskStep(Config):
     teacher: str = "teacher"
 
     def requests(self, chat: Chat) -> list[Request]:
-        """What is asked for a row; none leaves it as it is."""
         raise NotImplementedError
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
-        """What becomes of a row, given the replies to its requests in order."""
         raise NotImplementedError
 
     def failed(self, error: str) -> Drop:
