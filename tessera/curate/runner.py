@@ -67,25 +67,21 @@ class Count:
         return {"in": self.rows_in, "out": self.rows_out, "reasons": +most}
 
 
+@dataclass
 class ShardWriter:
     """The files of one shard of one pass, whole or not there.
 
     closing: the set step that ends the pass. dialect: of the rows, in the last pass.
     """
 
-    def __init__(
-        self,
-        home: Path,
-        number: int,
-        closing: SetStep | None = None,
-        dialect: Dialect | None = None,
-    ) -> None:
-        self.home, self.number, self.closing = home, number, closing
-        self.dialect: Dialect | None = dialect
-        self.counts: dict[str, Count] = defaultdict(Count)
-        self.groups: Counter[tuple[str, str, str]] = Counter()
-        self.rows = 0
-        self._digests: list[NDArray[Any]] = []
+    home: Path
+    number: int
+    closing: SetStep | None
+    dialect: Dialect | None
+    counts: dict[str, Count] = field(default_factory=lambda: defaultdict(Count))
+    groups: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    rows: int = 0
+    _digests: list[NDArray[Any]] = field(default_factory=list)
 
     @property
     def done(self) -> bool:

@@ -121,35 +121,32 @@ class Rollout:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
+@dataclass(eq=False)
 class Rollouts:
     """A `Source` of what the policy itself writes. rule: rewards of a group -> advantages."""
 
-    def __init__(
-        self,
-        module: Transformer,
-        engine: Engine,
-        encoder: ChatEncoder,
-        prompts: Sequence[Prompt],
-        config: RolloutConfig,
-        rule: Advantages,
-        run: Run,
-        rubric: Rubric,
-    ) -> None:
-        self.module, self.engine, self.encoder = module, engine, encoder
-        self.prompts, self.config, self.rule = prompts, config, rule
-        self.run, self.rubric = run, rubric
-        self.row_length = config.train.microbatch_tokens
-        self.layout = config.train.spread.layout
+    module: Transformer
+    engine: Engine
+    encoder: ChatEncoder
+    prompts: Sequence[Prompt]
+    config: RolloutConfig
+    rule: Advantages
+    run: Run
+    rubric: Rubric
+    _number: int = -1  # of the rollout in use
+    _groups: list[Group] = field(default_factory=list)
+    _updates: list[list[Batch]] = field(default_factory=list)
+    _metrics: dict[str, float] = field(default_factory=dict)
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _saved: list[int] = field(default_factory=list)
+    _prefetched: Future[Rollout] | None = None
+    _kept: int = -1  # a prefetched rollout that a resume state put on disk
+
+    def __post_init__(self) -> None:
+        self.row_length = self.config.train.microbatch_tokens
+        self.layout = self.config.train.spread.layout
         self.order = self._order(0)
-        self._number = -1  # of the rollout in use
-        self._groups: list[Group] = []
-        self._updates: list[list[Batch]] = []
-        self._metrics: dict[str, float] = {}
-        self._seconds: dict[str, float] = {}
-        self._saved: list[int] = []
         self._thread = DaemonThread()
-        self._prefetched: Future[Rollout] | None = None
-        self._kept = -1  # a prefetched rollout that a resume state put on disk
 
     @classmethod
     @contextmanager
@@ -185,7 +182,8 @@ class Rollouts:
         number, update = divmod(step, self.config.updates_per_rollout)
         self._metrics, self._seconds = {}, {}
         if number != self._number:
-            self._groups = self._read(number) if update else self._begin(number)
+            own = self.layout.data_rank, self.layout.data_world
+            self._groups = self._read(number, *own) if update else self._begin(number)
             self._number = number
             self._updates = [self._rows(u) for u in range(self.config.updates_per_rollout)]
         return self._updates[update]
@@ -214,7 +212,7 @@ class Rollouts:
         self._saved, self._kept, world = [state["rollout"]], state["kept"], state["world"]
         for number in (state["rollout"], state["kept"]):
             if world != self.layout.data_world and self._path(number, 0, world).is_file():
-                shares = [self._read(number, (rank, world)) for rank in range(world)]
+                shares = [self._read(number, rank, world) for rank in range(world)]
                 self._keep(number, self._share(joined(shares, self.config.updates_per_rollout)))
 
     def _path(self, number: int, rank: int, world: int) -> Path:
@@ -225,9 +223,7 @@ class Rollouts:
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, "".join(json.dumps(asdict(group)) + "\n" for group in groups))
 
-    def _read(self, number: int, place: tuple[int, int] | None = None) -> list[Group]:
-        """The groups that this process kept, or the one of another (rank, world)."""
-        rank, world = place or (self.layout.data_rank, self.layout.data_world)
+    def _read(self, number: int, rank: int, world: int) -> list[Group]:
         text = self._path(number, rank, world).read_text(encoding="utf-8")
         found = [json.loads(line) for line in text.split("\n") if line]
         return [Group(**one | {"answers": [Answer(**a) for a in one["answers"]]}) for one in found]
@@ -244,7 +240,7 @@ class Rollouts:
             found = prefetched.result()
             found.seconds["wait_seconds"] = time.monotonic() - started
         elif number == self._kept:
-            found = Rollout(self._read(number))
+            found = Rollout(self._read(number, self.layout.data_rank, self.layout.data_world))
         prefetch = self.config.staleness and number + 1 < len(self.order.batches)
         if found is None or prefetch:
             self.engine.sync(unsharded(self.module), number)
