@@ -174,10 +174,7 @@ class Parts:
                 yield Chat.from_json(line), None if self.verdicts is None else self.verdicts[index]
 
     def read_in_order(self, number: int) -> Iterator[Chat]:
-        """The rows of a shard where the verdicts are a new order of all rows.
-
-        Memory is 8 bytes a row of the whole set, for where each line begins.
-        """
+        """The shard's rows in the new order of all rows, at 8 bytes of memory a row of the set."""
         starts = np.concatenate([_line_starts(path) for path in self.paths])
         bounds = np.linspace(0, len(self.verdicts), len(self.rows) + 1).astype(np.int64)
         wanted = self.verdicts[bounds[number] : bounds[number + 1]]
@@ -222,10 +219,7 @@ def decide(home: Path, shards: int, closing: SetStep, seed: int) -> None:
 
 @dataclass
 class Pass:
-    """What goes over a shard together: a verdict, what is asked, row steps, the next digest.
-
-    Steps stand with the names that they are counted by.
-    """
+    """What goes over a shard together; steps stand with the names that they are counted by."""
 
     opening: tuple[str, SetStep] | None = None
     ask: tuple[str, AskStep] | None = None
@@ -319,10 +313,7 @@ class Pipeline:
                 bar.advance(1, writer.rows)
 
     def _coming(self, writer: ShardWriter, one: Pass, before: Parts | None) -> Iterator[Chat]:
-        """The rows of a shard as they come to the row steps of a pass.
-
-        For a step that asks, all replies go into the journal first, then out of it.
-        """
+        """The rows of a shard as they come to row steps, asked about by way of the journal."""
         if before is None:
             shard = self.shards[writer.number]
             for found in read_shard(shard, self.config.sources[shard.source]):
@@ -347,10 +338,7 @@ class Pipeline:
     def _ask(
         self, journal: Journal, teacher: Answerer, requests: Iterator[Request], name: str
     ) -> Callable[[Request], Reply]:
-        """Asks what the journal lacks, and keeps each reply as it comes.
-
-        Returns what gives the reply to a request. Failed requests are not kept.
-        """
+        """Asks for what the journal lacks; returns what gives the reply to a request."""
         failed: dict[str, Reply] = {}
         missing = list(_missing(requests, journal, teacher.model))
         known = len(journal)

@@ -55,12 +55,11 @@ class Pool:
     """Workers that check samples by some rewards; a context manager.
 
     They start at the first call, live between calls, and end with the thread that started them.
-    `replaced` counts those that were killed or died.
     """
 
     def __init__(self, rewards: Sequence[CheckedReward], workers: int) -> None:
         self.rewards, self.size = list(rewards), workers
-        self.replaced = 0
+        self.replaced = 0  # workers that were killed or died
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._closed = False
@@ -83,10 +82,7 @@ class Pool:
                 self._workers.remove(worker)
 
     def check(self, tasks: Sequence[tuple[int, Sample]]) -> list[Outcome]:
-        """The outcome of each task (index of a reward, sample), in the order of the tasks.
-
-        Raises RewardError where workers cannot be started, and after `close`.
-        """
+        """The outcome of each task (index of a reward, sample), in order. Raises RewardError."""
         results: list[Outcome | None] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         try:

@@ -174,17 +174,14 @@ class PairSource:
 
 
 class OnlinePairs(Rollouts):
-    """Rollouts whose rows hold the best and the worst answer of every group.
-
-    Where a rollout has fewer pairs than steps, further prompts are answered by the same weights.
-    """
+    """Rollouts whose rows hold the best and the worst answer of every group."""
 
     def _complete(self, number: int, found: Rollout) -> None:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             pairs = torch.tensor([len(_pairs(found.groups))], device=dist.device())
             if int(dist.max(pairs)) >= self.config.updates_per_rollout:
                 return
-            if attempt < MAX_ATTEMPTS:
+            if attempt < MAX_ATTEMPTS:  # further prompts are answered by the same weights
                 self.run.say(f"rollout {number}: too few prompts have answers of different reward")
                 self.engine.sync(unsharded(self.module), number)
                 more = self._sample(number, attempt)

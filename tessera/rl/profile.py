@@ -73,10 +73,7 @@ class PromptsConfig(Config):
 
 
 def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
-    """All prompts, each question once; those with reasoning off are spread evenly.
-
-    Raises DataError for none, and for a file of bad rows.
-    """
+    """All prompts, each question once, reasoning off spread evenly. Raises DataError."""
     found: dict[str, Prompt] = {}
     for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
         question, _ = set_switch(one.messages, "on", config.switch)  # the same in either mode

@@ -72,10 +72,7 @@ def told_problems(reply: str) -> list[str]:
 
 
 class ChatStep(AskStep):
-    """A step that asks for text; max_tokens, temperature and top_p are the OpenAI API's.
-
-    A judgement is greedy unless the table says otherwise.
-    """
+    """A step that asks for text, greedily unless its table says otherwise."""
 
     max_tokens: int = Field(default=2048, ge=1)
     temperature: float = Field(default=0.0, ge=0)

@@ -42,10 +42,7 @@ def word_grams(text: str, n: int, *, mask_digits: bool = False) -> set[str]:
 
 
 class Dedupe(SetStep):
-    """Keeps the first row of each text, white space and case apart.
-
-    With field = "question" this stands before anything that makes several rows of one.
-    """
+    """Keeps the first row of each text, white space and case apart."""
 
     step: Literal["dedupe"]
     field: rows.Field = "all"

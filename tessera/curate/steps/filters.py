@@ -150,10 +150,7 @@ class Licence(RowStep):
 
 
 class Length(RowStep):
-    """Bounds a row's length: of `field`, in characters, words or, with `tokenizer`, tokens.
-
-    keep: writes the length under this key.
-    """
+    """Bounds the length of `field`; tokens need `tokenizer`. keep: the key it is written to."""
 
     step: Literal["length"]
     field: Literal["question", "answer", "thought", "completion", "all"] = "all"

@@ -71,10 +71,7 @@ def _numbers(text: str) -> list[Fraction]:
 
 
 def verify_choice(answer: str, expected: str, *, choices: int = 26) -> Outcome:
-    """Whether the one letter that the answer settles on is the expected one.
-
-    The final answer names it, or a line that holds nothing else; two letters are no choice.
-    """
+    """Whether the one letter that the answer, or its last line, settles on is the expected."""
     wanted = expected.strip().strip("()").upper()
     if len(wanted) != 1 or not 0 <= ord(wanted) - ord("A") < choices:
         return unjudged(f"the expected answer {expected!r} is not one of the {choices} letters")

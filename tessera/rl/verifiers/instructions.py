@@ -189,10 +189,7 @@ class Instruction:
 def read_instructions(
     names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None]
 ) -> list[Instruction]:
-    """IFEval's `instruction_id_list` and `kwargs`, position by position; null arguments are none.
-
-    Raises InstructionError for an unknown name or argument, and for one that is missing.
-    """
+    """IFEval's `instruction_id_list` and `kwargs`, nulls left out. Raises InstructionError."""
     if len(names) != len(arguments):
         raise InstructionError(
             f"{len(names)} instructions, but {len(arguments)} sets of arguments; give one each"
@@ -233,10 +230,7 @@ def verify_instructions(
     loose: bool = False,
     partial: bool = False,
 ) -> Outcome:
-    """Whether a response follows all of its instructions. Raises InstructionError.
-
-    partial: the score is the share that it follows; the verdict stays that of all of them.
-    """
+    """Whether a response follows all instructions. partial: scores the share that it follows."""
     if not names:
         return unjudged("there are no instructions")
     followed = follow_list(response, read_instructions(names, arguments), loose=loose)
