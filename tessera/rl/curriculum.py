@@ -60,17 +60,16 @@ def order(
     if config.order == "random":
         planned = np.tile(np.bincount(bins, minlength=config.bins) / len(bins), (steps, 1))
     else:
-        planned = np.stack([_shares(config, step, steps) for step in range(steps)])
+        middles = (np.arange(config.bins) + 0.5) / config.bins
+        centres = [
+            config.start + (config.end - config.start) * step / max(1, steps - 1)
+            for step in range(steps)
+        ]
+        weights = [np.exp(-((middles - one) ** 2) / (2 * config.sigma**2)) for one in centres]
+        planned = np.stack([one / one.sum() for one in weights])
     batches = _batches(bins, planned, batch, config.order, rng)
     counts = [np.bincount(bins[chosen], minlength=config.bins) for chosen in batches]
     return Order(batches, planned, np.stack(counts) / batch)
-
-
-def _shares(config: CurriculumConfig, step: int, steps: int) -> NDArray[np.float64]:
-    centre = config.start + (config.end - config.start) * step / max(1, steps - 1)
-    middles = (np.arange(config.bins) + 0.5) / config.bins
-    weights = np.exp(-((middles - centre) ** 2) / (2 * config.sigma**2))
-    return weights / weights.sum()
 
 
 def _batches(

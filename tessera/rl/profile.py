@@ -216,18 +216,6 @@ def measure(
     return found
 
 
-def histogram(prompts: Sequence[Prompt], kept: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Rows of ten bins of pass rate: prompts in them, and those that were kept."""
-    total, left = (
-        Counter(min(int(rate * BINS), BINS - 1) for p in some if (rate := p.pass_rate) is not None)
-        for some in (prompts, kept)
-    )
-    return [
-        {"pass_rate": f"{n / BINS:.1f}-{(n + 1) / BINS:.1f}", "prompts": total[n], "kept": left[n]}
-        for n in range(BINS)
-    ]
-
-
 def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `profile`: write `prompts.jsonl` and `tables/pass_rates.jsonl`."""
     prompts = collect(config, run.seed)
@@ -245,7 +233,13 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
         found = measure(prompts, config, engine, encoder, kept, run)
     low, high = config.drop_to, config.drop_from
     chosen = [p for p in found if p.pass_rate is not None and low < p.pass_rate < high]
-    run.write_table("pass_rates", histogram(found, chosen))
+    total, left = (
+        Counter(min(int(rate * BINS), BINS - 1) for p in some if (rate := p.pass_rate) is not None)
+        for some in (found, chosen)
+    )
+    bins = [f"{n / BINS:.1f}-{(n + 1) / BINS:.1f}" for n in range(BINS)]
+    table = [{"pass_rate": one, "prompts": total[n], "kept": left[n]} for n, one in enumerate(bins)]
+    run.write_table("pass_rates", table)
     unjudged = sum(one.pass_rate is None for one in found)
     kept_of = f"{len(chosen):,} of {len(found):,} prompts kept"
     run.say(f"{run.name}: {kept_of}, {unjudged} could not be judged")

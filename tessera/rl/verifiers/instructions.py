@@ -8,7 +8,6 @@ its last line or both, and each of these without asterisks. An unknown instructi
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import re
@@ -201,7 +200,8 @@ def read_instructions(
                 f"there is no instruction {name!r}; {nearest(name, CONSTRAINTS)}"
             )
         present = {key: value for key, value in (given or {}).items() if value is not None}
-        wanted = _keys(name)
+        parameters = inspect.signature(CONSTRAINTS[name]).parameters.values()
+        wanted = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
         if present.keys() != wanted:
             raise InstructionError(
                 f"{name} takes {', '.join(sorted(wanted)) or 'no arguments'}, "
@@ -214,12 +214,6 @@ def read_instructions(
                 )
         found.append(Instruction(name, present))
     return found
-
-
-@functools.cache
-def _keys(name: str) -> frozenset[str]:
-    parameters = inspect.signature(CONSTRAINTS[name]).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
 def verify_instructions(
@@ -248,18 +242,19 @@ def follow_list(
 ) -> list[bool | None]:
     """For each instruction whether it is followed, None where that could not be told."""
     texts = list(variants(response)) if loose else [response]
-    return [_any_followed(texts, instruction) for instruction in instructions]
-
-
-def _any_followed(texts: Sequence[str], instruction: Instruction) -> bool | None:
-    undecided = False
-    for text in texts:
-        try:  # an empty text follows nothing
-            if text.strip() and CONSTRAINTS[instruction.name](text, **instruction.arguments):
-                return True
-        except UndetectedError:
-            undecided = True
-    return None if undecided else False
+    found: list[bool | None] = []
+    for instruction in instructions:
+        verdicts: list[bool | None] = []
+        for text in texts:
+            try:  # an empty text follows nothing
+                check = CONSTRAINTS[instruction.name]
+                verdicts.append(bool(text.strip()) and check(text, **instruction.arguments))
+            except UndetectedError:
+                verdicts.append(None)
+            if verdicts[-1]:
+                break
+        found.append(True if any(verdicts) else None if None in verdicts else False)
+    return found
 
 
 def variants(response: str) -> Iterator[str]:
