@@ -1,12 +1,4 @@
-"""What a [curate] table may say: sources, teachers, and steps in order.
-
-[curate]
-sources = [{ paths = "gsm8k/train.jsonl", question = "question", license = "mit" }]
-teachers.teacher = { url = "http://10.0.0.1:8000/v1", model = "deepseek-ai/DeepSeek-R1" }
-[[curate.steps]]
-step = "dedupe"
-field = "question"
-"""
+"""What a [curate] table may say: sources, teachers, and steps in order."""
 
 from __future__ import annotations
 

@@ -1,13 +1,8 @@
 """Stage `curate`: rows in, chats out, step by step, with counts in and out of each.
 
-    chats/part-*         the rows that came through, in the dialect and format of the table
-    removed/*.jsonl      every other row: where it came from, which step left it out, and why
-    tables/steps.jsonl   rows in and out of each step; reasons.jsonl, sources.jsonl
-
 Steps that need no barrier between them go over a shard together, as a pass. A set step ends a pass:
 the main process decides from the digests of all rows, and the next pass carries its verdicts out.
-A step that asks begins one. Each process of a job works on its own shards, on a disk that all see.
-Files of a pass:
+A step that asks begins one. Each process of a job works on its own shards. Files of a pass:
 
     part-00007.jsonl     rows; digest-00007.npy: what the set step has to know of them
     removed-00007.jsonl  what was left out and why

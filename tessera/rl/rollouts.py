@@ -1,16 +1,9 @@
 """Reinforcement learning as a source of batches: generate, judge, compare, pack.
 
-At the start of a rollout the engine takes the trainer's weights and answers its prompts `samples`
-times; a rubric judges every answer. A rollout feeds `updates_per_rollout` optimizer steps.
-
 A completion is a function of (seed, rollout, prompt, sample) and the weights, so a run killed in a
-rollout generates it again. Rollouts that feed several steps stay on disk until no resume state
-needs them. Processes share the prompts; each has an engine with all weights:
-
-    prompt g of a rollout   update g mod U,  process ⌊g / U⌋ mod P
-
-With `staleness = 1` (one step off-policy) the next rollout is generated while the trainer learns
-from this one. A resume state waits for it and keeps it, so a stopped run is still the same run.
+rollout generates it again. Rollouts that feed several steps, or are generated while the trainer
+learns from the one before (`staleness = 1`), are on disk while a resume state needs them. Prompt g
+of a rollout belongs to update g mod U and process ⌊g / U⌋ mod P.
 """
 
 from __future__ import annotations

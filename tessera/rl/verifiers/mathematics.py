@@ -1,8 +1,7 @@
 """Whether an answer is, mathematically, the expected one; by math-verify, which stays in this file.
 
-Only the last box counts where there is one: a list of guesses in several boxes is no answer. A set
-is not the ordered pair (`\\{2, 1\\}`, `(1, 2)`), which math-verify accepts. Its deadlines are off:
-they use SIGALRM, which fails off the main thread; `rl/pool.py` kills what runs long.
+Only the last box counts where there is one. A set is not the ordered pair (`\\{2, 1\\}`, `(1, 2)`),
+which math-verify accepts. Its deadlines use SIGALRM, which fails off the main thread: they are off.
 """
 
 from __future__ import annotations
