@@ -42,10 +42,10 @@ from tessera.model.transformer import Transformer
 from tessera.objectives.grpo import PolicyGradient
 from tessera.rl import advantages
 from tessera.rl.policy import GRPOConfig
-from tessera.rl.prompts import Prompt
+from tessera.rl.pool import Judged
+from tessera.rl.profile import Prompt
 from tessera.rl.rewards import Sample
 from tessera.rl.rollouts import Rollouts
-from tessera.rl.rubric import Judged
 from tessera.rl.verifiers.outcome import right
 from tessera.runs.run import read_timings
 from tessera.train.engine import Trainer

@@ -34,8 +34,8 @@ from tessera.model.families import FAMILIES
 from tessera.puzzle.library import BlockLibrary, assemble, save_library
 from tessera.puzzle.space import SpaceConfig, build_space
 from tessera.puzzle.surgery import ParentStatistics, cut, linear_weight
+from tessera.rl.pool import Rubric
 from tessera.rl.rewards import Sample
-from tessera.rl.rubric import Rubric
 from tessera.rl.verifiers.outcome import Outcome
 from tessera.runs.recipe import load
 from tessera.runs.run import is_done

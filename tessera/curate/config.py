@@ -1,12 +1,4 @@
-"""What a [curate] table may say: sources, teachers, and steps in order.
-
-[curate]
-sources = [{ paths = "gsm8k/train.jsonl", question = "question", license = "mit" }]
-teachers.teacher = { url = "http://10.0.0.1:8000/v1", model = "deepseek-ai/DeepSeek-R1" }
-[[curate.steps]]
-step = "dedupe"
-field = "question"
-"""
+"""What a [curate] table may say: sources, teachers, and steps in order."""
 
 from __future__ import annotations
 
@@ -17,7 +9,7 @@ from pydantic import Discriminator, Field, SerializeAsAny, Tag, field_validator,
 from tessera.ask.endpoint import EndpointConfig
 from tessera.ask.local import EmbedderConfig, EngineConfig
 from tessera.curate.sources import SourceConfig
-from tessera.curate.steps import answers, arrange, ask, contamination, duplicates, filters
+from tessera.curate.steps import arrange, ask, contamination, duplicates, filters
 from tessera.curate.steps.contamination import Nearest
 from tessera.curate.steps.rows import AskStep, RowStep, SetStep
 from tessera.data.dialects import Dialect
@@ -31,26 +23,19 @@ TeacherConfig = Annotated[
     | Annotated[EmbedderConfig, Tag("embedder")],
     Discriminator(lambda value: _kind(value)),
 ]
+# Every step by the name that its config's `step` allows.
+STEPS: dict[str, type[Step]] = {
+    name: one
+    for module in (ask, filters, duplicates, contamination, arrange)
+    for one in vars(module).values()
+    if isinstance(one, type) and issubclass(one, RowStep | SetStep | AskStep)
+    for name in get_args(one.model_fields["step"].annotation)
+}
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, dict):
-        return str(value.get("kind", "openai"))
-    return getattr(value, "kind", "openai")
-
-
-def _steps() -> dict[str, type[Step]]:
-    """Every step by the name that its config's `step` allows."""
-    found = {}
-    for module in (ask, answers, filters, duplicates, contamination, arrange):
-        for one in vars(module).values():
-            if isinstance(one, type) and issubclass(one, RowStep | SetStep | AskStep):
-                for name in get_args(one.model_fields["step"].annotation):
-                    found[name] = one
-    return found
-
-
-STEPS = _steps()
+    known = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return str(known or "openai")
 
 
 class CurateConfig(Config):
@@ -78,8 +63,23 @@ class CurateConfig(Config):
     @model_validator(mode="after")
     def _teachers_are_named(self) -> CurateConfig:
         for number, step in enumerate(self.steps, 1):
-            if isinstance(step, AskStep):
-                _check_teacher(self.teachers, number, step)
+            if not isinstance(step, AskStep):
+                continue
+            name, vectors = step.teacher, isinstance(step, Nearest)
+            asks, teacher = f"step {number} asks the teacher {name!r}", self.teachers.get(name)
+            if teacher is None:
+                known = nearest(name, self.teachers)
+                raise ValueError(f"{asks}, which `teachers` does not name; {known}")
+            if isinstance(teacher, EngineConfig) and vectors:
+                raise ValueError(
+                    f"{asks} for vectors, and an engine gives none; make it {{ kind = "
+                    '"embedder", model = "DIR OR HUB ID" }, or an endpoint with /embeddings'
+                )
+            if isinstance(teacher, EmbedderConfig) and not vectors:
+                raise ValueError(
+                    f"{asks} for answers, and an embedder gives vectors; "
+                    'name an endpoint, or a teacher of kind "engine"'
+                )
         return self
 
     @property
@@ -88,7 +88,7 @@ class CurateConfig(Config):
         found = [str(file) for source in self.sources for file in source.files()]
         for step in self.steps:
             for one in getattr(step, "against", []):
-                found += [one.paths] if isinstance(one.paths, str) else one.paths
+                found += one.patterns
             found += [path] if (path := getattr(step, "tokenizer", None)) else []
         local = [one for one in self.teachers.values() if isinstance(one, EmbedderConfig)]
         return found + [one.model for one in local]
@@ -96,24 +96,6 @@ class CurateConfig(Config):
     def named(self) -> list[tuple[str, Step]]:
         """The steps under the names they are counted by: `2 dedupe`."""
         return [(f"{number} {one.step}", one) for number, one in enumerate(self.steps, 1)]
-
-
-def _check_teacher(teachers: dict[str, TeacherConfig], number: int, step: AskStep) -> None:
-    """Raises ValueError where a step's teacher is not there, or gives no answers or no vectors."""
-    name = step.teacher
-    asks = f"step {number} asks the teacher {name!r}"
-    if name not in teachers:
-        raise ValueError(f"{asks}, which `teachers` does not name; {nearest(name, teachers)}")
-    if isinstance(step, Nearest) and isinstance(teachers[name], EngineConfig):
-        raise ValueError(
-            f"{asks} for vectors, and an engine gives none; make it "
-            '{ kind = "embedder", model = "DIR OR HUB ID" }, or an endpoint that serves /embeddings'
-        )
-    if isinstance(teachers[name], EmbedderConfig) and not isinstance(step, Nearest):
-        raise ValueError(
-            f"{asks} for answers, and an embedder gives vectors; "
-            'name an endpoint, or a teacher of kind "engine"'
-        )
 
 
 def _step(number: int, table: Any) -> Step:

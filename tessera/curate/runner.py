@@ -1,13 +1,8 @@
 """Stage `curate`: rows in, chats out, step by step, with counts in and out of each.
 
-    chats/part-*         the rows that came through, in the dialect and format of the table
-    removed/*.jsonl      every other row: where it came from, which step left it out, and why
-    tables/steps.jsonl   rows in and out of each step; reasons.jsonl, sources.jsonl
-
 Steps that need no barrier between them go over a shard together, as a pass. A set step ends a pass:
 the main process decides from the digests of all rows, and the next pass carries its verdicts out.
-A step that asks begins one. Each process of a job works on its own shards, on a disk that all see.
-Files of a pass:
+A step that asks begins one. Each process of a job works on its own shards. Files of a pass:
 
     part-00007.jsonl     rows; digest-00007.npy: what the set step has to know of them
     removed-00007.jsonl  what was left out and why
@@ -47,7 +42,6 @@ from tessera.progress import Progress
 from tessera.runs.files import Journal, atomic_write, sync, writing
 from tessera.runs.run import Run
 
-__all__ = ["CurateConfig", "stage"]
 BATCH = 1024  # rows that go through the steps together
 READ, WRITE = "read", "write"
 REASONS = 50  # kept apart a step and shard; the rest are counted together
@@ -61,12 +55,6 @@ class Count:
     rows_out: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def add(self, found: Mapping[str, Any]) -> None:
-        """Adds what `as_json` gave."""
-        self.rows_in += found["in"]
-        self.rows_out += found["out"]
-        self.reasons.update(found["reasons"])
-
     def as_json(self) -> dict[str, Any]:
         """As JSON, with the most frequent reasons."""
         most = Counter(dict(self.reasons.most_common(REASONS)))
@@ -74,23 +62,21 @@ class Count:
         return {"in": self.rows_in, "out": self.rows_out, "reasons": +most}
 
 
+@dataclass
 class ShardWriter:
-    """The files of one shard of one pass, whole or not there."""
+    """The files of one shard of one pass, whole or not there.
 
-    def __init__(
-        self,
-        home: Path,
-        number: int,
-        closing: SetStep | None = None,
-        dialect: Dialect | None = None,
-    ) -> None:
-        """closing: the set step that ends the pass. dialect: of the rows, in the last pass."""
-        self.home, self.number, self.closing = home, number, closing
-        self.dialect: Dialect | None = dialect
-        self.counts: dict[str, Count] = {}
-        self.groups: Counter[tuple[str, str, str]] = Counter()
-        self.rows = 0
-        self._digests: list[NDArray[Any]] = []
+    closing: the set step that ends the pass. dialect: of the rows, in the last pass.
+    """
+
+    home: Path
+    number: int
+    closing: SetStep | None
+    dialect: Dialect | None
+    counts: dict[str, Count] = field(default_factory=lambda: defaultdict(Count))
+    groups: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    rows: int = 0
+    _digests: list[NDArray[Any]] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -98,18 +84,14 @@ class ShardWriter:
         return self.path("counts", "json").is_file()
 
     def path(self, what: str, suffix: str) -> Path:
-        """The name of one of the shard's files."""
         return self.home / f"{what}-{self.number:05}.{suffix}"
 
     def write(self, chats: Iterable[Chat], steps: Sequence[tuple[str, RowStep]]) -> None:
-        """Sends the rows through row steps and writes what comes out.
-
-        steps: with their names for the counts. Whoever makes the rows counts through `note`.
-        """
+        """Sends rows, which their maker counted through `note`, through steps, and writes them."""
         coming = iter(chats)
         with writing(self.home):
             self.home.mkdir(parents=True, exist_ok=True)
-            part, removed = self._temporary("part"), self._temporary("removed")
+            part, removed = (self.home / f".{n}-{self.number:05}.tmp" for n in ("part", "removed"))
             with part.open("w", encoding="utf-8") as out, removed.open("w", encoding="utf-8") as no:
                 self._removed = no
                 while batch := list(islice(coming, BATCH)):
@@ -129,7 +111,7 @@ class ShardWriter:
 
     def note(self, name: str, chat: Chat, result: Result) -> Iterator[Chat]:
         """Counts what a step made of a row, and yields what goes on."""
-        count = self.counts.setdefault(name, Count())
+        count = self.counts[name]
         count.rows_in += 1
         for one in [result] if isinstance(result, Chat | Drop) else result:
             if isinstance(one, Chat):
@@ -140,13 +122,13 @@ class ShardWriter:
                 self._removed.write(rows.removed_line(chat, name, one.reason))
 
     def note_bad(self, bad: Bad) -> None:
-        """Counts a record that is no row."""
-        self.counts.setdefault(READ, Count()).add({"in": 1, "out": 0, "reasons": {bad.reason: 1}})
+        self.counts[READ].rows_in += 1
+        self.counts[READ].reasons[bad.reason] += 1
         told = {"row": f"{bad.file}:{bad.line}", "step": READ, "reason": bad.reason}
         self._removed.write(json.dumps({**told, "excerpt": bad.excerpt}) + "\n")
 
     def _apply(self, name: str, step: RowStep, batch: list[Chat]) -> list[Chat]:
-        self.counts.setdefault(name, Count())
+        self.counts[name]  # a step that no row reaches is counted, too
         return [one for chat in batch for one in self.note(name, chat, step.apply(chat))]
 
     def _keep(self, batch: list[Chat], out: TextIO) -> None:
@@ -170,41 +152,25 @@ class ShardWriter:
         self.groups[str(chat.extra.get("source")), str(chat.extra.get("license")), chat.mode] += 1
         return line
 
-    def _temporary(self, what: str) -> Path:
-        return self.home / f".{what}-{self.number:05}.tmp"
 
-
-@dataclass(frozen=True)
 class Parts:
-    """The rows that a finished pass left, and what was decided about them."""
+    """The rows that a finished pass left, and what its set step decided about them, if any."""
 
-    home: Path
-    rows: tuple[int, ...]
-    verdicts: NDArray[Any] | None = None
-
-    @classmethod
-    def of(cls, home: Path, shards: int, decided: bool) -> Parts:
-        """Those of a pass whose shards are all done."""
+    def __init__(self, home: Path, shards: int, decided: bool) -> None:
         told = [json.loads((home / f"counts-{n:05}.json").read_text()) for n in range(shards)]
-        verdicts = np.load(home / "verdicts.npy", mmap_mode="r") if decided else None
-        return cls(home, tuple(one["rows"] for one in told), verdicts)
+        self.rows = [one["rows"] for one in told]
+        self.paths = [home / f"part-{n:05}.jsonl" for n in range(shards)]
+        self.verdicts: Any = np.load(home / "verdicts.npy", mmap_mode="r") if decided else None
 
     def read(self, number: int) -> Iterator[tuple[Chat, Any]]:
         """The rows of a shard with their verdicts."""
-        begin = sum(self.rows[:number])
-        with (self.home / f"part-{number:05}.jsonl").open(encoding="utf-8") as lines:
-            for index, line in enumerate(lines, begin):
-                verdict = None if self.verdicts is None else self.verdicts[index]
-                yield Chat.from_json(line), verdict
+        with self.paths[number].open(encoding="utf-8") as lines:
+            for index, line in enumerate(lines, sum(self.rows[:number])):
+                yield Chat.from_json(line), None if self.verdicts is None else self.verdicts[index]
 
     def read_in_order(self, number: int) -> Iterator[Chat]:
-        """The rows of a shard where the verdicts are a new order of all rows.
-
-        Memory is 8 bytes a row of the whole set, for where each line begins.
-        """
-        assert self.verdicts is not None
-        parts = [self.home / f"part-{n:05}.jsonl" for n in range(len(self.rows))]
-        starts = np.concatenate([_line_starts(part) for part in parts])
+        """The shard's rows in the new order of all rows, at 8 bytes of memory a row of the set."""
+        starts = np.concatenate([_line_starts(path) for path in self.paths])
         bounds = np.linspace(0, len(self.verdicts), len(self.rows) + 1).astype(np.int64)
         wanted = self.verdicts[bounds[number] : bounds[number + 1]]
         shard = np.searchsorted(np.cumsum(self.rows), wanted, "right")
@@ -214,7 +180,7 @@ class Parts:
                 if of not in files:
                     if len(files) >= 256:  # below the usual limit of open files
                         files.pop(next(iter(files))).close()
-                    files[of] = parts[of].open("rb")
+                    files[of] = self.paths[of].open("rb")
                 files[of].seek(int(starts[row]))
                 yield Chat.from_json(files[of].readline().decode())
         finally:
@@ -248,10 +214,7 @@ def decide(home: Path, shards: int, closing: SetStep, seed: int) -> None:
 
 @dataclass
 class Pass:
-    """What goes over a shard together: a verdict, what is asked, row steps, the next digest.
-
-    Steps stand with the names that they are counted by.
-    """
+    """What goes over a shard together; steps stand with the names that they are counted by."""
 
     opening: tuple[str, SetStep] | None = None
     ask: tuple[str, AskStep] | None = None
@@ -260,9 +223,8 @@ class Pass:
 
     @property
     def title(self) -> str:
-        """The names of its steps."""
         parts = [self.ask, *self.steps, self.closing]
-        return ", ".join(one[0] for one in parts if one) or (READ if not self.opening else "write")
+        return ", ".join(one[0] for one in parts if one) or (WRITE if self.opening else READ)
 
 
 def passes_of(named: Sequence[tuple[str, Step]]) -> list[Pass]:
@@ -291,69 +253,78 @@ class Pipeline:
         self.shards = self._planned()
         self._teachers: dict[str, Answerer] = {}
 
+    def _planned(self) -> list[Shard]:
+        """The shards, cut once, so that a resumed run cuts the same."""
+        path = self.home / "shards.json"
+        if dist.is_main() and not path.is_file():
+            shards = plan_shards(self.config.sources, self.config.shard_mb)
+            with writing(self.home):
+                self.home.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, json.dumps([asdict(one) for one in shards]))
+        dist.barrier()
+        return [Shard(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+
     def execute(self) -> None:
         """Brings every pass to its end. Raises DataError, AskError, FailureError."""
         for index, one in enumerate(self.passes):
-            if not self._done(index):
+            if not all(writer.done for writer in self._writers(index)):
                 self._pass(index, one)
             dist.barrier()
             if dist.is_main():
-                self._clean(index - 1)
+                for what in ("part-*.jsonl", "digest-*.npy", "verdicts.npy"):
+                    for path in self._home(index - 1).glob(what) if index else ():
+                        path.unlink(missing_ok=True)
                 if index == 0:
                     self._check_bad()
+
+    def _home(self, index: int) -> Path:
+        return self.home / f"{index:02}"
+
+    def _writers(self, index: int) -> list[ShardWriter]:
+        """The writers of all shards of a pass."""
+        closing = self.passes[index].closing
+        dialect = self.config.dialect if index == len(self.passes) - 1 else None
+        step, shards = closing[1] if closing else None, range(len(self.shards))
+        return [ShardWriter(self._home(index), number, step, dialect) for number in shards]
 
     def _pass(self, index: int, one: Pass) -> None:
         before = None
         if index:
+            home, shards = self._home(index - 1), len(self.shards)
             previous, decided = self.passes[index - 1].closing, one.opening is not None
             if previous and dist.is_main():
-                decide(self._home(index - 1), len(self.shards), previous[1], self.run.seed)
+                decide(home, shards, previous[1], self.run.seed)
             dist.barrier()
-            before = Parts.of(self._home(index - 1), len(self.shards), decided)
+            before = Parts(home, shards, decided)
         if one.ask and isinstance(one.ask[1], Nearest):
             self._learn(index, one.ask[1])
-        mine = range(dist.rank(), len(self.shards), dist.world())
+        mine = self._writers(index)[dist.rank() :: dist.world()]
         label = f"{index + 1}/{len(self.passes)} {one.title}"
         with Progress(label, len(mine), "rows", quiet=self.run.quiet or one.ask is not None) as bar:
-            for number in mine:
-                writer = self._writer(index, number)
+            for writer in mine:
                 if not writer.done:
-                    writer.write(self._coming(writer, index, one, before), one.steps)
-                    self._journal(index, number).unlink(missing_ok=True)
-                    bar.advance(1, writer.rows)
-                else:
-                    bar.advance(1, 0)
+                    writer.write(self._coming(writer, one, before), one.steps)
+                    writer.path("journal", "jsonl").unlink(missing_ok=True)
+                bar.advance(1, writer.rows)
 
-    def _coming(
-        self, writer: ShardWriter, index: int, one: Pass, before: Parts | None
-    ) -> Iterator[Chat]:
-        """The rows of a shard as they come to the row steps of a pass."""
+    def _coming(self, writer: ShardWriter, one: Pass, before: Parts | None) -> Iterator[Chat]:
+        """The rows of a shard as they come to row steps, asked about by way of the journal."""
         if before is None:
-            return self._read(writer)
+            shard = self.shards[writer.number]
+            for found in read_shard(shard, self.config.sources[shard.source]):
+                if isinstance(found, Bad):
+                    writer.note_bad(found)
+                else:
+                    yield from writer.note(READ, found, found)
+            return
         if one.ask is None:
-            return _arrivals(writer, one, before, writer.note)
-        return self._asked(writer, index, one, before)
-
-    def _read(self, writer: ShardWriter) -> Iterator[Chat]:
-        shard = self.shards[writer.number]
-        for found in read_shard(shard, self.config.sources[shard.source]):
-            if isinstance(found, Bad):
-                writer.note_bad(found)
-            else:
-                yield from writer.note(READ, found, found)
-
-    def _asked(self, writer: ShardWriter, index: int, one: Pass, before: Parts) -> Iterator[Chat]:
-        """The rows behind a step that asks: all replies into the journal, then out of it."""
-        assert one.ask
+            yield from _arrivals(writer, one, before, writer.note)
+            return
         name, step = one.ask
-        teacher = self._teacher(step.teacher)
-        with Journal(self._journal(index, writer.number)) as journal:
-            coming = (
-                request
-                for chat in _arrivals(writer, one, before, _uncounted)
-                for request in step.requests(chat)
-            )
-            reply = self._ask(journal, teacher, coming, name)
+        with Journal(writer.path("journal", "jsonl")) as journal:
+            chats = _arrivals(writer, one, before, _uncounted)
+            coming = (request for chat in chats for request in step.requests(chat))
+            reply = self._ask(journal, self._teacher(step.teacher), coming, name)
             for chat in _arrivals(writer, one, before, writer.note):
                 requests = step.requests(chat)
                 result = step.receive(chat, [*map(reply, requests)]) if requests else chat
@@ -362,10 +333,7 @@ class Pipeline:
     def _ask(
         self, journal: Journal, teacher: Answerer, requests: Iterator[Request], name: str
     ) -> Callable[[Request], Reply]:
-        """Asks what the journal lacks, and keeps each reply as it comes.
-
-        Returns what gives the reply to a request. Failed requests are not kept.
-        """
+        """Asks for what the journal lacks; returns what gives the reply to a request."""
         failed: dict[str, Reply] = {}
         missing = list(_missing(requests, journal, teacher.model))
         known = len(journal)
@@ -414,52 +382,20 @@ class Pipeline:
                 self._teachers[name] = local.load(config, self.model, self.run.seed)
         return self._teachers[name]
 
-    def _planned(self) -> list[Shard]:
-        """The shards, cut once, so that a resumed run cuts the same."""
-        path = self.home / "shards.json"
-        if dist.is_main() and not path.is_file():
-            shards = plan_shards(self.config.sources, self.config.shard_mb)
-            with writing(self.home):
-                self.home.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, json.dumps([asdict(one) for one in shards]))
-        dist.barrier()
-        return [Shard(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
-
-    def _home(self, index: int) -> Path:
-        return self.home / f"{index:02}"
-
-    def _journal(self, index: int, number: int) -> Path:
-        return self._home(index) / f"journal-{number:05}.jsonl"
-
-    def _writer(self, index: int, number: int) -> ShardWriter:
-        closing = self.passes[index].closing
-        last = index == len(self.passes) - 1
-        step, dialect = closing[1] if closing else None, self.config.dialect if last else None
-        return ShardWriter(self._home(index), number, step, dialect)
-
-    def _done(self, index: int) -> bool:
-        return all(self._writer(index, number).done for number in range(len(self.shards)))
-
-    def _clean(self, index: int) -> None:
-        """Deletes the rows of a pass whose successor is done."""
-        for what in ("part-*.jsonl", "digest-*.npy", "verdicts.npy"):
-            for path in self._home(index).glob(what) if index >= 0 else ():
-                path.unlink(missing_ok=True)
-
     def counted(
         self, passes: Iterable[int]
     ) -> tuple[dict[str, Count], Counter[tuple[str, str, str]]]:
         """What the shards of some passes have counted: by step; by source, license and mode."""
         counts: dict[str, Count] = defaultdict(Count)
         groups: Counter[tuple[str, str, str]] = Counter()
-        for index in passes:
-            for number in range(len(self.shards)):
-                path = self._writer(index, number).path("counts", "json")
-                told = json.loads(path.read_text(encoding="utf-8"))
-                for name, found in told["steps"].items():
-                    counts[name].add(found)
-                for *group, rows_out in told["groups"]:
-                    groups[tuple(group)] += rows_out
+        for writer in (one for index in passes for one in self._writers(index)):
+            told = json.loads(writer.path("counts", "json").read_text(encoding="utf-8"))
+            for name, found in told["steps"].items():
+                counts[name].rows_in += found["in"]
+                counts[name].rows_out += found["out"]
+                counts[name].reasons.update(found["reasons"])
+            for *group, rows_out in told["groups"]:
+                groups[tuple(group)] += rows_out
         return counts, groups
 
     def _check_bad(self) -> None:
@@ -489,7 +425,7 @@ def _arrivals(writer: ShardWriter, one: Pass, before: Parts, note: Any) -> Itera
 
 def _uncounted(name: str, chat: Chat, result: Any) -> Iterator[Chat]:
     """As `ShardWriter.note`, and counts nothing."""
-    several = [result] if not isinstance(result, list) else result
+    several = result if isinstance(result, list) else [result]
     yield from (one for one in several if isinstance(one, Chat))
 
 
@@ -530,31 +466,22 @@ def write_tables(pipeline: Pipeline, run: Run) -> list[dict[str, Any]]:
 def collect(pipeline: Pipeline, run: Run) -> None:
     """Moves the last pass's rows into chats/ and what every pass left out into removed/."""
     last = len(pipeline.passes) - 1
-    for name in ("chats", "removed"):
-        with writing(run.path):
-            (run.path / name).mkdir(exist_ok=True)
     with writing(run.path):
+        for name in ("chats", "removed"):
+            (run.path / name).mkdir(exist_ok=True)
         for path in sorted((pipeline.home / f"{last:02}").glob("part-*.jsonl")):
             os.replace(path, run.path / "chats" / path.name)
         if pipeline.config.format == "parquet":
-            _convert(run)
+            try:
+                parquet.convert(sorted((run.path / "chats").glob("*.jsonl")))
+            except DataError as error:  # no columns hold them; what teachers said is not lost
+                run.say(f"the rows stay JSON lines: {error}")
         for path in sorted(pipeline.home.glob("*/removed-*.jsonl")):
             number = path.stem.removeprefix("removed-")
             if path.stat().st_size:
                 os.replace(path, run.path / "removed" / f"{path.parent.name}-{number}.jsonl")
             else:
                 path.unlink()
-
-
-def _convert(run: Run) -> None:
-    """Makes Parquet of the rows; they stay as they are where no columns hold them.
-
-    Whatever teachers were asked for is in the rows by now, so this fails no run.
-    """
-    try:
-        parquet.convert(sorted((run.path / "chats").glob("*.jsonl")))
-    except DataError as error:
-        run.say(f"the rows stay JSON lines: {error}")
 
 
 def stage(config: CurateConfig, run: Run, inputs: Mapping[str, Path | None]) -> None:

@@ -63,11 +63,10 @@ def plan_shards(sources: Sequence[SourceConfig], shard_mb: float) -> list[Shard]
     found: list[Shard] = []
     for index, source in enumerate(sources):
         for path in source.files():
-            whole = {".json", ".gz"} & set(path.suffixes)
-            if not whole and format_of(path) == "jsonl":
-                found += _cut(index, path, max(1, int(shard_mb * 1e6)))
-            else:
+            if {".json", ".gz"} & set(path.suffixes) or format_of(path) != "jsonl":
                 found.append(Shard(index, str(path)))
+            else:
+                found += _cut(index, path, max(1, int(shard_mb * 1e6)))
     return found
 
 
@@ -100,7 +99,6 @@ def read_shard(shard: Shard, source: SourceConfig) -> Iterator[Chat | Bad]:
 
 
 def _chat(row: Any, source: SourceConfig) -> Chat:
-    """A row as a chat. Raises SchemaError."""
     if source.question is None:
         return read_row(row)
     if not isinstance(row, dict):
@@ -120,12 +118,11 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _placed(chat: Chat, source: SourceConfig, name: str, place: str) -> Chat:
-    """The chat with its place, and the fields of its source."""
     extra = {**source.labels, **chat.extra}
     if source.expected and (known := chat.extra.get(source.expected)) is not None:
         extra["expected_answer"] = str(known)
     if extra.get("license") is None and source.license:
         extra["license"] = source.license
-    lineage = extra.get("lineage")
-    before = lineage if isinstance(lineage, list) else []
-    return replace(chat, extra={**extra, "source": name, "lineage": before or [place]})
+    before = extra.get("lineage")
+    lineage = before if before and isinstance(before, list) else [place]
+    return replace(chat, extra={**extra, "source": name, "lineage": lineage})

@@ -1,17 +1,15 @@
-"""Which prompts a step trains on: by chance, or from easy to hard (Llama-Nemotron §5.1).
+"""Which prompts a step trains on: at random, or from easy to hard (Llama-Nemotron §5.1).
 
     share of bin b at step s  ∝  exp(-(c_b - μ_s)² / 2σ²),   μ_s from `start` to `end`, linearly
 
-c_b is the pass rate at the middle of a bin. A batch takes its shares as far as the bins have them,
-the rest from the bin with most left, and is shuffled. No prompt comes again before all have come
-once. The order is a function of pass rates, config and seed.
+c_b is the pass rate at the middle of a bin. No prompt comes again before all have come once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,18 +39,6 @@ class Order:
     planned: NDArray[np.float64]
     actual: NDArray[np.float64]
 
-    def table(self, every: int) -> list[dict[str, Any]]:
-        """Rows to show: each bin's planned and actual share, in spans of `every` steps."""
-        rows = []
-        for first in range(0, len(self.batches), every):
-            part = slice(first, first + every)
-            means = self.planned[part].mean(0), self.actual[part].mean(0)
-            for number, (planned, actual) in enumerate(zip(*means, strict=True)):
-                middle = (number + 0.5) / self.planned.shape[1]
-                row = {"step": first + 1, "pass_rate": round(middle, 4)}
-                rows.append({**row, "planned": float(planned), "actual": float(actual)})
-        return rows
-
 
 def order(
     pass_rates: Sequence[float | None],
@@ -61,10 +47,7 @@ def order(
     config: CurriculumConfig,
     seed: int,
 ) -> Order:
-    """The prompts of each of `steps` batches.
-
-    Raises ValueError for a curriculum over prompts whose pass rate nobody measured.
-    """
+    """The prompts of each batch. Raises ValueError for a curriculum without pass rates."""
     if config.order == "curriculum" and None in pass_rates:
         raise ValueError(
             'order = "curriculum" needs every prompt\'s pass rate: give profile.samples, or take '
@@ -74,22 +57,19 @@ def order(
     # Prompts without a pass rate are in the first bin.
     rates = np.array([rate or 0.0 for rate in pass_rates])
     bins = np.minimum((rates * config.bins).astype(np.int64), config.bins - 1)
-    planned = np.stack([_shares(config, step, steps, bins) for step in range(steps)])
-    batches = list(_batches(bins, planned, batch, config.order, rng))
+    if config.order == "random":
+        planned = np.tile(np.bincount(bins, minlength=config.bins) / len(bins), (steps, 1))
+    else:
+        middles = (np.arange(config.bins) + 0.5) / config.bins
+        centres = [
+            config.start + (config.end - config.start) * step / max(1, steps - 1)
+            for step in range(steps)
+        ]
+        weights = [np.exp(-((middles - one) ** 2) / (2 * config.sigma**2)) for one in centres]
+        planned = np.stack([one / one.sum() for one in weights])
+    batches = _batches(bins, planned, batch, config.order, rng)
     counts = [np.bincount(bins[chosen], minlength=config.bins) for chosen in batches]
     return Order(batches, planned, np.stack(counts) / batch)
-
-
-def _shares(
-    config: CurriculumConfig, step: int, steps: int, bins: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """The share of each bin that a batch is planned to hold."""
-    if config.order == "random":
-        return np.bincount(bins, minlength=config.bins) / len(bins)
-    centre = config.start + (config.end - config.start) * step / max(1, steps - 1)
-    middles = (np.arange(config.bins) + 0.5) / config.bins
-    weights = np.exp(-((middles - centre) ** 2) / (2 * config.sigma**2))
-    return weights / weights.sum()
 
 
 def _batches(
@@ -98,9 +78,10 @@ def _batches(
     batch: int,
     kind: str,
     rng: np.random.Generator,
-) -> Iterator[NDArray[np.int64]]:
-    """The prompts of each batch. Where all prompts have come, they are shuffled and come again."""
+) -> list[NDArray[np.int64]]:
+    """The prompts of each batch. Once all prompts have come, they are shuffled and come again."""
     left: list[list[int]] = []  # of each bin, what has not come yet in this round
+    batches = []
     for shares in planned:
         chosen: list[int] = []
         while len(chosen) < batch:
@@ -116,7 +97,8 @@ def _batches(
             gone = set(found)
             left = [[prompt for prompt in pool if prompt not in gone] for pool in left]
             chosen += found
-        yield rng.permutation(np.array(chosen, np.int64))
+        batches.append(rng.permutation(np.array(chosen, np.int64)))
+    return batches
 
 
 def _take_by_share(left: list[list[int]], wanted: int, shares: NDArray[np.float64]) -> list[int]:

@@ -1,15 +1,14 @@
 """What was sampled, what it was worth, and the packed rows that a trainer learns from.
 
-The prompt of a group stands once in a row and all its answers continue it (`Batch.prefix`), so it
-is computed once and not once a sample. An answer's document begins with the prompt's last token,
-because that predicts another token in each answer.
+The prompt of a group stands once in a row and all its answers continue it (`Batch.prefix`). An
+answer's document begins with the prompt's last token, which predicts another token in each answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -70,17 +69,9 @@ class Group:
         """Whether any answer has an advantage that is not 0."""
         return any(answer.advantage for answer in self.answers)
 
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Group:
-        """The group of what `asdict` made of one."""
-        return cls(**{**row, "answers": [Answer(**answer) for answer in row["answers"]]})
-
 
 def split_group(group: Group, row_length: int) -> Iterator[Group]:
-    """The trained answers of a group, in groups that a row can hold.
-
-    Raises ValueError for an answer that no row can hold.
-    """
+    """The trained answers of a group, in groups that a row can hold; ValueError where none can."""
     room = row_length - (len(group.ids) - 1)
     held: list[Answer] = []
     for answer in group.answers:

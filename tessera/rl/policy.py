@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +15,57 @@ from tessera.plot import Series, line_chart
 from tessera.rl import advantages
 from tessera.rl.advantages import Advantages
 from tessera.rl.curriculum import Order
-from tessera.rl.monitors import Guard
 from tessera.rl.rewards import Reward
 from tessera.rl.rollouts import RolloutConfig, Rollouts
-from tessera.runs.run import Run
+from tessera.runs.files import FailureError
+from tessera.runs.run import Run, read_metrics
 from tessera.train.engine import Trainer
+
+
+class Guard:
+    """Looks at each step's metrics: warns once of what looks wrong, and stops a wrong engine.
+
+    gap_limit: of the mean distance between the engine's and the trainer's log-prob of a token.
+    """
+
+    def __init__(self, run: Run, gap_limit: float) -> None:
+        self.run, self.gap_limit = run, gap_limit
+        self._warned: set[str] = set()
+        before = (row.get("length") for row in read_metrics(run.path))  # of a resumed run
+        self._first_length: float | None = next((one for one in before if one is not None), None)
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises FailureError where engine and trainer disagree on what was sampled."""
+        gap = metrics.get("gap", 0.0)
+        if gap > self.gap_limit:
+            raise FailureError(
+                f"step {step + 1}: the engine's log-probs are {gap:.3g} from the trainer's a "
+                f"token, over gap_limit = {self.gap_limit:g}. Check the engine's dtype and "
+                "quantisation, and with staleness the learning rate; or correct for it with "
+                "importance_cap and raise gap_limit"
+            )
+        if self._first_length is None:
+            self._first_length = metrics.get("length")
+        for name, text in self._warnings(metrics):
+            if name not in self._warned:
+                self._warned.add(name)
+                self.run.say(f"step {step + 1}: {text}")
+
+    def _warnings(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        first = self._first_length or 1.0
+        length = metrics.get("length", first)
+        if (share := metrics.get("unjudged", 0.0)) > 0.05:
+            yield "unjudged", f"{share:.0%} of the answers could not be judged; see samples/"
+        if (share := metrics.get("truncated", 0.0)) > 0.3:
+            yield "truncated", f"{share:.0%} of the answers are cut at max_tokens; raise it"
+        if metrics.get("no_signal", 0.0) > 0.9:
+            yield "no_signal", "over 90% of the groups are all right or all wrong; profile them"
+        if not 0.5 <= length / first <= 2.0:
+            yield "length", f"answers have {length:.0f} tokens, {first:.0f} at first; see samples/"
+        if (share := metrics.get("obedience", 1.0)) < 0.9:
+            yield "obedience", f"{share:.0%} of the answers obey the switch"
+        if metrics.get("entropy", 1.0) < 0.01:
+            yield "entropy", "the policy has hardly any entropy; lower lr, or stop earlier"
 
 
 class PolicyConfig(RolloutConfig, PolicyLossConfig):
@@ -67,16 +113,20 @@ def train(config: PolicyConfig, rule: Advantages, run: Run, inputs: Mapping[str,
 
 def _write_curriculum(order: Order, run: Run) -> None:
     """Planned and actual pass rates of each eighth of the training: a table and a chart."""
-    rows = order.table(max(1, len(order.batches) // 8))
+    rows, lines, bins = [], [], order.planned.shape[1]
+    every = max(1, len(order.batches) // 8)
+    for first in range(0, len(order.batches), every):
+        for kind, shares in (("planned", order.planned), ("actual", order.actual)):
+            means = shares[first : first + every].mean(0).tolist()
+            points = [(round((n + 0.5) / bins, 4), m, f"{m:.2f}") for n, m in enumerate(means)]
+            lines.append(Series(f"{kind} from step {first + 1}", points))
+        (planned, actual) = (line.points for line in lines[-2:])
+        rows += [
+            {"step": first + 1, "pass_rate": rate, "planned": share, "actual": other}
+            for (rate, share, _), (_, other, _) in zip(planned, actual, strict=True)
+        ]
     run.write_table("curriculum", rows)
-    lines = [
-        Series(
-            f"{kind} from step {step}",
-            [(r["pass_rate"], r[kind], f"{r[kind]:.2f}") for r in rows if r["step"] == step],
-        )
-        for step in sorted({row["step"] for row in rows})[::2]
-        for kind in ("planned", "actual")
-    ]
+    lines = [line for number, line in enumerate(lines) if number % 4 < 2]  # every other span
     x, y = "pass rate before training", "share of the prompts"
     run.write_file("curriculum.svg", line_chart(lines, title="Pass rates of the prompts", x=x, y=y))
 

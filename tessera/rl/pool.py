@@ -1,18 +1,18 @@
-"""Processes that judge samples. One that is late or dies is killed and replaced; nothing can hang.
+"""What completions are worth: the weighted sum of rewards, or None where one could not judge.
 
-A checker runs on what a model wrote, and a model writes `9^{9^{9^9}}`. Deadlines within a process
-rely on signals, which threads and C code do not obey; a process can always be killed. Its sample is
-could-not-judge, the others go on. Messages are JSON, so nothing a checker made is unpickled.
-
-pebble's pool (5.x) did not replace this: it leaves processes alive that a killed checker started,
-sets no deadline for the start of a worker, unpickles results, and runs an unguarded script twice.
+Checkers run in processes: one that is late or dies is killed and replaced, and its sample is
+could-not-judge. Deadlines within a process rely on signals, which threads and C code do not obey.
+Messages are JSON, so nothing that a checker made is unpickled. pebble's pool (5.x) leaves alive
+what a killed checker started. Judges and reward models are asked over HTTP.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -20,35 +20,46 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, Self
 
 from pydantic import TypeAdapter
 
-from tessera.rl.rewards import CheckedReward, RewardError, Sample, check, prepare
-from tessera.rl.verifiers.outcome import Outcome, unjudged
+from tessera.ask import judge
+from tessera.ask.ask import Reply, Request
+from tessera.ask.endpoint import Endpoint
+from tessera.rl.rewards import (
+    AskedReward,
+    CheckedReward,
+    JudgeReward,
+    Reward,
+    RewardError,
+    Sample,
+    check,
+    names,
+    prepare,
+)
+from tessera.rl.verifiers.outcome import Outcome, judged, unjudged, wrong
 
 START_SECONDS = 120.0  # for a worker to import its libraries, on a busy machine
 MAX_FAILED_STARTS = 3  # in a row, then `check` raises
 WORKER_BYTES = 4 << 30  # of address space: beyond it a checker gets a MemoryError
 PR_SET_PDEATHSIG = 1
 REWARDS = TypeAdapter(list[CheckedReward])
+_REWARD = re.compile(r"reward[\s:=*]{0,3}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 class Pool:
-    """Workers that check samples by some rewards.
+    """Workers that check samples by some rewards; a context manager.
 
-    with Pool(rewards, workers=8) as pool:
-        outcomes = pool.check([(0, sample), (1, sample)])
-
-    The workers start at the first call, live between calls, and end with the thread that started
-    them. `replaced` counts those that were killed or died.
+    They start at the first call, live between calls, and end with the thread that started them.
     """
 
     def __init__(self, rewards: Sequence[CheckedReward], workers: int) -> None:
         self.rewards, self.size = list(rewards), workers
-        self.replaced = 0
+        self.replaced = 0  # workers that were killed or died
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._closed = False
@@ -62,22 +73,16 @@ class Pool:
     def close(self) -> None:
         """Ends all workers at once; a call of `check` in another thread ends with RewardError."""
         self._closed = True
-        self._end_workers()
+        self._end(*self._workers)
 
-    def _end_workers(self) -> None:
-        for worker in list(self._workers):
-            self._end(worker)
-
-    def _end(self, worker: _Worker) -> None:
-        worker.kill()
-        if worker in self._workers:  # else `close` was there first
-            self._workers.remove(worker)
+    def _end(self, *workers: _Worker) -> None:
+        for worker in workers:
+            worker.kill()
+            if worker in self._workers:  # else `close` was there first
+                self._workers.remove(worker)
 
     def check(self, tasks: Sequence[tuple[int, Sample]]) -> list[Outcome]:
-        """The outcome of each task (index of a reward, sample), in the order of the tasks.
-
-        Raises RewardError where workers cannot be started, and after `close`.
-        """
+        """The outcome of each task (index of a reward, sample), in order. Raises RewardError."""
         results: list[Outcome | None] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         try:
@@ -86,31 +91,29 @@ class Pool:
                     self._workers.append(_Worker(REWARDS.dump_json(self.rewards)))
                 for worker in self._workers:
                     if waiting and worker.ready and worker.task is None:
-                        part, sample = tasks[waiting[0]]
+                        worker.task = waiting.popleft()
+                        part, sample = tasks[worker.task]
                         message = json.dumps([part, asdict(sample)]).encode()
-                        worker.give(waiting.popleft(), message, self.rewards[part].deadline)
-                for worker in self._with_message():
+                        worker.send(message, self.rewards[part].deadline)
+                deadlines = [one.deadline for one in self._workers if one.occupied]
+                patience = min(deadlines, default=0.0) - time.monotonic()
+                pipes = wait([worker.pipe for worker in self._workers], max(0.0, patience))
+                for worker in [one for one in self._workers if one.pipe in pipes]:
                     self._receive(worker, results)
-                for worker in [one for one in self._workers if one.late]:
+                now = time.monotonic()
+                for worker in [w for w in self._workers if w.occupied and now > w.deadline]:
                     why = f"its checker took over {worker.limit:g} s and was killed"
                     self._replace(worker, results, why)
         except BaseException:
-            self._end_workers()  # their tasks belong to a call that is over
+            self._end(*self._workers)  # their tasks belong to a call that is over
             raise
         if self._closed:
-            self._end_workers()  # one may have been started while the others were ended
+            self._end(*self._workers)  # one may have been started while the others were ended
             raise RewardError("the processes that judge were ended")
         return [outcome for outcome in results if outcome is not None]
 
     def _busy(self) -> int:
         return sum(worker.task is not None for worker in self._workers)
-
-    def _with_message(self) -> list[_Worker]:
-        """Workers whose pipe has a message, or has closed, before the next deadline."""
-        deadlines = [one.deadline for one in self._workers if one.occupied]
-        patience = min(deadlines, default=0.0) - time.monotonic()
-        pipes = wait([worker.pipe for worker in self._workers], max(0.0, patience))
-        return [worker for worker in self._workers if worker.pipe in pipes]
 
     def _receive(self, worker: _Worker, results: list[Outcome | None]) -> None:
         try:
@@ -151,33 +154,21 @@ class _Worker:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         theirs.close()
-        self._send(rewards, START_SECONDS)
+        self.send(rewards, START_SECONDS)
 
     @property
     def occupied(self) -> bool:
         return self.task is not None or not self.ready
 
-    @property
-    def late(self) -> bool:
-        return self.occupied and time.monotonic() > self.deadline
-
-    def give(self, task: int, message: bytes, limit: float) -> None:
-        self.task = task
-        self._send(message, limit)
-
-    def _send(self, message: bytes, limit: float) -> None:
+    def send(self, message: bytes, limit: float) -> None:
         self.limit, self.deadline = limit, time.monotonic() + limit
-        try:
+        with contextlib.suppress(OSError):  # a dead one is found by the next look at its pipe
             self.pipe.send_bytes(message)
-        except OSError:
-            pass  # it is dead, which the next look at its pipe finds
 
     def kill(self) -> None:
         """Kills the process and its group; a jail dies with the process that made it."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         self.pipe.close()
 
@@ -188,6 +179,86 @@ class _Worker:
         except subprocess.TimeoutExpired:
             return "it closed its pipe"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+class Asked:
+    """A reward that a server gives: samples in, outcomes out."""
+
+    def __init__(self, reward: AskedReward) -> None:
+        self.reward = reward
+        self.endpoint = Endpoint(reward.endpoint, seed=0, deadline=reward.deadline)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """The outcome of each sample, all asked at once."""
+        answered = [sample for sample in samples if sample.answer]
+        found = judge.replies(self.endpoint, [self._request(sample) for sample in answered])
+        outcomes = map(self._outcome, found)
+        return [next(outcomes) if sample.answer else wrong("no answer") for sample in samples]
+
+    def _request(self, sample: Sample) -> Request:
+        if not isinstance(self.reward, JudgeReward):
+            asked = [dict(message) for message in sample.messages]
+            return judge.request("", [*asked, {"role": "assistant", "content": sample.answer}], 64)
+        question = next(m["content"] for m in reversed(sample.messages) if m["role"] == "user")
+        expected = str(sample.fields[self.reward.answer])
+        text = judge.same_answer(question, expected, sample.answer, self.reward.template)
+        return judge.request("", text, self.reward.max_tokens)
+
+    def _outcome(self, reply: Reply) -> Outcome:
+        if reply.error:
+            return unjudged(reply.error)
+        if isinstance(self.reward, JudgeReward):
+            verdict = judge.verdict(reply.answer)
+            if verdict is None:
+                return unjudged(f"no verdict in the judge's reply: {reply.answer[-80:]!r}")
+            return judged(verdict, "the judge says so")
+        scores = _REWARD.findall(reply.answer)
+        if not scores:
+            return unjudged(f"no reward in the model's reply: {reply.answer[-80:]!r}")
+        score = float(scores[-1])
+        return Outcome("right" if score >= self.reward.right_from else "wrong", score)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A sample's reward (None: could not be judged), and the outcome of each part by name."""
+
+    reward: float | None
+    parts: dict[str, Outcome]
+
+
+class Rubric:
+    """Some rewards and the processes that compute them; a context manager."""
+
+    def __init__(self, rewards: Sequence[Reward], workers: int) -> None:
+        self.rewards, self.names = list(rewards), names(rewards)
+        self._pool = Pool([one for one in self.rewards if isinstance(one, CheckedReward)], workers)
+        self._asked = [Asked(one) if isinstance(one, AskedReward) else None for one in self.rewards]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.close()
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Judged]:
+        """What each sample is worth. Raises RewardError where nothing can be judged at all."""
+        parts = range(len(self._pool.rewards))
+        checked = iter(self._pool.check([(part, sample) for part in parts for sample in samples]))
+        columns = [
+            list(islice(checked, len(samples))) if one is None else one(samples)
+            for one in self._asked
+        ]
+        return [self._sum([column[i] for column in columns]) for i in range(len(samples))]
+
+    def _sum(self, outcomes: Sequence[Outcome]) -> Judged:
+        total = 0.0
+        parts = dict(zip(self.names, outcomes, strict=True))
+        for reward, outcome in zip(self.rewards, outcomes, strict=True):
+            if outcome.score is None:
+                return Judged(None, parts)
+            total += reward.weight * outcome.score
+        return Judged(total, parts)
 
 
 def serve(descriptor: int, parent: int, memory_bytes: int) -> None:

@@ -26,10 +26,9 @@ from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
 from tessera.objectives.rpo import RPO, RPOLossConfig
-from tessera.rl import monitors
 from tessera.rl.advantages import rloo
 from tessera.rl.experience import Answer, Group, row, spans
-from tessera.rl.rollouts import Rollout, RolloutConfig, Rollouts, padded, unsharded
+from tessera.rl.rollouts import Rollout, RolloutConfig, Rollouts, keep_samples, padded, unsharded
 from tessera.runs.files import FailureError
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import Run
@@ -113,17 +112,14 @@ def _text(value: dict[str, Any], name: str) -> str:
 
 
 def rows(pairs: Sequence[Pair], row_length: int) -> list[Batch]:
-    """Batches of one row each, every pair whole in one of them; see `_row`.
-
-    Raises ValueError for a pair that no row can hold.
-    """
-    for pair in pairs:
-        if len(pair) > row_length:
-            raise ValueError(
-                f"a pair of {len(pair)} tokens does not fit into a row of {row_length}; raise "
-                "train.microbatch_tokens"
-            )
-    return [_row([pairs[i] for i in one]) for one in best_fit([len(p) for p in pairs], row_length)]
+    """Batches of one row each, every pair whole in one; ValueError for a pair that is too long."""
+    lengths = [len(pair) for pair in pairs]
+    if max(lengths, default=0) > row_length:
+        raise ValueError(
+            f"a pair of {max(lengths)} tokens does not fit into a row of {row_length}; raise "
+            "train.microbatch_tokens"
+        )
+    return [_row([pairs[i] for i in one]) for one in best_fit(lengths, row_length)]
 
 
 def _row(pairs: Sequence[Pair]) -> Batch:
@@ -132,7 +128,11 @@ def _row(pairs: Sequence[Pair]) -> Batch:
     streams: `pair`, k for the chosen and -k for the rejected answer of the k-th pair of the row;
     `margin`; `first`, 1 at the first prediction of each pair.
     """
-    groups = [Group(0, "", p.prompt, [_answer(p.chosen), _answer(p.rejected)]) for p in pairs]
+
+    def answer(ids: list[int]) -> Answer:
+        return Answer(ids, [0.0] * len(ids), "stop", "", None, {}, True, advantage=1.0)
+
+    groups = [Group(0, "", p.prompt, [answer(p.chosen), answer(p.rejected)]) for p in pairs]
     batch = row(groups)
     streams = {name: torch.zeros_like(batch.weight) for name in ("pair", "margin", "first")}
     for number, (_, here) in enumerate(spans(groups)):
@@ -143,10 +143,6 @@ def _row(pairs: Sequence[Pair]) -> Batch:
             streams["first"][0, here.start] = 1.0
     batch.streams = streams
     return batch
-
-
-def _answer(ids: list[int]) -> Answer:
-    return Answer(ids, [0.0] * len(ids), "stop", "", None, {}, True, advantage=1.0)
 
 
 class PairSource:
@@ -178,24 +174,21 @@ class PairSource:
 
 
 class OnlinePairs(Rollouts):
-    """Rollouts whose rows hold the best and the worst answer of every group.
-
-    Where a rollout has fewer pairs than steps, further prompts are answered by the same weights.
-    """
+    """Rollouts whose rows hold the best and the worst answer of every group."""
 
     def _complete(self, number: int, found: Rollout) -> None:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             pairs = torch.tensor([len(_pairs(found.groups))], device=dist.device())
             if int(dist.max(pairs)) >= self.config.updates_per_rollout:
                 return
-            if attempt < MAX_ATTEMPTS:
+            if attempt < MAX_ATTEMPTS:  # further prompts are answered by the same weights
                 self.run.say(f"rollout {number}: too few prompts have answers of different reward")
                 self.engine.sync(unsharded(self.module), number)
                 more = self._sample(number, attempt)
                 found.groups += more.groups
                 for name, spent in more.seconds.items():
                     found.seconds[name] += spent
-        monitors.keep_samples(found.groups, self.prompts, number, self.run)
+        keep_samples(found.groups, self.prompts, number, self.run)
         raise FailureError(
             f"{MAX_ATTEMPTS} rollouts in a row have no prompt whose answers differ in reward; see "
             f"samples/{number:08}.jsonl of the run, and give prompts that are neither always nor "

@@ -1,39 +1,167 @@
-"""Stage `profile`: the prompts of a training, and how often the model solves each already.
+"""Prompts of reinforcement learning, and how often the model solves each already.
 
     pass rate of a prompt = share of its judged samples that are right     (Llama-Nemotron §5.1)
 
-Verdicts are kept in a journal, so a stopped profile goes on where it was.
+Prompts come from procedural tasks, or from rows of chats without their last answer. Stage `profile`
+keeps verdicts in a journal, so a stopped one goes on where it was, and writes `prompts.jsonl`.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.config import no_chat_template
+from tessera.data.conversation import Message, Mode
+from tessera.data.dialects import read_chats
+from tessera.data.problems import problem
+from tessera.data.readers import Bad, DataError, expand
+from tessera.data.switch import DETAILED, set_switch
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.engine import Engine, SamplingParams
+from tessera.generate.engine import Completion, Engine, SamplingParams
+from tessera.generate.text import completion_text
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 from tessera.progress import Progress
-from tessera.rl.prompts import FILE, Prompt, PromptsConfig, collect, judged_samples, write
-from tessera.rl.rewards import Reward, require_fields
-from tessera.rl.rubric import Rubric
+from tessera.rl.pool import Rubric
+from tessera.rl.rewards import Reward, Sample, require_fields
 from tessera.runs.files import Journal
 from tessera.runs.plan import Step
-from tessera.runs.recipe import RecipeError
+from tessera.runs.recipe import Config, RecipeError
 from tessera.runs.run import Run
 from tessera.vllm.config import EngineChoice, open_engine
 
+FILE = "prompts.jsonl"
 PORTION = 256  # samples at a time
 BINS = 10
+# The names under which rows of other sets keep what a checker needs.
+ANSWERS = ("answer", "expected_answer", "ground_truth")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """messages: with the switch of `mode`. fields: what rewards judge by. pass_rate: the share of
+    `samples` judged answers that were right; None, it was not measured."""
+
+    id: str
+    messages: list[Message]
+    mode: Mode
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    pass_rate: float | None = None
+    samples: int = 0
+
+
+class PromptsConfig(Config):
+    """tasks: number of problems by name (`"calc@6" = 400`). paths: files of chats. off: the share
+    of prompts with reasoning off, so that the switch is trained on both sides. switch: how the mode
+    is said, "detailed thinking", "/no_think" or a variable of the template."""
+
+    tasks: dict[str, int] = {}
+    paths: tuple[str, ...] = ()
+    reasoning: Literal["on", "off"] = "on"
+    off: float = Field(default=0.0, ge=0, le=1)
+    switch: str = DETAILED
+    limit: int | None = Field(default=None, ge=1)
+
+
+def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
+    """All prompts, each question once, reasoning off spread evenly. Raises DataError."""
+    found: dict[str, Prompt] = {}
+    for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
+        question, _ = set_switch(one.messages, "on", config.switch)  # the same in either mode
+        found.setdefault(json.dumps(question), one)
+    if not found:
+        raise DataError(
+            'there are no prompts: give tasks = { "calc@6" = 400 } or paths = ["FILE.jsonl"]'
+        )
+    prompts = []
+    for number, prompt in enumerate(list(found.values())[: config.limit]):
+        off = int((number + 1) * config.off) > int(number * config.off)
+        mode: Mode = "off" if off or config.reasoning == "off" else "on"
+        messages, _ = set_switch(prompt.messages, mode, config.switch)
+        prompts.append(replace(prompt, messages=messages, mode=mode))
+    return prompts
+
+
+def _of_tasks(tasks: Mapping[str, int], seed: int) -> Iterator[Prompt]:
+    for name, count in tasks.items():
+        base, _, level = name.partition("@")
+        if level and not level.isdigit():
+            raise DataError(f"tasks: {name}: after @ comes a level, a number from 1 up")
+        for index in range(count):
+            one = problem(base, seed, index, "train", int(level) if level else None)
+            fields = {"answer": one.answer, "level": one.level, "work": one.work}
+            question: Message = {"role": "user", "content": one.question}
+            yield Prompt(f"{name}/{index}", [question], "on", fields)
+
+
+def _of_files(paths: Sequence[str]) -> Iterator[Prompt]:
+    for path in expand(paths) if paths else ():
+        for number, chat in read_chats(path):
+            if isinstance(chat, Bad):
+                raise DataError(f"{chat}; mend the row, or let curate leave it out")
+            messages = chat.messages[:-1] if chat.answered else chat.messages
+            fields = {**_instructions(chat.extra.get("args")), **chat.extra}
+            known = next((name for name in ANSWERS if fields.get(name) is not None), None)
+            if known:
+                fields.setdefault("answer", fields[known])
+            yield Prompt(f"{path.name}:{number}", messages, chat.mode, fields)
+
+
+def _instructions(arguments: Any) -> dict[str, Any]:
+    """What the Llama-Nemotron RL part keeps in `args`, under IFEval's names, without nulls."""
+    if not isinstance(arguments, Mapping) or "instruction_id_list" not in arguments:
+        return {}
+    ids = arguments["instruction_id_list"]
+    given = arguments.get("instruction_kwargs") or [{}] * len(ids)
+    kwargs = [{k: v for k, v in (one or {}).items() if v is not None} for one in given]
+    return {"instruction_id_list": ids, "kwargs": kwargs}
+
+
+def sample_answers(
+    engine: Engine,
+    encoder: ChatEncoder,
+    prompts: Sequence[Prompt],
+    keys: Sequence[int],
+    **sampling: int,
+) -> tuple[list[list[int]], list[list[Completion]], list[Sample]]:
+    """Each prompt's ids and completions at temperature 1, and the samples of all in order.
+
+    sampling: `n`, `max_tokens` and `seed`.
+    """
+    ids = [encoder.prompt(one.messages, one.mode) for one in prompts]
+    params = SamplingParams(stop_token_ids=encoder.tokenizer.eos_ids, **sampling)  # type: ignore[arg-type]
+    completions = engine.generate(ids, params, keys=keys)
+    samples = [
+        Sample(
+            prompt.messages,
+            completion_text(encoder.tokenizer, own, one.token_ids),
+            dict(prompt.fields),
+            one.finish_reason == "length",
+        )
+        for prompt, own, of_prompt in zip(prompts, ids, completions, strict=True)
+        for one in of_prompt
+    ]
+    return ids, completions, samples
+
+
+def write(prompts: Sequence[Prompt]) -> str:
+    """The text of a prompts file."""
+    return "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in prompts)
+
+
+def read(run: Path) -> list[Prompt]:
+    """The prompts of a finished run."""
+    lines = (run / FILE).read_text(encoding="utf-8").split("\n")
+    return [Prompt(**json.loads(line)) for line in lines if line]
 
 
 class ProfileConfig(PromptsConfig, EngineChoice):
@@ -53,38 +181,18 @@ class ProfileConfig(PromptsConfig, EngineChoice):
         return no_chat_template(step, steps)
 
 
-@dataclass
-class Profiler:
-    """A model that answers prompts and is judged."""
-
-    config: ProfileConfig
-    encoder: ChatEncoder
-    engine: Engine
-    seed: int
-
-    def outcomes(
-        self, prompts: Sequence[Prompt], numbers: Sequence[int], rubric: Rubric
-    ) -> list[list[bool | None]]:
-        """For each prompt whether its samples are right; None where that could not be judged."""
-        params = SamplingParams(
-            max_tokens=self.config.max_tokens,
-            n=self.config.samples,
-            stop_token_ids=self.encoder.tokenizer.eos_ids,
-            seed=self.seed,
-        )
-        ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
-        completions = self.engine.generate(ids, params, keys=numbers)
-        found = iter(rubric(judged_samples(self.encoder.tokenizer, prompts, ids, completions)))
-        name, count = rubric.names[0], self.config.samples
-        verdicts = [[next(found).parts[name].verdict for _ in range(count)] for _ in prompts]
-        return [[None if v == "could-not-judge" else v == "right" for v in one] for one in verdicts]
-
-
-def measure(prompts: Sequence[Prompt], profiler: Profiler, kept: Journal, run: Run) -> list[Prompt]:
+def measure(
+    prompts: Sequence[Prompt],
+    config: ProfileConfig,
+    engine: Engine,
+    encoder: ChatEncoder,
+    kept: Journal,
+    run: Run,
+) -> list[Prompt]:
     """The prompts with their pass rates; those that could not be judged at all have none."""
-    config = profiler.config
     missing = [n for n in range(len(prompts)) if str(n) not in kept]
     portion = max(1, PORTION // config.samples)
+    sampling = {"max_tokens": config.max_tokens, "n": config.samples, "seed": run.seed}
     with (
         Rubric(config.rewards, config.workers) as rubric,
         Progress(run.name, len(prompts), "prompts", quiet=run.quiet) as progress,
@@ -92,9 +200,13 @@ def measure(prompts: Sequence[Prompt], profiler: Profiler, kept: Journal, run: R
         progress.advance(len(prompts) - len(missing), 0)
         for start in range(0, len(missing), portion):
             part = missing[start : start + portion]
-            rows = profiler.outcomes([prompts[n] for n in part], part, rubric)
-            for number, row in zip(part, rows, strict=True):
-                kept.add(str(number), {"right": row})
+            asked = [prompts[n] for n in part]
+            _, _, samples = sample_answers(engine, encoder, asked, part, **sampling)
+            verdicts = (judged.parts[rubric.names[0]].verdict for judged in rubric(samples))
+            right = [None if v == "could-not-judge" else v == "right" for v in verdicts]
+            for place, number in enumerate(part):
+                own = slice(place * config.samples, (place + 1) * config.samples)
+                kept.add(str(number), {"right": right[own]})
             progress.advance(len(part))
     found = []
     for number, prompt in enumerate(prompts):
@@ -102,18 +214,6 @@ def measure(prompts: Sequence[Prompt], profiler: Profiler, kept: Journal, run: R
         rate = sum(known) / len(known) if known else None
         found.append(replace(prompt, pass_rate=rate, samples=len(known)))
     return found
-
-
-def histogram(prompts: Sequence[Prompt], kept: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Rows of ten bins of pass rate: prompts in them, and those that were kept."""
-    total, left = (
-        Counter(min(int(rate * BINS), BINS - 1) for p in some if (rate := p.pass_rate) is not None)
-        for some in (prompts, kept)
-    )
-    return [
-        {"pass_rate": f"{n / BINS:.1f}-{(n + 1) / BINS:.1f}", "prompts": total[n], "kept": left[n]}
-        for n in range(BINS)
-    ]
 
 
 def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
@@ -130,10 +230,16 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
     encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
     engine = open_engine(config, load_model(model, frozen=True), config.batch)
     with Journal(run.path / "samples.jsonl") as kept, closing(engine):
-        found = measure(prompts, Profiler(config, encoder, engine, run.seed), kept, run)
+        found = measure(prompts, config, engine, encoder, kept, run)
     low, high = config.drop_to, config.drop_from
     chosen = [p for p in found if p.pass_rate is not None and low < p.pass_rate < high]
-    run.write_table("pass_rates", histogram(found, chosen))
+    total, left = (
+        Counter(min(int(rate * BINS), BINS - 1) for p in some if (rate := p.pass_rate) is not None)
+        for some in (found, chosen)
+    )
+    bins = [f"{n / BINS:.1f}-{(n + 1) / BINS:.1f}" for n in range(BINS)]
+    table = [{"pass_rate": one, "prompts": total[n], "kept": left[n]} for n, one in enumerate(bins)]
+    run.write_table("pass_rates", table)
     unjudged = sum(one.pass_rate is None for one in found)
     kept_of = f"{len(chosen):,} of {len(found):,} prompts kept"
     run.say(f"{run.name}: {kept_of}, {unjudged} could not be judged")

@@ -1,10 +1,4 @@
-"""What a recipe may say of rewards: one table a reward, told apart by `kind`.
-
-    [[grpo.rewards]]
-    kind = "math"                   # the last box against the row's `answer`
-    [[grpo.rewards]]
-    kind = "format"                 # the reasoning switch
-    weight = 0.2
+"""What a recipe may say of rewards: one table a reward (`[[grpo.rewards]]`), told apart by `kind`.
 
 Keys that name a field (`answer = "expected_answer"`) say where a row has what the checker expects.
 `check` runs in the workers of `pool.py`; `prepare` runs before and finds what is missing.
@@ -21,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tessera.ask.endpoint import EndpointConfig
-from tessera.data.conversation import Mode, switch_of
+from tessera.data.conversation import switch_of
 from tessera.data.thought import split
 from tessera.rl.jail.run import Isolation, JailError, Limits, require_isolation
 from tessera.rl.verifiers import language, mathematics
@@ -59,11 +53,6 @@ class Sample:
         """The text after the thoughts."""
         return split(self.completion).answer.strip()
 
-    @property
-    def switch(self) -> Mode | None:
-        """The mode that the system prompt asks for."""
-        return switch_of(self.messages)
-
 
 class RewardConfig(Config):
     """weight: its factor in the sum. deadline: seconds a sample, then its checker is killed, or its
@@ -88,6 +77,9 @@ class AnswerReward(RewardConfig):
     def fields(self, row: Row) -> list[str]:
         return [self.answer]
 
+    def expected(self, sample: Sample) -> str:
+        return str(sample.fields[self.answer])
+
 
 class MathReward(AnswerReward):
     kind: Literal["math"]
@@ -96,7 +88,7 @@ class MathReward(AnswerReward):
         mathematics.require_library()
 
     def check(self, sample: Sample) -> Outcome:
-        return verify_math(sample.answer, str(sample.fields[self.answer]))
+        return verify_math(sample.answer, self.expected(sample))
 
 
 class NumberReward(AnswerReward):
@@ -104,8 +96,7 @@ class NumberReward(AnswerReward):
     tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     def check(self, sample: Sample) -> Outcome:
-        expected = sample.fields[self.answer]
-        return verify_number(sample.answer, expected, tolerance=self.tolerance)
+        return verify_number(sample.answer, self.expected(sample), tolerance=self.tolerance)
 
 
 class ExactReward(AnswerReward):
@@ -113,8 +104,7 @@ class ExactReward(AnswerReward):
     ignore_case: bool = True
 
     def check(self, sample: Sample) -> Outcome:
-        expected = str(sample.fields[self.answer])
-        return verify_exact(sample.answer, expected, ignore_case=self.ignore_case)
+        return verify_exact(sample.answer, self.expected(sample), ignore_case=self.ignore_case)
 
 
 class ChoiceReward(AnswerReward):
@@ -122,15 +112,15 @@ class ChoiceReward(AnswerReward):
     choices: int = Field(default=26, ge=2, le=26)
 
     def check(self, sample: Sample) -> Outcome:
-        expected = str(sample.fields[self.answer])
-        return verify_choice(sample.answer, expected, choices=self.choices)
+        return verify_choice(sample.answer, self.expected(sample), choices=self.choices)
 
 
 class FormatReward(RewardConfig):
     kind: Literal["format"]
 
     def check(self, sample: Sample) -> Outcome:
-        return verify_format(sample.completion, sample.switch, truncated=sample.truncated)
+        switch = switch_of(sample.messages)
+        return verify_format(sample.completion, switch, truncated=sample.truncated)
 
 
 class InstructionsReward(RewardConfig):
@@ -154,10 +144,7 @@ class InstructionsReward(RewardConfig):
 
 
 class CodeReward(RewardConfig):
-    """Asserts where a row has `tests`; else its `inputs` and `outputs`.
-
-    isolation: what stands between the program and this machine, see `jail`.
-    """
+    """Asserts where a row has `tests`; else its `inputs` and `outputs`. isolation: see `jail`."""
 
     kind: Literal["code"]
     tests: str = "tests"
@@ -176,23 +163,22 @@ class CodeReward(RewardConfig):
             )
 
     def fields(self, row: Row) -> list[str]:
-        return [self.tests] if self._by_asserts(row) else [self.inputs, self.outputs]
-
-    def _by_asserts(self, row: Row) -> bool:
-        """A null, as JSON lines have it, is no test."""
-        return row.get(self.tests) is not None or row.get(self.inputs) is None
+        # A null, as JSON lines have it, is no test.
+        asserts = row.get(self.tests) is not None or row.get(self.inputs) is None
+        return [self.tests] if asserts else [self.inputs, self.outputs]
 
     def prepare(self) -> None:
         if self.isolation == "namespaces":
             require_isolation()
 
     def check(self, sample: Sample) -> Outcome:
-        row: Row = sample.fields
+        row = sample.fields
         jail: dict[str, Any] = {"limits": self.limits, "isolation": self.isolation}
-        if self._by_asserts(row):
+        given = [row[key] for key in self.fields(row)]
+        if len(given) == 1:
             setup = row.get(self.setup) or ""
-            return verify_asserts(sample.answer, row[self.tests], setup=setup, **jail)
-        return verify_outputs(sample.answer, row[self.inputs], row[self.outputs], **jail)
+            return verify_asserts(sample.answer, *given, setup=setup, **jail)
+        return verify_outputs(sample.answer, *given, **jail)
 
 
 class FunctionReward(RewardConfig):
@@ -258,10 +244,7 @@ def names(rewards: Sequence[Reward]) -> list[str]:
 
 
 def require_fields(rewards: Sequence[Reward], row: Row) -> None:
-    """Checks that a row has what the rewards judge by, before anything is generated from it.
-
-    Raises RewardError for a missing field, InstructionError for an unknown instruction.
-    """
+    """Raises RewardError for a field that a row lacks, InstructionError for an unknown one."""
     for reward in rewards:
         for key in reward.fields(row):
             if row.get(key) is None:

@@ -1,29 +1,23 @@
 """Reinforcement learning as a source of batches: generate, judge, compare, pack.
 
-At the start of a rollout the engine takes the trainer's weights and answers its prompts `samples`
-times; a rubric judges every answer. A rollout feeds `updates_per_rollout` optimizer steps.
-
 A completion is a function of (seed, rollout, prompt, sample) and the weights, so a run killed in a
-rollout generates it again. Rollouts that feed several steps stay on disk until no resume state
-needs them. Processes share the prompts; each has an engine with all weights:
-
-    prompt g of a rollout   update g mod U,  process ⌊g / U⌋ mod P
-
-With `staleness = 1` (one step off-policy) the next rollout is generated while the trainer learns
-from this one. A resume state waits for it and keeps it, so a stopped run is still the same run.
+rollout generates it again. Rollouts that feed several steps, or are generated while the trainer
+learns from the one before (`staleness = 1`), are on disk while a resume state needs them. Prompt g
+of a rollout belongs to update g mod U and process ⌊g / U⌋ mod P.
 """
 
 from __future__ import annotations
 
 import json
 import queue
+import random
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -39,25 +33,26 @@ from tessera.data.chat import ChatEncoder
 from tessera.data.config import no_chat_template
 from tessera.data.switch import DETAILED, obeys
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.engine import Completion, Engine, SamplingParams
+from tessera.generate.engine import Completion, Engine
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer, holding
-from tessera.rl import monitors
 from tessera.rl.advantages import Advantages, of_group
 from tessera.rl.curriculum import CurriculumConfig, Order, order
 from tessera.rl.experience import Answer, Group, Level, pack, row, rows, spans
-from tessera.rl.prompts import Prompt, judged_samples, read
+from tessera.rl.pool import Judged, Rubric
+from tessera.rl.profile import Prompt, read, sample_answers
 from tessera.rl.rewards import Reward, Sample, require_fields
-from tessera.rl.rubric import Judged, Rubric
 from tessera.runs.files import FailureError, atomic_write
 from tessera.runs.plan import Step
 from tessera.runs.run import Run
 from tessera.train.engine import context_of
 from tessera.train.losses import token_log_probs
 from tessera.train.optim import TrainConfig
+from tessera.train.parallel import Layout
 from tessera.vllm.config import EngineChoice, open_engine
 
 T = TypeVar("T")
+KEPT = 3  # samples of each kind
 
 
 class RolloutConfig(EngineChoice):
@@ -69,12 +64,12 @@ class RolloutConfig(EngineChoice):
     overlong: "mask" leaves out answers that were cut at max_tokens. overlong_buffer: over so many
     tokens before max_tokens the reward falls by up to 1 (DAPO, arXiv 2503.14476, §3.4).
     dynamic_sampling: how many further sets of prompts may replace groups whose answers are all
-    worth the same (DAPO §3.2).
+    worth the same (DAPO §3.2). samples_every: rollouts between samples that are kept.
     """
 
     train: TrainConfig
     prompts_per_rollout: int = Field(default=64, ge=1)
-    samples: int = Field(default=16, ge=1)
+    samples: int = Field(default=16, ge=2)
     updates_per_rollout: int = Field(default=1, ge=1)
     max_tokens: int = Field(default=1024, ge=1)
     rewards: tuple[Reward, ...] = ()
@@ -87,7 +82,7 @@ class RolloutConfig(EngineChoice):
     staleness: Literal[0, 1] = 0
     engine_batch: int = Field(default=256, ge=1)
     workers: int = Field(default=2, ge=1)
-    samples_every: int = Field(default=10, ge=1)  # rollouts between samples that are kept
+    samples_every: int = Field(default=10, ge=1)
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
         return no_chat_template(step, steps)
@@ -99,8 +94,6 @@ class RolloutConfig(EngineChoice):
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
-        if self.samples < 2:
-            raise ValueError("samples must be 2 or more: an answer is compared with its group")
         if self.updates_per_rollout > self.prompts_per_rollout:
             raise ValueError(
                 "updates_per_rollout exceeds prompts_per_rollout: a step needs prompts"
@@ -120,41 +113,33 @@ class Rollout:
     groups: list[Group]
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    @property
-    def version(self) -> int:
-        """The rollout whose weights answered."""
-        return min((answer.version for group in self.groups for answer in group.answers), default=0)
 
-
+@dataclass(eq=False)
 class Rollouts:
     """A `Source` of what the policy itself writes. rule: rewards of a group -> advantages."""
 
-    def __init__(
-        self,
-        module: Transformer,
-        engine: Engine,
-        encoder: ChatEncoder,
-        prompts: Sequence[Prompt],
-        config: RolloutConfig,
-        rule: Advantages,
-        run: Run,
-        rubric: Rubric,
-    ) -> None:
-        self.module, self.engine, self.encoder = module, engine, encoder
-        self.prompts, self.config, self.rule = prompts, config, rule
-        self.run, self.rubric = run, rubric
-        self.row_length = config.train.microbatch_tokens
-        self.layout = config.train.spread.layout
+    module: Transformer
+    engine: Engine
+    encoder: ChatEncoder
+    prompts: Sequence[Prompt]
+    config: RolloutConfig
+    rule: Advantages
+    run: Run
+    rubric: Rubric
+    _number: int = -1  # of the rollout in use
+    _groups: list[Group] = field(default_factory=list)
+    _updates: list[list[Batch]] = field(default_factory=list)
+    _metrics: dict[str, float] = field(default_factory=dict)
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _saved: list[int] = field(default_factory=list)
+    _prefetched: Future[Rollout] | None = None
+    _kept: int = -1  # a prefetched rollout that a resume state put on disk
+
+    def __post_init__(self) -> None:
+        self.row_length = self.config.train.microbatch_tokens
+        self.layout = self.config.train.spread.layout
         self.order = self._order(0)
-        self._number = -1  # of the rollout in use
-        self._groups: list[Group] = []
-        self._updates: list[list[Batch]] = []
-        self._metrics: dict[str, float] = {}
-        self._seconds: dict[str, float] = {}
-        self._saved: list[int] = []
         self._thread = DaemonThread()
-        self._prefetched: Future[Rollout] | None = None
-        self._kept = -1  # a prefetched rollout that a resume state put on disk
 
     @classmethod
     @contextmanager
@@ -190,7 +175,8 @@ class Rollouts:
         number, update = divmod(step, self.config.updates_per_rollout)
         self._metrics, self._seconds = {}, {}
         if number != self._number:
-            self._groups = self._own(number) if update else self._begin(number)
+            own = self.layout.data_rank, self.layout.data_world
+            self._groups = self._read(number, *own) if update else self._begin(number)
             self._number = number
             self._updates = [self._rows(u) for u in range(self.config.updates_per_rollout)]
         return self._updates[update]
@@ -226,17 +212,14 @@ class Rollouts:
         return self.run.path / "rollouts" / f"{number:08}-{rank}-of-{world}.jsonl"
 
     def _keep(self, number: int, groups: Sequence[Group]) -> None:
-        """Writes this process's groups."""
         path = self._path(number, self.layout.data_rank, self.layout.data_world)
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, "".join(json.dumps(asdict(group)) + "\n" for group in groups))
 
     def _read(self, number: int, rank: int, world: int) -> list[Group]:
-        lines = self._path(number, rank, world).read_text(encoding="utf-8").split("\n")
-        return [Group.from_json(json.loads(line)) for line in lines if line]
-
-    def _own(self, number: int) -> list[Group]:
-        return self._read(number, self.layout.data_rank, self.layout.data_world)
+        text = self._path(number, rank, world).read_text(encoding="utf-8")
+        found = [json.loads(line) for line in text.split("\n") if line]
+        return [Group(**one | {"answers": [Answer(**a) for a in one["answers"]]}) for one in found]
 
     def _share(self, items: Sequence[T]) -> list[T]:
         updates, layout = self.config.updates_per_rollout, self.layout
@@ -250,7 +233,7 @@ class Rollouts:
             found = prefetched.result()
             found.seconds["wait_seconds"] = time.monotonic() - started
         elif number == self._kept:
-            found = Rollout(self._own(number))
+            found = Rollout(self._read(number, self.layout.data_rank, self.layout.data_world))
         prefetch = self.config.staleness and number + 1 < len(self.order.batches)
         if found is None or prefetch:
             self.engine.sync(unsharded(self.module), number)
@@ -261,14 +244,15 @@ class Rollouts:
         elif self.module.device.type == "cuda":
             self.engine.sleep()
         groups, self._seconds = found.groups, dict(found.seconds)
-        self._metrics = monitors.measured(groups, self.rubric.names, self.layout)
+        self._metrics = measured(groups, self.rubric.names, self.layout)
         if self.config.staleness:
-            self._metrics["staleness"] = float(number - found.version)
+            versions = (answer.version for group in groups for answer in group.answers)
+            self._metrics["staleness"] = float(number - min(versions, default=0))
         if self.config.updates_per_rollout > 1:
             self._score_old(groups)
             self._keep(number, groups)
         if number % self.config.samples_every == 0:
-            monitors.keep_samples(groups, self.prompts, number, self.run)
+            keep_samples(groups, self.prompts, number, self.run)
         return groups
 
     def _complete(self, number: int, found: Rollout) -> None:
@@ -293,51 +277,46 @@ class Rollouts:
         return found
 
     def _answered(self, key: int, numbers: Sequence[int], seconds: dict[str, float]) -> list[Group]:
-        """A group of judged answers, at temperature 1, for each prompt; adds to `seconds`."""
-        prompts = [self.prompts[number] for number in numbers]
-        ids = [self.encoder.prompt(one.messages, one.mode) for one in prompts]
-        params = SamplingParams(
-            max_tokens=self.config.max_tokens,
-            n=self.config.samples,
-            stop_token_ids=self.encoder.tokenizer.eos_ids,
-            seed=self.run.seed,
-        )
+        """A group of judged answers for each prompt; adds to `seconds`."""
+        config, prompts = self.config, [self.prompts[number] for number in numbers]
+        keys = [key << 32 | number for number in numbers]
+        sampling = {"n": config.samples, "max_tokens": config.max_tokens, "seed": self.run.seed}
         started = time.monotonic()
-        completions = self.engine.generate(ids, params, keys=[key << 32 | n for n in numbers])
+        ids, completions, samples = sample_answers(
+            self.engine, self.encoder, prompts, keys, **sampling
+        )
         generated = time.monotonic()
-        samples = judged_samples(self.encoder.tokenizer, prompts, ids, completions)
         judged = iter(zip(samples, self.rubric(samples), strict=True))
         groups = []
         for number, prompt, own, of_prompt in zip(numbers, prompts, ids, completions, strict=True):
             answers = [self._answer(prompt, one, *next(judged)) for one in of_prompt]
             values = of_group([answer.reward for answer in answers], self.rule)
-            for answer, value in zip(answers, values, strict=True):
-                answer.advantage = value
+            for one, value in zip(answers, values, strict=True):
+                one.advantage = value
             groups.append(Group(number, prompt.mode, own, answers))
         seconds["generate_seconds"] += generated - started
         seconds["judge_seconds"] += time.monotonic() - generated
         return groups
 
     def _answer(self, prompt: Prompt, one: Completion, sample: Sample, judged: Judged) -> Answer:
-        unjudged = {name: part.reason for name, part in judged.parts.items() if part.score is None}
+        config, reward = self.config, judged.reward
+        if sample.truncated and config.overlong == "mask":
+            reward = None
+        over = len(one.token_ids) - (config.max_tokens - config.overlong_buffer)
+        if reward is not None and config.overlong_buffer and over > 0:
+            reward -= min(1.0, over / config.overlong_buffer)
+        unjudged = [f"{k}: {part.reason}" for k, part in judged.parts.items() if part.score is None]
         return Answer(
             one.token_ids,
             one.logprobs,
             one.finish_reason,
             sample.completion,
-            self._reward(judged, len(one.token_ids), sample.truncated),
+            reward,
             {name: outcome.score for name, outcome in judged.parts.items()},
             obeys(sample.completion, prompt.mode),
             version=one.version,
-            unjudged="; ".join(f"{name}: {reason}" for name, reason in unjudged.items()),
+            unjudged="; ".join(unjudged),
         )
-
-    def _reward(self, judged: Judged, length: int, truncated: bool) -> float | None:
-        if judged.reward is None or (truncated and self.config.overlong == "mask"):
-            return None
-        buffer = self.config.overlong_buffer
-        over = length - (self.config.max_tokens - buffer)
-        return judged.reward - (min(1.0, over / buffer) if buffer and over > 0 else 0.0)
 
     def _rows(self, update: int) -> list[Batch]:
         """The rows of one update, as many in every process."""
@@ -354,14 +333,13 @@ class Rollouts:
             # Answers of advantage 0 are not computed; their weight scales the others.
             scale = nonzero / trained
             groups = [
-                Group(g.number, g.mode, g.ids, [one for one in g.answers if one.advantage])
-                for g in groups
+                replace(g, answers=[one for one in g.answers if one.advantage]) for g in groups
             ]
         return padded(rows(groups, self.row_length, self.config.level, scale), row([]))
 
     def _nothing_counts(self) -> FailureError:
         """Why a step has no answer to learn from; its answers are kept to be read."""
-        monitors.keep_samples(self._groups, self.prompts, self._number, self.run)
+        keep_samples(self._groups, self.prompts, self._number, self.run)
         answers = [answer for group in self._groups for answer in group.answers]
         cut = sum(answer.truncated for answer in answers)
         if self.config.overlong == "mask" and cut:
@@ -397,7 +375,6 @@ class DaemonThread:
         self._thread: threading.Thread | None = None
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """The future of a call."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
@@ -413,6 +390,60 @@ class DaemonThread:
             except BaseException as error:
                 future.set_exception(error)
             del future, call  # frees the result while the thread is idle
+
+
+def measured(groups: Sequence[Group], names: Sequence[str], layout: Layout) -> dict[str, float]:
+    """Means over the answers of all processes.
+
+    reward, and reward/NAME of each part: of what could be judged. no_signal: share of groups whose
+    answers are all worth the same. length: in tokens. truncated, unjudged, obedience: shares.
+    """
+    answers = [answer for group in groups for answer in group.answers]
+    values: dict[str, list[float | None]] = {"reward": [one.reward for one in answers]}
+    values |= {f"reward/{name}": [one.parts[name] for one in answers] for name in names}
+    values["no_signal"] = [not group.has_signal for group in groups]
+    values["length"] = [len(one.ids) for one in answers]
+    values["truncated"] = [one.truncated for one in answers]
+    values["unjudged"] = [None in one.parts.values() for one in answers]
+    values["obedience"] = [one.obedient for one in answers]
+    known = [[one for one in column if one is not None] for column in values.values()]
+    own = [(sum(column), len(column)) for column in known]
+    sums = torch.tensor(own, dtype=torch.float64, device=dist.device())
+    totals = zip(values, layout.sum(sums).tolist(), strict=True)
+    return {name: total / count for name, (total, count) in totals if count}
+
+
+def keep_samples(
+    groups: Sequence[Group], prompts: Sequence[Prompt], rollout: int, run: Run
+) -> None:
+    """Writes the best, the worst and some answers of the main process to `samples/`."""
+    every = [(prompts[group.number], answer) for group in groups for answer in group.answers]
+    judged = [(answer.reward, pair) for pair in every if (answer := pair[1]).reward is not None]
+    ranked = [pair for _, pair in sorted(judged, key=lambda one: one[0])]
+    chance = random.Random(f"{run.seed} {rollout}")
+    chosen = {
+        "best": ranked[::-1][:KEPT],
+        "worst": ranked[:KEPT],
+        "random": chance.sample(every, min(KEPT, len(every))),
+        "unjudged": [pair for pair in every if pair[1].reward is None][:KEPT],
+    }
+    rows = [
+        {
+            "rollout": rollout,
+            "kind": kind,
+            "prompt": prompt.messages[-1]["content"],
+            "mode": prompt.mode,
+            "text": answer.text,
+            "reward": answer.reward,
+            "parts": answer.parts,
+            "unjudged": answer.unjudged,
+            "tokens": len(answer.ids),
+            "finish_reason": answer.finish_reason,
+        }
+        for kind, pairs in chosen.items()
+        for prompt, answer in pairs
+    ]
+    run.write_file(f"samples/{rollout:08}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def share(items: Sequence[T], updates: int, rank: int, world: int) -> list[T]:

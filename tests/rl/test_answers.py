@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tessera.data.conversation import switch_of
 from tessera.data.switch import obeys
-from tessera.rl.rewards import Sample
 from tessera.rl.verifiers.answer import boxed, final_answer, normalized, same_answer
 from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_format, verify_number
 from tessera.rl.verifiers.mathematics import verify_math
@@ -207,15 +207,16 @@ def test_what_was_cut_short_is_exempt_from_closing_its_thought():
         verify_format("", "of")  # pyright: ignore[reportArgumentType]
 
 
-def asked(system: str) -> Sample:
-    return Sample([{"role": "system", "content": system}, {"role": "user", "content": "?"}], "", {})
+def asked(system: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
 
 
-def test_the_switch_of_a_sample_is_that_of_the_data():
+def test_the_switch_of_a_prompt_is_that_of_the_data():
     """What the instructions below it say of thinking is no switch: nobody is trained to obey it."""
-    assert asked("detailed thinking on").switch == "on"
-    assert asked("detailed thinking on\n\nNever say: detailed thinking off").switch == "on"
-    assert asked("Be kind.").switch is Sample([], "", {}).switch is None
+    assert switch_of(asked("detailed thinking on")) == "on"
+    both = "detailed thinking on\n\nNever say: detailed thinking off"
+    assert switch_of(asked(both)) == "on"
+    assert switch_of(asked("Be kind.")) is switch_of([]) is None
 
 
 @pytest.mark.parametrize(

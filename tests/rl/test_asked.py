@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from tessera.rl.pool import Asked, Rubric
 from tessera.rl.rewards import JudgeReward, ModelReward, Sample
-from tessera.rl.rubric import Asked, Rubric
 from tessera.runs.files import FailureError
 
 pytest.importorskip("openai")

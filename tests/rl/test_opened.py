@@ -14,11 +14,11 @@ from tessera.data.tokenizer import byte_tokenizer
 from tessera.generate.engine import Completion
 from tessera.rl.advantages import rloo
 from tessera.rl.experience import Answer
-from tessera.rl.profile import ProfileConfig, Profiler
-from tessera.rl.prompts import Prompt
+from tessera.rl.pool import Rubric
+from tessera.rl.profile import ProfileConfig, Prompt, measure
 from tessera.rl.rewards import ExactReward, FormatReward
 from tessera.rl.rollouts import RolloutConfig, Rollouts
-from tessera.rl.rubric import Rubric
+from tessera.runs.files import Journal
 from tessera.runs.run import Run
 
 TOKENIZER = byte_tokenizer()
@@ -94,10 +94,10 @@ def test_a_thought_that_the_prompt_opens_is_judged_as_one(
 
 
 @pytest.mark.parametrize(("template", "right"), [(OPENING, 2), (PLAIN, 3)])
-def test_a_profile_reads_answers_as_the_training_does(template: str, right: int):
+def test_a_profile_reads_answers_as_the_training_does(tmp_path: Path, template: str, right: int):
     engine: Any = Parrot()
-    config = ProfileConfig(samples=len(SAID), rewards=REWARDS)
-    profiler = Profiler(config, encoder(template), engine, 0)
-    with Rubric(REWARDS, 1) as rubric:
-        (found,) = profiler.outcomes([prompt("on")], [0], rubric)
-    assert sum(map(bool, found)) == right
+    config = ProfileConfig(samples=len(SAID), rewards=REWARDS, workers=1)
+    opened: Any = {"stage": "profile", "config": {}, "inputs": {}, "seed": 0, "quiet": True}
+    with Run.open(tmp_path / "run", **opened) as run, Journal(tmp_path / "kept.jsonl") as kept:
+        (found,) = measure([prompt("on")], config, engine, encoder(template), kept, run)
+    assert found.pass_rate == right / len(SAID) and found.samples == len(SAID)

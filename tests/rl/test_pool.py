@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tessera.rl import rewards as checks
-from tessera.rl.pool import Pool
+from tessera.rl.pool import Pool, Rubric
 from tessera.rl.rewards import (
     CodeReward,
     ExactReward,
@@ -25,7 +25,6 @@ from tessera.rl.rewards import (
     names,
     require_fields,
 )
-from tessera.rl.rubric import Rubric
 from tessera.rl.verifiers.outcome import Outcome, right
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tessera.data.readers import DataError
-from tessera.rl.prompts import FILE, PromptsConfig, collect, read, write
+from tessera.rl.profile import FILE, PromptsConfig, collect, read, write
 from tessera.rl.rewards import InstructionsReward, require_fields
 
 

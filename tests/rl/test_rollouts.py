@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from tessera.cli.main import app
 from tessera.model.checkpoint import load_model
-from tessera.rl.monitors import Guard
-from tessera.rl.policy import GRPOConfig
+from tessera.rl.policy import GRPOConfig, Guard
 from tessera.rl.rewards import FormatReward
 from tessera.rl.rollouts import RolloutConfig, joined, share
 from tessera.runs.files import FailureError

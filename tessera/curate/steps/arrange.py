@@ -1,7 +1,7 @@
-"""Pairs of reasoning on and off, the blend of sources, and the order of the rows.
+"""Steps that decide over all rows: majorities, pass rates, pairs, blends, order.
 
-Reasoning off is taught with prompts of the reasoning-on set (arXiv 2505.00949 §3.4); an open recipe
-for an 8B model sorts each side by the length of its completions and interleaves them (Curator).
+Where no answer is known, the answer that most samples give is the reference (arXiv 2505.00949 §3.1
+and §3.3); the share of right samples is the difficulty that reinforcement learning goes by.
 """
 
 from __future__ import annotations
@@ -16,6 +16,89 @@ from pydantic import Field, field_validator
 from tessera.curate.steps import rows
 from tessera.curate.steps.rows import Drop, Result, SetStep
 from tessera.data.conversation import Chat
+from tessera.rl.verifiers.answer import normalized
+
+
+class Majority(SetStep):
+    """Makes the majority's `predicted_answer` the `expected_answer` where a row has none.
+
+    Rows of the problem that answer otherwise are left out, and whole problems whose majority has
+    under `min_votes` votes or under `min_share` of them. Of equal counts the first seen wins.
+    """
+
+    step: Literal["majority"]
+    min_votes: int = Field(default=2, ge=1)
+    min_share: float = Field(default=0.0, ge=0, le=1)
+
+    def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
+        """(rows, 2): hashes of problem and answer, for which 0 is none and 1 known before."""
+        marks = [0] * len(chats)
+        for index, chat in enumerate(chats):
+            if chat.extra.get("expected_answer") is not None:
+                marks[index] = 1
+            elif (predicted := chat.extra.get("predicted_answer")) is not None:
+                marks[index] = max(2, rows.text_hash(normalized(str(predicted))))
+        return rows.keyed(chats, marks)
+
+    def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
+        """(rows,): 0 another answer, 1 the majority's, 2 known before, 3 too small a majority."""
+        verdicts = np.where(digests[:, 1] == 1, 2, 0).astype(np.int8)
+        voting = np.flatnonzero(digests[:, 1] >= 2)
+        if not len(voting):
+            return verdicts
+        pairs, firsts, of, votes = np.unique(
+            digests[voting], axis=0, return_index=True, return_inverse=True, return_counts=True
+        )
+        problems, problem = np.unique(pairs[:, 0], return_inverse=True)
+        cast = np.bincount(problem, weights=votes, minlength=len(problems))
+        order = np.lexsort((firsts, -votes, problem))
+        best = order[np.flatnonzero(np.diff(problem[order], prepend=-1))]
+        enough = (votes[best] >= self.min_votes) & (votes[best] >= self.min_share * cast)
+        of = of.reshape(-1)
+        won = best[problem[of]] == of
+        verdicts[voting] = np.where(enough[problem[of]], won, 3)
+        return verdicts
+
+    def judge(self, chat: Chat, verdict: Any) -> Result:
+        if verdict == 2:
+            return chat
+        if verdict != 1:
+            return Drop("too small a majority" if verdict == 3 else "not the majority's answer")
+        answer = chat.extra["predicted_answer"]
+        return rows.tagged(chat, self.step, expected_answer=answer, correct=True)
+
+
+class PassRate(SetStep):
+    """Writes the share of right samples of each problem into `pass_rate`, and bounds it.
+
+    Samples that could not be judged do not count; problems of those alone are kept unless a bound
+    is given. Super and Ultra leave out what is solved too often (arXiv 2505.00949 §5).
+    """
+
+    step: Literal["pass_rate"]
+    min: float = Field(default=0.0, ge=0, le=1)
+    max: float = Field(default=1.0, ge=0, le=1)
+
+    def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
+        """(rows, 2): the hash of the problem, and 0 wrong, 1 right, 2 not judged."""
+        said = (chat.extra.get("correct") for chat in chats)
+        return rows.keyed(chats, (int(one) if isinstance(one, bool) else 2 for one in said))
+
+    def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
+        """(rows,) shares; -1 where none was judged."""
+        _, problem = np.unique(digests[:, 0], return_inverse=True)
+        judged = np.bincount(problem, digests[:, 1] < 2)
+        right = np.bincount(problem, digests[:, 1] == 1)
+        share = np.where(judged > 0, right / np.maximum(judged, 1), -1.0)
+        return share[problem]
+
+    def judge(self, chat: Chat, verdict: Any) -> Result:
+        bounded = self.min > 0 or self.max < 1
+        if verdict < 0:
+            return Drop("no sample was judged") if bounded else chat
+        if not self.min <= verdict <= self.max:
+            return Drop(f"pass rate {'under' if verdict < self.min else 'over'} the bound")
+        return rows.tagged(chat, self.step, pass_rate=round(float(verdict), 4))
 
 
 class Pair(SetStep):
@@ -31,8 +114,7 @@ class Pair(SetStep):
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
         """(rows, 2): the hash of the question, and 1 for on."""
-        found = [(rows.text_hash(rows.question(chat)), chat.mode == "on") for chat in chats]
-        return np.array(found, np.uint64).reshape(len(chats), 2)
+        return rows.keyed(chats, (chat.mode == "on" for chat in chats))
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
         """(rows,): 0 kept, 1 one too many, 2 without its other side."""

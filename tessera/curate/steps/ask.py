@@ -1,9 +1,7 @@
 """The steps that ask a model: solutions, problems out of forums, classes, answers, judgements.
 
-The pipelines of arXiv 2505.00949 §3.1 to §3.4: extract problems, classify them, extract the answers
-that are known, sample n solutions, judge what no rule can. Prompts ask for a last line
-`KEY: VALUE`; a reply without it says nothing. A recipe may give a prompt of its own, with the same
-fields in braces.
+The pipelines of arXiv 2505.00949 §3.1 to §3.4. Prompts ask for a last line `KEY: VALUE`; a reply
+without it says nothing. A recipe may give a prompt of its own, with the same fields in braces.
 """
 
 from __future__ import annotations
@@ -74,23 +72,27 @@ def told_problems(reply: str) -> list[str]:
 
 
 class ChatStep(AskStep):
-    """A step that asks for text; max_tokens, temperature and top_p are the OpenAI API's.
-
-    A judgement is greedy unless the table says otherwise.
-    """
+    """A step that asks for text, greedily unless its table says otherwise."""
 
     max_tokens: int = Field(default=2048, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
 
     def ask(self, messages: list[Message], sample: int = 0, mode: Mode = "off") -> Request:
-        """A request for an answer to a conversation."""
         sampling = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         return Request(self.teacher, messages, {**sampling, "top_p": self.top_p}, sample, mode)
 
     def prompt(self, text: str) -> Request:
         """A request with one message."""
         return self.ask([{"role": "user", "content": text}])
+
+    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
+        error = replies[0].error
+        return self.failed(error) if error else self.take(chat, replies[0].answer)
+
+    def take(self, chat: Chat, reply: str) -> Result:
+        """What becomes of a row, given the text of its one reply."""
+        raise NotImplementedError
 
 
 class Generate(ChatStep):
@@ -113,7 +115,7 @@ class Generate(ChatStep):
     generator: str | None = None
 
     def requests(self, chat: Chat) -> list[Request]:
-        asked = [dict(one) for one in (chat.messages[:-1] if chat.answered else chat.messages)]
+        asked = [dict(one) for one in rows.asked(chat)]
         if self.instruction:
             asked[-1]["content"] += f"\n\n{self.instruction}"
         if self.say_switch:
@@ -121,7 +123,6 @@ class Generate(ChatStep):
         return [self.ask(asked, sample, self.mode) for sample in range(self.n)]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> list[Chat | Drop]:
-        """A row, or why there is none, for each reply."""
         return [self._row(chat, reply, sample) for sample, reply in enumerate(replies)]
 
     def _row(self, chat: Chat, reply: Reply, sample: int) -> Chat | Drop:
@@ -137,8 +138,8 @@ class Generate(ChatStep):
             row = rows.answered(chat, {"role": "assistant", "content": answer})
         messages, _ = set_switch(row.messages, self.mode)
         told = {"generator": self.generator} if self.generator else {}
-        made = f"{self.step} {self.generator or self.teacher} {sample}"
-        return rows.tagged(Chat(messages, self.mode, row.tools, row.extra), made, **told)
+        row = Chat(messages, self.mode, row.tools, row.extra)
+        return rows.tagged(row, f"{self.step} {self.generator or self.teacher} {sample}", **told)
 
 
 class ExtractProblems(ChatStep):
@@ -154,21 +155,16 @@ class ExtractProblems(ChatStep):
     def requests(self, chat: Chat) -> list[Request]:
         return [self.prompt(fill(self.text, text=rows.question(chat)[: self.longest]))]
 
-    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
-        if error := replies[0].error:
-            return self.failed(error)
-        found = told_problems(replies[0].answer)
+    def take(self, chat: Chat, reply: str) -> Result:
+        found = told_problems(reply)
         if not found:
             return Drop("no problem in it")
-        discussion = rows.question(chat)[: self.longest]
+        discussion = {"discussion": rows.question(chat)[: self.longest]}
         system = [one for one in chat.messages[:1] if one["role"] == "system"]
+        posed = [[*system, {"role": "user", "content": text}] for text in found]
         return [
-            rows.tagged(
-                replace(chat, messages=[*system, {"role": "user", "content": text}]),
-                f"{self.step} {index}",
-                discussion=discussion,
-            )
-            for index, text in enumerate(found)
+            rows.tagged(replace(chat, messages=messages), f"{self.step} {index}", **discussion)
+            for index, messages in enumerate(posed)
         ]
 
 
@@ -184,10 +180,8 @@ class ExtractKnown(ChatStep):
             return []
         return [self.prompt(fill(self.text, question=rows.question(chat), text=discussion))]
 
-    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
-        if error := replies[0].error:
-            return self.failed(error)
-        found = told_answer(replies[0].answer)
+    def take(self, chat: Chat, reply: str) -> Result:
+        found = told_answer(reply)
         return chat if found is None else rows.tagged(chat, self.step, expected_answer=found)
 
 
@@ -212,7 +206,6 @@ class Classify(ChatStep):
         ]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
-        found = "open"
         for kind, reply in zip(self.kinds, replies, strict=True):
             if reply.error is not None:
                 return self.failed(reply.error)
@@ -220,8 +213,10 @@ class Classify(ChatStep):
             if said is None:
                 return Drop(f"no verdict on {kind}")
             if said:
-                found = kind
-                break
+                return self._typed(chat, kind)
+        return self._typed(chat, "open")
+
+    def _typed(self, chat: Chat, found: str) -> Result:
         if found not in self.keep:
             return Drop(f"problem type {found}")
         return rows.tagged(chat, self.step, problem_type=found)
@@ -245,10 +240,8 @@ class Judge(ChatStep):
         answers = str(expected), str(predicted)
         return [self.prompt(judge.same_answer(rows.question(chat), *answers, template=self.text))]
 
-    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
-        if error := replies[0].error:
-            return self.failed(error)
-        said = judge.verdict(replies[0].answer)
+    def take(self, chat: Chat, reply: str) -> Result:
+        said = judge.verdict(reply)
         if self.keep == "correct" and not said:
             return Drop("no verdict on the answer" if said is None else "judged wrong")
         return rows.tagged(chat, self.step, correct=said)

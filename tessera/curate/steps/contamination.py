@@ -1,9 +1,8 @@
 """Decontamination: rows that hold a problem of an evaluation, or a part of one.
 
 `decontaminate` finds copies and light rewording: the overlap of a row with a problem is the number
-of distinct word n-grams that both have, over the smaller of their numbers. A paraphrase shares few
-n-grams. For those, `nearest` writes the problem that is nearest by embedding into the row, and
-`same_problem` asks a judge whether the two are the same (the paper's §3.1, §3.2, NeMo-Skills).
+of distinct word n-grams that both have, over the smaller of their numbers. For paraphrases,
+`nearest` finds a problem by embedding and `same_problem` asks a judge (the paper's §3.1, §3.2).
 """
 
 from __future__ import annotations
@@ -48,14 +47,13 @@ class EvalSet(Config):
     name: str | None = None
 
     @property
-    def label(self) -> str:
-        return self.name or (self.paths if isinstance(self.paths, str) else self.paths[0])
+    def patterns(self) -> list[str]:
+        return [self.paths] if isinstance(self.paths, str) else self.paths
 
     def problems(self) -> list[str]:
         """The problems. Raises DataError where a file holds none."""
-        patterns = [self.paths] if isinstance(self.paths, str) else self.paths
         found: list[str] = []
-        for path in expand(patterns):
+        for path in expand(self.patterns):
             read = [row for _, row in read_rows(path) if not isinstance(row, Bad)]
             texts = [row.get(self.field) for row in read if isinstance(row, dict)]
             texts = [text for text in texts if isinstance(text, str) and text.strip()]
@@ -89,7 +87,7 @@ class Decontaminate(RowStep):
         return Drop(f"contaminated by {self._problems[problem][0]}")
 
     def overlap(self, text: str) -> tuple[float, int]:
-        """The text's largest overlap with a problem, and the number of that problem."""
+        """The text's largest overlap with a problem, and that problem's number."""
         having, sizes = self._index
         grams = word_grams(text, self.n, mask_digits=self.mask_digits)
         common = Counter(problem for gram in grams for problem in having.get(gram, ()))
@@ -114,7 +112,8 @@ class Decontaminate(RowStep):
     @functools.cached_property
     def _problems(self) -> list[tuple[str, str]]:
         """The name of its set and the text of each problem."""
-        return [(one.label, text) for one in self.against for text in one.problems()]
+        sets = [(one.name or one.patterns[0], one) for one in self.against]
+        return [(name, text) for name, one in sets for text in one.problems()]
 
 
 class Nearest(AskStep):
@@ -132,10 +131,10 @@ class Nearest(AskStep):
 
     def problems(self) -> list[Request]:
         """What has to be embedded beside the rows."""
-        return [self._request(text) for text in self._texts]
+        return [_embedded(self.teacher, text) for text in self._texts]
 
     def requests(self, chat: Chat) -> list[Request]:
-        return [self._request(rows.question(chat))]
+        return [_embedded(self.teacher, rows.question(chat))]
 
     def learn(self, replies: Sequence[Reply]) -> None:
         """Takes the embeddings of the problems. Raises FailureError where one failed."""
@@ -155,9 +154,6 @@ class Nearest(AskStep):
         score = round(float(scores[best]), 4)
         return rows.tagged(chat, self.step, nearest=self._texts[best], nearest_score=score)
 
-    def _request(self, text: str) -> Request:
-        return Request(self.teacher, [{"role": "user", "content": text}], embed=True)
-
     @functools.cached_property
     def _texts(self) -> list[str]:
         return [text for one in self.against for text in one.problems()]
@@ -166,8 +162,7 @@ class Nearest(AskStep):
 class SameProblem(ChatStep):
     """Asks whether a row is the problem that `nearest` found, and leaves it out if it is.
 
-    over: the cosine from which it is asked. A reply without a verdict counts as the same: what
-    slips through cannot be mended later.
+    over: the cosine from which it is asked. A reply without a verdict counts as the same.
     """
 
     step: Literal["same_problem"]
@@ -181,11 +176,12 @@ class SameProblem(ChatStep):
         fields = {"question": rows.question(chat), "nearest": str(chat.extra.get("nearest"))}
         return [self.prompt(judge.fill(self.text, **fields))]
 
-    def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
-        if error := replies[0].error:
-            return self.failed(error)
-        said = judge.verdict(replies[0].answer)
-        return chat if said is False else Drop("contaminated as judged")
+    def take(self, chat: Chat, reply: str) -> Result:
+        return chat if judge.verdict(reply) is False else Drop("contaminated as judged")
+
+
+def _embedded(teacher: str, text: str) -> Request:
+    return Request(teacher, [{"role": "user", "content": text}], embed=True)
 
 
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

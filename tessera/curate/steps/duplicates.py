@@ -1,9 +1,8 @@
 """Duplicates: the same text, and nearly the same.
 
-`dedupe` keeps the first of equal texts, by 128 bits each. `near_dedupe` keeps the first of texts
-whose sets of word n-grams have a Jaccard index over a threshold, by MinHash (Broder 1997) with
-rensa's signatures: candidates agree in all entries of some band, the share of equal entries of the
-whole signature decides, and clusters are connected components. A signature is 256 bytes a row.
+`near_dedupe` keeps the first of texts whose sets of word n-grams have a Jaccard index over a
+threshold, by MinHash (Broder 1997): candidates agree in all entries of some band, the share of
+equal entries of the whole signature decides, and clusters are connected components.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ _WORD = re.compile(r"[a-z0-9\u0080-\U0010ffff]+")
 def word_grams(text: str, n: int, *, mask_digits: bool = False) -> set[str]:
     """The distinct n-grams of words; a text shorter than n words is one gram, an empty one none.
 
-    A word is a run of ASCII letters and digits or of other characters above 127; case does not
-    count. mask_digits: every number is the same word.
+    A word is a run of ASCII letters, digits and characters above 127, in lower case. mask_digits:
+    every number is the same word.
     """
     words = _WORD.findall(text.lower())
     if mask_digits:
@@ -43,10 +42,7 @@ def word_grams(text: str, n: int, *, mask_digits: bool = False) -> set[str]:
 
 
 class Dedupe(SetStep):
-    """Keeps the first row of each text, white space and case apart.
-
-    With field = "question" this stands before anything that makes several rows of one.
-    """
+    """Keeps the first row of each text, white space and case apart."""
 
     step: Literal["dedupe"]
     field: rows.Field = "all"
@@ -58,7 +54,6 @@ class Dedupe(SetStep):
         return np.frombuffer(b"".join(hashes), np.uint64).reshape(len(chats), 2)
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
-        """(rows,): whether a row is the first of its text."""
         _, firsts = np.unique(digests, axis=0, return_index=True)
         return np.isin(np.arange(len(digests)), firsts)
 
@@ -69,9 +64,8 @@ class Dedupe(SetStep):
 class NearDedupe(SetStep):
     """Keeps the first of rows whose `field` has a Jaccard index of `threshold` or more.
 
-    n: words in an n-gram; long texts want 5, questions of a few sentences 2 or 3. One changed word
-    costs n of them. With field = "question", this stands before anything that makes several rows of
-    one: of several samples of a question, or of its answers with reasoning on and off, it keeps the
+    n: words in an n-gram; long texts want 5, questions of a few sentences 2 or 3. With field =
+    "question", this stands before anything that makes several rows of one, of which it keeps the
     first. field = "all" looks at answers, too, and keeps a pair whose answers differ.
     """
 
@@ -81,11 +75,9 @@ class NearDedupe(SetStep):
     n: int = Field(default=3, ge=1, le=32)
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
-        """(rows, 128): the signature of each text."""
         return signatures(word_grams(rows.text_of(chat, self.field), self.n) for chat in chats)
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
-        """(rows,): whether a row is the first of its cluster."""
         return clusters(digests, self.threshold) == np.arange(len(digests))
 
     def judge(self, chat: Chat, verdict: Any) -> Result:
@@ -93,10 +85,7 @@ class NearDedupe(SetStep):
 
 
 def signatures(grams: Iterable[set[str]]) -> NDArray[np.uint16]:
-    """(texts, 128): MinHash signatures, each entry cut to its lower 16 bits.
-
-    Two unequal entries are equal after the cut once in 65,536. Raises RunError without rensa.
-    """
+    """(texts, 128): MinHash signatures, each entry cut to its lower 16 bits. Needs rensa."""
     try:
         import rensa
     except ImportError:

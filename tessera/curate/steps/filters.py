@@ -1,15 +1,14 @@
-"""Filters that look at one row: tags, fields, lengths, language, code.
+"""Steps that look at one row: tags, fields, lengths, language, code, final answers.
 
-Those of the Llama-Nemotron recipes (arXiv 2505.00949 §3, NVIDIA's Curator tutorial): a row that
-contradicts its switch, has an empty or unclosed thought, is of another language, or is too long.
-Code as in §3.2 (after OpenCodeReasoning): one fence in the answer, none in the thought, and
-tree-sitter parses it.
+Those of the Llama-Nemotron recipes (arXiv 2505.00949 §3, NVIDIA's Curator tutorial). Code as in
+§3.2: a fence in the answer, none in the thought, and it parses.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import re
 import warnings
 from collections.abc import Callable
@@ -20,19 +19,23 @@ from pydantic import Field, model_validator
 from tessera.curate.steps import rows
 from tessera.curate.steps.rows import Drop, Result, RowStep
 from tessera.data.conversation import Chat, fault
+from tessera.rl.verifiers.answer import boxed, final_answer, same_answer
 from tessera.rl.verifiers.code import PYTHON, fenced
+from tessera.rl.verifiers.exact import verify_exact, verify_number
 from tessera.rl.verifiers.language import language_of
+from tessera.rl.verifiers.mathematics import verify_math
+from tessera.rl.verifiers.outcome import Outcome
 from tessera.runs.files import RunError
 
 _MARK = re.compile(r"^[ \t]*```", re.M)
 NAMES = {"python": PYTHON, "cpp": ("cpp", "c++", "cc", "cxx")}
+LONGEST = 400  # characters of a final answer; what is longer is a text
 
 
 class Code(RowStep):
     """Keeps answers with fenced code of `language` that parses; the code goes into `code`.
 
-    parser: `ast` is that of the running Python; tree-sitter knows C++ as well, and Python of any
-    version. thought: one is required. which: the fence taken where there are several.
+    parser: `ast` reads Python alone. thought: one is required. which: of several fences.
     """
 
     step: Literal["code"]
@@ -135,10 +138,7 @@ class Label(RowStep):
 
 
 class Licence(RowStep):
-    """Keeps the rows whose `license` is one of `allow`, ignoring case; a row without one goes.
-
-    A row's own licence overrides that of its source.
-    """
+    """Keeps the rows whose `license` is one of `allow`, ignoring case; a row without one goes."""
 
     step: Literal["licence"]
     allow: list[str] = Field(min_length=1)
@@ -150,11 +150,7 @@ class Licence(RowStep):
 
 
 class Length(RowStep):
-    """Bounds a row's length: of `field`, in characters, words or, with `tokenizer`, tokens.
-
-    Nano's rows have at most 16,384 tokens in all and 8,192 in the answer, thought included:
-    `field = "all"` and "completion". keep: writes the length under this key.
-    """
+    """Bounds the length of `field`; tokens need `tokenizer`. keep: the key it is written to."""
 
     step: Literal["length"]
     field: Literal["question", "answer", "thought", "completion", "all"] = "all"
@@ -205,3 +201,74 @@ class Language(RowStep):
         if found in self.keep or probability < self.confidence:
             return chat
         return Drop(f"language {found}")
+
+
+class Extract(RowStep):
+    """Writes the final answer of the last answer's text into `predicted_answer`.
+
+    source = "boxed" takes `\\boxed{…}` alone, as the paper's math data do; "any" takes any form
+    (rl/verifiers/answer.py). to: the key written. required: rows without are left out.
+    """
+
+    step: Literal["extract_answer"]
+    source: Literal["boxed", "any"] = "any"
+    to: str = "predicted_answer"
+    required: bool = True
+
+    def apply(self, chat: Chat) -> Result:
+        text = rows.answer(chat)
+        found = boxed(text) if self.source == "boxed" else final_answer(text)
+        if not found or len(found) > LONGEST:
+            return Drop("no final answer") if self.required else chat
+        return rows.tagged(chat, self.step, **{self.to: found})
+
+
+class Verify(RowStep):
+    """Compares `predicted_answer` with `expected_answer`, where there is one; writes `correct`.
+
+    verifier: "equal" (the same number, or the same text up to spelling), "exact", "number" and
+    "math" as the rewards have them, or `package.module:function`, a function of the two texts that
+    gives True, False, None or an Outcome. keep: "all" keeps what is wrong or not judged.
+    """
+
+    step: Literal["verify"]
+    verifier: str = "equal"
+    keep: Literal["correct", "all"] = "correct"
+
+    def apply(self, chat: Chat) -> Result:
+        expected, predicted = (chat.extra.get(f"{n}_answer") for n in ("expected", "predicted"))
+        if expected is None:
+            return chat
+        right = None if predicted is None else self._right(str(predicted), str(expected))
+        if self.keep == "correct" and right is not True:
+            return Drop("a wrong answer" if right is False else "an answer that cannot be judged")
+        return rows.tagged(chat, self.step, correct=right)
+
+    def _right(self, predicted: str, expected: str) -> bool | None:
+        if not predicted.strip() or not expected.strip():
+            return None
+        outcome = self._function(predicted, expected)
+        if isinstance(outcome, Outcome):
+            return {"right": True, "wrong": False}.get(outcome.verdict)
+        return outcome
+
+    @functools.cached_property
+    def _function(self) -> Callable[[str, str], Any]:
+        if self.verifier in VERIFIERS:
+            return VERIFIERS[self.verifier]
+        module, _, function = self.verifier.partition(":")
+        try:
+            return getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise RunError(
+                f"verifier = {self.verifier!r}: {error}; give package.module:function, or one of "
+                + ", ".join(VERIFIERS)
+            ) from None
+
+
+VERIFIERS: dict[str, Callable[[str, str], Any]] = {
+    "equal": same_answer,
+    "exact": functools.partial(verify_exact, ignore_case=False),
+    "number": verify_number,
+    "math": verify_math,
+}

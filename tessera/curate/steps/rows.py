@@ -2,26 +2,26 @@
 
 A step is the config of its table (`[[curate.steps]]`) and the object that runs:
 
-    RowStep   apply(chat)                       sees one row
-    SetStep   digest(chats), decide(digests),   decides over all rows from some bytes of each,
-              judge(chat, verdict)              so it spreads over processes
-    AskStep   requests(chat), receive(chat,     asks a model
-              replies)
+    RowStep   apply(chat)                what becomes of a row: rows, or why it is left out
+    SetStep   digest(chats)              (rows, …) what has to be known of each row
+              decide(digests)            (rows,) verdicts, from the whole set in order
+              judge(chat, verdict)       what becomes of a row
+    AskStep   requests(chat)             what a model is asked for a row; none: it stays
+              receive(chat, replies)     what becomes of it, by the replies in order
 
 A row is a `Chat`. What steps find stands in its `extra` under the keys of the Llama-Nemotron data
-and NeMo-Skills: `license`, `generator`, `category`, `problem_type`, `expected_answer`,
-`predicted_answer`, `correct`, `pass_rate`. `lineage` lists the row's file and line, then each step
-that wrote into it.
+and NeMo-Skills; `lineage` lists the row's file and line, then each step that wrote into it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from tessera.ask.ask import Reply, Request
@@ -47,7 +47,6 @@ class RowStep(Config):
     step: str
 
     def apply(self, chat: Chat) -> Result:
-        """The row, several made of it, or why it is left out."""
         raise NotImplementedError
 
 
@@ -58,15 +57,12 @@ class SetStep(Config):
     reorders: ClassVar[bool] = False
 
     def digest(self, chats: Sequence[Chat]) -> NDArray[Any]:
-        """(rows, …) what has to be known of each row."""
         raise NotImplementedError
 
     def decide(self, digests: NDArray[Any], seed: int) -> NDArray[Any]:
-        """(rows,) verdicts, from the digests of the whole set in order."""
         raise NotImplementedError
 
     def judge(self, chat: Chat, verdict: Any) -> Result:
-        """What becomes of a row."""
         return chat
 
 
@@ -77,22 +73,23 @@ class AskStep(Config):
     teacher: str = "teacher"
 
     def requests(self, chat: Chat) -> list[Request]:
-        """What is asked for a row; none leaves it as it is."""
         raise NotImplementedError
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> Result:
-        """What becomes of a row, given the replies to its requests in order."""
         raise NotImplementedError
 
     def failed(self, error: str) -> Drop:
-        """What becomes of a row whose request failed."""
         return Drop(f"{self.teacher}: {error[:120]}")
 
 
+def asked(chat: Chat) -> list[Message]:
+    """All messages before the last answer."""
+    return chat.messages[:-1] if chat.answered else chat.messages
+
+
 def question(chat: Chat) -> str:
-    """All messages before the last answer, without system prompts."""
-    asked = chat.messages[:-1] if chat.answered else chat.messages
-    return "\n".join(one["content"] for one in asked if one["role"] != "system")
+    """The text before the last answer, without system prompts."""
+    return "\n".join(one["content"] for one in asked(chat) if one["role"] != "system")
 
 
 def thought(chat: Chat) -> str | None:
@@ -115,13 +112,18 @@ def text_of(chat: Chat, field: str) -> str:
         return thought(chat) or ""
     if field == "completion":
         return "\n".join(filter(None, (thought(chat), answer(chat))))
-    texts = [one.get("reasoning_content", "") + one["content"] for one in chat.messages]
-    return "\n".join(texts)
+    return "\n".join(one.get("reasoning_content", "") + one["content"] for one in chat.messages)
 
 
 def text_hash(text: str) -> int:
     """64 bits of a text without the white space around it."""
     return int.from_bytes(blake2b(text.strip().encode("utf-8", "replace"), digest_size=8).digest())
+
+
+def keyed(chats: Sequence[Chat], marks: Iterable[int]) -> NDArray[Any]:
+    """(rows, 2): the hash of each row's question, and its mark."""
+    hashes = [text_hash(question(chat)) for chat in chats]
+    return np.array([hashes, list(marks)], np.uint64).T.reshape(len(chats), 2)
 
 
 def tagged(chat: Chat, step: str, **found: Any) -> Chat:
@@ -131,8 +133,7 @@ def tagged(chat: Chat, step: str, **found: Any) -> Chat:
 
 def answered(chat: Chat, message: Message) -> Chat:
     """The chat with this message as its answer, in place of the one it had."""
-    asked = chat.messages[:-1] if chat.answered else chat.messages
-    return replace(chat, messages=[*asked, message])
+    return replace(chat, messages=[*asked(chat), message])
 
 
 def removed_line(chat: Chat, step: str, reason: str) -> str:

@@ -88,9 +88,6 @@ def canary() -> Iterator[str]:
 
 
 def script(secret: str) -> str:
-    """The program that tries the ways out; it prints those that worked, as a JSON list.
-
-    A second line repeats the list after the last one, a bomb, which may end the jail instead.
-    """
+    """Tries the ways out and prints those that worked: before a bomb, and, if it can, after."""
     assert json.dumps(secret).isascii()
     return _SCRIPT.format(secret=secret, pid=os.getpid(), limit=PROCESSES)

@@ -5,8 +5,8 @@ interpreter and the system's libraries read-only and nothing else of the file sy
 process in sight, no rights, a filter on system calls (`seccomp.py`), and limits on time, memory,
 processes, files and output. Needs Linux 5.14 and user namespaces for everybody, or root.
 
-Before the first program, `require_isolation` tries to break out in ten ways and refuses to go on
-where one works. What the jail does not stop is an error in the kernel itself.
+Before the first program, `require_isolation` tries to break out and refuses to go on where a way
+works. What the jail does not stop is an error in the kernel itself.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def run(
 ) -> Ended:
     """Runs a program in the jail; nothing that it started is left when this returns.
 
-    argv: the program's absolute path first; `python()` is this interpreter's. visible: paths of
-    the host, absolute, that the program may read besides the interpreter and the system's.
-    isolation: without namespaces the program has the user's own rights, and only the limits on
-    time, output and each process's memory remain. Raises JailError if this machine has none.
+    argv: the program's absolute path first. visible: absolute paths that the program may read
+    besides the interpreter and the system's. isolation: without namespaces the program has the
+    user's own rights, and only the limits on time, output and each process's memory remain.
+    Raises JailError if this machine has none.
     """
     isolated = isolation == "namespaces"
     if isolated:
@@ -230,10 +230,7 @@ def _visible(extra: Sequence[str]) -> list[str]:
 def _talk(
     process: subprocess.Popen[bytes], stdin: bytes, limits: Limits, grace: float
 ) -> tuple[Reason | None, tuple[bytes, bytes]]:
-    """Feeds stdin and reads both outputs until they end, are too long, or time is over.
-
-    Returns the limit that was broken, if any, and what was read.
-    """
+    """The limit that was broken, if any, and both outputs as far as they were read."""
     assert process.stdin and process.stdout and process.stderr
     deadline = time.monotonic() + limits.seconds + grace
     room = limits.output_kib * 1024

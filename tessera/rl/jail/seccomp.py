@@ -77,10 +77,7 @@ _NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data, li
 
 
 def program() -> bytes:
-    """The filter for this machine, as an array of struct sock_filter.
-
-    Raises OSError where the machine's system calls are not in the table.
-    """
+    """The filter for this machine, as an array of struct sock_filter. Raises OSError."""
     machine = platform.machine()
     if machine not in MACHINES:
         raise OSError(f"no system-call table for {machine}; there is one for {', '.join(MACHINES)}")

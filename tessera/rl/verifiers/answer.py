@@ -1,9 +1,9 @@
 """The final answer of a text: where it stands, and when two final answers are the same.
 
-Rewards, curation and evaluation all ask these functions. The final answer is the last one of the
-most explicit form that the text has: `\\boxed{…}` (what the paper's prompts ask for), else a line
-`#### 42` (GSM8K), else the rest of the line after "answer is", "answer:" or "answer =", where
-"correct option", "correct choice" and, at the start of a line, "result" may stand for "answer".
+The final answer is the last one of the most explicit form that the text has: `\\boxed{…}` (what the
+paper's prompts ask for), else a line `#### 42` (GSM8K), else the rest of the line after "answer
+is", "answer:" or "answer =", where "correct option", "correct choice" and, at the start of a line,
+"result" may stand for "answer".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from fractions import Fraction
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # with what a backslash escapes, to skip it
 _HASHES = re.compile(r"^\s*####[ \t]*(\S.*?)\s*$", re.MULTILINE)
 _STATED = re.compile(
     r"(?:\banswer|\bcorrect (?:option|choice)|^[ \t]*(?:the[ \t]+)?result)\b"
@@ -49,24 +50,11 @@ def final_answer(text: str) -> str | None:
 def boxed(text: str) -> str | None:
     """The content of the last `\\boxed{...}` whose braces close, or None."""
     for opening in reversed(list(_BOXED.finditer(text))):
-        end = _closing_brace(text, opening.end())
-        if end is not None:
-            return text[opening.end() : end].strip()
-    return None
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    depth, escaped = 1, False
-    for index in range(start, len(text)):
-        character = text[index]
-        if escaped:
-            escaped = False
-        elif character == "\\":
-            escaped = True
-        else:
-            depth += (character == "{") - (character == "}")
+        depth = 1
+        for found in _BRACE.finditer(text, opening.end()):
+            depth += {"{": 1, "}": -1}.get(found[0], 0)
             if not depth:
-                return index
+                return text[opening.end() : found.start()].strip()
     return None
 
 

@@ -7,7 +7,6 @@ wrong; a jail that cannot be built is an error (`JailError`), and never a verdic
 from __future__ import annotations
 
 import ast
-import functools
 import json
 import re
 import secrets
@@ -114,13 +113,9 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-@functools.cache
-def _driver() -> str:
-    return Path(__file__).with_name("code_driver.py").read_text(encoding="utf-8")
-
-
 def _drive(job: dict, limits: Limits, isolation: Isolation) -> Ended:
-    argv = [python(), "-I", "-c", _driver()]
+    driver = Path(__file__).with_name("code_driver.py").read_text(encoding="utf-8")
+    argv = [python(), "-I", "-c", driver]
     stdin = json.dumps(job).encode("utf-8", "surrogatepass")
     return run(argv, stdin=stdin, limits=limits, isolation=isolation)
 

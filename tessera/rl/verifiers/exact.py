@@ -1,8 +1,6 @@
 """Answers that need no mathematics (a text, a number, one of several letters), and the format.
 
-The format reward (Llama-Nemotron §5.1) is `obeys` of data/switch.py with a reason, so what is
-rewarded is what is measured: with the switch on, one closed thought first and an answer after it;
-with the switch off, an answer and no thought.
+The format reward (Llama-Nemotron §5.1) is `obeys` of data/switch.py with a reason.
 """
 
 from __future__ import annotations
@@ -36,15 +34,11 @@ def verify_exact(answer: str, expected: str, *, ignore_case: bool = True) -> Out
     given = answer if given is None else given
     if not given.strip():
         return wrong("no answer")
-    return judged(
-        _plain(given, ignore_case) == _plain(expected, ignore_case),
-        f"{_short(given)} is not {_short(expected)}",
-    )
-
-
-def _plain(text: str, ignore_case: bool) -> str:
-    text = " ".join(unicodedata.normalize("NFKC", plain_text(text)).split())
-    return text.casefold() if ignore_case else text
+    plain = [
+        " ".join(unicodedata.normalize("NFKC", plain_text(t)).split()) for t in (given, expected)
+    ]
+    same = plain[0] == plain[1] if not ignore_case else plain[0].casefold() == plain[1].casefold()
+    return judged(same, f"{_short(given)} is not {_short(expected)}")
 
 
 def verify_number(answer: str, expected: str | float, *, tolerance: float = 0.0) -> Outcome:
@@ -52,7 +46,8 @@ def verify_number(answer: str, expected: str | float, *, tolerance: float = 0.0)
 
     tolerance: relative; at 0 the two must be equal as fractions, `0.5` and `1/2` among them.
     """
-    wanted = _only_number(str(expected))
+    only = _numbers(str(expected))
+    wanted = only[0] if len(only) == 1 else number(str(expected))
     if wanted is None:
         return unjudged(f"the expected answer {_short(str(expected))} is not a number")
     stated = final_answer(answer)
@@ -75,21 +70,18 @@ def _numbers(text: str) -> list[Fraction]:
     return [value for value in found if value is not None]
 
 
-def _only_number(text: str) -> Fraction | None:
-    numbers = _numbers(text)
-    return numbers[0] if len(numbers) == 1 else number(text)
-
-
 def verify_choice(answer: str, expected: str, *, choices: int = 26) -> Outcome:
-    """Whether the one letter that the answer settles on is the expected one.
-
-    The final answer names it, or a line that holds nothing else; two letters are no choice.
-    """
+    """Whether the one letter that the answer, or its last line, settles on is the expected."""
     wanted = expected.strip().strip("()").upper()
     if len(wanted) != 1 or not 0 <= ord(wanted) - ord("A") < choices:
         return unjudged(f"the expected answer {expected!r} is not one of the {choices} letters")
     stated = final_answer(answer)
-    given = _letter(stated) if stated is not None else _letter_line(answer)
+    if stated is not None:
+        given = _letter(stated)
+    else:
+        lines = [line for line in answer.splitlines() if line.strip()]
+        found = _OPTION_LINE.match(lines[-1]) if lines else None
+        given = found[1].upper() if found else None
     if given is None:
         return wrong("no letter is chosen")
     return judged(given == wanted, f"{given} is not {wanted}")
@@ -106,15 +98,9 @@ def _letter(stated: str) -> str | None:
     return None if another and _ONE_LETTER.search(rest) else letter.upper()
 
 
-def _letter_line(answer: str) -> str | None:
-    lines = [line for line in answer.splitlines() if line.strip()]
-    found = _OPTION_LINE.match(lines[-1]) if lines else None
-    return found[1].upper() if found else None
-
-
-def _short(text: str, limit: int = 60) -> str:
+def _short(text: str) -> str:
     text = " ".join(text.split())
-    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+    return repr(text if len(text) <= 60 else text[:59] + "…")
 
 
 def verify_format(completion: str, switch: Mode | None, *, truncated: bool = False) -> Outcome:

@@ -8,7 +8,6 @@ its last line or both, and each of these without asterisks. An unknown instructi
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import re
@@ -21,17 +20,6 @@ from tessera.rl.verifiers.outcome import Outcome, unjudged
 from tessera.table import nearest
 
 RELATIONS = ("at least", "less than")
-CONSTRAINTS: dict[str, Callable[..., bool]] = {}
-
-
-def constraint(group: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
-    """Registers a function as the instruction `group:name`."""
-
-    def register(function: Callable[..., bool]) -> Callable[..., bool]:
-        CONSTRAINTS[f"{group}:{function.__name__}"] = function
-        return function
-
-    return register
 
 
 def holds(count: int, relation: str, bound: int) -> bool:
@@ -39,52 +27,17 @@ def holds(count: int, relation: str, bound: int) -> bool:
     return count >= bound if relation == "at least" else count < bound
 
 
-@constraint("keywords")
-def existence(text: str, *, keywords: list[str]) -> bool:
-    return all(re.search(re.escape(keyword), text, re.IGNORECASE) for keyword in keywords)
-
-
-@constraint("keywords")
-def frequency(text: str, *, keyword: str, frequency: int, relation: str) -> bool:
-    found = re.findall(re.escape(keyword), text, re.IGNORECASE)
-    return holds(len(found), relation, frequency)
-
-
-@constraint("keywords")
 def forbidden_words(text: str, *, forbidden_words: list[str]) -> bool:
     escaped = map(re.escape, forbidden_words)
     return not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in escaped)
 
 
-@constraint("keywords")
-def letter_frequency(text: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
-    return holds(text.lower().count(letter.lower()), let_relation, let_frequency)
-
-
-@constraint("language")
-def response_language(text: str, *, language: str) -> bool:
-    return language_of(text)[0] == language
-
-
-@constraint("length_constraints")
-def number_sentences(text: str, *, num_sentences: int, relation: str) -> bool:
-    return holds(sentences(text), relation, num_sentences)
-
-
-@constraint("length_constraints")
-def number_words(text: str, *, num_words: int, relation: str) -> bool:
-    return holds(len(re.findall(r"\w+", text)), relation, num_words)
-
-
-@constraint("length_constraints")
 def number_paragraphs(text: str, *, num_paragraphs: int) -> bool:
     """Paragraphs parted by `***`; only the first and the last of the parts may be empty."""
     parts = [part.strip() for part in text.split("***")]
-    inner_filled = all(parts[1:-1])
-    return inner_filled and sum(map(bool, parts)) == num_paragraphs
+    return all(parts[1:-1]) and sum(map(bool, parts)) == num_paragraphs
 
 
-@constraint("length_constraints")
 def nth_paragraph_first_word(
     text: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str
 ) -> bool:
@@ -98,12 +51,6 @@ def nth_paragraph_first_word(
     return filled == num_paragraphs and word == first_word.lower()
 
 
-@constraint("detectable_content")
-def number_placeholders(text: str, *, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
-
-
-@constraint("detectable_content")
 def postscript(text: str, *, postscript_marker: str) -> bool:
     """A postscript after its marker; `P.S.` and `P.P.S` may be spaced, and in either case."""
     spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
@@ -111,18 +58,6 @@ def postscript(text: str, *, postscript_marker: str) -> bool:
     return bool(re.search(pattern, text.lower()))
 
 
-@constraint("detectable_format")
-def number_bullet_lists(text: str, *, num_bullets: int) -> bool:
-    """Exactly so many lines that begin with `-`, or with one `*`."""
-    return len(re.findall(r"^\s*(?:\*[^*\n]|-)", text, re.MULTILINE)) == num_bullets
-
-
-@constraint("detectable_format")
-def constrained_response(text: str) -> bool:
-    return any(f"My answer is {word}." in text for word in ("yes", "no", "maybe"))
-
-
-@constraint("detectable_format")
 def number_highlighted_sections(text: str, *, num_highlights: int) -> bool:
     """At least so many `*sections*` or `**sections**`, of one line each and not empty."""
     single = re.findall(r"\*([^\n*]*)\*", text)
@@ -130,13 +65,6 @@ def number_highlighted_sections(text: str, *, num_highlights: int) -> bool:
     return sum(bool(section.strip()) for section in single + double) >= num_highlights
 
 
-@constraint("detectable_format")
-def multiple_sections(text: str, *, section_spliter: str, num_sections: int) -> bool:
-    """At least so many headings like `SECTION 1`. (The data spells the key this way.)"""
-    return len(re.findall(rf"{section_spliter}\s?\d+", text)) >= num_sections
-
-
-@constraint("detectable_format")
 def json_format(text: str) -> bool:
     """The whole text is JSON, which may stand in a fence."""
     body = re.sub(r"^```(?:json)?", "", text.strip(), flags=re.IGNORECASE).removesuffix("```")
@@ -147,13 +75,11 @@ def json_format(text: str) -> bool:
     return True
 
 
-@constraint("detectable_format")
 def title(text: str) -> bool:
     found = re.findall(r"<<[^\n]+>>", text)
     return any(each.lstrip("<").rstrip(">").strip() for each in found)
 
 
-@constraint("combination")
 def two_responses(text: str) -> bool:
     """Two different texts parted by six asterisks; only the outermost parts may be empty."""
     parts = [part.strip() for part in text.split("******")]
@@ -161,42 +87,9 @@ def two_responses(text: str) -> bool:
     return all(parts[1:-1]) and len(filled) == 2 and filled[0] != filled[1]
 
 
-@constraint("combination")
-def repeat_prompt(text: str, *, prompt_to_repeat: str) -> bool:
-    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
-
-
-@constraint("startend")
-def end_checker(text: str, *, end_phrase: str) -> bool:
-    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
-
-
-@constraint("startend")
 def quotation(text: str) -> bool:
     text = text.strip()
     return len(text) > 1 and text[0] == text[-1] == '"'
-
-
-@constraint("change_case")
-def capital_word_frequency(text: str, *, capital_frequency: int, capital_relation: str) -> bool:
-    """Words all in capitals, `A`, `U.S.` and `COVID-19` among them."""
-    words = re.findall(r"\w+(?:[-'’./]\w+)*", text)
-    return holds(sum(word.isupper() for word in words), capital_relation, capital_frequency)
-
-
-@constraint("change_case")
-def english_capital(text: str) -> bool:
-    return text.isupper() and language_of(text)[0] == "en"
-
-
-@constraint("change_case")
-def english_lowercase(text: str) -> bool:
-    return text.islower() and language_of(text)[0] == "en"
-
-
-@constraint("punctuation")
-def no_comma(text: str) -> bool:
-    return "," not in text
 
 
 _TITLES = r"(?:mr|mrs|ms|dr|prof|st|sr|jr|vs|etc|e\.g|i\.e|inc|ltd|co|no|fig|al)"
@@ -219,58 +112,108 @@ def sentences(text: str) -> int:
     return count + bool(text[start:].strip())
 
 
+# By the data's names; the keyword arguments are the data's, too.
+CONSTRAINTS: dict[str, Callable[..., bool]] = {
+    "keywords:existence": lambda text, *, keywords: all(
+        re.search(re.escape(keyword), text, re.IGNORECASE) for keyword in keywords
+    ),
+    "keywords:frequency": lambda text, *, keyword, frequency, relation: holds(
+        len(re.findall(re.escape(keyword), text, re.IGNORECASE)), relation, frequency
+    ),
+    "keywords:forbidden_words": forbidden_words,
+    "keywords:letter_frequency": lambda text, *, letter, let_frequency, let_relation: holds(
+        text.lower().count(letter.lower()), let_relation, let_frequency
+    ),
+    "language:response_language": lambda text, *, language: language_of(text)[0] == language,
+    "length_constraints:number_sentences": lambda text, *, num_sentences, relation: holds(
+        sentences(text), relation, num_sentences
+    ),
+    "length_constraints:number_words": lambda text, *, num_words, relation: holds(
+        len(re.findall(r"\w+", text)), relation, num_words
+    ),
+    "length_constraints:number_paragraphs": number_paragraphs,
+    "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
+    "detectable_content:number_placeholders": lambda text, *, num_placeholders: (
+        len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+    ),
+    "detectable_content:postscript": postscript,
+    # Exactly so many lines that begin with `-`, or with one `*`.
+    "detectable_format:number_bullet_lists": lambda text, *, num_bullets: (
+        len(re.findall(r"^\s*(?:\*[^*\n]|-)", text, re.MULTILINE)) == num_bullets
+    ),
+    "detectable_format:constrained_response": lambda text: any(
+        f"My answer is {word}." in text for word in ("yes", "no", "maybe")
+    ),
+    "detectable_format:number_highlighted_sections": number_highlighted_sections,
+    # At least so many headings like `SECTION 1`. (The data spell the key this way.)
+    "detectable_format:multiple_sections": lambda text, *, section_spliter, num_sections: (
+        len(re.findall(rf"{section_spliter}\s?\d+", text)) >= num_sections
+    ),
+    "detectable_format:json_format": json_format,
+    "detectable_format:title": title,
+    "combination:two_responses": two_responses,
+    "combination:repeat_prompt": lambda text, *, prompt_to_repeat: (
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+    ),
+    "startend:end_checker": lambda text, *, end_phrase: (
+        text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+    ),
+    "startend:quotation": quotation,
+    # Words all in capitals, `A`, `U.S.` and `COVID-19` among them.
+    "change_case:capital_word_frequency": lambda text, *, capital_frequency, capital_relation: (
+        holds(
+            sum(word.isupper() for word in re.findall(r"\w+(?:[-'’./]\w+)*", text)),
+            capital_relation,
+            capital_frequency,
+        )
+    ),
+    "change_case:english_capital": lambda text: text.isupper() and language_of(text)[0] == "en",
+    "change_case:english_lowercase": lambda text: text.islower() and language_of(text)[0] == "en",
+    "punctuation:no_comma": lambda text: "," not in text,
+}
+
+
 class InstructionError(ValueError):
     """An instruction that is not known, or that lacks an argument; the text says which."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One constraint of the registry with its arguments, known to fit each other."""
+    """One constraint with its arguments, known to fit each other."""
 
     name: str
     arguments: dict[str, Any]
-
-    def followed(self, text: str) -> bool:
-        """Whether a text follows it; an empty text follows nothing. Raises UndetectedError."""
-        return bool(text.strip()) and CONSTRAINTS[self.name](text, **self.arguments)
 
 
 def read_instructions(
     names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None]
 ) -> list[Instruction]:
-    """IFEval's `instruction_id_list` and `kwargs`, position by position; null arguments are none.
-
-    Raises InstructionError for an unknown name or argument, and for one that is missing.
-    """
+    """IFEval's `instruction_id_list` and `kwargs`, nulls left out. Raises InstructionError."""
     if len(names) != len(arguments):
         raise InstructionError(
             f"{len(names)} instructions, but {len(arguments)} sets of arguments; give one each"
         )
-    return [_instruction(name, given or {}) for name, given in zip(names, arguments, strict=True)]
-
-
-def _instruction(name: str, given: Mapping[str, Any]) -> Instruction:
-    if name not in CONSTRAINTS:
-        raise InstructionError(f"there is no instruction {name!r}; {nearest(name, CONSTRAINTS)}")
-    present = {key: value for key, value in given.items() if value is not None}
-    wanted = _keys(name)
-    if present.keys() != wanted:
-        raise InstructionError(
-            f"{name} takes {', '.join(sorted(wanted)) or 'no arguments'}, "
-            f"but was given {', '.join(sorted(present)) or 'none'}"
-        )
-    for key in present.keys() & {"relation", "let_relation", "capital_relation"}:
-        if present[key] not in RELATIONS:
+    found = []
+    for name, given in zip(names, arguments, strict=True):
+        if name not in CONSTRAINTS:
             raise InstructionError(
-                f"{name}: {present[key]!r} is no relation; allowed: {', '.join(RELATIONS)}"
+                f"there is no instruction {name!r}; {nearest(name, CONSTRAINTS)}"
             )
-    return Instruction(name, present)
-
-
-@functools.cache
-def _keys(name: str) -> frozenset[str]:
-    parameters = inspect.signature(CONSTRAINTS[name]).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        present = {key: value for key, value in (given or {}).items() if value is not None}
+        parameters = inspect.signature(CONSTRAINTS[name]).parameters.values()
+        wanted = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+        if present.keys() != wanted:
+            raise InstructionError(
+                f"{name} takes {', '.join(sorted(wanted)) or 'no arguments'}, "
+                f"but was given {', '.join(sorted(present)) or 'none'}"
+            )
+        for key in present.keys() & {"relation", "let_relation", "capital_relation"}:
+            if present[key] not in RELATIONS:
+                raise InstructionError(
+                    f"{name}: {present[key]!r} is no relation; allowed: {', '.join(RELATIONS)}"
+                )
+        found.append(Instruction(name, present))
+    return found
 
 
 def verify_instructions(
@@ -281,11 +224,7 @@ def verify_instructions(
     loose: bool = False,
     partial: bool = False,
 ) -> Outcome:
-    """Whether a response follows all of its instructions.
-
-    partial: the score is the share that it follows; the verdict stays that of all of them.
-    Raises InstructionError.
-    """
+    """Whether a response follows all instructions. partial: scores the share that it follows."""
     if not names:
         return unjudged("there are no instructions")
     followed = follow_list(response, read_instructions(names, arguments), loose=loose)
@@ -303,18 +242,19 @@ def follow_list(
 ) -> list[bool | None]:
     """For each instruction whether it is followed, None where that could not be told."""
     texts = list(variants(response)) if loose else [response]
-    return [_any_followed(texts, instruction) for instruction in instructions]
-
-
-def _any_followed(texts: Sequence[str], instruction: Instruction) -> bool | None:
-    undecided = False
-    for text in texts:
-        try:
-            if instruction.followed(text):
-                return True
-        except UndetectedError:
-            undecided = True
-    return None if undecided else False
+    found: list[bool | None] = []
+    for instruction in instructions:
+        verdicts: list[bool | None] = []
+        for text in texts:
+            try:  # an empty text follows nothing
+                check = CONSTRAINTS[instruction.name]
+                verdicts.append(bool(text.strip()) and check(text, **instruction.arguments))
+            except UndetectedError:
+                verdicts.append(None)
+            if verdicts[-1]:
+                break
+        found.append(True if any(verdicts) else None if None in verdicts else False)
+    return found
 
 
 def variants(response: str) -> Iterator[str]:

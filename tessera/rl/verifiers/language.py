@@ -16,10 +16,7 @@ class UndetectedError(Exception):
 
 
 def language_of(text: str, *, fast: bool = False) -> tuple[str, float]:
-    """ISO 639-1 code (`en`; langdetect adds `zh-cn`) of the likeliest language and its probability.
-
-    The same text always gives the same result. Raises UndetectedError, RunError.
-    """
+    """The likeliest language (`en`, `zh-cn`) and its probability. Raises UndetectedError."""
     library = require_library(fast)
     if fast:
         best = library.detect(text.replace("\n", " "), model="lite", k=1)[0]

@@ -1,8 +1,7 @@
 """Whether an answer is, mathematically, the expected one; by math-verify, which stays in this file.
 
-Only the last box counts where there is one: a list of guesses in several boxes is no answer. A set
-is not the ordered pair (`\\{2, 1\\}`, `(1, 2)`), which math-verify accepts. Its deadlines are off:
-they use SIGALRM, which fails off the main thread; `rl/pool.py` kills what runs long.
+Only the last box counts where there is one. A set is not the ordered pair (`\\{2, 1\\}`, `(1, 2)`),
+which math-verify accepts. Its deadlines use SIGALRM, which fails off the main thread: they are off.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ _TUPLE = re.compile(r"^\s*(?:\\left)?\s*[(\[].*,.*[)\]]\s*$", re.DOTALL)
 def verify_math(answer: str, expected: str) -> Outcome:
     """Whether the answer's last box, or else its last expression, equals the expected one.
 
-    expected: LaTeX or a plain expression, with or without `$`. An expected answer that cannot be
-    read, and a comparison that fails inside the library, are could-not-judge.
+    expected: LaTeX or a plain expression, with or without `$`.
     """
     expected = expected.strip()
     given, stated = boxed(answer), final_answer(answer)
@@ -41,13 +39,17 @@ def verify_math(answer: str, expected: str) -> Outcome:
         return wrong(f"the box holds {len(given)} characters")
     parse, verify = require_library()
     try:
-        wanted = parse(_as_latex(boxed(expected) or expected))
+        plain = (boxed(expected) or expected).replace("\\$", "")  # a sum of money is its number
+        wanted = parse(plain if "$" in plain else f"${plain}$")
         found = parse(f"\\boxed{{{given}}}" if given is not None else answer[-READ_FROM_END:])
-        if not any(not isinstance(part, str) for part in wanted):
-            return _text_only(given, expected)
+        if all(isinstance(part, str) for part in wanted):  # another text is another answer
+            short = repr(expected[:60])
+            if given is None:
+                return unjudged(f"the expected answer {short} cannot be read as mathematics")
+            return wrong(f"{given[:60]!r} is not {short}")
         if not found:
             return wrong("no answer found")
-        if given is not None and _set_for_tuple(given, expected):
+        if given is not None and _BRACED.match(given.strip()) and _TUPLE.match(expected):
             return wrong("a set where a tuple or an interval was expected")
         return judged(verify(wanted, found), f"{found[-1]} is not {expected}"[:200])
     except (Exception, RecursionError) as error:
@@ -55,10 +57,9 @@ def verify_math(answer: str, expected: str) -> Outcome:
 
 
 def _differ(given: str, expected: str) -> bool:
-    """Whether two numbers differ by over 1 %, or in their base.
+    """Whether two numbers differ by over 1 %, or in their base; percentages are left out.
 
-    math-verify misses both: it compares six decimals, reads `2 2/3` as 2, and drops `_7`. It takes
-    a percentage for its fraction, too, so percentages are left to it.
+    math-verify misses both: it compares six decimals, reads `2 2/3` as 2, and drops `_7`.
     """
     base = _BASE.fullmatch(given.strip("$"))
     if base:
@@ -70,27 +71,8 @@ def _differ(given: str, expected: str) -> bool:
     return abs(a - b) * 100 > max(abs(a), abs(b))
 
 
-def _text_only(given: str | None, expected: str) -> Outcome:
-    """The verdict on an expected answer that is no mathematics: another text is another answer."""
-    if given is None:
-        return unjudged(f"the expected answer {expected[:60]!r} cannot be read as mathematics")
-    return wrong(f"{given[:60]!r} is not {expected[:60]!r}")
-
-
-def _as_latex(expected: str) -> str:
-    expected = expected.replace("\\$", "")  # a sum of money is its number
-    return expected if "$" in expected else f"${expected}$"
-
-
-def _set_for_tuple(given: str, expected: str) -> bool:
-    return bool(_BRACED.match(given.strip()) and _TUPLE.match(expected))
-
-
 def require_library() -> tuple[Any, Any]:
-    """math-verify's parse and verify, both raising what goes wrong instead of hiding it.
-
-    Raises RunError naming the extra.
-    """
+    """math-verify's parse and verify, both raising what goes wrong. Raises RunError."""
     try:
         import math_verify
     except ModuleNotFoundError:

@@ -1,8 +1,4 @@
-"""The result of a check: right, wrong, or could-not-judge, with a score where it was judged.
-
-A checker that failed says nothing about the completion. A score of 0 in its place would be learned
-from, so there is no score without a verdict.
-"""
+"""The result of a check: right, wrong, or could-not-judge, which has no score to learn from."""
 
 from __future__ import annotations
 
@@ -15,10 +11,7 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 @dataclass(frozen=True)
 class Outcome:
-    """A verdict, its score (None if and only if it is could-not-judge), and why.
-
-    Scores of checkers lie in [0, 1]; those of reward models are not bounded.
-    """
+    """A verdict, its score (None for could-not-judge; checkers': in [0, 1]), and why."""
 
     verdict: Verdict
     score: float | None
