@@ -42,7 +42,11 @@ def resolve(source: str | Path) -> Path:
     if path.is_dir():
         return _model_in(path)
     if path.is_file():
-        return _directory_of(path)
+        if path.name == "config.json" or path.suffix == ".safetensors":
+            return path.parent
+        if path.suffix in PICKLES:
+            raise pickle_error(path)
+        raise CheckpointError(f"{path} is a file; give the directory that holds its config.json")
     if is_hub_id(source):
         return _download(str(source))
     raise CheckpointError(
@@ -59,30 +63,17 @@ def is_hub_id(source: str | Path) -> bool:
 
 def _model_in(directory: Path) -> Path:
     if (directory / "run.json").is_file():
-        manifest = read_manifest(directory)
-        if manifest.status != "done":
-            raise CheckpointError(
-                f"{directory} is a run that is not done ({manifest.status}); finish it by running "
-                "its recipe again"
-            )
+        run = read_manifest(directory)
+        if run.status != "done":
+            raise CheckpointError(f"{directory} is not done ({run.status}); run its recipe again")
         if not (directory / "model" / "config.json").is_file():
-            raise CheckpointError(
-                f"{directory} is a run of stage {manifest.stage!r}, which gives no model"
-            )
+            raise CheckpointError(f"{directory}: stage {run.stage!r} gives no model")
         return directory / "model"
     if (directory / "config.json").is_file():
         return directory
     runs = [run.name for run in runs_in(directory)]
     hint = f"; it holds the runs {', '.join(runs)}: name one" if runs else ""
     raise CheckpointError(f"{directory} holds no config.json, so it is no model directory{hint}")
-
-
-def _directory_of(file: Path) -> Path:
-    if file.name == "config.json" or file.suffix == ".safetensors":
-        return file.parent
-    if file.suffix in PICKLES:
-        raise pickle_error(file)
-    raise CheckpointError(f"{file} is a file; give the directory that holds its config.json")
 
 
 def _download(name: str) -> Path:
@@ -95,16 +86,14 @@ def _download(name: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0].removeprefix("Got: ").rstrip(".")
         raise CheckpointError(
-            f"{name} is no directory here, and the Hugging Face hub did not give it: {reason}. "
-            "Check the name and the network, or download it elsewhere and give the directory."
+            f"{name} is no directory here, and the Hugging Face hub did not give it: {reason}"
         ) from error
 
 
 def pickle_error(file: Path) -> CheckpointError:
     return CheckpointError(
-        f"{file} is a pickle, which can run any code when it is read, and is refused. Convert it "
-        "to safetensors where you trust it: AutoModelForCausalLM.from_pretrained(IN)"
-        ".save_pretrained(OUT), both of transformers"
+        f"{file} is a pickle, which can run any code when it is read. Where you trust it, convert "
+        "it: transformers' AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
     )
 
 
