@@ -1,11 +1,7 @@
 """An engine over stock vLLM, in a process and an environment of its own.
 
-    module --sync--> a directory in memory, with checksums --> vLLM reads it in place
-    generate, score: token ids through a pipe
-
-The directory is what `tessera export` writes: a stock one where the layers are equal, DeciLM where
-they differ. What vLLM cannot load is refused before anything starts. Log-probs are the model's
-own, before temperature and filters, as every engine's are.
+module --sync--> a directory in memory, with checksums --> vLLM reads it in place
+generate, score: token ids through a pipe
 """
 
 from __future__ import annotations
@@ -57,8 +53,7 @@ class VLLMEngine:
 
     batch: samples decoded together. Raises GenerationError for a model that vLLM cannot load,
     RunError where there is no vLLM. A process that dies is started once more with the weights of
-    the last `sync`; a question that kills it twice raises DiedError (a FailureError) with its last
-    lines. A thinking budget is not among vLLM's own options: GenerationError.
+    the last `sync`; a question that kills it twice raises DiedError (a FailureError).
     """
 
     def __init__(
@@ -91,9 +86,7 @@ class VLLMEngine:
         """See `Engine.generate`. Seeds are vLLM's: the samples are not those of another engine."""
         check_sequences(prompts, "prompt", self.config.vocab_size, self.room - 1)
         if params.thinking is not None:
-            raise GenerationError(
-                "vLLM's engine takes no thinking budget; use tessera's own, or max_tokens"
-            )
+            raise GenerationError("vLLM takes no thinking budget; use tessera's engine")
         total = len(prompts) * params.n
         answer = self._ask(
             "generate",
@@ -102,10 +95,16 @@ class VLLMEngine:
             seeds=[seed_of(params.seed, key) for key in keys_of(prompts, keys)],
             sampling={name: getattr(params, name) for name in SAMPLING},
         )
-        return [
-            [self._completion(sample, params.logprobs) for sample in samples]
-            for samples in answer["completions"]
-        ]
+
+        def completion(
+            ids: list[int], logprobs: list[float], reason: str, rows: list
+        ) -> Completion:
+            top = [[(int(i), p) for i, p in row] for row in rows] if params.logprobs else []
+            top = [sorted(row, key=lambda pair: -pair[1])[: params.logprobs] for row in top]
+            ended = "stop" if reason == "stop" else "length"
+            return Completion(ids, logprobs, ended, self.version, top)
+
+        return [[completion(*sample) for sample in samples] for samples in answer["completions"]]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
@@ -140,38 +139,31 @@ class VLLMEngine:
     def _weights(self) -> dict[str, Any]:
         return {"model": str(self._place / "model"), "checksums": self._files}
 
-    def _start(self) -> None:
-        self._process = Process(self.python, self._environment())
+    def _start(self) -> Process:
+        self._process = process = Process(self.python, self._environment())
         plugin = {"plugin": str(PLUGIN)} if self.settings.plugin else {}
         try:
-            self._process.ask("open", arguments=self._arguments(), **plugin, **self._weights())
+            process.ask("open", arguments=self._arguments(), **plugin, **self._weights())
         except BaseException:
             self._end_process()
             raise
+        return process
 
     def _ask(
-        self,
-        do: str,
-        progress: Callable[[int], None] | None = None,
-        *,
-        again: bool = True,
-        **keys: Any,
-    ) -> dict:
+        self, do: str, progress: Callable[[int], None] | None = None, **keys: Any
+    ) -> dict[str, Any]:
         """An answer, from a second process where the first dies over it."""
-        if self._closed:
-            raise ClosedError("the engine is closed: make another")
-        try:
-            if self._process is None:
-                self._start()
-            assert self._process is not None
-            return self._process.ask(do, progress, **keys)
-        except DiedError:
-            if self._closed:  # by another thread, while this one waited for the answer
-                raise ClosedError("the engine was closed") from None
-            self._end_process()
-            if not again:
-                raise
-        return self._ask(do, progress, again=False, **keys)
+        for last in (False, True):
+            if self._closed:
+                raise ClosedError("the engine is closed: make another")
+            try:
+                process = self._process or self._start()
+                return process.ask(do, progress, **keys)
+            except DiedError:
+                self._end_process()
+                if last and not self._closed:  # by another thread that waited for no answer
+                    raise
+        raise ClosedError("the engine was closed while it answered")
 
     def _end_process(self) -> None:
         if self._process is not None:
@@ -179,7 +171,6 @@ class VLLMEngine:
         self._process = None
 
     def _arguments(self) -> dict[str, Any]:
-        """Those of vllm.LLM."""
         settings = self.settings
         arguments: dict[str, Any] = {
             "trust_remote_code": True,  # ours: the code that reads the exported config
@@ -215,14 +206,6 @@ class VLLMEngine:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
 
-    def _completion(self, sample: Sequence[Any], likeliest: int) -> Completion:
-        ids, logprobs, reason, rows = sample
-        top = [[(int(i), p) for i, p in row] for row in rows] if likeliest else []
-        top = [sorted(row, key=lambda pair: -pair[1])[:likeliest] for row in top]
-        return Completion(
-            ids, logprobs, "stop" if reason == "stop" else "length", self.version, top
-        )
-
 
 def seed_of(seed: int, key: int) -> int:
     """vLLM's seed of a prompt: a hash, because vLLM adds the sample's number to it."""
@@ -232,12 +215,11 @@ def seed_of(seed: int, key: int) -> int:
 
 def _form(config: ModelConfig, engine: str) -> Format:
     """The format that vLLM loads this model from. Raises GenerationError with its reasons."""
-    stock = config.homogeneous
-    if stock and not refusals(config, engine, "hf"):
-        return "hf"
-    if not refusals(config, engine, "decilm"):
-        return "decilm"
-    reasons = refusals(config, engine, "hf" if stock else "decilm")
+    forms: list[Format] = ["hf", "decilm"] if config.homogeneous else ["decilm"]
+    for form in forms:
+        if not refusals(config, engine, form):
+            return form
+    reasons = refusals(config, engine, forms[0])
     hint = "" if refusals(config, "vllm-plugin", "decilm") else "; vllm.plugin = true can"
     raise GenerationError(f"vLLM cannot load this model: {'; '.join(reasons)}{hint}")
 
@@ -245,28 +227,20 @@ def _form(config: ModelConfig, engine: str) -> Format:
 def publish(
     module: Transformer, directory: Path, form: Format, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Write a model for vLLM; returns the CRC-32 of each file of weights by its name.
-
-    Raises WriteError where the memory is full.
-    """
+    """Write a model for vLLM; returns the CRC-32 of each file of weights by its name."""
     with writing(directory):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        shown = _untied(module if form == "hf" else widen(module))
+        shown = module if form == "hf" else widen(module)
+        if shown.config.tie_word_embeddings:
+            # vLLM reloads tied weights into one of the two places only (0.32, model_loader/reload).
+            state = {**shown.state_dict(), "lm_head.weight": shown.head.detach().clone()}
+            config = replace(shown.config, tie_word_embeddings=False)
+            shown = holding(config, lambda key, _: state[key]).requires_grad_(False)
         write_model(shown, directory, dtype=dtype)
         if form != "hf":
             decilm.write_config(shown.config, directory, str(dtype).removeprefix("torch."))
     return {file.name: checksum(file) for file in sorted(directory.glob("*.safetensors"))}
-
-
-def _untied(module: Transformer) -> Transformer:
-    """The same function with a head of its own: vLLM reloads tied weights into one of the two
-    places only (0.32, `model_loader/reload`)."""
-    if not module.config.tie_word_embeddings:
-        return module
-    state = {**module.state_dict(), "lm_head.weight": module.head.detach().clone()}
-    config = replace(module.config, tie_word_embeddings=False)
-    return holding(config, lambda key, _: state[key]).requires_grad_(False)
 
 
 def _directory_in_memory() -> Path:

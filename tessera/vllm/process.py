@@ -1,8 +1,4 @@
-"""The process that vLLM runs in (`worker.py`), and the Python that has it. Torch-free.
-
-vLLM pins its own torch and transformers, so it lives in an environment of its own; this side talks
-to it through pipes.
-"""
+"""The process that vLLM runs in (`worker.py`), and the Python that has it. Torch-free."""
 
 from __future__ import annotations
 
@@ -44,8 +40,8 @@ def find_python(given: str | None) -> str:
     if ENVIRONMENT.is_file():
         return str(ENVIRONMENT)
     raise RunError(
-        f"vLLM is neither installed beside tessera nor in {ENVIRONMENT}: `make venv-vllm` builds "
-        'that environment, and python = "PATH" names the Python of another'
+        f"no vLLM beside tessera or in {ENVIRONMENT}: `make venv-vllm` builds that environment, "
+        'python = "PATH" names the Python of another'
     )
 
 
@@ -75,11 +71,9 @@ class Process:
         Raises GenerationError with what the worker refused, DiedError where it has ended.
         """
         assert self.child.stdin is not None and self.child.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # ended: then it answers nothing
             self.child.stdin.write(json.dumps({"do": do, **keys}) + "\n")
             self.child.stdin.flush()
-        except (BrokenPipeError, ValueError):  # closed before it could be asked
-            raise self._died() from None
         for line in self.child.stdout:
             if not line.endswith("\n"):
                 break  # killed while it wrote
@@ -90,13 +84,10 @@ class Process:
                 return answer
             if progress:
                 progress(answer["done"])
-        raise self._died()
-
-    def _died(self) -> DiedError:
         code = self.child.wait()
         self.log.seek(0)
         lines = self.log.read().decode("utf-8", "replace").splitlines()
-        return DiedError(
+        raise DiedError(
             f"vLLM's process ({self.python}) ended with code {code}; its last lines:\n"
             + "\n".join(lines[-12:])
         )
