@@ -5,8 +5,7 @@
     megatron     Megatron-LM's heterogeneous-layers JSON, beside puzzletron's config.json
     per_layer    transformers 5: the base model's config.json with `per_layer_config`
 
-Stock engines build the first alone. Model-Optimizer and tessera read the second, Megatron's
-converters the third; transformers (5.24) reads the last's config, and builds no Llama after it.
+Stock engines build the first alone; transformers (5.24) reads the last and builds no Llama of it.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def write_json(values: dict[str, Any], file: Path) -> None:
 def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """DeciLM's `config.json` of an expressible config, key for key as in the released models."""
     eos = list(config.eos_token_id)
-    values = {
+    values: dict[str, Any] = {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {
@@ -93,10 +92,7 @@ def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
 
 def ffn_mult(width: int, hidden_size: int) -> float:
-    """The multiplier of a width, `3 * width / (2 * hidden_size)`, six decimals as released.
-
-    Readers round up to multiples of 256, so that only such widths exist.
-    """
+    """The multiplier of a width, a multiple of 256; six decimals as released."""
     multiplier = round(3 * width / (2 * hidden_size), 6)
     assert ffn_mult_width(multiplier, hidden_size) == width, f"{width} does not survive"
     return multiplier
@@ -108,9 +104,8 @@ def _decilm_block(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
     return {
         "attention": {
             "n_heads_in_group": heads and config.num_attention_heads // heads,
-            "no_op": isinstance(block.attention, NoOp),
+            **_kind(block.attention),
             "num_sink_tokens": None,
-            "replace_with_linear": isinstance(block.attention, Linear),
             "sparsify": None,
             "unshifted_sink": False,
             "use_prefill_window_in_sink_attention": False,
@@ -118,8 +113,7 @@ def _decilm_block(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
         },
         "ffn": {
             "ffn_mult": width and ffn_mult(width, config.hidden_size),
-            "no_op": isinstance(block.ffn, NoOp),
-            "replace_with_linear": isinstance(block.ffn, Linear),
+            **_kind(block.ffn),
             "sparsify": None,
         },
     }
@@ -128,20 +122,13 @@ def _decilm_block(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
 def puzzletron(config: ModelConfig) -> dict[str, Any]:
     """The base model's `config.json`, its sizes the greatest of any layer, with `block_configs`."""
     common = {"sparsify": None, "weights_precision": "bf16"}
-    blocks = [
-        {
-            "attention": {
-                **_kind(block.attention),
-                **common,
-                "num_key_value_heads": _kv_heads(block),
-                "llama4": None,
-                "mamba": None,
-            },
-            "ffn": {**_kind(block.ffn), **common, "intermediate_size": _width(block), "moe": None},
-            "parallel_blocks": None,
-        }
-        for block in config.blocks
-    ]
+    blocks = []
+    for block in config.blocks:
+        heads = {"num_key_value_heads": _kv_heads(block), "llama4": None, "mamba": None}
+        width = {"intermediate_size": _width(block), "moe": None}
+        attention = {**_kind(block.attention), **common, **heads}
+        ffn = {**_kind(block.ffn), **common, **width}
+        blocks.append({"attention": attention, "ffn": ffn, "parallel_blocks": None})
     return {**families.config_dict(uniform(config)), "block_configs": blocks}
 
 
@@ -184,7 +171,5 @@ def _width(block: BlockConfig) -> int | None:
 
 
 def _kind(variant: Variant) -> dict[str, bool]:
-    return {
-        "no_op": isinstance(variant, NoOp),
-        "replace_with_linear": isinstance(variant, Linear),
-    }
+    linear = isinstance(variant, Linear)
+    return {"no_op": isinstance(variant, NoOp), "replace_with_linear": linear}

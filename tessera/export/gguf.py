@@ -63,8 +63,7 @@ class Vocabulary:
         """Write the tokenizer's keys; the model's surplus rows become unused tokens."""
         if len(self.tokens) > vocab_size:
             raise ExportError(
-                f"the tokenizer has {len(self.tokens)} tokens and the model {vocab_size}; "
-                "they do not belong together"
+                f"{len(self.tokens)} tokens in the tokenizer, {vocab_size} in the model"
             )
         surplus = range(len(self.tokens), vocab_size)
         writer.add_tokenizer_model(self.model)
@@ -131,10 +130,7 @@ def _from_json(spec: dict[str, Any], strict: bool) -> Vocabulary:
     if any(step["type"] == "ByteLevel" for step in _steps(spec.get("pre_tokenizer"))):
         # Without merges every byte is a token however the text is split, and any name will do.
         split = _pre_tokenizer(spec["pre_tokenizer"], strict) if merges else "gpt-2"
-        note = (
-            "llama.cpp has no code for this tokenizer's way of splitting text: prompt it by token "
-            "ids; text it tokenises itself differs from training"
-        )
+        note = "llama.cpp splits text otherwise than this tokenizer: prompt it by token ids"
         return Vocabulary(
             model="gpt2",
             pre=split or "default",
@@ -202,8 +198,8 @@ def _pre_tokenizer(spec: dict[str, Any], strict: bool) -> str | None:
     what = ", ".join(others) or pattern or "ByteLevel with add_prefix_space or without its regex"
     raise ExportError(
         f"the tokenizer splits text by {what!r}, for which llama.cpp has no code that we know "
-        f"(known: {', '.join(PRE_TOKENIZERS.values())}): it would run and read text otherwise than "
-        "in training. With engines = [] the file is written all the same, for use with token ids"
+        f"(known: {', '.join(PRE_TOKENIZERS.values())}). With engines = [] the file is written all "
+        "the same, for use with token ids"
     )
 
 

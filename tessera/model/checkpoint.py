@@ -62,8 +62,8 @@ def hf_name(key: str) -> str:
 #
 #     weight[o, i] ≈ float8[o, i] * scale[o]        scale[o] = max_i |weight[o, i]| / 448
 #
-# Projections are rounded; embeddings, norms, biases and the head are not. The engine rounds
-# activations token by token, which needs no calibration. Loaded here, the weights are plain again.
+# Projections alone are rounded. The engine rounds activations token by token. Loaded here, the
+# weights are plain again.
 
 SCALE = "_scale"  # behind a weight's name
 FP8_LARGEST = 448.0
@@ -152,7 +152,6 @@ def save_model(
     directory: str | Path,
     *,
     tokenizer_from: str | Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model directory, whole or not at all, replacing the model that was there.
 
@@ -175,13 +174,7 @@ def save_model(
     with replacing(directory) if dist.is_main() else nullcontext() as temporary:
         # Processes that write together share a file system, and the main one renames.
         place = dist.broadcast(temporary) if together else temporary
-        write_model(
-            module,
-            place,
-            tokenizer_from=tokenizer_from,
-            max_shard_bytes=max_shard_bytes,
-            together=together,
-        )
+        write_model(module, place, tokenizer_from=tokenizer_from, together=together)
         if together:
             dist.barrier()
     if together:
@@ -193,7 +186,6 @@ def write_model(
     directory: Path,
     *,
     tokenizer_from: str | Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
     fp8: bool = False,
     together: bool = False,
@@ -207,7 +199,7 @@ def write_model(
     if fp8:
         for name in [name for name in tensors if in_fp8(name)]:
             tensors[name], tensors[name + SCALE] = quantize(tensors[name])
-    _write_tensors(tensors, directory, max_shard_bytes, dtype, together)
+    _write_tensors(tensors, directory, dtype, together)
     if together and not dist.is_main():
         return
     values = config_dict(module.config)
@@ -225,17 +217,13 @@ def write_model(
 
 
 def _write_tensors(
-    tensors: Mapping[str, Tensor],
-    directory: Path,
-    max_shard_bytes: int,
-    dtype: torch.dtype | None,
-    together: bool,
+    tensors: Mapping[str, Tensor], directory: Path, dtype: torch.dtype | None, together: bool
 ) -> None:
     """Write `model.safetensors`, or shards and their index where that would be too large."""
     rank, world = (dist.rank(), dist.world()) if together else (0, 1)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     total = sum(sizes.values())
-    files = _split(sizes, min(max_shard_bytes, -(-total // world)))
+    files = _split(sizes, min(MAX_SHARD_BYTES, -(-total // world)))
     count = len(files)
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
@@ -276,8 +264,6 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies and what shape its file says it has."""
-
     file: Path
     shape: tuple[int, ...]
 

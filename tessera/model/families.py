@@ -62,10 +62,7 @@ BARE_DEFAULTS: dict[str, Any] = {
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The config of a Hugging Face directory or of a `config.json`.
-
-    Raises ConfigError, naming the file: absent, not JSON, or describing what is not supported.
-    """
+    """The config of a Hugging Face directory or of a `config.json`. Raises ConfigError."""
     file = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -84,7 +81,7 @@ def read_config(path: Path) -> ModelConfig:
 def parse_config(values: JSON) -> ModelConfig:
     """The ModelConfig a `config.json`'s object describes; `config_dict` is the inverse.
 
-    Raises ConfigError for what we cannot run, naming it and what is supported.
+    Raises ConfigError for what we cannot run, naming what is supported.
     """
     if values.get("model_type") is None and "block_configs" in values:
         values = {**BARE_DEFAULTS, **values, "model_type": "nemotron-nas"}

@@ -112,7 +112,7 @@ class VLLMEngine:
         return self._ask("score", sequences=[list(one) for one in sequences])["scores"]
 
     def sync(self, module: Transformer, version: int) -> None:
-        """See `Engine.sync`: written to memory, with checksums, read by vLLM in place."""
+        """See `Engine.sync`."""
         if module.config != self.config:
             raise GenerationError("sync takes weights of the model that the engine was made for")
         self._files = publish(module, self._place / "model", self.form, self.dtype)
@@ -194,9 +194,8 @@ class VLLMEngine:
 
     def _environment(self) -> dict[str, str]:
         if self.cuda:
-            given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            seen = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-            return {"CUDA_VISIBLE_DEVICES": seen[torch.cuda.current_device()]}
+            given, device = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.current_device()
+            return {"CUDA_VISIBLE_DEVICES": given.split(",")[device] if given else str(device)}
         # Left out, the cache holds every sample at full length, up to 4 GiB.
         token = self.config.kv_bytes_per_token(self.dtype.itemsize)
         gib = min(4, 1 + int(self.batch * self.room * token // 2**30))
@@ -214,7 +213,6 @@ def seed_of(seed: int, key: int) -> int:
 
 
 def _form(config: ModelConfig, engine: str) -> Format:
-    """The format that vLLM loads this model from. Raises GenerationError with its reasons."""
     forms: list[Format] = ["hf", "decilm"] if config.homogeneous else ["decilm"]
     for form in forms:
         if not refusals(config, engine, form):

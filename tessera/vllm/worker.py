@@ -3,8 +3,8 @@
     python worker.py < questions > answers          an engine that is asked through a pipe
     python worker.py serve --model DIRECTORY …      vLLM's own API server
 
-A question is a line of JSON whose `do` names a method of `Worker`, and so is its answer. What goes
-wrong is answered as `{"error": …}`; while a queue is worked off, `{"done": N}` lines come first.
+A question is a line of JSON whose `do` names a method of `Worker`; its answer is another, with
+`{"error": …}` where it went wrong. While a queue is worked off, `{"done": N}` lines come first.
 """
 
 # vllm is not installed here, and pyright takes this package for it.
@@ -161,7 +161,6 @@ def _logprobs(ids: list[int], rows: list[dict]) -> list[float]:
 
 
 def _check(directory: Path, checksums: dict[str, int]) -> None:
-    """Raises ValueError where a file is not what was written."""
     for name, expected in checksums.items():
         found = checksum(directory / name)
         if found != expected:
@@ -177,23 +176,16 @@ def checksum(file: Path) -> int:
     return found
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process, mid-queue too, when the one that started it is gone.
-
-    Not by PR_SET_PDEATHSIG: that is sent when the thread that started it ends.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _end_with(parent: int) -> None:
+    """Not by PR_SET_PDEATHSIG: that is sent when the thread that started this process ends."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def answer() -> None:
-    """Answer questions until standard input ends."""
-    _end_with_parent(os.getppid())
+    """Answer questions until standard input ends, or, mid-queue too, the process that asks."""
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the asking process's to handle
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what vLLM prints goes to standard error

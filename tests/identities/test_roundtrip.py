@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tessera.model import checkpoint
 from tessera.model.checkpoint import hf_name, load_model, save_model
 from tessera.model.config import RopeScaling
 from tessera.model.families import FAMILIES, config_dict, config_json, parse_config
@@ -82,10 +83,11 @@ def test_a_mosaic_has_the_names_of_the_released_models():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shard_bytes", [10**9, 1000])
-def test_import_then_export_is_the_same_tensors(dtype, shard_bytes, tmp_path):
+def test_import_then_export_is_the_same_tensors(dtype, shard_bytes, tmp_path, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "second"
     save_model(tiny.model(**FULL).to(dtype), first)
-    save_model(load_model(first, dtype=None), second, max_shard_bytes=shard_bytes)
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", shard_bytes)
+    save_model(load_model(first, dtype=None), second)
     files = sorted(second.glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes == 1000)
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
