@@ -19,7 +19,7 @@ from tessera.export.padding import uniform
 from tessera.model import families
 from tessera.model.checkpoint import FP8_CONFIG
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU, Variant
-from tessera.model.families import SKIPPED, ffn_mult_width, rope_scaling_dict
+from tessera.model.families import SKIPPED, ffn_mult_width
 
 # Engines need the one to read the config, transformers the other to build the model.
 REMOTE_CODE = ("configuration_decilm.py", "modeling_decilm.py")
@@ -51,8 +51,7 @@ def write_json(values: dict[str, Any], file: Path) -> None:
 
 
 def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """DeciLM's `config.json` of an expressible config, key for key as in the released models."""
-    eos = list(config.eos_token_id)
+    """DeciLM's `config.json` of an expressible config, with the keys of the released models."""
     values: dict[str, Any] = {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -60,29 +59,18 @@ def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
             "AutoConfig": "configuration_decilm.DeciLMConfig",
             "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
         },
+        **families.common_dict(config),
         "attention_bias": config.qkv_bias,
         "attention_dropout": 0.0,
         "block_configs": [_decilm_block(block, config) for block in config.blocks],
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": None,
-        "max_position_embeddings": config.max_position_embeddings,
         "mlp_bias": config.mlp_bias,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": None,
         "pretraining_tp": 1,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": rope_scaling_dict(config.rope_scaling),
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
         "transformers_version": "4.48.3",  # whose spelling of the rope keys this is
         "use_cache": True,
-        "vocab_size": config.vocab_size,
     }
     if config.pad_token_id is not None:
         values["pad_token_id"] = config.pad_token_id

@@ -173,7 +173,7 @@ def save_model(
         )
     with replacing(directory) if dist.is_main() else nullcontext() as temporary:
         # Processes that write together share a file system, and the main one renames.
-        place = dist.broadcast(temporary) if together else temporary
+        place: Any = dist.broadcast(temporary) if together else temporary
         write_model(module, place, tokenizer_from=tokenizer_from, together=together)
         if together:
             dist.barrier()

@@ -329,46 +329,48 @@ def config_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def _stock_dict(config: ModelConfig) -> dict[str, Any]:
-    block, eos = config.blocks[0], list(config.eos_token_id)
+    block, family = config.blocks[0], config.family
     values = {
-        "architectures": [f"{config.family.capitalize()}ForCausalLM"],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": block.ffn.intermediate_size,  # type: ignore[union-attr]
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": block.attention.num_key_value_heads,  # type: ignore[union-attr]
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        **common_dict(config),
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope_scaling_dict(config.rope_scaling),
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else eos,
+        "intermediate_size": block.ffn.intermediate_size,  # type: ignore[union-attr]
+        "num_key_value_heads": block.attention.num_key_value_heads,  # type: ignore[union-attr]
         "pad_token_id": config.pad_token_id,
     }
-    if config.family in ("llama", "qwen3"):
+    if family in ("llama", "qwen3"):
         values["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
+    if family == "llama":
         values["mlp_bias"] = config.mlp_bias
-    if config.family != "llama":
+    else:
         values["sliding_window"] = config.sliding_window
-    if config.family.startswith("qwen"):
+    if family.startswith("qwen"):
         values["use_sliding_window"] = config.sliding_window is not None
         values["max_window_layers"] = 0 if config.sliding_window else config.num_hidden_layers
     return values
 
 
-def rope_scaling_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The `rope_scaling` entry, with the keys its type has."""
-    if scaling is None:
-        return None
-    if scaling.rope_type == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return dataclasses.asdict(scaling)
+def common_dict(config: ModelConfig) -> dict[str, Any]:
+    """The keys that the stock families' `config.json` and DeciLM's share."""
+    scaling, eos = config.rope_scaling, list(config.eos_token_id)
+    rope = None if scaling is None else dataclasses.asdict(scaling)
+    if scaling is not None and scaling.rope_type == "linear":
+        rope = {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else eos,
+    }
 
 
 def config_json(values: JSON) -> str:
