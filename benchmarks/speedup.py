@@ -23,8 +23,7 @@ from tessera.puzzle.cost import Seconds
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.vllm_cost import VLLMCostConfig, cache_bytes, drive, job, prefill_and_step
 from tessera.runs.run import read_manifest, read_table
-from tessera.vllm.engine import PLUGIN
-from tessera.vllm.process import find_python
+from tessera.vllm.engine import PLUGIN, find_python
 
 
 def main() -> None:

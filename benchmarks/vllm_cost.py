@@ -29,7 +29,7 @@ from tessera.puzzle.vllm_cost import (
     served,
 )
 from tessera.runs.run import read_json, read_manifest
-from tessera.vllm.process import find_python
+from tessera.vllm.engine import find_python
 
 
 def main() -> None:

@@ -142,6 +142,18 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return f"{hint}Allowed: {', '.join(names) or 'none'}"
 
 
+def spans(numbers: Iterable[int], what: str = "layer") -> str:
+    """Numbers as a person writes them: `layers 0-3, 7`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return f"{what}{'s' if sum(map(len, runs)) > 1 else ''} {', '.join(parts)}"
+
+
 def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, int | float)
 

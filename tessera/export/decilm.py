@@ -5,8 +5,7 @@
     megatron     Megatron-LM's heterogeneous-layers JSON, beside puzzletron's config.json
     per_layer    transformers 5: the base model's config.json with `per_layer_config`
 
-Stock engines build the first alone. Model-Optimizer and tessera read the second, Megatron's
-converters the third; transformers (5.24) reads the last's config, and builds no Llama after it.
+Stock engines build the first alone; transformers (5.24) reads the last and builds no Llama of it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tessera.export.padding import uniform
 from tessera.model import families
 from tessera.model.checkpoint import FP8_CONFIG
 from tessera.model.config import GQA, BlockConfig, Linear, ModelConfig, NoOp, SwiGLU, Variant
-from tessera.model.families import SKIPPED, ffn_mult_width, rope_scaling_dict
+from tessera.model.families import SKIPPED, ffn_mult_width
 
 # Engines need the one to read the config, transformers the other to build the model.
 REMOTE_CODE = ("configuration_decilm.py", "modeling_decilm.py")
@@ -52,38 +51,26 @@ def write_json(values: dict[str, Any], file: Path) -> None:
 
 
 def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """DeciLM's `config.json` of an expressible config, key for key as in the released models."""
-    eos = list(config.eos_token_id)
-    values = {
+    """DeciLM's `config.json` of an expressible config, with the keys of the released models."""
+    values: dict[str, Any] = {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {
             "AutoConfig": "configuration_decilm.DeciLMConfig",
             "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
         },
+        **families.common_dict(config),
         "attention_bias": config.qkv_bias,
         "attention_dropout": 0.0,
         "block_configs": [_decilm_block(block, config) for block in config.blocks],
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": None,
-        "max_position_embeddings": config.max_position_embeddings,
         "mlp_bias": config.mlp_bias,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": None,
         "pretraining_tp": 1,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": rope_scaling_dict(config.rope_scaling),
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
         "transformers_version": "4.48.3",  # whose spelling of the rope keys this is
         "use_cache": True,
-        "vocab_size": config.vocab_size,
     }
     if config.pad_token_id is not None:
         values["pad_token_id"] = config.pad_token_id
@@ -93,10 +80,7 @@ def config_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
 
 def ffn_mult(width: int, hidden_size: int) -> float:
-    """The multiplier of a width, `3 * width / (2 * hidden_size)`, six decimals as released.
-
-    Readers round up to multiples of 256, so that only such widths exist.
-    """
+    """The multiplier of a width, a multiple of 256; six decimals as released."""
     multiplier = round(3 * width / (2 * hidden_size), 6)
     assert ffn_mult_width(multiplier, hidden_size) == width, f"{width} does not survive"
     return multiplier
@@ -108,9 +92,8 @@ def _decilm_block(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
     return {
         "attention": {
             "n_heads_in_group": heads and config.num_attention_heads // heads,
-            "no_op": isinstance(block.attention, NoOp),
+            **_kind(block.attention),
             "num_sink_tokens": None,
-            "replace_with_linear": isinstance(block.attention, Linear),
             "sparsify": None,
             "unshifted_sink": False,
             "use_prefill_window_in_sink_attention": False,
@@ -118,8 +101,7 @@ def _decilm_block(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
         },
         "ffn": {
             "ffn_mult": width and ffn_mult(width, config.hidden_size),
-            "no_op": isinstance(block.ffn, NoOp),
-            "replace_with_linear": isinstance(block.ffn, Linear),
+            **_kind(block.ffn),
             "sparsify": None,
         },
     }
@@ -128,20 +110,13 @@ def _decilm_block(block: BlockConfig, config: ModelConfig) -> dict[str, Any]:
 def puzzletron(config: ModelConfig) -> dict[str, Any]:
     """The base model's `config.json`, its sizes the greatest of any layer, with `block_configs`."""
     common = {"sparsify": None, "weights_precision": "bf16"}
-    blocks = [
-        {
-            "attention": {
-                **_kind(block.attention),
-                **common,
-                "num_key_value_heads": _kv_heads(block),
-                "llama4": None,
-                "mamba": None,
-            },
-            "ffn": {**_kind(block.ffn), **common, "intermediate_size": _width(block), "moe": None},
-            "parallel_blocks": None,
-        }
-        for block in config.blocks
-    ]
+    blocks = []
+    for block in config.blocks:
+        heads = {"num_key_value_heads": _kv_heads(block), "llama4": None, "mamba": None}
+        width = {"intermediate_size": _width(block), "moe": None}
+        attention = {**_kind(block.attention), **common, **heads}
+        ffn = {**_kind(block.ffn), **common, **width}
+        blocks.append({"attention": attention, "ffn": ffn, "parallel_blocks": None})
     return {**families.config_dict(uniform(config)), "block_configs": blocks}
 
 
@@ -184,7 +159,5 @@ def _width(block: BlockConfig) -> int | None:
 
 
 def _kind(variant: Variant) -> dict[str, bool]:
-    return {
-        "no_op": isinstance(variant, NoOp),
-        "replace_with_linear": isinstance(variant, Linear),
-    }
+    linear = isinstance(variant, Linear)
+    return {"no_op": isinstance(variant, NoOp), "replace_with_linear": linear}

@@ -1,19 +1,28 @@
 """Who can load which architecture, and why not: the serving engines' limits as code. Torch-free.
 
-Every rule was seen by running the engine or read in its source (versions in `ENGINES`). A
-heterogeneous model travels in the dialect of the released Llama-Nemotron models (`decilm`), or
-as llama.cpp's `deci` GGUF; a homogeneous one as a stock Hugging Face directory, which has none
-of these limits. Rules say what an engine refuses or gets wrong, never what is merely slow. The
-search leaves out what they refuse; the exporter holds the result to them.
+Every rule was seen by running the engine or read in its source (versions in `ENGINES`), and says
+what an engine refuses or gets wrong, never what is merely slow. A heterogeneous model travels as
+`decilm` or as llama.cpp's `deci` GGUF; a stock directory has none of these limits.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
-from tessera.model.config import GQA, Chain, ConfigError, Linear, ModelConfig, NoOp, SwiGLU, name
+from tessera.model.config import (
+    GQA,
+    KINDS,
+    BlockConfig,
+    Chain,
+    ConfigError,
+    Linear,
+    ModelConfig,
+    NoOp,
+    name,
+)
+from tessera.model.families import FAMILIES
+from tessera.table import nearest, spans
 
 Format = Literal["decilm", "hf", "gguf", "padded", "puzzletron", "megatron", "per_layer"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -27,8 +36,7 @@ ENGINES: dict[str, str] = {
     "transformers": "transformers 4.57, 5.19, 5.24 (trust_remote_code)",
 }
 
-# Names for several engines, or for what an engine is reached by. No stock Hugging Face class builds
-# layers that differ, so "hf" is transformers with the remote code that the exporter writes.
+# No stock Hugging Face class builds layers that differ: "hf" is transformers with the remote code.
 PRESETS: dict[str, tuple[str, ...]] = {
     "hf": ("transformers",),
     "any": ("vllm", "llama.cpp", "sglang", "transformers"),
@@ -64,11 +72,9 @@ def format_refusals(config: ModelConfig, format: str) -> list[str]:
 
 def known(given: str, table: Mapping[str, object], what: str) -> str:
     """`given` if the table has it; else ConfigError with the nearest name and all of them."""
-    if given in table:
-        return given
-    near = difflib.get_close_matches(given, table, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown {what} {given!r}{hint} (allowed: {', '.join(table)})")
+    if given not in table:
+        raise ConfigError(f"unknown {what} {given!r}; {nearest(given, table)}")
+    return given
 
 
 def engines_of(names: Iterable[str]) -> tuple[str, ...]:
@@ -83,25 +89,12 @@ def engines_of(names: Iterable[str]) -> tuple[str, ...]:
 
 def padded_head_dim(head_dim: int) -> int:
     """The smallest multiple of `head_dim` that vLLM has CPU kernels for; itself if none is."""
-    fits = [size for size in VLLM_CPU_HEAD_SIZES if size % head_dim == 0]
-    return head_dim if head_dim in VLLM_CPU_HEAD_SIZES else min(fits, default=head_dim)
-
-
-def spans(layers: list[int]) -> str:
-    """Layer numbers as a person writes them: `layers 0-3, 7`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return ("layers " if len(layers) > 1 else "layer ") + ", ".join(parts)
+    return min((s for s in VLLM_CPU_HEAD_SIZES if s % head_dim == 0), default=head_dim)
 
 
 def _foreign(config: ModelConfig, who: str) -> Iterator[str]:
     """Chains that are not `linear` are our own: no format has words for them, no engine code."""
-    for kind in ("attention", "ffn"):
+    for kind in KINDS:
         for layer, block in enumerate(config.blocks):
             variant = getattr(block, kind)
             if isinstance(variant, Chain) and not isinstance(variant, Linear):
@@ -115,30 +108,22 @@ def _engine(config: ModelConfig, engine: str, dialect: bool) -> Iterator[str]:
         yield from _gguf(config)
     elif dialect:
         yield from _decilm(config)
-        code = _NEMOTRON_NAS.get(engine)
-        if code is not None:
-            yield from _residual_starts_in_attention(config, code)
-            yield from _linear(config, f"{code} ignores replace_with_linear")
+        maker = {"vllm": "vLLM", "vllm-cpu": "vLLM", "sglang": "SGLang"}.get(engine)
+        if maker:  # with model code of its own for the dialect
+            yield from _residual_starts_in_attention(config, f"{maker}'s nemotron_nas")
+            yield from _linear(config, f"{maker}'s nemotron_nas ignores replace_with_linear")
         if engine == "sglang" and config.mlp_bias:
             yield "the FFN has biases: SGLang's nemotron_nas builds its MLP without"
     if engine == "vllm-cpu":
-        size = padded_head_dim(config.head_dim) if dialect else config.head_dim
+        padded = padded_head_dim(config.head_dim)
+        size = padded if dialect else config.head_dim
         if size not in VLLM_CPU_HEAD_SIZES:
             sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
-            padded = padded_head_dim(config.head_dim) in VLLM_CPU_HEAD_SIZES
-            hint = "; --format decilm pads it" if padded else ""
+            hint = "; --format decilm pads it" if padded in VLLM_CPU_HEAD_SIZES else ""
             yield (
                 f"head_dim is {size}: the attention kernels of vLLM's CPU build know {sizes} "
                 f"(its GPU builds are not bound by this list){hint}"
             )
-
-
-# Engines with model code of their own for the dialect, and what that is called in a reason.
-_NEMOTRON_NAS = {
-    "vllm": "vLLM's nemotron_nas",
-    "vllm-cpu": "vLLM's nemotron_nas",
-    "sglang": "SGLang's nemotron_nas",
-}
 
 
 def _residual_starts_in_attention(config: ModelConfig, who: str) -> Iterator[str]:
@@ -146,22 +131,18 @@ def _residual_starts_in_attention(config: ModelConfig, who: str) -> Iterator[str
     if not any(isinstance(block.attention, GQA) for block in config.blocks):
         yield f"no layer has attention: {who} cannot tell the number of KV heads"
         return
-    for layer, block in enumerate(config.blocks):
-        if not isinstance(block.attention, NoOp):
-            return
-        if not isinstance(block.ffn, NoOp):
-            yield (
-                f"layer {layer} has an FFN and no attention, and no layer before it has "
-                f"attention: {who} starts the residual in the first attention norm"
-            )
-            return
+    first = next(i for i, block in enumerate(config.blocks) if block != BlockConfig(NoOp(), NoOp()))
+    if isinstance(config.blocks[first].attention, NoOp):
+        yield (
+            f"layer {first} has an FFN and no attention, and no layer before it has attention: "
+            f"{who} starts the residual in the first attention norm"
+        )
 
 
 def _linear(config: ModelConfig, reason: str) -> Iterator[str]:
-    for kind in ("attention", "ffn"):
-        layers = _where(config, kind, Linear)
-        if layers:
-            yield f"{_layers(layers)} linear {kind}: {reason}"
+    for kind in KINDS:
+        if layers := _where(config, kind, Linear):
+            yield f"{_have(layers)} linear {kind}: {reason}"
 
 
 def _decilm(config: ModelConfig) -> Iterator[str]:
@@ -172,17 +153,12 @@ def _decilm(config: ModelConfig) -> Iterator[str]:
 
 
 def _hf(config: ModelConfig) -> Iterator[str]:
-    if config.homogeneous:
+    words = config.words
+    if config.homogeneous or not words:
         return
-    unlike = (
-        layer
-        for layer, block in enumerate(config.blocks)
-        if block != config.blocks[0] or {type(block.attention), type(block.ffn)} != {GQA, SwiGLU}
-    )
-    layer, what = next(unlike, 0), "there is no layer"
-    if config.blocks:
-        what = " ".join(config.words[layer])
-        what += f", layer 0 is {' '.join(config.words[0])}" if layer else ""
+    unlike = (layer for layer, pair in enumerate(words) if pair != words[0])
+    layer = next(unlike, 0)
+    what = " ".join(words[layer]) + (f", layer 0 is {' '.join(words[0])}" if layer else "")
     yield (
         f"layer {layer} is {what}: a stock Hugging Face model has equal layers of attention "
         "and FFN; use --format decilm (vLLM, transformers) or --format gguf (llama.cpp)"
@@ -199,7 +175,7 @@ def _padded(config: ModelConfig) -> Iterator[str]:
 
 
 def _base(config: ModelConfig) -> Iterator[str]:
-    if config.family not in ("llama", "mistral", "qwen2", "qwen3"):
+    if config.family not in FAMILIES:
         yield f"the family {config.family} has no stock config.json to stand on"
 
 
@@ -213,17 +189,11 @@ def _gguf(config: ModelConfig) -> Iterator[str]:
     if config.qk_norm:
         yield "QK norm (Qwen3): llama.cpp's llama and deci architectures have no tensor for it"
     yield from _window(config, "llama.cpp's llama and deci architectures have none")
-    if not config.homogeneous:
-        yield from _deci(config)
-
-
-def _deci(config: ModelConfig) -> Iterator[str]:
     blocks = config.blocks
+    if config.homogeneous:
+        return
     if not blocks or isinstance(blocks[0].attention, NoOp):
-        yield (
-            "layer 0 has no attention: llama.cpp takes the head sizes from layer 0 and refuses "
-            "to load"
-        )
+        yield "layer 0 has no attention: llama.cpp takes the head sizes from it, refuses to load"
     bare = [
         layer
         for layer, block in enumerate(blocks)
@@ -231,13 +201,13 @@ def _deci(config: ModelConfig) -> Iterator[str]:
     ]
     if bare:
         yield (
-            f"{_layers(bare)} attention and no FFN: llama.cpp leaves such a layer before adding "
+            f"{_have(bare)} attention and no FFN: llama.cpp leaves such a layer before adding "
             "its attention output and would answer wrongly without a word"
         )
     if blocks and isinstance(blocks[-1].ffn, NoOp):
         yield f"the last layer ({len(blocks) - 1}) has no FFN: llama.cpp aborts at the first token"
     if linear := _where(config, "ffn", Linear):
-        yield f"{_layers(linear)} a linear FFN: llama.cpp's deci architecture has no tensor for it"
+        yield f"{_have(linear)} a linear FFN: llama.cpp's deci architecture has no tensor for it"
 
 
 def _window(config: ModelConfig, reason: str) -> Iterator[str]:
@@ -250,7 +220,7 @@ def _where(config: ModelConfig, kind: str, variant: type) -> list[int]:
     return [i for i, b in enumerate(config.blocks) if isinstance(getattr(b, kind), variant)]
 
 
-def _layers(layers: list[int]) -> str:
+def _have(layers: list[int]) -> str:
     return f"{spans(layers)} {'has' if len(layers) == 1 else 'have'}"
 
 

@@ -21,15 +21,14 @@ from torch import Tensor
 
 from tessera.data.tokenizer import SentencePiece, read_gpt2_files, read_model_file
 from tessera.export.engines import ExportError
-from tessera.model.config import GQA, Linear, ModelConfig, SwiGLU
+from tessera.model.config import GQA, Linear, ModelConfig
 from tessera.model.layers import rope_frequencies
 from tessera.model.transformer import Transformer
 
 # The vocabulary. llama.cpp tokenises with code of its own, chosen by the names of a model and of a
-# text split. A tokenizer.json it has no code for is refused: it would run and split text otherwise
-# than in training. gguf's own BpeVocab, LlamaHfVocab and SpecialVocab are not used: they lose the
-# types of added tokens inside the vocabulary, the order of SentencePiece's merges, and all end
-# tokens but one.
+# text split. gguf's own BpeVocab, LlamaHfVocab and SpecialVocab are not used: they lose the types
+# of added tokens inside the vocabulary, the order of SentencePiece's merges, and all end tokens but
+# one.
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -64,8 +63,7 @@ class Vocabulary:
         """Write the tokenizer's keys; the model's surplus rows become unused tokens."""
         if len(self.tokens) > vocab_size:
             raise ExportError(
-                f"the tokenizer has {len(self.tokens)} tokens and the model {vocab_size}; "
-                "they do not belong together"
+                f"{len(self.tokens)} tokens in the tokenizer, {vocab_size} in the model"
             )
         surplus = range(len(self.tokens), vocab_size)
         writer.add_tokenizer_model(self.model)
@@ -91,7 +89,23 @@ def read_vocabulary(directory: Path, *, strict: bool = True) -> Vocabulary:
     Raises ExportError for a tokenizer llama.cpp has no code for, and for none at all. Not strict:
     a text split that llama.cpp has no code for becomes a note, for use with token ids only.
     """
-    vocabulary = _from_files(directory, strict)
+    model, files = (
+        directory / "tokenizer.model",
+        [directory / "vocab.json", directory / "merges.txt"],
+    )
+    if (directory / "tokenizer.json").is_file():
+        vocabulary = _from_json(_json(directory / "tokenizer.json"), strict)
+    elif model.is_file() or all(file.is_file() for file in files):
+        backend = read_model_file(model) if model.is_file() else read_gpt2_files(*files)
+        if isinstance(backend, SentencePiece):
+            vocabulary = _from_pieces(directory)
+        else:
+            vocabulary = _from_json(json.loads(backend.tokenizer.to_str()), strict)
+    else:
+        raise ExportError(
+            f"{directory} has no tokenizer.json, tokenizer.model or vocab.json with merges.txt, "
+            "and a GGUF file carries its tokenizer; put the model's tokenizer there"
+        )
     if vocabulary.model == "llama" and TokenType.BYTE not in vocabulary.types:
         vocabulary.notes.append(
             "the tokenizer has no byte tokens: llama.cpp answers text with characters outside the "
@@ -101,28 +115,11 @@ def read_vocabulary(directory: Path, *, strict: bool = True) -> Vocabulary:
     return vocabulary
 
 
-def _from_files(directory: Path, strict: bool) -> Vocabulary:
-    if (directory / "tokenizer.json").is_file():
-        return _from_json(_json(directory / "tokenizer.json"), strict)
-    if (directory / "tokenizer.model").is_file():
-        backend = read_model_file(directory / "tokenizer.model")
-        if isinstance(backend, SentencePiece):
-            return _from_pieces(directory)
-    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        backend = read_gpt2_files(directory / "vocab.json", directory / "merges.txt")
-    else:
-        raise ExportError(
-            f"{directory} has no tokenizer.json, tokenizer.model or vocab.json with merges.txt, "
-            "and a GGUF file carries its tokenizer; put the model's tokenizer there"
-        )
-    return _from_json(json.loads(backend.tokenizer.to_str()), strict)
-
-
 def _from_json(spec: dict[str, Any], strict: bool) -> Vocabulary:
     model = spec["model"]
     if model.get("type") != "BPE":
         raise ExportError(
-            f"the tokenizer is a {model.get('type')} model: llama.cpp's llama family takes BPE only"
+            f"the tokenizer is a {model.get('type')} model: llama.cpp's llama takes BPE only"
         )
     added = {t["id"]: t for t in spec.get("added_tokens") or ()}
     by_id = {index: token for token, index in model["vocab"].items()}
@@ -133,10 +130,7 @@ def _from_json(spec: dict[str, Any], strict: bool) -> Vocabulary:
     if any(step["type"] == "ByteLevel" for step in _steps(spec.get("pre_tokenizer"))):
         # Without merges every byte is a token however the text is split, and any name will do.
         split = _pre_tokenizer(spec["pre_tokenizer"], strict) if merges else "gpt-2"
-        note = (
-            "llama.cpp has no code for this tokenizer's way of splitting text: prompt it by token "
-            "ids; text it tokenises itself differs from training"
-        )
+        note = "llama.cpp splits text otherwise than this tokenizer: prompt it by token ids"
         return Vocabulary(
             model="gpt2",
             pre=split or "default",
@@ -151,22 +145,21 @@ def _from_json(spec: dict[str, Any], strict: bool) -> Vocabulary:
             "the tokenizer is neither byte-level BPE nor SentencePiece BPE (no ByteLevel, no ▁): "
             "llama.cpp has no code for it"
         )
+    rank: dict[str, int] = {}  # SentencePiece joins the pair that scores highest: earlier merges
+    for i, pair in enumerate(merges):
+        rank.setdefault(pair.replace(" ", "", 1), i)
     return Vocabulary(
         model="llama",
         tokens=tokens,
         types=[_piece_type(t, added.get(i), model) for i, t in enumerate(tokens)],
-        scores=_scores(tokens, merges),
+        scores=[-float(rank.get(token, len(merges) + i)) for i, token in enumerate(tokens)],
         add_bos=add_bos,
-        add_space_prefix=_prepends(spec),
+        add_space_prefix=any(
+            step["type"] == "Prepend"
+            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            for step in _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
+        ),
     )
-
-
-def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """SentencePiece BPE joins the pair whose result scores highest: earlier merges score higher."""
-    rank: dict[str, int] = {}
-    for i, pair in enumerate(merges):
-        rank.setdefault(pair.replace(" ", "", 1), i)
-    return [-float(rank.get(token, len(merges) + i)) for i, token in enumerate(tokens)]
 
 
 def _added_type(added: dict[str, Any] | None) -> TokenType:
@@ -205,31 +198,19 @@ def _pre_tokenizer(spec: dict[str, Any], strict: bool) -> str | None:
     what = ", ".join(others) or pattern or "ByteLevel with add_prefix_space or without its regex"
     raise ExportError(
         f"the tokenizer splits text by {what!r}, for which llama.cpp has no code that we know "
-        f"(known: {', '.join(PRE_TOKENIZERS.values())}): it would run and read text otherwise than "
-        "in training. With engines = [] the file is written all the same, for use with token ids"
-    )
-
-
-def _prepends(spec: dict[str, Any]) -> bool:
-    return any(
-        s["type"] == "Prepend"
-        or (s["type"] == "Metaspace" and s.get("prepend_scheme", "always") != "never")
-        for s in _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
+        f"(known: {', '.join(PRE_TOKENIZERS.values())}). With engines = [] the file is written all "
+        "the same, for use with token ids"
     )
 
 
 def _from_pieces(directory: Path) -> Vocabulary:
-    """From a tokenizer.model. BPE's scores are whole numbers (ranks), Unigram's are not.
-
-    llama.cpp does not remove doubled spaces as SentencePiece does: such texts differ.
-    """
+    """From a tokenizer.model. BPE's scores are whole numbers (ranks), Unigram's are not."""
     vocabulary = SentencePieceVocab(directory)
     pieces: Any = vocabulary.sentencepiece_tokenizer
     tokens, scores, types = zip(*vocabulary.all_tokens(), strict=True)
     if any(score != round(score) for score in scores):
         raise ExportError(
-            f"{directory / 'tokenizer.model'} is a Unigram model: llama.cpp's llama family takes "
-            "BPE only"
+            f"{directory / 'tokenizer.model'} is a Unigram model: llama.cpp's llama takes BPE only"
         )
     return Vocabulary(
         model="llama",
@@ -279,19 +260,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def write(module: Transformer, path: Path, vocabulary: Vocabulary, name: str) -> None:
     """Write the whole model and its tokenizer as one GGUF file."""
-    config = module.config
-    writer = GGUFWriter(path, "llama" if config.homogeneous else "deci")
-    _add_architecture(writer, config, name)
-    vocabulary.add_to(writer, config.vocab_size)
-    for key, tensor in _tensors(module):
-        writer.add_tensor(key, tensor.detach().float().contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _add_architecture(writer: GGUFWriter, config: ModelConfig, name: str) -> None:
+    config, blocks = module.config, module.config.blocks
+    equal, query = config.homogeneous, module.config.num_attention_heads
+    writer = GGUFWriter(path, "llama" if equal else "deci")
     writer.add_name(name)
     writer.add_file_type(0)  # every tensor in float32
     writer.add_vocab_size(config.vocab_size)
@@ -306,14 +277,19 @@ def _add_architecture(writer: GGUFWriter, config: ModelConfig, name: str) -> Non
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
-    query, blocks = config.num_attention_heads, config.blocks
     heads = [query if isinstance(b.attention, GQA | Linear) else 0 for b in blocks]
     kv_heads = [getattr(b.attention, "num_key_value_heads", 0) for b in blocks]
     widths = [getattr(b.ffn, "intermediate_size", 0) for b in blocks]
-    equal = config.homogeneous
     writer.add_head_count(heads[0] if equal else heads)
     writer.add_head_count_kv(kv_heads[0] if equal else kv_heads)
     writer.add_feed_forward_length(widths[0] if equal else widths)
+    vocabulary.add_to(writer, config.vocab_size)
+    for key, tensor in _tensors(module):
+        writer.add_tensor(key, tensor.detach().float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _tensors(module: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -324,50 +300,42 @@ def _tensors(module: Transformer) -> Iterator[tuple[str, Tensor]]:
         # Llama 3.x's long-context stretch: a divisor of each plain frequency, (D/2,).
         plain = rope_frequencies(replace(config, rope_scaling=None))
         yield "rope_freqs.weight", plain / rope_frequencies(config)
-    for key, parameter, heads in _subblock_tensors(module):
+    for key, parameter, heads in _layer_tensors(module):
         yield key, interleave(parameter, heads) if heads else parameter
     yield "output_norm.weight", module.norm.weight
     if not config.tie_word_embeddings:
         yield "output.weight", module.head
 
 
-def _subblock_tensors(module: Transformer) -> Iterator[tuple[str, Tensor, int]]:
-    """(llama.cpp's name, the parameter, heads to reorder or 0) of all subblocks."""
+# llama.cpp's names of a layer's tensors, without their `.weight` or `.bias`.
+_NAMES = {
+    "attention.norm": "attn_norm",
+    "attention.op.q_proj": "attn_q",
+    "attention.op.k_proj": "attn_k",
+    "attention.op.v_proj": "attn_v",
+    "attention.op.o_proj": "attn_output",
+    "attention.op": "attn_output",  # linear
+    "ffn.norm": "ffn_norm",
+    "ffn.op.gate_proj": "ffn_gate",
+    "ffn.op.up_proj": "ffn_up",
+    "ffn.op.down_proj": "ffn_down",
+}
+
+
+def _layer_tensors(module: Transformer) -> Iterator[tuple[str, Tensor, int]]:
+    """(llama.cpp's name, the parameter, heads to reorder or 0) of all layers."""
     for layer, block in enumerate(module.blocks):
-        for subblock in (block.attention, block.ffn):
-            parameters = dict(subblock.named_parameters())
-            for theirs, ours, heads in _names(module.config, subblock.variant):
-                for end in ("weight", "bias"):
-                    if f"{ours}.{end}" in parameters:
-                        yield f"blk.{layer}.{theirs}.{end}", parameters[f"{ours}.{end}"], heads
-
-
-def _names(config: ModelConfig, variant: object) -> Iterator[tuple[str, str, int]]:
-    """(llama.cpp's name, the subblock's module, heads to reorder or 0) of one subblock."""
-    match variant:
-        case GQA(kv_heads):
-            yield "attn_norm", "norm", 0
-            yield "attn_q", "op.q_proj", config.num_attention_heads
-            yield "attn_k", "op.k_proj", kv_heads
-            yield "attn_v", "op.v_proj", 0
-            yield "attn_output", "op.o_proj", 0
-        case Linear():
-            yield "attn_norm", "norm", 0
-            yield "attn_output", "op", 0
-        case SwiGLU():
-            yield "ffn_norm", "norm", 0
-            for part in ("gate", "up", "down"):
-                yield f"ffn_{part}", f"op.{part}_proj", 0
+        kv_heads = getattr(block.attention.variant, "num_key_value_heads", 0)
+        heads = {"attn_q": module.config.num_attention_heads, "attn_k": kv_heads}
+        for key, parameter in block.named_parameters():
+            place, _, end = key.rpartition(".")
+            name = _NAMES[place]
+            yield f"blk.{layer}.{name}.{end}", parameter, heads.get(name, 0)
 
 
 def interleave(value: Tensor, heads: int) -> Tensor:
     """Rows of q or k `(heads*D, …)` from rotate-half order to neighbouring pairs."""
     return value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def deinterleave(value: Tensor, heads: int) -> Tensor:
-    """The inverse of `interleave`."""
-    return value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 @torch.no_grad()
@@ -380,6 +348,9 @@ def read(path: Path, config: ModelConfig) -> Transformer:
     module.norm.weight.copy_(stored["output_norm.weight"])
     if not config.tie_word_embeddings:
         module.lm_head.weight.copy_(stored["output.weight"])
-    for key, parameter, heads in _subblock_tensors(module):
-        parameter.copy_(deinterleave(stored[key], heads) if heads else stored[key])
+    for key, parameter, heads in _layer_tensors(module):
+        value = stored[key]
+        if heads:  # back from neighbouring pairs
+            value = value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        parameter.copy_(value)
     return module.requires_grad_(False)

@@ -1,10 +1,9 @@
 """The same function in shapes that engines have words and kernels for, by adding zeros.
 
-FFN: a channel with zero gate, up and down adds `silu(0) * 0`. Biases: a zero one. Head size: the
-rotary frequencies of `D` are every m-th of those of `m*D`, so dimension `i` of a head moves to
-`m*i` in its half, zeros between; q grows by `sqrt(m)` because engines divide scores by the root
-of the padded size. KV heads: each stands once for every head that it served. An absent subblock:
-a zero output projection. All leave the outputs as they were, up to rounding.
+Head size: the rotary frequencies of `D` are every m-th of those of `m*D`, so dimension `i` of a
+head moves to `m*i` in its half; q grows by `sqrt(m)` because engines divide scores by the root of
+the padded size. KV heads: each stands once for every head that it served. An absent subblock: a
+zero output projection. All leave the outputs as they were, up to rounding.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.export.engines import padded_head_dim, spans
+from tessera.export.engines import padded_head_dim
 from tessera.model.config import GQA, BlockConfig, ModelConfig, SwiGLU
 from tessera.model.transformer import Transformer, holding
+from tessera.table import spans
 
 MULTIPLE = 256  # the DeciLM dialect's widths
 
@@ -47,30 +47,20 @@ def uniform(config: ModelConfig) -> ModelConfig:
 def expressible_notes(config: ModelConfig) -> list[str]:
     """What `expressible` adds, for the reader of the model card."""
     wide = expressible(config)
-    lines = []
+    notes = []
     if wide.head_dim != config.head_dim:
-        lines.append(
+        notes.append(
             f"head_dim {config.head_dim} padded with zeros to {wide.head_dim}, a size that vLLM's "
             "CPU kernels know; the KV cache grows with it"
         )
     padded: dict[str, list[int]] = {}
-    for layer, (old, new) in enumerate(zip(config.blocks, wide.blocks, strict=True)):
+    for layer, (old, new) in enumerate(zip(config.words, wide.words, strict=True)):
         if old != new:
-            what = f"{old.words[1]} padded with zeros to {new.words[1]}"
-            padded.setdefault(what, []).append(layer)
-    lines += [f"{what} in {spans(layers)}" for what, layers in padded.items()]
+            padded.setdefault(f"{old[1]} padded with zeros to {new[1]}", []).append(layer)
+    notes += [f"{what} in {spans(layers)}" for what, layers in padded.items()]
     if (wide.qkv_bias, wide.o_bias) != (config.qkv_bias, config.o_bias):
-        lines.append("attention biases completed with zeros: the dialect has one key for all four")
-    return lines
-
-
-def uniform_notes(config: ModelConfig) -> list[str]:
-    """What `uniform` costs, for the reader of the model card."""
-    wide = uniform(config)
-    return [
-        f"every layer padded to {' '.join(wide.words[0])}: {wide.num_params():,} parameters "
-        f"instead of {config.num_params():,}, the same outputs, none of the speed"
-    ]
+        notes.append("attention biases completed with zeros: the dialect has one key for all four")
+    return notes
 
 
 def widen(module: Transformer) -> Transformer:
@@ -78,18 +68,18 @@ def widen(module: Transformer) -> Transformer:
 
     Tensors that need no padding are shared with `module`, not copied.
     """
-    old, new = module.config, expressible(module.config)
-    return _padded(module, new, lambda key, value: _spread_heads(key, value, old, new))
+    return _padded(module, expressible(module.config), _spread_heads)
 
 
 def unify(module: Transformer) -> Transformer:
     """The same function as `module`, in the equal layers of `uniform(module.config)`."""
-    old, new = module.config, uniform(module.config)
-    return _padded(module, new, lambda key, value: _repeat_heads(key, value, old, new))
+    return _padded(module, uniform(module.config), _repeat_heads)
 
 
 def _padded(
-    module: Transformer, config: ModelConfig, moved: Callable[[str, Tensor], Tensor]
+    module: Transformer,
+    config: ModelConfig,
+    moved: Callable[[str, Tensor, ModelConfig, ModelConfig], Tensor],
 ) -> Transformer:
     """A frozen model of `config` with the moved tensors, padded with zeros at their ends."""
     state, like = module.state_dict(), module.head
@@ -98,7 +88,7 @@ def _padded(
         if key not in state:  # a bias, or of an absent subblock, whose norm may be anything
             filled = torch.ones if ".norm." in key else torch.zeros
             return filled(shape, dtype=like.dtype, device=like.device)
-        value = moved(key, state[key])
+        value = moved(key, state[key], module.config, config)
         if value.shape == shape:
             return value
         missing = [new - old for new, old in zip(shape, value.shape, strict=True)]
@@ -109,22 +99,20 @@ def _padded(
 
 def _spread_heads(key: str, value: Tensor, old: ModelConfig, new: ModelConfig) -> Tensor:
     """Heads of an attention tensor moved to their places in the padded size."""
-    part = key.rpartition(".op.")[2].removesuffix(".weight").removesuffix(".bias")
-    if old.head_dim == new.head_dim or part not in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        return value
-    if part == "o_proj":  # its input are the heads, its bias knows none
-        return value if key.endswith("bias") else _spread_rows(value.T, old, new).T.contiguous()
-    scale = (new.head_dim / old.head_dim) ** 0.5 if part == "q_proj" else 1.0
-    return _spread_rows(value, old, new) * scale
-
-
-def _spread_rows(value: Tensor, old: ModelConfig, new: ModelConfig) -> Tensor:
-    """`(heads*D, …)` -> `(heads*m*D, …)`: dimension i of a half at m*i, zeros between."""
     times = new.head_dim // old.head_dim
-    halves = value.unflatten(0, (-1, old.head_dim // 2))
+    part = key.rpartition(".op.")[2].removesuffix(".weight").removesuffix(".bias")
+    if times == 1 or part not in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        return value
+    if part == "o_proj" and key.endswith("bias"):
+        return value
+    rows = value.T if part == "o_proj" else value  # its input are the heads
+    halves = rows.unflatten(0, (-1, old.head_dim // 2))
     spread = halves.new_zeros(halves.shape[0], new.head_dim // 2, *halves.shape[2:])
-    spread[:, ::times] = halves
-    return spread.flatten(0, 1)
+    spread[:, ::times] = halves  # dimension i of a half at m*i, zeros between
+    found = spread.flatten(0, 1)
+    if part == "o_proj":
+        return found.T.contiguous()
+    return found * (times**0.5 if part == "q_proj" else 1.0)
 
 
 def _repeat_heads(key: str, value: Tensor, old: ModelConfig, new: ModelConfig) -> Tensor:

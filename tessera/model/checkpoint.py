@@ -1,10 +1,8 @@
 """Models in and out of directories in Hugging Face's layout: sharded safetensors, never pickle.
 
 Loading checks everything from the files' headers before a weight is read, builds the module on the
-meta device and assigns tensors, so a model is in memory once. Saving writes a sibling directory and
-renames it. Of a model that is spread over processes, each process reads its own rows (a tensor maps
-its file, so the rest is never touched) and writes some of the files: a tensor is gathered, the
-process that writes its file keeps it, the others drop it.
+meta device and assigns tensors, so a model is in memory once. Of a model that is spread over
+processes, each reads its own rows and writes some of the files.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -31,23 +29,19 @@ from tessera.model.source import PICKLES, CheckpointError, pickle_error, resolve
 from tessera.model.transformer import Transformer, holding
 from tessera.runs.files import replacing
 
-# Names. Importing a checkpoint renames tensors and never permutes numbers; the first rule that fits
+# Importing a checkpoint renames tensors and never permutes numbers; the first prefix that fits
 # decides. The two linear replacements have the names of the released Puzzle models (DeciLM).
-
-_OUTER = (
-    ("embed_tokens.", "model.embed_tokens."),
-    ("norm.", "model.norm."),
-    ("lm_head.", "lm_head."),
-)
-_INNER = (
-    ("attention.norm.", "input_layernorm."),
-    ("attention.op.weight", "self_attn.linear_attn.weight"),
-    ("attention.op.", "self_attn."),
-    ("ffn.norm.", "post_attention_layernorm."),
-    ("ffn.op.weight", "mlp.linear_mlp.weight"),
-    ("ffn.op.", "mlp."),
-)
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
+_NAMES = {
+    "embed_tokens.": "model.embed_tokens.",
+    "norm.": "model.norm.",
+    "lm_head.": "lm_head.",
+    "attention.norm.": "input_layernorm.",
+    "attention.op.weight": "self_attn.linear_attn.weight",
+    "attention.op.": "self_attn.",
+    "ffn.norm.": "post_attention_layernorm.",
+    "ffn.op.weight": "mlp.linear_mlp.weight",
+    "ffn.op.": "mlp.",
+}
 
 
 def hf_name(key: str) -> str:
@@ -55,22 +49,12 @@ def hf_name(key: str) -> str:
 
     Raises KeyError for a name that is not ours.
     """
-    if key.startswith("layers.") and (match := _LAYER.fullmatch(key)):
-        return f"model.layers.{match[1]}.{_rename(match[2], _INNER, 0)}"
-    return _rename(key, _OUTER, 0)
-
-
-def our_name(key: str) -> str:
-    """The inverse of `hf_name`. Raises KeyError for a tensor that no supported model has."""
-    if key.startswith("model.layers.") and (match := _LAYER.fullmatch(key)):
-        return f"layers.{match[1]}.{_rename(match[2], _INNER, 1)}"
-    return _rename(key, _OUTER, 1)
-
-
-def _rename(key: str, rules: tuple[tuple[str, str], ...], source: int) -> str:
-    for rule in rules:
-        if key.startswith(rule[source]):
-            return rule[1 - source] + key[len(rule[source]) :]
+    layer = re.match(r"layers\.\d+\.", key)
+    start, above = (layer[0], f"model.{layer[0]}") if layer else ("", "")
+    rest = key.removeprefix(start)
+    for ours, theirs in _NAMES.items():
+        if rest.startswith(ours):
+            return above + theirs + rest.removeprefix(ours)
     raise KeyError(key)
 
 
@@ -78,10 +62,10 @@ def _rename(key: str, rules: tuple[tuple[str, str], ...], source: int) -> str:
 #
 #     weight[o, i] ≈ float8[o, i] * scale[o]        scale[o] = max_i |weight[o, i]| / 448
 #
-# Projections are rounded; embeddings, norms, biases and the head are not. The engine rounds
-# activations token by token, which needs no calibration. Loaded here, the weights are plain again.
+# Projections alone are rounded. The engine rounds activations token by token. Loaded here, the
+# weights are plain again.
 
-SCALE_SUFFIX = "_scale"  # of a weight's name
+SCALE = "_scale"  # behind a weight's name
 FP8_LARGEST = 448.0
 _ROUNDING = {"num_bits": 8, "type": "float", "symmetric": True}
 FP8_CONFIG: dict[str, Any] = {
@@ -100,7 +84,7 @@ FP8_CONFIG: dict[str, Any] = {
 
 
 def in_fp8(name: str) -> bool:
-    """Whether FP8 checkpoints round the tensor of this name, ours or Hugging Face's."""
+    """Whether FP8 checkpoints round the tensor of this name."""
     return name.endswith("_proj.weight")
 
 
@@ -126,14 +110,6 @@ def rounded_to_fp8(module: Transformer) -> Transformer:
         return dequantize(*quantize(value)).to(value.dtype) if in_fp8(key) else value
 
     return holding(module.config, tensor).requires_grad_(False).eval()
-
-
-# Tensors spread over processes.
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """True where parameters are spread over processes."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -163,16 +139,10 @@ def place(tensor: Tensor, like: Tensor, dtype: torch.dtype | None, device: torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
     "chat_template.jinja",
-)
+)  # fmt: skip
 MAX_SHARD_BYTES = 5_000_000_000
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py", ".md")
 
@@ -182,28 +152,33 @@ def save_model(
     directory: str | Path,
     *,
     tokenizer_from: str | Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model directory, whole or not at all, replacing the model that was there.
 
-    tokenizer_from: a directory whose tokenizer files are copied beside the weights. Stock software
-    loads the directory of a homogeneous model. Every process of a job calls this; a model that is
-    whole in each of them is written by the main one. Raises WriteError (disk full) with the old
-    directory intact, CheckpointError where the directory is not a model's.
+    tokenizer_from: a directory whose tokenizer files are copied beside the weights. Every process
+    of a job calls this; a model that is whole in each of them is written by the main one. Raises
+    WriteError (disk full) with the old directory intact, CheckpointError where the directory is
+    not a model's.
     """
-    together = is_sharded(module)
+    together = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     if not (together or dist.is_main()):
         return
     directory = Path(directory)
-    _refuse_foreign(directory)
-    with (_replacing_together if together else replacing)(directory) as temporary:
-        write_model(
-            module,
-            temporary,
-            tokenizer_from=tokenizer_from,
-            max_shard_bytes=max_shard_bytes,
-            together=together,
+    found = sorted(directory.iterdir()) if directory.exists() else []
+    foreign = [e.name for e in found if e.is_dir() or e.suffix not in _MODEL_SUFFIXES]
+    if foreign or (found and not (directory / "config.json").is_file()):
+        raise CheckpointError(
+            f"{directory} is no model's and would be replaced; choose another directory. It holds "
+            f"{_listed(foreign or [e.name for e in found])}"
         )
+    with replacing(directory) if dist.is_main() else nullcontext() as temporary:
+        # Processes that write together share a file system, and the main one renames.
+        place: Any = dist.broadcast(temporary) if together else temporary
+        write_model(module, place, tokenizer_from=tokenizer_from, together=together)
+        if together:
+            dist.barrier()
+    if together:
+        dist.barrier()
 
 
 def write_model(
@@ -211,7 +186,6 @@ def write_model(
     directory: Path,
     *,
     tokenizer_from: str | Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
     fp8: bool = False,
     together: bool = False,
@@ -224,8 +198,8 @@ def write_model(
     tensors = {hf_name(key): tensor for key, tensor in module.state_dict().items()}
     if fp8:
         for name in [name for name in tensors if in_fp8(name)]:
-            tensors[name], tensors[name + SCALE_SUFFIX] = quantize(tensors[name])
-    _write_tensors(tensors, directory, max_shard_bytes, dtype, together)
+            tensors[name], tensors[name + SCALE] = quantize(tensors[name])
+    _write_tensors(tensors, directory, dtype, together)
     if together and not dist.is_main():
         return
     values = config_dict(module.config)
@@ -234,39 +208,22 @@ def write_model(
         values["quantization_config"] = FP8_CONFIG
     (directory / "config.json").write_text(config_json(values), encoding="utf-8")
     if tokenizer_from is not None:
-        copy_tokenizer(Path(tokenizer_from), directory)
-
-
-@contextmanager
-def _replacing_together(directory: Path) -> Iterator[Path]:
-    """`replacing` for all processes of a job at once, on a file system that they share."""
-    with replacing(directory) if dist.is_main() else nullcontext() as temporary:
-        yield dist.broadcast(temporary)
-        dist.barrier()  # all have written before the main one renames
-    dist.barrier()
-
-
-def _refuse_foreign(directory: Path) -> None:
-    entries = sorted(directory.iterdir()) if directory.exists() else []
-    foreign = [e.name for e in entries if e.is_dir() or e.suffix not in _MODEL_SUFFIXES]
-    if entries and (foreign or not (directory / "config.json").is_file()):
-        found = _listed(foreign or [e.name for e in entries])
-        raise CheckpointError(
-            f"{directory} holds files of no model ({found}) and would be replaced; choose another "
-            "directory"
-        )
+        source = Path(tokenizer_from)
+        if not source.is_dir():
+            raise CheckpointError(f"{source} is no directory to copy a tokenizer from")
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
 
 
 def _write_tensors(
-    tensors: Mapping[str, Tensor],
-    directory: Path,
-    max_shard_bytes: int,
-    dtype: torch.dtype | None,
-    together: bool,
+    tensors: Mapping[str, Tensor], directory: Path, dtype: torch.dtype | None, together: bool
 ) -> None:
     """Write `model.safetensors`, or shards and their index where that would be too large."""
     rank, world = (dist.rank(), dist.world()) if together else (0, 1)
-    files = _split(tensors, max_shard_bytes, world)
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    total = sum(sizes.values())
+    files = _split(sizes, min(MAX_SHARD_BYTES, -(-total // world)))
     count = len(files)
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
@@ -277,23 +234,21 @@ def _write_tensors(
             if number % world == rank:
                 mine.setdefault(names[number], {})[key] = tensor.cpu() if together else tensor
     for file, shard in mine.items():
-        _write_shard(shard, directory / file, dtype)
+        plain = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in shard.items()}
+        try:
+            save_file(plain, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # carries the system's error as text only
+            if (code := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
     if count > 1 and rank == 0:
         places = {key: file for file, keys in zip(names, files, strict=True) for key in keys}
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _split(
-    tensors: Mapping[str, Tensor], max_shard_bytes: int, at_least: int
-) -> Sequence[Sequence[str]]:
-    """Names by file, in order: no file larger than allowed unless one tensor is.
-
-    at_least: files wanted, so that as many processes have something to write.
-    """
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    limit = min(max_shard_bytes, -(-sum(sizes.values()) // at_least))
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names by file, in order: no file larger than the limit unless one tensor is."""
     files: list[list[str]] = [[]]
     room = limit
     for name, size in sizes.items():
@@ -305,35 +260,10 @@ def _split(
     return files
 
 
-def _write_shard(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> None:
-    plain = {name: one.to("cpu", dtype).contiguous() for name, one in tensors.items()}
-    try:
-        save_file(plain, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # carries the system's error as text only
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-
-
-def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copy what there is of tokenizer files, chat template and generation config.
-
-    Raises CheckpointError where `source` is no directory.
-    """
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is no directory to copy a tokenizer from")
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-
-
 # Loading.
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies and what shape its file says it has."""
-
     file: Path
     shape: tuple[int, ...]
 
@@ -350,8 +280,7 @@ def load_model(
 
     frozen: no gradients, evaluation mode (teachers and references). dtype: None keeps what is
     stored. prepare: called with the module while it has no memory yet; it may spread parameters
-    over processes. Nothing is shared with any other load. Raises CheckpointError (files, tensors)
-    or ConfigError (`config.json`).
+    over processes. Raises CheckpointError (files, tensors) or ConfigError (`config.json`).
     """
     directory = resolve(source)
     config = read_config(directory)
@@ -363,8 +292,12 @@ def load_model(
     if prepare is not None:
         prepare(module)
     likes = {hf_name(key): tensor for key, tensor in module.state_dict().items()}
-    scales = {n: one for n, one in stored.items() if n.removesuffix(SCALE_SUFFIX) in likes}
-    scales = {n: one for n, one in scales.items() if n not in likes}
+    keys = dict(zip(likes, module.state_dict(), strict=True))
+    scales = {
+        name: one
+        for name, one in stored.items()
+        if name not in likes and name.removesuffix(SCALE) in likes
+    }
     _check(likes, {n: one for n, one in stored.items() if n not in scales}, directory)
     if config.tie_word_embeddings:
         _check_tied(stored)
@@ -372,20 +305,16 @@ def load_model(
     tensors = {}
     for name, tensor in _read({name: stored[name] for name in likes}):
         if tensor.dtype == torch.float8_e4m3fn:
-            tensor = _from_fp8(name, tensor, factors.get(name + SCALE_SUFFIX), stored[name].file)
-        tensors[our_name(name)] = place(tensor, likes[name], dtype, torch.device(device))
+            scale = factors.get(name + SCALE)
+            if scale is None or scale.numel() not in (1, len(tensor)):
+                raise CheckpointError(
+                    f"{name} in {stored[name].file} is in FP8 and needs {name}{SCALE}, one number "
+                    f"or one for each of its {len(tensor)} rows"
+                )
+            tensor = dequantize(tensor, scale)
+        tensors[keys[name]] = place(tensor, likes[name], dtype, torch.device(device))
     module.load_state_dict(tensors, assign=True)
     return module
-
-
-def _from_fp8(name: str, tensor: Tensor, scale: Tensor | None, file: Path) -> Tensor:
-    if scale is None or scale.numel() not in (1, tensor.shape[0]):
-        found = "none" if scale is None else list(scale.shape)
-        raise CheckpointError(
-            f"{name} in {file} is in FP8 and needs {name}{SCALE_SUFFIX}, one number or one for "
-            f"each of its {tensor.shape[0]} rows; there is {found}"
-        )
-    return dequantize(tensor, scale)
 
 
 def find_tensors(directory: Path) -> dict[str, Stored]:
@@ -405,34 +334,27 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
 
 
 def _find_sharded(directory: Path) -> dict[str, Stored]:
-    places = _weight_map(directory / INDEX)
+    index = directory / INDEX
+    try:
+        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        assert all(Path(shard).name == shard for shard in places.values())
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise CheckpointError(
+            f"{index} is not an index of shards: its weight_map names a file for every tensor"
+        ) from None
     shards = sorted(set(places.values()))
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
-    if missing:
+    if missing := [shard for shard in shards if not (directory / shard).is_file()]:
         raise CheckpointError(
             f"{directory} lacks {_listed(missing)}, {len(missing)} of the {len(shards)} shards "
             f"that {INDEX} lists; copy or download again"
         )
     headers = {shard: _read_header(directory / shard) for shard in shards}
-    for name, shard in places.items():
-        if name not in headers[shard]:
-            raise CheckpointError(
-                f"{directory / INDEX} puts {name} in {shard}, which does not hold it; the index "
-                "and the shards are not of one checkpoint"
-            )
-    return {name: headers[shard][name] for name, shard in places.items()}
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        assert all(Path(shard).name == shard for shard in places.values())
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+    if lost := [name for name, shard in places.items() if name not in headers[shard]]:
         raise CheckpointError(
-            f"{index} is not an index of shards (a JSON object whose weight_map names a file for "
-            "every tensor)"
-        ) from None
-    return places
+            f"{index} puts {lost[0]} in {places[lost[0]]}, which does not hold it; the index and "
+            "the shards are not of one checkpoint"
+        )
+    return {name: headers[shard][name] for name, shard in places.items()}
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
@@ -472,11 +394,9 @@ def _read(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
 
 def _check(expected: Mapping[str, Tensor], stored: Mapping[str, Stored], directory: Path) -> None:
     """Names and shapes in the files against those that the config asks for."""
-    missing = [name for name in expected if name not in stored]
-    if missing:
-        hint = ""
-        if missing == ["lm_head.weight"]:
-            hint = "; if the model ties them, set tie_word_embeddings to true in config.json"
+    if missing := [name for name in expected if name not in stored]:
+        tied = "; if the model ties them, set tie_word_embeddings to true in config.json"
+        hint = tied if missing == ["lm_head.weight"] else ""
         raise CheckpointError(
             f"{directory} lacks {_listed(missing)}, which config.json asks for{hint}"
         )

@@ -1,7 +1,6 @@
 """Where each token stands: its position, its document, and what follows from the two.
 
-One `Context` is made a forward pass and shared by every layer, so the rotary tables and the
-grouping of packed documents are computed once. It is an argument and never a global.
+One `Context` is made a forward pass and shared by every layer, so that its tables are made once.
 """
 
 from __future__ import annotations
@@ -29,13 +28,10 @@ class Group:
 
 @dataclass(frozen=True)
 class DocumentPlan:
-    """Packed tokens regrouped as rows of one document each.
-
-    inverse: `(B*T,)`, where each token sits in the concatenation of the flattened groups.
-    """
+    """Packed tokens regrouped as rows of one document each."""
 
     groups: tuple[Group, ...]
-    inverse: Tensor
+    inverse: Tensor  # (B*T,), where each token sits in the concatenation of the flattened groups
 
 
 @dataclass
@@ -92,16 +88,12 @@ class Context:
     @cached_property
     def masks(self) -> tuple[Tensor | None, ...]:
         """What each group of `documents` sees, as `sdpa` takes it; None for causal order."""
-        return tuple(
-            self.sliding_mask(group.index.shape[1])
-            if group.prefix is None
-            else self._prefix_mask(group, group.prefix)
-            for group in self.documents.groups
-        )
+        return tuple(map(self._mask, self.documents.groups))
 
-    def _prefix_mask(self, group: Group, prefix: Tensor) -> Tensor:
-        """`(N,1,T,P+T)`: every token sees the prefix that is there, and its own past."""
-        assert group.present is not None
+    def _mask(self, group: Group) -> Tensor | None:
+        """Behind a prefix `(N,1,T,P+T)`: a token sees what is there of it, and its own past."""
+        if group.prefix is None or group.present is None:
+            return self.sliding_mask(group.index.shape[1])
         positions = self.positions.flatten()
         own = positions[group.index]
         order = torch.arange(group.index.shape[1], device=own.device)
@@ -109,7 +101,7 @@ class Context:
         causal = (order[:, None] >= order).expand(len(own), -1, -1)
         allowed = torch.cat((seen, causal), -1)
         if self.sliding_window is not None:
-            distance = own[:, :, None] - torch.cat((positions[prefix], own), 1)[:, None]
+            distance = own[:, :, None] - torch.cat((positions[group.prefix], own), 1)[:, None]
             allowed = allowed & (distance < self.sliding_window)
         return allowed[:, None]
 
@@ -119,9 +111,9 @@ def plan_documents(
 ) -> DocumentPlan:
     """Group the documents of packed rows `(B,T)` by length, those with a prefix apart.
 
-    A group holds documents at least `slack` times as long as its longest, so padding stays
-    under a quarter and the number of attention calls is logarithmic in the spread of lengths.
-    Padding (-1) forms documents of its own, whose output nobody reads.
+    A group holds documents at least `slack` times as long as its longest, so the number of
+    attention calls is logarithmic in the spread of lengths. Padding (-1) forms documents of its
+    own, whose output nobody reads.
     """
     flat = segments.flatten()
     change = torch.ones_like(flat, dtype=torch.bool)

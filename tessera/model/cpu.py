@@ -2,8 +2,7 @@
 
 torch multiplies float32 matrices with MKL, which limits other vendors' AVX-512 chips to AVX2;
 oneDNN, in the same wheel, does not: 240 against 107 GFLOP/s on one core of an EPYC.
-`prefers_onednn` is the one switch, a rule and no trial, so that equal machines give equal bits.
-Few rows, other types, other devices and DTensors go to torch's own product. Everything here is
+`prefers_onednn` is a rule and no trial, so that equal machines give equal bits. Everything here is
 differentiable once.
 """
 

@@ -1,10 +1,9 @@
 """Hugging Face's `config.json`, read and written. Torch-free.
 
 Read are the stock families, also with layers that differ (Model-Optimizer's `block_configs`,
-transformers 5's `per_layer_config`), the released Puzzle models' `nemotron-nas` (arXiv 2505.00949),
-and our own `tessera`, which spells every field out and the architecture in words. Written is the
-stock one where it says everything, so that stock software loads the directory, and `tessera`
-otherwise. Reading back what was written gives the same config.
+transformers 5's `per_layer_config`), the released Puzzle models' `nemotron-nas`, and our own
+`tessera`, which spells out every field and the words. Written is the stock one where it says
+everything, `tessera` otherwise.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tessera.model.config import (
-    FFN,
     GQA,
-    Attention,
+    KINDS,
     BlockConfig,
     ConfigError,
     Linear,
@@ -27,28 +25,21 @@ from tessera.model.config import (
     NoOp,
     RopeScaling,
     SwiGLU,
+    Variant,
 )
 
 JSON = Mapping[str, Any]  # an object of a config.json
 
 # What the config class of each stock family takes for keys that a file leaves out.
-_LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
-_QWEN = {
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "max_window_layers": 28,
-    "sliding_window": 4096,
-}
+_LLAMA = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
+_MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}
+_QWEN |= {"max_window_layers": 28}
 FAMILIES: dict[str, JSON] = {
-    "llama": {"max_position_embeddings": 2048, **_LLAMA_TOKENS},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        **_LLAMA_TOKENS,
-    },
+    "llama": _LLAMA,
+    "mistral": _LLAMA | _MISTRAL,
     "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
+    "qwen3": _QWEN | {"head_dim": 128},
 }
 SUPPORTED = f"{', '.join(FAMILIES)}, nemotron-nas and tessera"
 
@@ -71,10 +62,7 @@ BARE_DEFAULTS: dict[str, Any] = {
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The config of a Hugging Face directory or of a `config.json`.
-
-    Raises ConfigError, naming the file: absent, not JSON, or describing what is not supported.
-    """
+    """The config of a Hugging Face directory or of a `config.json`. Raises ConfigError."""
     file = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -93,7 +81,7 @@ def read_config(path: Path) -> ModelConfig:
 def parse_config(values: JSON) -> ModelConfig:
     """The ModelConfig a `config.json`'s object describes; `config_dict` is the inverse.
 
-    Raises ConfigError for what we cannot run, naming it and what is supported.
+    Raises ConfigError for what we cannot run, naming what is supported.
     """
     if values.get("model_type") is None and "block_configs" in values:
         values = {**BARE_DEFAULTS, **values, "model_type": "nemotron-nas"}
@@ -102,12 +90,33 @@ def parse_config(values: JSON) -> ModelConfig:
         return _parse_tessera(values)
     family = "llama" if values["model_type"] == "nemotron-nas" else values["model_type"]
     values = {**FAMILIES[family], **values}
+    hidden, heads = _integer(values, "hidden_size"), _integer(values, "num_attention_heads")
+    if values.get("head_dim") is None and hidden % heads:
+        raise ConfigError(
+            f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give head_dim"
+        )
+    theta, scaling = _rope(values)
+    bias, eos = bool(values.get("attention_bias")), values.get("eos_token_id")
     return ModelConfig(
-        **_common_fields(values),
-        **_biases_and_norms(family, values),
-        family=family,
+        vocab_size=_integer(values, "vocab_size"),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        head_dim=_integer(values, "head_dim", hidden // heads),
         blocks=_blocks(values),
+        family=family,
+        rms_norm_eps=_number(values, "rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=_integer(values, "max_position_embeddings", 2048),
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or (family != "mistral" and bias),
+        o_bias=family in ("llama", "qwen3") and bias,
+        mlp_bias=family == "llama" and bool(values.get("mlp_bias")),
+        qk_norm=family == "qwen3",
         sliding_window=_sliding_window(family, values),
+        bos_token_id=values.get("bos_token_id"),
+        eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        pad_token_id=values.get("pad_token_id"),
     )
 
 
@@ -117,19 +126,13 @@ def _refuse_unsupported(values: JSON) -> None:
     named = f"{architecture} (model_type {model_type!r})"
     experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
     if any(values.get(key) for key in experts) or "moe" in str(model_type).lower():
-        raise ConfigError(
-            f"{named} is a mixture of experts, which is not supported; dense models of "
-            f"{SUPPORTED} are"
-        )
+        raise ConfigError(f"{named} is a mixture of experts; supported are dense {SUPPORTED}")
     if model_type is None:
         raise ConfigError("names no model_type, so it is not the config.json of a model")
     if model_type not in {*FAMILIES, "nemotron-nas", "tessera"}:
         raise ConfigError(f"unsupported architecture {named}; supported are {SUPPORTED}")
     if not architecture.endswith("ForCausalLM") and architecture != "?":
-        raise ConfigError(
-            f"unsupported architecture {architecture}: only language models (…ForCausalLM) of "
-            f"{SUPPORTED} are supported"
-        )
+        raise ConfigError(f"{architecture} is no language model (…ForCausalLM) of {SUPPORTED}")
     if (act := values.get("hidden_act") or "silu") not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {act!r} is not supported; only 'silu' is")
     if rounding := values.get("quantization_config"):
@@ -138,62 +141,24 @@ def _refuse_unsupported(values: JSON) -> None:
         if rounding.get("format") != "float-quantized" or not strategies <= {"channel", "tensor"}:
             raise ConfigError(
                 f"quantization_config of {rounding.get('quant_method', 'an unknown method')!r} is "
-                "not supported, but for compressed-tensors' FP8 with a scale a tensor or a "
-                "channel; give the plain, unquantized checkpoint"
+                "not supported, only compressed-tensors' FP8 with a scale a tensor or a channel; "
+                "give the unquantized checkpoint"
             )
 
 
-def _common_fields(values: JSON) -> dict[str, Any]:
-    hidden, heads = _integer(values, "hidden_size"), _integer(values, "num_attention_heads")
-    if values.get("head_dim") is None and hidden % heads:
-        raise ConfigError(
-            f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give head_dim"
-        )
-    theta, scaling = _rope(values)
-    eos = values.get("eos_token_id")
-    return {
-        "vocab_size": _integer(values, "vocab_size"),
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "head_dim": _integer(values, "head_dim", hidden // heads),
-        "rms_norm_eps": _number(values, "rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": _integer(values, "max_position_embeddings", 2048),
-        "tie_word_embeddings": bool(values.get("tie_word_embeddings", False)),
-        "bos_token_id": values.get("bos_token_id"),
-        "eos_token_id": () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        "pad_token_id": values.get("pad_token_id"),
-    }
-
-
-def _integer(values: JSON, key: str, default: int | None = None) -> int:
-    return _positive(values, key, default, int, "a whole number")
-
-
-def _number(values: JSON, key: str, default: float | None = None) -> float:
-    return float(_positive(values, key, default, int | float, "a number"))
-
-
-def _positive(values: JSON, key: str, default: float | None, kind: Any, what: str) -> Any:
+def _integer(values: JSON, key: str, default: float | None = None, kind: Any = int) -> Any:
+    """A whole number above 0. Raises ConfigError: missing without a default, or another value."""
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise ConfigError(f"{key!r} is missing")
     if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
+        what = "a whole number" if kind is int else "a number"
         raise ConfigError(f"{key} is {value!r}; it must be {what} above 0")
     return value
 
 
-def _biases_and_norms(family: str, values: JSON) -> dict[str, Any]:
-    bias = bool(values.get("attention_bias"))
-    match family:
-        case "mistral":
-            return {}
-        case "qwen2":
-            return {"qkv_bias": True}
-        case "qwen3":
-            return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True}
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(values.get("mlp_bias"))}
+def _number(values: JSON, key: str, default: float | None = None) -> float:
+    return float(_integer(values, key, default, int | float))
 
 
 def _sliding_window(family: str, values: JSON) -> int | None:
@@ -202,14 +167,13 @@ def _sliding_window(family: str, values: JSON) -> int | None:
     if window is None or family == "llama":
         return None
     layers = values["num_hidden_layers"]
-    if family == "mistral":
-        kinds = values.get("layer_types") or ["sliding_attention"] * layers
-    elif not values.get("use_sliding_window"):
-        return None
-    else:
+    full = 0
+    if family != "mistral":
+        if not values.get("use_sliding_window"):
+            return None
         full = min(values["max_window_layers"], layers)
-        split = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-        kinds = values.get("layer_types") or split
+    split = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    kinds = values.get("layer_types") or split
     if len(set(kinds)) > 1:
         raise ConfigError(
             "layers with and without a sliding window in one model are not supported "
@@ -232,12 +196,13 @@ def _rope(values: JSON) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind not in ("linear", "llama3"):
         raise ConfigError(f"rope type {kind!r} is not supported; default, linear and llama3 are")
-    scaling = RopeScaling(rope_type=kind, factor=_number(rope, "factor"))
+    factor = _number(rope, "factor")
     if kind == "linear":
-        return theta, scaling
+        return theta, RopeScaling(rope_type=kind, factor=factor)
     limit = _integer(values, "max_position_embeddings", 2048)
-    return theta, dataclasses.replace(
-        scaling,
+    return theta, RopeScaling(
+        rope_type=kind,
+        factor=factor,
         low_freq_factor=_number(rope, "low_freq_factor", 1.0),
         high_freq_factor=_number(rope, "high_freq_factor", 4.0),
         original_max_position_embeddings=_integer(rope, "original_max_position_embeddings", limit),
@@ -248,64 +213,49 @@ def _rope(values: JSON) -> tuple[float, RopeScaling | None]:
 
 
 def _blocks(values: JSON) -> tuple[BlockConfig, ...]:
-    if values.get("block_configs") or values["model_type"] == "nemotron-nas":
-        return _listed_blocks(values)
-    heads = _integer(values, "num_key_value_heads", _integer(values, "num_attention_heads"))
-    block = BlockConfig(GQA(heads), SwiGLU(_integer(values, "intermediate_size")))
-    return _overridden_blocks(block, values)
-
-
-def _listed_blocks(values: JSON) -> tuple[BlockConfig, ...]:
-    """The blocks of `block_configs`: `no_op`, `replace_with_linear`, or a size.
-
-    Of attention the query heads that share a KV head (`n_heads_in_group`) or the KV heads, of the
-    FFN a multiplier that stands for a width (`ffn_mult`) or the width.
-    """
+    if not (values.get("block_configs") or values["model_type"] == "nemotron-nas"):
+        heads = _integer(values, "num_key_value_heads", _integer(values, "num_attention_heads"))
+        block = BlockConfig(GQA(heads), SwiGLU(_integer(values, "intermediate_size")))
+        return _overridden_blocks(block, values)
     entries = values.get("block_configs")
     if not isinstance(entries, list) or not entries:
         raise ConfigError("'block_configs' is missing; a nemotron-nas config holds one a layer")
     blocks = []
     for layer, entry in enumerate(entries):
         try:
-            blocks.append(_listed_block(entry, values))
+            blocks.append(BlockConfig(*(_listed(kind, entry, values) for kind in KINDS)))  # type: ignore[arg-type]
         except (ConfigError, KeyError) as error:
             raise ConfigError(f"block_configs[{layer}]: {error}") from None
     return tuple(blocks)
 
 
-def _listed_block(entry: JSON, values: JSON) -> BlockConfig:
-    attention, ffn = entry["attention"], entry["ffn"]
-    for part, keys in (
-        (attention, ("window_length", "num_sink_tokens", "sparsify", "mamba")),
-        (ffn, ("sparsify", "moe")),
-        (entry, ("parallel_blocks",)),
-    ):
-        if unsupported := [key for key in keys if part.get(key)]:
-            raise ConfigError(f"{unsupported[0]} is not supported")
-    return BlockConfig(_listed_attention(attention, values), _listed_ffn(ffn, values))
+_UNSUPPORTED = ("window_length", "num_sink_tokens", "sparsify", "mamba", "moe", "parallel_blocks")
 
 
-def _listed_attention(entry: JSON, values: JSON) -> Attention:
+def _listed(kind: str, block: JSON, values: JSON) -> Variant:
+    """A subblock of `block_configs`: `no_op`, `replace_with_linear`, or a size.
+
+    Of attention the query heads that share a KV head (`n_heads_in_group`) or the KV heads, of the
+    FFN a multiplier that stands for a width (`ffn_mult`) or the width.
+    """
+    entry = block[kind]
+    for key in _UNSUPPORTED:
+        if entry.get(key) or block.get(key):
+            raise ConfigError(f"{key} is not supported")
     if entry.get("no_op"):
         return NoOp()
     if entry.get("replace_with_linear"):
         return Linear()
+    if kind == "ffn":
+        if entry.get("intermediate_size"):
+            return SwiGLU(_integer(entry, "intermediate_size"))
+        return SwiGLU(ffn_mult_width(_number(entry, "ffn_mult"), _integer(values, "hidden_size")))
     if entry.get("num_key_value_heads"):
         return GQA(_integer(entry, "num_key_value_heads"))
     group, heads = _integer(entry, "n_heads_in_group"), _integer(values, "num_attention_heads")
     if heads % group:
         raise ConfigError(f"n_heads_in_group {group} does not divide the {heads} query heads")
     return GQA(heads // group)
-
-
-def _listed_ffn(entry: JSON, values: JSON) -> FFN:
-    if entry.get("no_op"):
-        return NoOp()
-    if entry.get("replace_with_linear"):
-        return Linear()
-    if entry.get("intermediate_size"):
-        return SwiGLU(_integer(entry, "intermediate_size"))
-    return SwiGLU(ffn_mult_width(_number(entry, "ffn_mult"), _integer(values, "hidden_size")))
 
 
 def ffn_mult_width(ffn_mult: float, hidden_size: int) -> int:
@@ -355,8 +305,7 @@ def _parse_tessera(values: JSON) -> ModelConfig:
     if not isinstance(blocks, list):
         raise ConfigError("'blocks' is missing: a list of [attention, ffn] words, one a layer")
     for layer, words in enumerate(blocks):
-        pair = isinstance(words, list) and len(words) == 2
-        if not pair or not all(isinstance(word, str) for word in words):
+        if not isinstance(words, list) or [type(word) for word in words] != [str, str]:
             raise ConfigError(f"blocks[{layer}] is {words!r}; it must be [attention, ffn] words")
     return ModelConfig(**given, blocks=()).with_words(blocks)
 
@@ -380,46 +329,48 @@ def config_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def _stock_dict(config: ModelConfig) -> dict[str, Any]:
-    block, eos = config.blocks[0], list(config.eos_token_id)
+    block, family = config.blocks[0], config.family
     values = {
-        "architectures": [f"{config.family.capitalize()}ForCausalLM"],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": block.ffn.intermediate_size,  # type: ignore[union-attr]
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": block.attention.num_key_value_heads,  # type: ignore[union-attr]
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        **common_dict(config),
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope_scaling_dict(config.rope_scaling),
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else eos,
+        "intermediate_size": block.ffn.intermediate_size,  # type: ignore[union-attr]
+        "num_key_value_heads": block.attention.num_key_value_heads,  # type: ignore[union-attr]
         "pad_token_id": config.pad_token_id,
     }
-    if config.family in ("llama", "qwen3"):
+    if family in ("llama", "qwen3"):
         values["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
+    if family == "llama":
         values["mlp_bias"] = config.mlp_bias
-    if config.family != "llama":
+    else:
         values["sliding_window"] = config.sliding_window
-    if config.family.startswith("qwen"):
+    if family.startswith("qwen"):
         values["use_sliding_window"] = config.sliding_window is not None
         values["max_window_layers"] = 0 if config.sliding_window else config.num_hidden_layers
     return values
 
 
-def rope_scaling_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The `rope_scaling` entry, with the keys its type has."""
-    if scaling is None:
-        return None
-    if scaling.rope_type == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return dataclasses.asdict(scaling)
+def common_dict(config: ModelConfig) -> dict[str, Any]:
+    """The keys that the stock families' `config.json` and DeciLM's share."""
+    scaling, eos = config.rope_scaling, list(config.eos_token_id)
+    rope = None if scaling is None else dataclasses.asdict(scaling)
+    if scaling is not None and scaling.rope_type == "linear":
+        rope = {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else eos,
+    }
 
 
 def config_json(values: JSON) -> str:

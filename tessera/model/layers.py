@@ -3,9 +3,7 @@
 Shape letters, here and everywhere: B batch, T tokens, C hidden_size, H query heads, K key/value
 heads, D head_dim, F intermediate_size, V vocab_size, L layers.
 
-`Subblock` = norm + operation, and returns the residual *delta*: it is what block-wise local
-distillation trains, scoring swaps, the search chooses and fusion merges. RoPE is rotate-half,
-Hugging Face's convention, so importing a checkpoint renames tensors and never permutes numbers.
+RoPE is rotate-half, Hugging Face's convention.
 """
 
 from __future__ import annotations
@@ -36,8 +34,8 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Inverse frequencies `(D/2,)`, stretched as `rope_scaling` says.
 
-    `llama3` is Llama 3.1's rule: wavelengths beyond the original context are divided by
-    `factor`, short ones kept, the band between interpolated.
+    `llama3`: those of wavelengths beyond the original context are divided by `factor`, of short
+    ones kept, between them interpolated.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     inverse = 1.0 / (config.rope_theta**exponents)
@@ -63,27 +61,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     """Causal attention inside each document. q `(B,T,H,D)`, k and v `(B,T,K,D)` -> `(B,T,H,D)`.
 
     Packed rows are cut into their documents, which are grouped by length, so the work grows with
-    the documents' squared lengths and not with the row's. A prefix that documents share is read
-    by all of them.
+    the documents' squared lengths. A prefix that documents share is read by all of them.
     """
     if context.simple:
         return _sdpa(q, k, v, context.sliding_mask(q.shape[1]))
-    return _attend_documents(q, k, v, context)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
-
-
-def _attend_documents(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     plan = context.documents
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     parts = []
@@ -96,6 +77,18 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tens
             k, v = (torch.cat(pair, 1) for pair in zip(before, (k, v), strict=True))
         parts.append(_sdpa(q, k, v, mask).flatten(0, 1))
     return torch.cat(parts)[plan.inverse].unflatten(0, context.positions.shape)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -142,10 +135,7 @@ class FeedForward(nn.Module):
 
 
 class LinearMap(nn.Module):
-    """A chain of matrices, `linear` of one: the cheapest replacement that still reads its input.
-
-    x `(B,T,C)` -> `(B,T,C)`. The first is `weight`, DeciLM's name, those behind it `weight_1`, ….
-    """
+    """A chain of matrices: `weight` (DeciLM's name), `weight_1`, …. x `(B,T,C)` -> `(B,T,C)`."""
 
     def __init__(self, config: ModelConfig, variant: Chain) -> None:
         super().__init__()
@@ -168,27 +158,23 @@ class LinearMap(nn.Module):
 class Subblock(nn.Module):
     """Norm and operation of one word; returns the residual delta `(B,T,C)`, or 0 for `noop`."""
 
+    op: nn.Module
+
     def __init__(self, config: ModelConfig, variant: Variant) -> None:
         super().__init__()
         self.variant = variant
         if isinstance(variant, NoOp):
             return
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.op = _operation(config, variant)
+        match variant:
+            case GQA():
+                self.op = Attention(config, variant)
+            case SwiGLU():
+                self.op = FeedForward(config, variant)
+            case Chain():
+                self.op = LinearMap(config, variant)
 
     def forward(self, x: Tensor, context: Context) -> Tensor | float:
         if isinstance(self.variant, NoOp):
             return 0.0
         return self.op(self.norm(x), context)
-
-
-def _operation(config: ModelConfig, variant: Variant) -> nn.Module:
-    match variant:
-        case GQA():
-            return Attention(config, variant)
-        case SwiGLU():
-            return FeedForward(config, variant)
-        case Chain():
-            return LinearMap(config, variant)
-        case NoOp():
-            raise AssertionError("a noop has no operation")

@@ -1,8 +1,4 @@
-"""What a `MODEL` argument means, and what a run was made from. Torch-free.
-
-A model is a finished run, a Hugging Face directory or a hub id. Pickles are refused here: reading
-one can run any code.
-"""
+"""What a `MODEL` argument means, and what a run was made from. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import Any
 from tessera.model.config import ModelConfig
 from tessera.model.families import read_config
 from tessera.runs.files import RunError
-from tessera.runs.run import read_json, read_manifest, runs_in
+from tessera.runs.run import find_manifest, read_json, read_manifest, runs_in
 from tessera.table import nearest
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -35,14 +31,17 @@ def load_config(source: str | Path) -> ModelConfig:
 def resolve(source: str | Path) -> Path:
     """The directory that holds `config.json`: of a finished run, a model directory or a hub id.
 
-    Raises CheckpointError: no such thing, a run that is not done, a run that gives no model, a
-    file of weights instead of a directory, a hub that cannot be reached.
+    Raises CheckpointError.
     """
     path = Path(source)
     if path.is_dir():
         return _model_in(path)
     if path.is_file():
-        return _directory_of(path)
+        if path.name == "config.json" or path.suffix == ".safetensors":
+            return path.parent
+        if path.suffix in PICKLES:
+            raise pickle_error(path)
+        raise CheckpointError(f"{path} is a file; give the directory that holds its config.json")
     if is_hub_id(source):
         return _download(str(source))
     raise CheckpointError(
@@ -58,31 +57,17 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def _model_in(directory: Path) -> Path:
-    if (directory / "run.json").is_file():
-        manifest = read_manifest(directory)
-        if manifest.status != "done":
-            raise CheckpointError(
-                f"{directory} is a run that is not done ({manifest.status}); finish it by running "
-                "its recipe again"
-            )
+    if run := find_manifest(directory):
+        if run.status != "done":
+            raise CheckpointError(f"{directory} is not done ({run.status}); run its recipe again")
         if not (directory / "model" / "config.json").is_file():
-            raise CheckpointError(
-                f"{directory} is a run of stage {manifest.stage!r}, which gives no model"
-            )
+            raise CheckpointError(f"{directory}: stage {run.stage!r} gives no model")
         return directory / "model"
     if (directory / "config.json").is_file():
         return directory
     runs = [run.name for run in runs_in(directory)]
     hint = f"; it holds the runs {', '.join(runs)}: name one" if runs else ""
     raise CheckpointError(f"{directory} holds no config.json, so it is no model directory{hint}")
-
-
-def _directory_of(file: Path) -> Path:
-    if file.name == "config.json" or file.suffix == ".safetensors":
-        return file.parent
-    if file.suffix in PICKLES:
-        raise pickle_error(file)
-    raise CheckpointError(f"{file} is a file; give the directory that holds its config.json")
 
 
 def _download(name: str) -> Path:
@@ -95,16 +80,14 @@ def _download(name: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0].removeprefix("Got: ").rstrip(".")
         raise CheckpointError(
-            f"{name} is no directory here, and the Hugging Face hub did not give it: {reason}. "
-            "Check the name and the network, or download it elsewhere and give the directory."
+            f"{name} is no directory here, and the Hugging Face hub did not give it: {reason}"
         ) from error
 
 
 def pickle_error(file: Path) -> CheckpointError:
     return CheckpointError(
-        f"{file} is a pickle, which can run any code when it is read, and is refused. Convert it "
-        "to safetensors where you trust it: AutoModelForCausalLM.from_pretrained(IN)"
-        ".save_pretrained(OUT), both of transformers"
+        f"{file} is a pickle, which can run any code when it is read. Where you trust it, convert "
+        "it: transformers' AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
     )
 
 
@@ -126,32 +109,27 @@ def model_config(path: str | Path) -> ModelConfig:
     raise RunError(f"{path} is no run, no model directory and no config.json")
 
 
-def lineage(path: Path) -> list[dict[str, Any]]:
-    """The runs and directories a run was made from, ancestors first, itself last."""
-    return list(_trace(path, {}).values())
+def ancestors(
+    path: Path, found: dict[Path, dict[str, Any]] | None = None
+) -> dict[Path, dict[str, Any]]:
+    """What a run was made from, ancestors first, itself last: name, stage and inputs by directory.
 
-
-def ancestors(path: Path) -> list[Path]:
-    """The directories a run was made from, ancestors first, itself last; all resolved."""
-    return list(_trace(path, {}))
-
-
-def _trace(path: Path, found: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    found: what is known already, not read again. The directories are resolved.
+    """
+    found = {} if found is None else found
     key = path.resolve()
     if key in found:
         return found
-    if not (path / "run.json").is_file():
-        found[key] = {"name": str(path), "stage": None, "inputs": {}}
-        return found
-    manifest = read_manifest(path)
     inputs: dict[str, Any] = {}
-    for need, reference in manifest.inputs.items():
+    manifest = find_manifest(path)
+    for need, reference in manifest.inputs.items() if manifest else ():
         references = reference if isinstance(reference, list) else [reference]
         given = [one["path"] for one in references if one]
         inputs |= {need: ", ".join(given)} if given else {}
         for one in given:  # relative to the directory that holds the run
-            _trace(path.parent / one, found)
-    found[key] = {"name": manifest.name, "stage": manifest.stage, "inputs": inputs}
+            ancestors(path.parent / one, found)
+    name, stage = (manifest.name, manifest.stage) if manifest else (str(path), None)
+    found[key] = {"name": name, "stage": stage, "inputs": inputs}
     return found
 
 
@@ -166,11 +144,10 @@ def holder(path: str | Path) -> Path:
 
 def origin(path: Path) -> Path | None:
     """The parent that a run's model was cut from; None for a run that has none."""
-    if not (path / "run.json").is_file():
+    if (manifest := find_manifest(path)) is None:
         return None
-    inputs = read_manifest(path).inputs
     for need in ("teacher", "parent"):
-        if inputs.get(need):
-            return path.parent / inputs[need]["path"]
-    model = inputs.get("model")
+        if manifest.inputs.get(need):
+            return path.parent / manifest.inputs[need]["path"]
+    model = manifest.inputs.get("model")
     return origin(path.parent / model["path"]) if model else None

@@ -1,7 +1,5 @@
 """The one model: parent, child, teacher, policy and reference are all this class.
 
-    h = embed(tokens);  h += attention(h);  h += ffn(h)  for every block;  norm(h)
-
 `forward` returns hidden states and `logits(hidden)` is separate, so that losses can run the
 head in chunks of tokens and never hold `(B, T, V)`.
 """
@@ -49,7 +47,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder of the Llama class whose blocks may all differ."""
+    """A decoder of the Llama class whose blocks may all differ.
+
+    h = embed(tokens);  h += attention(h);  h += ffn(h)  for every block;  norm(h)
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -78,10 +79,7 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if tied else self.lm_head.weight
 
     def prepare(self, context: Context) -> Context:
-        """The context with what this model adds to it: rotary frequencies, sliding window.
-
-        A context may serve several models only where both agree, as a parent and its child do.
-        """
+        """The context with what this model adds to it: rotary frequencies, sliding window."""
         frequencies = self.inverse_frequencies(context.positions.device)
         known = context.inverse_frequencies
         assert known is None or torch.equal(known, frequencies), "a context of another model"
@@ -96,11 +94,7 @@ class Transformer(nn.Module):
         return self._frequencies
 
     def forward(
-        self,
-        tokens: Tensor,
-        context: Context | None = None,
-        *,
-        output_hidden_states: bool = False,
+        self, tokens: Tensor, context: Context | None = None, *, output_hidden_states: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Final, normalised hidden states `(B,T,C)` of tokens `(B,T)`.
 
@@ -116,10 +110,7 @@ class Transformer(nn.Module):
         return self.norm(last)
 
     def hidden_states(self, tokens: Tensor, context: Context | None = None) -> Iterator[Tensor]:
-        """The residual stream `(B,T,C)` entering layer 0, 1, …, L-1, and leaving the last.
-
-        A generator: the layer runs when the next state is asked for.
-        """
+        """The residual stream `(B,T,C)` entering layer 0, 1, …, L-1, and leaving the last."""
         context = self.prepare(Context.rows(tokens) if context is None else context)
         x = self.embed_tokens(tokens)
         yield x
@@ -145,8 +136,8 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> Transformer:
         """Fresh weights for training from scratch: normal, std 1/sqrt(fan_in).
 
-        Matrices that write into the residual stream are scaled by 1/sqrt(2L) (GPT-2), the
-        head is small so that the first loss is log V.
+        Matrices that write into the residual stream are scaled by 1/sqrt(2L) (GPT-2); the head is
+        small, so the first loss is log V.
         """
         generator = torch.Generator().manual_seed(seed)
         depth = (2 * max(1, len(self.layers))) ** -0.5

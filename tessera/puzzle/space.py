@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from tessera.export.engines import engines_of, refusals, spans
+from tessera.export.engines import engines_of, refusals
 from tessera.model.config import (
     GQA,
     KINDS,
@@ -31,6 +31,7 @@ from tessera.model.config import (
 from tessera.runs.plan import Input, Step, maker
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, is_done, read_json
+from tessera.table import spans
 
 ATTENTION = ("divisors", "linear", "noop")
 FFN = ("75%", "50%", "25%", "10%", "linear", "noop")

@@ -28,7 +28,7 @@ from tessera.puzzle.cost_table import PricedConfig
 from tessera.puzzle.space import read_space
 from tessera.runs.files import FailureError, RunError, resumable
 from tessera.runs.run import Run
-from tessera.vllm.process import Process, find_python
+from tessera.vllm.engine import Process, find_python
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 OURS = {"model", "load_format", "dtype", "enforce_eager", "enable_prefix_caching"}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, NoOp, SwiGLU
-from tessera.model.source import lineage, model_config
+from tessera.model.source import ancestors, model_config
 from tessera.report.explain import explain, headline, render_changes
 from tessera.runs.files import RunError, in_use
 from tessera.runs.run import Manifest, read_json, read_manifest, read_table, runs_in
@@ -55,7 +55,7 @@ def tables(path: Path) -> dict[str, list[dict[str, Any]]]:
 def _describe_run(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     found: dict[str, Any] = {"path": str(path), **_summary(manifest, path), "error": manifest.error}
-    found["lineage"] = lineage(path)
+    found["lineage"] = list(ancestors(path).values())
     try:
         found["model"] = describe_model(model_config(path))
     except RunError:

@@ -13,7 +13,7 @@ from tessera.export import decilm
 from tessera.runs.files import RunError
 from tessera.serve.app import ServeConfig, ServeError, api_keys
 from tessera.vllm import worker
-from tessera.vllm.process import find_python
+from tessera.vllm.engine import find_python
 
 
 class Command(NamedTuple):

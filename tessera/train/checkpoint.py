@@ -4,9 +4,8 @@
                            .metadata        which part is where, so that any number may read them
                            trainer.json     the step and the source's position
 
-It holds what the next step depends on and nothing else. A state is copied when the step ends and
-written by a thread while training goes on; the directory takes its name when every process has
-written, and only then older ones go. A kill at any instant leaves a state that is whole.
+A state is copied when the step ends and written by a thread while training goes on; the directory
+takes its name when every process has written, and only then older ones go.
 """
 
 from __future__ import annotations
@@ -38,10 +37,7 @@ META = "trainer.json"
 
 
 class Saver:
-    """Writes resume states under `directory`, one at a time, keeping the last `keep` of them.
-
-    A context manager: on leaving it nothing is being written any more, however it is left.
-    """
+    """Writes resume states under `directory`, one at a time, keeping the last `keep` of them."""
 
     def __init__(self, directory: Path, keep: int = 1) -> None:
         self.directory, self.keep = directory, keep
@@ -57,12 +53,16 @@ class Saver:
             self.wait()
 
     def save(self, step: int, trainer: Trainer) -> None:
-        """Begin to write the state after `step` steps; what it is is settled on return.
+        """Begin to write the state after `step` steps, copied before this returns.
 
         Raises WriteError where the one before could not be written.
         """
         self.wait()
-        tensors = {key: _copy(value) for key, value in _tensors(trainer).items()}
+        with torch.no_grad():
+            tensors = {
+                key: value.clone() if value.device.type == "cpu" else value.to("cpu")
+                for key, value in _tensors(trainer).items()
+            }
         meta = json.dumps({"step": step, "source": trainer.source.state_dict()})
         self._pending = self._pool.submit(self._write, f"step-{step:08}", tensors, meta)
 
@@ -97,22 +97,13 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
-@torch.no_grad()
-def _copy(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in memory that no later step changes."""
-    return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
-
-
 def states(directory: Path) -> list[Path]:
     """The whole resume states of a directory, the oldest first."""
     return sorted(path for path in directory.glob("step-*") if (path / META).is_file())
 
 
 def load_state(directory: Path, trainer: Trainer) -> int:
-    """Put the last saved state back into `trainer`; returns its step, 0 where there is none.
-
-    It may have been saved by another number of processes, and under another layout.
-    """
+    """Put the last saved state, of any layout, back into `trainer`; its step, 0 without one."""
     found = dist.broadcast([str(path) for path in states(directory)])
     if not found:
         return 0

@@ -4,8 +4,6 @@
 
 An objective returns sums and the division by the *global* weight happens here, so
 accumulation and ranks change nothing (a mean of means is off by 9.5 % on ragged microbatches).
-Processes agree once a step on what it came to and on whether to save or to stop, so none of them
-goes on alone. There are no callbacks: what happens every so often is an `if` in `fit`.
 """
 
 from __future__ import annotations
@@ -77,9 +75,8 @@ def context_of(batch: Batch) -> Context:
 class Trainer:
     """Runs `config.steps` optimizer steps of `objective` on `module` over `source`.
 
-    `evaluate`, if given, is called every `evaluate_every` steps and at the end; its numbers join
-    the step's line in metrics.jsonl. `check` sees each step's metrics before the update and may
-    raise.
+    evaluate: called every `evaluate_every` steps and at the end; its numbers join the step's line
+    in metrics.jsonl. check: sees each step's metrics before the update, and may raise.
     """
 
     def __init__(
@@ -106,10 +103,7 @@ class Trainer:
         self.watch = Watch(run, config.quiet_seconds)
 
     def as_part(self, number: int, count: int) -> Self:
-        """The same as training `number` (from 0) of `count` in one run.
-
-        Its logged steps follow those before, and its resume state is its own.
-        """
+        """The same as training `number` (from 0) of `count` in one run, with a state of its own."""
         self.before, self.steps_of_run = number * self.config.steps, count * self.config.steps
         if count > 1:
             self.state_path = self.run.state_path / f"part-{number}"
@@ -126,10 +120,10 @@ class Trainer:
             self.run.rewind(self.before + start)
             if start:
                 self.run.say(f"resuming after step {self.before + start} of {self.steps_of_run}")
+            self.module.train()
             self._steps_from(start)
 
     def _steps_from(self, start: int) -> None:
-        self.module.train()
         bar = Progress(self.run.name, self.steps_of_run, "tokens", quiet=self.run.quiet)
         saver = Saver(self.state_path, self.config.save_total_limit)
         sinks = Sinks(self.config.report_to, self.run, self.before + start)
@@ -151,7 +145,10 @@ class Trainer:
                 bar.advance(1, tokens, loss=metrics["loss"], **shown)
                 self.watch.at(f"step {step + 1}: agreeing on what is next")
                 begun = time.monotonic()
-                stop, save = _anywhere(stopped(), begun - saved > self.config.save_seconds)
+                asked = torch.tensor([stopped(), begun - saved > self.config.save_seconds])
+                if dist.world() > 1:  # what one process is asked, all of them do
+                    asked = dist.max(asked.to(dist.device(), torch.int32))
+                stop, save = asked.tolist()
                 if stop or save:
                     self.watch.at(f"step {step + 1}: saving")
                     saver.save(step + 1, self)
@@ -211,12 +208,11 @@ class Trainer:
         return metrics, tokens, flops
 
     def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
-        bad = [key for key in ("loss", "grad_norm") if not math.isfinite(metrics[key])]
+        bad = {k: metrics[k] for k in ("loss", "grad_norm") if not math.isfinite(metrics[k])}
         if bad:
             raise FailureError(
-                f"{' and '.join(bad)} not finite at step {step + 1}: "
-                f"{ {key: metrics[key] for key in bad} }. No update was made. Lower "
-                f"`train.lr` (now {self.config.lr}) or lengthen `train.warmup`, then run again."
+                f"not finite at step {step + 1}: {bad}. No update was made. Lower `train.lr` (now "
+                f"{self.config.lr}) or lengthen `train.warmup`, then run again."
             )
 
     def _update(self, step: int) -> float:
@@ -234,28 +230,19 @@ def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
     totals[key] = totals[key] + value if key in totals else value
 
 
-def _anywhere(*flags: bool) -> list[bool]:
-    """Which of these are set in any process, the same answer in all of them."""
-    if dist.world() == 1:
-        return list(flags)
-    found = dist.max(torch.tensor(flags, dtype=torch.int32, device=dist.device()))
-    return [bool(flag) for flag in found.tolist()]
-
-
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], bool]]:
     """SIGINT and SIGTERM ask for a stop after the step; a second one interrupts at once."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may handle signals
-        return
 
     def note(number: int, frame: object) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()  # others handle no signals
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    old = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(received)
     finally:

@@ -3,9 +3,8 @@
     forward     2 a weight of a matrix and token, 4 H D a pair of a token and one that it attends to
     backward    twice as many: gradients of weights, and of inputs
 
-A multiply-add is two operations. Padding, masked halves and what is computed again (gradient
-checkpointing) count as nothing: these are the "model FLOPs" of PaLM (2204.02311, appendix B), whose
-share of the device's peak is MFU.
+A multiply-add is two operations. Padding, masked halves and what is computed again count as
+nothing: the "model FLOPs" of PaLM (2204.02311, appendix B), whose share of the peak is MFU.
 """
 
 from __future__ import annotations
@@ -57,12 +56,10 @@ class Cost:
         return self.token * work.tokens + self.pair * work.pairs
 
     def training(self, work: Work) -> int:
-        """Forward, and the gradients of weights and of what entered."""
         return 3 * self.forward(work)
 
 
 def subblock_cost(config: ModelConfig, variant: Variant) -> Cost:
-    """The operations of one subblock's matrices."""
     hidden, dim = config.hidden_size, config.head_dim
     match variant:
         case GQA(num_key_value_heads=kv):
@@ -77,7 +74,6 @@ def subblock_cost(config: ModelConfig, variant: Variant) -> Cost:
 
 
 def block_cost(config: ModelConfig, layer: int) -> Cost:
-    """The operations of both subblocks of a layer."""
     block = config.blocks[layer]
     return subblock_cost(config, block.attention) + subblock_cost(config, block.ffn)
 
@@ -96,30 +92,25 @@ def peak(dtype: torch.dtype) -> float | None:
 
     A GPU's by its data sheet; a CPU's by the best of some float32 products of 1024 x 1024.
     """
-    if dist.device().type != "cuda":
-        return _probed() if dtype == torch.float32 else None
-    if dtype != torch.bfloat16:
+    if dist.device().type == "cuda":
+        name = torch.cuda.get_device_name(dist.device())
+        return _sheet_peak(name) if dtype == torch.bfloat16 else None
+    if dtype != torch.float32:
         return None
-    return _sheet_peak(torch.cuda.get_device_name(dist.device()))
-
-
-def _sheet_peak(name: str) -> float | None:
-    """Of a board by the name its driver gives it; None where no data sheet here is its own."""
-    if any(board in name for board in SLOWER_BOARDS):
-        return None
-    found = (device for device in devices.DEVICES.values() if device.name in name)
-    return next((device.peak["bf16"] for device in found), None)
-
-
-def _probed(size: int = 1024, tries: int = 5) -> float:
-    generator = torch.Generator().manual_seed(0)
+    size, generator, best = 1024, torch.Generator().manual_seed(0), float("inf")
     a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
-    best = float("inf")
-    for _ in range(tries):
+    for _ in range(5):
         begun = time.perf_counter()
         multiply(a, b)
         best = min(best, time.perf_counter() - begun)
     return 2 * size**3 / best
+
+
+def _sheet_peak(name: str) -> float | None:
+    if any(board in name for board in SLOWER_BOARDS):
+        return None
+    found = (device for device in devices.DEVICES.values() if device.name in name)
+    return next((device.peak["bf16"] for device in found), None)
 
 
 DOCUMENTS = 4 / 3  # rows of documents grouped by length are padded by a third at most (context.py)
@@ -147,8 +138,7 @@ def kept(config: ModelConfig, variant: Variant, ways: int = 1) -> float:
 def working(config: ModelConfig, variants: Iterable[Variant], ways: int = 1) -> float:
     """Numbers a token that the backward pass of the widest FFN holds beside what is kept.
 
-    silu(gate), its product with up, and the slopes of that product, of gate and of up; around
-    them slopes of the residual stream.
+    silu(gate), its product with up, and three slopes; around them those of the residual stream.
     """
     widths = [v.intermediate_size for v in variants if isinstance(v, SwiGLU)]
     return 5 * max(widths, default=0) / ways + 4 * config.hidden_size

@@ -70,10 +70,9 @@ DocumentTrainConfig = Annotated[TrainConfig, AfterValidator(_check_rows)]
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:
-    """Share of `lr` used by 0-based `step`: linear warm-up, then the schedule.
+    """Share of `lr` at 0-based `step`: linear warm-up, then the schedule, down to `min_lr`.
 
-    `cosine` falls to `min_lr` over the rest; `wsd` (warm-up, stable, decay) stays at 1 and
-    falls linearly over the last `decay` of the steps; `constant` stays at 1.
+    `wsd` (warm-up, stable, decay) stays at 1 and falls linearly over the last `decay` of the steps.
     """
     warmup = round(config.warmup * config.steps)
     if step < warmup:

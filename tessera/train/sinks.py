@@ -4,8 +4,8 @@
     train.report_to = ["tensorboard", "wandb"]
 
 Each is a package of its own (the extras of the same names), imported when it is asked for. A
-resumed run continues the same chart, and every step is in it once; what a kill kept from a sink
-is sent from the run's own logs. A sink that fails is reported once and closed; training goes on.
+resumed run continues the same chart, every step in it once; what a kill kept from a sink is sent
+from the run's own logs. A sink that fails is reported once and closed; training goes on.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ def check_installed(names: tuple[SinkName, ...]) -> None:
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name is a package to Python, too
-            raise ValueError(
-                f"{name} is not installed: pip install 'tessera[{name}]', or leave it out of "
-                "report_to"
-            )
+            raise ValueError(f"{name} is not installed: pip install 'tessera[{name}]'")
 
 
 def _tensorboard(run: Run, start: int) -> Sink:
@@ -63,14 +60,8 @@ def _wandb(run: Run, start: int) -> Sink:
     import wandb  # pyright: ignore[reportMissingImports]
 
     project, name = names(run)
-    opened = wandb.init(
-        project=project,
-        name=name,
-        id=identity(run),
-        resume="allow",
-        dir=str(run.path),
-        config=run.config,
-    )
+    known: Any = {"id": identity(run), "resume": "allow", "dir": str(run.path)}
+    opened = wandb.init(project=project, name=name, config=run.config, **known)
     first = opened.starting_step  # 0 offline, where each process writes a file
     return Sink(first, lambda step, numbers: opened.log(dict(numbers), step=step), opened.finish)
 
@@ -79,14 +70,10 @@ def _trackio(run: Run, start: int) -> Sink:
     import trackio  # pyright: ignore[reportMissingImports]
 
     project, name = names(run)
+    name = f"{name}-{identity(run)[:8]}"
+    known: Any = {"resume": "allow", "embed": False}
     with contextlib.redirect_stdout(sys.stderr):
-        opened = trackio.init(
-            project=project,
-            name=f"{name}-{identity(run)[:8]}",
-            resume="allow",
-            config=run.config,
-            embed=False,
-        )
+        opened = trackio.init(project=project, name=name, config=run.config, **known)
 
     def close() -> None:
         with contextlib.redirect_stdout(sys.stderr):

@@ -1,8 +1,5 @@
 """Says what each process is doing when nothing has moved for a while.
 
-with Watch(run, quiet=120) as watch:
-    watch.at("step 12: reading data")
-
 quiet for 2:11: rank 3 at 'step 12: reading data' for 2:14, in read (tessera.data.store:88);
 ranks 0-2 at 'step 12: summing weights' for 2:11, in all_reduce (tessera.dist:118)
 """
@@ -15,13 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from tessera import dist
 from tessera.runs.files import WriteError, atomic_write
 from tessera.runs.run import Run
-from tessera.table import clock
+from tessera.table import clock, spans
 
 
 class Sign(NamedTuple):
@@ -33,7 +29,7 @@ class Sign(NamedTuple):
 
 
 class Watch:
-    """Reports silence through `run.say`; every process of a job holds one.
+    """Reports silence through `run.say`; a context manager that every process of a job holds.
 
     A thread looks every few seconds. A process that has been at one thing for half of `quiet`
     seconds leaves a file in the run's state, for the main process to read: no collectives, because
@@ -43,6 +39,7 @@ class Watch:
     def __init__(self, run: Run, quiet: float) -> None:
         self.run, self.quiet = run, quiet
         self._folder = run.state_path / "watch"
+        self._mine = self._folder / f"rank-{dist.rank()}.json"
         self._now = ("starting", time.time())
         self._reported = 0.0
         self._over = threading.Event()
@@ -50,7 +47,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         self._watched = threading.get_ident()
-        self._file(dist.rank()).unlink(missing_ok=True)  # of a process that was killed
+        self._mine.unlink(missing_ok=True)  # of a process that was killed
         self.at("starting")
         self._thread.start()
         return self
@@ -58,7 +55,7 @@ class Watch:
     def __exit__(self, *_: Any) -> None:
         self._over.set()
         self._thread.join()
-        self._file(dist.rank()).unlink(missing_ok=True)
+        self._mine.unlink(missing_ok=True)
 
     def at(self, what: str) -> None:
         """From now on this process is at `what`."""
@@ -68,30 +65,25 @@ class Watch:
         while not self._over.wait(min(5.0, self.quiet / 8)):
             what, since = self._now
             silent = time.time() - since
-            with contextlib.suppress(
-                OSError, WriteError
-            ):  # a full disk is the training's to report
+            with contextlib.suppress(OSError, WriteError):  # a full disk is the training's to tell
                 if silent < self.quiet / 2:
                     self._reported = 0.0
-                    self._file(dist.rank()).unlink(missing_ok=True)
+                    self._mine.unlink(missing_ok=True)
                 else:
                     self._report(Sign(what, since, call_of(self._watched)), silent)
 
     def _report(self, sign: Sign, silent: float) -> None:
         if dist.world() > 1:
             self._folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self._file(dist.rank()), json.dumps(sign))
+            atomic_write(self._mine, json.dumps(sign))
         if dist.is_main() and silent >= max(self.quiet, 2 * self._reported):
             self._reported = silent
-            others = {r: self._read(r) for r in range(1, dist.world())}
+            others = {rank: self._read(rank) for rank in range(1, dist.world())}
             self.run.say(describe({0: sign, **others}, time.time()))
-
-    def _file(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank}.json"
 
     def _read(self, rank: int) -> Sign | None:
         try:
-            return Sign(*json.loads(self._file(rank).read_text()))
+            return Sign(*json.loads((self._folder / f"rank-{rank}.json").read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -114,31 +106,18 @@ def describe(signs: Mapping[int, Sign | None], now: float) -> str:
     signs: by rank; None where a process has left none: it has moved lately, or is gone.
     """
     groups: dict[tuple[str, str] | None, list[int]] = {}
+    starts: dict[tuple[str, str] | None, float] = {}
     for rank, sign in signs.items():
-        groups.setdefault(sign and (sign.what, sign.call), []).append(rank)
-
-    def since(group: tuple[str, str] | None) -> float:
-        known = [sign.since for rank in groups[group] if (sign := signs[rank])]
-        return min(known, default=float("inf"))
-
+        group = sign and (sign.what, sign.call)
+        groups.setdefault(group, []).append(rank)
+        since = sign.since if sign else float("inf")
+        starts[group] = min(since, starts.get(group, since))
     parts = []
-    for group in sorted(groups, key=since):
-        who = f"{_ranks(groups[group])} " if len(signs) > 1 else ""
+    for group in sorted(groups, key=lambda group: starts[group]):
+        who = f"{spans(groups[group], 'rank')} " if len(signs) > 1 else ""
         state = "not heard of: moving, or gone"
         if group is not None:
-            state = f"at {group[0]!r} for {clock(now - since(group))}, in {group[1]}"
+            state = f"at {group[0]!r} for {clock(now - starts[group])}, in {group[1]}"
         parts.append(f"{who}{state}")
     silent = now - max(sign.since for sign in signs.values() if sign)
     return f"quiet for {clock(silent)}: {'; '.join(parts)}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    """`rank 3`, `ranks 0-2, 5`."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and spans[-1][-1] == rank - 1:
-            spans[-1] = [spans[-1][0], rank]
-        else:
-            spans.append([rank])
-    text = ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

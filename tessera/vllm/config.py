@@ -17,27 +17,18 @@ OURS = {"model", "dtype", "quantization", "enforce_eager", "max_model_len", "max
 
 
 class VLLMConfig(Config):
-    """How vLLM is run.
+    """How vLLM is run."""
 
-    python: that of an environment with vLLM; without, this one's or `.venv-vllm`'s. dtype: "auto"
-    is float32 on a CPU and bfloat16 on a GPU. quantization: "fp8" rounds weights as they are
-    loaded, on GPUs that have it. memory: share of the GPU for weights and cache; on a CPU
-    `cache_gib` says how large the cache is, left out it fits the queue up to 4 GiB. sleep: gives
-    a GPU's memory to the trainer between rollouts. plugin: tessera's own classes for the layers
-    that stock vLLM does not build (`vllm/plugin.py`), in this process alone. arguments:
-    further ones of `vllm.LLM`, such as tensor_parallel_size.
-    """
-
-    python: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["fp8"] | None = None
+    python: str | None = None  # of an environment with vLLM; left out, this one's or .venv-vllm's
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float32 on CPUs, bfloat16
+    quantization: Literal["fp8"] | None = None  # rounds weights as they are loaded, on GPUs
     enforce_eager: bool = False
-    memory: float = Field(default=0.5, gt=0, le=1)
-    cache_gib: PositiveInt | None = None
+    memory: float = Field(default=0.5, gt=0, le=1)  # share of a GPU for weights and cache
+    cache_gib: PositiveInt | None = None  # of a CPU; left out, it fits the queue up to 4 GiB
     max_model_len: PositiveInt | None = None
-    sleep: bool = True
-    plugin: bool = False
-    arguments: dict[str, bool | int | float | str] = {}
+    sleep: bool = True  # gives a GPU's memory to the trainer between rollouts
+    plugin: bool = False  # tessera's classes for layers that stock vLLM does not build
+    arguments: dict[str, bool | int | float | str] = {}  # further ones of vllm.LLM
 
     @field_validator("arguments")
     @classmethod

@@ -1,21 +1,22 @@
 """An engine over stock vLLM, in a process and an environment of its own.
 
-    module --sync--> a directory in memory, with checksums --> vLLM reads it in place
-    generate, score: token ids through a pipe
-
-The directory is what `tessera export` writes: a stock one where the layers are equal, DeciLM where
-they differ. What vLLM cannot load is refused before anything starts. Log-probs are the model's
-own, before temperature and filters, as every engine's are.
+module --sync--> a directory in memory, with checksums --> vLLM reads it in place
+generate, score: token ids through a pipe
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,20 @@ from tessera.generate.engine import (
 from tessera.model.checkpoint import write_model
 from tessera.model.config import ModelConfig
 from tessera.model.transformer import Transformer, holding
-from tessera.runs.files import writing
+from tessera.runs.files import FailureError, RunError, writing
 from tessera.vllm.config import VLLMConfig
-from tessera.vllm.process import DiedError, Process, find_python
 from tessera.vllm.worker import checksum
 
+WORKER = Path(__file__).with_name("worker.py")
+ENVIRONMENT = Path(".venv-vllm/bin/python")  # what `make venv-vllm` builds
+# Scheduling in the same process: a spawned one starts later, and helps no offline queue.
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 MEMORY = Path("/dev/shm")
 PLUGIN = Path(__file__).with_name("plugin.py")
 PREFIX = "tessera-vllm-"
@@ -52,13 +62,89 @@ SAMPLING = (
 )  # fmt: skip
 
 
+def find_python(given: str | None) -> str:
+    """The Python that has vLLM. Raises RunError, with the way to get one."""
+    if given is not None:
+        if shutil.which(given) is None:
+            raise RunError(f"python = {given!r} is no program; `make venv-vllm` builds one")
+        return given
+    if importlib.util.find_spec("vllm"):
+        return sys.executable
+    if ENVIRONMENT.is_file():
+        return str(ENVIRONMENT)
+    raise RunError(
+        f"no vLLM beside tessera or in {ENVIRONMENT}: `make venv-vllm` builds that environment, "
+        'python = "PATH" names the Python of another'
+    )
+
+
+class DiedError(FailureError):
+    """The process ended without an answer; the text ends with its last lines of standard error."""
+
+
+class Process:
+    """A started worker. environment: variables beside this process's own."""
+
+    def __init__(self, python: str, environment: Mapping[str, str], script: Path = WORKER) -> None:
+        self.python = python
+        self.log = tempfile.NamedTemporaryFile("w+b", prefix="tessera-vllm-", suffix=".log")  # noqa: SIM115
+        self.child = subprocess.Popen(
+            [python, str(script)],
+            env={**os.environ, **QUIET, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def ask(self, do: str, progress: Callable[[int], None] | None = None, **keys: Any) -> dict:
+        """The worker's answer to one question; `progress` is called with the samples done so far.
+
+        Raises GenerationError with what the worker refused, DiedError where it has ended.
+        """
+        assert self.child.stdin is not None and self.child.stdout is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):  # ended: then it answers nothing
+            self.child.stdin.write(json.dumps({"do": do, **keys}) + "\n")
+            self.child.stdin.flush()
+        for line in self.child.stdout:
+            if not line.endswith("\n"):
+                break  # killed while it wrote
+            answer = json.loads(line)
+            if answer.keys() != {"done"}:
+                if "error" in answer:
+                    raise GenerationError(f"vLLM: {answer['error']}")
+                return answer
+            if progress:
+                progress(answer["done"])
+        code = self.child.wait()
+        self.log.seek(0)
+        lines = self.log.read().decode("utf-8", "replace").splitlines()
+        raise DiedError(
+            f"vLLM's process ({self.python}) ended with code {code}; its last lines:\n"
+            + "\n".join(lines[-12:])
+        )
+
+    def close(self, patience: float = 5.0) -> None:
+        """Close its standard input, then kill it; an `ask` that waits raises DiedError."""
+        assert self.child.stdin is not None and self.child.stdout is not None
+        with contextlib.suppress(OSError):
+            self.child.stdin.close()
+        try:
+            self.child.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        self.child.stdout.close()
+        self.log.close()
+
+
 class VLLMEngine:
     """An `Engine` that stock vLLM computes.
 
     batch: samples decoded together. Raises GenerationError for a model that vLLM cannot load,
     RunError where there is no vLLM. A process that dies is started once more with the weights of
-    the last `sync`; a question that kills it twice raises DiedError (a FailureError) with its last
-    lines. A thinking budget is not among vLLM's own options: GenerationError.
+    the last `sync`; a question that kills it twice raises DiedError (a FailureError).
     """
 
     def __init__(
@@ -91,9 +177,7 @@ class VLLMEngine:
         """See `Engine.generate`. Seeds are vLLM's: the samples are not those of another engine."""
         check_sequences(prompts, "prompt", self.config.vocab_size, self.room - 1)
         if params.thinking is not None:
-            raise GenerationError(
-                "vLLM's engine takes no thinking budget; use tessera's own, or max_tokens"
-            )
+            raise GenerationError("vLLM takes no thinking budget; use tessera's engine")
         total = len(prompts) * params.n
         answer = self._ask(
             "generate",
@@ -102,10 +186,16 @@ class VLLMEngine:
             seeds=[seed_of(params.seed, key) for key in keys_of(prompts, keys)],
             sampling={name: getattr(params, name) for name in SAMPLING},
         )
-        return [
-            [self._completion(sample, params.logprobs) for sample in samples]
-            for samples in answer["completions"]
-        ]
+
+        def completion(
+            ids: list[int], logprobs: list[float], reason: str, rows: list
+        ) -> Completion:
+            top = [[(int(i), p) for i, p in row] for row in rows] if params.logprobs else []
+            top = [sorted(row, key=lambda pair: -pair[1])[: params.logprobs] for row in top]
+            ended = "stop" if reason == "stop" else "length"
+            return Completion(ids, logprobs, ended, self.version, top)
+
+        return [[completion(*sample) for sample in samples] for samples in answer["completions"]]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
@@ -113,7 +203,7 @@ class VLLMEngine:
         return self._ask("score", sequences=[list(one) for one in sequences])["scores"]
 
     def sync(self, module: Transformer, version: int) -> None:
-        """See `Engine.sync`: written to memory, with checksums, read by vLLM in place."""
+        """See `Engine.sync`."""
         if module.config != self.config:
             raise GenerationError("sync takes weights of the model that the engine was made for")
         self._files = publish(module, self._place / "model", self.form, self.dtype)
@@ -140,38 +230,29 @@ class VLLMEngine:
     def _weights(self) -> dict[str, Any]:
         return {"model": str(self._place / "model"), "checksums": self._files}
 
-    def _start(self) -> None:
-        self._process = Process(self.python, self._environment())
+    def _start(self) -> Process:
+        self._process = process = Process(self.python, self._environment())
         plugin = {"plugin": str(PLUGIN)} if self.settings.plugin else {}
         try:
-            self._process.ask("open", arguments=self._arguments(), **plugin, **self._weights())
+            process.ask("open", arguments=self._arguments(), **plugin, **self._weights())
         except BaseException:
             self._end_process()
             raise
+        return process
 
-    def _ask(
-        self,
-        do: str,
-        progress: Callable[[int], None] | None = None,
-        *,
-        again: bool = True,
-        **keys: Any,
-    ) -> dict:
+    def _ask(self, do: str, progress: Callable[[int], None] | None = None, **keys: Any) -> dict:
         """An answer, from a second process where the first dies over it."""
-        if self._closed:
-            raise ClosedError("the engine is closed: make another")
-        try:
-            if self._process is None:
-                self._start()
-            assert self._process is not None
-            return self._process.ask(do, progress, **keys)
-        except DiedError:
-            if self._closed:  # by another thread, while this one waited for the answer
-                raise ClosedError("the engine was closed") from None
-            self._end_process()
-            if not again:
-                raise
-        return self._ask(do, progress, again=False, **keys)
+        for last in (False, True):
+            if self._closed:
+                raise ClosedError("the engine is closed: make another")
+            try:
+                process = self._process or self._start()
+                return process.ask(do, progress, **keys)
+            except DiedError:
+                self._end_process()
+                if last and not self._closed:
+                    raise
+        raise ClosedError("another thread closed the engine before it answered")
 
     def _end_process(self) -> None:
         if self._process is not None:
@@ -179,7 +260,6 @@ class VLLMEngine:
         self._process = None
 
     def _arguments(self) -> dict[str, Any]:
-        """Those of vllm.LLM."""
         settings = self.settings
         arguments: dict[str, Any] = {
             "trust_remote_code": True,  # ours: the code that reads the exported config
@@ -203,9 +283,8 @@ class VLLMEngine:
 
     def _environment(self) -> dict[str, str]:
         if self.cuda:
-            given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            seen = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-            return {"CUDA_VISIBLE_DEVICES": seen[torch.cuda.current_device()]}
+            given, device = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.current_device()
+            return {"CUDA_VISIBLE_DEVICES": given.split(",")[device] if given else str(device)}
         # Left out, the cache holds every sample at full length, up to 4 GiB.
         token = self.config.kv_bytes_per_token(self.dtype.itemsize)
         gib = min(4, 1 + int(self.batch * self.room * token // 2**30))
@@ -215,14 +294,6 @@ class VLLMEngine:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
 
-    def _completion(self, sample: Sequence[Any], likeliest: int) -> Completion:
-        ids, logprobs, reason, rows = sample
-        top = [[(int(i), p) for i, p in row] for row in rows] if likeliest else []
-        top = [sorted(row, key=lambda pair: -pair[1])[:likeliest] for row in top]
-        return Completion(
-            ids, logprobs, "stop" if reason == "stop" else "length", self.version, top
-        )
-
 
 def seed_of(seed: int, key: int) -> int:
     """vLLM's seed of a prompt: a hash, because vLLM adds the sample's number to it."""
@@ -231,13 +302,11 @@ def seed_of(seed: int, key: int) -> int:
 
 
 def _form(config: ModelConfig, engine: str) -> Format:
-    """The format that vLLM loads this model from. Raises GenerationError with its reasons."""
-    stock = config.homogeneous
-    if stock and not refusals(config, engine, "hf"):
-        return "hf"
-    if not refusals(config, engine, "decilm"):
-        return "decilm"
-    reasons = refusals(config, engine, "hf" if stock else "decilm")
+    forms: list[Format] = ["hf", "decilm"] if config.homogeneous else ["decilm"]
+    for form in forms:
+        if not refusals(config, engine, form):
+            return form
+    reasons = refusals(config, engine, forms[0])
     hint = "" if refusals(config, "vllm-plugin", "decilm") else "; vllm.plugin = true can"
     raise GenerationError(f"vLLM cannot load this model: {'; '.join(reasons)}{hint}")
 
@@ -245,28 +314,20 @@ def _form(config: ModelConfig, engine: str) -> Format:
 def publish(
     module: Transformer, directory: Path, form: Format, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Write a model for vLLM; returns the CRC-32 of each file of weights by its name.
-
-    Raises WriteError where the memory is full.
-    """
+    """Write a model for vLLM; returns the CRC-32 of each file of weights by its name."""
     with writing(directory):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        shown = _untied(module if form == "hf" else widen(module))
+        shown = module if form == "hf" else widen(module)
+        if shown.config.tie_word_embeddings:
+            # vLLM reloads tied weights into one of the two places only (0.32, model_loader/reload).
+            state = {**shown.state_dict(), "lm_head.weight": shown.head.detach().clone()}
+            config = replace(shown.config, tie_word_embeddings=False)
+            shown = holding(config, lambda key, _: state[key]).requires_grad_(False)
         write_model(shown, directory, dtype=dtype)
         if form != "hf":
             decilm.write_config(shown.config, directory, str(dtype).removeprefix("torch."))
     return {file.name: checksum(file) for file in sorted(directory.glob("*.safetensors"))}
-
-
-def _untied(module: Transformer) -> Transformer:
-    """The same function with a head of its own: vLLM reloads tied weights into one of the two
-    places only (0.32, `model_loader/reload`)."""
-    if not module.config.tie_word_embeddings:
-        return module
-    state = {**module.state_dict(), "lm_head.weight": module.head.detach().clone()}
-    config = replace(module.config, tie_word_embeddings=False)
-    return holding(config, lambda key, _: state[key]).requires_grad_(False)
 
 
 def _directory_in_memory() -> Path:

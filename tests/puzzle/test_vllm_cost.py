@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -19,8 +20,7 @@ from tessera.puzzle.vllm_cost import VLLMCostConfig, prefill_and_step, served, u
 from tessera.runs.files import FailureError, RunError
 from tessera.runs.recipe import RecipeError, validate
 from tessera.runs.run import Run, read_json, read_table
-from tessera.vllm import process
-from tessera.vllm.process import find_python
+from tessera.vllm.engine import find_python
 from tests import tiny
 
 PARENT = (("gqa-4", "swiglu-600"),) * 3
@@ -206,7 +206,7 @@ def test_a_family_that_vllm_cannot_load_is_refused_before_anything_runs():
 
 def test_a_missing_environment_is_an_error_that_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="make venv-vllm"):
         find_python(None)
     with pytest.raises(RunError, match="'nowhere/python' is no program"):

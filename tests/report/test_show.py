@@ -7,7 +7,7 @@ import pytest
 
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.families import config_dict, config_json
-from tessera.model.source import lineage, model_config
+from tessera.model.source import ancestors, model_config
 from tessera.report.show import dependency_map, describe, mosaic, render
 from tessera.runs.files import RunError
 from tessera.runs.run import Run
@@ -92,7 +92,7 @@ def test_any_place_that_holds_an_architecture_gives_the_same(runs: Path):
 
 
 def test_lineage_goes_back_to_the_checkpoint(runs: Path):
-    rows = lineage(runs / "child")
+    rows = list(ancestors(runs / "child").values())
     assert [Path(row["name"]).name for row in rows] == ["checkpoint", "parent", "search", "child"]
     assert rows[-1]["inputs"] == {"parent": "parent", "architecture": "search"}
 

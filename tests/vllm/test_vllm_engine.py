@@ -6,6 +6,7 @@ The first tests put a small script in vLLM's place; those marked `vllm` ask the 
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -18,10 +19,8 @@ from tessera.generate.engine import ClosedError, GenerationError, SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError
-from tessera.vllm import process
 from tessera.vllm.config import VLLMConfig
-from tessera.vllm.engine import VLLMEngine, seed_of
-from tessera.vllm.process import DiedError, Process
+from tessera.vllm.engine import DiedError, Process, VLLMEngine, seed_of
 from tessera.vllm.worker import checksum
 from tests import tiny
 from tests.export.interop import EQUAL, HETEROGENEOUS, PROMPTS, random_model
@@ -185,7 +184,7 @@ def real() -> VLLMConfig:
 
 
 def _importable() -> bool:
-    return bool(process.importlib.util.find_spec("vllm"))
+    return bool(importlib.util.find_spec("vllm"))
 
 
 LINEAR = (("noop", "swiglu-256"), ("gqa-2", "linear"), ("linear", "swiglu-512"))
