@@ -47,11 +47,8 @@ FASTEST = 0.2  # no factor is below
 
 
 class CostConfig(PricedConfig):
-    """Scenarios, and where seconds come from.
-
-    `device`, `dtype` and `tensor_parallel` are the roofline's; bytes follow from `dtype` unless
-    given. Measured models are float32.
-    """
+    """Scenarios, and where seconds come from. `device` and `tensor_parallel` are the roofline's;
+    bytes follow from `dtype` unless given. Measured models are float32."""
 
     source: Literal["measured", "counted", "roofline"] = "measured"
     rounds: int = Field(default=8, ge=3)
@@ -87,17 +84,12 @@ class CostConfig(PricedConfig):
         elif self.device is not None or self.tensor_parallel > 1:
             raise ValueError(
                 f"device and tensor_parallel belong to the roofline, and source is {self.source!r}"
-                '; set source = "roofline" or drop them'
             )
         elif self.source == "measured" and self.dtype != "fp32":
             raise ValueError(
-                f"dtype = {self.dtype!r}, but measured models are fp32; drop it, or set source = "
-                '"roofline" or "counted"'
+                f"dtype = {self.dtype!r}, but measured models are fp32; set another source"
             )
         return self
-
-
-# Counted.
 
 
 def count(
@@ -123,20 +115,17 @@ def offered_words(space: Space) -> list[Key]:
     return list(dict.fromkeys((k, w) for i in layers for k in KINDS for w in space.words(i, k)))
 
 
-# Measured.
-
-
 def prompts_of(scenario: Scenario, vocab_size: int) -> list[list[int]]:
     """Random prompts of a fixed seed; their content does not matter for time."""
-    rng = np.random.default_rng(0)
-    return rng.integers(0, vocab_size, (scenario.batch, scenario.prompt)).tolist()
+    shape = scenario.batch, scenario.prompt
+    return np.random.default_rng(0).integers(0, vocab_size, shape).tolist()
 
 
 def generation_seconds(engine: TorchEngine, vocab_size: int, scenario: Scenario) -> Seconds:
     """Seconds of (prefill, one decode step) for the scenario's requests, all of equal length."""
-    prompts = prompts_of(scenario, vocab_size)
     engine.reset_stats()
-    engine.generate(prompts, SamplingParams(max_tokens=scenario.new, temperature=0.0))
+    sampling = SamplingParams(max_tokens=scenario.new, temperature=0.0)
+    engine.generate(prompts_of(scenario, vocab_size), sampling)
     stats = engine.stats
     return stats.prefill_seconds, stats.decode_seconds / max(1, stats.decode_steps)
 
@@ -151,10 +140,8 @@ def measure(
 ) -> tuple[dict[Key, Seconds], list[tuple[Words, Seconds]]]:
     """What the base takes and each (kind, word) adds, and what whole architectures take.
 
-    A word is measured in a model of `depth` equal layers of it, beside the same model with no
-    layers; the difference is divided by `depth`. As many layers as the parent has fill caches as
-    it does: of a parent of 12 layers, probes of 6 promise two thirds of the time, probes of 12
-    seven eighths. Weights are random, which costs the same as trained.
+    A word is measured in a model of `depth` equal layers of it, beside one with no layers; the
+    difference is divided by `depth`. As many layers as the parent has fill caches as it does.
     """
     depth = settings.depth or len(config.blocks)
     empty = BlockConfig(NoOp(), NoOp())
@@ -180,11 +167,13 @@ def least_seconds(
 ) -> dict[Hashable, np.ndarray]:
     """The least (prefill, decode step) of each model, `(2,)`; they take turns, round by round.
 
-    A neighbour on the machine only ever adds, and for a while, so each decode step keeps its least
-    time over all rounds: on two busy cores that repeats to 0.8-4.7 %, the least mean of a round to
-    2.7-5.3 %. On a CPU with one torch thread, seconds are the thread's own.
+    Other load only ever adds, and for a while, so each decode step keeps its least time over all
+    rounds. On a CPU with one torch thread, seconds are the thread's own.
     """
-    engines = {key: random_engine(config) for key, config in models.items()}
+    engines = {
+        key: TorchEngine(Transformer(config).init_weights(0).eval().requires_grad_(False))
+        for key, config in models.items()
+    }
     prefill = dict.fromkeys(engines, math.inf)
     steps: dict[Hashable, Any] = dict.fromkeys(engines, math.inf)
     with Progress(label, rounds + 1, "probes", quiet=quiet) as bar:
@@ -212,26 +201,13 @@ def _timed(engine: TorchEngine, scenario: Scenario) -> tuple[float, list[float]]
     return prefill, steps
 
 
-def random_engine(config: ModelConfig) -> TorchEngine:
-    """An engine over random weights of this shape."""
-    module = Transformer(config).init_weights(0)
-    return TorchEngine(module.eval().requires_grad_(False))
-
-
 def _pair(values: np.ndarray) -> Seconds:
     return float(values[0]), float(values[1])
 
 
-# Prices of words corrected by whole models, so that sums promise what models take. A word repeated
-# in a model of its own is not what it is between others: its weights and its cache push out what
-# the next one needs, and six alike keep theirs nearer.
-
-
 def architectures(parent: Words, words: Sequence[Key], count: int, seed: int = 0) -> list[Words]:
-    """The parent, then `count` architectures on the way from it to anywhere in the space.
-
-    Each keeps every word of the parent with a chance that falls from 3/4 to none.
-    """
+    """The parent, then `count` random architectures, which keep each of the parent's words with a
+    chance that falls from 3/4 to none."""
     rng = random.Random(seed)
     offered = {kind: [word for k, word in words if k == kind] for kind in KINDS}
     found: list[Words] = [parent]
@@ -252,8 +228,8 @@ def architectures(parent: Words, words: Sequence[Key], count: int, seed: int = 0
 def calibrate(prices: Prices, timed: Timed) -> dict[Key, Seconds]:
     """The prices, prefill and decode each corrected by the models timed, and made `monotone`.
 
-    All are scaled by s, the median of measured / promised; then each price p gets a factor f by
-    ridge regression on relative errors, which leaves it at the scale where no model has the word:
+    A word between others is not what it is among its like in caches. All prices are scaled by s,
+    the median of measured / promised; then each price p gets a factor f by ridge regression:
 
         min over f of  sum over models (sum of f·p / measured - 1)^2 / NOISE^2
                      + sum over words (f - s)^2 / TRUST^2
@@ -280,16 +256,14 @@ def _factors(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 
 
 def monotone(seconds: Prices) -> dict[Key, Seconds]:
-    """A narrower word never costs more than a wider one: noise is averaged away (isotonic).
-
-    Without this the search may pick a wide word for being measured faster by luck.
-    """
+    """Prices that never fall with a word's width (isotonic): a wide word measured fast by luck is
+    not chosen for that."""
     smoothed = dict(seconds)
     for kind, prefix in (("attention", "gqa-"), ("ffn", "swiglu-")):
         keys = [key for key in seconds if key[0] == kind and key[1].startswith(prefix)]
         keys.sort(key=lambda key: int(key[1].removeprefix(prefix)))
         columns = [_isotonic([seconds[key][i] for key in keys]) for i in range(2)]
-        smoothed |= {key: pair for key, pair in zip(keys, zip(*columns, strict=True), strict=True)}
+        smoothed |= dict(zip(keys, zip(*columns, strict=True), strict=True))
     return smoothed
 
 
@@ -318,8 +292,8 @@ def held_out(prices: Prices, timed: Timed, scenario: Scenario) -> list[dict]:
     """A row a model: measured, and promised by prices that were fitted without it."""
     rows = []
     for i, (words, seconds) in enumerate(timed):
-        others = [*timed[:i], *timed[i + 1 :]]
-        rows.append(compared(words, predicted(calibrate(prices, others), words), seconds, scenario))
+        found = calibrate(prices, [*timed[:i], *timed[i + 1 :]])
+        rows.append(compared(words, predicted(found, words), seconds, scenario))
     return rows
 
 
@@ -328,14 +302,10 @@ def compared(words: Words, promised: Seconds, measured: Seconds, scenario: Scena
     row: dict = {"words": [list(pair) for pair in words]}
     whole = [prefill + (scenario.new - 1) * step for prefill, step in (promised, measured)]
     sides = [*zip(promised, measured, strict=True), whole]
-    for name, (own, real) in zip(
-        ("prefill_seconds", "decode_seconds", "seconds"), sides, strict=True
-    ):
+    names = ("prefill_seconds", "decode_seconds", "seconds")
+    for name, (own, real) in zip(names, sides, strict=True):
         row |= {f"promised_{name}": own, f"measured_{name}": real, f"error_{name}": own / real - 1}
     return row
-
-
-# The stage.
 
 
 def price(
@@ -346,10 +316,7 @@ def price(
     quiet: bool = False,
     device: Device | None = None,
 ) -> tuple[list[dict], list[dict]]:
-    """(the rows of `settings.scenario`, the base first; rows of models they were calibrated by).
-
-    device: the CPU, where it was probed already.
-    """
+    """(the rows of `settings.scenario`, the base first; rows of models they were calibrated by)."""
     scenario = settings.scenario
     sizes = settings.bytes_per_parameter, settings.bytes_per_kv
     rows = [base_row(config, sizes[0])] + [
@@ -365,9 +332,8 @@ def price(
         calibration = held_out(prices, timed, scenario)
         seconds = calibrate(prices, timed)
     else:
-        serving = Serving(
-            device or _device(settings), settings.dtype, settings.tensor_parallel, *sizes
-        )
+        device = device or _device(settings)
+        serving = Serving(device, settings.dtype, settings.tensor_parallel, *sizes)
         seconds = roofline_seconds(config, words, scenario, serving)
     for row in rows:
         pair = seconds.get((row["kind"], row["word"]), (0.0, 0.0))

@@ -1,11 +1,9 @@
-"""Coupled block-wise distillation: the pairs of words worth it, each trained jointly (Puzzle §2.3).
+"""Coupled block-wise distillation: pairs that a search chose, trained jointly (Puzzle §2.3).
 
     decoupled BLD, score, search   ->   couple   ->   score, search again
 
-Trained apart, an attention and an FFN that stand together never saw one another. Training every
-pair would cost |A|·|F| trainings a layer, so the space is shrunk first to the few words of each
-kind that the searches took most often. Each pair begins with the weights its words have, learns
-the whole block's output (bld.py), and is written beside links to the library it came from.
+The space is shrunk first to the few words of each kind that the searches took most often. Each
+pair begins with the weights its words have and is written beside links to the library it came from.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from tessera.puzzle.library import (
     LibraryError,
     layer_groups,
     link_library,
-    load_library,
+    load_unit,
 )
 from tessera.puzzle.space import (
     Space,
@@ -43,12 +41,8 @@ Words = Sequence[Sequence[str]]
 
 
 class CoupleConfig(LocalConfig):
-    """Which pairs: of the most-chosen words of each kind, all there can be, or the chosen ones.
-
-    The defaults are the paper's: of 6 attention words 4 stay and of 12 FFN words 3, and every
-    layer trains all 12 pairs of them. `pairs = "chosen"` trains at a layer only those pairs that
-    a solution holds there.
-    """
+    """How many of the most-chosen words of each kind are paired (the defaults are the paper's), and
+    whether a layer trains all their pairs or only those that a solution holds there."""
 
     attention: int = Field(default=4, ge=1)
     ffn: int = Field(default=3, ge=1)
@@ -56,10 +50,7 @@ class CoupleConfig(LocalConfig):
 
 
 def most_chosen(architectures: Iterable[Words], kind: str, most: int) -> list[str]:
-    """At most `most` words of a kind, by how many places of all architectures hold them.
-
-    Of equally many, the one met first goes first.
-    """
+    """At most `most` words of a kind, by how many places hold them; of equals the one met first."""
     column = KINDS.index(kind)
     counts = Counter(pair[column] for words in architectures for pair in words)
     return [word for word, _ in counts.most_common(most)]
@@ -72,11 +63,8 @@ def choose_pairs(
     architectures: Sequence[Words],
     layers: Sequence[int],
 ) -> list[Unit]:
-    """Every pair to train, by layer.
-
-    Left out: pairs that are the parent, that have no weights, that the library already holds, or
-    that an engine of the space cannot load.
-    """
+    """Every pair to train, by layer: not the parent's, one without weights, one that the library
+    holds already, or one that an engine of the space cannot load."""
     kept = [most_chosen(architectures, kind, getattr(config, kind)) for kind in KINDS]
     refused = forbidden_pairs(space, parent, space.servable)
     found = []
@@ -86,18 +74,14 @@ def choose_pairs(
         for words in itertools.product(*kept):
             offered = all(w in of for w, of in zip(words, space.layers[layer], strict=True))
             pair = Unit.pair(layer, *words)
-            if not offered or words in without or pair in space.pairs:
-                continue
-            if config.pairs == "product" or words in chosen:
+            wanted = config.pairs == "product" or words in chosen
+            if offered and wanted and words not in without and pair not in space.pairs:
                 found.append(pair)
     return found
 
 
 def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: str) -> list[Unit]:
-    """The pairs of the words of most parameters: no search can choose more to train.
-
-    The parent's own pair is among them, because a search may choose words that have it not.
-    """
+    """The pairs of the words of most parameters: no search can choose more to train."""
     found = []
     for layer in layers_of(config.layers, parent, f"{run}.layers"):
         largest = [
@@ -135,7 +119,9 @@ def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     dist.barrier()
     rows: list[dict[str, Any]] = []
     for group in layer_groups(pairs, config.layers_at_once):
-        joint = load_library(run.path / "library", parent.config, group).to(parent.device)
+        joint = BlockLibrary(
+            {str(unit): load_unit(run.path / "library", parent.config, unit) for unit in group}
+        ).to(parent.device)
         before, after = (objective.measure(m, batches) for m in (apart(group), joint))
         rows += [
             {"layer": unit.layer, "word": unit.word, "apart": before[unit], "joint": after[unit]}

@@ -1,11 +1,7 @@
 """The block library: trained subblocks on disk, one safetensors file a word, and a model from them.
 
-    library/03/ffn/swiglu-256.safetensors
-    library/03/block/gqa-2+swiglu-256.safetensors      two subblocks trained together
-
-Words of the parent and `noop` have no file. `assemble` builds any architecture; one of parent
-words is the parent, bit for bit. Where the library holds a pair, those two words at that layer
-mean the pair's weights. Libraries of several layer ranges merge by copying files.
+library/03/ffn/swiglu-256.safetensors
+library/03/block/gqa-2+swiglu-256.safetensors      two subblocks trained together
 """
 
 from __future__ import annotations
@@ -67,7 +63,7 @@ class BlockLibrary(nn.ModuleDict):
     def from_pairs(
         cls, parent: Transformer, directory: Path, pairs: Iterable[Unit]
     ) -> BlockLibrary:
-        """A block a pair, its weights those that a library trained apart."""
+        """A block a pair, with the weights that a library trained apart."""
         library = cls()
         for pair in pairs:
             block = _empty(parent.config, pair)
@@ -122,19 +118,9 @@ def save_library(library: BlockLibrary, directory: Path) -> None:
     dist.barrier()
 
 
-def load_library(directory: Path, config: ModelConfig, units: Iterable[Unit]) -> BlockLibrary:
-    """These trained units. Raises LibraryError for one that is not there."""
-    library = BlockLibrary()
-    for unit in units:
-        library[str(unit)] = load_unit(directory, config, unit)
-    return library
-
-
 def load_unit(directory: Path, config: ModelConfig, unit: Unit) -> Subblock | Block:
-    """One unit from a library directory: a Subblock, or a Block for kind `block`.
-
-    A `noop` is made without a file. Raises LibraryError naming what the library holds there.
-    """
+    """One unit from a library directory: a Subblock, or a Block for kind `block`. A `noop` needs no
+    file. Raises LibraryError naming what the library holds there."""
     module = _empty(config, unit)
     if unit.word == "noop":
         return module
@@ -143,8 +129,8 @@ def load_unit(directory: Path, config: ModelConfig, unit: Unit) -> Subblock | Bl
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
         raise LibraryError(
             f"the library {directory} has no {unit.word} for layer {unit.layer} ({unit.kind}); it "
-            f"holds {', '.join(known) or 'nothing there'}. Add the word to bld.space, or merge the "
-            "library that holds it: [merge] libraries = [...]."
+            f"holds {', '.join(known) or 'nothing there'}. Add the word to bld.space, or [merge] "
+            "the library that holds it"
         )
     module.load_state_dict(load_file(path))
     return module
@@ -160,12 +146,11 @@ def _empty(config: ModelConfig, unit: Unit) -> Subblock | Block:
 def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]]) -> Transformer:
     """`parent` itself, changed in place to `words` (one (attention, ffn) pair a layer).
 
-    The parent's own word changes only where the library holds it trained together with the other.
+    Where the library holds a pair, its two words mean that pair's weights; parent words elsewhere
+    are the parent, bit for bit.
     """
     if len(words) != len(parent.blocks):
-        raise LibraryError(
-            f"the architecture has {len(words)} layers and the parent {len(parent.blocks)}"
-        )
+        raise LibraryError(f"{len(words)} layers of words, and the parent has {len(parent.blocks)}")
     for layer, both in enumerate(words):
         pair = Unit.pair(layer, *both)
         block = unit_file(directory, pair).exists() and load_unit(directory, parent.config, pair)
@@ -185,10 +170,7 @@ class ChildConfig(Config):
 
 
 def architecture_of(directory: Path, point: str | None) -> dict[str, Any]:
-    """The architecture of a finished search or race, or that of a frontier's named point.
-
-    Raises LibraryError naming the points there are.
-    """
+    """That of a finished search or race, or of a frontier's named point. Raises LibraryError."""
     single = (directory / "tables" / "architecture.json").is_file()
     if single and point is None:
         return read_json(directory, "architecture")
@@ -215,7 +197,13 @@ class MergeConfig(Config):
 def merge(config: MergeConfig, run: Run, inputs: dict[str, list[Path]]) -> None:
     """Stage `merge`: one library of several of the same parent, their files linked, not copied."""
     libraries = inputs["libraries"]
-    _check_one_parent(libraries)
+    parents = [_parent_fingerprint(library) for library in libraries]
+    strangers = [lib.name for lib, own in zip(libraries, parents, strict=True) if own != parents[0]]
+    if strangers:
+        raise LibraryError(
+            f"{', '.join(strangers)} and {libraries[0].name} are made from different parents; "
+            "merge libraries of one parent"
+        )
     for library in libraries:
         link_library(library / "library", run.path / "library")
     write_space(union(read_space(library) for library in libraries), run)
@@ -223,54 +211,36 @@ def merge(config: MergeConfig, run: Run, inputs: dict[str, list[Path]]) -> None:
 
 
 def union(spaces: Iterable[Space]) -> Space:
-    """Every word and pair of several spaces of one parent, in the order they come.
+    """Every word, pair and engine of several spaces of one parent, in the order they come."""
 
-    What any of them was made to be served by, the whole has to be served by.
-    """
+    def merged(lists: Iterable[Sequence[T]]) -> tuple[T, ...]:
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(lists)))
+
     every = list(spaces)
     layers = tuple(
-        (_in_order(a for a, _ in layer), _in_order(f for _, f in layer))
+        (merged(a for a, _ in layer), merged(f for _, f in layer))
         for layer in zip(*(space.layers for space in every), strict=True)
     )
-    return Space(
-        layers, _in_order(space.pairs for space in every), _in_order(s.servable for s in every)
-    )
-
-
-def _in_order(lists: Iterable[Sequence[T]]) -> tuple[T, ...]:
-    """What the lists hold, each once, in the order it is first met."""
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(lists)))
-
-
-def _check_one_parent(libraries: Sequence[Path]) -> None:
-    own = _parent_fingerprint(libraries[0])
-    if strangers := [path.name for path in libraries if _parent_fingerprint(path) != own]:
-        raise LibraryError(
-            f"{', '.join(strangers)} and {libraries[0].name} are made from different parents; "
-            "merge libraries of one parent"
-        )
+    return Space(layers, merged(s.pairs for s in every), merged(s.servable for s in every))
 
 
 def _parent_fingerprint(library: Path) -> str:
-    """The fingerprint of the parent that a library run, merged ones too, was made from."""
     inputs = read_manifest(library).inputs
     if "parent" in inputs:
         return inputs["parent"]["fingerprint"]
-    return _parent_fingerprint(library.parent / inputs["libraries"][0]["path"])
+    return _parent_fingerprint(library.parent / inputs["libraries"][0]["path"])  # a merged one
 
 
 def link_library(source: Path, target: Path) -> None:
-    """Every unit of a library directory under `target` too, as a hard link, or as a copy.
-
-    Raises LibraryError where `target` holds other weights under the same name.
-    """
+    """Every unit of a library directory under `target` too, as a hard link or a copy. Raises
+    LibraryError where `target` holds other weights under the same name."""
     for file in sorted(source.rglob("*.safetensors")):
         path = target / file.relative_to(source)
         if path.exists():
             if not filecmp.cmp(file, path, shallow=False):
                 raise LibraryError(
-                    f"{file} differs from {path}: two libraries trained the same word; give them "
-                    "layer ranges that do not overlap"
+                    f"{file} differs from {path}: two libraries trained the same word; give each "
+                    "layers of its own"
                 )
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
