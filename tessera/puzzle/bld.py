@@ -3,13 +3,12 @@
     attention a_j trained in [a_j, f_parent],  FFN f_k in [a_parent, f_k],  both in [a_j, f_k]
     ℓ = ‖o_parent - o_unit‖² / mean ‖o_parent‖²        o the output of the whole block
 
-Every unit reads the parent's own activations and is compared with the parent's own output, so it
-learns as it would alone, and is clipped as a group of its own. The parent runs layer by layer,
-once a batch; a layer's units are trained and their graph is dropped before the next layer runs.
+Every unit reads the parent's activations and is clipped alone, so it learns as it would alone.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -51,12 +50,8 @@ WEIGHT, TRAINED = 4, 16  # bytes a parameter: frozen; with gradient and Adam's t
 
 
 class LocalConfig(Config):
-    """How long each unit trains, in which layers, and how many layers at once.
-
-    Units, gradients and Adam's moments take 16 bytes a parameter, of the layers at once only. Each
-    group of layers is a pass over the data of its own, to the same weights; its files are written
-    when it is done.
-    """
+    """How long each unit trains, in which layers, and how many layers at once: each group of layers
+    is a pass over the data of its own, to the same weights, in less memory."""
 
     train: DocumentTrainConfig
     layers: str | None = None  # "0-19, 31"; all of them unless given
@@ -68,8 +63,7 @@ class LocalConfig(Config):
     def _check_dtype(cls, value: TrainConfig) -> TrainConfig:
         if value.dtype != "float32":
             raise ValueError(
-                f'dtype = "{value.dtype}" trains whole models only (cpt, kd); the statistics that '
-                'block-wise distillation begins with want dtype = "float32"'
+                f'dtype = "{value.dtype}" trains whole models only; here it must be "float32"'
             )
         return value
 
@@ -82,8 +76,6 @@ class LocalConfig(Config):
 
 
 class BLDConfig(LocalConfig):
-    """Which words, and by what the channels of narrower FFNs are chosen."""
-
     space: SpaceConfig = SpaceConfig()
     importance: Importance = "iterative"
 
@@ -150,10 +142,8 @@ def train_units(
     run: Run,
     data: Path,
 ) -> None:
-    """Train units and write them to the run's library, some layers at a time.
-
-    make: these units, untrained. Layers whose files are all there are done and skipped.
-    """
+    """Train units, some layers at a time, each group written to the run's library when it is done
+    and skipped when it is there. make: these units, untrained."""
     groups = layer_groups(units, config.layers_at_once)
     for number, group in enumerate(groups):
         if all(unit_file(run.path / "library", unit).exists() for unit in group):
@@ -168,7 +158,7 @@ def train_units(
 
 
 def calibration(config: LocalConfig, data: Path, seed: int, device: torch.device) -> list[Batch]:
-    """The batches that statistics are taken over: the same in every process."""
+    """What statistics are taken over: the same in every process."""
     source = documents(data, config.train, seed, alike=True)
     return [batch.to(device) for batch in source.heldout_batches(config.calibration_tokens)]
 
@@ -182,11 +172,8 @@ def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, l
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training units takes, and of how many layers units train at once.
-
-    Parameters are counted and exact; `activations`, what one layer's units save for their
-    backward in a microbatch, are an estimate for float32.
-    """
+    """Bytes that training units takes; `activations`, what one layer's units save in a microbatch,
+    are an estimate for float32."""
 
     parent: int
     units: int
@@ -199,7 +186,6 @@ class Memory:
         return self.parent + self.units + self.activations
 
     def as_json(self) -> dict[str, Any]:
-        """The fields and their sum."""
         return {**asdict(self), "total": self.total}
 
     def __str__(self) -> str:
@@ -213,7 +199,6 @@ class Memory:
 def training_memory(
     parent: ModelConfig, units: Sequence[Unit], layers_at_once: int | None, microbatch_tokens: int
 ) -> Memory:
-    """What it takes to train units, `layers_at_once` layers together (None: all)."""
     groups = layer_groups(units, layers_at_once)
     sizes = [sum(unit_params(parent, *unit[1:]) for unit in group) for group in groups]
     return Memory(
@@ -231,11 +216,8 @@ def unit_params(parent: ModelConfig, kind: str, word: str) -> int:
 
 
 def kept_numbers(parent: ModelConfig, units: Sequence[Unit], *, working_too: bool = True) -> float:
-    """Numbers a token that the units of one layer keep for their backward, of the largest layer.
-
-    Behind attention runs the parent's FFN. working_too: and what the widest FFN's backward pass
-    holds beside that.
-    """
+    """Numbers a token that the units of the largest layer keep for their backward; the parent's FFN
+    runs behind attention. working_too: and what the widest FFN's backward holds beside that."""
     layers: dict[int, float] = {}
     variants: list[Variant] = []
     for unit in units:
@@ -265,10 +247,7 @@ def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     batches = calibration(config, inputs["data"], run.seed, parent.device)
     statistics = collect_statistics(parent, batches, config.importance, layers)
     run.say(f"{len(units)} units in {len(layers)} layers")
-
-    def make(group: Sequence[Unit]) -> BlockLibrary:
-        return BlockLibrary.from_parent(parent, space, statistics, group)
-
+    make = functools.partial(BlockLibrary.from_parent, parent, space, statistics)
     train_units(units, make, BLD(parent, statistics), config, run, inputs["data"])
     write_space(space, run)
     run.write_json("block_influence", statistics.block_influence)

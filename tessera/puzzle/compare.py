@@ -53,8 +53,8 @@ class CompareConfig(TimingConfig):
         texts = [name for name in names[: names.index(nearest)] if not chats[name]]
         other = f'; say {step.name}.data = "{texts[-1]}" to compare on text' if texts else ""
         return [
-            f"loss, KL and agreement are measured on [{nearest}], the nearest data above, which "
-            f"holds chats{other}"
+            f"loss, KL and agreement are measured on [{nearest}], which holds chats, as the "
+            f"nearest data above{other}"
         ]
 
 

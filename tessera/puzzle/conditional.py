@@ -3,14 +3,7 @@
     for r = 1 … R:   c_w = KL(architecture with w alone swapped in) - KL(architecture)
                      architecture = the integer program's answer under limits r/R of the way
 
-Replace-one scores add up only while few blocks change: layers that are each dispensable alone
-may not be together. So the limits are tightened in R steps from the parent's own cost to what was
-asked, and every word is scored anew around what the step before left. A word that was taken may
-be given back. R = 1 is the plain search.
-
-The last architecture is then polished: around it the scores are exact for one change and good for a
-few, so the program is solved again within a few changes of it, and what it finds is kept where its
-measured KL is lower; where it is not, half as many changes are tried (a trust region).
+Replace-one scores add up only while few blocks change. R = 1 is the plain search.
 """
 
 from __future__ import annotations
@@ -31,10 +24,7 @@ Rows = Sequence[Mapping]
 
 
 class ConditionalConfig(HeldoutConfig):
-    """In how many steps the limits are tightened, and on how many tokens each is scored.
-
-    polish: rounds after the last step, each of at most `changes` of all places (a share).
-    """
+    """rounds: R. polish: rounds after that, each of at most `changes` (a share) of all places."""
 
     rounds: int = Field(default=4, ge=1)
     polish: int = Field(default=4, ge=0)
@@ -51,8 +41,8 @@ def tighten(
 ) -> list[Words]:
     """The architecture after each round; the last meets the limits.
 
-    rows: scores around the parent. solve_at(rows, share): the best words under limits that are
-    `share` of the way from the parent's cost. rescore(words): scores around that architecture.
+    solve_at(rows, share): the best words under limits that are `share` of the way from the parent's
+    cost, by `rows` around the parent at first. rescore(words): rows around that architecture.
     """
     found: list[Words] = []
     for number in range(1, rounds + 1):
@@ -68,7 +58,8 @@ def polish(
     solve_near: Callable[[Rows, Words, int], Words],
     measure: Callable[[Words], tuple[float, Rows]],
 ) -> Words:
-    """An architecture that is measured no worse than `words`, from small searches around it.
+    """An architecture that is measured no worse than `words`, from searches around it in a trust
+    region: half as many changes are tried where the measured value did not fall.
 
     solve_near(rows, words, n): the best words under the limits with at most n places other than
     in `words`. measure(words): what is minimised, measured, and the change each word makes to it.
@@ -89,10 +80,7 @@ def polish(
 
 
 class Rescorer:
-    """Scores of a whole library around any architecture of its space.
-
-    parent, library and data: finished runs (parent may be a model directory).
-    """
+    """Scores of a whole library around any architecture of its space, from finished runs."""
 
     def __init__(
         self, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
@@ -104,11 +92,6 @@ class Rescorer:
             for kind, variant in block.config:
                 self.units[Unit(layer, kind, name(variant))] = getattr(block, kind)
         self.batches = config.heldout(data)
-
-    def __call__(self, words: Words) -> Rows:
-        """Rows like those of `scores.jsonl`, the parent's own words among them."""
-        _, rows = self.measure(words)
-        return rows
 
     def measure(self, words: Words) -> tuple[dict[str, float], Rows]:
         """(the assembled architecture's own metrics, the change each word makes to them)."""

@@ -8,6 +8,7 @@ pair begins with the weights its words have and is written beside links to the l
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -110,9 +111,7 @@ def stage(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     batches = calibration(config, inputs["data"], run.seed, parent.device)
     objective = BLD(parent, collect_statistics(parent, batches))
 
-    def apart(group: Sequence[Unit]) -> BlockLibrary:
-        return BlockLibrary.from_pairs(parent, source, group)
-
+    apart = functools.partial(BlockLibrary.from_pairs, parent, source)
     train_units(pairs, apart, objective, config, run, inputs["data"])
     if dist.is_main():
         link_library(source, run.path / "library")

@@ -3,10 +3,8 @@
     rung r = 1 … R:  every survivor is distilled for steps · grow^(r-1) steps;
                      the best share `keep` of them goes on; the winner of the last rung is the child
 
-Summed replace-one scores rank what was never trained together: on stories260k an architecture of
-score 0.34 and a dropped layer of score 0.78 both ended 60 steps at KL 0.24. So candidates are
-halved successively (Jamieson & Talwalkar, arXiv 1502.07943). Each heat starts again from the
-library with a complete schedule of its rung's length, so rivals are annealed on the same tokens.
+Successive halving (Jamieson & Talwalkar, arXiv 1502.07943). Each heat starts again from the library
+with a complete schedule of its rung's length, so rivals are annealed on the same tokens.
 """
 
 from __future__ import annotations
@@ -45,11 +43,8 @@ class HeatConfig(Config):
 
 
 class RaceConfig(HeatConfig):
-    """`train` is the first rung's. With keep · grow = 1 every rung costs about the same.
-
-    lrs: learning rates that every candidate enters the first rung with; it goes on with its best
-    one. What is near the parent wants a smaller rate than what lost a lot.
-    """
+    """`train` is the first rung's, at every one of `lrs`; a candidate goes on with its best one.
+    With keep · grow = 1 every rung costs about the same."""
 
     rungs: int = Field(default=1, ge=1)
     keep: float = Field(default=0.5, gt=0, lt=1)
@@ -96,24 +91,15 @@ def candidates(searches: Sequence[Path]) -> list[Row]:
 
 
 def heat(path: Path, words: Sequence, config: HeatConfig, run: Run, inputs: dict[str, Any]) -> Row:
-    """Held-out kl, lm_loss and agreement of an architecture, and kl_before its distillation.
-
-    It is a run of its own at `path`, so what is killed goes on where it was, and what is done is
-    read back. A number that is not finite is None; so is all that follows a diverged training.
-    """
+    """Held-out kl, lm_loss and agreement of an architecture, and kl_before its distillation, by a
+    run of its own at `path`. A number that is not finite, or of a diverged training, is None."""
     if not dist.broadcast(is_done(path)):
-        settings = {"words": words, **config.model_dump(mode="json")}
-        made = {"words": words, **identity(config)}
-        near = {need: inputs[need] for need in ("parent", "library", "data")}
-        with Run.open(
-            path,
-            stage="heat",
-            config=settings,
-            identity=made,
-            inputs=near,
-            seed=run.seed,
-            quiet=run.quiet,
-        ) as own:
+        made = {
+            "config": {"words": words, **config.model_dump(mode="json")},
+            "identity": {"words": words, **identity(config)},
+            "inputs": {need: inputs[need] for need in ("parent", "library", "data")},
+        }
+        with Run.open(path, stage="heat", seed=run.seed, quiet=run.quiet, **made) as own:
             found = _distil(words, config, own, inputs)
             finite = {k: v if math.isfinite(v) else None for k, v in found.items()}
             own.write_table("heat", [finite])
@@ -147,10 +133,7 @@ def _distil(
 
 
 def unigram_entropy(batches: Sequence[Batch]) -> float:
-    """Entropy of the held-out tokens' own frequencies, nats a token: the best loss without context.
-
-    A model that has learned anything is below it by a wide margin.
-    """
+    """Entropy of the tokens' own frequencies, nats a token: the best loss without context."""
     labels = torch.cat([batch.labels.flatten() for batch in batches]).cpu()
     weight = torch.cat([batch.weight.flatten() for batch in batches]).cpu().double()
     share = torch.bincount(labels, weight) / weight.sum()
@@ -166,17 +149,13 @@ def _warn_of_bad(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any])
     run.say(
         f"all candidates are bad: the best has a held-out loss of {row['lm_loss']:.2f} nats a "
         f"token; guessing each by how frequent it is has {entropy:.2f}. Give the race more steps "
-        "or other lrs, train the library longer, or ask for less in the constraints of the "
-        "searches; where the parent's own loss is no lower, the data are not its text"
+        "or other lrs, train the library longer, or loosen the constraints of the searches"
     )
 
 
 def ranking(rows: Sequence[Row]) -> list[int]:
-    """Which rows of a rung go by place: the best one of every candidate, best first.
-
-    The lowest held-out KL wins; a tie goes to the earlier row. A candidate that misses the
-    constraints stands behind all that meet them, and one that diverged behind everybody.
-    """
+    """The best row of every candidate, best first: by held-out KL, those that miss the constraints
+    behind all that meet them, and those that diverged last."""
     order = sorted(
         range(len(rows)),
         key=lambda i: (rows[i]["kl"] is None, not rows[i]["meets"], rows[i]["kl"] or 0.0),

@@ -1,9 +1,8 @@
 """What each word costs in stock vLLM: seconds measured there, the rest counted (Puzzle §2.5).
 
-A word costs what it costs in the exported directory. The DeciLM dialect knows FFN widths in steps
-of 256, and vLLM's CPU build few head sizes: a narrower word is padded with zeros and is no cheaper.
-Words that pad to the same share a probe; `bytes` are of the padded word, `parameters` of its own.
-A word that vLLM cannot load has no row, so no search offers it; `scenarios.json` says why.
+A word costs what it costs in the exported directory, where narrow ones are padded with zeros. Words
+that pad to the same share a probe; `bytes` are of the padded word, `parameters` of its own. A word
+that vLLM cannot load has no row, so no search offers it; `scenarios.json` says why.
 """
 
 from __future__ import annotations
@@ -35,11 +34,7 @@ OURS = {"model", "load_format", "dtype", "enforce_eager", "enable_prefix_caching
 
 
 class VLLMCostConfig(PricedConfig):
-    """Scenarios as in stage `cost`, and how vLLM is run.
-
-    `python`: that of an environment with vLLM; without, this one's or `.venv-vllm`'s.
-    `arguments`: further ones of `vllm.LLM`, such as tensor_parallel_size.
-    """
+    """Scenarios as in stage `cost`, and how vLLM is run."""
 
     rounds: int = Field(default=10, ge=3)  # of one start
     starts: int = Field(default=1, ge=1)  # of each probe, in turn: more where the machine is shared
@@ -47,17 +42,14 @@ class VLLMCostConfig(PricedConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     enforce_eager: bool = False  # true: neither compiled nor CUDA graphs; a start takes half
     threads: PositiveInt | None = None  # of the CPU build; left out: its own choice
-    arguments: dict[str, bool | int | float | str] = {}
-    python: str | None = None
+    arguments: dict[str, bool | int | float | str] = {}  # of vllm.LLM, as tensor_parallel_size
+    python: str | None = None  # with vLLM; without, this one's or `.venv-vllm`'s
 
     @field_validator("arguments")
     @classmethod
     def _ours(cls, value: dict) -> dict:
         if taken := OURS & value.keys():
-            raise ValueError(
-                f"{', '.join(sorted(taken))}: the stage sets this itself; dtype and enforce_eager "
-                "are keys of its table"
-            )
+            raise ValueError(f"{', '.join(sorted(taken))}: the stage sets this itself")
         return value
 
 
@@ -76,25 +68,19 @@ def base_word(words: Sequence[Key]) -> Key:
 
 
 def probe(config: ModelConfig, first: Key, key: Key, depth: int) -> ModelConfig:
-    """The model that a word is measured in, padded: a first layer, and `depth` layers of the word.
-
-    What it takes longer than the first layer alone, the probe of `BASE`, over `depth` is the
-    word's.
-    """
+    """The padded model that a word is measured in: a first layer, and `depth` layers of the word;
+    the probe of `BASE` is the first layer alone."""
     repeated = () if key == BASE else (_alone(key),) * depth
     return expressible(replace(config, blocks=(_alone(first), *repeated)))
 
 
 def _alone(key: Key) -> BlockConfig:
-    kind, word = key
-    return BlockConfig(NoOp(), NoOp()).with_(kind, parse_kind(kind, word))
+    return BlockConfig(NoOp(), NoOp()).with_(key[0], parse_kind(*key))
 
 
 def unloadable(config: ModelConfig, words: Sequence[Key]) -> dict[Key, str]:
-    """The words that vLLM cannot load, with its reason.
-
-    Raises RunError where that leaves no child: it is the parent's family, or one of its own words.
-    """
+    """The words that vLLM cannot load, with its reason. Raises RunError where that is the parent's
+    family, or one of its own words."""
     first = base_word(words)
     if reasons := refusals(probe(config, first, BASE, 0), "vllm", "decilm"):
         raise RunError(f"vLLM can load no child of this parent: {'; '.join(reasons)}")
@@ -111,20 +97,15 @@ def unloadable(config: ModelConfig, words: Sequence[Key]) -> dict[Key, str]:
 
 
 def prefill_and_step(rounds: Sequence[Seconds], new: int) -> Seconds:
-    """(prefill, one decode step) of rounds of (seconds to the first token, to all `new`).
-
-    Lower quartiles of both, for noise only ever adds to a time; to their differences it would not.
-    """
+    """(prefill, one decode step) of rounds of (seconds to the first token, to all `new`), by lower
+    quartiles of both: noise only ever adds to a time."""
     first, whole = np.quantile(np.array(rounds), 0.25, axis=0)
     return float(first), float((whole - first) / (new - 1))
 
 
 def word_prices(found: Mapping[Key, Seconds], first: Key, depth: int) -> dict[Key, Seconds]:
-    """Seconds of each word and of the base, from those of the probes.
-
-    The base is what is left of its probe without the first layer: embedding, head, sampling and
-    the engine's own work.
-    """
+    """Seconds of each word and of the base, which is its probe without the first layer: embedding,
+    head, sampling and the engine's own work."""
 
     def positive(pair: np.ndarray) -> Seconds:
         prefill, decode = np.maximum(0.0, pair)
@@ -160,8 +141,7 @@ def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> dict:
 def drive(python: str, job: dict, threads: int | None, kv_bytes: float = 0.0) -> dict:
     """vLLM's answer to a job, from a process of its own. Raises FailureError.
 
-    kv_bytes: of the cache that the largest scenario fills, for the CPU build, which has no
-    memory of its own to fill.
+    kv_bytes: of the cache that the largest scenario fills, for the CPU build.
     """
     environment = {"VLLM_CPU_KVCACHE_SPACE": str(1 + int(1.25 * kv_bytes / 2**30))}
     if threads is not None:
@@ -179,8 +159,7 @@ def drive(python: str, job: dict, threads: int | None, kv_bytes: float = 0.0) ->
     if (answer["cache_tokens"] or needed) < needed:
         raise FailureError(
             f"vLLM's KV cache holds {answer['cache_tokens']:,} tokens and a scenario needs "
-            f"{needed:,}: it would wait instead of computing; give it a larger "
-            "arguments.gpu_memory_utilization, or the scenario a smaller batch"
+            f"{needed:,}; raise arguments.gpu_memory_utilization, or give it a smaller batch"
         )
     return answer
 
@@ -194,12 +173,8 @@ def cache_bytes(config: VLLMCostConfig, model: ModelConfig) -> float:
 def measure(
     config: VLLMCostConfig, run: Run, probes: Mapping[Key, ModelConfig], python: str
 ) -> dict[Key, list[dict]]:
-    """The worker's answers for every probe, one a start; an interrupted run's are not asked anew.
-
-    probes: expressible configs, which need no weights on disk. Starting vLLM is most of a probe's
-    time, so that probes cannot alternate round by round; on a shared machine several starts make
-    them alternate nevertheless.
-    """
+    """The worker's answers for every probe, one a start; those of an interrupted run are kept.
+    Starting vLLM takes too long for probes to alternate round by round."""
 
     def ask(model: ModelConfig) -> dict:
         place = run.state_path / "probe"
@@ -272,15 +247,9 @@ def stage(config: VLLMCostConfig, run: Run, inputs: dict[str, Path]) -> None:
     run.write_table("costs", cost_rows(config, parent, words, answers))
     run.write_json("probes", {" ".join(key): answer for key, answer in answers.items()})
     answer, size = answers[BASE][0], BYTES[config.dtype]
-    run.write_json(
-        "scenarios",
-        config.described("measured", answer["device"], size, size)
-        | {
-            "engine": answer["engine"],
-            "clock": answer["clock"],
-            "unavailable": [
-                {"kind": kind, "word": word, "reason": reason}
-                for (kind, word), reason in dropped.items()
-            ],
-        },
-    )
+    told = {"engine": answer["engine"], "clock": answer["clock"]}
+    told["unavailable"] = [
+        {"kind": kind, "word": word, "reason": reason} for (kind, word), reason in dropped.items()
+    ]
+    known = config.described("measured", answer["device"], size, size)
+    run.write_json("scenarios", known | told)
