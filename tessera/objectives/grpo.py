@@ -47,7 +47,6 @@ class PolicyLossConfig(Config):
 
     @property
     def cap(self) -> float:
-        """The importance cap in use."""
         return self.importance_cap or 0.0
 
 

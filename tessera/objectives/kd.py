@@ -40,7 +40,6 @@ class KDConfig(Config):
     lr_from: Literal["race"] | None = None
 
     def notes(self, step: Step) -> list[str]:
-        """Where the learning rate comes from, if not from this table."""
         model = step.inputs["model"]
         if self.lr_from is None or not isinstance(model, Path):
             return []

@@ -35,8 +35,6 @@ MODES = {"on": ON, "off": OFF}
 
 
 class LM(Objective):
-    """Cross-entropy of the next token."""
-
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, Transformer)
         hidden = module(batch.tokens, context_of(batch)).flatten(0, 1)
@@ -148,8 +146,6 @@ def loss_sums(objective: Objective, module: Transformer, batches: Sequence[Batch
 
 
 class CPTConfig(Config):
-    """Continued pretraining: the LM loss on more documents."""
-
     train: DocumentTrainConfig
 
 
@@ -174,7 +170,6 @@ def pretrain(
 
 
 def cpt(config: CPTConfig, run: Run, inputs: dict[str, Path]) -> None:
-    """Stage `cpt`: continue `model` on `data`."""
     model = inputs["model"]
     pretrain(config.train.spread.load(model), config.train, run, inputs["data"], resolve(model))
 

@@ -81,8 +81,6 @@ class BLDConfig(LocalConfig):
 
 
 class BLD(Objective):
-    """Trains every unit of a BlockLibrary against a frozen parent."""
-
     def __init__(self, parent: Transformer, statistics: ParentStatistics) -> None:
         self.parent = parent
         self.scales = statistics.output_scale  # per layer: mean over tokens of ‖o_parent‖²
@@ -119,7 +117,6 @@ class BLD(Objective):
 
     @torch.no_grad()
     def measure(self, module: BlockLibrary, batches: Sequence[Batch]) -> dict[Unit, float]:
-        """The loss of every unit, a mean over the tokens of `batches`."""
         sums: dict[str, float] = {}
         for batch in batches:
             for _, stats in self.losses(module, batch):
@@ -164,7 +161,6 @@ def calibration(config: LocalConfig, data: Path, seed: int, device: torch.device
 
 
 def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, list[Unit]]:
-    """The space that a run of this config covers, and its trainable units."""
     layers = layers_of(config.layers, parent, f"{run}.layers")
     space = build_space(config.space, parent).restrict(layers)
     return space, trainable_units(space)
@@ -211,7 +207,6 @@ def training_memory(
 
 
 def unit_params(parent: ModelConfig, kind: str, word: str) -> int:
-    """Parameters of a unit; of both subblocks for kind `block`."""
     return sum(parent.subblock_params(k, parse(w)) for k, w in Unit(0, kind, word).parts)
 
 
@@ -231,7 +226,6 @@ def kept_numbers(parent: ModelConfig, units: Sequence[Unit], *, working_too: boo
 
 
 def _bytes(count: float) -> str:
-    """`3.2 GB`, decimal."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -76,20 +76,17 @@ class Candidates:
         return cls(parent, space, engines, table, near)
 
     def score(self, unit: Unit) -> float:
-        """The damage of a word, or of a pair of words trained together, in its place."""
         if unit.kind != "block" and unit.word == self.space.words(unit.layer, unit.kind)[0]:
             return self.scores.get(unit, 0.0)
         return self.scores[unit]
 
     def block_score(self, layer: int, attention: str, ffn: str) -> float:
-        """The damage of two words in a layer."""
         pair = Unit.pair(layer, attention, ffn)
         if pair in self.pairs:
             return self.score(pair)
         return sum(self.score(Unit(layer, kind, word)) for kind, word in pair.parts)
 
     def total(self, words: Words) -> float:
-        """The score of an architecture."""
         found = 0.0  # not sum(), which compensates rounding
         for layer, (attention, ffn) in enumerate(words):
             found += self.block_score(layer, attention, ffn)
@@ -151,13 +148,11 @@ class Candidates:
         ]
 
     def refuses(self, words: Words) -> bool:
-        """Whether one of the engines cannot load an architecture."""
         config = self.parent.with_words(list(words))
         return any(refusals(config, engine) for engine in self.engines)
 
 
 def keeps_both_kinds(words: Words) -> bool:
-    """Whether at least one attention and one FFN are left."""
     return all(
         any(pair[KINDS.index(kind)].startswith(prefix) for pair in words)
         for kind, prefix in _KEPT.values()
@@ -165,7 +160,6 @@ def keeps_both_kinds(words: Words) -> bool:
 
 
 def chosen_words(solution: Solution, layers: int) -> Architecture:
-    """The (attention, FFN) words of every layer that a solution chose."""
     chosen: dict[tuple[int, str], str] = {}
     for option in solution.options:
         chosen |= {(option.layer, kind): word for kind, word in Unit(*option.key).parts}
@@ -210,7 +204,6 @@ def greedy(candidates: Candidates, choices: Choices) -> Found:
 
 
 def _removable(candidates: Candidates, method: str, kinds: Sequence[str]) -> list[int]:
-    """Layers whose space has `noop` for all of these kinds; SearchError where there is none."""
     space = candidates.space
     layers = range(len(space.layers))
     able = [i for i in layers if all("noop" in space.words(i, kind) for kind in kinds)]
@@ -223,7 +216,6 @@ def _removable(candidates: Candidates, method: str, kinds: Sequence[str]) -> lis
 
 
 def _everywhere(candidates: Candidates, kind: str, prefix: str) -> list[list[str]]:
-    """Each layer's own words, and every single word of a prefix that all the layers offer."""
     offered = [candidates.space.words(i, kind) for i in range(len(candidates.space.layers))]
     shared = [w for w in offered[0] if w.startswith(prefix) and all(w in o for o in offered)]
     own = [words[0] for words in offered]
@@ -249,7 +241,6 @@ def _dropped(
 
 
 def _first(candidates: Candidates, choices: Choices, offered: Iterable[Architecture]) -> Found:
-    """The first architecture that meets the constraints somewhere, else the one nearest to that."""
     missed: list[Found] = []
     for words in offered:
         if candidates.refuses(words):

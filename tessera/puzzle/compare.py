@@ -34,8 +34,6 @@ PROMISE_TOLERANCE = 0.10  # beyond it the run says so
 
 
 class TimingConfig(HeldoutConfig):
-    """The scenario to time, and how often."""
-
     scenario: Scenario = Scenario()
     rounds: int = Field(default=9, ge=3)
 
@@ -44,7 +42,6 @@ class CompareConfig(TimingConfig):
     tokens: int = Field(default=32_768, ge=1)
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
-        """A sentence where the table names no data and the nearest data above are chats."""
         chats = {s.name: s.config.holds_chats for s in steps if isinstance(s.config, DataConfig)}
         nearest = next((s.name for s in steps if s.path == step.inputs.get("data")), "")
         if "data" in step.spec.table or not chats.get(nearest):

@@ -80,8 +80,6 @@ def polish(
 
 
 class Rescorer:
-    """Scores of a whole library around any architecture of its space, from finished runs."""
-
     def __init__(
         self, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
     ) -> None:

@@ -65,7 +65,6 @@ class Amount:
 
     @property
     def value(self) -> float:
-        """In seconds, bytes, tokens a second or units; a share stays a share."""
         return self.number * self.factor
 
     def text(self, number: float) -> str:
@@ -111,11 +110,9 @@ class Fits:
 
     @property
     def memory(self) -> float:
-        """Bytes that weights and KV cache may take."""
         return self.count * self.device.memory * UTILISATION
 
     def tokens(self, scenario: Scenario) -> int:
-        """Tokens in the KV cache."""
         if self.cached is not None:
             return self.cached
         context = self.context or scenario.prompt + scenario.new
@@ -207,15 +204,12 @@ class Constraint:
 
     @property
     def inverse(self) -> bool:
-        """Whether more of the budget is better."""
         return self.name == "throughput"
 
     def in_unit(self, total: float) -> float:
-        """A total in the user's unit."""
         return self.unit / max(total, 1e-30) if self.inverse else total / self.unit
 
     def total(self, columns: Mapping[str, Mapping[str, float]]) -> float:
-        """Its left side, given the columns of an architecture, a word or the base by scenario."""
         return sum(w * columns[s][c] for (s, c), w in self.coefficients.items())
 
 
@@ -235,7 +229,6 @@ class BatchChoice:
     constraints: tuple[Constraint, ...] = ()
 
     def bounds(self) -> dict[str, float]:
-        """Constraint's key -> the most that the words alone may sum to."""
         base = {name: table.base for name, table in self.tables.items()}
         return {one.key: one.bound - one.total(base) for one in self.constraints}
 
@@ -245,7 +238,6 @@ class BatchChoice:
         return {one.key: sum(map(one.total, columns)) for one in self.constraints}
 
     def totals(self, words: Words) -> dict[str, dict[str, float]]:
-        """Scenario -> every column of an architecture."""
         return {name: table.total(words) for name, table in self.tables.items()}
 
     def excess(self, words: Words) -> float:
@@ -279,7 +271,6 @@ class BatchChoice:
         return replace(self, constraints=tuple(replace(one, bound=most) for one, most in pairs))
 
     def __str__(self) -> str:
-        """`batch 16`, or `batches chat 16, long 4`."""
         batches = {name: table.scenario.batch for name, table in self.tables.items()}
         if len(batches) == 1:
             return f"batch {next(iter(batches.values()))}"
@@ -327,7 +318,6 @@ class BatchChoice:
         return [replace(one, scenario=s) for one, s in zip(each, where, strict=True)]
 
     def _bounded(self, name: str, given: Given, amount: Amount, where: Sequence[str]) -> Constraint:
-        """A bound on the weighted mean over scenarios, in the unit of the first of them."""
         units = {s: self._unit(name, amount, s) for s in where}
         unit, mass = units[where[0]], sum(self.weights[s] for s in where)
         column = COLUMNS[name][0]

@@ -63,7 +63,6 @@ class CostConfig(PricedConfig):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, given: Any) -> Any:
-        """`dtype` follows from the device, and bytes from `dtype`."""
         if not isinstance(given, dict):
             return given
         device = str(given.get("device")).lower()
@@ -95,7 +94,6 @@ class CostConfig(PricedConfig):
 def count(
     config: ModelConfig, kind: str, variant: Variant, scenario: Scenario, sizes: tuple[float, float]
 ) -> dict:
-    """The counted columns of one word. sizes: bytes of a parameter, of a number in the KV cache."""
     parameters = config.subblock_params(kind, variant)
     kv = config.kv_bytes(variant, sizes[1]) if isinstance(variant, GQA) else 0.0
     memory = parameters * sizes[0] + kv * scenario.cached_tokens
@@ -103,14 +101,12 @@ def count(
 
 
 def base_row(config: ModelConfig, bytes_per_parameter: float) -> dict:
-    """The counted columns of what is outside all blocks: embedding, last norm, head."""
     outside = replace(config, blocks=()).num_params()
     columns = {"parameters": outside, "kv_bytes_per_token": 0.0}
     return {"kind": "base", "word": "", **columns, "bytes": outside * bytes_per_parameter}
 
 
 def offered_words(space: Space) -> list[Key]:
-    """Every (kind, word) of a space once."""
     layers = range(len(space.layers))
     return list(dict.fromkeys((k, w) for i in layers for k in KINDS for w in space.words(i, k)))
 
@@ -190,7 +186,6 @@ def least_seconds(
 
 
 def _timed(engine: TorchEngine, scenario: Scenario) -> tuple[float, list[float]]:
-    """Seconds of the fastest of `PREFILLS` prefills, and of each decode step after the last."""
     prompts = prompts_of(scenario, engine.config.vocab_size)
     prefill, steps = math.inf, []
     for new in (*(1,) * (PREFILLS - 1), scenario.new):
@@ -247,7 +242,6 @@ def calibrate(prices: Prices, timed: Timed) -> dict[Key, Seconds]:
 
 
 def _factors(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """rows `(models, words)`, what each word contributes to each model -> factors `(words,)`."""
     count = rows.shape[1]
     scale = float(np.median(seconds / rows.sum(1)))
     a = np.concatenate([rows / seconds[:, None] / NOISE, np.eye(count) / TRUST])
@@ -268,7 +262,6 @@ def monotone(seconds: Prices) -> dict[Key, Seconds]:
 
 
 def _isotonic(values: list[float]) -> list[float]:
-    """The closest non-decreasing sequence (pool adjacent violators)."""
     pools: list[list[float]] = []
     for value in values:
         pools.append([value])
@@ -278,7 +271,6 @@ def _isotonic(values: list[float]) -> list[float]:
 
 
 def _counts(words: Words, keys: Sequence[Key]) -> list[int]:
-    """How often each key is in an architecture; the base once."""
     found = Counter((kind, w) for pair in words for kind, w in zip(KINDS, pair, strict=True))
     return [1 if kind == "base" else found[kind, word] for kind, word in keys]
 
@@ -342,7 +334,6 @@ def price(
 
 
 def _device(settings: CostConfig) -> Device:
-    """The roofline's device; the CPU is probed."""
     assert settings.device is not None
     return probe_cpu() if settings.device.lower() == CPU else find_device(settings.device)
 

@@ -111,12 +111,10 @@ class Costs:
 
     @property
     def first(self) -> CostTable:
-        """The table of the first scenario, at the first batch that it was priced at."""
         return next(iter(self.tables.values()))
 
 
 def read_costs(directory: Path) -> Costs:
-    """The tables that a finished cost stage left."""
     found = read_json(directory, "scenarios")
     scenarios = {name: Scenario(**one) for name, one in found["scenarios"].items()}
     rows: dict[tuple[str, int], list[dict]] = {}
@@ -137,6 +135,5 @@ def unavailable(directory: Path) -> set[tuple[str, str]]:
 
 
 def share_of(row: Mapping, column: str) -> float | None:
-    """A predicted column of a row of `architectures.json` over the parent's; None without one."""
     own, parent = row["predicted"].get(column), row["parent"].get(column)
     return own / parent if own and parent else None

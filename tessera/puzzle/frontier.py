@@ -64,7 +64,6 @@ class FrontierConfig(Config):
         return self
 
     def at(self, method: Method, share: float) -> SearchConfig:
-        """The search of one method at one share of the parent."""
         constraints = {**self.search.get("constraints", {}), self.constraint: f"{share}x"}
         table = {**self.search, "method": method, "constraints": constraints}
         return validate(SearchConfig, table, "search")

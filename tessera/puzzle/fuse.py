@@ -108,7 +108,6 @@ def fusable_runs(
 
 
 def _stretches(config: ModelConfig) -> list[list[int]]:
-    """Maximal runs of SwiGLUs with no attention and no linear map between them."""
     found: list[list[int]] = [[]]
     for layer, block in enumerate(config.blocks):
         if not isinstance(block.attention, NoOp):

@@ -78,11 +78,9 @@ class BlockLibrary(nn.ModuleDict):
 
     @property
     def last_layer(self) -> int:
-        """The deepest layer that has a unit here; -1 where there is none."""
         return max((int(key.split("/")[0]) for key in self), default=-1)
 
     def units(self, layer: int) -> Iterator[tuple[Unit, nn.Module]]:
-        """The units of one layer: a Subblock each, or a Block for kind `block`."""
         for key, module in self.items():
             number, kind, word = key.split("/")
             if int(number) == layer:
@@ -90,7 +88,6 @@ class BlockLibrary(nn.ModuleDict):
 
 
 def trainable_units(space: Space) -> list[Unit]:
-    """Every replacement that has weights, by layer."""
     return [unit for unit in space.replacements() if unit.word != "noop"]
 
 
@@ -103,7 +100,6 @@ def layer_groups(units: Sequence[Unit], layers_at_once: int | None) -> list[list
 
 
 def unit_file(directory: Path, unit: Unit) -> Path:
-    """Where a library directory keeps a unit."""
     return directory / f"{unit}.safetensors"
 
 
@@ -164,8 +160,6 @@ def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]
 
 
 class ChildConfig(Config):
-    """The library and the architecture say it all; of a frontier, which `point` of it to build."""
-
     point: str | None = None  # METHOD-SHARE, as "mip-1.5"
 
 

@@ -33,7 +33,6 @@ class ArchitectureConfig(Config):
     tie_word_embeddings: bool = False
 
     def model(self, vocab_size: int, bos: int | None, eos: tuple[int, ...]) -> ModelConfig:
-        """The ModelConfig of this shape for a tokenizer's vocabulary."""
         words = f"gqa-{self.num_key_value_heads}", f"swiglu-{self.intermediate_size}"
         own = {"num_hidden_layers", "num_key_value_heads", "intermediate_size", "head_dim"}
         return ModelConfig(
@@ -56,7 +55,6 @@ class ParentConfig(Config):
     @field_validator("path")
     @classmethod
     def _readable(cls, value: str | None) -> str | None:
-        """Reads config and headers of weights before anything runs."""
         if value is not None and not is_hub_id(value):
             load_config(value)
             find_tensors(resolve(value))

@@ -35,8 +35,6 @@ Row = dict[str, Any]
 
 
 class HeatConfig(Config):
-    """How one candidate is distilled, and on how many held-out tokens it is judged."""
-
     train: DocumentTrainConfig
     cosine: float = Field(default=1.0, ge=0)
     tokens: int = Field(default=16_384, ge=1)
@@ -65,11 +63,9 @@ class RaceConfig(HeatConfig):
         return HeatConfig(train=train, cosine=self.cosine, tokens=self.tokens)
 
     def left(self, count: int) -> int:
-        """How many of `count` candidates go on from a rung."""
         return max(1, math.ceil(self.keep * count))
 
     def heats(self, count: int) -> list[int]:
-        """The steps of every heat of `count` candidates, where none of them diverges."""
         found = []
         for rung in range(1, self.rungs + 1):
             rates = len(self.lrs) if rung == 1 and self.lrs else 1
@@ -81,7 +77,6 @@ class RaceConfig(HeatConfig):
 
 
 def candidates(searches: Sequence[Path]) -> list[Row]:
-    """Every architecture of these search runs once, each with the name it races under."""
     seen: dict[tuple, Row] = {}
     for search in searches:
         for number, found in enumerate(read_json(search, "architectures"), 1):
@@ -141,7 +136,6 @@ def unigram_entropy(batches: Sequence[Batch]) -> float:
 
 
 def _warn_of_bad(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
-    """Say so where the winner is no better than a guess that sees no context."""
     heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
     entropy = unigram_entropy(heldout.heldout_batches(config.tokens))
     if row["lm_loss"] < entropy:
@@ -169,7 +163,6 @@ def ranking(rows: Sequence[Row]) -> list[int]:
 def run_rung(
     rung: int, entries: Iterable[tuple[Row, float]], config: RaceConfig, run: Run, inputs: dict
 ) -> list[Row]:
-    """A row for every (candidate, lr) of a rung, without its place."""
     rows = []
     for candidate, lr in entries:
         settings = config.heat(rung, lr)

@@ -40,7 +40,6 @@ class Pass:
 
 
 def passes(scenario: Scenario, sliding_window: int | None) -> tuple[Pass, Pass]:
-    """(prefill of the whole batch, one decode step at the mean length of the cache)."""
     batch, length = scenario.batch, scenario.prompt
     window = min(sliding_window or length, length)
     pairs = length * window - window * (window - 1) / 2  # causal: the first rows see fewer
@@ -75,7 +74,6 @@ class Serving:
         return "bf16" if self.dtype == "fp8" else self.dtype
 
     def share(self, heads: int) -> int:
-        """Heads on the fullest device; one at least, so few KV heads are copied."""
         return math.ceil(heads / self.tensor_parallel)
 
     def work(self, flops: float, moved: float, dtype: str | None = None) -> float:
@@ -95,7 +93,6 @@ class Serving:
         return min(one, two)
 
     def gather(self, rows: int, width: int) -> float:
-        """Seconds until every device has the `rows` x `width` activations of each."""
         n, device = self.tensor_parallel, self.device
         if n == 1:
             return 0.0
@@ -108,7 +105,6 @@ class Serving:
         return self.work(2.0 * rows * inputs * outputs, weights + activations)
 
     def moved(self, numbers: float) -> float:
-        """Seconds of reading and writing so many activations."""
         return numbers * DTYPES[self.wide] / self.device.rate()
 
 

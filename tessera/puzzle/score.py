@@ -56,7 +56,6 @@ class HeldoutConfig(Config):
     sequence_length: int = Field(default=256, ge=2)
 
     def heldout(self, data: Path) -> list[Batch]:
-        """The first held-out documents of a data run, always the same."""
         sizes = ("sequence_length", "microbatch_tokens", "tokens")
         return heldout(data, **{name: getattr(self, name) for name in sizes})
 
@@ -85,7 +84,6 @@ class ScoreConfig(HeldoutConfig):
 
     @property
     def files(self) -> list[str]:
-        """Of problems; their contents are part of the run's fingerprint."""
         return [source for source in self.tasks.values() if isinstance(source, str)]
 
 
@@ -116,7 +114,6 @@ class Answers:
         return cls(task, batch, at, batch.labels.flatten()[at], problem, len(numbers))
 
     def measure(self, module: Transformer, x: Tensor) -> Sums:
-        """Both metrics of a variant of `module` whose last layer leaves x `(B,T,C)`."""
         hidden = module.norm(x).flatten(0, 1)[self.at]
         loss, wrong = 0.0, torch.zeros(self.count, dtype=torch.long)
         for part in chunks(hidden, len(module.head)):
@@ -131,7 +128,6 @@ class Answers:
 
 
 def load_tasks(config: ScoreConfig, data: Path) -> list[Answers]:
-    """The problems of every task, tokenised as the documents of the data run are."""
     tokenizer, bos = load_tokenizer(data), bool(read_json(data, "data")["bos"])
     found = []
     for name, source in config.tasks.items():
@@ -145,7 +141,6 @@ def load_tasks(config: ScoreConfig, data: Path) -> list[Answers]:
 
 
 def procedural_problems(name: str, count: int, work: bool) -> Iterator[Text]:
-    """Held-out problems of a procedural task, as their documents are written."""
     for index in range(count):
         one = problem(name, 0, index, "heldout")
         prompt = f"{one.question}\n" + ("Work:" if work else "Answer:")
@@ -245,7 +240,6 @@ class Target:
         return cls(batch, hidden, entropy, mean, first, labels, weight)
 
     def measure(self, module: Transformer, x: Tensor) -> Sums:
-        """The `METRICS` of a variant of `module` whose last layer leaves x `(B,T,C)`."""
         hidden, head = module.norm(x).flatten(0, 1), module.head
         sums: dict[str, float] = dict.fromkeys(METRICS, 0.0)
         for part in chunks(hidden, len(head)):

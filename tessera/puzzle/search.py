@@ -82,7 +82,6 @@ class Solver:
         return found
 
     def best(self, earlier: Sequence[Solution] = ()) -> Found:
-        """The best at any choice of batches, unlike `earlier`. Raises Infeasible, TimedOut."""
         found: list[tuple[tuple[float, float], Found, Solution]] = []
         timed_out: list[TimedOut] = []
         bounds: list[float] = []
@@ -110,7 +109,6 @@ class Solver:
         return replace(best, solution=replace(solution, bound=bound, seconds=seconds))
 
     def _by_relaxation(self) -> list[tuple[float, BatchChoice]]:
-        """(a bound on its score, choice), best bound first, without those that have no answer."""
         if len(self.choices) == 1:
             return [(-math.inf, self.choices[0])]
         found = []
@@ -124,7 +122,6 @@ class Solver:
     def _program(
         self, choice: BatchChoice
     ) -> tuple[list[Option], dict[str, float], list[tuple[int, str, str]]]:
-        """(options, limits, forbidden pairs)."""
         limits = choice.bounds() | self.candidates.limits
         options = self.candidates.options(choice, self.cuts)
         return options, limits, self.candidates.forbidden(self.cuts)
@@ -153,7 +150,6 @@ class Solver:
             self.cuts.add(Unit.pair(empty[0], *words[empty[0]]))
 
     def _explain(self) -> str:
-        """Why no choice of batches has an answer, explained at the one nearest to having one."""
         slacks = [(self.slack(choice), choice) for choice in self.choices]
         possible = [
             (sum(slack[one.key] / one.bound for one in choice.constraints), slack, choice)
@@ -184,7 +180,6 @@ class Solver:
             return None
 
     def _least(self, choice: BatchChoice, key: str, bounds: Mapping[str, float]) -> float | None:
-        """The least that the words can sum to under `key` within `bounds` of the others."""
         options, _, forbidden = self._program(choice)
         unit = max(abs(option.costs[key]) for option in options) or 1.0
         priced = [replace(option, score=option.costs[key] / unit) for option in options]
@@ -235,7 +230,6 @@ def explain(choice: BatchChoice, slack: Mapping[str, float], least: Least, where
 
 
 def _rounded(one: Constraint, total: float) -> str:
-    """A total in the user's unit, three significant digits, to the side that can be met."""
     value = one.in_unit(total)
     if value <= 0:
         return one.amount.text(0.0)
@@ -266,7 +260,6 @@ def shadow_prices(solver: Solver, found: Found) -> list[Row]:
         return abs(one.in_unit(one.bound * factor) - one.in_unit(one.bound))
 
     def slope(one: Constraint) -> float:
-        """By how much the bound moves with one unit of what the user wrote."""
         return one.unit / one.in_unit(one.bound) ** 2 if one.inverse else one.unit
 
     for budget in dict.fromkeys(one.budget for one in choice.constraints):
@@ -314,7 +307,6 @@ def _change(
 
 
 def _price_line(row: Row, one: Constraint) -> str:
-    """`latency = "30 ms" (29.1 ms used): 0.3 ms more would lower the score by 0.012; …`."""
     more, less = ("less", "more") if one.inverse else ("more", "less")
     used, up, down = (
         one.amount.text(float(f"{row[key]:.3g}")).strip('"')
@@ -344,8 +336,6 @@ Method = Literal["mip", "uniform", "dropped", "dropped-attention", "greedy"]
 
 
 class ScenarioBudget(Config):
-    """One scenario's weight where scenarios are mixed, and budgets of its own."""
-
     weight: float = Field(default=1.0, gt=0)
     constraints: dict[str, Given] = {}  # each replaces the one of that name for all
 
@@ -388,7 +378,6 @@ class SearchConfig(Config):
         return engines_of(names) if listed else value
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
-        """A sentence where layers are to be dropped and the space is known to offer no noop."""
         kinds = {"dropped": KINDS, "dropped-attention": KINDS[:1]}.get(self.method, ())
         words = offered(step.inputs["scores"], steps) if kinds else None
         missing = [kind for kind in kinds if words is not None and "noop" not in words[kind]]
@@ -431,7 +420,6 @@ def conditional_search(
     costs: Costs,
     inputs: Mapping,
 ) -> Found:
-    """One architecture, by scores measured anew around what each step of it left."""
     conditional = config.conditional
     assert conditional is not None
     for need in ("library", "data"):

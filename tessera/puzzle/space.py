@@ -51,7 +51,6 @@ class Unit(NamedTuple):
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
-        """(kind, word) of each subblock: one, or two of a pair."""
         kinds = KINDS if self.kind == "block" else (self.kind,)
         return tuple(zip(kinds, self.word.split("+"), strict=True))
 
@@ -78,7 +77,6 @@ def layer_numbers(spec: str) -> tuple[int, ...]:
 
 
 def layers_of(spec: str | None, parent: ModelConfig, where: str) -> tuple[int, ...]:
-    """The layers of a parent that `spec` names; all of them for None. Raises ConfigError."""
     count = parent.num_hidden_layers
     layers = tuple(range(count)) if spec is None else layer_numbers(spec)
     if beyond := [layer for layer in layers if layer >= count]:
@@ -89,8 +87,6 @@ def layers_of(spec: str | None, parent: ModelConfig, where: str) -> tuple[int, .
 
 
 class LayerWords(Config):
-    """Lists for some layers in place of the general ones; a kind that is not named keeps those."""
-
     attention: tuple[str, ...] | None = None
     ffn: tuple[str, ...] | None = None
 
@@ -177,14 +173,12 @@ class Space:
         return found
 
     def replacements(self) -> Iterator[Unit]:
-        """Every subblock that is not the parent's own, by layer."""
         for layer, words in enumerate(self.layers):
             for kind, offered in zip(KINDS, words, strict=True):
                 for word in offered[1:]:
                     yield Unit(layer, kind, word)
 
     def without(self, words: Collection[tuple[str, str]]) -> Space:
-        """The space less these (kind, word), and less the pairs that hold one of them."""
         layers = tuple(
             tuple(
                 tuple(word for word in offered if (kind, word) not in words)
@@ -196,7 +190,6 @@ class Space:
         return replace(self, layers=layers, pairs=kept)
 
     def restrict(self, layers: Collection[int]) -> Space:
-        """The part that lies in `layers`; elsewhere only the parent's own words are left."""
         kept = tuple(
             words if layer in layers else (words[0][:1], words[1][:1])
             for layer, words in enumerate(self.layers)
@@ -205,14 +198,12 @@ class Space:
 
 
 def write_space(space: Space, run: Run) -> None:
-    """To a run's tables: `space.json`, `pairs.json` and `servable.json`."""
     run.write_json("space", [[list(words) for words in layer] for layer in space.layers])
     run.write_json("pairs", [[pair.layer, *pair.word.split("+")] for pair in space.pairs])
     run.write_json("servable", list(space.servable))
 
 
 def read_space(directory: Path) -> Space:
-    """The space of a finished library or score run."""
     layers = tuple((tuple(a), tuple(f)) for a, f in read_json(directory, "space"))
     pairs = tuple(Unit.pair(*pair) for pair in read_json(directory, "pairs"))
     return Space(layers, pairs, tuple(read_json(directory, "servable")))
@@ -243,15 +234,12 @@ def offered(path: Input, steps: Sequence[Step]) -> dict[str, set[str]] | None:
 
 @dataclass
 class _Offer:
-    """One list of words of the config, at its layers."""
-
     where: str  # its key in the recipe
     kind: str
     words: tuple[str, ...]
     layers: list[int]
 
     def unused(self, space: Space) -> list[str]:
-        """The words written down here that the space holds at none of their layers."""
         if not self.layers or self.words == {"attention": ATTENTION, "ffn": FFN}[self.kind]:
             return []
         written = [w for w in self.words if w != "divisors" and not _PERCENT.fullmatch(w)]
@@ -299,7 +287,6 @@ def build_space(config: SpaceConfig, parent: ModelConfig) -> Space:
 
 
 def _words(kind: str, wanted: Sequence[str], own: Variant, multiple: int) -> tuple[str, ...]:
-    """The parent's own word, then those that can be cut from it; shorthands are spelled out."""
     words = [name(own)]
     for word in wanted:
         meant = [word]
@@ -333,7 +320,6 @@ def _servable_part(space: Space, parent: ModelConfig, offers: Sequence[_Offer]) 
     """
 
     def reason(unit: Unit) -> str:
-        """Which engine refuses a word in an otherwise untouched parent, and why."""
         words = {kind: space.words(unit.layer, kind)[0] for kind in KINDS} | {unit.kind: unit.word}
         candidate = _with_pair(parent, unit.layer, (words["attention"], words["ffn"]))
         found = ((one, why) for one in space.servable for why in refusals(candidate, one))

@@ -39,7 +39,6 @@ class Layer(NamedTuple):
     out: Tensor
 
     def replaced(self, kind: str, unit: nn.Module) -> Tensor:
-        """The block's output with `unit` in place of its attention, its FFN or all of it."""
         if kind == "block":
             return unit(self.x, self.context)
         if kind == "attention":
@@ -117,8 +116,6 @@ def collect_statistics(
 
 @dataclass
 class _LayerSums:
-    """Sums over calibration tokens for one layer; `linear`: Σxy and Σx² of a linear map's fit."""
-
     channels: Tensor | None = None
     output: float = 0.0
     influence: float = 0.0
@@ -301,6 +298,5 @@ def channels(ffn: Subblock, normed: Tensor, which: Tensor | slice = slice(None))
 
 
 def feed_forward(ffn: Subblock) -> FeedForward:
-    """The operation of a SwiGLU subblock."""
     assert isinstance(ffn.op, FeedForward)
     return ffn.op

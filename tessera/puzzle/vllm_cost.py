@@ -34,8 +34,6 @@ OURS = {"model", "load_format", "dtype", "enforce_eager", "enable_prefix_caching
 
 
 class VLLMCostConfig(PricedConfig):
-    """Scenarios as in stage `cost`, and how vLLM is run."""
-
     rounds: int = Field(default=10, ge=3)  # of one start
     starts: int = Field(default=1, ge=1)  # of each probe, in turn: more where the machine is shared
     depth: int = Field(default=10, ge=1)
@@ -54,13 +52,11 @@ class VLLMCostConfig(PricedConfig):
 
 
 def served(config: ModelConfig, key: Key) -> Key:
-    """The word that an exported model has in this one's place: the same or a padded one."""
     (block,) = expressible(replace(config, blocks=(_alone(key),))).blocks
     return key[0], name(getattr(block, key[0]))
 
 
 def base_word(words: Sequence[Key]) -> Key:
-    """The narrowest attention on offer: a probe's first layer, where vLLM must have attention."""
     found = [v for k, w in words if isinstance(v := parse_kind(k, w), GQA)]
     if not found:
         raise RunError("no word of the space is attention, and vLLM loads no model without any")
@@ -118,7 +114,6 @@ def word_prices(found: Mapping[Key, Seconds], first: Key, depth: int) -> dict[Ke
 
 
 def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> dict:
-    """What `vllm/worker.py` is asked about a model directory: all scenarios in one process."""
     priced = [scenario for _, scenario in config.priced()]
     return {
         "model": str(model),
@@ -165,7 +160,6 @@ def drive(python: str, job: dict, threads: int | None, kv_bytes: float = 0.0) ->
 
 
 def cache_bytes(config: VLLMCostConfig, model: ModelConfig) -> float:
-    """Bytes of KV cache that the largest scenario fills in this model."""
     tokens = max(scenario.cached_tokens for _, scenario in config.priced())
     return tokens * model.kv_bytes_per_token(BYTES[config.dtype])
 
@@ -197,7 +191,6 @@ def measure(
 def probes_of(
     config: VLLMCostConfig, parent: ModelConfig, words: Sequence[Key]
 ) -> dict[Key, ModelConfig]:
-    """The probe of the base and of every distinct padded word; `noop` needs none."""
     longest = max(scenario.prompt + scenario.new for _, scenario in config.priced())
     # vLLM refuses requests beyond the model's context, and a longer one costs nothing.
     roomy = max(parent.max_position_embeddings, longest)
