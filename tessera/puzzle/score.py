@@ -25,11 +25,13 @@ from tessera.data.documents import heldout
 from tessera.data.problems import family, problem
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
 from tessera.model.checkpoint import load_model
+from tessera.model.config import name as word_of
 from tessera.model.cpu import multiply
 from tessera.model.layers import Subblock
 from tessera.model.transformer import Block, Transformer
 from tessera.progress import Progress
-from tessera.puzzle.library import load_unit
+from tessera.puzzle.cost_table import Words
+from tessera.puzzle.library import assemble, load_unit
 from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import walk
 from tessera.runs.files import resumable
@@ -343,6 +345,40 @@ def score_given(
         for unit, found in means.items()
         if unit
     ]
+
+
+class ConditionalConfig(HeldoutConfig):
+    """rounds: R. polish: rounds after that, each of at most `changes` (a share) of all places."""
+
+    rounds: int = Field(default=4, ge=1)
+    polish: int = Field(default=4, ge=0)
+    changes: float = Field(default=0.25, gt=0, le=1)
+    tokens: int = Field(default=4096, ge=1)
+    microbatch_tokens: int = Field(default=2048, ge=1)
+
+
+class Rescorer:
+    def __init__(
+        self, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
+    ) -> None:
+        self.path, self.library, self.space = parent, library / "library", space
+        self.parent = load_model(parent, frozen=True)
+        self.units = load_units(self.library, self.parent, space)
+        for layer, block in enumerate(self.parent.blocks):  # what was taken may be given back
+            for kind, variant in block.config:
+                self.units[Unit(layer, kind, word_of(variant))] = getattr(block, kind)
+        self.batches = config.heldout(data)
+
+    def measure(self, words: Words) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """(the assembled architecture's own metrics, the change each word makes to them)."""
+        module = load_model(self.path, frozen=True)
+        current = assemble(module, self.library, words).requires_grad_(False)
+        held = self.space.units(words)
+        others = {unit: module for unit, module in self.units.items() if unit not in held}
+        own, rows = score_given(self.parent, current, others, self.batches)
+        unchanged = dict.fromkeys(own, 0.0)
+        rows += [{**unit._asdict(), **unchanged} for unit in held]
+        return own, rows
 
 
 def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:

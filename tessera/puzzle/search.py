@@ -20,7 +20,6 @@ from tessera.model.config import KINDS, ModelConfig
 from tessera.model.source import load_config
 from tessera.puzzle import candidates as baselines
 from tessera.puzzle.candidates import Architecture, Candidates, Found, chosen_words
-from tessera.puzzle.conditional import ConditionalConfig, Rescorer, polish, tighten
 from tessera.puzzle.constraints import (
     BatchChoice,
     Budgets,
@@ -29,7 +28,7 @@ from tessera.puzzle.constraints import (
     batch_choices,
     check_budgets,
 )
-from tessera.puzzle.cost_table import Costs, read_costs, share_of, unavailable
+from tessera.puzzle.cost_table import Costs, Words, read_costs, share_of, unavailable
 from tessera.puzzle.program import (
     Infeasible,
     Option,
@@ -40,7 +39,7 @@ from tessera.puzzle.program import (
     relax,
     solve,
 )
-from tessera.puzzle.score import METRICS
+from tessera.puzzle.score import METRICS, ConditionalConfig, Rescorer
 from tessera.puzzle.space import Space, Unit, offered, read_space
 from tessera.runs.plan import Step
 from tessera.runs.recipe import Config
@@ -50,6 +49,7 @@ STEPS = (0.01, 0.1)  # of a bound, in shadow prices
 _PROVED = 1e-6
 _SMALL = 1e-9  # a relative change below this is the solver's rounding
 Row = dict[str, Any]
+Rows = Sequence[Mapping]
 Least = Callable[[str, Mapping[str, float]], float | None]
 
 
@@ -410,6 +410,52 @@ def solver_of(
         choices = [choice.towards(share) for choice in choices]
     found = Candidates.of(parent, space, config.servable, scores, config.minimize, near)
     return Solver(found, choices, config.time_limit, config.solutions, config.overlap)
+
+
+def tighten(
+    rounds: int,
+    rows: Rows,
+    solve_at: Callable[[Rows, float], Words],
+    rescore: Callable[[Words], Rows],
+) -> list[Words]:
+    """The architecture after each round; the last meets the limits.
+
+    solve_at(rows, share): the best words under limits that are `share` of the way from the parent's
+    cost, by `rows` around the parent at first. rescore(words): rows around that architecture.
+    """
+    found: list[Words] = []
+    for number in range(1, rounds + 1):
+        rows = rescore(found[-1]) if found else rows
+        found.append(solve_at(rows, number / rounds))
+    return found
+
+
+def polish(
+    rounds: int,
+    words: Words,
+    changes: int,
+    solve_near: Callable[[Rows, Words, int], Words],
+    measure: Callable[[Words], tuple[float, Rows]],
+) -> Words:
+    """An architecture that is measured no worse than `words`, from searches around it in a trust
+    region: half as many changes are tried where the measured value did not fall.
+
+    solve_near(rows, words, n): the best words under the limits with at most n places other than
+    in `words`. measure(words): what is minimised, measured, and the change each word makes to it.
+    """
+    own, rows = measure(words)
+    for _ in range(rounds):
+        near = solve_near(rows, words, changes)
+        if list(near) == list(words):
+            break
+        found = measure(near)
+        if found[0] < own:
+            words, (own, rows) = near, found
+        elif changes == 1:
+            break
+        else:
+            changes //= 2
+    return words
 
 
 def conditional_search(
