@@ -8,7 +8,7 @@ constraints; the coarse ones may have none, and then give the nearest and say so
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tessera.export.engines import refusals
@@ -41,17 +41,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Candidates:
-    """A space of words with their scores, for a parent and the engines that must load the child.
-
-    scores: the damage of each unit; the parent's own words score 0 where they have none.
-    near: an architecture, and how many places may hold another word than it does.
-    """
+    """A space of words with their scores, for a parent and the engines that must load the child."""
 
     parent: ModelConfig
     space: Space
     engines: tuple[str, ...]
-    scores: Mapping[Unit, float]
-    near: tuple[Architecture, int] | None = None
+    scores: Mapping[Unit, float]  # the parent's own words score 0 where they have none
+    near: tuple[Architecture, int] | None = None  # how many places may hold another word than it
 
     @classmethod
     def of(
@@ -112,8 +108,7 @@ class Candidates:
         )
 
     def forbidden(self, cuts: Collection[Unit] = ()) -> list[tuple[int, str, str]]:
-        """(layer, attention, FFN) that may not stand together as two words; trained together, two
-        words are never those two trained apart."""
+        """(layer, attention, FFN) that may not stand together as two words trained apart."""
         pairs = (*self.refused, *self.space.pairs, *cuts)
         return [(pair.layer, *(word for _, word in pair.parts)) for pair in pairs]  # type: ignore[misc]
 
@@ -178,16 +173,16 @@ def uniform(candidates: Candidates, choices: Choices) -> Found:
 
 def dropped_layers(candidates: Candidates, choices: Choices, influence: Sequence[float]) -> Found:
     """The parent without its least influential layers, as few as needed (ShortGPT)."""
-    ranking = {layer: influence[layer] for layer in _removable(candidates, "dropped", KINDS)}
-    return _first(candidates, choices, _dropped(candidates, ranking, KINDS))
+    return _dropped(candidates, choices, "dropped", KINDS, influence.__getitem__)
 
 
 def dropped_attention(candidates: Candidates, choices: Choices) -> Found:
     """The parent without the attentions whose removal scores least, as few as that."""
-    kinds = ("attention",)
-    able = _removable(candidates, "dropped-attention", kinds)
-    ranking = {layer: candidates.score(Unit(layer, "attention", "noop")) for layer in able}
-    return _first(candidates, choices, _dropped(candidates, ranking, kinds))
+
+    def harm(layer: int) -> float:
+        return candidates.score(Unit(layer, "attention", "noop"))
+
+    return _dropped(candidates, choices, "dropped-attention", KINDS[:1], harm)
 
 
 def greedy(candidates: Candidates, choices: Choices) -> Found:
@@ -197,22 +192,10 @@ def greedy(candidates: Candidates, choices: Choices) -> Found:
     able = [f for f in found if not candidates.refuses(f.words) and keeps_both_kinds(f.words)]
     if not able:
         raise SearchError(
-            f'method = "greedy": {", ".join(candidates.engines) or "nothing"} cannot load what it '
-            "chose, and it never looks back; take another method, or a looser budget"
+            f'method = "greedy" found nothing that {", ".join(candidates.engines) or "keeps both"} '
+            "can load; take another method, or a looser budget"
         )
     return min(able, key=lambda one: (not one.meets, candidates.total(one.words)))
-
-
-def _removable(candidates: Candidates, method: str, kinds: Sequence[str]) -> list[int]:
-    space = candidates.space
-    layers = range(len(space.layers))
-    able = [i for i in layers if all("noop" in space.words(i, kind) for kind in kinds)]
-    if not able:
-        raise SearchError(
-            f'method = "{method}" needs the word noop for the {" and the ".join(kinds)} of some '
-            "layer; add it to the space of the [bld] table"
-        )
-    return able
 
 
 def _everywhere(candidates: Candidates, kind: str, prefix: str) -> list[list[str]]:
@@ -224,20 +207,32 @@ def _everywhere(candidates: Candidates, kind: str, prefix: str) -> list[list[str
 
 
 def _dropped(
-    candidates: Candidates, ranking: Mapping[int, float], kinds: Sequence[str]
-) -> Iterator[Architecture]:
-    """The parent, then without `kinds` in one more of its lowest-ranking layers at a time.
+    candidates: Candidates,
+    choices: Choices,
+    method: str,
+    kinds: Sequence[str],
+    harm: Callable[[int], float],
+) -> Found:
+    space = candidates.space
+    layers = range(len(space.layers))
+    able = [i for i in layers if all("noop" in space.words(i, kind) for kind in kinds)]
+    if not able:
+        raise SearchError(
+            f'method = "{method}" needs the word noop for the {" and the ".join(kinds)} of some '
+            "layer; add it to the space of the [bld] table"
+        )
 
-    A layer that an engine cannot do without is passed over.
-    """
-    words = list(candidates.parent.words)
-    yield words
-    for layer in sorted(ranking, key=ranking.__getitem__):
-        ffn = "noop" if "ffn" in kinds else words[layer][1]
-        fewer = [*words[:layer], ("noop", ffn), *words[layer + 1 :]]
-        if keeps_both_kinds(fewer) and not candidates.refuses(fewer):
-            words = fewer
-            yield words
+    def fewer() -> Iterator[Architecture]:
+        words = list(candidates.parent.words)
+        yield words
+        for layer in sorted(able, key=harm):
+            ffn = "noop" if "ffn" in kinds else words[layer][1]
+            less = [*words[:layer], ("noop", ffn), *words[layer + 1 :]]
+            if keeps_both_kinds(less) and not candidates.refuses(less):
+                words = less
+                yield words
+
+    return _first(candidates, choices, fewer())
 
 
 def _first(candidates: Candidates, choices: Choices, offered: Iterable[Architecture]) -> Found:
@@ -251,8 +246,7 @@ def _first(candidates: Candidates, choices: Choices, offered: Iterable[Architect
         missed.append(found)
     if not missed:
         raise SearchError(
-            f"{', '.join(candidates.engines)} cannot load the parent itself, nor anything like it; "
-            "`tessera show` says why"
+            f"{', '.join(candidates.engines)} cannot load the parent; `tessera show` says why"
         )
     return min(missed, key=lambda one: one.choice.excess(one.words))
 

@@ -120,10 +120,7 @@ class Fits:
 
 
 def read_fits(given: Given) -> Fits:
-    """What `fits = given` asks for, such as "1x H100, 32k context, 16 sequences"; k is 1,024.
-
-    Raises ConstraintError.
-    """
+    """What "1x H100, 32k context, 16 sequences" asks for; k is 1,024. Raises ConstraintError."""
 
     def error(why: str) -> ConstraintError:
         example = 'For example "1x H100, 32k context, 16 sequences"'
@@ -184,17 +181,14 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A linear constraint, Σ coefficient·column <= bound over an architecture, base included.
-
-    In the user's unit the total is total / unit, or unit / total of a throughput.
-    """
+    """A linear constraint, Σ coefficient·column <= bound over an architecture, base included."""
 
     name: str
     given: Given
     amount: Amount
     coefficients: Mapping[tuple[str, str], float]  # (scenario, column) ->
     bound: float
-    unit: float
+    unit: float  # the user's: total / unit, or unit / total of a throughput
     scenario: str = ""  # where it holds; "" for all of them together, or the only one
     budget: str = ""  # the budget of the recipe that it comes from: `latency`, `latency of chat`
 
@@ -215,11 +209,8 @@ class Constraint:
 
 @dataclass(frozen=True)
 class BatchChoice:
-    """Each scenario at one batch, where costs are numbers, and the constraints that hold there.
-
-    reference: scenario -> the table at the batch where the parent is served best, which shares of
-    the parent refer to; None where it meets the memory asked for at no batch.
-    """
+    """Each scenario at one batch, and the constraints there. reference: the table at the batch
+    where the parent is served best, for shares of it; None where memory allows it at no batch."""
 
     tables: Mapping[str, CostTable]
     reference: Mapping[str, CostTable | None]
@@ -344,10 +335,8 @@ class BatchChoice:
 
 
 def batch_choices(budgets: Budgets, costs: Costs, parent: Words) -> tuple[BatchChoice, ...]:
-    """Every choice of a batch a scenario, smallest first; one where the cost stage priced none.
-
-    Raises ConstraintError for budgets that these costs cannot answer.
-    """
+    """Every choice of a batch a scenario, smallest first. Raises ConstraintError for budgets that
+    these costs cannot answer."""
     for name in {**budgets.own, **budgets.weights}:
         if name not in costs.scenarios:
             raise ConstraintError(

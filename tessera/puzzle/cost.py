@@ -223,30 +223,23 @@ def architectures(parent: Words, words: Sequence[Key], count: int, seed: int = 0
 def calibrate(prices: Prices, timed: Timed) -> dict[Key, Seconds]:
     """The prices, prefill and decode each corrected by the models timed, and made `monotone`.
 
-    A word between others is not what it is among its like in caches. All prices are scaled by s,
-    the median of measured / promised; then each price p gets a factor f by ridge regression:
+    All are scaled by s, the median of measured / promised; then each price p gets a factor f:
 
         min over f of  sum over models (sum of f·p / measured - 1)^2 / NOISE^2
                      + sum over words (f - s)^2 / TRUST^2
     """
     if not timed:
         return monotone(prices)
-    keys = list(prices)
-    columns = []
+    keys, columns = list(prices), []
+    counts = np.array([_counts(words, keys) for words, _ in timed])
     for column in range(2):
         alone = np.array([prices[key][column] for key in keys])
-        rows = np.array([_counts(words, keys) for words, _ in timed]) * alone
-        seconds = np.array([pair[column] for _, pair in timed])
-        columns.append(alone * _factors(rows, seconds))
+        rows, seconds = counts * alone, np.array([pair[column] for _, pair in timed])
+        scale = float(np.median(seconds / rows.sum(1)))
+        a = np.concatenate([rows / seconds[:, None] / NOISE, np.eye(len(keys)) / TRUST])
+        b = np.concatenate([np.full(len(rows), 1 / NOISE), np.full(len(keys), scale / TRUST)])
+        columns.append(alone * np.maximum(FASTEST, np.linalg.lstsq(a, b, rcond=None)[0]))
     return monotone({key: (float(p), float(d)) for key, p, d in zip(keys, *columns, strict=True)})
-
-
-def _factors(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    count = rows.shape[1]
-    scale = float(np.median(seconds / rows.sum(1)))
-    a = np.concatenate([rows / seconds[:, None] / NOISE, np.eye(count) / TRUST])
-    b = np.concatenate([np.full(len(rows), 1 / NOISE), np.full(count, scale / TRUST)])
-    return np.maximum(FASTEST, np.linalg.lstsq(a, b, rcond=None)[0])
 
 
 def monotone(seconds: Prices) -> dict[Key, Seconds]:

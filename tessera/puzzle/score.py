@@ -93,8 +93,7 @@ class ScoreConfig(HeldoutConfig):
 class Answers:
     """One batch of a task's problems, measured at the tokens of answers.
 
-    Greedy decoding gives the reference iff each of its tokens is the likeliest one after the prompt
-    and the reference tokens before it, so one forward pass decides.
+    Greedy decoding gives the reference iff each of its tokens is the likeliest one there.
     at: flat positions `(N,)` of the predictions of answer tokens; labels `(N,)` those tokens;
     problem `(N,)` which of the batch's `count` problems each belongs to.
     """
@@ -105,15 +104,6 @@ class Answers:
     labels: Tensor
     problem: Tensor
     count: int
-
-    @classmethod
-    def of(cls, task: str, batch: Batch) -> Answers:
-        """batch: rows of problems, one a segment, weight 1 on the predictions of answers."""
-        at = batch.weight.flatten().nonzero().squeeze(1)
-        row = torch.arange(len(batch.tokens)).repeat_interleave(batch.tokens.shape[1])
-        segment = row * batch.tokens.shape[1] + batch.segments.flatten()
-        numbers, problem = segment[at].unique(return_inverse=True)
-        return cls(task, batch, at, batch.labels.flatten()[at], problem, len(numbers))
 
     def measure(self, module: Transformer, x: Tensor) -> Sums:
         hidden = module.norm(x).flatten(0, 1)[self.at]
@@ -150,10 +140,7 @@ def procedural_problems(name: str, count: int, work: bool) -> Iterator[Text]:
 
 
 def read_problems(file: Path, limit: int) -> list[Text]:
-    """The first `limit` problems of a file, one {"prompt": …, "answer": …} a line.
-
-    Raises TaskError naming the line that is none.
-    """
+    """The first `limit` problems of a file, one {"prompt": …, "answer": …} a line."""
     found: list[Text] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if len(found) == limit:
@@ -200,10 +187,14 @@ def pack_problems(
         samples.append(shift(ids, (np.arange(len(ids)) >= start).astype(float).tolist()))
     lengths = [len(sample) for sample in samples]
     length = min(row_length, sum(lengths))  # a few problems need no row of full length
-    return [
-        Answers.of(task, collate([[samples[i] for i in row]], length, pad_id))
-        for row in best_fit(lengths, length)
-    ]
+    found = []
+    for row in best_fit(lengths, length):
+        batch = collate([[samples[i] for i in row]], length, pad_id)
+        at = batch.weight.flatten().nonzero().squeeze(1)
+        numbers, problem = batch.segments.flatten()[at].unique(return_inverse=True)
+        labels = batch.labels.flatten()[at]
+        found.append(Answers(task, batch, at, labels, problem, len(numbers)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -214,7 +205,7 @@ class Target:
 
         KL(p ‖ q) = Σ p log p - h·(p W) + log Σ exp(h W),
 
-    so p is needed once, and a variant costs one product with the head and one log-sum-exp.
+    so a variant costs one product with the head and one log-sum-exp.
     """
 
     batch: Batch
@@ -276,11 +267,8 @@ def score_batch(
 
 
 def variants(current: Transformer, units: Units, batch: Batch) -> Iterator[tuple[tuple, Tensor]]:
-    """What the last layer leaves `(B,T,C)`: of `current` under the key (), then with each unit.
-
-    The hidden states below a replaced layer are `current`'s own and computed once a batch, so a
-    replacement at layer l costs L - l layers, not L.
-    """
+    """What the last layer leaves `(B,T,C)`: of `current` under the key (), then with each unit. The
+    states below a replaced layer are `current`'s own: at layer l it costs L - l layers, not L."""
     layers = [layer for layer, _ in walk(current, batch)]
     yield (), layers[-1].out
     for unit, module in units.items():

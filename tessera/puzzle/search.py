@@ -55,18 +55,14 @@ Least = Callable[[str, Mapping[str, float]], float | None]
 
 @dataclass(frozen=True)
 class Solver:
-    """The integer program over every choice of batches.
-
-    solutions: how many architectures, of which two agree in at most `overlap` of the places.
-    cuts: what engines turn out to refuse, added to while solving.
-    """
+    """The integer program over every choice of batches."""
 
     candidates: Candidates
     choices: Sequence[BatchChoice]
     time_limit: float = 60.0  # of each program
     solutions: int = 1
-    overlap: float = 0.8
-    cuts: set[Unit] = field(default_factory=set)
+    overlap: float = 0.8  # the share of places that two solutions may agree in
+    cuts: set[Unit] = field(default_factory=set)  # what engines turn out to refuse while solving
 
     def architectures(self) -> list[Found]:
         """Best first; fewer than wanted where no more differ enough. Raises Infeasible, which says
@@ -85,7 +81,15 @@ class Solver:
         found: list[tuple[tuple[float, float], Found, Solution]] = []
         timed_out: list[TimedOut] = []
         bounds: list[float] = []
-        for bound, choice in self._by_relaxation():
+        relaxed: list[tuple[float, BatchChoice]] = []
+        for choice in self.choices:
+            try:
+                several = len(self.choices) > 1
+                bound = divisible(*self._program(choice))[0] if several else -math.inf
+                relaxed.append((bound, choice))
+            except Infeasible:
+                continue
+        for bound, choice in sorted(relaxed, key=lambda pair: pair[0]):
             if found and bound > min(order for order, _, _ in found)[0] + 1e-8:
                 bounds.append(bound)
                 continue
@@ -108,17 +112,6 @@ class Solver:
         seconds = sum(one.seconds for _, _, one in found)
         return replace(best, solution=replace(solution, bound=bound, seconds=seconds))
 
-    def _by_relaxation(self) -> list[tuple[float, BatchChoice]]:
-        if len(self.choices) == 1:
-            return [(-math.inf, self.choices[0])]
-        found = []
-        for choice in self.choices:
-            try:
-                found.append((divisible(*self._program(choice))[0], choice))
-            except Infeasible:
-                continue
-        return sorted(found, key=lambda pair: pair[0])
-
     def _program(
         self, choice: BatchChoice
     ) -> tuple[list[Option], dict[str, float], list[tuple[int, str, str]]]:
@@ -131,9 +124,8 @@ class Solver:
     ) -> tuple[Solution, Architecture]:
         """The best architecture at these batches that the engines can load.
 
-        One rule of an engine is about no pair of words alone: in vLLM a run of empty layers may not
-        end in a bare FFN, since the residual starts in the first attention. Forbidding the first
-        empty layer breaks the run.
+        One refusal is of no pair of words alone: in vLLM a run of empty layers may not end in a
+        bare FFN. Forbidding the first empty layer breaks the run.
         """
         candidates = self.candidates
         while True:
@@ -167,10 +159,8 @@ class Solver:
         return explain(choice, slack, lambda key, rest: self._least(choice, key, rest), where)
 
     def slack(self, choice: BatchChoice) -> dict[str, float] | None:
-        """Constraint's key -> by how much to loosen it, the sum of relative changes the least.
-
-        None where no choice of words is possible, whatever the constraints.
-        """
+        """Constraint's key -> by how much to loosen it, the sum of relative changes the least; None
+        where no choice of words is possible, whatever the constraints."""
         scales = {one.key: one.bound for one in choice.constraints}
         options, _, forbidden = self._program(choice)
         limits, hard = choice.bounds(), self.candidates.limits
@@ -195,7 +185,6 @@ def explain(choice: BatchChoice, slack: Mapping[str, float], least: Least, where
 
     slack: constraint's key -> by how much it is loosened in that set. least(key, others): the
     smallest sum of a constraint's cost over words within the other bounds; None if there is none.
-    A constraint is explained alone if that is above its bound, else with the others as asked.
     """
     bounds = choice.bounds()
     lines, changes = [], []
@@ -418,11 +407,9 @@ def tighten(
     solve_at: Callable[[Rows, float], Words],
     rescore: Callable[[Words], Rows],
 ) -> list[Words]:
-    """The architecture after each round; the last meets the limits.
-
-    solve_at(rows, share): the best words under limits that are `share` of the way from the parent's
-    cost, by `rows` around the parent at first. rescore(words): rows around that architecture.
-    """
+    """The architecture after each round r = 1 … R, under limits r/R of the way from the parent's
+    cost, by scores measured anew around the one before: replace-one scores add up only while few
+    words change. rows: around the parent. rescore(words): around that architecture."""
     found: list[Words] = []
     for number in range(1, rounds + 1):
         rows = rescore(found[-1]) if found else rows
@@ -437,11 +424,11 @@ def polish(
     solve_near: Callable[[Rows, Words, int], Words],
     measure: Callable[[Words], tuple[float, Rows]],
 ) -> Words:
-    """An architecture that is measured no worse than `words`, from searches around it in a trust
-    region: half as many changes are tried where the measured value did not fall.
+    """An architecture that is measured no worse than `words`, by searches in a trust region: half
+    as many changes are tried where the measured value did not fall.
 
-    solve_near(rows, words, n): the best words under the limits with at most n places other than
-    in `words`. measure(words): what is minimised, measured, and the change each word makes to it.
+    solve_near(rows, words, n): the best words under the limits with at most n other places.
+    measure(words): what is minimised, measured, and the change each word makes to it.
     """
     own, rows = measure(words)
     for _ in range(rounds):
@@ -563,9 +550,7 @@ def find(
 ) -> tuple[list[Row], Solver, Found]:
     """(rows of `tables/architectures.json`, best first; the solver; what the first row is of).
 
-    inputs: paths of the runs parent, scores, costs, and library and data or None. A row has
-    method, words, predicted and parent (every cost column, summed), scenario, whether it meets the
-    constraints, and score and gap where the integer program gave it.
+    inputs: paths of the runs parent, scores, costs, and library and data or None.
     """
     read = (
         config,

@@ -150,15 +150,13 @@ class SpaceConfig(LayerWords):
 
 @dataclass(frozen=True)
 class Space:
-    """`layers[i]` is (attention words, FFN words) of layer i, the parent's first.
+    """What may stand in each layer; a pair's two words at its layer mean the pair's weights."""
 
-    `pairs`: trained together; where a pair is here, its two words at that layer mean its weights.
-    `servable`: the engines that this space was made for, which must load what is chosen from it.
-    """
-
-    layers: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
-    pairs: tuple[Unit, ...] = ()
-    servable: tuple[str, ...] = ()
+    layers: tuple[
+        tuple[tuple[str, ...], tuple[str, ...]], ...
+    ]  # (attention, FFN), the parent's first
+    pairs: tuple[Unit, ...] = ()  # trained together
+    servable: tuple[str, ...] = ()  # engines that must load what is chosen
 
     def words(self, layer: int, kind: str) -> tuple[str, ...]:
         return self.layers[layer][KINDS.index(kind)]
@@ -248,10 +246,8 @@ class _Offer:
 
 
 def build_space(config: SpaceConfig, parent: ModelConfig) -> Space:
-    """The space of this parent: its own word first, then the others without repetition.
-
-    Raises ConfigError for layers it has not, and for words that are of no use anywhere.
-    """
+    """The space of this parent, its own words first. Raises ConfigError for layers it has not, and
+    for words that are of no use anywhere."""
     count = parent.num_hidden_layers
     offers = [_Offer(f"space.{k}", k, getattr(config, k), [*range(count)]) for k in KINDS]
     for spec, own in config.layers.items():
@@ -313,11 +309,8 @@ def _fits(variant: Variant, own: Variant) -> bool:
 
 
 def _servable_part(space: Space, parent: ModelConfig, offers: Sequence[_Offer]) -> Space:
-    """The space without words that an engine loads beside no word of the other kind.
-
-    The parent's own words stay. Raises ConfigError where nothing else is left, or where a word
-    that someone wrote down is left at none of its layers.
-    """
+    """The space without words that an engine loads beside no word of the other kind. Raises
+    ConfigError where only the parent's are left, or a written word at none of its layers."""
 
     def reason(unit: Unit) -> str:
         words = {kind: space.words(unit.layer, kind)[0] for kind in KINDS} | {unit.kind: unit.word}

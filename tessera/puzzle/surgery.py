@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -94,52 +94,42 @@ def collect_statistics(
 ) -> ParentStatistics:
     """One pass of the parent over calibration batches; for `iterative` importance a second one, for
     the FFNs of `layers` (None: all) only."""
-    found = [_LayerSums() for _ in parent.blocks]
-    tokens = 0.0
+    depth, tokens = len(parent.blocks), 0.0
+    activity: list[Tensor | None] = [None] * depth
+    sums = {what: [0.0] * depth for what in ("output", "influence")}
+    fits = {kind: [(0.0, 0.0)] * depth for kind in KINDS}  # Σxy and Σx² of a linear map's fit
     for batch in batches:
         real = (batch.segments >= 0).float()
         tokens += float(real.sum())
-        for sums, (layer, added) in zip(found, walk(parent, batch), strict=True):
-            sums.add(layer, added, real)
-    asked = range(len(found)) if layers is None else layers
+        for i, (layer, added) in enumerate(walk(parent, batch)):
+            for kind, x in (("attention", layer.x), ("ffn", layer.middle)):
+                subblock = getattr(layer.block, kind)
+                if isinstance(subblock.variant, GQA | SwiGLU):
+                    linear = F.linear(subblock.norm(x), linear_weight(subblock.op))
+                    xy, xx = fits[kind][i]
+                    xy += float(((linear * added[kind]).sum(-1) * real).sum())
+                    xx += float((linear.square().sum(-1) * real).sum())
+                    fits[kind][i] = xy, xx
+            ffn = layer.block.ffn
+            if isinstance(ffn.variant, SwiGLU):
+                inner = channels(ffn, ffn.norm(layer.middle)).abs()
+                found = torch.einsum("btf,bt->f", inner, real)
+                found = found * feed_forward(ffn).down_proj.weight.norm(dim=0)
+                known = activity[i]
+                activity[i] = found if known is None else known + found
+            sums["output"][i] += float((layer.out.square().sum(-1) * real).sum())
+            distance = 1 - F.cosine_similarity(layer.x, layer.out, dim=-1)
+            sums["influence"][i] += float((distance * real).sum())
+    asked = range(depth) if layers is None else layers
     iterative = importance == "iterative"
     ranks = iterative_importance(parent, batches, asked) if iterative else {}
-    independent = [None if s.channels is None else s.channels / tokens for s in found]
-    fits = {kind: [s.linear[kind] for s in found] for kind in KINDS}
+    independent = [None if one is None else one / tokens for one in activity]
     return ParentStatistics(
         [ranks.get(layer, own) for layer, own in enumerate(independent)],
-        {kind: [xy / xx if xx else 1.0 for xy, xx in sums] for kind, sums in fits.items()},
-        [s.output / tokens for s in found],
-        [s.influence / tokens for s in found],
+        {kind: [xy / xx if xx else 1.0 for xy, xx in found] for kind, found in fits.items()},
+        [one / tokens for one in sums["output"]],
+        [one / tokens for one in sums["influence"]],
     )
-
-
-@dataclass
-class _LayerSums:
-    channels: Tensor | None = None
-    output: float = 0.0
-    influence: float = 0.0
-    linear: dict[str, tuple[float, float]] = field(
-        default_factory=lambda: dict.fromkeys(KINDS, (0.0, 0.0))
-    )
-
-    def add(self, layer: Layer, added: dict[str, Tensor], real: Tensor) -> None:
-        for kind, x in (("attention", layer.x), ("ffn", layer.middle)):
-            subblock = getattr(layer.block, kind)
-            if isinstance(subblock.variant, GQA | SwiGLU):
-                linear = F.linear(subblock.norm(x), linear_weight(subblock.op))
-                xy, xx = self.linear[kind]
-                xy += float(((linear * added[kind]).sum(-1) * real).sum())
-                xx += float((linear.square().sum(-1) * real).sum())
-                self.linear[kind] = xy, xx
-        ffn = layer.block.ffn
-        if isinstance(ffn.variant, SwiGLU):
-            activity = torch.einsum("btf,bt->f", channels(ffn, ffn.norm(layer.middle)).abs(), real)
-            found = activity * feed_forward(ffn).down_proj.weight.norm(dim=0)
-            self.channels = found if self.channels is None else self.channels + found
-        self.output += float((layer.out.square().sum(-1) * real).sum())
-        distance = 1 - F.cosine_similarity(layer.x, layer.out, dim=-1)
-        self.influence += float((distance * real).sum())
 
 
 @torch.no_grad()
