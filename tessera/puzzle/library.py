@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -163,21 +163,18 @@ class ChildConfig(Config):
     point: str | None = None  # METHOD-SHARE, as "mip-1.5"
 
 
-def architecture_of(directory: Path, point: str | None) -> dict[str, Any]:
-    """That of a finished search or race, or of a frontier's named point. Raises LibraryError."""
-    single = (directory / "tables" / "architecture.json").is_file()
-    if single and point is None:
-        return read_json(directory, "architecture")
-    found = {row.get("name"): row for row in read_json(directory, "architectures")}
-    if single or point not in found:
-        names = "none, for it is no frontier" if single else ", ".join(map(str, found))
-        raise LibraryError(f"child.point = {point!r}: the points of {directory} are {names}")
-    return found[point]
-
-
 def stage(config: ChildConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `child`: assemble the architecture the search chose."""
-    architecture = architecture_of(inputs["architecture"], config.point)
+    directory, point = inputs["architecture"], config.point
+    single = (directory / "tables" / "architecture.json").is_file()  # of a search or race
+    if single and point is None:
+        architecture = read_json(directory, "architecture")
+    else:
+        found = {row.get("name"): row for row in read_json(directory, "architectures")}
+        if single or point not in found:
+            names = "none, for it is no frontier" if single else ", ".join(map(str, found))
+            raise LibraryError(f"child.point = {point!r}: the points of {directory} are {names}")
+        architecture = found[point]
     parent = load_model(inputs["parent"])
     child = assemble(parent, inputs["library"] / "library", architecture["words"])
     save_model(child, run.model_path, tokenizer_from=resolve(inputs["parent"]))

@@ -10,7 +10,7 @@ with a complete schedule of its rung's length, so rivals are annealed on the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +135,6 @@ def unigram_entropy(batches: Sequence[Batch]) -> float:
     return float(torch.special.entr(share).sum())
 
 
-def _warn_of_bad(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
-    heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
-    entropy = unigram_entropy(heldout.heldout_batches(config.tokens))
-    if row["lm_loss"] < entropy:
-        return
-    run.say(
-        f"all candidates are bad: the best has a held-out loss of {row['lm_loss']:.2f} nats a "
-        f"token; guessing each by how frequent it is has {entropy:.2f}. Give the race more steps "
-        "or other lrs, train the library longer, or loosen the constraints of the searches"
-    )
-
-
 def ranking(rows: Sequence[Row]) -> list[int]:
     """The best row of every candidate, best first: by held-out KL, those that miss the constraints
     behind all that meet them, and those that diverged last."""
@@ -160,41 +148,34 @@ def ranking(rows: Sequence[Row]) -> list[int]:
     return list(best.values())
 
 
-def run_rung(
-    rung: int, entries: Iterable[tuple[Row, float]], config: RaceConfig, run: Run, inputs: dict
-) -> list[Row]:
-    rows = []
-    for candidate, lr in entries:
-        settings = config.heat(rung, lr)
-        name = f"{rung}-{candidate['name']}" + f"-lr{lr:g}" * (rung == 1 and len(config.lrs) > 1)
-        row = {
-            "rung": rung,
-            "place": None,
-            "candidate": candidate["name"],
-            "method": candidate.get("method"),
-            "promised": share_of(candidate, "throughput"),
-            "meets": candidate.get("meets", True),
-            "lr": lr,
-            "tokens": settings.train.steps * settings.train.tokens_per_step,
-        }
-        rows.append(
-            row | heat(run.path / "heats" / name, candidate["words"], settings, run, inputs)
-        )
-        before, after = (
-            "not finite" if (kl := rows[-1][key]) is None else f"{kl:.3f}"
-            for key in ("kl_before", "kl")
-        )
-        run.say(f"{name}: KL {before} -> {after}")
-    return rows
-
-
 def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
     """Stage `race`: write `tables/race.jsonl`, and the winner as `tables/architecture.json`."""
     field = {one["name"]: one for one in candidates(inputs["searches"])}
     entries = [(one, lr) for one in field.values() for lr in config.lrs or (config.train.lr,)]
     table: list[Row] = []
     for rung in range(1, config.rungs + 1):
-        rows = run_rung(rung, entries, config, run, inputs)
+        rows: list[Row] = []
+        for candidate, lr in entries:
+            settings = config.heat(rung, lr)
+            name = f"{rung}-{candidate['name']}"
+            name += f"-lr{lr:g}" * (rung == 1 and len(config.lrs) > 1)
+            row = {
+                "rung": rung,
+                "place": None,
+                "candidate": candidate["name"],
+                "method": candidate.get("method"),
+                "promised": share_of(candidate, "throughput"),
+                "meets": candidate.get("meets", True),
+                "lr": lr,
+                "tokens": settings.train.steps * settings.train.tokens_per_step,
+            }
+            row |= heat(run.path / "heats" / name, candidate["words"], settings, run, inputs)
+            rows.append(row)
+            before, after = (
+                "not finite" if row[key] is None else f"{row[key]:.3f}"
+                for key in ("kl_before", "kl")
+            )
+            run.say(f"{name}: KL {before} -> {after}")
         order = [rows[i] for i in ranking(rows)]
         for place, row in enumerate(order, 1):
             row["place"] = place
@@ -212,6 +193,12 @@ def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
             break  # nobody is left to be compared with
     winner, lr = entries[0]
     run.say(f"{winner['name']} wins at lr {lr:g}")
-    best = next(row for row in reversed(table) if row["place"] == 1)
-    _warn_of_bad(best, config, run, inputs)
+    loss = next(row for row in reversed(table) if row["place"] == 1)["lm_loss"]
+    heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
+    if loss >= (entropy := unigram_entropy(heldout.heldout_batches(config.tokens))):
+        run.say(
+            f"all candidates are bad: the best has a held-out loss of {loss:.2f} nats a token; "
+            f"guessing each by how frequent it is has {entropy:.2f}. Give the race more steps or "
+            "other lrs, train the library longer, or loosen the constraints of the searches"
+        )
     run.write_json("architecture", {**winner, "lr": lr})

@@ -119,19 +119,6 @@ class Answers:
         }
 
 
-def load_tasks(config: ScoreConfig, data: Path) -> list[Answers]:
-    tokenizer, bos = load_tokenizer(data), bool(read_json(data, "data")["bos"])
-    found = []
-    for name, source in config.tasks.items():
-        if isinstance(source, str):
-            texts = read_problems(Path(source), config.problems)
-        else:
-            texts = list(procedural_problems(name, source, config.work))
-        problems = [encode(tokenizer, text, bos) for text in texts]
-        found += pack_problems(name, problems, config.microbatch_tokens, tokenizer.pad_id)
-    return found
-
-
 def procedural_problems(name: str, count: int, work: bool) -> Iterator[Text]:
     for index in range(count):
         one = problem(name, 0, index, "heldout")
@@ -374,7 +361,15 @@ def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
     parent = load_model(inputs["parent"], frozen=True)
     space = read_space(inputs["library"])
     units = load_units(inputs["library"] / "library", parent, space)
-    batches, answers = config.heldout(inputs["data"]), load_tasks(config, inputs["data"])
+    batches, answers = config.heldout(inputs["data"]), []
+    tokenizer, bos = load_tokenizer(inputs["data"]), bool(read_json(inputs["data"], "data")["bos"])
+    for name, source in config.tasks.items():
+        if isinstance(source, str):
+            texts = read_problems(Path(source), config.problems)
+        else:
+            texts = list(procedural_problems(name, source, config.work))
+        problems = [encode(tokenizer, text, bos) for text in texts]
+        answers += pack_problems(name, problems, config.microbatch_tokens, tokenizer.pad_id)
     own, rows = score_given(parent, parent, units, batches, answers, run)
     for metric, value in own.items():
         if metric not in METRICS:

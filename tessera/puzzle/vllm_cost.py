@@ -99,20 +99,6 @@ def prefill_and_step(rounds: Sequence[Seconds], new: int) -> Seconds:
     return float(first), float((whole - first) / (new - 1))
 
 
-def word_prices(found: Mapping[Key, Seconds], first: Key, depth: int) -> dict[Key, Seconds]:
-    """Seconds of each word and of the base, which is its probe without the first layer: embedding,
-    head, sampling and the engine's own work."""
-
-    def positive(pair: np.ndarray) -> Seconds:
-        prefill, decode = np.maximum(0.0, pair)
-        return float(prefill), float(decode)
-
-    alone = np.array(found[BASE])
-    over = {key: (np.array(pair) - alone) / depth for key, pair in found.items() if key != BASE}
-    words = monotone({key: positive(pair) for key, pair in over.items()})
-    return {BASE: positive(alone - np.array(words[first])), **words}
-
-
 def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> dict:
     priced = [scenario for _, scenario in config.priced()]
     return {
@@ -134,10 +120,8 @@ def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> dict:
 
 
 def drive(python: str, job: dict, threads: int | None, kv_bytes: float = 0.0) -> dict:
-    """vLLM's answer to a job, from a process of its own. Raises FailureError.
-
-    kv_bytes: of the cache that the largest scenario fills, for the CPU build.
-    """
+    """vLLM's answer to a job, from a process of its own. kv_bytes: of the cache that the largest
+    scenario fills, for the CPU build. Raises FailureError."""
     environment = {"VLLM_CPU_KVCACHE_SPACE": str(1 + int(1.25 * kv_bytes / 2**30))}
     if threads is not None:
         environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -165,10 +149,16 @@ def cache_bytes(config: VLLMCostConfig, model: ModelConfig) -> float:
 
 
 def measure(
-    config: VLLMCostConfig, run: Run, probes: Mapping[Key, ModelConfig], python: str
+    config: VLLMCostConfig, run: Run, parent: ModelConfig, words: Sequence[Key], python: str
 ) -> dict[Key, list[dict]]:
-    """The worker's answers for every probe, one a start; those of an interrupted run are kept.
-    Starting vLLM takes too long for probes to alternate round by round."""
+    """The worker's answers for the base and every distinct padded word, one a start; those of an
+    interrupted run are kept. A start takes too long for probes to alternate round by round."""
+    longest = max(scenario.prompt + scenario.new for _, scenario in config.priced())
+    # vLLM refuses requests beyond the model's context, and a longer one costs nothing.
+    roomy = max(parent.max_position_embeddings, longest)
+    parent, first = replace(parent, max_position_embeddings=roomy), base_word(words)
+    distinct = dict.fromkeys([BASE, *(served(parent, key) for key in words if key[1] != "noop")])
+    probes = {key: probe(parent, first, key, config.depth) for key in distinct}
 
     def ask(model: ModelConfig) -> dict:
         place = run.state_path / "probe"
@@ -188,18 +178,6 @@ def measure(
     return answers
 
 
-def probes_of(
-    config: VLLMCostConfig, parent: ModelConfig, words: Sequence[Key]
-) -> dict[Key, ModelConfig]:
-    longest = max(scenario.prompt + scenario.new for _, scenario in config.priced())
-    # vLLM refuses requests beyond the model's context, and a longer one costs nothing.
-    roomy = max(parent.max_position_embeddings, longest)
-    parent = replace(parent, max_position_embeddings=roomy)
-    distinct = dict.fromkeys([BASE, *(served(parent, key) for key in words if key[1] != "noop")])
-    first = base_word(words)
-    return {key: probe(parent, first, key, config.depth) for key in distinct}
-
-
 def cost_rows(
     config: VLLMCostConfig,
     parent: ModelConfig,
@@ -212,7 +190,12 @@ def cost_rows(
     for number, (label, scenario) in enumerate(config.priced()):
         rounds = {k: sum((a["seconds"][number] for a in v), []) for k, v in answers.items()}
         found = {key: prefill_and_step(value, scenario.new) for key, value in rounds.items()}
-        seconds = word_prices(found, first, config.depth)
+        alone = np.array(found.pop(BASE))
+        over = {k: np.maximum(0.0, (np.array(v) - alone) / config.depth) for k, v in found.items()}
+        seconds = monotone({key: (float(p), float(d)) for key, (p, d) in over.items()})
+        # The base is its probe without the first layer: embedding, head, the engine's own work.
+        base = np.maximum(0.0, alone - np.array(seconds[first]))
+        seconds[BASE] = float(base[0]), float(base[1])
         columns: dict[Key, dict] = {BASE: base_row(parent, bytes_each)}
         for kind, word in words:
             padded = served(parent, (kind, word))
@@ -236,7 +219,7 @@ def stage(config: VLLMCostConfig, run: Run, inputs: dict[str, Path]) -> None:
     for (kind, word), reason in dropped.items():
         run.say(f"no price for {word} ({kind}): {reason}")
     words = [key for key in words if key not in dropped]
-    answers = measure(config, run, probes_of(config, parent, words), python)
+    answers = measure(config, run, parent, words, python)
     run.write_table("costs", cost_rows(config, parent, words, answers))
     run.write_json("probes", {" ".join(key): answer for key, answer in answers.items()})
     answer, size = answers[BASE][0], BYTES[config.dtype]
