@@ -50,6 +50,7 @@ _PROVED = 1e-6
 _SMALL = 1e-9  # a relative change below this is the solver's rounding
 Row = dict[str, Any]
 Rows = Sequence[Mapping]
+Near = tuple[Architecture, int]  # an architecture, how many places may hold another word
 Least = Callable[[str, Mapping[str, float]], float | None]
 
 
@@ -383,17 +384,19 @@ class SearchConfig(Config):
         return Budgets(self.constraints, own, {n: one.weight for n, one in self.scenarios.items()})
 
 
+Read = tuple[SearchConfig, ModelConfig, Space, Rows, Costs]
+
+
 def solver_of(
     config: SearchConfig,
     parent: ModelConfig,
     space: Space,
-    scores: Sequence[Mapping],
+    scores: Rows,
     costs: Costs,
     share: float = 1.0,
-    near: tuple[Architecture, int] | None = None,
+    near: Near | None = None,
 ) -> Solver:
-    """share: below 1, with limits only that far on the way from the parent's own cost to what was
-    asked. near: an architecture, and how many places may hold another word."""
+    """share: below 1, with limits that far on the way from the parent's cost to what was asked."""
     choices = batch_choices(config.budgets, costs, parent.words)
     if share < 1:
         choices = [choice.towards(share) for choice in choices]
@@ -445,14 +448,8 @@ def polish(
     return words
 
 
-def conditional_search(
-    config: SearchConfig,
-    parent: ModelConfig,
-    space: Space,
-    scores: Sequence[Mapping],
-    costs: Costs,
-    inputs: Mapping,
-) -> Found:
+def conditional_search(read: Read, inputs: Mapping) -> Found:
+    config, parent, space, scores, costs = read
     conditional = config.conditional
     assert conditional is not None
     for need in ("library", "data"):
@@ -466,28 +463,22 @@ def conditional_search(
     rescorer = Rescorer(conditional, inputs["parent"], inputs["library"], inputs["data"], space)
     found: dict[tuple, Found] = {}
 
-    def solve_at(
-        rows: Sequence[Mapping], share: float, near: tuple[Architecture, int] | None = None
-    ) -> Architecture:
+    def solve_at(rows: Rows, share: float, near: Near | None = None) -> Architecture:
         solver = solver_of(config, parent, space, rows, costs, share, near)
         (one,) = replace(solver, solutions=1).architectures()
         found[tuple(one.words)] = one
         return one.words
 
-    def measure(words: Any) -> tuple[float, Sequence[Mapping]]:
+    def measure(words: Any) -> tuple[float, Rows]:
         own, rows = rescorer.measure(words)
         return own[config.minimize], rows
 
-    *_, words = tighten(
-        conditional.rounds, scores, solve_at, lambda words: rescorer.measure(words)[1]
-    )
-    words = polish(
-        conditional.polish,
-        words,
-        max(1, round(conditional.changes * len(KINDS) * len(words))),
-        lambda rows, words, most: solve_at(rows, 1.0, ([(a, f) for a, f in words], most)),
-        measure,
-    )
+    def solve_near(rows: Rows, words: Words, most: int) -> Architecture:
+        return solve_at(rows, 1.0, ([(a, f) for a, f in words], most))
+
+    *_, words = tighten(conditional.rounds, scores, solve_at, lambda words: measure(words)[1])
+    changes = max(1, round(conditional.changes * len(KINDS) * len(words)))
+    words = polish(conditional.polish, words, changes, solve_near, measure)
     return replace(found[tuple(words)], solution=None)  # its score is of another table
 
 
@@ -505,15 +496,9 @@ def architecture_row(method: str, found: Found, several: bool) -> Row:
             "parent_batch": reference.scenario.batch,
         }
     first = served[max(choice.weights, key=choice.weights.__getitem__)]
-    row = {
-        "method": method,
-        "words": found.words,
-        "predicted": first["predicted"],
-        **({"score": solution.score, "gap": solution.gap} if solution else {}),
-        "meets": found.meets,
-        "parent": first["parent"],
-        "scenario": first["scenario"],
-    }
+    row = {"method": method, "words": found.words, "predicted": first["predicted"]}
+    row |= {"score": solution.score, "gap": solution.gap} if solution else {}
+    row |= {"meets": found.meets, "parent": first["parent"], "scenario": first["scenario"]}
     return row | ({"scenarios": served} if several or len(served) > 1 else {})
 
 
@@ -564,17 +549,16 @@ def find(
     if config.method == "mip":
         found = [("mip", one) for one in solver.architectures()]
         if config.conditional:
-            found.append(("conditional", conditional_search(*read, inputs)))
+            found.append(("conditional", conditional_search(read, inputs)))
     else:
-        method = {
+        methods: dict[str, Callable[..., Found]] = {
             "uniform": baselines.uniform,
             "greedy": baselines.greedy,
             "dropped-attention": baselines.dropped_attention,
-            "dropped": lambda *given: baselines.dropped_layers(
-                *given, read_json(inputs["scores"], "block_influence")
-            ),
-        }[config.method]
-        found = [(config.method, method(candidates, choices))]
+            "dropped": baselines.dropped_layers,
+        }
+        given = [read_json(inputs["scores"], "block_influence")] * (config.method == "dropped")
+        found = [(config.method, methods[config.method](candidates, choices, *given))]
     rows = []
     for method, one in found:
         rows.append(architecture_row(method, one, len(choices) > 1))
