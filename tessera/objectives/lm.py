@@ -81,10 +81,7 @@ def by_mode(batch: Batch) -> dict[str, Tensor]:
 def documents(
     data: Path, config: TrainConfig, seed: int, split: str = "train", *, alike: bool = False
 ) -> Documents:
-    """The prepared documents of a data run, cut to a stage's training settings.
-
-    alike: every process reads all rows, not its share of them.
-    """
+    """Prepared documents, cut to a stage's settings. alike: every process reads all rows."""
     layout = config.spread.layout
     return Documents(
         data,

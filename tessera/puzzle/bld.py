@@ -325,7 +325,6 @@ def couple(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     run.say(f"{len(pairs)} pairs in {len({pair.layer for pair in pairs})} layers")
     batches = calibration(config, inputs["data"], run.seed, parent.device)
     objective = BLD(parent, collect_statistics(parent, batches))
-
     apart = functools.partial(BlockLibrary.from_pairs, parent, source)
     train_units(pairs, apart, objective, config, run, inputs["data"])
     if dist.is_main():

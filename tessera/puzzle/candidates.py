@@ -162,8 +162,7 @@ def chosen_words(solution: Solution, layers: int) -> Architecture:
 
 
 def uniform(candidates: Candidates, choices: Choices) -> Found:
-    """One attention word and one FFN width in every layer: of those that meet the constraints, the
-    least damaging (Minitron's width pruning, on the library's own words)."""
+    """One attention word and one FFN width in every layer, as in Minitron's width pruning."""
     attention = _everywhere(candidates, "attention", "gqa-")
     ffn = _everywhere(candidates, "ffn", "swiglu-")
     offered = [list(zip(a, f, strict=True)) for a in attention for f in ffn]

@@ -134,11 +134,8 @@ def measure(
     label: str,
     quiet: bool = False,
 ) -> tuple[dict[Key, Seconds], list[tuple[Words, Seconds]]]:
-    """What the base takes and each (kind, word) adds, and what whole architectures take.
-
-    A word is measured in a model of `depth` equal layers of it, beside one with no layers; the
-    difference is divided by `depth`. As many layers as the parent has fill caches as it does.
-    """
+    """What the base takes and each (kind, word) adds, a model of `depth` equal layers less one with
+    none, over `depth`; and what whole architectures take."""
     depth = settings.depth or len(config.blocks)
     empty = BlockConfig(NoOp(), NoOp())
     probes: dict[Key, ModelConfig] = {BASE: replace(config, blocks=())}
@@ -161,11 +158,8 @@ def least_seconds(
     label: str,
     quiet: bool = False,
 ) -> dict[Hashable, np.ndarray]:
-    """The least (prefill, decode step) of each model, `(2,)`; they take turns, round by round.
-
-    Other load only ever adds, and for a while, so each decode step keeps its least time over all
-    rounds. On a CPU with one torch thread, seconds are the thread's own.
-    """
+    """The least (prefill, decode step) of each model, `(2,)`, which take turns round by round; each
+    decode step keeps its least time over all rounds, as other load only ever adds."""
     engines = {
         key: TorchEngine(Transformer(config).init_weights(0).eval().requires_grad_(False))
         for key, config in models.items()

@@ -41,7 +41,7 @@ def dependency_matrix(
         M_ij   = 1 - cos(h_j, h_j without block i)      mean over tokens, for j > i
 
     A small M_ij says that block j hardly reads block i, so the two may run on the same input. M is
-    zero, too, where either block is empty. `advance` is called after each removed block.
+    zero, too, where either block is empty.
     """
     depth = len(module.blocks)
     sums, total = torch.zeros(depth, depth), 0.0

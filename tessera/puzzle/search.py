@@ -520,7 +520,6 @@ def summary(row: Row, found: Found) -> str:
 
 
 def optimality(solution: Solution) -> str:
-    """`score 0.3189; optimal, proved: gap 0; 0.02 s`, or how far from proved it is."""
     score = f"score {solution.score:.4f}"
     if solution.gap < _PROVED:
         return f"{score}; optimal, proved: gap 0; {solution.seconds:.2f} s"
@@ -534,9 +533,7 @@ def find(
     config: SearchConfig, inputs: Mapping, say: Callable[[str], None] = lambda _: None
 ) -> tuple[list[Row], Solver, Found]:
     """(rows of `tables/architectures.json`, best first; the solver; what the first row is of).
-
-    inputs: paths of the runs parent, scores, costs, and library and data or None.
-    """
+    inputs: paths of the runs parent, scores, costs, and library and data or None."""
     read = (
         config,
         load_config(inputs["parent"]),

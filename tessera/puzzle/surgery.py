@@ -51,10 +51,8 @@ class Layer(NamedTuple):
 def walk(
     module: Transformer, batch: Batch, depth: int | None = None
 ) -> Iterator[tuple[Layer, dict[str, Tensor]]]:
-    """Each of the first `depth` layers, and what each kind of subblock adds to the stream there.
-
-    A generator: a layer's sharded parameters are whole until the next one is asked for.
-    """
+    """Each of the first `depth` layers, and what each kind of subblock adds to the stream there; a
+    layer's sharded parameters are whole until the next one is asked for."""
     context = module.prepare(Context(batch.positions, batch.segments))
     with gathered(module):
         x = module.embed_tokens(batch.tokens)
@@ -140,11 +138,8 @@ def cut(
     importance: Tensor | None = None,
     linear_scale: float = 1.0,
 ) -> Subblock:
-    """A subblock of `variant` whose weights come from the parent's subblock.
-
-    importance `(F,)`: of its FFN channels, largest kept first; without it the norm of down_proj's
-    columns. linear_scale: of the weights of a linear map.
-    """
+    """A subblock of `variant` with the parent's weights. importance `(F,)`: channels with the most
+    are kept; None: the norm of down_proj's columns. linear_scale: of a linear map's weights."""
     child = Subblock(config, variant)
     if isinstance(variant, NoOp):
         return child
