@@ -39,7 +39,7 @@ _ROWS = (
     Stage("search", "parent scores costs library? data?", "architecture",
           ".puzzle.search", "SearchConfig"),
     Stage("couple", "parent library searches* data", "library",
-          ".puzzle.couple", "CoupleConfig", together=True),
+          ".puzzle.bld", "CoupleConfig", function="couple", together=True),
     Stage("race", "parent library searches* data", "architecture",
           ".puzzle.race", "RaceConfig", together=True),
     Stage("frontier", "parent library scores costs data", "frontier",

@@ -27,14 +27,15 @@ from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
 from tessera.puzzle.bld import (
     BLDConfig,
+    CoupleConfig,
     LocalConfig,
     Memory,
     kept_numbers,
+    largest_pairs,
     training_memory,
     unit_params,
     units_of,
 )
-from tessera.puzzle.couple import CoupleConfig, largest_pairs
 from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.library import layer_groups, union
 from tessera.puzzle.parent import ArchitectureConfig, ParentConfig

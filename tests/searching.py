@@ -12,7 +12,7 @@ from tessera.model.config import ModelConfig
 from tessera.puzzle.candidates import Architecture, Candidates, Found, keeps_both_kinds
 from tessera.puzzle.constraints import BatchChoice, Budgets, batch_choices
 from tessera.puzzle.cost_table import DEFAULT, Costs, CostTable, Scenario
-from tessera.puzzle.search import Problem, SearchConfig
+from tessera.puzzle.search import SearchConfig, solver_of
 from tessera.puzzle.space import Space, Unit
 from tests.toy import toy_config
 
@@ -75,7 +75,7 @@ def search(
     near: tuple[Architecture, int] | None = None,
 ) -> list[Found]:
     """The best architectures of the integer program, best first."""
-    return Problem(config, parent, space, rows, costs).solver(None, share, near).architectures()
+    return solver_of(config, parent, space, rows, costs, share, near).architectures()
 
 
 def choices_of(constraints: Mapping, costs: Costs, own: Mapping = {}, **weights: float):  # noqa: B006

@@ -3,9 +3,8 @@
     ρ_t = π(y_t) / π_old(y_t)
     ℓ_t = -min(ρ_t A, clip(ρ_t, 1-ε_low, 1+ε_high) A) + β (π_ref/π - log(π_ref/π) - 1)
 
-π_old is the trainer's policy at the rollout. Where the engine's policy differs from it (another
-precision, older weights) terms are multiplied by min(π_old / π_engine, cap), truncated importance
-sampling. RLOO is the same loss with other advantages.
+π_old is the trainer's policy at the rollout. Where the engine's differs, terms are multiplied by
+min(π_old / π_engine, cap). RLOO is the same loss with other advantages.
 """
 
 from __future__ import annotations
@@ -48,7 +47,6 @@ class PolicyLossConfig(Config):
 
     @property
     def cap(self) -> float:
-        """The importance cap in use."""
         return self.importance_cap or 0.0
 
 

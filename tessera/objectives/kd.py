@@ -2,8 +2,7 @@
 
     ℓ_t = KL(p_parent ‖ p_child) + α Σ_l (1 - cos(h_child^l, h_parent^l))
 
-The cosine runs over the residual stream leaving each layer: depth slots never change, so layer
-l of the child stands where layer l of the parent stood. No LM loss by default: in the paper's
+The cosine runs over the residual stream leaving each layer. No LM loss by default: in the paper's
 ablation it hurts.
 """
 
@@ -41,7 +40,6 @@ class KDConfig(Config):
     lr_from: Literal["race"] | None = None
 
     def notes(self, step: Step) -> list[str]:
-        """Where the learning rate comes from, if not from this table."""
         model = step.inputs["model"]
         if self.lr_from is None or not isinstance(model, Path):
             return []
@@ -82,10 +80,7 @@ class KD(Objective):
 
 
 def raced(config: KDConfig, model: Path) -> KDConfig:
-    """The config, with the learning rate of the race that chose `model` if `lr_from` is set.
-
-    Raises RunError if no race chose it.
-    """
+    """The config, with `lr_from` at the rate of the race that chose `model`, else RunError."""
     if config.lr_from is None:
         return config
     table = model / "tables" / "architecture.json"

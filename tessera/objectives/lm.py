@@ -1,11 +1,7 @@
 """Next-token prediction: on documents (stage `cpt`), and on what the assistant writes in chats
-(stage `sft`, paper §4).
+(stage `sft`, paper §4), whose loss is logged apart for reasoning on and off.
 
     ℓ_t = -log π(y_t | tokens up to t)
-    lm    w_t = 1 on every token of a document
-    sft   w_t = 1 on what the assistant writes, 0 on what it reads
-
-SFT logs the loss of chats with reasoning on and off apart.
 """
 
 from __future__ import annotations
@@ -39,8 +35,6 @@ MODES = {"on": ON, "off": OFF}
 
 
 class LM(Objective):
-    """Cross-entropy of the next token."""
-
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, Transformer)
         hidden = module(batch.tokens, context_of(batch)).flatten(0, 1)
@@ -87,10 +81,7 @@ def by_mode(batch: Batch) -> dict[str, Tensor]:
 def documents(
     data: Path, config: TrainConfig, seed: int, split: str = "train", *, alike: bool = False
 ) -> Documents:
-    """The prepared documents of a data run, cut to a stage's training settings.
-
-    alike: every process reads all rows, not its share of them.
-    """
+    """Prepared documents, cut to a stage's settings. alike: every process reads all rows."""
     layout = config.spread.layout
     return Documents(
         data,
@@ -113,11 +104,8 @@ def training_documents(data: Path, config: TrainConfig, run: Run) -> Documents:
 
 
 class Heldout:
-    """The mean loss on held-out documents, over the rows of all processes, in nats a token.
-
-    `heldout`; of SFT `heldout_on` and `heldout_off` of the modes that occur, of the others
-    `heldout/NAME` of each source if there are several.
-    """
+    """The mean loss on held-out documents over the rows of all processes, nats a token: `heldout`,
+    of SFT also by mode, of the others `heldout/NAME` of each of several sources."""
 
     def __init__(
         self, objective: Objective, module: Transformer, data: Path, config: TrainConfig, seed: int
@@ -127,10 +115,8 @@ class Heldout:
         self.batches = {p.name: source.heldout_batches(source=p.name) for p in source.parts}
 
     def __call__(self) -> dict[str, float]:
-        sums = torch.stack(
-            [loss_sums(self.objective, self.module, b) for b in self.batches.values()]
-        )
-        loss, weight = self.layout.sum(sums).unbind(-1)  # (sources, 1 + modes)
+        sums = [loss_sums(self.objective, self.module, b) for b in self.batches.values()]
+        loss, weight = self.layout.sum(torch.stack(sums)).unbind(-1)  # (sources, 1 + modes)
         found = {"heldout": float(loss[:, 0].sum() / weight[:, 0].sum())}
         if isinstance(self.objective, SFT):
             by_mode = zip(MODES, loss.sum(0)[1:], weight.sum(0)[1:], strict=True)
@@ -157,8 +143,6 @@ def loss_sums(objective: Objective, module: Transformer, batches: Sequence[Batch
 
 
 class CPTConfig(Config):
-    """Continued pretraining: the LM loss on more documents."""
-
     train: DocumentTrainConfig
 
 
@@ -183,45 +167,34 @@ def pretrain(
 
 
 def cpt(config: CPTConfig, run: Run, inputs: dict[str, Path]) -> None:
-    """Stage `cpt`: continue `model` on `data`."""
     model = inputs["model"]
     pretrain(config.train.spread.load(model), config.train, run, inputs["data"], resolve(model))
 
 
 def sft(config: SFTConfig, run: Run, inputs: dict[str, Path]) -> None:
-    """Stage `sft`: train `model` on the chats of `data`."""
+    """Stage `sft`: train `model` on the chats of `data`. Raises RunError for data without chats, or
+    of another tokenizer."""
     data, model = inputs["data"], inputs["model"]
     module = config.train.spread.load(model)
     source = training_documents(data, config.train, run)
-    _check_chats(source, data, module.config.vocab_size)
-    _log_left_out(source, run, config.train.sequence_length)
+    if all(part.trained is None for part in source.parts):
+        raise RunError(
+            f"{data} holds no chats, so nothing says which tokens are answers: give a source of it "
+            'format = "chat", or continue pretraining with a [cpt] table'
+        )
+    highest, vocab_size = max(int(p.ids.max()) for p in source.parts), module.config.vocab_size
+    if highest >= vocab_size:
+        raise RunError(
+            f"{data} holds token {highest} and the model has {vocab_size}: tokenise the chats with "
+            'the model\'s own tokenizer ([data] model = "…")'
+        )
+    total = sum(part.num_documents for part in source.parts)
+    if left := sum(part.num_left_out for part in source.parts):
+        length = config.train.sequence_length
+        run.say(f"{left:,} of {total:,} chats are longer than {length} tokens and left out")
     heldout = Heldout(SFT(), module, data, config.train, run.seed)
     Trainer(module, SFT(), source, config.train, run, heldout, config.evaluate_every).fit()
     save_model(module, run.model_path, tokenizer_from=resolve(model))
     if dist.is_main():  # later stages have to ask with the template that was trained
         template = (data / "tokenizer" / TEMPLATE_FILE).read_text(encoding="utf-8")
         atomic_write(run.model_path / TEMPLATE_FILE, template)
-
-
-def _check_chats(source: Documents, data: Path, vocab_size: int) -> None:
-    """Raises RunError for data without chats, and of another tokenizer than the model's."""
-    if all(part.trained is None for part in source.parts):
-        raise RunError(
-            f"{data} holds no chats, so nothing says which tokens are answers: give a source of it "
-            'format = "chat", or continue pretraining with a [cpt] table'
-        )
-    highest = max(int(part.ids.max()) for part in source.parts)
-    if highest >= vocab_size:
-        raise RunError(
-            f"{data} holds token {highest} and the model has {vocab_size}: tokenise the chats with "
-            'the model\'s own tokenizer ([data] model = "…")'
-        )
-
-
-def _log_left_out(source: Documents, run: Run, length: int) -> None:
-    left, total = (
-        sum(getattr(part, name) for part in source.parts)
-        for name in ("num_left_out", "num_documents")
-    )
-    if left:
-        run.say(f"{left:,} of {total:,} chats are longer than {length} tokens and left out")

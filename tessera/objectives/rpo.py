@@ -47,10 +47,8 @@ def distance(kind: Distance, gap: Tensor, target: Tensor) -> Tensor:
 
 
 class RPO(Objective):
-    """Every pair has weight 1. `reference` is the frozen model that training began with.
-
-    Logs `accuracy`: the share of pairs whose chosen answer gained more than the rejected.
-    """
+    """Every pair has weight 1. reference: the frozen model it began with. `accuracy`: the
+    share of pairs whose chosen answer gained more than the rejected."""
 
     def __init__(self, config: RPOLossConfig, reference: Transformer) -> None:
         self.config = config

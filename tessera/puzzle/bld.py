@@ -3,30 +3,35 @@
     attention a_j trained in [a_j, f_parent],  FFN f_k in [a_parent, f_k],  both in [a_j, f_k]
     ℓ = ‖o_parent - o_unit‖² / mean ‖o_parent‖²        o the output of the whole block
 
-Every unit reads the parent's own activations and is compared with the parent's own output, so it
-learns as it would alone, and is clipped as a group of its own. The parent runs layer by layer,
-once a batch; a layer's units are trained and their graph is dropped before the next layer runs.
+Stage `couple` trains pairs jointly that searches chose; scores and a search again follow it.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from tessera import dist
 from tessera.data.batch import Batch
-from tessera.model.config import ModelConfig, Variant, parse
+from tessera.model.config import KINDS, ModelConfig, Variant, parse
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import documents
 from tessera.puzzle.library import (
     BlockLibrary,
+    LibraryError,
     layer_groups,
+    link_library,
+    load_unit,
     save_library,
     trainable_units,
     unit_file,
@@ -36,27 +41,26 @@ from tessera.puzzle.space import (
     SpaceConfig,
     Unit,
     build_space,
+    forbidden_pairs,
     layer_numbers,
     layers_of,
+    read_space,
     write_space,
 )
 from tessera.puzzle.surgery import Importance, ParentStatistics, collect_statistics, walk
 from tessera.runs.recipe import Config
-from tessera.runs.run import Run
+from tessera.runs.run import Run, read_json
 from tessera.train.engine import Objective, Stats, Trainer
 from tessera.train.flops import Work, block_cost, kept, subblock_cost, working
 from tessera.train.optim import DocumentTrainConfig, TrainConfig
 
+Words = Sequence[Sequence[str]]
 WEIGHT, TRAINED = 4, 16  # bytes a parameter: frozen; with gradient and Adam's two moments
 
 
 class LocalConfig(Config):
-    """How long each unit trains, in which layers, and how many layers at once.
-
-    Units, gradients and Adam's moments take 16 bytes a parameter, of the layers at once only. Each
-    group of layers is a pass over the data of its own, to the same weights; its files are written
-    when it is done.
-    """
+    """How long each unit trains, in which layers, and how many layers at once: each group of layers
+    is a pass over the data of its own, to the same weights, in less memory."""
 
     train: DocumentTrainConfig
     layers: str | None = None  # "0-19, 31"; all of them unless given
@@ -68,8 +72,7 @@ class LocalConfig(Config):
     def _check_dtype(cls, value: TrainConfig) -> TrainConfig:
         if value.dtype != "float32":
             raise ValueError(
-                f'dtype = "{value.dtype}" trains whole models only (cpt, kd); the statistics that '
-                'block-wise distillation begins with want dtype = "float32"'
+                f'dtype = "{value.dtype}" trains whole models only; here it must be "float32"'
             )
         return value
 
@@ -82,15 +85,11 @@ class LocalConfig(Config):
 
 
 class BLDConfig(LocalConfig):
-    """Which words, and by what the channels of narrower FFNs are chosen."""
-
     space: SpaceConfig = SpaceConfig()
     importance: Importance = "iterative"
 
 
 class BLD(Objective):
-    """Trains every unit of a BlockLibrary against a frozen parent."""
-
     def __init__(self, parent: Transformer, statistics: ParentStatistics) -> None:
         self.parent = parent
         self.scales = statistics.output_scale  # per layer: mean over tokens of ‖o_parent‖²
@@ -127,7 +126,6 @@ class BLD(Objective):
 
     @torch.no_grad()
     def measure(self, module: BlockLibrary, batches: Sequence[Batch]) -> dict[Unit, float]:
-        """The loss of every unit, a mean over the tokens of `batches`."""
         sums: dict[str, float] = {}
         for batch in batches:
             for _, stats in self.losses(module, batch):
@@ -150,10 +148,8 @@ def train_units(
     run: Run,
     data: Path,
 ) -> None:
-    """Train units and write them to the run's library, some layers at a time.
-
-    make: these units, untrained. Layers whose files are all there are done and skipped.
-    """
+    """Train units, some layers at a time, each group written to the run's library when it is done
+    and skipped when it is there. make: these units, untrained."""
     groups = layer_groups(units, config.layers_at_once)
     for number, group in enumerate(groups):
         if all(unit_file(run.path / "library", unit).exists() for unit in group):
@@ -168,13 +164,12 @@ def train_units(
 
 
 def calibration(config: LocalConfig, data: Path, seed: int, device: torch.device) -> list[Batch]:
-    """The batches that statistics are taken over: the same in every process."""
+    """What statistics are taken over: the same in every process."""
     source = documents(data, config.train, seed, alike=True)
     return [batch.to(device) for batch in source.heldout_batches(config.calibration_tokens)]
 
 
 def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, list[Unit]]:
-    """The space that a run of this config covers, and its trainable units."""
     layers = layers_of(config.layers, parent, f"{run}.layers")
     space = build_space(config.space, parent).restrict(layers)
     return space, trainable_units(space)
@@ -182,11 +177,8 @@ def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, l
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training units takes, and of how many layers units train at once.
-
-    Parameters are counted and exact; `activations`, what one layer's units save for their
-    backward in a microbatch, are an estimate for float32.
-    """
+    """Bytes that training units takes; `activations`, what one layer's units save in a microbatch,
+    are an estimate for float32."""
 
     parent: int
     units: int
@@ -199,7 +191,6 @@ class Memory:
         return self.parent + self.units + self.activations
 
     def as_json(self) -> dict[str, Any]:
-        """The fields and their sum."""
         return {**asdict(self), "total": self.total}
 
     def __str__(self) -> str:
@@ -213,7 +204,6 @@ class Memory:
 def training_memory(
     parent: ModelConfig, units: Sequence[Unit], layers_at_once: int | None, microbatch_tokens: int
 ) -> Memory:
-    """What it takes to train units, `layers_at_once` layers together (None: all)."""
     groups = layer_groups(units, layers_at_once)
     sizes = [sum(unit_params(parent, *unit[1:]) for unit in group) for group in groups]
     return Memory(
@@ -226,16 +216,12 @@ def training_memory(
 
 
 def unit_params(parent: ModelConfig, kind: str, word: str) -> int:
-    """Parameters of a unit; of both subblocks for kind `block`."""
     return sum(parent.subblock_params(k, parse(w)) for k, w in Unit(0, kind, word).parts)
 
 
 def kept_numbers(parent: ModelConfig, units: Sequence[Unit], *, working_too: bool = True) -> float:
-    """Numbers a token that the units of one layer keep for their backward, of the largest layer.
-
-    Behind attention runs the parent's FFN. working_too: and what the widest FFN's backward pass
-    holds beside that.
-    """
+    """Numbers a token that the units of the largest layer keep for their backward; the parent's FFN
+    runs behind attention. working_too: and what the widest FFN's backward holds beside that."""
     layers: dict[int, float] = {}
     variants: list[Variant] = []
     for unit in units:
@@ -249,7 +235,6 @@ def kept_numbers(parent: ModelConfig, units: Sequence[Unit], *, working_too: boo
 
 
 def _bytes(count: float) -> str:
-    """`3.2 GB`, decimal."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -265,10 +250,101 @@ def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     batches = calibration(config, inputs["data"], run.seed, parent.device)
     statistics = collect_statistics(parent, batches, config.importance, layers)
     run.say(f"{len(units)} units in {len(layers)} layers")
-
-    def make(group: Sequence[Unit]) -> BlockLibrary:
-        return BlockLibrary.from_parent(parent, space, statistics, group)
-
+    make = functools.partial(BlockLibrary.from_parent, parent, space, statistics)
     train_units(units, make, BLD(parent, statistics), config, run, inputs["data"])
     write_space(space, run)
     run.write_json("block_influence", statistics.block_influence)
+
+
+class CoupleConfig(LocalConfig):
+    """How many of the most-chosen words of each kind are paired (the defaults are the paper's), and
+    whether a layer trains all their pairs or only those that a solution holds there."""
+
+    attention: int = Field(default=4, ge=1)
+    ffn: int = Field(default=3, ge=1)
+    pairs: Literal["product", "chosen"] = "product"
+
+
+def most_chosen(architectures: Iterable[Words], kind: str, most: int) -> list[str]:
+    """At most `most` words of a kind, by how many places hold them; of equals the one met first."""
+    column = KINDS.index(kind)
+    counts = Counter(pair[column] for words in architectures for pair in words)
+    return [word for word, _ in counts.most_common(most)]
+
+
+def choose_pairs(
+    config: CoupleConfig,
+    space: Space,
+    parent: ModelConfig,
+    architectures: Sequence[Words],
+    layers: Sequence[int],
+) -> list[Unit]:
+    """Every pair to train, by layer: not the parent's, one without weights, one that the library
+    holds already, or one that an engine of the space cannot load."""
+    kept = [most_chosen(architectures, kind, getattr(config, kind)) for kind in KINDS]
+    refused = forbidden_pairs(space, parent, space.servable)
+    found = []
+    for layer in layers:
+        chosen = {tuple(words[layer]) for words in architectures}
+        without = {parent.words[layer], ("noop", "noop")} | refused[layer]
+        for words in itertools.product(*kept):
+            offered = all(w in of for w, of in zip(words, space.layers[layer], strict=True))
+            pair = Unit.pair(layer, *words)
+            wanted = config.pairs == "product" or words in chosen
+            if offered and wanted and words not in without and pair not in space.pairs:
+                found.append(pair)
+    return found
+
+
+def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: str) -> list[Unit]:
+    """The pairs of the words of most parameters: no search can choose more to train."""
+    found = []
+    for layer in layers_of(config.layers, parent, f"{run}.layers"):
+        largest = [
+            sorted(words, key=lambda word, kind=kind: -unit_params(parent, kind, word))
+            for kind, words in zip(KINDS, space.layers[layer], strict=True)
+        ]
+        product = itertools.product(largest[0][: config.attention], largest[1][: config.ffn])
+        found += [Unit.pair(layer, *words) for words in product]
+    return found
+
+
+def couple(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
+    """Stage `couple`: a library with the searches' pairs trained jointly, all else linked."""
+    parent = config.train.spread.load(inputs["parent"], frozen=True)
+    source = inputs["library"] / "library"
+    space = read_space(inputs["library"])
+    layers = layers_of(config.layers, parent.config, f"{run.name}.layers")
+    found = [a["words"] for path in inputs["searches"] for a in read_json(path, "architectures")]
+    pairs = choose_pairs(config, space, parent.config, found, layers)
+    if not pairs:
+        raise LibraryError(
+            f"{run.name}: the searches' words make no pair to train: raise attention (now "
+            f"{config.attention}) or ffn (now {config.ffn}), or search under tighter constraints"
+        )
+    run.say(f"{len(pairs)} pairs in {len({pair.layer for pair in pairs})} layers")
+    batches = calibration(config, inputs["data"], run.seed, parent.device)
+    objective = BLD(parent, collect_statistics(parent, batches))
+    apart = functools.partial(BlockLibrary.from_pairs, parent, source)
+    train_units(pairs, apart, objective, config, run, inputs["data"])
+    if dist.is_main():
+        link_library(source, run.path / "library")
+    dist.barrier()
+    rows: list[dict[str, Any]] = []
+    for group in layer_groups(pairs, config.layers_at_once):
+        joint = BlockLibrary(
+            {str(unit): load_unit(run.path / "library", parent.config, unit) for unit in group}
+        ).to(parent.device)
+        before, after = (objective.measure(m, batches) for m in (apart(group), joint))
+        rows += [
+            {"layer": unit.layer, "word": unit.word, "apart": before[unit], "joint": after[unit]}
+            for unit in group
+        ]
+    run.write_table("pairs", rows)
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in ("apart", "joint")}
+    run.say(
+        f"block loss, a mean over {len(rows)} pairs: {means['apart']:.4f} apart, "
+        f"{means['joint']:.4f} together"
+    )
+    write_space(replace(space, pairs=tuple(sorted({*space.pairs, *pairs}))), run)
+    run.inherit(inputs["library"], "block_influence")

@@ -1,9 +1,7 @@
 """One table of models beside their parent: quality, size and speed, measured in one run.
 
-Speed is generation through the engine: each model takes turns with the parent alone, so that
-caches hold what they would if it were served alone and other load on the machine slows both; its
-speed-up is the median of its ratios to the parent in the same round. `promised` is what the
-search predicted for the very scenario that is timed.
+Each model takes turns with the parent alone, so that other load slows both; its speed-up is the
+median of its ratios to the parent in the same round. `promised` is what the search predicted.
 """
 
 from __future__ import annotations
@@ -36,19 +34,14 @@ PROMISE_TOLERANCE = 0.10  # beyond it the run says so
 
 
 class TimingConfig(HeldoutConfig):
-    """The scenario to time, how often, and on how many held-out tokens to measure quality."""
-
     scenario: Scenario = Scenario()
     rounds: int = Field(default=9, ge=3)
 
 
 class CompareConfig(TimingConfig):
-    """As `TimingConfig`, on twice the tokens."""
-
     tokens: int = Field(default=32_768, ge=1)
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
-        """A sentence where the table names no data and the nearest data above are chats."""
         chats = {s.name: s.config.holds_chats for s in steps if isinstance(s.config, DataConfig)}
         nearest = next((s.name for s in steps if s.path == step.inputs.get("data")), "")
         if "data" in step.spec.table or not chats.get(nearest):
@@ -57,8 +50,8 @@ class CompareConfig(TimingConfig):
         texts = [name for name in names[: names.index(nearest)] if not chats[name]]
         other = f'; say {step.name}.data = "{texts[-1]}" to compare on text' if texts else ""
         return [
-            f"loss, KL and agreement are measured on [{nearest}], which holds chats, because it "
-            f"is the nearest data above{other}"
+            f"loss, KL and agreement are measured on [{nearest}], which holds chats, as the "
+            f"nearest data above{other}"
         ]
 
 
@@ -73,12 +66,11 @@ def quality(parent: Transformer, module: Transformer, batches: Sequence[Batch]) 
                 m(batch.tokens, Context(batch.positions, batch.segments)).flatten(0, 1)
                 for m in (module, parent)
             )
-            labels = batch.labels.flatten()
 
             def logits(part: slice, hidden: Tensor = theirs) -> Tensor:
                 return parent.logits(hidden[part])
 
-            found = token_statistics(own, module.head, logits, labels)
+            found = token_statistics(own, module.head, logits, batch.labels.flatten())
             weight = batch.weight.flatten()
             total += float(weight.sum())
             for key, values in found.items():
@@ -89,10 +81,8 @@ def quality(parent: Transformer, module: Transformer, batches: Sequence[Batch]) 
 def speeds(
     models: dict[str, Transformer], config: CompareConfig, label: str, quiet: bool = False
 ) -> dict[str, dict]:
-    """Prefill and decode tokens a second of every model, and its speed-up over the first.
-
-    The first model's own rates are medians over the rounds that it spent beside all others.
-    """
+    """Prefill and decode tokens a second of every model, and its speed-up over the first, whose own
+    rates are medians over the rounds that it spent beside all others."""
     first, *others = models
     alone: list[Seconds] = []
     ratios: dict[str, float] = {first: 1.0}
@@ -104,8 +94,18 @@ def speeds(
             alone += timed[0]
             if len(keys) == 2:
                 rounds[keys[1]] = timed[1]
-                ratios[keys[1]] = _speedup(timed[0], timed[1], config.scenario.new - 1)
-    return {key: _rates(rounds[key], config.scenario) | {"speedup": ratios[key]} for key in models}
+                steps = config.scenario.new - 1
+                whole = [[first + steps * step for first, step in one] for one in timed]
+                ratios[keys[1]] = statistics.median(a / b for a, b in zip(*whole, strict=True))
+    found, work = {}, config.scenario
+    for key in models:
+        prefill, decode = median(rounds[key])
+        found[key] = {
+            "prefill_tokens_per_second": work.batch * work.prompt / prefill,
+            "decode_tokens_per_second": work.batch / decode,
+            "speedup": ratios[key],
+        }
+    return found
 
 
 def in_turn(
@@ -127,32 +127,15 @@ def in_turn(
     return found
 
 
-def _speedup(parent: list[Seconds], child: list[Seconds], steps: int) -> float:
-    """The median over rounds of how much longer the parent took for prefill and decode steps."""
-    totals = [[prefill + steps * step for prefill, step in rounds] for rounds in (parent, child)]
-    return statistics.median(a / b for a, b in zip(*totals, strict=True))
-
-
 def median(rounds: Sequence[Seconds]) -> Seconds:
     """Of each column of (prefill, decode step)."""
     prefill, decode = (statistics.median(column) for column in zip(*rounds, strict=True))
     return prefill, decode
 
 
-def _rates(rounds: list[Seconds], scenario: Scenario) -> dict[str, float]:
-    prefill, decode = median(rounds)
-    return {
-        "prefill_tokens_per_second": scenario.batch * scenario.prompt / prefill,
-        "decode_tokens_per_second": scenario.batch / decode,
-    }
-
-
 def promised_speedup(row: Mapping[str, Any], scenario: Scenario) -> float | None:
-    """The throughput over the parent's that a row of a search promises for this scenario.
-
-    None where no seconds were priced, where the row is about other work, and where child and
-    parent were promised at different batches: what is timed has one for both.
-    """
+    """The throughput over the parent's that a row of a search promises for this scenario; None
+    without seconds, for other work, and where child and parent have different batches there."""
     for one in row.get("scenarios", {"": row}).values():
         same = one.get("scenario") == scenario.model_dump()
         if same and one.get("parent_batch", scenario.batch) == scenario.batch:
@@ -178,17 +161,8 @@ def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
             error = promised / speedup - 1  # above zero, the search promised too much
             if abs(error) > PROMISE_TOLERANCE:
                 run.say(f"{key}: promised {promised:.2f}x, measured {speedup:.2f}x ({error:+.0%})")
-        rows.append(
-            {
-                "model": key,
-                "heldout_loss": found["lm_loss"],
-                "kl": found["kl"],
-                "agreement": found["agreement"],
-                "parameters": module.config.num_params(),
-                "kv_bytes_per_token": module.config.kv_bytes_per_token(),
-                **timed[key],
-                "promised": promised,
-                "promise_error": error,
-            }
-        )
+        row = {"model": key, "heldout_loss": found.pop("lm_loss"), **found}
+        row["parameters"] = module.config.num_params()
+        row["kv_bytes_per_token"] = module.config.kv_bytes_per_token()
+        rows.append({**row, **timed[key], "promised": promised, "promise_error": error})
     run.write_table("compare", rows)

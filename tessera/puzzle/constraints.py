@@ -39,6 +39,7 @@ COLUMNS = {
     "throughput": ("seconds", "rate"),
 }
 NAMES = (*COLUMNS, "fits")
+LOADS = ("context", "sequences", "cached tokens")
 COUNTED = ("parameters", "bytes", "kv_bytes_per_token", "fits")  # these need no seconds
 _EVERYWHERE = ("parameters", "kv_bytes_per_token")  # the same in every scenario, at every batch
 _AMOUNT = re.compile(r"(\d[\d,]*\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*(.*)")
@@ -64,7 +65,6 @@ class Amount:
 
     @property
     def value(self) -> float:
-        """In seconds, bytes, tokens a second or units; a share stays a share."""
         return self.number * self.factor
 
     def text(self, number: float) -> str:
@@ -80,10 +80,10 @@ def read_amount(name: str, given: Given, dimension: str) -> Amount:
     match = _AMOUNT.fullmatch(str(given).strip())
     number = float(match[1].replace(",", "")) if match else -1.0
     if not match or not 0 < number < float("inf"):
+        share = "1.5x" if dimension == "rate" else "0.8x"
         raise ConstraintError(
             f'{name} = {given!r}: give a positive number, an amount such as "'
-            f'{EXAMPLES[dimension]}", or a share of the parent such as "'
-            f'{"1.5x" if dimension == "rate" else "0.8x"}"'
+            f'{EXAMPLES[dimension]}", or a share of the parent such as "{share}"'
         )
     unit, known = match[2].strip(), UNITS[dimension]
     if unit in ("", "x"):
@@ -110,16 +110,9 @@ class Fits:
 
     @property
     def memory(self) -> float:
-        """Bytes that weights and KV cache may take."""
         return self.count * self.device.memory * UTILISATION
 
-    @property
-    def complete(self) -> bool:
-        """Whether the number of cached tokens does not depend on the scenario."""
-        return self.cached is not None or None not in (self.context, self.sequences)
-
     def tokens(self, scenario: Scenario) -> int:
-        """Tokens in the KV cache."""
         if self.cached is not None:
             return self.cached
         context = self.context or scenario.prompt + scenario.new
@@ -127,10 +120,7 @@ class Fits:
 
 
 def read_fits(given: Given) -> Fits:
-    """What `fits = given` asks for, such as "1x H100, 32k context, 16 sequences".
-
-    In a number of tokens k is 1,024, as in the names of context lengths. Raises ConstraintError.
-    """
+    """What "1x H100, 32k context, 16 sequences" asks for; k is 1,024. Raises ConstraintError."""
 
     def error(why: str) -> ConstraintError:
         example = 'For example "1x H100, 32k context, 16 sequences"'
@@ -149,9 +139,8 @@ def read_fits(given: Given) -> Fits:
         match = _TOKENS.fullmatch(part)
         load = " ".join(match[3].split()) if match else part
         load = "sequences" if load == "sequence" else load
-        known = ["context", "sequences", "cached tokens"]
-        if not match or load not in known:
-            raise error(f"{part!r} is neither a device nor a load; {nearest(load, known)}")
+        if not match or load not in LOADS:
+            raise error(f"{part!r} is neither a device nor a load; {nearest(load, LOADS)}")
         factor = {"": 1, "k": 2**10, "M": 2**20}[match[2].replace("K", "k")]
         number = round(float(match[1].replace(",", "")) * factor)
         if number < 1:
@@ -163,8 +152,7 @@ def read_fits(given: Given) -> Fits:
         raise error("it names no device")
     if "cached tokens" in loads and len(loads) > 1:
         raise error("cached tokens are context times sequences already; give one or the other")
-    held = (loads.get(load) for load in ("context", "sequences", "cached tokens"))
-    return Fits(count, device, *held)
+    return Fits(count, device, *(loads.get(load) for load in LOADS))
 
 
 def check_budgets(constraints: Mapping[str, Given]) -> None:
@@ -172,7 +160,7 @@ def check_budgets(constraints: Mapping[str, Given]) -> None:
     if not constraints:
         raise ConstraintError(
             f"empty, so the parent itself is the answer; give at least one of {', '.join(NAMES)}, "
-            'for example constraints = { throughput = "1.5x" }'
+            'as { throughput = "1.5x" }'
         )
     for name, value in constraints.items():
         if name not in NAMES:
@@ -193,17 +181,14 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A linear constraint, Σ coefficient·column <= bound over an architecture, base included.
-
-    The total in the user's unit is total / unit, or unit / total of a throughput.
-    """
+    """A linear constraint, Σ coefficient·column <= bound over an architecture, base included."""
 
     name: str
     given: Given
     amount: Amount
     coefficients: Mapping[tuple[str, str], float]  # (scenario, column) ->
     bound: float
-    unit: float
+    unit: float  # the user's: total / unit, or unit / total of a throughput
     scenario: str = ""  # where it holds; "" for all of them together, or the only one
     budget: str = ""  # the budget of the recipe that it comes from: `latency`, `latency of chat`
 
@@ -213,27 +198,19 @@ class Constraint:
 
     @property
     def inverse(self) -> bool:
-        """Whether more of the budget is better."""
         return self.name == "throughput"
 
     def in_unit(self, total: float) -> float:
-        """A total in the user's unit."""
         return self.unit / max(total, 1e-30) if self.inverse else total / self.unit
 
     def total(self, columns: Mapping[str, Mapping[str, float]]) -> float:
-        """Its left side, given the columns of an architecture, a word or the base by scenario."""
         return sum(w * columns[s][c] for (s, c), w in self.coefficients.items())
 
 
 @dataclass(frozen=True)
 class BatchChoice:
-    """Each scenario at one batch, and the constraints that hold there.
-
-    The batch is no variable of the integer program, because seconds and memory at another batch
-    are other numbers: every choice of batches is a program of its own, and the best is kept.
-    reference: scenario -> the table at the batch where the parent is served best, which shares of
-    the parent refer to; None where it meets the memory asked for at no batch.
-    """
+    """Each scenario at one batch, and the constraints there. reference: the table at the batch
+    where the parent is served best, for shares of it; None where memory allows it at no batch."""
 
     tables: Mapping[str, CostTable]
     reference: Mapping[str, CostTable | None]
@@ -243,7 +220,6 @@ class BatchChoice:
     constraints: tuple[Constraint, ...] = ()
 
     def bounds(self) -> dict[str, float]:
-        """Constraint's key -> the most that the words alone may sum to."""
         base = {name: table.base for name, table in self.tables.items()}
         return {one.key: one.bound - one.total(base) for one in self.constraints}
 
@@ -253,7 +229,6 @@ class BatchChoice:
         return {one.key: sum(map(one.total, columns)) for one in self.constraints}
 
     def totals(self, words: Words) -> dict[str, dict[str, float]]:
-        """Scenario -> every column of an architecture."""
         return {name: table.total(words) for name, table in self.tables.items()}
 
     def excess(self, words: Words) -> float:
@@ -271,24 +246,22 @@ class BatchChoice:
 
     def scaled(self, budget: str, factor: float) -> BatchChoice:
         """With one budget of the recipe looser (factor above 1) or tighter."""
-        changed = (
-            replace(one, bound=one.bound * factor) if one.budget == budget else one
-            for one in self.constraints
+        return self._bounded_by(
+            [one.bound * (factor if one.budget == budget else 1.0) for one in self.constraints]
         )
-        return replace(self, constraints=tuple(changed))
 
     def towards(self, share: float) -> BatchChoice:
         """With bounds only `share` of the way from the parent's own cost here to what was asked."""
         totals = self.totals(self.parent)
         own = [one.total(totals) for one in self.constraints]
-        moved = (
-            replace(one, bound=spent + share * (one.bound - spent))
-            for one, spent in zip(self.constraints, own, strict=True)
-        )
-        return replace(self, constraints=tuple(moved))
+        pairs = zip(own, self.constraints, strict=True)
+        return self._bounded_by([spent + share * (one.bound - spent) for spent, one in pairs])
+
+    def _bounded_by(self, bounds: Sequence[float]) -> BatchChoice:
+        pairs = zip(self.constraints, bounds, strict=True)
+        return replace(self, constraints=tuple(replace(one, bound=most) for one, most in pairs))
 
     def __str__(self) -> str:
-        """`batch 16`, or `batches chat 16, long 4`."""
         batches = {name: table.scenario.batch for name, table in self.tables.items()}
         if len(batches) == 1:
             return f"batch {next(iter(batches.values()))}"
@@ -297,9 +270,7 @@ class BatchChoice:
     def linear(self, budgets: Budgets) -> tuple[Constraint, ...]:
         """Every constraint that the budgets mean. A share of the parent's time is one constraint
         over all scenarios, Σ w·seconds/seconds(parent) / Σ w; every other holds in each of them.
-
-        Raises ConstraintError for seconds that were not measured, and shares of a parent that fits
-        nowhere.
+        Raises ConstraintError.
         """
         found: list[Constraint] = []
         for name, given in budgets.constraints.items():
@@ -314,12 +285,19 @@ class BatchChoice:
     def _linear(self, name: str, given: Given, where: Sequence[str]) -> list[Constraint]:
         if name not in COUNTED and not all(table.measured for table in self.tables.values()):
             raise ConstraintError(
-                f"the constraint {name} needs seconds, and the cost stage ran with source = "
-                '"counted"; set cost.source = "measured", or constrain parameters or bytes'
+                f"the constraint {name} needs seconds, and the cost stage counted only; set "
+                'cost.source = "measured", or constrain parameters or bytes'
             )
         if name == "fits":
             fits = read_fits(given)
-            once, each = fits.complete, [self._memory(given, fits, s) for s in where]
+            once = fits.cached is not None or None not in (fits.context, fits.sequences)
+            gib = Amount(fits.memory / 2**30, "GiB", 2**30)
+            each = []
+            for s in where:  # weights and the KV cache of so many tokens
+                tokens = float(fits.tokens(self.tables[s].scenario))
+                columns = {"parameters": self.bytes_per_parameter, "kv_bytes_per_token": tokens}
+                needed = {(s, column): size for column, size in columns.items()}
+                each.append(Constraint("fits", given, gib, needed, fits.memory, gib.factor))
         else:
             amount = read_amount(name, given, COLUMNS[name][1])
             if amount.relative and name not in COUNTED:
@@ -330,17 +308,7 @@ class BatchChoice:
             return each[:1] if once else each
         return [replace(one, scenario=s) for one, s in zip(each, where, strict=True)]
 
-    def _memory(self, given: Given, fits: Fits, scenario: str) -> Constraint:
-        """Weights and the KV cache of so many tokens within the devices' memory."""
-        coefficients = {
-            (scenario, "parameters"): self.bytes_per_parameter,
-            (scenario, "kv_bytes_per_token"): float(fits.tokens(self.tables[scenario].scenario)),
-        }
-        gib = Amount(fits.memory / 2**30, "GiB", 2**30)
-        return Constraint("fits", given, gib, coefficients, fits.memory, gib.factor)
-
     def _bounded(self, name: str, given: Given, amount: Amount, where: Sequence[str]) -> Constraint:
-        """A bound on the weighted mean over scenarios, in the unit of the first of them."""
         units = {s: self._unit(name, amount, s) for s in where}
         unit, mass = units[where[0]], sum(self.weights[s] for s in where)
         column = COLUMNS[name][0]
@@ -350,35 +318,25 @@ class BatchChoice:
 
     def _unit(self, name: str, amount: Amount, scenario: str) -> float:
         """What an amount of 1 is in the bounded column; of a throughput, the seconds it leaves."""
-        if name != "throughput":
-            own = COLUMNS[name][0]
-            return self._parents(own, name, scenario) if amount.relative else amount.factor
-        rate = self._parents(name, name, scenario) if amount.relative else amount.factor
-        work = self.tables[scenario].scenario
-        return work.batch * work.new / rate
-
-    def _parents(self, column: str, name: str, scenario: str) -> float:
-        """A column of the parent in a scenario. Raises ConstraintError where it fits nowhere."""
-        table, here = self.reference[scenario], self.tables[scenario]
-        if table is None and column in _EVERYWHERE:
-            table = here
-        if table is None:
-            raise ConstraintError(
-                f"{name} is asked as a share of the parent's, but the parent meets the memory "
-                "asked for at none of the batches that the cost stage priced (at batch "
-                f"{here.scenario.batch} it takes {size(here.total(self.parent)['bytes'])}); "
-                f'give it in units ("{EXAMPLES[COLUMNS[name][1]]}"), allow more memory, or price '
-                "smaller batches in cost.batches"
-            )
-        return table.total(self.parent)[column]
+        here, column = self.tables[scenario], COLUMNS[name][0] if name != "throughput" else name
+        value = amount.factor
+        if amount.relative:
+            table = self.reference[scenario] or (here if column in _EVERYWHERE else None)
+            if table is None:
+                raise ConstraintError(
+                    f"{name} is asked as a share of the parent's, but the parent meets the memory "
+                    "asked for at none of the batches that the cost stage priced (at batch "
+                    f"{here.scenario.batch} it takes {size(here.total(self.parent)['bytes'])}); "
+                    f'give it in units ("{EXAMPLES[COLUMNS[name][1]]}"), allow more memory, or '
+                    "price smaller batches in cost.batches"
+                )
+            value = table.total(self.parent)[column]
+        return here.scenario.batch * here.scenario.new / value if name == "throughput" else value
 
 
 def batch_choices(budgets: Budgets, costs: Costs, parent: Words) -> tuple[BatchChoice, ...]:
-    """Every choice of batches, smallest first; one where the cost stage priced none.
-
-    Scenarios are served apart, so each may have a batch of its own. Raises ConstraintError for
-    budgets that these costs cannot answer.
-    """
+    """Every choice of a batch a scenario, smallest first. Raises ConstraintError for budgets that
+    these costs cannot answer."""
     for name in {**budgets.own, **budgets.weights}:
         if name not in costs.scenarios:
             raise ConstraintError(
@@ -400,12 +358,8 @@ def batch_choices(budgets: Budgets, costs: Costs, parent: Words) -> tuple[BatchC
 
 
 def _best_of_parent(name: str, budgets: Budgets, costs: Costs, parent: Words) -> CostTable | None:
-    """The table at the parent's best batch in a scenario; None where it meets memory at none.
-
-    The parent is held to the child's rule: of the batches where it meets the memory asked for in
-    units, the one with the most tokens a second. A child with a smaller KV cache then gains twice,
-    by its words and by a larger batch.
-    """
+    """The table at the batch of most tokens a second where the parent meets the memory asked for in
+    units, as a child has to; None where it meets it at none."""
     if not costs.batches:
         return costs.tables[name, costs.scenarios[name].batch]
     given = {**budgets.constraints, **budgets.own.get(name, {})}

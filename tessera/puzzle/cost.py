@@ -47,11 +47,8 @@ FASTEST = 0.2  # no factor is below
 
 
 class CostConfig(PricedConfig):
-    """Scenarios, and where seconds come from.
-
-    `device`, `dtype` and `tensor_parallel` are the roofline's; bytes follow from `dtype` unless
-    given. Measured models are float32.
-    """
+    """Scenarios, and where seconds come from. `device` and `tensor_parallel` are the roofline's;
+    bytes follow from `dtype` unless given. Measured models are float32."""
 
     source: Literal["measured", "counted", "roofline"] = "measured"
     rounds: int = Field(default=8, ge=3)
@@ -66,7 +63,6 @@ class CostConfig(PricedConfig):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, given: Any) -> Any:
-        """`dtype` follows from the device, and bytes from `dtype`."""
         if not isinstance(given, dict):
             return given
         device = str(given.get("device")).lower()
@@ -87,23 +83,17 @@ class CostConfig(PricedConfig):
         elif self.device is not None or self.tensor_parallel > 1:
             raise ValueError(
                 f"device and tensor_parallel belong to the roofline, and source is {self.source!r}"
-                '; set source = "roofline" or drop them'
             )
         elif self.source == "measured" and self.dtype != "fp32":
             raise ValueError(
-                f"dtype = {self.dtype!r}, but measured models are fp32; drop it, or set source = "
-                '"roofline" or "counted"'
+                f"dtype = {self.dtype!r}, but measured models are fp32; set another source"
             )
         return self
-
-
-# Counted.
 
 
 def count(
     config: ModelConfig, kind: str, variant: Variant, scenario: Scenario, sizes: tuple[float, float]
 ) -> dict:
-    """The counted columns of one word. sizes: bytes of a parameter, of a number in the KV cache."""
     parameters = config.subblock_params(kind, variant)
     kv = config.kv_bytes(variant, sizes[1]) if isinstance(variant, GQA) else 0.0
     memory = parameters * sizes[0] + kv * scenario.cached_tokens
@@ -111,32 +101,27 @@ def count(
 
 
 def base_row(config: ModelConfig, bytes_per_parameter: float) -> dict:
-    """The counted columns of what is outside all blocks: embedding, last norm, head."""
     outside = replace(config, blocks=()).num_params()
     columns = {"parameters": outside, "kv_bytes_per_token": 0.0}
     return {"kind": "base", "word": "", **columns, "bytes": outside * bytes_per_parameter}
 
 
 def offered_words(space: Space) -> list[Key]:
-    """Every (kind, word) of a space once."""
     layers = range(len(space.layers))
     return list(dict.fromkeys((k, w) for i in layers for k in KINDS for w in space.words(i, k)))
 
 
-# Measured.
-
-
 def prompts_of(scenario: Scenario, vocab_size: int) -> list[list[int]]:
     """Random prompts of a fixed seed; their content does not matter for time."""
-    rng = np.random.default_rng(0)
-    return rng.integers(0, vocab_size, (scenario.batch, scenario.prompt)).tolist()
+    shape = scenario.batch, scenario.prompt
+    return np.random.default_rng(0).integers(0, vocab_size, shape).tolist()
 
 
 def generation_seconds(engine: TorchEngine, vocab_size: int, scenario: Scenario) -> Seconds:
     """Seconds of (prefill, one decode step) for the scenario's requests, all of equal length."""
-    prompts = prompts_of(scenario, vocab_size)
     engine.reset_stats()
-    engine.generate(prompts, SamplingParams(max_tokens=scenario.new, temperature=0.0))
+    sampling = SamplingParams(max_tokens=scenario.new, temperature=0.0)
+    engine.generate(prompts_of(scenario, vocab_size), sampling)
     stats = engine.stats
     return stats.prefill_seconds, stats.decode_seconds / max(1, stats.decode_steps)
 
@@ -149,13 +134,8 @@ def measure(
     label: str,
     quiet: bool = False,
 ) -> tuple[dict[Key, Seconds], list[tuple[Words, Seconds]]]:
-    """What the base takes and each (kind, word) adds, and what whole architectures take.
-
-    A word is measured in a model of `depth` equal layers of it, beside the same model with no
-    layers; the difference is divided by `depth`. As many layers as the parent has fill caches as
-    it does: of a parent of 12 layers, probes of 6 promise two thirds of the time, probes of 12
-    seven eighths. Weights are random, which costs the same as trained.
-    """
+    """What the base takes and each (kind, word) adds, a model of `depth` equal layers less one with
+    none, over `depth`; and what whole architectures take."""
     depth = settings.depth or len(config.blocks)
     empty = BlockConfig(NoOp(), NoOp())
     probes: dict[Key, ModelConfig] = {BASE: replace(config, blocks=())}
@@ -178,13 +158,12 @@ def least_seconds(
     label: str,
     quiet: bool = False,
 ) -> dict[Hashable, np.ndarray]:
-    """The least (prefill, decode step) of each model, `(2,)`; they take turns, round by round.
-
-    A neighbour on the machine only ever adds, and for a while, so each decode step keeps its least
-    time over all rounds: on two busy cores that repeats to 0.8-4.7 %, the least mean of a round to
-    2.7-5.3 %. On a CPU with one torch thread, seconds are the thread's own.
-    """
-    engines = {key: random_engine(config) for key, config in models.items()}
+    """The least (prefill, decode step) of each model, `(2,)`, which take turns round by round; each
+    decode step keeps its least time over all rounds, as other load only ever adds."""
+    engines = {
+        key: TorchEngine(Transformer(config).init_weights(0).eval().requires_grad_(False))
+        for key, config in models.items()
+    }
     prefill = dict.fromkeys(engines, math.inf)
     steps: dict[Hashable, Any] = dict.fromkeys(engines, math.inf)
     with Progress(label, rounds + 1, "probes", quiet=quiet) as bar:
@@ -201,7 +180,6 @@ def least_seconds(
 
 
 def _timed(engine: TorchEngine, scenario: Scenario) -> tuple[float, list[float]]:
-    """Seconds of the fastest of `PREFILLS` prefills, and of each decode step after the last."""
     prompts = prompts_of(scenario, engine.config.vocab_size)
     prefill, steps = math.inf, []
     for new in (*(1,) * (PREFILLS - 1), scenario.new):
@@ -212,26 +190,13 @@ def _timed(engine: TorchEngine, scenario: Scenario) -> tuple[float, list[float]]
     return prefill, steps
 
 
-def random_engine(config: ModelConfig) -> TorchEngine:
-    """An engine over random weights of this shape."""
-    module = Transformer(config).init_weights(0)
-    return TorchEngine(module.eval().requires_grad_(False))
-
-
 def _pair(values: np.ndarray) -> Seconds:
     return float(values[0]), float(values[1])
 
 
-# Prices of words corrected by whole models, so that sums promise what models take. A word repeated
-# in a model of its own is not what it is between others: its weights and its cache push out what
-# the next one needs, and six alike keep theirs nearer.
-
-
 def architectures(parent: Words, words: Sequence[Key], count: int, seed: int = 0) -> list[Words]:
-    """The parent, then `count` architectures on the way from it to anywhere in the space.
-
-    Each keeps every word of the parent with a chance that falls from 3/4 to none.
-    """
+    """The parent, then `count` random architectures, which keep each of the parent's words with a
+    chance that falls from 3/4 to none."""
     rng = random.Random(seed)
     offered = {kind: [word for k, word in words if k == kind] for kind in KINDS}
     found: list[Words] = [parent]
@@ -252,49 +217,38 @@ def architectures(parent: Words, words: Sequence[Key], count: int, seed: int = 0
 def calibrate(prices: Prices, timed: Timed) -> dict[Key, Seconds]:
     """The prices, prefill and decode each corrected by the models timed, and made `monotone`.
 
-    All are scaled by s, the median of measured / promised; then each price p gets a factor f by
-    ridge regression on relative errors, which leaves it at the scale where no model has the word:
+    All are scaled by s, the median of measured / promised; then each price p gets a factor f:
 
         min over f of  sum over models (sum of f·p / measured - 1)^2 / NOISE^2
                      + sum over words (f - s)^2 / TRUST^2
     """
     if not timed:
         return monotone(prices)
-    keys = list(prices)
-    columns = []
+    keys, columns = list(prices), []
+    counts = np.array([_counts(words, keys) for words, _ in timed])
     for column in range(2):
         alone = np.array([prices[key][column] for key in keys])
-        rows = np.array([_counts(words, keys) for words, _ in timed]) * alone
-        seconds = np.array([pair[column] for _, pair in timed])
-        columns.append(alone * _factors(rows, seconds))
+        rows, seconds = counts * alone, np.array([pair[column] for _, pair in timed])
+        scale = float(np.median(seconds / rows.sum(1)))
+        a = np.concatenate([rows / seconds[:, None] / NOISE, np.eye(len(keys)) / TRUST])
+        b = np.concatenate([np.full(len(rows), 1 / NOISE), np.full(len(keys), scale / TRUST)])
+        columns.append(alone * np.maximum(FASTEST, np.linalg.lstsq(a, b, rcond=None)[0]))
     return monotone({key: (float(p), float(d)) for key, p, d in zip(keys, *columns, strict=True)})
 
 
-def _factors(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """rows `(models, words)`, what each word contributes to each model -> factors `(words,)`."""
-    count = rows.shape[1]
-    scale = float(np.median(seconds / rows.sum(1)))
-    a = np.concatenate([rows / seconds[:, None] / NOISE, np.eye(count) / TRUST])
-    b = np.concatenate([np.full(len(rows), 1 / NOISE), np.full(count, scale / TRUST)])
-    return np.maximum(FASTEST, np.linalg.lstsq(a, b, rcond=None)[0])
-
-
 def monotone(seconds: Prices) -> dict[Key, Seconds]:
-    """A narrower word never costs more than a wider one: noise is averaged away (isotonic).
-
-    Without this the search may pick a wide word for being measured faster by luck.
-    """
+    """Prices that never fall with a word's width (isotonic): a wide word measured fast by luck is
+    not chosen for that."""
     smoothed = dict(seconds)
     for kind, prefix in (("attention", "gqa-"), ("ffn", "swiglu-")):
         keys = [key for key in seconds if key[0] == kind and key[1].startswith(prefix)]
         keys.sort(key=lambda key: int(key[1].removeprefix(prefix)))
         columns = [_isotonic([seconds[key][i] for key in keys]) for i in range(2)]
-        smoothed |= {key: pair for key, pair in zip(keys, zip(*columns, strict=True), strict=True)}
+        smoothed |= dict(zip(keys, zip(*columns, strict=True), strict=True))
     return smoothed
 
 
 def _isotonic(values: list[float]) -> list[float]:
-    """The closest non-decreasing sequence (pool adjacent violators)."""
     pools: list[list[float]] = []
     for value in values:
         pools.append([value])
@@ -304,7 +258,6 @@ def _isotonic(values: list[float]) -> list[float]:
 
 
 def _counts(words: Words, keys: Sequence[Key]) -> list[int]:
-    """How often each key is in an architecture; the base once."""
     found = Counter((kind, w) for pair in words for kind, w in zip(KINDS, pair, strict=True))
     return [1 if kind == "base" else found[kind, word] for kind, word in keys]
 
@@ -318,8 +271,8 @@ def held_out(prices: Prices, timed: Timed, scenario: Scenario) -> list[dict]:
     """A row a model: measured, and promised by prices that were fitted without it."""
     rows = []
     for i, (words, seconds) in enumerate(timed):
-        others = [*timed[:i], *timed[i + 1 :]]
-        rows.append(compared(words, predicted(calibrate(prices, others), words), seconds, scenario))
+        found = calibrate(prices, [*timed[:i], *timed[i + 1 :]])
+        rows.append(compared(words, predicted(found, words), seconds, scenario))
     return rows
 
 
@@ -328,14 +281,10 @@ def compared(words: Words, promised: Seconds, measured: Seconds, scenario: Scena
     row: dict = {"words": [list(pair) for pair in words]}
     whole = [prefill + (scenario.new - 1) * step for prefill, step in (promised, measured)]
     sides = [*zip(promised, measured, strict=True), whole]
-    for name, (own, real) in zip(
-        ("prefill_seconds", "decode_seconds", "seconds"), sides, strict=True
-    ):
+    names = ("prefill_seconds", "decode_seconds", "seconds")
+    for name, (own, real) in zip(names, sides, strict=True):
         row |= {f"promised_{name}": own, f"measured_{name}": real, f"error_{name}": own / real - 1}
     return row
-
-
-# The stage.
 
 
 def price(
@@ -346,10 +295,7 @@ def price(
     quiet: bool = False,
     device: Device | None = None,
 ) -> tuple[list[dict], list[dict]]:
-    """(the rows of `settings.scenario`, the base first; rows of models they were calibrated by).
-
-    device: the CPU, where it was probed already.
-    """
+    """(the rows of `settings.scenario`, the base first; rows of models they were calibrated by)."""
     scenario = settings.scenario
     sizes = settings.bytes_per_parameter, settings.bytes_per_kv
     rows = [base_row(config, sizes[0])] + [
@@ -365,9 +311,8 @@ def price(
         calibration = held_out(prices, timed, scenario)
         seconds = calibrate(prices, timed)
     else:
-        serving = Serving(
-            device or _device(settings), settings.dtype, settings.tensor_parallel, *sizes
-        )
+        device = device or _device(settings)
+        serving = Serving(device, settings.dtype, settings.tensor_parallel, *sizes)
         seconds = roofline_seconds(config, words, scenario, serving)
     for row in rows:
         pair = seconds.get((row["kind"], row["word"]), (0.0, 0.0))
@@ -376,7 +321,6 @@ def price(
 
 
 def _device(settings: CostConfig) -> Device:
-    """The roofline's device; the CPU is probed."""
     assert settings.device is not None
     return probe_cpu() if settings.device.lower() == CPU else find_device(settings.device)
 

@@ -1,7 +1,4 @@
-"""Cost tables: what each word costs in a scenario at one batch, and sums over architectures.
-
-Torch-free, for it is read by reports.
-"""
+"""Cost tables: what each word costs in a scenario at one batch, and sums over architectures."""
 
 from __future__ import annotations
 
@@ -33,8 +30,6 @@ class Scenario(Config):
 
 
 class PricedConfig(Config):
-    """The scenarios that a cost stage prices."""
-
     scenario: Scenario = Scenario()
     scenarios: dict[str, Scenario] = {}  # by name; when given, they replace `scenario`
     batches: list[PositiveInt] = []  # price every scenario at each; empty: at its own
@@ -67,11 +62,8 @@ class PricedConfig(Config):
 
 @dataclass(frozen=True)
 class CostTable:
-    """Columns of each word and of the base, for one scenario.
-
-    `seconds` is the whole scenario for the batch: prefill, which yields the first token, then
-    `new - 1` decode steps.
-    """
+    """Columns of each word and of the base, for one scenario; `seconds` is prefill, which yields
+    the first token, and `new - 1` decode steps."""
 
     base: Mapping[str, float]
     words: Mapping[tuple[str, str], Mapping[str, float]]
@@ -119,12 +111,10 @@ class Costs:
 
     @property
     def first(self) -> CostTable:
-        """The table of the first scenario, at the first batch that it was priced at."""
         return next(iter(self.tables.values()))
 
 
 def read_costs(directory: Path) -> Costs:
-    """The tables that a finished cost stage left."""
     found = read_json(directory, "scenarios")
     scenarios = {name: Scenario(**one) for name, one in found["scenarios"].items()}
     rows: dict[tuple[str, int], list[dict]] = {}
@@ -145,6 +135,5 @@ def unavailable(directory: Path) -> set[tuple[str, str]]:
 
 
 def share_of(row: Mapping, column: str) -> float | None:
-    """A predicted column of a row of `architectures.json` over the parent's; None without one."""
     own, parent = row["predicted"].get(column), row["parent"].get(column)
     return own / parent if own and parent else None

@@ -1,10 +1,7 @@
 """The quality-speed frontier of one library: every method at every speed, in one sweep.
 
-Each point is an architecture that a method finds at a share of the parent's cost. It is assembled
-and measured: its summed replace-one score, held-out KL, that KL after a short distillation where
-`train` is given, and the promised and, where asked for, the measured speed. A `child` stage builds
-any of them: [child] architecture = "frontier", point = "mip-1.5". A finished search, distillation
-and timing is a file each: a killed sweep loses one at most.
+Each point is the architecture that a method finds at a share of the parent's cost, assembled and
+measured, distilled where `train` is given. Each finished search, distillation and timing is a file.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from tessera.model.checkpoint import load_model
+from tessera.model.transformer import Transformer
 from tessera.puzzle.compare import CompareConfig, quality, speeds
 from tessera.puzzle.constraints import NAMES
 from tessera.puzzle.cost_table import read_costs, share_of
@@ -34,12 +32,9 @@ Row = dict[str, Any]
 
 
 class FrontierConfig(Config):
-    """Which points to find, and what to measure of each.
-
-    points: shares of the parent's `constraint`: 1.5 of its throughput, 0.7 of its bytes.
-    search: more of a [search] table for every point, as { servable = ["vllm"] } or a `conditional`,
-    whose architecture is then a method of its own. lrs: rates to distil at, the best one counts.
-    """
+    """points: shares of the parent's `constraint`. search: more of a [search] table for every one,
+    as { servable = ["vllm"] } or a `conditional`, which is then a method of its own. lrs: rates to
+    distil at, of which the best counts."""
 
     constraint: str = "throughput"
     points: tuple[float, ...] = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
@@ -69,22 +64,9 @@ class FrontierConfig(Config):
         return self
 
     def at(self, method: Method, share: float) -> SearchConfig:
-        """The search of one method at one share of the parent."""
         constraints = {**self.search.get("constraints", {}), self.constraint: f"{share}x"}
         table = {**self.search, "method": method, "constraints": constraints}
         return validate(SearchConfig, table, "search")
-
-
-def architectures_at(config: FrontierConfig, method: Method, share: float, inputs: dict) -> Row:
-    """{found: method -> (row of architectures.json, summed score)}, with a reason where none is."""
-    try:
-        rows, solver, _ = find(config.at(method, share), inputs)
-    except SearchError as error:
-        return {"found": {}, "reason": str(error)}
-    first: dict[str, tuple[Row, float]] = {}
-    for row in rows:
-        first.setdefault(row["method"], (row, solver.candidates.total(row["words"])))
-    return {"found": first, "reason": None}
 
 
 def sweep(
@@ -92,11 +74,22 @@ def sweep(
 ) -> tuple[list[tuple[Row, float]], list[Row]]:
     """(every architecture of the sweep with its name, and its summed score; a row for each point
     where there is none)."""
+
+    def search(method: Method, share: float) -> Row:
+        try:
+            rows, solver, _ = find(config.at(method, share), inputs)
+        except SearchError as error:
+            return {"found": {}, "reason": str(error)}
+        first: dict[str, tuple[Row, float]] = {}
+        for row in rows:
+            first.setdefault(row["method"], (row, solver.candidates.total(row["words"])))
+        return {"found": first, "reason": None}
+
     found, missing = [], []
     for method in config.methods:
         for share in config.points:
             file = run.state_path / f"search-{method}-{share:g}.json"
-            one = resumable(file, lambda m=method, s=share: architectures_at(config, m, s, inputs))
+            one = resumable(file, lambda m=method, s=share: search(m, s))
             for name, (row, score) in one["found"].items():
                 found.append(({"name": f"{name}-{share:g}", "point": share, **row}, score))
             result = f"{len(one['found'])} found"
@@ -108,29 +101,17 @@ def sweep(
     return found, missing
 
 
-def measured(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:
-    """The quality of an architecture and, with `measure`, its `speedup` over the parent."""
-    found = measured_quality(row, config, run, inputs)
-    if not config.measure:
-        return found
-    scenario = next(iter(read_costs(inputs["costs"]).scenarios.values()))
-    timing = CompareConfig(scenario=scenario, rounds=config.rounds)
-    child = assemble(load_model(inputs["parent"]), inputs["library"] / "library", row["words"])
-    pair = {"parent": load_model(inputs["parent"], frozen=True)}
-    pair["child"] = child.requires_grad_(False).eval()
-    return found | {"speedup": speeds(pair, timing, row["name"], run.quiet)["child"]["speedup"]}
+def _child(row: Row, inputs: dict) -> Transformer:
+    return assemble(load_model(inputs["parent"]), inputs["library"] / "library", row["words"])
 
 
 def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:
-    """kl_before, and after distillation kl, lm_loss, agreement and the rate they were reached at.
-
-    Without `train` they are those of the assembled model.
-    """
+    """kl_before, and after distillation kl, lm_loss, agreement and the rate they were reached at;
+    without `train` those of the assembled model."""
     if config.train is None:
         batches = HeldoutConfig(tokens=config.tokens).heldout(inputs["data"])
         parent = load_model(inputs["parent"], frozen=True)
-        child = assemble(load_model(inputs["parent"]), inputs["library"] / "library", row["words"])
-        own = quality(parent, child, batches)
+        own = quality(parent, _child(row, inputs), batches)
         return {"kl_before": own["kl"], **own}
     ran = []
     for lr in config.lrs or (config.train.lr,):
@@ -142,20 +123,16 @@ def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -
     return min(finite or ran, key=lambda one: one["kl"] or 0.0)
 
 
-def table_row(row: Row, config: FrontierConfig, score: float, own: Row) -> Row:
-    """A row of `tables/frontier.jsonl`."""
-    return {
-        "name": row["name"],
-        "method": row["method"],
-        "point": row["point"],
-        "share": share_of(row, config.constraint),
-        "promised": share_of(row, "throughput"),
-        "meets": row["meets"],
-        "parameters": share_of(row, "parameters"),
-        "score": score,
-        **own,
-        "words": row["words"],
-    }
+def measured(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:
+    """`measured_quality` and, with `measure`, the `speedup` over the parent."""
+    found = measured_quality(row, config, run, inputs)
+    if not config.measure:
+        return found
+    scenario = next(iter(read_costs(inputs["costs"]).scenarios.values()))
+    timing = CompareConfig(scenario=scenario, rounds=config.rounds)
+    child = _child(row, inputs).requires_grad_(False).eval()
+    pair = {"parent": load_model(inputs["parent"], frozen=True), "child": child}
+    return found | {"speedup": speeds(pair, timing, row["name"], run.quiet)["child"]["speedup"]}
 
 
 def stage(config: FrontierConfig, run: Run, inputs: dict[str, Any]) -> None:
@@ -168,15 +145,24 @@ def stage(config: FrontierConfig, run: Run, inputs: dict[str, Any]) -> None:
         if key not in known:
             file = run.state_path / f"measured-{row['name']}.json"
             known[key] = resumable(file, lambda one=row: measured(one, config, run, inputs))
-        rows.append(table_row(row, config, score, known[key]))
-        run.say(_quality_line(rows[-1]))
+        own = known[key]
+        rows.append(
+            {
+                **{column: row[column] for column in ("name", "method", "point")},
+                "share": share_of(row, config.constraint),
+                "promised": share_of(row, "throughput"),
+                "meets": row["meets"],
+                "parameters": share_of(row, "parameters"),
+                "score": score,
+                **own,
+                "words": row["words"],
+            }
+        )
+        told = f"{row['name']}: KL {own['kl_before']:.4f}"
+        if own["kl"] != own["kl_before"]:
+            told += " -> " + ("not finite" if own["kl"] is None else f"{own['kl']:.4f}")
+        run.say(told)
     order = {name: i for i, name in enumerate(dict.fromkeys(r["method"] for r in rows + missing))}
     rows = sorted(rows + missing, key=lambda row: (order[row["method"]], row["point"]))
     run.write_table("frontier", rows)
     run.write_json("architectures", [row for row, _ in found])
-
-
-def _quality_line(row: Row) -> str:
-    before = f"{row['name']}: KL {row['kl_before']:.4f}"
-    after = "not finite" if row["kl"] is None else f"{row['kl']:.4f}"
-    return before if row["kl"] == row["kl_before"] else f"{before} -> {after}"

@@ -1,11 +1,9 @@
 """FFN Fusion: a run of FFNs with no attention between them becomes one wide FFN (§3.1).
 
     x + FFN_1(x) + FFN_2(x + FFN_1(x)) + …   ≈   x + Σ_i FFN_i(x)
-    Σ_i FFN_i(norm_i(x)) = FFN(norm(x))      rows of gate and up, columns of down side by side
+    Σ_i FFN_i(norm_i(x)) = FFN(norm(x))      exactly: each gain is folded into its gate and up
 
-The second line is exact: each layer's norm gain is folded into its own gate and up (the paper takes
-the last layer's norm for all). The freed layers become no-ops in their places, so that
-distillation from the parent's layers stays as it was.
+The freed layers become no-ops in their places, so distillation by layers stays as it was.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +41,7 @@ def dependency_matrix(
         M_ij   = 1 - cos(h_j, h_j without block i)      mean over tokens, for j > i
 
     A small M_ij says that block j hardly reads block i, so the two may run on the same input. M is
-    zero, too, where either block is empty. `advance` is called after each removed block of each
-    batch. The states below block i are computed once a batch: M costs L²/2 blocks, not L².
+    zero, too, where either block is empty.
     """
     depth = len(module.blocks)
     sums, total = torch.zeros(depth, depth), 0.0
@@ -53,27 +51,19 @@ def dependency_matrix(
         real = (batch.segments >= 0).float()
         total += float(real.sum())
         for removed in range(depth):
-            sums[removed] += _change(module, removed, states, context, real)
+            x, row = states[removed], torch.zeros(depth)
+            # An empty block changes nothing; the states below a removed one are known.
+            rest = range(removed + 1, depth) if not torch.equal(x, states[removed + 1]) else ()
+            for layer in rest:
+                out = module.blocks[layer](x, context)
+                own = states[layer + 1] - states[layer]
+                if own.any():
+                    distance = 1 - F.cosine_similarity(out - x, own, dim=-1)
+                    row[layer] = float((distance * real).sum())
+                x = out
+            sums[removed] += row
             advance()
     return sums / max(1.0, total)
-
-
-def _change(
-    module: Transformer, removed: int, states: Sequence[Tensor], context: Context, real: Tensor
-) -> Tensor:
-    """Row `removed` of M, summed over tokens `(L,)`."""
-    row = torch.zeros(len(module.blocks))
-    if torch.equal(states[removed], states[removed + 1]):
-        return row
-    x = states[removed]
-    for layer in range(removed + 1, len(module.blocks)):
-        out = module.blocks[layer](x, context)
-        own = states[layer + 1] - states[layer]
-        if own.any():
-            distance = 1 - F.cosine_similarity(out - x, own, dim=-1)
-            row[layer] = float((distance * real).sum())
-        x = out
-    return row
 
 
 class FuseError(ValueError):
@@ -81,11 +71,7 @@ class FuseError(ValueError):
 
 
 class FuseConfig(TimingConfig):
-    """How far a run may reach, on what its harm is measured, and what is timed.
-
-    `max_width` bounds a fused FFN (the paper splits runs by a GPU's memory). `threshold` bounds
-    M_ij between any two FFNs that are fused together; the paper has none.
-    """
+    """max_width: of a fused FFN. threshold: of M_ij between any two FFNs fused together."""
 
     max_width: int | None = Field(default=None, ge=1)
     threshold: float | None = Field(default=None, gt=0)
@@ -100,10 +86,8 @@ def fusable_runs(
     threshold: float | None = None,
     keep_last: bool = True,
 ) -> list[list[int]]:
-    """Layers whose FFNs become one, run by run; every run has at least two.
-
-    A run is broken by attention, linear or not. Empty layers inside of it are stepped over.
-    """
+    """Layers whose FFNs become one, run by run, each of two at least; attention, linear or not,
+    breaks a run, and empty layers inside of it are stepped over."""
 
     def joins(run: list[int], layer: int) -> bool:
         width = sum(_width(config, i) for i in (*run, layer))
@@ -124,7 +108,6 @@ def fusable_runs(
 
 
 def _stretches(config: ModelConfig) -> list[list[int]]:
-    """Maximal runs of SwiGLUs with no attention and no linear map between them."""
     found: list[list[int]] = [[]]
     for layer, block in enumerate(config.blocks):
         if not isinstance(block.attention, NoOp):
@@ -186,8 +169,8 @@ def stage(config: FuseConfig, run: Run, inputs: dict[str, Path]) -> None:
         needed = 3 if config.keep_last else 2
         raise FuseError(
             f"nothing to fuse: the longest run of FFNs without attention has {longest} layers and "
-            f"{needed} are needed, within max_width and threshold where those are given. Search "
-            'with attention = ["noop"] in the space, or set keep_last = false'
+            f"{needed} are needed, within max_width and threshold. Search with attention = "
+            '["noop"] in the space, or set keep_last = false'
         )
     after = fuse(copy.deepcopy(before), runs)
     kl = quality(before, after, batches)["kl"]
@@ -199,13 +182,9 @@ def stage(config: FuseConfig, run: Run, inputs: dict[str, Path]) -> None:
         f"a decode step {old[1] * 1e3:.3f} -> {new[1] * 1e3:.3f} ms"
     )
     run.write_json("dependency", dependency.tolist())
-    common = {
-        "kl": kl,
-        "prefill_ms_before": old[0] * 1e3,
-        "prefill_ms": new[0] * 1e3,
-        "decode_ms_before": old[1] * 1e3,
-        "decode_ms": new[1] * 1e3,
-    }
+    common: dict[str, Any] = {"kl": kl}
+    for i, what in enumerate(("prefill_ms", "decode_ms")):
+        common |= {f"{what}_before": old[i] * 1e3, what: new[i] * 1e3}
     rows = [
         {
             "layers": ", ".join(map(str, layers)),

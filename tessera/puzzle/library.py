@@ -1,11 +1,7 @@
 """The block library: trained subblocks on disk, one safetensors file a word, and a model from them.
 
-    library/03/ffn/swiglu-256.safetensors
-    library/03/block/gqa-2+swiglu-256.safetensors      two subblocks trained together
-
-Words of the parent and `noop` have no file. `assemble` builds any architecture; one of parent
-words is the parent, bit for bit. Where the library holds a pair, those two words at that layer
-mean the pair's weights. Libraries of several layer ranges merge by copying files.
+library/03/ffn/swiglu-256.safetensors
+library/03/block/gqa-2+swiglu-256.safetensors      two subblocks trained together
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -67,7 +63,7 @@ class BlockLibrary(nn.ModuleDict):
     def from_pairs(
         cls, parent: Transformer, directory: Path, pairs: Iterable[Unit]
     ) -> BlockLibrary:
-        """A block a pair, its weights those that a library trained apart."""
+        """A block a pair, with the weights that a library trained apart."""
         library = cls()
         for pair in pairs:
             block = _empty(parent.config, pair)
@@ -82,11 +78,9 @@ class BlockLibrary(nn.ModuleDict):
 
     @property
     def last_layer(self) -> int:
-        """The deepest layer that has a unit here; -1 where there is none."""
         return max((int(key.split("/")[0]) for key in self), default=-1)
 
     def units(self, layer: int) -> Iterator[tuple[Unit, nn.Module]]:
-        """The units of one layer: a Subblock each, or a Block for kind `block`."""
         for key, module in self.items():
             number, kind, word = key.split("/")
             if int(number) == layer:
@@ -94,7 +88,6 @@ class BlockLibrary(nn.ModuleDict):
 
 
 def trainable_units(space: Space) -> list[Unit]:
-    """Every replacement that has weights, by layer."""
     return [unit for unit in space.replacements() if unit.word != "noop"]
 
 
@@ -107,7 +100,6 @@ def layer_groups(units: Sequence[Unit], layers_at_once: int | None) -> list[list
 
 
 def unit_file(directory: Path, unit: Unit) -> Path:
-    """Where a library directory keeps a unit."""
     return directory / f"{unit}.safetensors"
 
 
@@ -122,19 +114,9 @@ def save_library(library: BlockLibrary, directory: Path) -> None:
     dist.barrier()
 
 
-def load_library(directory: Path, config: ModelConfig, units: Iterable[Unit]) -> BlockLibrary:
-    """These trained units. Raises LibraryError for one that is not there."""
-    library = BlockLibrary()
-    for unit in units:
-        library[str(unit)] = load_unit(directory, config, unit)
-    return library
-
-
 def load_unit(directory: Path, config: ModelConfig, unit: Unit) -> Subblock | Block:
-    """One unit from a library directory: a Subblock, or a Block for kind `block`.
-
-    A `noop` is made without a file. Raises LibraryError naming what the library holds there.
-    """
+    """One unit from a library directory: a Subblock, or a Block for kind `block`. A `noop` needs no
+    file. Raises LibraryError naming what the library holds there."""
     module = _empty(config, unit)
     if unit.word == "noop":
         return module
@@ -143,8 +125,8 @@ def load_unit(directory: Path, config: ModelConfig, unit: Unit) -> Subblock | Bl
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
         raise LibraryError(
             f"the library {directory} has no {unit.word} for layer {unit.layer} ({unit.kind}); it "
-            f"holds {', '.join(known) or 'nothing there'}. Add the word to bld.space, or merge the "
-            "library that holds it: [merge] libraries = [...]."
+            f"holds {', '.join(known) or 'nothing there'}. Add the word to bld.space, or [merge] "
+            "the library that holds it"
         )
     module.load_state_dict(load_file(path))
     return module
@@ -160,12 +142,11 @@ def _empty(config: ModelConfig, unit: Unit) -> Subblock | Block:
 def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]]) -> Transformer:
     """`parent` itself, changed in place to `words` (one (attention, ffn) pair a layer).
 
-    The parent's own word changes only where the library holds it trained together with the other.
+    Where the library holds a pair, its two words mean that pair's weights; parent words elsewhere
+    are the parent, bit for bit.
     """
     if len(words) != len(parent.blocks):
-        raise LibraryError(
-            f"the architecture has {len(words)} layers and the parent {len(parent.blocks)}"
-        )
+        raise LibraryError(f"{len(words)} layers of words, and the parent has {len(parent.blocks)}")
     for layer, both in enumerate(words):
         pair = Unit.pair(layer, *both)
         block = unit_file(directory, pair).exists() and load_unit(directory, parent.config, pair)
@@ -179,29 +160,21 @@ def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]
 
 
 class ChildConfig(Config):
-    """The library and the architecture say it all; of a frontier, which `point` of it to build."""
-
     point: str | None = None  # METHOD-SHARE, as "mip-1.5"
-
-
-def architecture_of(directory: Path, point: str | None) -> dict[str, Any]:
-    """The architecture of a finished search or race, or that of a frontier's named point.
-
-    Raises LibraryError naming the points there are.
-    """
-    single = (directory / "tables" / "architecture.json").is_file()
-    if single and point is None:
-        return read_json(directory, "architecture")
-    found = {row.get("name"): row for row in read_json(directory, "architectures")}
-    if single or point not in found:
-        names = "none, for it is no frontier" if single else ", ".join(map(str, found))
-        raise LibraryError(f"child.point = {point!r}: the points of {directory} are {names}")
-    return found[point]
 
 
 def stage(config: ChildConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `child`: assemble the architecture the search chose."""
-    architecture = architecture_of(inputs["architecture"], config.point)
+    directory, point = inputs["architecture"], config.point
+    single = (directory / "tables" / "architecture.json").is_file()  # of a search or race
+    if single and point is None:
+        architecture = read_json(directory, "architecture")
+    else:
+        found = {row.get("name"): row for row in read_json(directory, "architectures")}
+        if single or point not in found:
+            names = "none, for it is no frontier" if single else ", ".join(map(str, found))
+            raise LibraryError(f"child.point = {point!r}: the points of {directory} are {names}")
+        architecture = found[point]
     parent = load_model(inputs["parent"])
     child = assemble(parent, inputs["library"] / "library", architecture["words"])
     save_model(child, run.model_path, tokenizer_from=resolve(inputs["parent"]))
@@ -215,7 +188,13 @@ class MergeConfig(Config):
 def merge(config: MergeConfig, run: Run, inputs: dict[str, list[Path]]) -> None:
     """Stage `merge`: one library of several of the same parent, their files linked, not copied."""
     libraries = inputs["libraries"]
-    _check_one_parent(libraries)
+    parents = [_parent_fingerprint(library) for library in libraries]
+    strangers = [lib.name for lib, own in zip(libraries, parents, strict=True) if own != parents[0]]
+    if strangers:
+        raise LibraryError(
+            f"{', '.join(strangers)} and {libraries[0].name} are made from different parents; "
+            "merge libraries of one parent"
+        )
     for library in libraries:
         link_library(library / "library", run.path / "library")
     write_space(union(read_space(library) for library in libraries), run)
@@ -223,54 +202,36 @@ def merge(config: MergeConfig, run: Run, inputs: dict[str, list[Path]]) -> None:
 
 
 def union(spaces: Iterable[Space]) -> Space:
-    """Every word and pair of several spaces of one parent, in the order they come.
+    """Every word, pair and engine of several spaces of one parent, in the order they come."""
 
-    What any of them was made to be served by, the whole has to be served by.
-    """
+    def merged(lists: Iterable[Sequence[T]]) -> tuple[T, ...]:
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(lists)))
+
     every = list(spaces)
     layers = tuple(
-        (_in_order(a for a, _ in layer), _in_order(f for _, f in layer))
+        (merged(a for a, _ in layer), merged(f for _, f in layer))
         for layer in zip(*(space.layers for space in every), strict=True)
     )
-    return Space(
-        layers, _in_order(space.pairs for space in every), _in_order(s.servable for s in every)
-    )
-
-
-def _in_order(lists: Iterable[Sequence[T]]) -> tuple[T, ...]:
-    """What the lists hold, each once, in the order it is first met."""
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(lists)))
-
-
-def _check_one_parent(libraries: Sequence[Path]) -> None:
-    own = _parent_fingerprint(libraries[0])
-    if strangers := [path.name for path in libraries if _parent_fingerprint(path) != own]:
-        raise LibraryError(
-            f"{', '.join(strangers)} and {libraries[0].name} are made from different parents; "
-            "merge libraries of one parent"
-        )
+    return Space(layers, merged(s.pairs for s in every), merged(s.servable for s in every))
 
 
 def _parent_fingerprint(library: Path) -> str:
-    """The fingerprint of the parent that a library run, merged ones too, was made from."""
     inputs = read_manifest(library).inputs
     if "parent" in inputs:
         return inputs["parent"]["fingerprint"]
-    return _parent_fingerprint(library.parent / inputs["libraries"][0]["path"])
+    return _parent_fingerprint(library.parent / inputs["libraries"][0]["path"])  # a merged one
 
 
 def link_library(source: Path, target: Path) -> None:
-    """Every unit of a library directory under `target` too, as a hard link, or as a copy.
-
-    Raises LibraryError where `target` holds other weights under the same name.
-    """
+    """Every unit of a library directory under `target` too, as a hard link or a copy. Raises
+    LibraryError where `target` holds other weights under the same name."""
     for file in sorted(source.rglob("*.safetensors")):
         path = target / file.relative_to(source)
         if path.exists():
             if not filecmp.cmp(file, path, shallow=False):
                 raise LibraryError(
-                    f"{file} differs from {path}: two libraries trained the same word; give them "
-                    "layer ranges that do not overlap"
+                    f"{file} differs from {path}: two libraries trained the same word; give each "
+                    "layers of its own"
                 )
             continue
         path.parent.mkdir(parents=True, exist_ok=True)

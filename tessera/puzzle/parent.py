@@ -33,19 +33,15 @@ class ArchitectureConfig(Config):
     tie_word_embeddings: bool = False
 
     def model(self, vocab_size: int, bos: int | None, eos: tuple[int, ...]) -> ModelConfig:
-        """The ModelConfig of this shape for a tokenizer's vocabulary."""
         words = f"gqa-{self.num_key_value_heads}", f"swiglu-{self.intermediate_size}"
+        own = {"num_hidden_layers", "num_key_value_heads", "intermediate_size", "head_dim"}
         return ModelConfig(
             vocab_size=vocab_size,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
             head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
             blocks=uniform(*words, self.num_hidden_layers),
-            max_position_embeddings=self.max_position_embeddings,
-            rope_theta=self.rope_theta,
-            tie_word_embeddings=self.tie_word_embeddings,
             bos_token_id=bos,
             eos_token_id=eos,
+            **self.model_dump(exclude=own),
         )
 
 
@@ -59,7 +55,6 @@ class ParentConfig(Config):
     @field_validator("path")
     @classmethod
     def _readable(cls, value: str | None) -> str | None:
-        """Reads config and headers of weights before anything runs, unless they are on a hub."""
         if value is not None and not is_hub_id(value):
             load_config(value)
             find_tensors(resolve(value))
@@ -70,8 +65,7 @@ class ParentConfig(Config):
         scratch = self.architecture is not None and self.train is not None
         if (self.path is None) != scratch:
             raise ValueError(
-                'a parent is imported with `path = "…"` (on the command line: '
-                "parent.path=MODEL), or trained with both `architecture` and `train`"
+                "give path (parent.path=MODEL), or both architecture and train to train one"
             )
         return self
 

@@ -3,16 +3,14 @@
     rung r = 1 … R:  every survivor is distilled for steps · grow^(r-1) steps;
                      the best share `keep` of them goes on; the winner of the last rung is the child
 
-Summed replace-one scores rank what was never trained together: on stories260k an architecture of
-score 0.34 and a dropped layer of score 0.78 both ended 60 steps at KL 0.24. So candidates are
-halved successively (Jamieson & Talwalkar, arXiv 1502.07943). Each heat starts again from the
-library with a complete schedule of its rung's length, so rivals are annealed on the same tokens.
+Successive halving (Jamieson & Talwalkar, arXiv 1502.07943). Each heat starts again from the library
+with a complete schedule of its rung's length, so rivals are annealed on the same tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +35,14 @@ Row = dict[str, Any]
 
 
 class HeatConfig(Config):
-    """How one candidate is distilled, and on how many held-out tokens it is judged."""
-
     train: DocumentTrainConfig
     cosine: float = Field(default=1.0, ge=0)
     tokens: int = Field(default=16_384, ge=1)
 
 
 class RaceConfig(HeatConfig):
-    """`train` is the first rung's. With keep · grow = 1 every rung costs about the same.
-
-    lrs: learning rates that every candidate enters the first rung with; it goes on with its best
-    one. What is near the parent wants a smaller rate than what lost a lot.
-    """
+    """`train` is the first rung's, at every one of `lrs`; a candidate goes on with its best one.
+    With keep · grow = 1 every rung costs about the same."""
 
     rungs: int = Field(default=1, ge=1)
     keep: float = Field(default=0.5, gt=0, lt=1)
@@ -70,11 +63,9 @@ class RaceConfig(HeatConfig):
         return HeatConfig(train=train, cosine=self.cosine, tokens=self.tokens)
 
     def left(self, count: int) -> int:
-        """How many of `count` candidates go on from a rung."""
         return max(1, math.ceil(self.keep * count))
 
     def heats(self, count: int) -> list[int]:
-        """The steps of every heat of `count` candidates, where none of them diverges."""
         found = []
         for rung in range(1, self.rungs + 1):
             rates = len(self.lrs) if rung == 1 and self.lrs else 1
@@ -86,7 +77,6 @@ class RaceConfig(HeatConfig):
 
 
 def candidates(searches: Sequence[Path]) -> list[Row]:
-    """Every architecture of these search runs once, each with the name it races under."""
     seen: dict[tuple, Row] = {}
     for search in searches:
         for number, found in enumerate(read_json(search, "architectures"), 1):
@@ -96,24 +86,15 @@ def candidates(searches: Sequence[Path]) -> list[Row]:
 
 
 def heat(path: Path, words: Sequence, config: HeatConfig, run: Run, inputs: dict[str, Any]) -> Row:
-    """Held-out kl, lm_loss and agreement of an architecture, and kl_before its distillation.
-
-    It is a run of its own at `path`, so what is killed goes on where it was, and what is done is
-    read back. A number that is not finite is None; so is all that follows a diverged training.
-    """
+    """Held-out kl, lm_loss and agreement of an architecture, and kl_before its distillation, by a
+    run of its own at `path`. A number that is not finite, or of a diverged training, is None."""
     if not dist.broadcast(is_done(path)):
-        settings = {"words": words, **config.model_dump(mode="json")}
-        made = {"words": words, **identity(config)}
-        near = {need: inputs[need] for need in ("parent", "library", "data")}
-        with Run.open(
-            path,
-            stage="heat",
-            config=settings,
-            identity=made,
-            inputs=near,
-            seed=run.seed,
-            quiet=run.quiet,
-        ) as own:
+        made = {
+            "config": {"words": words, **config.model_dump(mode="json")},
+            "identity": {"words": words, **identity(config)},
+            "inputs": {need: inputs[need] for need in ("parent", "library", "data")},
+        }
+        with Run.open(path, stage="heat", seed=run.seed, quiet=run.quiet, **made) as own:
             found = _distil(words, config, own, inputs)
             finite = {k: v if math.isfinite(v) else None for k, v in found.items()}
             own.write_table("heat", [finite])
@@ -147,36 +128,16 @@ def _distil(
 
 
 def unigram_entropy(batches: Sequence[Batch]) -> float:
-    """Entropy of the held-out tokens' own frequencies, nats a token: the best loss without context.
-
-    A model that has learned anything is below it by a wide margin.
-    """
+    """Entropy of the tokens' own frequencies, nats a token: the best loss without context."""
     labels = torch.cat([batch.labels.flatten() for batch in batches]).cpu()
     weight = torch.cat([batch.weight.flatten() for batch in batches]).cpu().double()
     share = torch.bincount(labels, weight) / weight.sum()
     return float(torch.special.entr(share).sum())
 
 
-def _warn_of_bad(row: Row, config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
-    """Say so where the winner is no better than a guess that sees no context."""
-    heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
-    entropy = unigram_entropy(heldout.heldout_batches(config.tokens))
-    if row["lm_loss"] < entropy:
-        return
-    run.say(
-        f"all candidates are bad: the best has a held-out loss of {row['lm_loss']:.2f} nats a "
-        f"token; guessing each by how frequent it is has {entropy:.2f}. Give the race more steps "
-        "or other lrs, train the library longer, or ask for less in the constraints of the "
-        "searches; where the parent's own loss is no lower, the data are not its text"
-    )
-
-
 def ranking(rows: Sequence[Row]) -> list[int]:
-    """Which rows of a rung go by place: the best one of every candidate, best first.
-
-    The lowest held-out KL wins; a tie goes to the earlier row. A candidate that misses the
-    constraints stands behind all that meet them, and one that diverged behind everybody.
-    """
+    """The best row of every candidate, best first: by held-out KL, those that miss the constraints
+    behind all that meet them, and those that diverged last."""
     order = sorted(
         range(len(rows)),
         key=lambda i: (rows[i]["kl"] is None, not rows[i]["meets"], rows[i]["kl"] or 0.0),
@@ -187,42 +148,34 @@ def ranking(rows: Sequence[Row]) -> list[int]:
     return list(best.values())
 
 
-def run_rung(
-    rung: int, entries: Iterable[tuple[Row, float]], config: RaceConfig, run: Run, inputs: dict
-) -> list[Row]:
-    """A row for every (candidate, lr) of a rung, without its place."""
-    rows = []
-    for candidate, lr in entries:
-        settings = config.heat(rung, lr)
-        name = f"{rung}-{candidate['name']}" + f"-lr{lr:g}" * (rung == 1 and len(config.lrs) > 1)
-        row = {
-            "rung": rung,
-            "place": None,
-            "candidate": candidate["name"],
-            "method": candidate.get("method"),
-            "promised": share_of(candidate, "throughput"),
-            "meets": candidate.get("meets", True),
-            "lr": lr,
-            "tokens": settings.train.steps * settings.train.tokens_per_step,
-        }
-        rows.append(
-            row | heat(run.path / "heats" / name, candidate["words"], settings, run, inputs)
-        )
-        before, after = (
-            "not finite" if (kl := rows[-1][key]) is None else f"{kl:.3f}"
-            for key in ("kl_before", "kl")
-        )
-        run.say(f"{name}: KL {before} -> {after}")
-    return rows
-
-
 def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
     """Stage `race`: write `tables/race.jsonl`, and the winner as `tables/architecture.json`."""
     field = {one["name"]: one for one in candidates(inputs["searches"])}
     entries = [(one, lr) for one in field.values() for lr in config.lrs or (config.train.lr,)]
     table: list[Row] = []
     for rung in range(1, config.rungs + 1):
-        rows = run_rung(rung, entries, config, run, inputs)
+        rows: list[Row] = []
+        for candidate, lr in entries:
+            settings = config.heat(rung, lr)
+            name = f"{rung}-{candidate['name']}"
+            name += f"-lr{lr:g}" * (rung == 1 and len(config.lrs) > 1)
+            row = {
+                "rung": rung,
+                "place": None,
+                "candidate": candidate["name"],
+                "method": candidate.get("method"),
+                "promised": share_of(candidate, "throughput"),
+                "meets": candidate.get("meets", True),
+                "lr": lr,
+                "tokens": settings.train.steps * settings.train.tokens_per_step,
+            }
+            row |= heat(run.path / "heats" / name, candidate["words"], settings, run, inputs)
+            rows.append(row)
+            before, after = (
+                "not finite" if row[key] is None else f"{row[key]:.3f}"
+                for key in ("kl_before", "kl")
+            )
+            run.say(f"{name}: KL {before} -> {after}")
         order = [rows[i] for i in ranking(rows)]
         for place, row in enumerate(order, 1):
             row["place"] = place
@@ -240,6 +193,12 @@ def stage(config: RaceConfig, run: Run, inputs: dict[str, Any]) -> None:
             break  # nobody is left to be compared with
     winner, lr = entries[0]
     run.say(f"{winner['name']} wins at lr {lr:g}")
-    best = next(row for row in reversed(table) if row["place"] == 1)
-    _warn_of_bad(best, config, run, inputs)
+    loss = next(row for row in reversed(table) if row["place"] == 1)["lm_loss"]
+    heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
+    if loss >= (entropy := unigram_entropy(heldout.heldout_batches(config.tokens))):
+        run.say(
+            f"all candidates are bad: the best has a held-out loss of {loss:.2f} nats a token; "
+            f"guessing each by how frequent it is has {entropy:.2f}. Give the race more steps or "
+            "other lrs, train the library longer, or loosen the constraints of the searches"
+        )
     run.write_json("architecture", {**winner, "lr": lr})

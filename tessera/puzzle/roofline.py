@@ -2,9 +2,7 @@
 
     seconds of a product = max(operations / (peak · share), bytes / (bandwidth · share))
 
-A subblock is its products, its attention over the past, its elementwise passes, its kernels, and
-under tensor parallelism one all-reduce. Constants and where they come from are in `devices.py`. Not
-modelled: wave quantisation, schedulers, paging, an embedding or head kept wider, overlap.
+Constants are in `devices.py`. Not modelled: wave quantisation, schedulers, paging, overlap.
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ class Pass:
 
 
 def passes(scenario: Scenario, sliding_window: int | None) -> tuple[Pass, Pass]:
-    """(prefill of the whole batch, one decode step at the mean length of the cache)."""
     batch, length = scenario.batch, scenario.prompt
     window = min(sliding_window or length, length)
     pairs = length * window - window * (window - 1) / 2  # causal: the first rows see fewer
@@ -55,10 +52,7 @@ def passes(scenario: Scenario, sliding_window: int | None) -> tuple[Pass, Pass]:
 
 @dataclass(frozen=True)
 class Serving:
-    """What serves: `tensor_parallel` devices, the data type of products, bytes a stored number.
-
-    Activations and attention stay in bf16 where products are FP8.
-    """
+    """What serves: `tensor_parallel` devices, the data type of products, bytes a stored number."""
 
     device: Device
     dtype: str
@@ -69,20 +63,17 @@ class Serving:
     def __post_init__(self) -> None:
         self.device.flops(self.dtype)  # refuses what the device lacks
         if self.tensor_parallel < 1:
-            raise DeviceError(
-                f"tensor_parallel is {self.tensor_parallel}; it counts devices, from 1"
-            )
+            raise DeviceError(f"tensor_parallel = {self.tensor_parallel}; give 1 or more devices")
         own = DTYPES[self.dtype]
         object.__setattr__(self, "bytes_per_parameter", self.bytes_per_parameter or own)
         object.__setattr__(self, "bytes_per_kv", self.bytes_per_kv or own)
 
     @property
     def wide(self) -> str:
-        """The data type of activations and attention."""
+        """The data type of activations and attention; bf16 where products are FP8."""
         return "bf16" if self.dtype == "fp8" else self.dtype
 
     def share(self, heads: int) -> int:
-        """Heads on the fullest device; one at least, so few KV heads are copied."""
         return math.ceil(heads / self.tensor_parallel)
 
     def work(self, flops: float, moved: float, dtype: str | None = None) -> float:
@@ -91,11 +82,8 @@ class Serving:
         return max(flops / device.flops(dtype or self.dtype), moved / device.rate())
 
     def exchange(self, rows: int, width: int) -> float:
-        """Seconds of an all-reduce of `rows` x `width` activations, by the faster of two ways.
-
-        One shot: every device reads all peers, one hop. Two shots: reduce-scatter and all-gather,
-        two hops and less traffic.
-        """
+        """Seconds of an all-reduce of `rows` x `width` activations, by the faster of two ways: all
+        read all peers, one hop; or reduce-scatter and all-gather, two hops, less traffic."""
         n, device = self.tensor_parallel, self.device
         if n == 1:
             return 0.0
@@ -105,7 +93,6 @@ class Serving:
         return min(one, two)
 
     def gather(self, rows: int, width: int) -> float:
-        """Seconds until every device has the `rows` x `width` activations of each."""
         n, device = self.tensor_parallel, self.device
         if n == 1:
             return 0.0
@@ -118,7 +105,6 @@ class Serving:
         return self.work(2.0 * rows * inputs * outputs, weights + activations)
 
     def moved(self, numbers: float) -> float:
-        """Seconds of reading and writing so many activations."""
         return numbers * DTYPES[self.wide] / self.device.rate()
 
 
@@ -132,8 +118,7 @@ def word_seconds(
 
 def _subblock(config: ModelConfig, variant: Variant, step: Pass, serving: Serving) -> float:
     """Q, K, V, gate and up are split by columns over devices, their partners by rows, KV heads
-    copied where there are fewer of them than devices. A linear subblock is held whole by every
-    device, so that it, like a no-op, needs no exchange."""
+    copied where they are fewer. Every device holds linear subblocks whole: no exchange."""
     hidden, rows = config.hidden_size, step.rows
     norm = serving.moved(4 * hidden * rows)  # residual and delta read, their sum and norm written
     match variant:
@@ -164,11 +149,8 @@ def _subblock(config: ModelConfig, variant: Variant, step: Pass, serving: Servin
 
 
 def base_seconds(config: ModelConfig, scenario: Scenario, serving: Serving) -> tuple[float, float]:
-    """Seconds of (prefill, one decode step) outside all blocks: embedding, last norm, head.
-
-    The head sees the last token of each prompt. Embedding and head are split by vocabulary, so the
-    one's rows are summed over devices and the other's answers gathered.
-    """
+    """Seconds of (prefill, one decode step) outside all blocks: embedding, last norm, and head on
+    the last token of each prompt; both are split by vocabulary over devices."""
     own = math.ceil(config.vocab_size / serving.tensor_parallel)
     head = serving.product(scenario.batch, config.hidden_size, own)
     head += serving.gather(scenario.batch, own)
@@ -188,47 +170,33 @@ def roofline_seconds(
     """Seconds of (prefill, one decode step) of each (kind, word), and of the base ("base", "")."""
     found = {("base", ""): base_seconds(config, scenario, serving)}
     for kind, word in words:
-        variant = parse_kind(kind, word)
-        found[kind, word] = word_seconds(config, variant, scenario, serving)
+        found[kind, word] = word_seconds(config, parse_kind(kind, word), scenario, serving)
     return found
 
 
 @torch.inference_mode()
 def probe_cpu(seconds: float = 0.5) -> Device:
-    """This CPU as a device: peak from square products, bandwidth from one row, kernel from tiny
-    calls, each measured for so many seconds.
+    """This CPU as a device: peak from square products of the engine in float32, bandwidth from one
+    row, kernel from tiny calls, each measured for so many seconds. Shares of the peak are 1."""
 
-    Products are the engine's own (`Matrix`), in float32, on as many threads as torch has; the
-    shares of the peak are 1, since the peak is what was reached.
-    """
+    def least(call: Callable[[], object]) -> float:
+        cpu = torch.device("cpu")
+        best, end = math.inf, time.monotonic() + seconds
+        while time.monotonic() < end or math.isinf(best):
+            start = clock(cpu)
+            call()
+            best = min(best, clock(cpu) - start)
+        return best
+
     product = Matrix(torch.randn(SIDE, SIDE))
     many = torch.randn(ROWS, SIDE)
-    peak = 2 * ROWS * SIDE * SIDE / _least(lambda: product(many), seconds)
+    peak = 2 * ROWS * SIDE * SIDE / least(lambda: product(many))
     wide = Matrix(torch.randn(READ // 4 // SIDE, SIDE))
     row = torch.randn(1, SIDE)
-    bandwidth = READ / _least(lambda: wide(row), seconds)
+    bandwidth = READ / least(lambda: wide(row))
     tiny, little = Matrix(torch.randn(8, 8)), torch.randn(1, 8)
-    kernel = _least(lambda: tiny(little), seconds)
+    kernel = least(lambda: tiny(little))
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return Device(
-        CPU,
-        memory,
-        bandwidth,
-        {"fp32": peak},
-        link=math.inf,
-        compute=1.0,
-        memory_share=1.0,
-        kernel=kernel,
-        hop=0.0,
-    )
-
-
-def _least(call: Callable[[], object], seconds: float) -> float:
-    """The least time of a call, by the engine's clock, repeated for this long."""
-    cpu = torch.device("cpu")
-    least, end = math.inf, time.monotonic() + seconds
-    while time.monotonic() < end or math.isinf(least):
-        start = clock(cpu)
-        call()
-        least = min(least, clock(cpu) - start)
-    return least
+    shares = {"compute": 1.0, "memory_share": 1.0}
+    own = {"link": math.inf, "kernel": kernel, "hop": 0.0}
+    return Device(CPU, memory, bandwidth, {"fp32": peak}, **shares, **own)

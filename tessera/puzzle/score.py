@@ -1,20 +1,15 @@
 """Replace-one scoring: how much the parent suffers when one subblock is swapped (Puzzle §2.4).
 
-For every layer and word: swap that subblock alone, measure KL(parent ‖ model), the rise of the LM
-loss, the cosine distance of the last hidden states and top-1 agreement on held-out tokens, and
-
-    task.NAME           mean -log π of the reference answer's tokens given the prompt, nats a token
-    task.NAME.accuracy  share of the problems whose answer greedy decoding would give
-
-on problems. The score of an architecture is the sum over its words: the search is a linear program.
+On held-out text: KL(parent ‖ model), LM loss, cosine distance of the last hidden states, top-1
+agreement. On problems: `task.NAME`, mean -log π of the reference answer's tokens, and
+`task.NAME.accuracy`, the share of problems whose answer greedy decoding would give.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +25,13 @@ from tessera.data.documents import heldout
 from tessera.data.problems import family, problem
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
 from tessera.model.checkpoint import load_model
+from tessera.model.config import name as word_of
 from tessera.model.cpu import multiply
 from tessera.model.layers import Subblock
 from tessera.model.transformer import Block, Transformer
 from tessera.progress import Progress
-from tessera.puzzle.library import load_unit
+from tessera.puzzle.cost_table import Words
+from tessera.puzzle.library import assemble, load_unit
 from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import walk
 from tessera.runs.files import resumable
@@ -61,21 +58,13 @@ class HeldoutConfig(Config):
     sequence_length: int = Field(default=256, ge=2)
 
     def heldout(self, data: Path) -> list[Batch]:
-        """The first held-out documents of a data run, always the same."""
-        return heldout(
-            data,
-            sequence_length=self.sequence_length,
-            microbatch_tokens=self.microbatch_tokens,
-            tokens=self.tokens,
-        )
+        sizes = ("sequence_length", "microbatch_tokens", "tokens")
+        return heldout(data, **{name: getattr(self, name) for name in sizes})
 
 
 class ScoreConfig(HeldoutConfig):
-    """On how many held-out tokens, and on which problems, each replacement is measured.
-
-    tasks: `{ calc = 200 }` for so many held-out problems of a procedural task, and
-    `{ mine = "FILE.jsonl" }` for a file of {"prompt": …, "answer": …} lines.
-    """
+    """tasks: `{ calc = 200 }` for so many held-out problems of a procedural task, and
+    `{ mine = "FILE.jsonl" }` for a file of {"prompt": …, "answer": …} lines."""
 
     tasks: dict[str, int | str] = {}
     work: bool = True  # a procedural problem's reference is its whole solution; False: the answer
@@ -97,16 +86,14 @@ class ScoreConfig(HeldoutConfig):
 
     @property
     def files(self) -> list[str]:
-        """The files that hold problems; what is in them is part of the run's fingerprint."""
         return [source for source in self.tasks.values() if isinstance(source, str)]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """One batch of a task's problems; only the tokens of answers are looked at.
+    """One batch of a task's problems, measured at the tokens of answers.
 
-    No text is generated: greedy decoding yields the reference iff each of its tokens is the
-    likeliest one after the prompt and the reference tokens before it, so one forward pass decides.
+    Greedy decoding gives the reference iff each of its tokens is the likeliest one there.
     at: flat positions `(N,)` of the predictions of answer tokens; labels `(N,)` those tokens;
     problem `(N,)` which of the batch's `count` problems each belongs to.
     """
@@ -118,17 +105,7 @@ class Answers:
     problem: Tensor
     count: int
 
-    @classmethod
-    def of(cls, task: str, batch: Batch) -> Answers:
-        """batch: rows of problems, one a segment, weight 1 on the predictions of answers."""
-        at = batch.weight.flatten().nonzero().squeeze(1)
-        row = torch.arange(len(batch.tokens)).repeat_interleave(batch.tokens.shape[1])
-        segment = row * batch.tokens.shape[1] + batch.segments.flatten()
-        numbers, problem = segment[at].unique(return_inverse=True)
-        return cls(task, batch, at, batch.labels.flatten()[at], problem, len(numbers))
-
     def measure(self, module: Transformer, x: Tensor) -> Sums:
-        """Both metrics of a variant of `module` whose last layer leaves x `(B,T,C)`."""
         hidden = module.norm(x).flatten(0, 1)[self.at]
         loss, wrong = 0.0, torch.zeros(self.count, dtype=torch.long)
         for part in chunks(hidden, len(module.head)):
@@ -142,66 +119,40 @@ class Answers:
         }
 
 
-def load_tasks(config: ScoreConfig, data: Path) -> list[Answers]:
-    """The problems of every task, tokenised as the documents of the data run are."""
-    tokenizer, bos = load_tokenizer(data), bool(read_json(data, "data")["bos"])
-    found = []
-    for name, source in config.tasks.items():
-        if isinstance(source, str):
-            texts = read_problems(Path(source), config.problems)
-        else:
-            texts = list(procedural_problems(name, source, config.work))
-        problems = [encode(tokenizer, text, bos) for text in texts]
-        found += pack_problems(name, problems, config.microbatch_tokens, tokenizer.pad_id)
-    return found
-
-
 def procedural_problems(name: str, count: int, work: bool) -> Iterator[Text]:
-    """Held-out problems of a procedural task, as their documents are written.
-
-    With `work` the reference is the whole solution, without it the answer alone.
-    """
     for index in range(count):
         one = problem(name, 0, index, "heldout")
-        text = one.text(work)
         prompt = f"{one.question}\n" + ("Work:" if work else "Answer:")
-        yield prompt, text.removeprefix(prompt)
+        yield prompt, one.text(work).removeprefix(prompt)
 
 
 def read_problems(file: Path, limit: int) -> list[Text]:
-    """The first `limit` problems of a file, one {"prompt": …, "answer": …} a line.
-
-    Raises TaskError naming the line that is none.
-    """
+    """The first `limit` problems of a file, one {"prompt": …, "answer": …} a line."""
     found: list[Text] = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(found) == limit:
-                break
-            if line.strip():
-                found.append(_problem(line, f"{file}, line {number}"))
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if len(found) == limit:
+            break
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise TaskError(f"{where}: no JSON: {error}") from None
+        match row:
+            case {"prompt": str(prompt), "answer": str(answer)} if prompt and answer:
+                found.append((prompt, answer))
+            case _:
+                raise TaskError(
+                    f'{where}: give an object {{"prompt": "…", "answer": "…"}} of texts'
+                )
     if not found:
         raise TaskError(f"{file} holds no problem")
     return found
 
 
-def _problem(line: str, where: str) -> Text:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise TaskError(f"{where}: no JSON: {error}") from None
-    match row:
-        case {"prompt": str(prompt), "answer": str(answer)} if prompt and answer:
-            return prompt, answer
-    raise TaskError(f'{where}: give an object {{"prompt": "…", "answer": "…"}} of texts')
-
-
 def encode(tokenizer: Tokenizer, text: Text, bos: bool) -> tuple[list[int], int]:
-    """(ids of the document, where its answer begins).
-
-    The document is tokenised whole, as in training; the answer begins at the first id that the
-    prompt alone does not begin with.
-    """
+    """(ids of the whole document, as in training; where the prompt's own ids end)."""
     prompt = tokenizer.encode(text[0], bos)
     whole = tokenizer.encode(text[0] + text[1], bos)
     pairs = zip(prompt, whole, strict=False)
@@ -211,10 +162,7 @@ def encode(tokenizer: Tokenizer, text: Text, bos: bool) -> tuple[list[int], int]
 def pack_problems(
     task: str, problems: Sequence[tuple[Sequence[int], int]], row_length: int, pad_id: int
 ) -> list[Answers]:
-    """Problems (ids, where the answer begins) in batches of one row.
-
-    Raises TaskError for a problem that no row holds, and for one without a prompt or an answer.
-    """
+    """Problems (ids, where the answer begins) in batches of one row. Raises TaskError."""
     samples = []
     for number, (ids, start) in enumerate(problems, 1):
         if not 0 < start < len(ids) <= row_length + 1:
@@ -226,24 +174,28 @@ def pack_problems(
         samples.append(shift(ids, (np.arange(len(ids)) >= start).astype(float).tolist()))
     lengths = [len(sample) for sample in samples]
     length = min(row_length, sum(lengths))  # a few problems need no row of full length
-    return [
-        Answers.of(task, collate([[samples[i] for i in row]], length, pad_id))
-        for row in best_fit(lengths, length)
-    ]
+    found = []
+    for row in best_fit(lengths, length):
+        batch = collate([[samples[i] for i in row]], length, pad_id)
+        at = batch.weight.flatten().nonzero().squeeze(1)
+        numbers, problem = batch.segments.flatten()[at].unique(return_inverse=True)
+        labels = batch.labels.flatten()[at]
+        found.append(Answers(task, batch, at, labels, problem, len(numbers)))
+    return found
 
 
 @dataclass(frozen=True)
 class Target:
-    """What every variant of one batch is held against, computed once from the parent.
+    """What every variant is held against on one batch, computed once from the parent.
 
     With p the parent's distribution, W the head and h a variant's hidden state,
 
         KL(p ‖ q) = Σ p log p - h·(p W) + log Σ exp(h W),
 
-    so p is needed once, and a variant costs one product with the head and one log-sum-exp.
+    so a variant costs one product with the head and one log-sum-exp.
     """
 
-    module: Transformer
+    batch: Batch
     hidden: Tensor  # (N, C), normalised
     negentropy: Tensor  # (N,): Σ p log p
     mean_head: Tensor  # (N, C): Σ p W
@@ -252,6 +204,7 @@ class Target:
     weight: Tensor
 
     @classmethod
+    @torch.no_grad()
     def of(cls, parent: Transformer, batch: Batch) -> Target:
         *_, (last, _) = walk(parent, batch)
         hidden = parent.norm(last.out).flatten(0, 1)
@@ -264,11 +217,10 @@ class Target:
             top.append(log_p.argmax(-1))
         entropy, mean, first = map(torch.cat, (negentropy, mean_head, top))
         labels, weight = batch.labels.flatten(), batch.weight.flatten()
-        return cls(parent, hidden, entropy, mean, first, labels, weight)
+        return cls(batch, hidden, entropy, mean, first, labels, weight)
 
-    def measure(self, x: Tensor) -> Sums:
-        """The `METRICS` of a variant whose last layer leaves x `(B,T,C)`."""
-        hidden, head = self.module.norm(x).flatten(0, 1), self.module.head
+    def measure(self, module: Transformer, x: Tensor) -> Sums:
+        hidden, head = module.norm(x).flatten(0, 1), module.head
         sums: dict[str, float] = dict.fromkeys(METRICS, 0.0)
         for part in chunks(hidden, len(head)):
             own, weight = hidden[part], self.weight[part]
@@ -286,54 +238,24 @@ class Target:
 
 @torch.no_grad()
 def score_batch(
-    parent: Transformer,
-    units: Units,
-    batch: Batch,
-    advance: Callable[[], None] = lambda: None,
-    current: Transformer | None = None,
-) -> Totals:
-    """The metrics of every unit put alone into `current`, on one batch; `advance` after each.
-
-    `current` is the parent itself unless given; metrics are always against the parent. The key
-    `()` holds `current`'s own.
-    """
-    target = Target.of(parent, batch)
-    return _each_variant(current or parent, units, batch, target.measure, advance)
-
-
-@torch.no_grad()
-def score_answers(
     current: Transformer,
     units: Units,
-    answers: Answers,
+    target: Target | Answers,
     advance: Callable[[], None] = lambda: None,
 ) -> Totals:
-    """`score_batch` for a batch of problems."""
-    measure = functools.partial(answers.measure, current)
-    return _each_variant(current, units, answers.batch, measure, advance)
-
-
-def _each_variant(
-    current: Transformer,
-    units: Units,
-    batch: Batch,
-    measure: Callable[[Tensor], Sums],
-    advance: Callable[[], None],
-) -> Totals:
+    """The metrics of `current` under the key (), and of every unit put alone into it, on one batch;
+    `advance` after each."""
     totals: Totals = {}
-    for key, x in variants(current, units, batch):
-        totals[key] = measure(x)
+    for key, x in variants(current, units, target.batch):
+        totals[key] = target.measure(current, x)
         if key:
             advance()
     return totals
 
 
 def variants(current: Transformer, units: Units, batch: Batch) -> Iterator[tuple[tuple, Tensor]]:
-    """What the last layer leaves `(B,T,C)`: of `current` under the key (), then with each unit.
-
-    The hidden states below a replaced layer are `current`'s own and computed once a batch, so a
-    replacement at layer l costs L - l layers, not L.
-    """
+    """What the last layer leaves `(B,T,C)`: of `current` under the key (), then with each unit. The
+    states below a replaced layer are `current`'s own: at layer l it costs L - l layers, not L."""
     layers = [layer for layer, _ in walk(current, batch)]
     yield (), layers[-1].out
     for unit, module in units.items():
@@ -357,73 +279,81 @@ def score_given(
     units: Units,
     batches: Sequence[Batch],
     answers: Sequence[Answers] = (),
+    run: Run | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(`current`'s own metrics against the parent, the change that each unit alone makes to them).
+    """(`current`'s own metrics against the parent; rows {layer, kind, word, kl, …, task.…, tokens},
+    the changes that each unit alone makes to them, agreement as it is).
 
-    The rows are those of `score_all` where `current` is the parent. What stands in a place
-    already changes nothing, so a unit that is there needs no row. A task's metrics are `current`'s
-    own, not changes to the parent's.
+    With a run, finished batches are kept in its state, so a killed scoring goes on where it was.
     """
     totals: Totals = {}
-    for batch in batches:
-        _accumulate(totals, score_batch(parent, units, batch, current=current).items())
-    for portion in answers:
-        _accumulate(totals, score_answers(current, units, portion).items())
-    return _means(totals[()]), _rows(totals)
+    work, label = [*batches, *answers], run.name if run else ""
+    quiet = run is None or run.quiet
+    with Progress(label, len(work) * len(units), "replacements", quiet=quiet) as bar:
+        for index, one in enumerate(work):
 
+            def job(one: Batch | Answers = one) -> list:
+                target = one if isinstance(one, Answers) else Target.of(parent, one)
+                return [*score_batch(current, units, target, bar.advance).items()]
 
-def score_all(
-    parent: Transformer,
-    units: Units,
-    batches: Sequence[Batch],
-    run: Run,
-    answers: Sequence[Answers] = (),
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(the parent's own metrics, rows {layer, kind, word, kl, lm_loss, …, task.…, tokens}).
-
-    A row's metrics are changes to the parent's. Finished batches are kept in the run's state, so
-    a killed scoring goes on where it was.
-    """
-    jobs: list[Callable[..., Totals]] = [
-        *(functools.partial(score_batch, parent, units, batch) for batch in batches),
-        *(functools.partial(score_answers, parent, units, portion) for portion in answers),
-    ]
-    totals: Totals = {}
-    with Progress(run.name, len(jobs) * len(units), "replacements", quiet=run.quiet) as bar:
-        for index, job in enumerate(jobs):
-            file = run.state_path / f"batch-{index}.json"
-            if file.exists():
-                bar.advance(len(units), 0)
-            found = resumable(file, lambda job=job: [*job(advance=bar.advance).items()])
-            _accumulate(totals, found)
-    return _means(totals[()]), _rows(totals)
-
-
-def _accumulate(totals: Totals, found: Iterable[Sequence[Any]]) -> None:
-    for key, sums in found:
-        known = totals.setdefault(tuple(key), {})
-        for metric, (value, weight) in sums.items():
-            before = known.get(metric, (0.0, 0.0))
-            known[metric] = before[0] + value, before[1] + weight
-
-
-def _means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    return {metric: value / weight for metric, (value, weight) in sums.items()}
-
-
-def _rows(totals: Totals) -> list[dict[str, Any]]:
-    # The parent's own agreement is 1; all else is told as a change.
-    own = _means(totals[()]) | {"agreement": 0.0}
-    tokens = int(totals[()]["kl"][1])
-    return [
+            if run is None:
+                found = job()
+            else:
+                file = run.state_path / f"batch-{index}.json"
+                if file.exists():
+                    bar.advance(len(units), 0)
+                found = resumable(file, job)
+            for key, sums in found:
+                known = totals.setdefault(tuple(key), {})
+                for metric, (value, weight) in sums.items():
+                    before = known.get(metric, (0.0, 0.0))
+                    known[metric] = before[0] + value, before[1] + weight
+    means = {key: {m: v / w for m, (v, w) in sums.items()} for key, sums in totals.items()}
+    own, tokens = means[()], int(totals[()]["kl"][1])
+    zero = own | {"agreement": 0.0}
+    return own, [
         {
             **Unit(*unit)._asdict(),
-            **{metric: mean - own[metric] for metric, mean in _means(sums).items()},
+            **{metric: mean - zero[metric] for metric, mean in found.items()},
             "tokens": tokens,
         }
-        for unit, sums in totals.items()
+        for unit, found in means.items()
         if unit
     ]
+
+
+class ConditionalConfig(HeldoutConfig):
+    """rounds: R. polish: rounds after that, each of at most `changes` (a share) of all places."""
+
+    rounds: int = Field(default=4, ge=1)
+    polish: int = Field(default=4, ge=0)
+    changes: float = Field(default=0.25, gt=0, le=1)
+    tokens: int = Field(default=4096, ge=1)
+    microbatch_tokens: int = Field(default=2048, ge=1)
+
+
+class Rescorer:
+    def __init__(
+        self, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
+    ) -> None:
+        self.path, self.library, self.space = parent, library / "library", space
+        self.parent = load_model(parent, frozen=True)
+        self.units = load_units(self.library, self.parent, space)
+        for layer, block in enumerate(self.parent.blocks):  # what was taken may be given back
+            for kind, variant in block.config:
+                self.units[Unit(layer, kind, word_of(variant))] = getattr(block, kind)
+        self.batches = config.heldout(data)
+
+    def measure(self, words: Words) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """(the assembled architecture's own metrics, the change each word makes to them)."""
+        module = load_model(self.path, frozen=True)
+        current = assemble(module, self.library, words).requires_grad_(False)
+        held = self.space.units(words)
+        others = {unit: module for unit, module in self.units.items() if unit not in held}
+        own, rows = score_given(self.parent, current, others, self.batches)
+        unchanged = dict.fromkeys(own, 0.0)
+        rows += [{**unit._asdict(), **unchanged} for unit in held]
+        return own, rows
 
 
 def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
@@ -431,8 +361,16 @@ def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
     parent = load_model(inputs["parent"], frozen=True)
     space = read_space(inputs["library"])
     units = load_units(inputs["library"] / "library", parent, space)
-    batches, answers = config.heldout(inputs["data"]), load_tasks(config, inputs["data"])
-    own, rows = score_all(parent, units, batches, run, answers)
+    batches, answers = config.heldout(inputs["data"]), []
+    tokenizer, bos = load_tokenizer(inputs["data"]), bool(read_json(inputs["data"], "data")["bos"])
+    for name, source in config.tasks.items():
+        if isinstance(source, str):
+            texts = read_problems(Path(source), config.problems)
+        else:
+            texts = list(procedural_problems(name, source, config.work))
+        problems = [encode(tokenizer, text, bos) for text in texts]
+        answers += pack_problems(name, problems, config.microbatch_tokens, tokenizer.pad_id)
+    own, rows = score_given(parent, parent, units, batches, answers, run)
     for metric, value in own.items():
         if metric not in METRICS:
             run.say(f"the parent's own {metric}: {value:.4f}")

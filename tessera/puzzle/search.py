@@ -1,9 +1,8 @@
 """The search: the best architectures under what serving them may cost (Puzzle §2.6).
 
-Every choice of batches is an integer program (`program.py`). All minimise the same scores, so their
-optima compare as they are, and the proof of the best is the worst of all their bounds. A program
-whose linear relaxation is worse than what another reached is not solved; among equals the faster
-architecture is taken. Below: why nothing meets the constraints, shadow prices, the stage.
+Every choice of batches is an integer program (`program.py`). All minimise the same scores, so the
+best of their optima is proved by the smallest of their bounds. A program whose linear relaxation is
+worse than what another reached is not solved; of equals the faster architecture is taken.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from tessera.export.engines import engines_of, refusals
 from tessera.model.config import KINDS, ModelConfig
 from tessera.model.source import load_config
-from tessera.puzzle import baselines
+from tessera.puzzle import candidates as baselines
 from tessera.puzzle.candidates import Architecture, Candidates, Found, chosen_words
-from tessera.puzzle.conditional import ConditionalConfig, Rescorer, polish, tighten
 from tessera.puzzle.constraints import (
     BatchChoice,
     Budgets,
@@ -41,7 +39,7 @@ from tessera.puzzle.program import (
     relax,
     solve,
 )
-from tessera.puzzle.score import METRICS
+from tessera.puzzle.score import METRICS, ConditionalConfig, Rescorer
 from tessera.puzzle.space import Space, Unit, offered, read_space
 from tessera.runs.plan import Step
 from tessera.runs.recipe import Config
@@ -51,29 +49,25 @@ STEPS = (0.01, 0.1)  # of a bound, in shadow prices
 _PROVED = 1e-6
 _SMALL = 1e-9  # a relative change below this is the solver's rounding
 Row = dict[str, Any]
+Rows = Sequence[Mapping]
+Near = tuple[Architecture, int]  # an architecture, how many places may hold another word
 Least = Callable[[str, Mapping[str, float]], float | None]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """The integer program over every choice of batches.
-
-    solutions: how many architectures, of which two agree in at most `overlap` of the places.
-    cuts: what engines turn out to refuse, added to while solving.
-    """
+    """The integer program over every choice of batches."""
 
     candidates: Candidates
     choices: Sequence[BatchChoice]
     time_limit: float = 60.0  # of each program
     solutions: int = 1
-    overlap: float = 0.8
-    cuts: set[Unit] = field(default_factory=set)
+    overlap: float = 0.8  # the share of places that two solutions may agree in
+    cuts: set[Unit] = field(default_factory=set)  # what engines turn out to refuse while solving
 
     def architectures(self) -> list[Found]:
-        """The best ones, best first; fewer than wanted where no more differ enough.
-
-        Raises Infeasible, which says the nearest that could be met, and TimedOut.
-        """
+        """Best first; fewer than wanted where no more differ enough. Raises Infeasible, which says
+        the nearest that could be met, and TimedOut."""
         found: list[Found] = []
         while len(found) < self.solutions:
             try:
@@ -85,14 +79,18 @@ class Solver:
         return found
 
     def best(self, earlier: Sequence[Solution] = ()) -> Found:
-        """The best architecture at any choice of batches that differs from `earlier`.
-
-        Raises Infeasible where there is none, and TimedOut.
-        """
         found: list[tuple[tuple[float, float], Found, Solution]] = []
         timed_out: list[TimedOut] = []
         bounds: list[float] = []
-        for bound, choice in self._by_relaxation():
+        relaxed: list[tuple[float, BatchChoice]] = []
+        for choice in self.choices:
+            try:
+                several = len(self.choices) > 1
+                bound = divisible(*self._program(choice))[0] if several else -math.inf
+                relaxed.append((bound, choice))
+            except Infeasible:
+                continue
+        for bound, choice in sorted(relaxed, key=lambda pair: pair[0]):
             if found and bound > min(order for order, _, _ in found)[0] + 1e-8:
                 bounds.append(bound)
                 continue
@@ -115,22 +113,9 @@ class Solver:
         seconds = sum(one.seconds for _, _, one in found)
         return replace(best, solution=replace(solution, bound=bound, seconds=seconds))
 
-    def _by_relaxation(self) -> list[tuple[float, BatchChoice]]:
-        """(a bound on its score, choice), best bound first, without those that have no answer."""
-        if len(self.choices) == 1:
-            return [(-math.inf, self.choices[0])]
-        found = []
-        for choice in self.choices:
-            try:
-                found.append((divisible(*self._program(choice))[0], choice))
-            except Infeasible:
-                continue
-        return sorted(found, key=lambda pair: pair[0])
-
     def _program(
         self, choice: BatchChoice
     ) -> tuple[list[Option], dict[str, float], list[tuple[int, str, str]]]:
-        """(options, limits, forbidden pairs)."""
         limits = choice.bounds() | self.candidates.limits
         options = self.candidates.options(choice, self.cuts)
         return options, limits, self.candidates.forbidden(self.cuts)
@@ -138,55 +123,45 @@ class Solver:
     def _solve(
         self, choice: BatchChoice, earlier: Sequence[Solution]
     ) -> tuple[Solution, Architecture]:
-        """The best architecture at these batches that the engines can load."""
+        """The best architecture at these batches that the engines can load.
+
+        One refusal is of no pair of words alone: in vLLM a run of empty layers may not end in a
+        bare FFN. Forbidding the first empty layer breaks the run.
+        """
+        candidates = self.candidates
         while True:
             solution = solve(*self._program(choice), self.time_limit, earlier, self.overlap)
-            words = chosen_words(solution, len(self.candidates.space.layers))
-            refused = self._refused_layer(words)
-            if refused is None:
+            words = chosen_words(solution, len(candidates.space.layers))
+            config = candidates.parent.with_words(words)
+            reasons = [why for engine in candidates.engines for why in refusals(config, engine)]
+            if not reasons:
                 return solution, words
-            self.cuts.add(Unit.pair(refused, *words[refused]))
-
-    def _refused_layer(self, words: Architecture) -> int | None:
-        """Where to cut an architecture that an engine refuses as a whole, though no pair alone.
-
-        The one such rule known: in vLLM a run of empty layers may not end in a bare FFN, since the
-        residual starts in the first attention. Forbidding the first empty layer breaks the run.
-        """
-        config, engines = self.candidates.parent.with_words(words), self.candidates.engines
-        reasons = [reason for engine in engines for reason in refusals(config, engine)]
-        if not reasons:
-            return None
-        empty = [layer for layer, (attention, _) in enumerate(words) if attention == "noop"]
-        if not empty:
-            raise SearchError(f"{', '.join(engines)} cannot load any child here: {reasons[0]}")
-        return empty[0]
+            empty = [layer for layer, (attention, _) in enumerate(words) if attention == "noop"]
+            if not empty:
+                engines = ", ".join(candidates.engines)
+                raise SearchError(f"{engines} cannot load any child here: {reasons[0]}")
+            self.cuts.add(Unit.pair(empty[0], *words[empty[0]]))
 
     def _explain(self) -> str:
-        """Why no choice of batches has an answer, explained at the one nearest to having one."""
         slacks = [(self.slack(choice), choice) for choice in self.choices]
-        possible = [(slack, choice) for slack, choice in slacks if slack is not None]
+        possible = [
+            (sum(slack[one.key] / one.bound for one in choice.constraints), slack, choice)
+            for slack, choice in slacks
+            if slack is not None
+        ]
         if not possible:
-            engines = ", ".join(self.candidates.engines) or "none named"
             return (
                 "no architecture meets the constraints: whatever they were, no two words that the "
-                f"engines ({engines}) can load fit together. "
-                "Offer more words in the space of the [bld] table"
+                f"engines ({', '.join(self.candidates.engines) or 'none named'}) can load fit "
+                "together. Offer more words in the space of the [bld] table"
             )
-
-        def relative(pair: tuple[dict[str, float], BatchChoice]) -> float:
-            slack, choice = pair
-            return sum(slack[one.key] / one.bound for one in choice.constraints)
-
-        slack, choice = min(possible, key=relative)
+        _, slack, choice = min(possible, key=lambda one: one[0])
         where = f" (nearest at {choice})" if len(self.choices) > 1 else ""
         return explain(choice, slack, lambda key, rest: self._least(choice, key, rest), where)
 
     def slack(self, choice: BatchChoice) -> dict[str, float] | None:
-        """Constraint's key -> by how much to loosen it, the sum of relative changes the least.
-
-        None where no choice of words is possible, whatever the constraints.
-        """
+        """Constraint's key -> by how much to loosen it, the sum of relative changes the least; None
+        where no choice of words is possible, whatever the constraints."""
         scales = {one.key: one.bound for one in choice.constraints}
         options, _, forbidden = self._program(choice)
         limits, hard = choice.bounds(), self.candidates.limits
@@ -196,7 +171,6 @@ class Solver:
             return None
 
     def _least(self, choice: BatchChoice, key: str, bounds: Mapping[str, float]) -> float | None:
-        """The least that the words can sum to under `key` within `bounds` of the others."""
         options, _, forbidden = self._program(choice)
         unit = max(abs(option.costs[key]) for option in options) or 1.0
         priced = [replace(option, score=option.costs[key] / unit) for option in options]
@@ -207,15 +181,11 @@ class Solver:
             return None
 
 
-# Why nothing meets the constraints, and the nearest that could be met.
-
-
 def explain(choice: BatchChoice, slack: Mapping[str, float], least: Least, where: str = "") -> str:
     """What was asked, a line a constraint that binds, and the cheapest set of changes that helps.
 
     slack: constraint's key -> by how much it is loosened in that set. least(key, others): the
     smallest sum of a constraint's cost over words within the other bounds; None if there is none.
-    A constraint is explained alone if that is above its bound, else with the others as asked.
     """
     bounds = choice.bounds()
     lines, changes = [], []
@@ -224,11 +194,21 @@ def explain(choice: BatchChoice, slack: Mapping[str, float], least: Least, where
         for given, when in (({}, "in this space"), (others, "with the others as asked")):
             low = least(one.key, given)
             if low is not None and low - bounds[one.key] > _SMALL * one.bound:
-                reached = _reached(one, one.bound + (low - bounds[one.key]))
-                lines.append(f"  {one.key} = {_as_given(one)}: {reached} {when}")
+                amount = _rounded(one, one.bound + (low - bounds[one.key]))
+                told = f"at least {amount} is needed"
+                if one.name == "fits":
+                    memory = one.amount.text(float(f"{one.amount.number:.3g}"))
+                    told += f", of the {memory} that there are"
+                told = f"at most {amount} can be reached" if one.inverse else told
+                lines.append(f"  {one.key} = {_as_given(one)}: {told} {when}")
                 break
-        if slack[one.key] / one.bound > _SMALL:
-            changes.append(_loosened(one, slack[one.key]))
+        if (share := slack[one.key] / one.bound) > _SMALL:
+            percent = 100 * (share / (1 + share) if one.inverse else share)
+            change = f"{percent:,.0f}" if percent >= 10 else f"{percent:.2g}"
+            sign = "in" if one.name == "fits" else "="
+            amount = _rounded(one, one.bound + slack[one.key])
+            more = "less" if one.inverse else "more"
+            changes.append(f"{one.key} {sign} {amount} ({change} % {more})")
     rest = ", the others as asked" if len(changes) < len(choice.constraints) else ""
     reasons = "\n".join(lines) or "  each can be met alone, but not all of them together"
     return (
@@ -239,27 +219,7 @@ def explain(choice: BatchChoice, slack: Mapping[str, float], least: Least, where
     )
 
 
-def _loosened(one: Constraint, slack: float) -> str:
-    """`latency = "34 ms" (13 % more)`: the budget that just allows so much more."""
-    share = slack / one.bound
-    percent = 100 * (share / (1 + share) if one.inverse else share)
-    change = f"{percent:,.0f}" if percent >= 10 else f"{percent:.2g}"
-    sign = "in" if one.name == "fits" else "="
-    amount = _rounded(one, one.bound + slack)
-    return f"{one.key} {sign} {amount} ({change} % {'less' if one.inverse else 'more'})"
-
-
-def _reached(one: Constraint, total: float) -> str:
-    """`at most "1.32x" can be reached`, `at least 12,400 is needed`."""
-    amount = _rounded(one, total)
-    if one.name == "fits":
-        memory = one.amount.text(float(f"{one.amount.number:.3g}"))
-        return f"at least {amount} is needed, of the {memory} that there are"
-    return f"at most {amount} can be reached" if one.inverse else f"at least {amount} is needed"
-
-
 def _rounded(one: Constraint, total: float) -> str:
-    """A total in the user's unit, three significant digits, to the side that can be met."""
     value = one.in_unit(total)
     if value <= 0:
         return one.amount.text(0.0)
@@ -272,23 +232,26 @@ def _as_given(one: Constraint) -> str:
     return f'"{one.given}"' if isinstance(one.given, str) else f"{one.given:,.6g}"
 
 
-# Shadow prices.
-
-
 def shadow_prices(solver: Solver, found: Found) -> list[Row]:
     """What a little more or less of each budget would change, one row a budget of the recipe.
 
     Every budget is loosened and tightened by one percent, and by ten where one changes nothing,
-    and the search solved again: words are whole, so the price is a difference of two optima, and
-    zero is an answer. `gain` is what a budget looser by `looser_by` lowers the score by, `loss`
-    what one tighter by `tighter_by` raises it by; None where an optimum was not proved, and for
-    the loss where nothing meets the tighter budget. `price` is the dual of the linear relaxation,
-    score a unit. Steps and price are in the unit of the budget.
+    and the search solved again. `gain` is what a budget looser by `looser_by` lowers the score by,
+    `loss` what one tighter by `tighter_by` raises it by; None where an optimum was not proved, or
+    nothing meets the tighter budget. `price` is the dual of the linear relaxation, score a unit.
+    Steps and price are in the unit of the budget.
     """
     choice = found.choice
     _, dual = divisible(*replace(solver, cuts=set())._program(choice))
     totals = choice.totals(found.words)
     rows = []
+
+    def step(one: Constraint, factor: float) -> float:
+        return abs(one.in_unit(one.bound * factor) - one.in_unit(one.bound))
+
+    def slope(one: Constraint) -> float:
+        return one.unit / one.in_unit(one.bound) ** 2 if one.inverse else one.unit
+
     for budget in dict.fromkeys(one.budget for one in choice.constraints):
         bounds = [one for one in choice.constraints if one.budget == budget]
         tight = max(bounds, key=lambda one: one.total(totals) / one.bound)
@@ -299,12 +262,12 @@ def shadow_prices(solver: Solver, found: Found) -> list[Row]:
             "asked": tight.given,
             "unit": tight.amount.unit,
             "used": tight.in_unit(tight.total(totals)),
-            "looser_by": _step(tight, 1 + up),
+            "looser_by": step(tight, 1 + up),
             "gain": None if gain is None else max(0.0, -gain),
-            "tighter_by": _step(tight, 1 - down),
+            "tighter_by": step(tight, 1 - down),
             "loss": None if loss is None else max(0.0, loss),
             "tighter_possible": possible,
-            "price": sum(dual[one.key] * _slope(one) for one in bounds),
+            "price": sum(dual[one.key] * slope(one) for one in bounds),
         }
         row["binds"] = any(row[side] is None or row[side] > _PROVED for side in ("gain", "loss"))
         rows.append(row | {"told": _price_line(row, tight)})
@@ -333,19 +296,7 @@ def _change(
     return step, change, True
 
 
-def _step(one: Constraint, factor: float) -> float:
-    """A relative step of the bound, in the unit of what the user wrote."""
-    return abs(one.in_unit(one.bound * factor) - one.in_unit(one.bound))
-
-
-def _slope(one: Constraint) -> float:
-    """By how much the bound moves with one unit of what the user wrote."""
-    number = one.in_unit(one.bound)
-    return one.unit / number**2 if one.inverse else one.unit
-
-
 def _price_line(row: Row, one: Constraint) -> str:
-    """`latency = "30 ms" (29.1 ms used): 0.3 ms more would lower the score by 0.012; …`."""
     more, less = ("less", "more") if one.inverse else ("more", "less")
     used, up, down = (
         one.amount.text(float(f"{row[key]:.3g}")).strip('"')
@@ -371,14 +322,10 @@ def _price_line(row: Row, one: Constraint) -> str:
     return f"{head}: {up} {more} {gain}, {down} {less} {loss}"
 
 
-# The stage.
-
 Method = Literal["mip", "uniform", "dropped", "dropped-attention", "greedy"]
 
 
 class ScenarioBudget(Config):
-    """One scenario's weight where scenarios are mixed, and budgets of its own."""
-
     weight: float = Field(default=1.0, gt=0)
     constraints: dict[str, Given] = {}  # each replaces the one of that name for all
 
@@ -391,12 +338,8 @@ class ScenarioBudget(Config):
 
 
 class SearchConfig(Config):
-    """What to minimise, and what serving may cost.
-
-    `method`: the integer program, or one of the baselines it is compared with, at the same budget:
-    one pair of words everywhere, whole layers dropped by block influence, attention dropped by the
-    score of its removal, or the best block each layer's share of the budget buys.
-    """
+    """What to minimise, what serving may cost, and by which method (`candidates.py` has those
+    beside the integer program)."""
 
     scenarios: dict[str, ScenarioBudget] = {}  # of the cost stage, where one differs
     constraints: dict[str, Given] = Field(default={}, validate_default=True)
@@ -425,7 +368,6 @@ class SearchConfig(Config):
         return engines_of(names) if listed else value
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
-        """A sentence where layers are to be dropped and the space is known to offer no noop."""
         kinds = {"dropped": KINDS, "dropped-attention": KINDS[:1]}.get(self.method, ())
         words = offered(step.inputs["scores"], steps) if kinds else None
         missing = [kind for kind in kinds if words is not None and "noop" not in words[kind]]
@@ -442,48 +384,73 @@ class SearchConfig(Config):
         return Budgets(self.constraints, own, {n: one.weight for n, one in self.scenarios.items()})
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What a search stage reads."""
-
-    config: SearchConfig
-    parent: ModelConfig
-    space: Space
-    scores: Sequence[Mapping]
-    costs: Costs
-
-    @classmethod
-    def read(cls, config: SearchConfig, inputs: Mapping) -> Problem:
-        """inputs: paths of the runs parent, scores and costs."""
-        space = read_space(inputs["scores"]).without(unavailable(inputs["costs"]))
-        scores = read_table(inputs["scores"], "scores")
-        return cls(
-            config, load_config(inputs["parent"]), space, scores, read_costs(inputs["costs"])
-        )
-
-    def solver(
-        self,
-        scores: Sequence[Mapping] | None = None,
-        share: float = 1.0,
-        near: tuple[Architecture, int] | None = None,
-    ) -> Solver:
-        """scores: other ones. share: below 1, with limits only that far on the way from the
-        parent's own cost to what was asked. near: an architecture, and how many places may hold
-        another word.
-        """
-        config, rows = self.config, self.scores if scores is None else scores
-        args = self.parent, self.space, config.servable, rows, config.minimize, near
-        choices = batch_choices(config.budgets, self.costs, self.parent.words)
-        if share < 1:
-            choices = [choice.towards(share) for choice in choices]
-        return Solver(
-            Candidates.of(*args), choices, config.time_limit, config.solutions, config.overlap
-        )
+Read = tuple[SearchConfig, ModelConfig, Space, Rows, Costs]
 
 
-def conditional_search(problem: Problem, inputs: Mapping) -> Found:
-    """One architecture, by scores measured anew around what each step of it left."""
-    config, conditional = problem.config, problem.config.conditional
+def solver_of(
+    config: SearchConfig,
+    parent: ModelConfig,
+    space: Space,
+    scores: Rows,
+    costs: Costs,
+    share: float = 1.0,
+    near: Near | None = None,
+) -> Solver:
+    """share: below 1, with limits that far on the way from the parent's cost to what was asked."""
+    choices = batch_choices(config.budgets, costs, parent.words)
+    if share < 1:
+        choices = [choice.towards(share) for choice in choices]
+    found = Candidates.of(parent, space, config.servable, scores, config.minimize, near)
+    return Solver(found, choices, config.time_limit, config.solutions, config.overlap)
+
+
+def tighten(
+    rounds: int,
+    rows: Rows,
+    solve_at: Callable[[Rows, float], Words],
+    rescore: Callable[[Words], Rows],
+) -> list[Words]:
+    """The architecture after each round r = 1 … R, under limits r/R of the way from the parent's
+    cost, by scores measured anew around the one before: replace-one scores add up only while few
+    words change. rows: around the parent. rescore(words): around that architecture."""
+    found: list[Words] = []
+    for number in range(1, rounds + 1):
+        rows = rescore(found[-1]) if found else rows
+        found.append(solve_at(rows, number / rounds))
+    return found
+
+
+def polish(
+    rounds: int,
+    words: Words,
+    changes: int,
+    solve_near: Callable[[Rows, Words, int], Words],
+    measure: Callable[[Words], tuple[float, Rows]],
+) -> Words:
+    """An architecture that is measured no worse than `words`, by searches in a trust region: half
+    as many changes are tried where the measured value did not fall.
+
+    solve_near(rows, words, n): the best words under the limits with at most n other places.
+    measure(words): what is minimised, measured, and the change each word makes to it.
+    """
+    own, rows = measure(words)
+    for _ in range(rounds):
+        near = solve_near(rows, words, changes)
+        if list(near) == list(words):
+            break
+        found = measure(near)
+        if found[0] < own:
+            words, (own, rows) = near, found
+        elif changes == 1:
+            break
+        else:
+            changes //= 2
+    return words
+
+
+def conditional_search(read: Read, inputs: Mapping) -> Found:
+    config, parent, space, scores, costs = read
+    conditional = config.conditional
     assert conditional is not None
     for need in ("library", "data"):
         if inputs[need] is None:
@@ -493,39 +460,32 @@ def conditional_search(problem: Problem, inputs: Mapping) -> Found:
             f"search.conditional measures {', '.join(METRICS[:3])} anew, and no {config.minimize}; "
             "minimise one of those, or leave conditional out"
         )
-    rescore = Rescorer(
-        conditional, inputs["parent"], inputs["library"], inputs["data"], problem.space
-    )
+    rescorer = Rescorer(conditional, inputs["parent"], inputs["library"], inputs["data"], space)
     found: dict[tuple, Found] = {}
 
-    def solve_at(
-        rows: Sequence[Mapping], share: float, near: tuple[Architecture, int] | None = None
-    ) -> Architecture:
-        solver = replace(problem.solver(rows, share, near), solutions=1)
-        (one,) = solver.architectures()
+    def solve_at(rows: Rows, share: float, near: Near | None = None) -> Architecture:
+        solver = solver_of(config, parent, space, rows, costs, share, near)
+        (one,) = replace(solver, solutions=1).architectures()
         found[tuple(one.words)] = one
         return one.words
 
-    def solve_near(rows: Sequence[Mapping], words: Words, changes: int) -> Architecture:
-        return solve_at(rows, 1.0, ([(a, f) for a, f in words], changes))
-
-    def measure(words: Any) -> tuple[float, Sequence[Mapping]]:
-        own, rows = rescore.measure(words)
+    def measure(words: Any) -> tuple[float, Rows]:
+        own, rows = rescorer.measure(words)
         return own[config.minimize], rows
 
-    *_, words = tighten(conditional.rounds, problem.scores, solve_at, rescore)
+    def solve_near(rows: Rows, words: Words, most: int) -> Architecture:
+        return solve_at(rows, 1.0, ([(a, f) for a, f in words], most))
+
+    *_, words = tighten(conditional.rounds, scores, solve_at, lambda words: measure(words)[1])
     changes = max(1, round(conditional.changes * len(KINDS) * len(words)))
     words = polish(conditional.polish, words, changes, solve_near, measure)
     return replace(found[tuple(words)], solution=None)  # its score is of another table
 
 
 def architecture_row(method: str, found: Found, several: bool) -> Row:
-    """A row of `architectures.json`: words, every cost column of the architecture and its parent.
-
-    The scenario that weighs most stands for all of them. several: whether there were batches to
-    choose from, so that child and parent may be served at different ones; then, and where there
-    are several scenarios, `scenarios` has the same numbers of each.
-    """
+    """A row of `architectures.json`: words, and every cost column of the architecture and its
+    parent in the scenario that weighs most. With `several` batches to choose from, or several
+    scenarios, `scenarios` has the same numbers of each."""
     choice, solution, served = found.choice, found.solution, {}
     for name, table in choice.tables.items():
         reference = choice.reference[name] or table
@@ -536,15 +496,9 @@ def architecture_row(method: str, found: Found, several: bool) -> Row:
             "parent_batch": reference.scenario.batch,
         }
     first = served[max(choice.weights, key=choice.weights.__getitem__)]
-    row = {
-        "method": method,
-        "words": found.words,
-        "predicted": first["predicted"],
-        **({"score": solution.score, "gap": solution.gap} if solution else {}),
-        "meets": found.meets,
-        "parent": first["parent"],
-        "scenario": first["scenario"],
-    }
+    row = {"method": method, "words": found.words, "predicted": first["predicted"]}
+    row |= {"score": solution.score, "gap": solution.gap} if solution else {}
+    row |= {"meets": found.meets, "parent": first["parent"], "scenario": first["scenario"]}
     return row | ({"scenarios": served} if several or len(served) > 1 else {})
 
 
@@ -566,7 +520,6 @@ def summary(row: Row, found: Found) -> str:
 
 
 def optimality(solution: Solution) -> str:
-    """`score 0.3189; optimal, proved: gap 0; 0.02 s`, or how far from proved it is."""
     score = f"score {solution.score:.4f}"
     if solution.gap < _PROVED:
         return f"{score}; optimal, proved: gap 0; {solution.seconds:.2f} s"
@@ -580,29 +533,29 @@ def find(
     config: SearchConfig, inputs: Mapping, say: Callable[[str], None] = lambda _: None
 ) -> tuple[list[Row], Solver, Found]:
     """(rows of `tables/architectures.json`, best first; the solver; what the first row is of).
-
-    inputs: paths of the runs parent, scores, costs, and library and data or None. A row has
-    method, words, predicted and parent (every cost column, summed), scenario, and whether it
-    meets the constraints; score and gap where the integer program gave it; and `scenarios`, the
-    same for each of several or where the batch was chosen.
-    """
-    problem = Problem.read(config, inputs)
-    solver = problem.solver()
+    inputs: paths of the runs parent, scores, costs, and library and data or None."""
+    read = (
+        config,
+        load_config(inputs["parent"]),
+        read_space(inputs["scores"]).without(unavailable(inputs["costs"])),
+        read_table(inputs["scores"], "scores"),
+        read_costs(inputs["costs"]),
+    )
+    solver = solver_of(*read)
     candidates, choices = solver.candidates, solver.choices
     if config.method == "mip":
         found = [("mip", one) for one in solver.architectures()]
         if config.conditional:
-            found.append(("conditional", conditional_search(problem, inputs)))
-    elif config.method == "dropped":
-        influence = read_json(inputs["scores"], "block_influence")
-        found = [("dropped", baselines.dropped_layers(candidates, choices, influence))]
+            found.append(("conditional", conditional_search(read, inputs)))
     else:
-        method = {
+        methods: dict[str, Callable[..., Found]] = {
             "uniform": baselines.uniform,
             "greedy": baselines.greedy,
             "dropped-attention": baselines.dropped_attention,
-        }[config.method]
-        found = [(config.method, method(candidates, choices))]
+            "dropped": baselines.dropped_layers,
+        }
+        given = [read_json(inputs["scores"], "block_influence")] * (config.method == "dropped")
+        found = [(config.method, methods[config.method](candidates, choices, *given))]
     rows = []
     for method, one in found:
         rows.append(architecture_row(method, one, len(choices) > 1))

@@ -1,9 +1,8 @@
 """Which words each layer may take (Puzzle §2.1), and how one of them is spelled: `Unit`.
 
-Attention: every divisor of the parent's KV heads, `linear`, `noop`. FFN: widths, as words or as
-percentages of the parent's, `linear`, `noop`. The parent's own words always belong to the space.
-`layers` gives some layers ("0-3, 7") lists of their own; `servable` leaves out the words that a
-named engine cannot load at a layer, whatever stands beside them.
+The parent's own words always belong to the space. `layers` gives some layers ("0-3, 7") lists of
+their own; `servable` leaves out words that a named engine cannot load at a layer, whatever stands
+beside them.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ _SHORTHAND = {"attention": '"divisors"', "ffn": 'a share of the parent\'s width 
 
 
 class Unit(NamedTuple):
-    """What may stand in a layer. `str(unit)`, as "03/ffn/swiglu-256", is its key in a library.
-
-    kind: attention, ffn, or block for a pair of words trained together, "gqa-2+swiglu-256".
-    """
+    """What may stand in a layer; kind "block" is a pair trained together, "gqa-2+swiglu-256"."""
 
     layer: int
     kind: str
@@ -52,16 +48,15 @@ class Unit(NamedTuple):
 
     @classmethod
     def pair(cls, layer: int, attention: str, ffn: str) -> Unit:
-        """Two words of a layer trained together."""
         return cls(layer, "block", f"{attention}+{ffn}")
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
-        """(kind, word) of each subblock: one, or two of a pair."""
         kinds = KINDS if self.kind == "block" else (self.kind,)
         return tuple(zip(kinds, self.word.split("+"), strict=True))
 
     def __str__(self) -> str:
+        """Its key in a library, "03/ffn/swiglu-256"."""
         return f"{self.layer:02d}/{self.kind}/{self.word}"
 
 
@@ -71,9 +66,7 @@ def layer_numbers(spec: str) -> tuple[int, ...]:
     for part in spec.split(","):
         match = _SPAN.fullmatch(part.strip())
         if not match:
-            raise ConfigError(
-                f'{spec!r} names no layers; write numbers and spans from 0 up, e.g. "0-3, 7"'
-            )
+            raise ConfigError(f'{spec!r} names no layers; write numbers and spans, e.g. "0-3, 7"')
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ConfigError(f"{spec!r}: {part.strip()} runs backwards; write {last}-{first}")
@@ -85,7 +78,6 @@ def layer_numbers(spec: str) -> tuple[int, ...]:
 
 
 def layers_of(spec: str | None, parent: ModelConfig, where: str) -> tuple[int, ...]:
-    """The layers of a parent that `spec` names; all of them for None. Raises ConfigError."""
     count = parent.num_hidden_layers
     layers = tuple(range(count)) if spec is None else layer_numbers(spec)
     if beyond := [layer for layer in layers if layer >= count]:
@@ -96,8 +88,6 @@ def layers_of(spec: str | None, parent: ModelConfig, where: str) -> tuple[int, .
 
 
 class LayerWords(Config):
-    """Lists for some layers in place of the general ones; a kind that is not named keeps those."""
-
     attention: tuple[str, ...] | None = None
     ffn: tuple[str, ...] | None = None
 
@@ -128,12 +118,9 @@ class LayerWords(Config):
 
 
 class SpaceConfig(LayerWords):
-    """The words on offer.
-
-    `attention` holds words (`gqa-2`, `linear`, `noop`), or "divisors" for every divisor of the
-    parent's KV heads; `ffn` holds words or percentages of the parent's width (`"50%"`). The
-    default lists lose what an engine of `servable` cannot load; a word of a list of one's own that
-    is of no use at any of its layers is a mistake.
+    """Words (`gqa-2`, `swiglu-256`, `linear`, `noop`), "divisors" for every divisor of the parent's
+    KV heads, and shares of its width, "50%". A word written down (neither a default nor one of
+    these shorthands) that is of no use at any of its layers is an error.
     """
 
     attention: tuple[str, ...] = ATTENTION  # type: ignore[assignment]
@@ -152,7 +139,6 @@ class SpaceConfig(LayerWords):
     @field_validator("servable", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
-        """One name or a list; a tuple already, which is what strict validation asks for here."""
         given = [value] if isinstance(value, str) else value
         return tuple(given) if isinstance(given, list) else given
 
@@ -165,16 +151,13 @@ class SpaceConfig(LayerWords):
 
 @dataclass(frozen=True)
 class Space:
-    """`layers[i]` is (attention words, FFN words) of layer i, the parent's first.
+    """What may stand in each layer; a pair's two words at its layer mean the pair's weights."""
 
-    `pairs` are what the library holds trained together: where a pair is here, those two words at
-    that layer mean the coupled weights, in scores as in models.
-    `servable`: the engines that this space was made for, which must load what is chosen from it.
-    """
-
-    layers: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
-    pairs: tuple[Unit, ...] = ()
-    servable: tuple[str, ...] = ()
+    layers: tuple[
+        tuple[tuple[str, ...], tuple[str, ...]], ...
+    ]  # (attention, FFN), the parent's first
+    pairs: tuple[Unit, ...] = ()  # trained together
+    servable: tuple[str, ...] = ()  # engines that must load what is chosen
 
     def words(self, layer: int, kind: str) -> tuple[str, ...]:
         return self.layers[layer][KINDS.index(kind)]
@@ -189,26 +172,23 @@ class Space:
         return found
 
     def replacements(self) -> Iterator[Unit]:
-        """Every subblock that is not the parent's own, by layer."""
         for layer, words in enumerate(self.layers):
             for kind, offered in zip(KINDS, words, strict=True):
                 for word in offered[1:]:
                     yield Unit(layer, kind, word)
 
     def without(self, words: Collection[tuple[str, str]]) -> Space:
-        """The space less these (kind, word), and less the pairs that hold one of them."""
         layers = tuple(
-            (
-                tuple(word for word in attention if ("attention", word) not in words),
-                tuple(word for word in ffn if ("ffn", word) not in words),
+            tuple(
+                tuple(word for word in offered if (kind, word) not in words)
+                for kind, offered in zip(KINDS, layer, strict=True)
             )
-            for attention, ffn in self.layers
+            for layer in self.layers
         )
-        kept = [pair for pair in self.pairs if not set(pair.parts) & set(words)]
-        return replace(self, layers=layers, pairs=tuple(kept))
+        kept = tuple(pair for pair in self.pairs if not set(pair.parts) & set(words))
+        return replace(self, layers=layers, pairs=kept)
 
     def restrict(self, layers: Collection[int]) -> Space:
-        """The part that lies in `layers`; elsewhere only the parent's own words are left."""
         kept = tuple(
             words if layer in layers else (words[0][:1], words[1][:1])
             for layer, words in enumerate(self.layers)
@@ -217,22 +197,20 @@ class Space:
 
 
 def write_space(space: Space, run: Run) -> None:
-    """Leave a space in a run's tables: `space.json`, `pairs.json` and `servable.json`."""
     run.write_json("space", [[list(words) for words in layer] for layer in space.layers])
     run.write_json("pairs", [[pair.layer, *pair.word.split("+")] for pair in space.pairs])
     run.write_json("servable", list(space.servable))
 
 
 def read_space(directory: Path) -> Space:
-    """The space of a finished library or score run."""
     layers = tuple((tuple(a), tuple(f)) for a, f in read_json(directory, "space"))
     pairs = tuple(Unit.pair(*pair) for pair in read_json(directory, "pairs"))
     return Space(layers, pairs, tuple(read_json(directory, "servable")))
 
 
 def offered(path: Input, steps: Sequence[Step]) -> dict[str, set[str]] | None:
-    """By kind, the words at any layer of a library or of scores: those of a finished run, else
-    those that the recipe's `space` lists; None where neither is known."""
+    """By kind, the words of a finished library or scores, else those that the recipe's `space`
+    lists; None where neither is known."""
     if not isinstance(path, Path):
         return None
     if is_done(path):
@@ -253,29 +231,38 @@ def offered(path: Input, steps: Sequence[Step]) -> dict[str, set[str]] | None:
     return {kind: set().union(*(one[kind] for one in known)) for kind in KINDS}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Offer:
-    """One list of words of the config, and the layers where it stands."""
-
     where: str  # its key in the recipe
     kind: str
     words: tuple[str, ...]
-    layers: tuple[int, ...]
+    layers: list[int]
 
-    @property
-    def explicit(self) -> tuple[str, ...]:
-        """The words that someone wrote down: neither a default nor a shorthand for several."""
-        if self.words == {"attention": ATTENTION, "ffn": FFN}[self.kind]:
-            return ()
-        return tuple(w for w in self.words if w != "divisors" and not _PERCENT.fullmatch(w))
+    def unused(self, space: Space) -> list[str]:
+        if not self.layers or self.words == {"attention": ATTENTION, "ffn": FFN}[self.kind]:
+            return []
+        written = [w for w in self.words if w != "divisors" and not _PERCENT.fullmatch(w)]
+        held = {word for layer in self.layers for word in space.words(layer, self.kind)}
+        return [word for word in written if word not in held]
 
 
 def build_space(config: SpaceConfig, parent: ModelConfig) -> Space:
-    """The space of this parent: its own word first, then the others without repetition.
-
-    Raises ConfigError for layers it has not, and for words that are of no use anywhere.
-    """
-    offers = _offers(config, parent)
+    """The space of this parent, its own words first. Raises ConfigError for layers it has not, and
+    for words that are of no use anywhere."""
+    count = parent.num_hidden_layers
+    offers = [_Offer(f"space.{k}", k, getattr(config, k), [*range(count)]) for k in KINDS]
+    for spec, own in config.layers.items():
+        for kind in KINDS:
+            if (words := getattr(own, kind)) is not None:
+                where = f'space.layers."{spec}".{kind}'
+                taken = layers_of(spec, parent, where)
+                for one in offers:
+                    if one.kind == kind:
+                        one.layers = [layer for layer in one.layers if layer not in taken]
+                offers.append(_Offer(where, kind, words, [*taken]))
+    for one in offers:
+        if not one.layers and one.where.startswith("space.layers"):
+            raise ConfigError(f"{one.where}: later entries override it at every one of its layers")
     lists = {(layer, one.kind): one.words for one in offers for layer in one.layers}
     layers = []
     for layer, block in enumerate(parent.blocks):
@@ -284,56 +271,31 @@ def build_space(config: SpaceConfig, parent: ModelConfig) -> Space:
         )
         layers.append((attention, ffn))
     space = Space(tuple(layers), servable=engines_of(config.servable))
-    for one, word in _unused(offers, space):
-        own = ", ".join(sorted({word for pair in parent.words for word in pair}))
-        everywhere = len(one.layers) == len(space.layers)
-        fits = "fits no layer" if everywhere else f"does not fit {spans([*one.layers])}"
-        raise ConfigError(
-            f"{one.where} offers {word}, which {fits} of this parent ({own}): KV heads must "
-            "divide the parent's, and an FFN is never wider than the parent's"
-        )
+    for one in offers:
+        for word in one.unused(space):
+            own = ", ".join(sorted({word for pair in parent.words for word in pair}))
+            fits = "fits no layer" if len(one.layers) == count else ""
+            raise ConfigError(
+                f"{one.where} offers {word}, which {fits or f'does not fit {spans(one.layers)}'} "
+                f"of this parent ({own}): KV heads must divide the parent's, and an FFN is never "
+                "wider than the parent's"
+            )
     return _servable_part(space, parent, offers) if space.servable else space
 
 
-def _offers(config: SpaceConfig, parent: ModelConfig) -> list[_Offer]:
-    """Every list, with the layers that no later one takes from it."""
-    everywhere = tuple(range(parent.num_hidden_layers))
-    offers = [_Offer(f"space.{k}", k, getattr(config, k), everywhere) for k in KINDS]
-    for spec, own in config.layers.items():
-        for kind in KINDS:
-            if (words := getattr(own, kind)) is not None:
-                where = f'space.layers."{spec}".{kind}'
-                taken = layers_of(spec, parent, where)
-                offers = [
-                    replace(
-                        o, layers=tuple(i for i in o.layers if o.kind != kind or i not in taken)
-                    )
-                    for o in offers
-                ]
-                offers.append(_Offer(where, kind, words, taken))
-    for one in offers:
-        if not one.layers and one.where.startswith("space.layers"):
-            raise ConfigError(f"{one.where}: later entries override it at every one of its layers")
-    return offers
-
-
 def _words(kind: str, wanted: Sequence[str], own: Variant, multiple: int) -> tuple[str, ...]:
-    """The parent's own word, then those that can be cut from it; shorthands are spelled out."""
     words = [name(own)]
     for word in wanted:
-        words += [w for w in _spelled_out(word, own, multiple) if _fits(parse_kind(kind, w), own)]
+        meant = [word]
+        if word == "divisors":
+            heads = own.num_key_value_heads if isinstance(own, GQA) else 0
+            meant = [f"gqa-{k}" for k in range(heads - 1, 0, -1) if heads % k == 0]
+        elif share := _PERCENT.fullmatch(word):
+            width = own.intermediate_size if isinstance(own, SwiGLU) else 0
+            steps = -(-round(width * float(share[1]) / 100) // multiple)
+            meant = [f"swiglu-{max(1, steps) * multiple}"]
+        words += [w for w in meant if _fits(parse_kind(kind, w), own)]
     return tuple(dict.fromkeys(words))
-
-
-def _spelled_out(word: str, own: Variant, multiple: int) -> list[str]:
-    if word == "divisors":
-        heads = own.num_key_value_heads if isinstance(own, GQA) else 0
-        return [f"gqa-{k}" for k in range(heads - 1, 0, -1) if heads % k == 0]
-    if share := _PERCENT.fullmatch(word):
-        width = own.intermediate_size if isinstance(own, SwiGLU) else 0
-        steps = -(-round(width * float(share[1]) / 100) // multiple)
-        return [f"swiglu-{max(1, steps) * multiple}"]
-    return [word]
 
 
 def _fits(variant: Variant, own: Variant) -> bool:
@@ -347,20 +309,17 @@ def _fits(variant: Variant, own: Variant) -> bool:
             return not isinstance(variant, GQA | SwiGLU)
 
 
-def _unused(offers: Iterable[_Offer], space: Space) -> Iterator[tuple[_Offer, str]]:
-    """The words written down that the space holds at none of their layers."""
-    for one in offers:
-        for word in one.explicit if one.layers else ():
-            if not any(word in space.words(layer, one.kind) for layer in one.layers):
-                yield one, word
+def _servable_part(space: Space, parent: ModelConfig, offers: Sequence[_Offer]) -> Space:
+    """The space without words that an engine loads beside no word of the other kind. Raises
+    ConfigError where only the parent's are left, or a written word at none of its layers."""
 
+    def reason(unit: Unit) -> str:
+        words = {kind: space.words(unit.layer, kind)[0] for kind in KINDS} | {unit.kind: unit.word}
+        candidate = _with_pair(parent, unit.layer, (words["attention"], words["ffn"]))
+        found = ((one, why) for one in space.servable for why in refusals(candidate, one))
+        engine, why = next(found)
+        return f"{engine} cannot load {unit.word} in layer {unit.layer}: {why}"
 
-def _servable_part(space: Space, parent: ModelConfig, offers: Iterable[_Offer]) -> Space:
-    """The space without words that an engine loads beside no word of the other kind.
-
-    The parent's own words stay. Raises ConfigError where nothing else is left, or where a word
-    that someone wrote down is left at none of its layers.
-    """
     layers = []
     refused = forbidden_pairs(space, parent, space.servable)
     for offered, pairs in zip(space.layers, refused, strict=True):
@@ -372,34 +331,22 @@ def _servable_part(space: Space, parent: ModelConfig, offers: Iterable[_Offer]) 
         layers.append((attention, ffn))
     part = replace(space, layers=tuple(layers))
     if not list(part.replacements()) and (first := next(space.replacements(), None)):
-        reason = _reason(space, parent, first)
-        raise ConfigError(f"space.servable leaves no word but the parent's own: {reason}")
-    for one, word in _unused(offers, part):
-        reason = _reason(space, parent, Unit(one.layers[0], one.kind, word))
-        raise ConfigError(
-            f"{one.where} offers {word}, and space.servable leaves it out at "
-            f"{spans([*one.layers])}: {reason}. Take out the word, or the engine"
-        )
+        raise ConfigError(f"space.servable leaves no word but the parent's own: {reason(first)}")
+    for one in offers:
+        for word in one.unused(part):
+            why = reason(Unit(one.layers[0], one.kind, word))
+            raise ConfigError(
+                f"{one.where} offers {word}, and space.servable leaves it out at "
+                f"{spans(one.layers)}: {why}. Take out the word, or the engine"
+            )
     return part
-
-
-def _reason(space: Space, parent: ModelConfig, unit: Unit) -> str:
-    """Which engine refuses a word in an otherwise untouched parent, and why."""
-    words = {kind: space.words(unit.layer, kind)[0] for kind in KINDS} | {unit.kind: unit.word}
-    candidate = _with_pair(parent, unit.layer, (words["attention"], words["ffn"]))
-    found = ((one, reason) for one in space.servable for reason in refusals(candidate, one))
-    engine, reason = next(found)
-    return f"{engine} cannot load {unit.word} in layer {unit.layer}: {reason}"
 
 
 def forbidden_pairs(
     space: Space, parent: ModelConfig, engines: Sequence[str]
 ) -> list[set[tuple[str, str]]]:
-    """Per layer, the (attention, FFN) pairs of words that one of `engines` cannot load there.
-
-    A pair is tried alone in an otherwise untouched parent: what an engine refuses depends on
-    the block and on its depth (first, last), not on the other blocks.
-    """
+    """Per layer, the (attention, FFN) pairs of words that one of `engines` cannot load there, each
+    tried alone in an otherwise untouched parent: refusals depend on the block and its depth."""
     return [
         {
             (a, f)

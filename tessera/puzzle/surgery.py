@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,7 +39,6 @@ class Layer(NamedTuple):
     out: Tensor
 
     def replaced(self, kind: str, unit: nn.Module) -> Tensor:
-        """The block's output with `unit` in place of its attention, its FFN or all of it."""
         if kind == "block":
             return unit(self.x, self.context)
         if kind == "attention":
@@ -52,10 +51,8 @@ class Layer(NamedTuple):
 def walk(
     module: Transformer, batch: Batch, depth: int | None = None
 ) -> Iterator[tuple[Layer, dict[str, Tensor]]]:
-    """Each of the first `depth` layers, and what each kind of subblock adds to the stream there.
-
-    A generator: a layer's sharded parameters are whole until the next one is asked for.
-    """
+    """Each of the first `depth` layers, and what each kind of subblock adds to the stream there; a
+    layer's sharded parameters are whole until the next one is asked for."""
     context = module.prepare(Context(batch.positions, batch.segments))
     with gathered(module):
         x = module.embed_tokens(batch.tokens)
@@ -75,8 +72,7 @@ class ParentStatistics:
 
     channel_importance: `(F,)` a layer, larger is kept first, None where the FFN is no SwiGLU.
     linear_scale: per kind, the factor that brings a linear map of the paper's weights closest
-        (least squares) to the subblock's own output. Without it W_down·W_up, which takes the gate
-        for 1, starts so far off that training in a few hundred steps ends worse than a no-op.
+        (least squares) to the subblock's own output; without it few hundred steps are too few.
     output_scale: mean over tokens of ‖block output‖².
     block_influence: 1 - cos(block input, block output), mean over tokens (ShortGPT's score).
     """
@@ -94,65 +90,44 @@ def collect_statistics(
     importance: Importance = "independent",
     layers: Collection[int] | None = None,
 ) -> ParentStatistics:
-    """One pass of the parent over calibration batches.
-
-    `iterative` importance takes a second pass, and some of each FFN of `layers` (None: all); the
-    FFNs of other layers keep the independent one.
-    """
-    found = [_LayerSums() for _ in parent.blocks]
-    tokens = 0.0
+    """One pass of the parent over calibration batches; for `iterative` importance a second one, for
+    the FFNs of `layers` (None: all) only."""
+    depth, tokens = len(parent.blocks), 0.0
+    activity: list[Tensor | None] = [None] * depth
+    sums = {what: [0.0] * depth for what in ("output", "influence")}
+    fits = {kind: [(0.0, 0.0)] * depth for kind in KINDS}  # Σxy and Σx² of a linear map's fit
     for batch in batches:
         real = (batch.segments >= 0).float()
         tokens += float(real.sum())
-        for sums, (layer, added) in zip(found, walk(parent, batch), strict=True):
-            sums.add(layer, added, real)
-    ranks: dict[int, Tensor] = {}
-    if importance == "iterative":
-        ranks = iterative_importance(
-            parent, batches, range(len(found)) if layers is None else layers
-        )
-    independent = [None if s.channels is None else s.channels / tokens for s in found]
+        for i, (layer, added) in enumerate(walk(parent, batch)):
+            for kind, x in (("attention", layer.x), ("ffn", layer.middle)):
+                subblock = getattr(layer.block, kind)
+                if isinstance(subblock.variant, GQA | SwiGLU):
+                    linear = F.linear(subblock.norm(x), linear_weight(subblock.op))
+                    xy, xx = fits[kind][i]
+                    xy += float(((linear * added[kind]).sum(-1) * real).sum())
+                    xx += float((linear.square().sum(-1) * real).sum())
+                    fits[kind][i] = xy, xx
+            ffn = layer.block.ffn
+            if isinstance(ffn.variant, SwiGLU):
+                inner = channels(ffn, ffn.norm(layer.middle)).abs()
+                found = torch.einsum("btf,bt->f", inner, real)
+                found = found * feed_forward(ffn).down_proj.weight.norm(dim=0)
+                known = activity[i]
+                activity[i] = found if known is None else known + found
+            sums["output"][i] += float((layer.out.square().sum(-1) * real).sum())
+            distance = 1 - F.cosine_similarity(layer.x, layer.out, dim=-1)
+            sums["influence"][i] += float((distance * real).sum())
+    asked = range(depth) if layers is None else layers
+    iterative = importance == "iterative"
+    ranks = iterative_importance(parent, batches, asked) if iterative else {}
+    independent = [None if one is None else one / tokens for one in activity]
     return ParentStatistics(
         [ranks.get(layer, own) for layer, own in enumerate(independent)],
-        {kind: [_slope(*s.linear[kind]) for s in found] for kind in KINDS},
-        [s.output / tokens for s in found],
-        [s.influence / tokens for s in found],
+        {kind: [xy / xx if xx else 1.0 for xy, xx in found] for kind, found in fits.items()},
+        [one / tokens for one in sums["output"]],
+        [one / tokens for one in sums["influence"]],
     )
-
-
-@dataclass
-class _LayerSums:
-    """Sums over calibration tokens for one layer; `linear`: Σxy and Σx² of a linear map's fit."""
-
-    channels: Tensor | None = None
-    output: float = 0.0
-    influence: float = 0.0
-    linear: dict[str, tuple[float, float]] = field(
-        default_factory=lambda: dict.fromkeys(KINDS, (0.0, 0.0))
-    )
-
-    def add(self, layer: Layer, added: dict[str, Tensor], real: Tensor) -> None:
-        for kind, x in (("attention", layer.x), ("ffn", layer.middle)):
-            subblock = getattr(layer.block, kind)
-            if isinstance(subblock.variant, GQA | SwiGLU):
-                linear = F.linear(subblock.norm(x), linear_weight(subblock.op))
-                xy, xx = self.linear[kind]
-                xy += float(((linear * added[kind]).sum(-1) * real).sum())
-                xx += float((linear.square().sum(-1) * real).sum())
-                self.linear[kind] = xy, xx
-        ffn = layer.block.ffn
-        if isinstance(ffn.variant, SwiGLU):
-            activity = torch.einsum("btf,bt->f", channels(ffn, ffn.norm(layer.middle)).abs(), real)
-            found = activity * feed_forward(ffn).down_proj.weight.norm(dim=0)
-            self.channels = found if self.channels is None else self.channels + found
-        self.output += float((layer.out.square().sum(-1) * real).sum())
-        distance = 1 - F.cosine_similarity(layer.x, layer.out, dim=-1)
-        self.influence += float((distance * real).sum())
-
-
-def _slope(xy: float, xx: float) -> float:
-    """Least squares of y on x through the origin."""
-    return xy / xx if xx else 1.0
 
 
 @torch.no_grad()
@@ -163,11 +138,8 @@ def cut(
     importance: Tensor | None = None,
     linear_scale: float = 1.0,
 ) -> Subblock:
-    """A subblock of `variant` whose weights come from the parent's subblock.
-
-    `importance` `(F,)` orders the parent's FFN channels, largest kept first; without it the
-    norm of down_proj's columns does. `linear_scale` multiplies the weights of a linear map.
-    """
+    """A subblock of `variant` with the parent's weights. importance `(F,)`: channels with the most
+    are kept; None: the norm of down_proj's columns. linear_scale: of a linear map's weights."""
     child = Subblock(config, variant)
     if isinstance(variant, NoOp):
         return child
@@ -181,9 +153,8 @@ def cut(
             copy_parameters(old, new)
         case old, LinearMap() as new:
             assert isinstance(variant, Chain)
-            for weight, first in zip(
-                new.weights, variant.factors(linear_scale * linear_weight(old)), strict=True
-            ):
+            factors = variant.factors(linear_scale * linear_weight(old))
+            for weight, first in zip(new.weights, factors, strict=True):
                 weight.copy_(first)
         case _:
             raise ValueError(f"{name(variant)} cannot be cut from {name(parent.variant)}")
@@ -192,10 +163,7 @@ def cut(
 
 @torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Every parameter of one module into the other's of that name.
-
-    `state_dict` would not do: it takes parameters that are gathered apart again.
-    """
+    """Every parameter into that of its name; `state_dict` would take gathered ones apart again."""
     for key, parameter in source.named_parameters():
         target.get_parameter(key).copy_(parameter)
 
@@ -215,11 +183,7 @@ def _pool_kv_heads(parent: Attention, child: Attention) -> None:
 
 
 def linear_weight(op: nn.Module) -> Tensor:
-    """The paper's `(C, C)` matrix in an operation's place.
-
-    FFN: W_down · W_up. A chain: its product. Attention: W_o · W_v, V's rows repeated for each
-    query head of its group.
-    """
+    """The paper's `(C, C)` matrix in an operation's place; a chain's is its product."""
     if isinstance(op, FeedForward):
         return op.down_proj.weight @ op.up_proj.weight
     if isinstance(op, LinearMap):
@@ -258,10 +222,9 @@ def iterative_importance(
         iterative      c_i = mean ‖s + x_i W_i‖,   s = Y_full - Y_now    each beside those gone
                            = mean √(‖s‖² + 2 x_i (s·W_i) + x_i² ‖W_i‖²)
 
-    The iterative score takes the least of them out in rounds, the first rounds the largest, and
-    ranks channels by when they went: two channels that make up for one another are then not both
-    dispensable (ModelOpt). Holds a few residual streams `(N, C)` of all calibration tokens N,
-    never `(N, F)`; layers above the last one asked for do not run.
+    The iterative score takes the least of them out in rounds and ranks channels by when they went,
+    so two that make up for one another are not both dispensable (ModelOpt). Memory: a few `(N, C)`
+    of all calibration tokens N, never `(N, F)`.
     """
     found: dict[int, Tensor] = {}
     walks = [walk(parent, batch, max(layers, default=-1) + 1) for batch in batches]
@@ -277,10 +240,8 @@ def iterative_importance(
 
 @torch.no_grad()
 def removal_order(ffn: Subblock, x: Tensor, rounds: int = ROUNDS) -> Tensor:
-    """`(F,)`: place of each channel in the order of removal, 0 the first to go.
-
-    x `(N, C)` enters the subblock. Memory beside x: `(N, C)` and some chunks of tokens by F.
-    """
+    """`(F,)`: place of each channel in the order of removal, 0 the first to go, on x `(N, C)`, what
+    enters the subblock."""
     weight = feed_forward(ffn).down_proj.weight
     normed, gone = ffn.norm(x), torch.zeros_like(x)  # gone is s: what the channels removed gave
     left = torch.arange(weight.shape[1], device=x.device)
@@ -291,7 +252,11 @@ def removal_order(ffn: Subblock, x: Tensor, rounds: int = ROUNDS) -> Tensor:
             inner = channels(ffn, normed[part], torch.cat((taken, left)))
             lost, inner = inner.split([len(taken), len(left)], dim=1)
             gone[part] += lost @ weight[:, taken].t()
-            harm += _harm(inner, gone[part], weight[:, left])
+            # Σ over tokens of ‖s + x_i W_i‖, with x `(n, F)`, s `(n, C)` and W `(C, F)`.
+            there, own = gone[part], weight[:, left]
+            square = (there @ own).mul_(2).mul_(inner).add_(there.square().sum(-1, keepdim=True))
+            square.addcmul_(inner.square(), own.square().sum(0))
+            harm += square.clamp_min_(0).sqrt_().sum(0).double()
         least = harm.argsort(stable=True)
         taken, left = left[least[: len(left) - stay]], left[least[len(left) - stay :].sort().values]
         order.append(taken)
@@ -301,10 +266,8 @@ def removal_order(ffn: Subblock, x: Tensor, rounds: int = ROUNDS) -> Tensor:
 
 
 def schedule(width: int, rounds: int) -> list[int]:
-    """How many channels are left after each round: width·(1 - r/rounds)², falling, 0 at the end.
-
-    Front-loaded: while little is gone the channels hardly depend on one another.
-    """
+    """How many channels are left after each round: width·(1 - r/rounds)², the most go first, while
+    channels hardly depend on one another."""
     left = [round(width * (1 - r / rounds) ** 2) for r in range(1, rounds + 1)]
     return [n for n, before in zip(left, [width, *left], strict=False) if n < before]
 
@@ -319,14 +282,6 @@ def channels(ffn: Subblock, normed: Tensor, which: Tensor | slice = slice(None))
     return F.silu(gate) * up
 
 
-def _harm(inner: Tensor, gone: Tensor, weight: Tensor) -> Tensor:
-    """Σ over tokens of ‖s + x_i W_i‖, float64: x `(N, F)`, s `(N, C)`, W `(C, F)` -> `(F,)`."""
-    square = (gone @ weight).mul_(2).mul_(inner).add_(gone.square().sum(-1, keepdim=True))
-    square.addcmul_(inner.square(), weight.square().sum(0))
-    return square.clamp_min_(0).sqrt_().sum(0).double()
-
-
 def feed_forward(ffn: Subblock) -> FeedForward:
-    """The operation of a SwiGLU subblock."""
     assert isinstance(ffn.op, FeedForward)
     return ffn.op

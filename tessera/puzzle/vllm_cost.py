@@ -1,9 +1,8 @@
 """What each word costs in stock vLLM: seconds measured there, the rest counted (Puzzle §2.5).
 
-A word costs what it costs in the exported directory. The DeciLM dialect knows FFN widths in steps
-of 256, and vLLM's CPU build few head sizes: a narrower word is padded with zeros and is no cheaper.
-Words that pad to the same share a probe; `bytes` are of the padded word, `parameters` of its own.
-A word that vLLM cannot load has no row, so no search offers it; `scenarios.json` says why.
+A word costs what it costs in the exported directory, where narrow ones are padded with zeros. Words
+that pad to the same share a probe; `bytes` are of the padded word, `parameters` of its own. A word
+that vLLM cannot load has no row, so no search offers it; `scenarios.json` says why.
 """
 
 from __future__ import annotations
@@ -35,40 +34,29 @@ OURS = {"model", "load_format", "dtype", "enforce_eager", "enable_prefix_caching
 
 
 class VLLMCostConfig(PricedConfig):
-    """Scenarios as in stage `cost`, and how vLLM is run.
-
-    `python`: that of an environment with vLLM; without, this one's or `.venv-vllm`'s.
-    `arguments`: further ones of `vllm.LLM`, such as tensor_parallel_size.
-    """
-
     rounds: int = Field(default=10, ge=3)  # of one start
     starts: int = Field(default=1, ge=1)  # of each probe, in turn: more where the machine is shared
     depth: int = Field(default=10, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     enforce_eager: bool = False  # true: neither compiled nor CUDA graphs; a start takes half
     threads: PositiveInt | None = None  # of the CPU build; left out: its own choice
-    arguments: dict[str, bool | int | float | str] = {}
-    python: str | None = None
+    arguments: dict[str, bool | int | float | str] = {}  # of vllm.LLM, as tensor_parallel_size
+    python: str | None = None  # with vLLM; without, this one's or `.venv-vllm`'s
 
     @field_validator("arguments")
     @classmethod
     def _ours(cls, value: dict) -> dict:
         if taken := OURS & value.keys():
-            raise ValueError(
-                f"{', '.join(sorted(taken))}: the stage sets this itself; dtype and enforce_eager "
-                "are keys of its table"
-            )
+            raise ValueError(f"{', '.join(sorted(taken))}: the stage sets this itself")
         return value
 
 
 def served(config: ModelConfig, key: Key) -> Key:
-    """The word that an exported model has in this one's place: the same or a padded one."""
     (block,) = expressible(replace(config, blocks=(_alone(key),))).blocks
     return key[0], name(getattr(block, key[0]))
 
 
 def base_word(words: Sequence[Key]) -> Key:
-    """The narrowest attention on offer: a probe's first layer, where vLLM must have attention."""
     found = [v for k, w in words if isinstance(v := parse_kind(k, w), GQA)]
     if not found:
         raise RunError("no word of the space is attention, and vLLM loads no model without any")
@@ -76,25 +64,19 @@ def base_word(words: Sequence[Key]) -> Key:
 
 
 def probe(config: ModelConfig, first: Key, key: Key, depth: int) -> ModelConfig:
-    """The model that a word is measured in, padded: a first layer, and `depth` layers of the word.
-
-    What it takes longer than the first layer alone, the probe of `BASE`, over `depth` is the
-    word's.
-    """
+    """The padded model that a word is measured in: a first layer, and `depth` layers of the word;
+    the probe of `BASE` is the first layer alone."""
     repeated = () if key == BASE else (_alone(key),) * depth
     return expressible(replace(config, blocks=(_alone(first), *repeated)))
 
 
 def _alone(key: Key) -> BlockConfig:
-    kind, word = key
-    return BlockConfig(NoOp(), NoOp()).with_(kind, parse_kind(kind, word))
+    return BlockConfig(NoOp(), NoOp()).with_(key[0], parse_kind(*key))
 
 
 def unloadable(config: ModelConfig, words: Sequence[Key]) -> dict[Key, str]:
-    """The words that vLLM cannot load, with its reason.
-
-    Raises RunError where that leaves no child: it is the parent's family, or one of its own words.
-    """
+    """The words that vLLM cannot load, with its reason. Raises RunError where that is the parent's
+    family, or one of its own words."""
     first = base_word(words)
     if reasons := refusals(probe(config, first, BASE, 0), "vllm", "decilm"):
         raise RunError(f"vLLM can load no child of this parent: {'; '.join(reasons)}")
@@ -111,33 +93,13 @@ def unloadable(config: ModelConfig, words: Sequence[Key]) -> dict[Key, str]:
 
 
 def prefill_and_step(rounds: Sequence[Seconds], new: int) -> Seconds:
-    """(prefill, one decode step) of rounds of (seconds to the first token, to all `new`).
-
-    Lower quartiles of both, for noise only ever adds to a time; to their differences it would not.
-    """
+    """(prefill, one decode step) of rounds of (seconds to the first token, to all `new`), by lower
+    quartiles of both: noise only ever adds to a time."""
     first, whole = np.quantile(np.array(rounds), 0.25, axis=0)
     return float(first), float((whole - first) / (new - 1))
 
 
-def word_prices(found: Mapping[Key, Seconds], first: Key, depth: int) -> dict[Key, Seconds]:
-    """Seconds of each word and of the base, from those of the probes.
-
-    The base is what is left of its probe without the first layer: embedding, head, sampling and
-    the engine's own work.
-    """
-
-    def positive(pair: np.ndarray) -> Seconds:
-        prefill, decode = np.maximum(0.0, pair)
-        return float(prefill), float(decode)
-
-    alone = np.array(found[BASE])
-    over = {key: (np.array(pair) - alone) / depth for key, pair in found.items() if key != BASE}
-    words = monotone({key: positive(pair) for key, pair in over.items()})
-    return {BASE: positive(alone - np.array(words[first])), **words}
-
-
 def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> dict:
-    """What `vllm/worker.py` is asked about a model directory: all scenarios in one process."""
     priced = [scenario for _, scenario in config.priced()]
     return {
         "model": str(model),
@@ -158,11 +120,8 @@ def job(config: VLLMCostConfig, model: Path, vocab_size: int) -> dict:
 
 
 def drive(python: str, job: dict, threads: int | None, kv_bytes: float = 0.0) -> dict:
-    """vLLM's answer to a job, from a process of its own. Raises FailureError.
-
-    kv_bytes: of the cache that the largest scenario fills, for the CPU build, which has no
-    memory of its own to fill.
-    """
+    """vLLM's answer to a job, from a process of its own. kv_bytes: of the cache that the largest
+    scenario fills, for the CPU build. Raises FailureError."""
     environment = {"VLLM_CPU_KVCACHE_SPACE": str(1 + int(1.25 * kv_bytes / 2**30))}
     if threads is not None:
         environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -179,27 +138,27 @@ def drive(python: str, job: dict, threads: int | None, kv_bytes: float = 0.0) ->
     if (answer["cache_tokens"] or needed) < needed:
         raise FailureError(
             f"vLLM's KV cache holds {answer['cache_tokens']:,} tokens and a scenario needs "
-            f"{needed:,}: it would wait instead of computing; give it a larger "
-            "arguments.gpu_memory_utilization, or the scenario a smaller batch"
+            f"{needed:,}; raise arguments.gpu_memory_utilization, or give it a smaller batch"
         )
     return answer
 
 
 def cache_bytes(config: VLLMCostConfig, model: ModelConfig) -> float:
-    """Bytes of KV cache that the largest scenario fills in this model."""
     tokens = max(scenario.cached_tokens for _, scenario in config.priced())
     return tokens * model.kv_bytes_per_token(BYTES[config.dtype])
 
 
 def measure(
-    config: VLLMCostConfig, run: Run, probes: Mapping[Key, ModelConfig], python: str
+    config: VLLMCostConfig, run: Run, parent: ModelConfig, words: Sequence[Key], python: str
 ) -> dict[Key, list[dict]]:
-    """The worker's answers for every probe, one a start; an interrupted run's are not asked anew.
-
-    probes: expressible configs, which need no weights on disk. Starting vLLM is most of a probe's
-    time, so that probes cannot alternate round by round; on a shared machine several starts make
-    them alternate nevertheless.
-    """
+    """The worker's answers for the base and every distinct padded word, one a start; those of an
+    interrupted run are kept. A start takes too long for probes to alternate round by round."""
+    longest = max(scenario.prompt + scenario.new for _, scenario in config.priced())
+    # vLLM refuses requests beyond the model's context, and a longer one costs nothing.
+    roomy = max(parent.max_position_embeddings, longest)
+    parent, first = replace(parent, max_position_embeddings=roomy), base_word(words)
+    distinct = dict.fromkeys([BASE, *(served(parent, key) for key in words if key[1] != "noop")])
+    probes = {key: probe(parent, first, key, config.depth) for key in distinct}
 
     def ask(model: ModelConfig) -> dict:
         place = run.state_path / "probe"
@@ -219,19 +178,6 @@ def measure(
     return answers
 
 
-def probes_of(
-    config: VLLMCostConfig, parent: ModelConfig, words: Sequence[Key]
-) -> dict[Key, ModelConfig]:
-    """The probe of the base and of every distinct padded word; `noop` needs none."""
-    longest = max(scenario.prompt + scenario.new for _, scenario in config.priced())
-    # vLLM refuses requests beyond the model's context, and a longer one costs nothing.
-    roomy = max(parent.max_position_embeddings, longest)
-    parent = replace(parent, max_position_embeddings=roomy)
-    distinct = dict.fromkeys([BASE, *(served(parent, key) for key in words if key[1] != "noop")])
-    first = base_word(words)
-    return {key: probe(parent, first, key, config.depth) for key in distinct}
-
-
 def cost_rows(
     config: VLLMCostConfig,
     parent: ModelConfig,
@@ -244,7 +190,12 @@ def cost_rows(
     for number, (label, scenario) in enumerate(config.priced()):
         rounds = {k: sum((a["seconds"][number] for a in v), []) for k, v in answers.items()}
         found = {key: prefill_and_step(value, scenario.new) for key, value in rounds.items()}
-        seconds = word_prices(found, first, config.depth)
+        alone = np.array(found.pop(BASE))
+        over = {k: np.maximum(0.0, (np.array(v) - alone) / config.depth) for k, v in found.items()}
+        seconds = monotone({key: (float(p), float(d)) for key, (p, d) in over.items()})
+        # The base is its probe without the first layer: embedding, head, the engine's own work.
+        base = np.maximum(0.0, alone - np.array(seconds[first]))
+        seconds[BASE] = float(base[0]), float(base[1])
         columns: dict[Key, dict] = {BASE: base_row(parent, bytes_each)}
         for kind, word in words:
             padded = served(parent, (kind, word))
@@ -268,19 +219,13 @@ def stage(config: VLLMCostConfig, run: Run, inputs: dict[str, Path]) -> None:
     for (kind, word), reason in dropped.items():
         run.say(f"no price for {word} ({kind}): {reason}")
     words = [key for key in words if key not in dropped]
-    answers = measure(config, run, probes_of(config, parent, words), python)
+    answers = measure(config, run, parent, words, python)
     run.write_table("costs", cost_rows(config, parent, words, answers))
     run.write_json("probes", {" ".join(key): answer for key, answer in answers.items()})
     answer, size = answers[BASE][0], BYTES[config.dtype]
-    run.write_json(
-        "scenarios",
-        config.described("measured", answer["device"], size, size)
-        | {
-            "engine": answer["engine"],
-            "clock": answer["clock"],
-            "unavailable": [
-                {"kind": kind, "word": word, "reason": reason}
-                for (kind, word), reason in dropped.items()
-            ],
-        },
-    )
+    told = {"engine": answer["engine"], "clock": answer["clock"]}
+    told["unavailable"] = [
+        {"kind": kind, "word": word, "reason": reason} for (kind, word), reason in dropped.items()
+    ]
+    known = config.described("measured", answer["device"], size, size)
+    run.write_json("scenarios", known | told)

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 
-from tessera.puzzle.baselines import (
+from tessera.puzzle.candidates import (
+    Candidates,
     dropped_attention,
     dropped_layers,
     greedy,
     uniform,
 )
-from tessera.puzzle.candidates import Candidates
 from tessera.puzzle.constraints import BatchChoice, Budgets, batch_choices
 from tessera.puzzle.cost import CostConfig, price
 from tessera.puzzle.cost_table import CostTable

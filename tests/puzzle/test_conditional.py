@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tessera.puzzle.conditional import polish, tighten
 from tessera.puzzle.cost_table import Costs, CostTable, Scenario
-from tessera.puzzle.search import SearchConfig
+from tessera.puzzle.search import SearchConfig, polish, tighten
 from tessera.puzzle.space import Space
 from tests.searching import priced, search
 from tests.toy import toy_config

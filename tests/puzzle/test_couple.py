@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from tessera.model.checkpoint import load_model
-from tessera.puzzle import couple
-from tessera.puzzle.bld import unit_params
-from tessera.puzzle.couple import CoupleConfig, choose_pairs, largest_pairs, most_chosen
+from tessera.puzzle import bld
+from tessera.puzzle.bld import CoupleConfig, choose_pairs, largest_pairs, most_chosen, unit_params
 from tessera.puzzle.library import LibraryError, assemble, load_unit, unit_file
 from tessera.puzzle.space import Space, Unit, read_space
 from tessera.runs.run import read_json, read_table
@@ -157,7 +156,7 @@ libraries = ["couple-low", "couple-high"]
 
 def test_a_killed_coupling_goes_on_where_it_was(tmp_path, runs, monkeypatch):
     text = f"[bld]\n{BLD}{SEARCH}[couple]\nlayers_at_once = 2\n{COUPLE}"
-    plain, seen = couple.link_library, []
+    plain, seen = bld.link_library, []
 
     def dying(source, target):
         seen.append(1)
@@ -165,7 +164,7 @@ def test_a_killed_coupling_goes_on_where_it_was(tmp_path, runs, monkeypatch):
             raise KeyboardInterrupt
         plain(source, target)
 
-    monkeypatch.setattr(couple, "link_library", dying)
+    monkeypatch.setattr(bld, "link_library", dying)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, text)
     found = run(tmp_path, text)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tessera.model.config import KINDS
 from tessera.model.context import Context
 from tessera.puzzle.library import BlockLibrary, assemble, load_unit, save_library, unit_file
-from tessera.puzzle.score import load_units, score_batch, score_given
+from tessera.puzzle.score import Target, load_units, score_batch, score_given
 from tessera.puzzle.space import SpaceConfig, Unit, build_space
 from tessera.puzzle.surgery import collect_statistics
 from tests.toy import toy_batch, toy_model
@@ -29,7 +29,7 @@ def _library(tmp_path):
 def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
     parent, space, library = _library(tmp_path)
     batch = toy_batch(2)
-    found = score_batch(parent, load_units(library, parent, space), batch)
+    found = score_batch(parent, load_units(library, parent, space), Target.of(parent, batch))
     context = lambda: Context(batch.positions, batch.segments)  # noqa: E731
     log_p = F.log_softmax(parent.logits(parent(batch.tokens, context())), -1)
     for layer, kind, word in space.replacements():
@@ -75,7 +75,7 @@ def test_scores_given_the_parent_are_replace_one_scores(tmp_path):
     parent, space, library = _library(tmp_path)
     units, batch = load_units(library, parent, space), toy_batch(2)
     _, rows = score_given(parent, parent, units, [batch])
-    found = score_batch(parent, units, batch)
+    found = score_batch(parent, units, Target.of(parent, batch))
     for row in rows:
         sums = found[row["layer"], row["kind"], row["word"]]
         kl, weight = sums["kl"]
@@ -96,11 +96,11 @@ def test_a_pair_stands_for_both_words(tmp_path):
     save_file(block.state_dict(), path)
     paired = replace(space, pairs=(pair,))
     batch = toy_batch(2)
-    found = score_batch(parent, load_units(library, parent, paired), batch)
+    found = score_batch(parent, load_units(library, parent, paired), Target.of(parent, batch))
     architecture = list(parent.config.words)
     architecture[1] = words
     child = assemble(toy_model(), library, architecture).requires_grad_(False)
-    whole = score_batch(parent, {}, batch, current=child)[()]
+    whole = score_batch(child, {}, Target.of(parent, batch))[()]
     for metric, (value, _) in whole.items():
         assert abs(found[pair][metric][0] - value) < 1e-3
 

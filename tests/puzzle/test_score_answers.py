@@ -23,7 +23,7 @@ from tessera.puzzle.score import (
     pack_problems,
     procedural_problems,
     read_problems,
-    score_answers,
+    score_batch,
     score_given,
 )
 from tessera.puzzle.space import SpaceConfig, Unit, build_space
@@ -60,7 +60,7 @@ def accuracy(module, found) -> float:
 def total(module, portions, units=None) -> dict:
     sums: dict = {}
     for portion in portions:
-        for key, values in score_answers(module, units or {}, portion).items():
+        for key, values in score_batch(module, units or {}, portion).items():
             known = sums.setdefault(key, dict.fromkeys(values, (0.0, 0.0)))
             for metric, (value, weight) in values.items():
                 known[metric] = known[metric][0] + value, known[metric][1] + weight
