@@ -11,10 +11,8 @@ from pydantic import Field
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
 from tessera.objectives.grpo import PolicyGradient, PolicyLossConfig
-from tessera.plot import Series, line_chart
 from tessera.rl import advantages
 from tessera.rl.advantages import Advantages
-from tessera.rl.curriculum import Order
 from tessera.rl.monitors import Guard
 from tessera.rl.rewards import Reward
 from tessera.rl.rollouts import RolloutConfig, Rollouts
@@ -59,26 +57,11 @@ def train(config: PolicyConfig, rule: Advantages, run: Run, inputs: Mapping[str,
     objective = PolicyGradient(config, spread.load(model, frozen=True) if config.kl else None)
     with Rollouts.open(module, config, rule, run, inputs) as source:
         if config.curriculum.order == "curriculum":
-            _write_curriculum(source.order, run)
+            eighth = max(1, len(source.order.batches) // 8)
+            run.write_table("curriculum", source.order.table(eighth))
         guard = Guard(run, config.gap_limit)
         Trainer(module, objective, source, config.train, run, check=guard).fit()
     save_model(module, run.model_path, tokenizer_from=resolve(model))
-
-
-def _write_curriculum(order: Order, run: Run) -> None:
-    """Planned and actual pass rates of each eighth of the training: a table and a chart."""
-    rows = order.table(max(1, len(order.batches) // 8))
-    run.write_table("curriculum", rows)
-    lines = [
-        Series(
-            f"{kind} from step {step}",
-            [(r["pass_rate"], r[kind], f"{r[kind]:.2f}") for r in rows if r["step"] == step],
-        )
-        for step in sorted({row["step"] for row in rows})[::2]
-        for kind in ("planned", "actual")
-    ]
-    x, y = "pass rate before training", "share of the prompts"
-    run.write_file("curriculum.svg", line_chart(lines, title="Pass rates of the prompts", x=x, y=y))
 
 
 def grpo(config: GRPOConfig, run: Run, inputs: dict[str, Path]) -> None:
