@@ -176,7 +176,7 @@ def plan(
         print_json([found.as_json() for found in plans])
         return
     print("\n\n".join(planning.render_plan(plan, price) for plan in plans))
-    if others := planning.unplanned(read):
+    if others := [spec.name for spec in read.stages if spec.stage not in planning.TRAINS]:
         complain(f"no plan is made of {', '.join(others)}")
 
 
