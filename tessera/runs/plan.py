@@ -159,9 +159,7 @@ def plan(
     names = [spec.name for spec in recipe.stages]
     for name in redo:
         if name not in names:
-            raise RecipeError(
-                f"--redo {name}: the recipe has no such stage; {nearest(name, names)}"
-            )
+            raise RecipeError(f"--redo {name}: no such stage; {nearest(name, names)}")
     steps: list[Step] = []
     for spec in recipe.stages:
         steps.append(_resolved(spec, recipe, runs_dir, steps, stages))
