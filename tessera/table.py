@@ -236,5 +236,11 @@ VIEWS: dict[str, tuple[Column, ...]] = {
     ),
     "eval_groups": view("task mode group of value stderr tokens obedience items", tokens=AN_ANSWER),
     "taken": (*view("layer"), *_saved("attention"), *_saved("ffn"), *view("pair_kl")),
+    "cost": view(
+        "run seconds cpu share tokens",
+        seconds=("time", clock),
+        cpu=("CPU", clock),
+        share=("share", percent),
+    ),
     "costs": view("kind word parameters kv_bytes_per_token bytes prefill_seconds decode_seconds"),
 }
