@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -85,36 +84,34 @@ def check(
     from tessera.runs.recipe import load
 
     steps = plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
-    if as_json:
-        print_json([_step_values(step, steps) for step in steps])
-        return
+    found = []
     for step in steps:
+        memory = planning.stage_memory(step, steps)
+        row = {
+            "name": step.name,
+            "stage": step.stage.name,
+            "action": step.action,
+            "inputs": step.inputs,
+            "config": step.resolved,
+            "num_params": _num_params(step),
+            "memory": memory.as_json() if memory else None,
+            "warnings": step.warnings(steps),
+        }
+        found.append(row)
+        if as_json:
+            continue
         print(f"# {step.name}: {_what_would_happen(step)}")
-        if counted := _num_params(step):
-            print(f"# {counted:,} parameters in {step.files['path']}")
-        if needed := planning.stage_memory(step, steps):
-            print(f"# {needed}")
+        if row["num_params"]:
+            print(f"# {row['num_params']:,} parameters in {step.files['path']}")
+        if memory:
+            print(f"# {memory}")
         for note in step.notes():
             print(f"# {note}")
-        for warning in step.warnings(steps):
+        for warning in row["warnings"]:
             print(f"# WARNING: {warning}")
         print(table_text(step))
-
-
-def _step_values(step: Step, steps: Sequence[Step]) -> dict[str, Any]:
-    from tessera import planning
-
-    memory = planning.stage_memory(step, steps)
-    return {
-        "name": step.name,
-        "stage": step.stage.name,
-        "action": step.action,
-        "inputs": step.inputs,
-        "config": step.resolved,
-        "num_params": _num_params(step),
-        "memory": memory.as_json() if memory else None,
-        "warnings": step.warnings(steps),
-    }
+    if as_json:
+        print_json(found)
 
 
 def _what_would_happen(step: Step) -> str:
@@ -200,19 +197,27 @@ def quickstart(
     """
     from tessera import pipeline
     from tessera.cli import quickstart as results
+    from tessera.report import page
+    from tessera.runs.files import atomic_write
     from tessera.table import terminal_width
 
     plan = results.recipe(task, fast, overrides or ())
     results.use_one_thread()
     pipeline.run_recipe(plan, runs, redo=redo or (), quiet=quiet)
     home = runs / plan.name
-    rows, page = results.table(home), results.write_report(home)
+    rows, report = results.table(home), home / "report.html"
+    text = page.html(home.name, "What the quickstart made.", page.sections(home)[1])
+    atomic_write(report, text)
     if as_json:
         print_json(rows)
         return
     print(f"\n{results.rendered(rows, terminal_width())}\n")
-    next_steps = results.next_steps(home, task)
-    complain(f"The report is {page}, everything else in {home}. Next:\n{next_steps}")
+    complain(
+        f"The report is {report}, everything else in {home}. Next:\n"
+        f"tessera chat {home / 'grpo'}        and ask: {results.EXAMPLES[task]}\n"
+        f"tessera serve {home / 'grpo'} --web\n"
+        "tessera run recipes/checkpoint.toml parent.path=MODEL data.paths='[\"DOCUMENTS.jsonl\"]'"
+    )
 
 
 @command("curate", data)
