@@ -318,10 +318,10 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     teacher = gathered = 0.0
     if job.teacher:
         teacher = size * held_params(job.teacher, ways) / layout.shard
-        teacher += _whole_groups(job.teacher, ways, size) if sharded else 0.0
-    if sharded:
-        block, root = _largest_block(student, ways), root_params(student)
-        gathered = _whole_groups(student, ways, size) + size * (block + root) + 4 * max(block, root)
+        teacher += _gathered(job.teacher, ways, size) if sharded else 0.0
+    if sharded:  # with gradients, and a group that is reduced in float32
+        block, root = _groups(student, ways)
+        gathered = size * (3 * block + 2 * root) + 4 * max(block, root)
     return Parts(
         weights=4 * held,
         gradients=4 * held,
@@ -335,13 +335,16 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     )
 
 
-def _largest_block(config: ModelConfig, tensor: int) -> int:
-    return max(split_params(config, block, tensor) for block in config.blocks)
+def _groups(config: ModelConfig, tensor: int) -> tuple[int, int]:
+    """Parameters of the two groups that FSDP gathers: the largest block, and the root."""
+    largest = max(split_params(config, block, tensor) for block in config.blocks)
+    return largest, root_params(config)
 
 
-def _whole_groups(config: ModelConfig, tensor: int, size: int) -> float:
-    """Two blocks, one at work and one on its way, and the root group."""
-    return size * (2 * _largest_block(config, tensor) + root_params(config))
+def _gathered(config: ModelConfig, tensor: int, size: int) -> int:
+    """Bytes of two blocks, one at work and one on its way, and of the root group."""
+    block, root = _groups(config, tensor)
+    return size * (2 * block + root)
 
 
 def loss_bytes(config: ModelConfig, tokens: int, size: int, two: bool, accelerator: bool) -> float:
@@ -371,7 +374,7 @@ def _units(job: Job, layout: Layout) -> Parts:
         weights=4 * units / layout.shard,
         gradients=4 * units / layout.shard,
         moments=8 * units / layout.shard,
-        teacher=teacher + (_whole_groups(parent, 1, 4) if sharded else 0.0),
+        teacher=teacher + (_gathered(parent, 1, 4) if sharded else 0.0),
         activations=4 * job.train.microbatch_tokens * kept_numbers(parent, job.units),
         units_whole=4 * units if sharded else 0.0,
     )
@@ -443,21 +446,17 @@ def _trained(job: Job, layout: Layout) -> float:
 def _passed(job: Job, layout: Layout) -> float:
     """Bytes that elementwise kernels of a step read and write, on all devices together."""
     size, tokens = BYTES[job.train.dtype], job.train.tokens_per_step
-    again = 1 if layout.gradient_checkpointing else 0
+    passes = 4 if layout.gradient_checkpointing else 3  # forward, and twice that backward
     total = 0.0
-    if job.student is not None:  # forward, and twice that backward
-        total += (3 + again) * _model_numbers(job.student) * size
-        total += 4 * HEAD_PASSES * job.student.vocab_size
-    if job.teacher is not None:
-        total += _model_numbers(job.teacher) * size
-        total += 4 * HEAD_PASSES * job.teacher.vocab_size if job.student is not None else 0
+    for model, times in ((job.student, passes), (job.teacher, 1)):
+        if model is not None:
+            blocks = model.blocks
+            numbers = sum(_numbers(model, b.attention) + _numbers(model, b.ffn) for b in blocks)
+            total += times * numbers * size
+            total += 4 * HEAD_PASSES * model.vocab_size if job.student is not None else 0
     for _, _, word in job.units:
         total += 3 * _numbers(job.config, parse(word)) * size / job.passes
     return total * tokens
-
-
-def _model_numbers(config: ModelConfig) -> float:
-    return sum(_numbers(config, b.attention) + _numbers(config, b.ffn) for b in config.blocks)
 
 
 def _numbers(config: ModelConfig, variant: Variant) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,8 +37,14 @@ def render_table(
     shown = list(rows if limit is None else rows[:limit])
     columns = columns_of(shown, view)
     texts = [_column_lines(column, shown) for column in columns]
-    fitting = _fitting([len(lines[0]) for lines in texts], width)
-    lines = ["".join(parts).rstrip() for parts in zip(*_spaced(texts[:fitting]), strict=True)]
+    ends = list(itertools.accumulate(len(lines[0]) + GAP for lines in texts))
+    fitting = max(1, sum(width is None or end - GAP <= width for end in ends))
+    height = max((len(lines) for lines in texts[:fitting]), default=0)
+    spaced = [
+        [" " * (len(lines[0]) + GAP)] * (height - len(lines)) + [text + " " * GAP for text in lines]
+        for lines in texts[:fitting]
+    ]
+    lines = ["".join(parts).rstrip() for parts in zip(*spaced, strict=True)]
     left_out = [" ".join(column.heading) for column in columns[fitting:]]
     hidden = len(rows) - len(shown)
     left_out += [f"{hidden} more row{'s' * (hidden > 1)}"] if hidden else []
@@ -63,26 +70,6 @@ def _column_lines(column: Column, rows: Sequence[Row]) -> list[str]:
     padded = [align(text, width) for text in (*column.heading, *cells)]
     padded.insert(len(column.heading), "-" * width)
     return padded
-
-
-def _fitting(widths: Sequence[int], limit: int | None) -> int:
-    """How many columns from the left fit, at least one."""
-    used, count = -GAP, 0
-    for width in widths:
-        used += GAP + width
-        if limit is not None and used > limit:
-            break
-        count += 1
-    return max(1, count)
-
-
-def _spaced(columns: Sequence[list[str]]) -> list[list[str]]:
-    """Columns of equal height, short headings moved down, a gap between them."""
-    height = max(map(len, columns))
-    return [
-        [" " * (len(lines[0]) + GAP)] * (height - len(lines)) + [text + " " * GAP for text in lines]
-        for lines in columns
-    ]
 
 
 def terminal_width() -> int | None:

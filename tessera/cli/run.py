@@ -80,20 +80,22 @@ def check(
     What it prints is a recipe too, every default spelled out.
     """
     from tessera import pipeline, planning
+    from tessera.model.source import model_config
     from tessera.runs.plan import plan, table_text
     from tessera.runs.recipe import load
 
     steps = plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
     found = []
     for step in steps:
-        memory = planning.stage_memory(step, steps)
+        memory, path = planning.stage_memory(step, steps), step.files.get("path")
+        imported = step.stage.name == "parent" and isinstance(path, Path)
         row = {
             "name": step.name,
             "stage": step.stage.name,
             "action": step.action,
             "inputs": step.inputs,
             "config": step.resolved,
-            "num_params": _num_params(step),
+            "num_params": model_config(path).num_params() if imported else None,
             "memory": memory.as_json() if memory else None,
             "warnings": step.warnings(steps),
         }
@@ -102,7 +104,7 @@ def check(
             continue
         print(f"# {step.name}: {_what_would_happen(step)}")
         if row["num_params"]:
-            print(f"# {row['num_params']:,} parameters in {step.files['path']}")
+            print(f"# {row['num_params']:,} parameters in {path}")
         if memory:
             print(f"# {memory}")
         for note in step.notes():
@@ -122,16 +124,6 @@ def _what_would_happen(step: Step) -> str:
         return f"the recipe has changed under this run\n# {diff}"
     actions = {"run": "would run", "resume": "would go on", "skip": "is done"}
     return actions.get(step.action, "would be redone")
-
-
-def _num_params(step: Step) -> int | None:
-    """Parameters of the checkpoint that a stage imports, where it can be read here."""
-    from tessera.model.source import model_config
-
-    path = step.files.get("path")
-    if step.stage.name != "parent" or not isinstance(path, Path):
-        return None
-    return model_config(path).num_params()
 
 
 @command()

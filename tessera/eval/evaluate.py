@@ -145,7 +145,7 @@ def evaluate(
     plan = [(task, _items(task, config)) for task in asked]
     if not config.judge and any(task.judging for task in asked):
         names = ", ".join(task.name for task in asked if task.judging)
-        raise EvalError(f"{names}: give a judge = {{ url, model }}, or --judge MODEL@URL")
+        raise EvalError(f"{names}: give judge = {{ url, model }}, or --judge MODEL@URL")
     table, by_group = [], []
     if texts:
         table.append(perplexity(model, config.place(PERPLEXITY), config.limit))

@@ -13,9 +13,8 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -111,7 +110,7 @@ def complete(
                 one = wanted[i]
                 most = min(one.params.max_tokens, room - len(one.prompt))
                 params = dataclasses.replace(one.params, max_tokens=most)
-                stopping = partial(_stopping, tokenizer, one) if one.stops else None
+                stopping = (lambda one=one: Answer(tokenizer, one).push) if one.stops else None
                 flying[i] = engine.submit(one.prompt, params, key=one.key, stopping=stopping)
             if not flying:
                 return
@@ -122,10 +121,6 @@ def complete(
     finally:
         for handle in flying.values():
             handle.cancel()
-
-
-def _stopping(tokenizer: Tokenizer, one: Wanted) -> Callable[[int], bool]:
-    return Answer(tokenizer, one).push
 
 
 def _text(tokenizer: Tokenizer, one: Wanted, tokens: Sequence[int]) -> str:
@@ -295,9 +290,16 @@ class TesseraLM(TemplateLM):
         **kwargs: Any,
     ) -> Scores:
         """(log-likelihood of the continuation, whether greedy decoding yields it) of each."""
-        rows = [self._row(context, wanted) for _, context, wanted in requests]
-        whole = [len(context) + len(wanted) for _, context, wanted in requests]
-        _tell_cuts("contexts", [a - len(b) for a, b in zip(whole, rows, strict=True)])
+        longest, rows = self.max_length, []
+        for _, context, wanted in requests:
+            if not context or not 0 < len(wanted) <= longest:
+                raise HarnessError(
+                    f"a continuation of {len(wanted)} tokens after {len(context)} cannot be "
+                    f"scored: it needs a context, and from 1 to {longest} tokens"
+                )
+            rows.append([*context, *wanted])
+        _tell_cuts("contexts", [max(0, len(row) - longest - 1) for row in rows])
+        rows = [row[-(longest + 1) :] for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: Scores = [(0.0, False)] * len(rows)
         with Progress("lm-eval: scoring", len(rows), "texts", quiet=disable_tqdm) as progress:
@@ -312,15 +314,6 @@ class TesseraLM(TemplateLM):
                         self.cache_hook.add_partial("loglikelihood", text, found[i])
                 progress.advance(len(part))
         return found
-
-    def _row(self, context: list[int], wanted: list[int]) -> list[int]:
-        """Both, the context cut from the left where they are longer than the model reads."""
-        if not context or not 0 < len(wanted) <= self.max_length:
-            raise HarnessError(
-                f"a continuation of {len(wanted)} tokens after {len(context)} cannot be scored: "
-                f"it needs a context, and from 1 to {self.max_length} tokens"
-            )
-        return [*context, *wanted][-(self.max_length + 1) :]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         """Log-likelihood of whole texts, each token once, in windows of `max_length`."""

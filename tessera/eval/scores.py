@@ -121,7 +121,12 @@ def summary(
         row |= {"value": value, "stderr": error} if number == 0 else {name: value}
     by_item = _by_item(found, names[0])
     samples = min((len(values) for values in by_item), default=0)
-    row |= {"items": len(by_item), "samples": samples, **_passes(by_item, samples)}
+    row |= {"items": len(by_item), "samples": samples}
+    k = 2
+    while k <= samples:
+        rates = [pass_at(len(values), sum(v >= 1 for v in values), k) for values in by_item]
+        row[f"pass@{k}"] = sum(rates) / len(rates)
+        k *= 2
     row["obedience"] = _share([one.obedient for one in found])
     row["tokens"] = _share([one.chat.tokens for one in found])
     row["truncated"] = sum(one.chat.truncated for one in found)
@@ -187,16 +192,6 @@ def _mean(
         return mean, None
     variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
     return mean, math.sqrt(variance / len(means))
-
-
-def _passes(by_item: Sequence[Sequence[float]], samples: int) -> dict[str, float]:
-    """pass@k for k = 2, 4, 8 … up to the samples that every item has."""
-    found, k = {}, 2
-    while k <= samples:
-        rates = [pass_at(len(values), sum(v >= 1 for v in values), k) for values in by_item]
-        found[f"pass@{k}"] = sum(rates) / len(rates)
-        k *= 2
-    return found
 
 
 def pass_at(n: int, c: int, k: int) -> float:

@@ -137,10 +137,16 @@ def changes(before: ModelConfig, after: ModelConfig, parent: ModelConfig, prices
         rows.append(row)
     columns = dict.fromkeys(key for row in rows for key in row if "_" in key)
     scenario = prices.costs.scenario if prices.costs else None
+    whole: Row = {"parameters": before.num_params()}
+    whole["kv_bytes_per_token"] = int(before.kv_bytes_per_token(4))
+    places = [place for pair in before.words for place in zip(KINDS, pair, strict=True)]
+    if prices.costs and all(place in prices.costs.words for place in places):
+        total = prices.costs.total(before.words)
+        whole |= {column: total[column] for column in PRICED if column in total}
     return {
         "layers": rows,
         "total": {key: _sum([row[key] for row in rows if key in row]) for key in columns},
-        "of": _whole(before, prices),
+        "of": whole,
         "scenario": scenario.model_dump() if scenario else None,
     }
 
@@ -156,17 +162,6 @@ def _counted(config: ModelConfig, column: str, kind: str, word: str) -> float:
     if column == "parameters":
         return config.subblock_params(kind, variant)
     return config.kv_bytes(variant)  # type: ignore[arg-type]
-
-
-def _whole(config: ModelConfig, prices: Prices) -> Row:
-    """What all of `before` costs, to set what was saved against."""
-    found: Row = {"parameters": config.num_params()}
-    found["kv_bytes_per_token"] = int(config.kv_bytes_per_token(4))
-    places = [place for pair in config.words for place in zip(KINDS, pair, strict=True)]
-    if prices.costs and all(place in prices.costs.words for place in places):
-        total = prices.costs.total(config.words)
-        found |= {column: total[column] for column in PRICED if column in total}
-    return found
 
 
 def _less(a: float | None, b: float | None) -> float | None:

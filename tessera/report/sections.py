@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tessera.runs.files import RunError
 from tessera.runs.plan import flat
 from tessera.runs.run import (
     Manifest,
+    read_json,
     read_manifest,
     read_metrics,
     read_timings,
@@ -62,12 +62,7 @@ class RunData:
 
     def lines(self, name: str) -> list[Row]:
         """A file of JSON lines beside the tables; a torn last line is none."""
-        file = self.path / name
-        return whole_lines(file)[0] if file.is_file() else []
-
-    def json(self, name: str) -> Any:
-        file = self.path / "tables" / f"{name}.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return whole_lines(self.path / name)[0]
 
 
 @dataclass(frozen=True)
@@ -464,8 +459,8 @@ def _answer_findings(runs: Runs) -> Iterator[Row]:
 def _exports(runs: Runs) -> Iterator[Row]:
     """Whether the files of an export compute what the model does."""
     for run in runs.all:
-        told = run.json("export") if run.manifest.stage == "export" else None
-        if told:
+        if (run.path / "tables" / "export.json").is_file():
+            told = read_json(run.path, "export")
             parity = told.get("parity") or {}
             checked = f"{parity.get('tokens_equal')} of {parity.get('tokens')} greedy tokens equal"
             value = f"{told['format']}, {checked if parity else 'not checked'}"

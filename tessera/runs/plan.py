@@ -351,19 +351,18 @@ def _inputs(
         elif given is not None:
             inputs[need] = named(given, kind, where)
         else:
-            inputs[need] = None if mark.endswith("=") else _nearest_before(need, kind, before)
+            found = None
+            if not mark.endswith("="):  # the nearest above
+                origin = need in ("parent", "teacher")
+                fits = (s for s in reversed(before) if s.stage.gives == kind)
+                found = next((s.path for s in fits if not origin or s.stage.name == "parent"), None)
+            inputs[need] = found
             if inputs[need] is None and mark == need:
                 raise RecipeError(
                     f"{where}: nothing above [{spec.name}] gives this; add its stage above, or "
                     f'say {need} = "RUN OR PATH"'
                 )
     return inputs
-
-
-def _nearest_before(need: str, kind: str, before: Sequence[Step]) -> Path | None:
-    origin = need in ("parent", "teacher")
-    fits = (s for s in reversed(before) if s.stage.gives == kind)
-    return next((s.path for s in fits if not origin or s.stage.name == "parent"), None)
 
 
 def table_text(step: Step) -> str:

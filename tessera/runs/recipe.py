@@ -115,17 +115,15 @@ def loads(
     defaults = tables.pop("defaults", {})
     if not tables:
         raise RecipeError(f"{name}: holds no stage; a recipe is one [table] a stage")
-    specs = tuple(_spec(key, table) for key, table in tables.items())
-    return Recipe(recipe_name, seed, specs, defaults)
-
-
-def _spec(name: str, table: dict[str, Any]) -> StageSpec:
-    if not _RUN_NAME.fullmatch(name):
-        raise RecipeError(f"[{name}]: names no directory; use letters, digits, - and _")
-    stage = table.get("stage", name.partition("-")[0])
-    if not isinstance(stage, str):
-        raise RecipeError(f"{name}.stage: {stage!r} is no stage; give its name as a string")
-    return StageSpec(name, stage, {key: value for key, value in table.items() if key != "stage"})
+    specs = []
+    for key, table in tables.items():
+        if not _RUN_NAME.fullmatch(key):
+            raise RecipeError(f"[{key}]: names no directory; use letters, digits, - and _")
+        stage = table.pop("stage", key.partition("-")[0])
+        if not isinstance(stage, str):
+            raise RecipeError(f"{key}.stage: {stage!r} is no stage; give its name as a string")
+        specs.append(StageSpec(key, stage, table))
+    return Recipe(recipe_name, seed, tuple(specs), defaults)
 
 
 def _apply(document: dict[str, Any], override: str) -> None:
@@ -145,17 +143,13 @@ def _apply(document: dict[str, Any], override: str) -> None:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
             raise RecipeError(f"{path}: {'.'.join(keys[: depth + 1])} is {table!r}, not a table")
-    table[keys[-1]] = _value(text.strip())
-
-
-def _value(text: str) -> Any:
-    """An override's value: TOML where it parses as such, a bare string where it does not."""
+    table[keys[-1]] = value = text.strip()  # TOML where it parses as such, else a string
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        return text
-    plain = isinstance(parsed["value"], str | int | float | bool | list | dict)
-    return parsed["value"] if len(parsed) == 1 and plain else text
+        return
+    if len(parsed) == 1 and isinstance(parsed["value"], str | int | float | bool | list | dict):
+        table[keys[-1]] = parsed["value"]
 
 
 def validate(model: type[Model], table: Mapping[str, Any], where: str) -> Model:
@@ -175,8 +169,10 @@ def _explain(model: type[BaseModel], item: Mapping[str, Any], where: str) -> str
     path = ".".join([where, *location])
     given = item.get("input")
     if item["type"] == "extra_forbidden":
-        allowed = list(_model_at(model, location[:-1]).model_fields)
-        return f"{path}: unknown key; {nearest(location[-1], allowed)}"
+        for part in location[:-1]:
+            if part in model.model_fields:
+                model = next(iter(models_in(model.model_fields[part].annotation)), model)
+        return f"{path}: unknown key; {nearest(location[-1], model.model_fields)}"
     if item["type"] == "missing":
         return f"{path}: missing; set it in the recipe, or on the command line with {path}=..."
     if item["type"] == "literal_error":
@@ -186,14 +182,6 @@ def _explain(model: type[BaseModel], item: Mapping[str, Any], where: str) -> str
     text = repr(given)
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"{path}: {message}" + ("" if isinstance(given, dict) else f" (given: {text})")
-
-
-def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
-    """The model whose fields a location inside `model` lists; the nearest above, if none."""
-    for part in location:
-        if part in model.model_fields:
-            model = next(iter(models_in(model.model_fields[part].annotation)), model)
-    return model
 
 
 def models_in(annotation: Any) -> Iterable[type[BaseModel]]:
