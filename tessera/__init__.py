@@ -10,34 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tessera.data.tokenizer import Tokenizer, load_tokenizer
-    from tessera.export.write import export_model
-    from tessera.generate.engine import Completion, SamplingParams
-    from tessera.generate.torch_engine import TorchEngine
-    from tessera.model.checkpoint import load_model, save_model
-    from tessera.model.config import ModelConfig
-    from tessera.model.transformer import Transformer
-    from tessera.pipeline import run_recipe
-    from tessera.runs.run import Run
-    from tessera.train.engine import Trainer
+    from tessera.data.tokenizer import Tokenizer as Tokenizer
+    from tessera.data.tokenizer import load_tokenizer as load_tokenizer
+    from tessera.export.write import export_model as export_model
+    from tessera.generate.engine import Completion as Completion
+    from tessera.generate.engine import SamplingParams as SamplingParams
+    from tessera.generate.torch_engine import TorchEngine as TorchEngine
+    from tessera.model.checkpoint import load_model as load_model
+    from tessera.model.checkpoint import save_model as save_model
+    from tessera.model.config import ModelConfig as ModelConfig
+    from tessera.model.transformer import Transformer as Transformer
+    from tessera.pipeline import run_recipe as run_recipe
+    from tessera.runs.run import Run as Run
+    from tessera.train.engine import Trainer as Trainer
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Completion",
-    "ModelConfig",
-    "Run",
-    "SamplingParams",
-    "Tokenizer",
-    "TorchEngine",
-    "Trainer",
-    "Transformer",
-    "export_model",
-    "load_model",
-    "load_tokenizer",
-    "run_recipe",
-    "save_model",
-]
 
 _HOMES = {
     "Completion": "generate.engine",
@@ -63,4 +50,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})

@@ -1,8 +1,7 @@
-"""The accelerators known by name: memory, bandwidth, peak arithmetic, link.
+"""The accelerators known by name, from the makers' data sheets: dense peaks, SXM boards.
 
-Dense (not sparse) peaks of the makers' data sheets, SXM boards where there is a choice. `link` is
-what one device sends in one direction to its peers, which bounds an all-reduce. The four constants
-come from measurements published on H100s or H200s, none of which `benchmarks/roofline.py` predicts.
+The four constants come from measurements published on H100s or H200s, none of which
+`benchmarks/roofline.py` predicts.
 """
 
 from __future__ import annotations
@@ -38,9 +37,10 @@ class DeviceError(ValueError):
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. Bytes, bytes a second, and operations a second by data type.
+    """One accelerator: bytes, bytes a second, and operations a second by data type.
 
-    compute, memory_share: what software reaches of peak and bandwidth; kernel, hop: seconds.
+    link: sent to its peers in one direction. compute, memory_share: what software reaches of peak
+    and bandwidth. kernel, hop: seconds.
     """
 
     name: str
@@ -64,34 +64,28 @@ class Device:
         return self.memory_share * self.bandwidth
 
 
-def _tera(**peaks: float) -> dict[str, float]:
-    """Peaks by data type, of as many TFLOPS; float32 off the tensor cores, torch's default."""
-    return {dtype: peak * TFLOPS for dtype, peak in peaks.items()}
-
-
+# GB of memory, TB/s, GB/s of link, TFLOPS by type (float32 off the tensor cores, torch's default).
+_SHEETS = {
+    "H100": (80, 3.35, 450, {"bf16": 989, "fp8": 1979, "fp32": 67}),
+    "H200": (141, 4.8, 450, {"bf16": 989, "fp8": 1979, "fp32": 67}),
+    "B200": (180, 7.7, 900, {"bf16": 2250, "fp8": 4500, "fp32": 75}),
+    "A100": (80, 2.039, 300, {"bf16": 312, "fp32": 19.5}),
+    "L40S": (48, 0.864, 32, {"bf16": 362, "fp8": 733, "fp32": 91.6}),
+    "RTX 4090": (24, 1.008, 32, {"bf16": 165, "fp8": 330, "fp32": 82.6}),
+}
 DEVICES: dict[str, Device] = {
-    device.name: device
-    for device in (
-        Device("H100", 80 * GB, 3.35 * TB, _tera(bf16=989, fp8=1979, fp32=67), 450 * GB),
-        Device("H200", 141 * GB, 4.8 * TB, _tera(bf16=989, fp8=1979, fp32=67), 450 * GB),
-        Device("B200", 180 * GB, 7.7 * TB, _tera(bf16=2250, fp8=4500, fp32=75), 900 * GB),
-        Device("A100", 80 * GB, 2.039 * TB, _tera(bf16=312, fp32=19.5), 300 * GB),
-        Device("L40S", 48 * GB, 0.864 * TB, _tera(bf16=362, fp8=733, fp32=91.6), 32 * GB),
-        Device("RTX 4090", 24 * GB, 1.008 * TB, _tera(bf16=165, fp8=330, fp32=82.6), 32 * GB),
-    )
+    name: Device(name, memory * GB, rate * TB, {t: n * TFLOPS for t, n in peak.items()}, link * GB)
+    for name, (memory, rate, link, peak) in _SHEETS.items()
 }
 
 
 def find_device(name: str) -> Device:
-    """The device of a name, upper or lower case, spaces and dashes aside.
+    """The device of a name, case, spaces and dashes aside. Raises DeviceError."""
 
-    Raises DeviceError with the nearest name and all of them.
-    """
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())
+
     for device in DEVICES.values():
-        if _plain(device.name) == _plain(name):
+        if plain(device.name) == plain(name):
             return device
     raise DeviceError(f"unknown device {name!r}; {nearest(name, (*DEVICES, CPU))}")
-
-
-def _plain(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())

@@ -1,8 +1,6 @@
 """Processes: who this one is among those that `torchrun` started, and sums over all of them.
 
-With one process everything here is a no-op, so the same code runs on a laptop. Ranks come from
-torchrun's environment variables, the only ones tessera reads; torch is imported by the calls
-that need it, never with this module.
+With one process everything here is a no-op. Torch is imported by the calls that need it.
 """
 
 from __future__ import annotations
@@ -104,17 +102,13 @@ def lost_peer(error: BaseException) -> bool:
     return known or any(name in str(error) for name in ("gloo", "NCCL", "Connection closed"))
 
 
-def sum(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, the same in each; the argument is untouched."""
-    return _reduce(value, "SUM")
-
-
 def max(value: Tensor) -> Tensor:
     """The elementwise maximum of a tensor over all processes; the argument is untouched."""
-    return _reduce(value, "MAX")
+    return sum(value, "MAX")
 
 
-def _reduce(value: Tensor, operation: str) -> Tensor:
+def sum(value: Tensor, operation: str = "SUM") -> Tensor:
+    """The sum of a tensor over all processes, the same in each; the argument is untouched."""
     if world() == 1:
         return value
     import torch.distributed
@@ -147,10 +141,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:
-    """Returns when every process has called it, however long one of them takes.
-
-    group: `saving_group` in the thread that saves.
-    """
+    """Returns when every process has called it; group: `saving_group` in the thread that saves."""
     if world() > 1:
         import torch.distributed
 

@@ -1,9 +1,7 @@
 """Which stages there are, in the order of the paper, and how a recipe of them is run.
 
-A stage is a function at the bottom of a file, `stage(config, run, inputs)`. Before anything
-runs, the whole recipe is planned: every config checked, every input found, every fingerprint
-known. Then finished stages are skipped, unfinished ones resumed, and a stage that changed under
-an existing run stops everything with a diff. It is `make` for models.
+The whole recipe is planned first. Then finished stages are skipped, unfinished ones resumed; a
+stage that changed under an existing run stops everything with a diff, before anything is run.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from tessera.runs.recipe import Recipe, RecipeError, identity
 from tessera.runs.run import Run, replacing_run, settle
 from tessera.table import clock, nearest
 
-# The table of contents of the paper. A row: name, needs, gives; module, config class, how it runs.
+# A row: name, needs, gives; module, config class, how it runs.
 # fmt: off
 _ROWS = (
     Stage("data", "model=", "data", ".data.prepare", "DataConfig", paths=("files",)),
@@ -81,11 +79,13 @@ def run_recipe(
 
     `redo` makes the runs of the stages named, and of all that were made from them, anew: each is
     kept until its own stage has made another. A run of another config that stopped before it
-    made anything is deleted without being named.
-    Raises RunError with a diff where a recipe changed under a run, before anything is run.
+    made anything is deleted. Raises RunError with a diff where a recipe changed under a run.
     """
     with dist.processes(), _sigterm_interrupts():
-        steps = _settled(recipe, Path(runs_dir), redo, stages, only)
+        steps = dist.broadcast(plan(recipe, Path(runs_dir), redo, stages, only))
+        ended = [settle(step.path, step.fingerprint) for step in steps] if dist.is_main() else []
+        if dist.broadcast(any(ended)):  # what a killed process left half replaced is in order now
+            steps = dist.broadcast(plan(recipe, Path(runs_dir), redo, stages, only))
         chosen = _choose(steps, only)
         for step in chosen:
             if step.action == "changed":
@@ -101,21 +101,6 @@ def run_recipe(
             _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
             dist.barrier()
     return chosen
-
-
-def _settled(
-    recipe: Recipe,
-    runs_dir: Path,
-    redo: Sequence[str],
-    stages: Mapping[str, Stage],
-    only: Sequence[str] | None,
-) -> list[Step]:
-    """The plan, once what a killed process left half replaced has been put in order."""
-    steps = dist.broadcast(plan(recipe, runs_dir, redo, stages, only))
-    ended = [settle(step.path, step.fingerprint) for step in steps] if dist.is_main() else []
-    if dist.broadcast(any(ended)):
-        steps = dist.broadcast(plan(recipe, runs_dir, redo, stages, only))
-    return steps
 
 
 def _claim(steps: Sequence[Step], chosen: Sequence[Step]) -> None:
@@ -137,9 +122,7 @@ def _choose(steps: Sequence[Step], only: Sequence[str] | None) -> list[Step]:
     names = [step.name for step in steps]
     for name in only:
         if name not in names:
-            raise RecipeError(
-                f"--only {name}: the recipe has no such stage; {nearest(name, names)}"
-            )
+            raise RecipeError(f"--only {name}: no such stage; {nearest(name, names)}")
     chosen = [step for step in steps if step.name in only]
     for step in chosen:
         for other in steps:

@@ -1,24 +1,19 @@
 """What a recipe's trainings take on a cluster: memory by part, seconds of a step, the best layout.
 
-    memory   weights 4, gradients 4 and moments 8 bytes a trained parameter, split over shards;
-             what FSDP gathers; activations of a microbatch; chunks of logits; an engine's weights
-    seconds  max(operations / achieved peak + elementwise bytes / bandwidth, sharding / link)
-             + tensor-parallel exchanges + update
-
-Every layout replicate x shard x tensor, with gradient checkpointing and without, is priced.
-Not modelled: generating and judging, stragglers, loading data, kernels too small for a device.
+memory   weights 4, gradients 4 and moments 8 bytes a trained parameter, split over shards;
+         what FSDP gathers; activations of a microbatch; chunks of logits; an engine's weights
+seconds  max(operations / achieved peak + elementwise bytes / bandwidth, sharding / link)
+         + tensor-parallel exchanges + update; generating and judging are left out
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel
 
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
@@ -45,10 +40,9 @@ from tessera.puzzle.space import Space, Unit, read_space
 from tessera.rl.policy import PolicyConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
-from tessera.runs.plan import Stage, Step
+from tessera.runs.plan import Input, Stage, Step, maker, stage_of
 from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
 from tessera.runs.run import is_done, read_json
-from tessera.table import nearest
 from tessera.train.flops import Work, block_cost, kept, model_cost, subblock_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig
@@ -68,38 +62,35 @@ def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:
         _, keys = units_of(config, parent, step.name)
     else:
         assert isinstance(config, CoupleConfig)
-        if (space := _library_space(_stage_memory(step, "library"), steps)) is None:
+        if (space := _library_space(step.inputs["library"], steps)) is None:
             return None
         keys = largest_pairs(config, space, parent, step.name)
     return training_memory(parent, keys, config.layers_at_once, config.train.microbatch_tokens)
 
 
-def _stage_memory(step: Step, need: str) -> Path:
-    path = step.inputs[need]
-    assert isinstance(path, Path)
-    return path
-
-
 def _parent(step: Step, steps: Sequence[Step]) -> ModelConfig | None:
     """The parent's config, from its run or from the checkpoint that is to be imported."""
-    path = _stage_memory(step, "parent")
-    origin = next((other for other in steps if other.path == path), None)
-    if origin is None or is_done(path):
+    path = step.inputs["parent"]
+    assert isinstance(path, Path)
+    planned = maker(path, steps)
+    if planned is None or is_done(path):
         return load_config(path)
-    imported = origin.files.get("path")
+    imported = planned.files.get("path")
     return load_config(imported) if isinstance(imported, Path) else None
 
 
-def _library_space(path: Path, steps: Sequence[Step]) -> Space | None:
+def _library_space(path: Input, steps: Sequence[Step]) -> Space | None:
     """The space of a library run, finished or planned."""
+    assert isinstance(path, Path)
     if is_done(path):
         return read_space(path)
-    step = next(other for other in steps if other.path == path)
+    step = maker(path, steps)
+    assert step is not None
     if isinstance(step.config, BLDConfig):
         parent = _parent(step, steps)
         return None if parent is None else units_of(step.config, parent, step.name)[0]
     if "libraries" not in step.inputs:
-        return _library_space(_stage_memory(step, "library"), steps)
+        return _library_space(step.inputs["library"], steps)
     libraries = step.inputs["libraries"]
     assert isinstance(libraries, list)
     spaces = [_library_space(one, steps) for one in libraries]
@@ -138,10 +129,7 @@ class Cluster:
 
 
 def parse_cluster(text: str, network: float = NETWORK) -> Cluster:
-    """`9x8xH100`: 9 machines of 8; `8xH100`: one machine; `H100`: one device.
-
-    Raises ClusterError for what is none of these or has none of a thing.
-    """
+    """`9x8xH100`: 9 machines of 8; `8xH100`: one machine; `H100`: one. Raises ClusterError."""
     match = _CLUSTER.fullmatch(text.strip())
     if match is None:
         raise ClusterError(
@@ -157,14 +145,8 @@ def parse_cluster(text: str, network: float = NETWORK) -> Cluster:
         raise ClusterError(str(error)) from None
 
 
-BYTE_VOCABULARY = 259
-
-
 def parent_of(recipe: Recipe, config: Path | None) -> ModelConfig:
-    """The parent's config: given, read from its checkpoint, or built from its shape.
-
-    Raises RecipeError where none of these is there.
-    """
+    """The parent's config: given, read from its checkpoint, or built. Raises RecipeError."""
     if config is not None:
         return model_config(config)
     table = next((spec.table for spec in recipe.stages if spec.stage == "parent"), None)
@@ -179,18 +161,12 @@ def parent_of(recipe: Recipe, config: Path | None) -> ModelConfig:
     if not isinstance(table.get("architecture"), dict):
         raise RecipeError("[parent] names no path; say parent.path=MODEL, or give --config")
     shape = validate(ArchitectureConfig, table["architecture"], "parent.architecture")
-    return shape.model(_vocabulary(recipe), None, ())
-
-
-def _vocabulary(recipe: Recipe) -> int:
-    """Of a tokenizer that is trained by the recipe."""
-    tables = [spec.table for spec in recipe.stages if spec.stage == "data"]
-    wanted: Any = tables[0].get("tokenizer") if tables else None
-    if isinstance(wanted, dict) and isinstance(wanted.get("bpe"), int):
-        return wanted["bpe"]
-    if wanted == "byte":
-        return BYTE_VOCABULARY
-    raise RecipeError("the vocabulary is not known before the data is; give --config CONFIG.JSON")
+    data = next((spec.table for spec in recipe.stages if spec.stage == "data"), {})
+    wanted: Any = data.get("tokenizer")
+    size = 259 if wanted == "byte" else wanted.get("bpe") if isinstance(wanted, dict) else None
+    if not isinstance(size, int):
+        raise RecipeError("the vocabulary is not known before the data; give --config CONFIG.JSON")
+    return shape.model(size, None, ())
 
 
 # Our own assumption: a question in its template. It counts once a group, so little hangs on it.
@@ -219,15 +195,19 @@ class Experience:
 
     def work(self, window: int | None) -> Work:
         """Of a step; window: the most tokens that one attends to."""
-        shared = _seen(self.prompt - 1, window)
-        answer = _seen(self.prompt - 1 + self.length, window) - shared
+
+        def seen(length: int) -> int:  # pairs of a token with one that it attends to
+            whole = min(length, window or length)
+            return whole * (whole + 1) // 2 + (length - whole) * whole
+
+        shared = seen(self.prompt - 1)
+        answer = seen(self.prompt - 1 + self.length) - shared
         return Work(self.tokens, self.groups * (shared + self.answers * answer))
 
     def train(self, given: TrainConfig) -> TrainConfig:
         """The training as planned: its steps are as large as this, its documents as long."""
-        longest = self.prompt - 1 + self.length
-        size = {"tokens_per_step": self.tokens, "sequence_length": max(2, longest)}
-        return given.model_copy(update=size)
+        longest = max(2, self.prompt - 1 + self.length)
+        return given.model_copy(update={"tokens_per_step": self.tokens, "sequence_length": longest})
 
 
 def experience(config: RolloutConfig) -> Experience:
@@ -243,12 +223,6 @@ def experience(config: RolloutConfig) -> Experience:
     prompt = max(1, min(PROMPT, row - length + 1))
     engine = bool(written) and config.engine == "tessera"
     return Experience(groups, answers, length, prompt, engine, written)
-
-
-def _seen(length: int, window: int | None) -> int:
-    """Pairs of the first `length` tokens of a document with those that they attend to."""
-    whole = min(length, window or length)
-    return whole * (whole + 1) // 2 + (length - whole) * whole
 
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -307,14 +281,11 @@ def memory(job: Job, layout: Layout, device_memory: float, accelerator: bool = T
 
 def split_params(config: ModelConfig, block: BlockConfig, ways: int) -> int:
     """Parameters of a block on one of `ways` tensor-parallel processes (`parallel.py`)."""
-    total = 0
+    total, norm = 0, config.hidden_size
     for kind, variant in (("attention", block.attention), ("ffn", block.ffn)):
         whole = config.subblock_params(kind, variant)
-        if not splits(config, variant, ways):
-            total += whole
-            continue
-        norm = config.hidden_size
-        total += norm + -(-(whole - norm) // ways)
+        split = splits(config, variant, ways)
+        total += norm + -(-(whole - norm) // ways) if split else whole
     return total
 
 
@@ -332,10 +303,6 @@ def held_params(config: ModelConfig, tensor: int) -> int:
     return root_params(config) + sum(split_params(config, b, tensor) for b in config.blocks)
 
 
-def _variants(config: ModelConfig) -> list[Variant]:
-    return [variant for block in config.blocks for variant in (block.attention, block.ffn)]
-
-
 def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     student, train = job.student, job.train
     assert student is not None
@@ -346,14 +313,22 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     inputs = student.hidden_size * sum(1 for numbers in blocks if numbers)
     numbers = inputs + max(blocks) if layout.gradient_checkpointing else sum(blocks)
     states = job.teacher.hidden_size * (len(job.teacher.blocks) + 1) if job.teacher else 0
-    numbers += working(student, _variants(student), ways) + (states if job.states else 0)
+    variants = [variant for block in student.blocks for variant in (block.attention, block.ffn)]
+    numbers += working(student, variants, ways) + (states if job.states else 0)
     sharded = layout.data > 1 or train.dtype != "float32"
+    teacher = gathered = 0.0
+    if job.teacher:
+        teacher = size * held_params(job.teacher, ways) / layout.shard
+        teacher += _gathered(job.teacher, ways, size) if sharded else 0.0
+    if sharded:  # with gradients, and a group that is reduced in float32
+        block, root = _groups(student, ways)
+        gathered = size * (3 * block + 2 * root) + 4 * max(block, root)
     return Parts(
         weights=4 * held,
         gradients=4 * held,
         moments=8 * held,
-        teacher=_teacher(job, layout, size, sharded),
-        gathered=_gathered(student, layout.tensor, size) if sharded else 0.0,
+        teacher=teacher,
+        gathered=gathered,
         activations=size * n * numbers,
         # A reference's log-probs are taken before the policy's: its logits are gone by then.
         loss=loss_bytes(student, n, size, bool(job.teacher and not job.experience), accelerator),
@@ -361,26 +336,16 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     )
 
 
-def _teacher(job: Job, layout: Layout, size: int, sharded: bool) -> float:
-    if job.teacher is None:
-        return 0.0
-    own = size * held_params(job.teacher, layout.tensor) / layout.shard
-    return own + (_whole_groups(job.teacher, layout.tensor, size) if sharded else 0.0)
+def _groups(config: ModelConfig, tensor: int) -> tuple[int, int]:
+    """Parameters of the two groups that FSDP gathers: the largest block, and the root."""
+    largest = max(split_params(config, block, tensor) for block in config.blocks)
+    return largest, root_params(config)
 
 
-def _largest_block(config: ModelConfig, tensor: int) -> int:
-    return max(split_params(config, block, tensor) for block in config.blocks)
-
-
-def _whole_groups(config: ModelConfig, tensor: int, size: int) -> float:
-    """Two blocks, one at work and one on its way, and the root group."""
-    return size * (2 * _largest_block(config, tensor) + root_params(config))
-
-
-def _gathered(config: ModelConfig, tensor: int, size: int) -> float:
-    block, root = _largest_block(config, tensor), root_params(config)
-    gradients, reducing = size * (block + root), 4 * max(block, root)
-    return _whole_groups(config, tensor, size) + gradients + reducing
+def _gathered(config: ModelConfig, tensor: int, size: int) -> int:
+    """Bytes of two blocks, one at work and one on its way, and of the root group."""
+    block, root = _groups(config, tensor)
+    return size * (2 * block + root)
 
 
 def loss_bytes(config: ModelConfig, tokens: int, size: int, two: bool, accelerator: bool) -> float:
@@ -401,24 +366,19 @@ def loss_bytes(config: ModelConfig, tokens: int, size: int, two: bool, accelerat
 
 def _units(job: Job, layout: Layout) -> Parts:
     """Block-wise distillation: float32, units of the largest group of layers, sharded parent."""
-    parent, train = job.config, job.train
-    groups = list(_groups(job))
+    parent, sharded = job.config, layout.data > 1
+    layers = len({layer for layer, _, _ in job.units})
+    groups = layer_groups(job.units, -(-layers // job.passes))
     units = max(sum(unit_params(parent, kind, word) for _, kind, word in g) for g in groups)
-    sharded = layout.data > 1
+    teacher = 4 * parent.num_params() / layout.shard
     return Parts(
         weights=4 * units / layout.shard,
         gradients=4 * units / layout.shard,
         moments=8 * units / layout.shard,
-        teacher=4 * parent.num_params() / layout.shard
-        + (_whole_groups(parent, 1, 4) if sharded else 0.0),
-        activations=4 * train.microbatch_tokens * kept_numbers(parent, job.units),
+        teacher=teacher + (_gathered(parent, 1, 4) if sharded else 0.0),
+        activations=4 * job.train.microbatch_tokens * kept_numbers(parent, job.units),
         units_whole=4 * units if sharded else 0.0,
     )
-
-
-def _groups(job: Job) -> Iterable[list[Unit]]:
-    layers = len({layer for layer, _, _ in job.units})
-    return layer_groups(job.units, -(-layers // job.passes))
 
 
 NAMES = {"bfloat16": "bf16", "float32": "fp32"}  # torch's, and the data sheets'
@@ -459,8 +419,9 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     """The roofline of one optimizer step."""
     device, train = cluster.device, job.train
     best = device.peak[NAMES[train.dtype]] * cluster.world
-    flops = job.flops()
-    done = flops + (_recomputed(job) if layout.gradient_checkpointing else 0)
+    flops = done = job.flops()
+    if layout.gradient_checkpointing and job.student is not None:
+        done += model_cost(job.student, head=False).forward(job.work())
     # Processes that get a microbatch less than the fullest wait for it.
     rows = train.tokens_per_step / train.microbatch_tokens
     waiting = microbatches(job, layout) * layout.data / rows
@@ -476,12 +437,6 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     )
 
 
-def _recomputed(job: Job) -> float:
-    if job.student is None:
-        return 0.0
-    return model_cost(job.student, head=False).forward(job.work())
-
-
 def _trained(job: Job, layout: Layout) -> float:
     """Parameters trained on one tensor-parallel process, before shards."""
     if job.student is not None:
@@ -492,21 +447,17 @@ def _trained(job: Job, layout: Layout) -> float:
 def _passed(job: Job, layout: Layout) -> float:
     """Bytes that elementwise kernels of a step read and write, on all devices together."""
     size, tokens = BYTES[job.train.dtype], job.train.tokens_per_step
-    again = 1 if layout.gradient_checkpointing else 0
+    passes = 4 if layout.gradient_checkpointing else 3  # forward, and twice that backward
     total = 0.0
-    if job.student is not None:  # forward, and twice that backward
-        total += (3 + again) * _model_numbers(job.student) * size
-        total += 4 * HEAD_PASSES * job.student.vocab_size
-    if job.teacher is not None:
-        total += _model_numbers(job.teacher) * size
-        total += 4 * HEAD_PASSES * job.teacher.vocab_size if job.student is not None else 0
+    for model, times in ((job.student, passes), (job.teacher, 1)):
+        if model is not None:
+            blocks = model.blocks
+            numbers = sum(_numbers(model, b.attention) + _numbers(model, b.ffn) for b in blocks)
+            total += times * numbers * size
+            total += 4 * HEAD_PASSES * model.vocab_size if job.student is not None else 0
     for _, _, word in job.units:
         total += 3 * _numbers(job.config, parse(word)) * size / job.passes
     return total * tokens
-
-
-def _model_numbers(config: ModelConfig) -> float:
-    return sum(_numbers(config, b.attention) + _numbers(config, b.ffn) for b in config.blocks)
 
 
 def _numbers(config: ModelConfig, variant: Variant) -> float:
@@ -602,23 +553,17 @@ class Job:
 
     def flops(self) -> float:
         """Operations of a step."""
-        work, total = self.work(), 0
+        work, parent = self.work(), self.config
         if self.student is not None:
-            total += model_cost(self.student).training(work)
-            total += model_cost(self.teacher).forward(work) if self.teacher else 0
-            return total
-        return self._unit_flops(work)
-
-    def _unit_flops(self, work: Work) -> float:
-        """Of one pass: the parent's blocks, and a share of the units."""
-        parent = self.config
+            read = model_cost(self.teacher).forward(work) if self.teacher else 0
+            return model_cost(self.student).training(work) + read
+        # Of one pass: the parent's blocks, and a share of the units.
         total = sum(block_cost(parent, layer).forward(work) for layer in range(len(parent.blocks)))
         for layer, kind, word in self.units:
             own = subblock_cost(parent, parse(word)).training(work)
-            behind = (
-                subblock_cost(parent, parent.blocks[layer].ffn) if kind == "attention" else None
-            )
-            total += (own + (2 * behind.forward(work) if behind else 0)) / self.passes
+            if kind == "attention":  # its loss is behind the FFN
+                own += 2 * subblock_cost(parent, parent.blocks[layer].ffn).forward(work)
+            total += own / self.passes
         return total
 
 
@@ -632,8 +577,12 @@ def jobs(
 
     child: what the search will find, where that is known.
     """
-    found = [_job(spec, recipe, stages, parent, child or parent) for spec in recipe.stages]
-    return [job for job in found if job is not None]
+    found = []
+    for spec in recipe.stages:
+        imported = spec.stage == "parent" and "train" not in spec.table
+        if stage_of(spec, stages).name in TRAINS and not imported:
+            found.append(_job(spec, recipe, stages, parent, child or parent))
+    return found
 
 
 def _job(
@@ -642,9 +591,8 @@ def _job(
     stages: Mapping[str, Stage],
     parent: ModelConfig,
     child: ModelConfig,
-) -> Job | None:
-    config = checked(spec, stages) if _trains(spec, stages) else None
-    match config:
+) -> Job:
+    match config := stages[spec.stage].validate(spec):
         case ParentConfig(train=TrainConfig() as train):
             return Job(spec.name, train, student=parent)
         case BLDConfig():
@@ -652,7 +600,9 @@ def _job(
             groups = layer_groups(keys, config.layers_at_once)
             return Job(spec.name, config.train, None, parent, units=keys, passes=len(groups))
         case RaceConfig():
-            heats = tuple(config.heats(_candidates(spec, recipe, stages)))
+            names = spec.table.get("searches", [])
+            candidates = sum(_found(str(name), recipe, stages) for name in names) or 1
+            heats = tuple(config.heats(candidates))
             return Job(spec.name, config.train, child, parent, config.cosine > 0, heats=heats)
         case KDConfig():
             return Job(spec.name, config.train, child, parent, config.cosine > 0)
@@ -662,48 +612,24 @@ def _job(
             own = experience(config)
             reference = child if isinstance(config, RPOConfig) or config.kl else None
             return Job(spec.name, own.train(config.train), child, reference, experience=own)
-        case _:
-            return None
+    raise AssertionError(f"{spec.stage} is no training")
 
 
 TRAINS = ("parent", "bld", "race", "kd", "cpt", "sft", "grpo", "rloo", "rpo")
 
 
-def _trains(spec: StageSpec, stages: Mapping[str, Stage]) -> bool:
-    if spec.stage not in stages:
-        raise RecipeError(
-            f"[{spec.name}]: there is no stage {spec.stage!r}; {nearest(spec.stage, stages)}"
-        )
-    imported = spec.stage == "parent" and "train" not in spec.table
-    return spec.stage in TRAINS and not imported
-
-
-def _candidates(spec: StageSpec, recipe: Recipe, stages: Mapping[str, Stage]) -> int:
-    """How many architectures a race has at most: what its searches are asked for, or have found."""
-    return sum(_found(str(name), recipe, stages) for name in spec.table.get("searches", [])) or 1
-
-
 def _found(name: str, recipe: Recipe, stages: Mapping[str, Stage]) -> int:
+    """How many architectures a search has at most: what it is asked for, or has found."""
     search = next((one for one in recipe.stages if one.name == name), None)
     if search is None:
         return len(read_json(Path(name), "architectures")) if is_done(Path(name)) else 1
-    match checked(search, stages):
+    match stages[search.stage].validate(search):
         case SearchConfig(method="mip") as config:
             return config.solutions + (config.conditional is not None)
         case FrontierConfig() as config:
             return len(config.methods) * len(config.points)
         case _:
             return 1
-
-
-def checked(spec: StageSpec, stages: Mapping[str, Stage]) -> BaseModel:
-    """The config of a stage; its needs are not looked for. Raises RecipeError."""
-    return stages[spec.stage].validate(spec)
-
-
-def unplanned(recipe: Recipe) -> Sequence[str]:
-    """Names of the stages that a plan says nothing of."""
-    return [spec.name for spec in recipe.stages if spec.stage not in TRAINS]
 
 
 DAY = 86_400
@@ -771,17 +697,21 @@ def layouts(job: Job, cluster: Cluster) -> Iterator[Layout]:
 
 def best(job: Job, cluster: Cluster) -> Plan:
     """The fastest plan that fits; else the smallest, with what would make it fit."""
-    found = [_priced(job, cluster, layout) for layout in layouts(job, cluster)]
+    found = [
+        Plan(
+            job,
+            cluster,
+            layout,
+            memory(job, layout, cluster.device.memory),
+            step_time(job, layout, cluster),
+        )
+        for layout in layouts(job, cluster)
+    ]
     fitting = [plan for plan in found if plan.fits]
     if fitting:
         return min(fitting, key=lambda plan: (plan.time.total, plan.layout.tensor))
     nearest = min(found, key=lambda plan: plan.parts.total)
     return replace(nearest, advice=_advice(nearest))
-
-
-def _priced(job: Job, cluster: Cluster, layout: Layout) -> Plan:
-    parts = memory(job, layout, cluster.device.memory)
-    return Plan(job, cluster, layout, parts, step_time(job, layout, cluster))
 
 
 def _fitting(job: Job, cluster: Cluster) -> bool:

@@ -37,7 +37,19 @@ class Progress:
     def __enter__(self) -> Self:
         self._begun = self._printed = time.monotonic()
         if self._shown and sys.stderr.isatty():
-            self._open_bar()
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+                console=Console(stderr=True),
+            )
+            self._bar.add_task(self.label, total=self.total, text="")
+            self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -68,21 +80,6 @@ class Progress:
             parts.append(f"{clock(left)} left")
         parts += [f"{key} {value:.4g}" for key, value in self._numbers.items()]
         return "  ".join(parts)
-
-    def _open_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-        )
-        self._bar = Bar(*columns, console=Console(stderr=True), transient=False)
-        self._bar.add_task(self.label, total=self.total, text="")
-        self._bar.start()
 
     def _print(self) -> None:
         self._printed, self._last = time.monotonic(), self.done

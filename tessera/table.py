@@ -1,12 +1,9 @@
-"""Text for a person: aligned tables, numbers with their units, the nearest allowed name.
-
-A table that people read often has a view: its columns in a useful order, under short headings with
-units. Rows keep their full keys, and `--json` prints those.
-"""
+"""Text for a person: aligned tables, numbers with their units, the nearest allowed name."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,13 +35,16 @@ def render_table(
     columns that do not fit into so many characters are left out; the first always stands.
     """
     shown = list(rows if limit is None else rows[:limit])
-    keys = list(dict.fromkeys(key for row in shown for key in row))
-    columns = [one for one in view if one.key in keys]
-    known = {one.key for one in columns}
-    columns += [Column(key, (key,), cell) for key in keys if key not in known]
+    columns = columns_of(shown, view)
     texts = [_column_lines(column, shown) for column in columns]
-    fitting = _fitting([len(lines[0]) for lines in texts], width)
-    lines = ["".join(parts).rstrip() for parts in zip(*_spaced(texts[:fitting]), strict=True)]
+    ends = list(itertools.accumulate(len(lines[0]) + GAP for lines in texts))
+    fitting = max(1, sum(width is None or end - GAP <= width for end in ends))
+    height = max((len(lines) for lines in texts[:fitting]), default=0)
+    spaced = [
+        [" " * (len(lines[0]) + GAP)] * (height - len(lines)) + [text + " " * GAP for text in lines]
+        for lines in texts[:fitting]
+    ]
+    lines = ["".join(parts).rstrip() for parts in zip(*spaced, strict=True)]
     left_out = [" ".join(column.heading) for column in columns[fitting:]]
     hidden = len(rows) - len(shown)
     left_out += [f"{hidden} more row{'s' * (hidden > 1)}"] if hidden else []
@@ -52,35 +52,24 @@ def render_table(
     return "\n".join(lines)
 
 
+def columns_of(rows: Sequence[Row], view: Sequence[Column]) -> list[Column]:
+    """The view's columns that the rows have, then their other keys."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    columns = [one for one in view if one.key in keys]
+    known = {one.key for one in columns}
+    return columns + [Column(key, (key,), cell) for key in keys if key not in known]
+
+
 def _column_lines(column: Column, rows: Sequence[Row]) -> list[str]:
     """Heading, rule and cells of one column, all of one width; numbers to the right."""
     values = [row.get(column.key) for row in rows]
     cells = [cell(None) if value is None else column.text(value) for value in values]
     width = max(map(len, (*column.heading, *cells)))
-    align = str.rjust if all(map(_is_number, values)) else str.ljust
+    numbers = all(value is None or isinstance(value, int | float) for value in values)
+    align = str.rjust if numbers else str.ljust
     padded = [align(text, width) for text in (*column.heading, *cells)]
     padded.insert(len(column.heading), "-" * width)
     return padded
-
-
-def _fitting(widths: Sequence[int], limit: int | None) -> int:
-    """How many columns from the left fit, at least one."""
-    used, count = -GAP, 0
-    for width in widths:
-        used += GAP + width
-        if limit is not None and used > limit:
-            break
-        count += 1
-    return max(1, count)
-
-
-def _spaced(columns: Sequence[list[str]]) -> list[list[str]]:
-    """Columns of equal height, short headings moved down, a gap between them."""
-    height = max(map(len, columns))
-    return [
-        [" " * (len(lines[0]) + GAP)] * (height - len(lines)) + [text + " " * GAP for text in lines]
-        for lines in columns
-    ]
 
 
 def terminal_width() -> int | None:
@@ -154,20 +143,7 @@ def spans(numbers: Iterable[int], what: str = "layer") -> str:
     return f"{what}{'s' if sum(map(len, runs)) > 1 else ''} {', '.join(parts)}"
 
 
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, int | float)
-
-
-def nats(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def times(value: float) -> str:
-    return f"{value:.2f}x"
+nats, percent, times = "{:.3f}".format, "{:.1%}".format, "{:.2f}x".format
 
 
 # Heading, "|" between its lines, and format of the columns that are not shown under their own key.
@@ -214,15 +190,18 @@ def view(keys: str, **headings: tuple[str, Callable[[Any], str]]) -> tuple[Colum
     )
 
 
-def _saved(kind: str) -> tuple[Column, ...]:
-    return (
-        Column(kind, (kind,), cell),
-        Column(f"{kind}_kl", ("KL", "(nats)"), nats),
-        Column(f"{kind}_parameters", ("params", "saved"), count),
-        Column(f"{kind}_kv_bytes_per_token", ("KV bytes", "saved"), count),
-        Column(f"{kind}_bytes", ("bytes", "saved"), size),
-        Column(f"{kind}_seconds", ("time", "saved"), seconds),
-    )
+SAVED = "{0}_kl {0}_parameters {0}_kv_bytes_per_token {0}_bytes {0}_seconds"
+TAKEN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    f"{kind}_{key}": heading
+    for kind in ("attention", "ffn")
+    for key, heading in {
+        "kl": ("KL|(nats)", nats),
+        "parameters": ("params|saved", count),
+        "kv_bytes_per_token": ("KV bytes|saved", count),
+        "bytes": ("bytes|saved", size),
+        "seconds": ("time|saved", seconds),
+    }.items()
+}
 
 
 VIEWS: dict[str, tuple[Column, ...]] = {
@@ -247,6 +226,14 @@ VIEWS: dict[str, tuple[Column, ...]] = {
         tokens=AN_ANSWER,
     ),
     "eval_groups": view("task mode group of value stderr tokens obedience items", tokens=AN_ANSWER),
-    "taken": (*view("layer"), *_saved("attention"), *_saved("ffn"), *view("pair_kl")),
+    "taken": view(
+        f"layer attention {SAVED.format('attention')} ffn {SAVED.format('ffn')} pair_kl", **TAKEN
+    ),
+    "cost": view(
+        "run seconds cpu share tokens",
+        seconds=("time", clock),
+        cpu=("CPU", clock),
+        share=("share", percent),
+    ),
     "costs": view("kind word parameters kv_bytes_per_token bytes prefill_seconds decode_seconds"),
 }

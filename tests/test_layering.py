@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1] / "tessera"
 LEVELS: dict[str, int] = {
     "devices": 0,
     "dist": 0,
-    "plot": 0,
     "progress": 0,
     "runs": 0,
     "table": 0,
@@ -120,7 +119,6 @@ def test_heavy_libraries_stay_in_their_files(library: str):
         ".pipeline",
         ".report.show",
         ".report.explain",
-        ".plot",
         ".model.families",
     ],
 )

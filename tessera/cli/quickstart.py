@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tessera.report import page as report_page
-from tessera.runs.files import atomic_write
 from tessera.runs.recipe import Recipe, RecipeError, load
 from tessera.runs.run import is_done, read_table
-from tessera.table import Column, Row, cell, count, render_table
+from tessera.table import Row, cell, count, percent, render_table, times, view
 
 NAME = "quickstart.toml"
 # Families of problems that it runs on, with a question of each; the recipe is for the first.
@@ -57,16 +55,14 @@ ROWS = (
 )
 
 
-VIEW = (
-    Column("model", ("model",), cell),
-    Column("easy", ("right,", "easy"), cell),
-    Column("hard", ("right,", "hard"), cell),
-    Column("tokens", ("tokens", "an answer"), lambda value: f"{value:.1f}"),
-    Column("obedience", ("obeys the", "switch"), lambda value: f"{100 * value:.1f}%"),
-    Column("speedup", ("genera-", "tion"), lambda value: f"{value:.2f}x"),
-    Column("tokens_per_second", ("tokens/s", "decoding"), count),
-    Column("parameters", ("params",), count),
-    Column("kv_bytes_per_token", ("KV bytes", "a token"), count),
+VIEW = view(
+    "model easy hard tokens obedience speedup tokens_per_second parameters kv_bytes_per_token",
+    easy=("right,|easy", cell),
+    hard=("right,|hard", cell),
+    tokens=("tokens|an answer", "{:.1f}".format),
+    obedience=("obeys the|switch", percent),
+    speedup=("genera-|tion", times),
+    tokens_per_second=("tokens/s|decoding", count),
 )
 
 
@@ -80,10 +76,7 @@ def recipe_path() -> Path:
 
 
 def recipe(task: str = OWN, fast: bool = False, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe, in its short form or not, on the family's problems.
-
-    Raises RecipeError where the quickstart does not run on the family.
-    """
+    """The recipe, short or not, on the family's problems. Raises RecipeError for no such family."""
     if task not in EXAMPLES:
         raise RecipeError(f"--task {task}: the quickstart runs on {' or '.join(EXAMPLES)}")
     name = f"quickstart{'' if task == OWN else f'-{task}'}{'-fast' if fast else ''}"
@@ -96,7 +89,7 @@ def recipe(task: str = OWN, fast: bool = False, overrides: Sequence[str] = ()) -
 
 
 def _for_family(task: str, value: Any) -> Any:
-    """A table of the recipe with the family instead of the recipe's own: `calc = 500`, "calc@6"."""
+    """A table with the family instead of the recipe's own: `calc = 500`, "calc@6"."""
     if isinstance(value, dict):
         return {task if k == OWN else k: _for_family(task, v) for k, v in value.items()}
     if isinstance(value, list):
@@ -150,27 +143,7 @@ def rendered(rows: Sequence[Row], width: int | None = None) -> str:
     shown = []
     for row in rows:
         kept = {key: value for key, value in row.items() if not key.endswith("_stderr")}
-        shares = {key: _share(row[key], row[f"{key}_stderr"]) for key in ("easy", "hard")}
-        shown.append({**kept, **shares})
+        for key in ("easy", "hard"):
+            kept[key] = f"{100 * row[key]:5.1f} ±{100 * (row[f'{key}_stderr'] or 0.0):.1f}%"
+        shown.append(kept)
     return render_table(shown, None, VIEW, width)
-
-
-def _share(value: float, error: float | None) -> str:
-    return f"{100 * value:5.1f} ±{100 * (error or 0.0):.1f}%"
-
-
-def write_report(home: Path) -> Path:
-    """Writes the page of a finished quickstart; returns where it is."""
-    page = home / "report.html"
-    _, found = report_page.sections(home)
-    atomic_write(page, report_page.html(home.name, "What the quickstart made.", found))
-    return page
-
-
-def next_steps(home: Path, task: str) -> str:
-    """What to try after it."""
-    return (
-        f"tessera chat {home / 'grpo'}        and ask: {EXAMPLES[task]}\n"
-        f"tessera serve {home / 'grpo'} --web\n"
-        "tessera run recipes/checkpoint.toml parent.path=MODEL data.paths='[\"DOCUMENTS.jsonl\"]'"
-    )

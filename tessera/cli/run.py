@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -81,40 +80,40 @@ def check(
     What it prints is a recipe too, every default spelled out.
     """
     from tessera import pipeline, planning
+    from tessera.model.source import model_config
     from tessera.runs.plan import plan, table_text
     from tessera.runs.recipe import load
 
     steps = plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
-    if as_json:
-        print_json([_step_values(step, steps) for step in steps])
-        return
+    found = []
     for step in steps:
+        memory, path = planning.stage_memory(step, steps), step.files.get("path")
+        imported = step.stage.name == "parent" and isinstance(path, Path)
+        row = {
+            "name": step.name,
+            "stage": step.stage.name,
+            "action": step.action,
+            "inputs": step.inputs,
+            "config": step.resolved,
+            "num_params": model_config(path).num_params() if imported else None,
+            "memory": memory.as_json() if memory else None,
+            "warnings": step.warnings(steps),
+        }
+        found.append(row)
+        if as_json:
+            continue
         print(f"# {step.name}: {_what_would_happen(step)}")
-        if counted := _num_params(step):
-            print(f"# {counted:,} parameters in {step.files['path']}")
-        if needed := planning.stage_memory(step, steps):
-            print(f"# {needed}")
+        if row["num_params"]:
+            print(f"# {row['num_params']:,} parameters in {path}")
+        if memory:
+            print(f"# {memory}")
         for note in step.notes():
             print(f"# {note}")
-        for warning in step.warnings(steps):
+        for warning in row["warnings"]:
             print(f"# WARNING: {warning}")
         print(table_text(step))
-
-
-def _step_values(step: Step, steps: Sequence[Step]) -> dict[str, Any]:
-    from tessera import planning
-
-    memory = planning.stage_memory(step, steps)
-    return {
-        "name": step.name,
-        "stage": step.stage.name,
-        "action": step.action,
-        "inputs": step.inputs,
-        "config": step.resolved,
-        "num_params": _num_params(step),
-        "memory": memory.as_json() if memory else None,
-        "warnings": step.warnings(steps),
-    }
+    if as_json:
+        print_json(found)
 
 
 def _what_would_happen(step: Step) -> str:
@@ -125,16 +124,6 @@ def _what_would_happen(step: Step) -> str:
         return f"the recipe has changed under this run\n# {diff}"
     actions = {"run": "would run", "resume": "would go on", "skip": "is done"}
     return actions.get(step.action, "would be redone")
-
-
-def _num_params(step: Step) -> int | None:
-    """Parameters of the checkpoint that a stage imports, where it can be read here."""
-    from tessera.model.source import model_config
-
-    path = step.files.get("path")
-    if step.stage.name != "parent" or not isinstance(path, Path):
-        return None
-    return model_config(path).num_params()
 
 
 @command()
@@ -176,7 +165,7 @@ def plan(
         print_json([found.as_json() for found in plans])
         return
     print("\n\n".join(planning.render_plan(plan, price) for plan in plans))
-    if others := planning.unplanned(read):
+    if others := [spec.name for spec in read.stages if spec.stage not in planning.TRAINS]:
         complain(f"no plan is made of {', '.join(others)}")
 
 
@@ -200,19 +189,27 @@ def quickstart(
     """
     from tessera import pipeline
     from tessera.cli import quickstart as results
+    from tessera.report import page
+    from tessera.runs.files import atomic_write
     from tessera.table import terminal_width
 
     plan = results.recipe(task, fast, overrides or ())
     results.use_one_thread()
     pipeline.run_recipe(plan, runs, redo=redo or (), quiet=quiet)
     home = runs / plan.name
-    rows, page = results.table(home), results.write_report(home)
+    rows, report = results.table(home), home / "report.html"
+    text = page.html(home.name, "What the quickstart made.", page.sections(home)[1])
+    atomic_write(report, text)
     if as_json:
         print_json(rows)
         return
     print(f"\n{results.rendered(rows, terminal_width())}\n")
-    next_steps = results.next_steps(home, task)
-    complain(f"The report is {page}, everything else in {home}. Next:\n{next_steps}")
+    complain(
+        f"The report is {report}, everything else in {home}. Next:\n"
+        f"tessera chat {home / 'grpo'}        and ask: {results.EXAMPLES[task]}\n"
+        f"tessera serve {home / 'grpo'} --web\n"
+        "tessera run recipes/checkpoint.toml parent.path=MODEL data.paths='[\"DOCUMENTS.jsonl\"]'"
+    )
 
 
 @command("curate", data)

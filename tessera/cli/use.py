@@ -63,9 +63,10 @@ def generate(
     # Decoded together: a SentencePiece text's first space belongs to what stands before it.
     text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(before)
     if as_json:
-        tokens = {"token_ids": completion.token_ids, "logprobs": completion.logprobs}
-        reason = completion.finish_reason
-        print_json({"prompt": prompt, "text": text, "finish_reason": reason, **tokens})
+        found: dict[str, Any] = {"prompt": prompt, "text": text}
+        for key in ("finish_reason", "token_ids", "logprobs"):
+            found[key] = getattr(completion, key)
+        print_json(found)
     else:
         print(prompt + text if thinking is None else text)
 

@@ -1,9 +1,7 @@
 """Asking a model every question of its tasks, each answer kept as it comes.
 
-A conversation is an item in one mode of the switch and one sample of it. Its record is known by all
-that it follows from (model, task, messages, mode, sampling, sample), so a stopped evaluation asks
-only what is missing, one with more items or samples adds to it, and scores can be computed again
-without generating.
+A record's key is the hash of all that its answer follows from (model, task, messages, mode,
+sampling, sample), so a stopped evaluation asks only what is missing.
 """
 
 from __future__ import annotations
@@ -66,16 +64,12 @@ class Conversation:
     sample: int
     sampling: dict[str, Any]
     messages: list[Message] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+    turns: int = 0
+    key: str = ""  # of its last record
     tokens: int = 0
     finish_reason: str = ""
     completion: str = ""
     failed: str = ""
-
-    @property
-    def key(self) -> str:
-        """The key of its last record."""
-        return self.keys[-1]
 
     @property
     def truncated(self) -> bool:
@@ -83,19 +77,14 @@ class Conversation:
 
     def take(self, key: str, row: dict[str, Any]) -> str | None:
         """Adds an answer; returns what is said next, None where nothing is."""
-        self.keys.append(key)
+        self.key, self.turns = key, self.turns + 1
         self.tokens += row["tokens"]
         self.finish_reason = row["finish_reason"]
-        self.completion = _whole(row["thought"], row["text"])
+        self.completion = text = row["text"]
+        if row["thought"] is not None:  # a thought that led to no answer stays open
+            self.completion = f"{OPEN}{row['thought']}{CLOSE if text else ''}{text}"
         self.messages.append({"role": "assistant", "content": self.completion})
         return self.task.goes_on(self.item, self.messages)
-
-
-def _whole(thought: str | None, answer: str) -> str:
-    """What was written, its thought between tags; one that led to no answer stays open."""
-    if thought is None:
-        return answer
-    return f"{OPEN}{thought}{CLOSE if answer else ''}{answer}"
 
 
 def conversations(
@@ -150,7 +139,19 @@ def _one_turn(
         def receive(request: Request, reply: Reply) -> None:
             key = request.key(asker.teacher.model)
             if reply.error is None:
-                records.add(key, _record(missing[key][0], reply))
+                chat = missing[key][0]
+                row = {
+                    "task": chat.task.name,
+                    "item": chat.item.id,
+                    "mode": chat.mode,
+                    "sample": chat.sample,
+                    "turn": chat.turns,
+                    "thought": reply.thought,
+                    "text": reply.text,
+                    "tokens": reply.tokens,
+                    "finish_reason": reply.finish_reason,
+                }
+                records.add(key, row)
             else:
                 failed[key] = reply.error
             progress.advance(1)
@@ -165,16 +166,3 @@ def _one_turn(
         if said is not None:
             chat.messages.append({"role": "user", "content": said})
             yield chat
-
-
-def _record(chat: Conversation, reply: Reply) -> dict[str, Any]:
-    where = {"task": chat.task.name, "item": chat.item.id, "mode": chat.mode}
-    return {
-        **where,
-        "sample": chat.sample,
-        "turn": len(chat.keys),
-        "thought": reply.thought,
-        "text": reply.text,
-        "tokens": reply.tokens,
-        "finish_reason": reply.finish_reason,
-    }

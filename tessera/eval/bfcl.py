@@ -132,7 +132,11 @@ def executable(call: Call, classes: Sequence[str]) -> str:
     for key, value in arguments.items():
         if not key.isidentifier():
             return _error(f"{name} has no argument {key[:80]!r}")
-        if key in SLOW and _is_large(value):
+        try:
+            large = key in SLOW and abs(float(value)) > LARGEST
+        except (TypeError, ValueError, OverflowError) as error:
+            large = isinstance(error, OverflowError)
+        if large:
             return _error(f"{key} is larger than {LARGEST}")
     try:
         return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
@@ -142,15 +146,6 @@ def executable(call: Call, classes: Sequence[str]) -> str:
 
 def _error(text: str) -> str:
     return repr(f"Error during execution: {text}")
-
-
-def _is_large(value: Any) -> bool:
-    try:
-        return abs(float(value)) > LARGEST
-    except OverflowError:
-        return True
-    except (TypeError, ValueError):
-        return False
 
 
 @functools.cache

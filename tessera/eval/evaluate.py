@@ -1,17 +1,7 @@
-"""Perplexity of a model on a text, in windows of its context with half of each as context.
+"""Stage `eval`: a model's tasks with reasoning on and off, after Llama-Nemotron's protocol (§6).
 
-    ppl = exp(-1/N Σ log p(t_i | t_<i))        bits a byte = Σ -log2 p / bytes of the text
-
-Bits a byte compare models of different tokenizers; perplexities do not.
-
-Stage `eval`: a model's tasks with reasoning on and off, after the report's protocol.
-
-Llama-Nemotron (arXiv 2505.00949, §6): temperature 0.6 and top-p 0.95 with reasoning on, greedy with
-reasoning off, up to 16 samples averaged, 32k tokens an answer. The model answers through the
-built-in engine, or is served elsewhere behind an OpenAI-compatible endpoint.
-
-    records.jsonl   every answer      verdicts.jsonl   what was found of each, and why
-    tables/eval.jsonl   one row a task and mode        tables/eval_groups.jsonl   levels, subjects
+records.jsonl   every answer      verdicts.jsonl   what was found of each, and why
+tables/eval.jsonl   one row a task and mode        tables/eval_groups.jsonl   levels, subjects
 """
 
 from __future__ import annotations
@@ -41,33 +31,31 @@ from tessera.runs.run import Run
 from tessera.vllm.config import EngineChoice
 
 WINDOW = 4096
+PERPLEXITY = "perplexity"
 
 
 def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict[str, Any]:
-    """The row of the task `perplexity`; limit: documents. Raises EvalError without a text."""
+    """The row of the task `perplexity`; limit: documents. Raises EvalError without a text.
+
+    ppl = exp(-1/N Σ log p(t_i | t_<i)), in windows with half of each as context;
+    bits a byte = Σ -log2 p / bytes of the text, which compares models of different tokenizers.
+    """
     from tessera.data.readers import Bad, expand, read
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.torch_engine import TorchEngine
     from tessera.model.checkpoint import load_model
 
     if model is None:
-        raise EvalError(
-            "perplexity needs the model itself; an endpoint gives no log-probs of a text"
-        )
+        raise EvalError("perplexity needs the model itself: an endpoint gives no log-probs")
     if not place:
-        raise EvalError(
-            "perplexity: give its text, --data perplexity=FILE (.txt, .jsonl, .parquet)"
-        )
+        raise EvalError("perplexity: give --data perplexity=FILE (.txt, .jsonl, .parquet)")
     tokenizer, module = load_tokenizer(model), load_model(model, frozen=True)
     engine = TorchEngine(module)
     window = min(WINDOW, module.config.max_position_embeddings)
     total, tokens, size, documents = 0.0, 0, 0, 0
     for path in expand([place]):
-        for one in read(path):
-            if isinstance(one, Bad):
-                continue
-            if limit is not None and documents >= limit:
-                break
+        readable = (one for one in read(path) if not isinstance(one, Bad))
+        for one in itertools.islice(readable, None if limit is None else limit - documents):
             documents += 1
             ids = tokenizer.encode(one.content, bos=True)
             logprobs = _logprobs(engine, ids, window)
@@ -87,8 +75,7 @@ def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict
 
 
 def _logprobs(engine: Any, ids: list[int], window: int) -> list[float]:
-    """Of every token but the first; each sees at least half a window before it where there is so
-    much."""
+    """Of every token but the first; each sees half a window before it, where there is so much."""
     found = engine.score([ids[:window]])[0]
     stride, end = max(1, window // 2), window
     while end < len(ids):
@@ -97,9 +84,6 @@ def _logprobs(engine: Any, ids: list[int], window: int) -> list[float]:
         found += part[window - stride - 1 :]
         end = start + window
     return found
-
-
-PERPLEXITY = "perplexity"
 
 
 class EvalConfig(EngineChoice):
@@ -140,9 +124,10 @@ class EvalConfig(EngineChoice):
         return self.data if isinstance(self.data, str) else self.data.get(task, "")
 
 
-def items_of(task: Task, data: Data, limit: int | None) -> list[Item]:
+def _items(task: Task, config: EvalConfig) -> list[Item]:
     """The first items of a task, checked to hold what its measures judge by."""
-    found = list(itertools.islice(task.read(data), limit or task.limit))
+    data = Data(task.name, config.place(task.name))
+    found = list(itertools.islice(task.read(data), config.limit or task.limit))
     if not found:
         raise EvalError(f"{task.name}: {data.place or 'its data'} holds no items")
     rewards = [measure.reward for measure in task.measures]
@@ -157,24 +142,18 @@ def evaluate(
     """The rows of the table and of the groups; answers and verdicts are kept in `folder`."""
     texts = [name for name in config.tasks if name == PERPLEXITY]
     asked = [find(name) for name in config.tasks if name != PERPLEXITY]
-    plan = [
-        (task, items_of(task, Data(task.name, config.place(task.name)), config.limit))
-        for task in asked
-    ]
+    plan = [(task, _items(task, config)) for task in asked]
     if not config.judge and any(task.judging for task in asked):
         names = ", ".join(task.name for task in asked if task.judging)
-        raise EvalError(
-            f"{names}: another model judges the answers; give judge = {{ url, model }}, or "
-            "--judge MODEL@URL"
-        )
+        raise EvalError(f"{names}: give judge = {{ url, model }}, or --judge MODEL@URL")
     table, by_group = [], []
     if texts:
         table.append(perplexity(model, config.place(PERPLEXITY), config.limit))
     with Journal(folder / "records.jsonl") as records, Journal(folder / "verdicts.jsonl") as kept:
-        asker = _asker(config, model, seed) if plan else None
+        asker = None
+        samplings: dict[Mode, Sampling] = {"on": config.on, "off": config.off}
         for task, items in plan:
-            assert asker is not None
-            samplings: dict[Mode, Sampling] = {"on": config.on, "off": config.off}
+            asker = asker or _asker(config, model, seed)
             chats = list(conversations(task, items, config.modes, samplings, config.max_tokens))
             answer(chats, asker, records, label=task.name, quiet=quiet)
             rows, parts = _judged(config, task, chats, kept, quiet)

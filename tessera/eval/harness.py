@@ -2,9 +2,8 @@
 
     python -m tessera.eval.harness run --model tessera --model_args pretrained=RUN --tasks ...
 
-Few-shot prompts, filters, metrics and conventions (BOS before a text that has none, rolling
-windows, cuts from the left) are lm-eval's; where they leave a choice it is a field of `Arguments`.
-Needs `tessera[harness]`, which this file alone imports.
+Prompts, filters, metrics and conventions are lm-eval's; where they leave a choice it is a field
+of `Arguments`. Needs `tessera[harness]`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pydantic import Field, PositiveInt
 
 from tessera.data.conversation import Message, Mode
 from tessera.data.switch import DETAILED, set_switch
-from tessera.data.template import Template, TemplateError, template_of
+from tessera.data.template import TemplateError, template_of
 from tessera.data.thought import Splitter, split
 from tessera.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from tessera.generate.engine import GenerationError, SamplingParams
@@ -56,8 +55,7 @@ class Wanted:
 class Answer:
     """Tokens of a completion in, its answer up to the task's stop string out; "" for none.
 
-    A stop string counts in the answer alone: a blank line ends a sentence of a thought, too. The
-    text is that of the completion's tokens alone, as evaluations read it.
+    A stop string counts in the answer alone: a blank line ends a sentence of a thought, too.
     """
 
     def __init__(self, tokenizer: Tokenizer, wanted: Wanted) -> None:
@@ -109,7 +107,11 @@ def complete(
     try:
         while True:
             while len(flying) < 2 * batch and (i := next(left, None)) is not None:
-                flying[i] = _submit(engine, tokenizer, wanted[i], room)
+                one = wanted[i]
+                most = min(one.params.max_tokens, room - len(one.prompt))
+                params = dataclasses.replace(one.params, max_tokens=most)
+                stopping = (lambda one=one: Answer(tokenizer, one).push) if one.stops else None
+                flying[i] = engine.submit(one.prompt, params, key=one.key, stopping=stopping)
             if not flying:
                 return
             engine.step()
@@ -119,13 +121,6 @@ def complete(
     finally:
         for handle in flying.values():
             handle.cancel()
-
-
-def _submit(engine: TorchEngine, tokenizer: Tokenizer, one: Wanted, room: int) -> Handle:
-    most = min(one.params.max_tokens, room - len(one.prompt))
-    params = dataclasses.replace(one.params, max_tokens=most)
-    stopping = (lambda: Answer(tokenizer, one).push) if one.stops else None
-    return engine.submit(one.prompt, params, key=one.key, stopping=stopping)
 
 
 def _text(tokenizer: Tokenizer, one: Wanted, tokens: Sequence[int]) -> str:
@@ -193,11 +188,6 @@ class Arguments(Config):
         return self.max_batch_size if self.batch_size == "auto" else self.batch_size
 
 
-def _device(name: str) -> str:
-    """lm-eval's command line says cuda:0 where nobody said anything, also where there is none."""
-    return "cpu" if name.startswith("cuda") and not torch.cuda.is_available() else name
-
-
 @register_model("tessera")
 class TesseraLM(TemplateLM):
     """The model `tessera` of lm-eval. Its arguments are the fields of `Arguments`.
@@ -214,15 +204,17 @@ class TesseraLM(TemplateLM):
         self.asked = config = validate(Arguments, arguments, "model_args")
         home = resolve(config.pretrained)
         self.codec = load_tokenizer(home)
-        module = load_model(home, frozen=True, device=_device(config.device))
+        # lm-eval's command line says cuda:0 where nobody said anything, also where there is none.
+        missing = config.device.startswith("cuda") and not torch.cuda.is_available()
+        module = load_model(home, frozen=True, device="cpu" if missing else config.device)
         self.engine = TorchEngine(module, max_batch_size=config.batch)
         self.batch_size = config.batch
-        self.max_length = self._length(module.config.max_position_embeddings)
+        longest = module.config.max_position_embeddings
+        self.max_length = config.max_length or longest
+        if self.max_length > longest:
+            raise HarnessError(f"max_length is {self.max_length}, but the model has {longest}")
         if config.rolling_context > self.max_length:
-            raise HarnessError(
-                f"rolling_context is {config.rolling_context}, more than the {self.max_length} "
-                "tokens of a window; give at most that"
-            )
+            raise HarnessError(f"give a rolling_context of at most {self.max_length}, a window")
         self.add_bos = self.codec.bos_id is not None
         if config.add_bos_token is not None:
             self.add_bos = config.add_bos_token
@@ -235,12 +227,6 @@ class TesseraLM(TemplateLM):
             "model_dtype": "float32",
             "model_sha": fingerprint_path(home),
         }
-
-    def _length(self, longest: int) -> int:
-        wanted = self.asked.max_length or longest
-        if wanted > longest:
-            raise HarnessError(f"max_length is {wanted}, but the model has {longest} positions")
-        return wanted
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes of the model beside its results."""
@@ -270,15 +256,12 @@ class TesseraLM(TemplateLM):
             return ids
         return [first, *ids]
 
-    def _template(self) -> Template:
-        return template_of(self.codec)
-
     @property
     def tokenizer_name(self) -> str:
         return f"tessera-{self.codec.fingerprint()}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        return self._template().source if chat_template else ""
+        return template_of(self.codec).source if chat_template else ""
 
     def apply_chat_template(
         self, chat_history: list[Message], add_generation_prompt: bool = True
@@ -289,7 +272,7 @@ class TesseraLM(TemplateLM):
         history, variables = list(chat_history), {}
         if self.asked.thinking is not None:
             history, variables = set_switch(history, self.asked.thinking, self.asked.switch)
-        template = self._template()
+        template = template_of(self.codec)
         if add_generation_prompt:
             return template.render(history, add_generation_prompt=True, **variables)
         text, begun = template.render(history, **variables), history[-1]["content"].strip()
@@ -307,9 +290,16 @@ class TesseraLM(TemplateLM):
         **kwargs: Any,
     ) -> Scores:
         """(log-likelihood of the continuation, whether greedy decoding yields it) of each."""
-        rows = [self._row(context, wanted) for _, context, wanted in requests]
-        whole = [len(context) + len(wanted) for _, context, wanted in requests]
-        _tell_cuts("contexts", [a - len(b) for a, b in zip(whole, rows, strict=True)])
+        longest, rows = self.max_length, []
+        for _, context, wanted in requests:
+            if not context or not 0 < len(wanted) <= longest:
+                raise HarnessError(
+                    f"a continuation of {len(wanted)} tokens after {len(context)} cannot be "
+                    f"scored: it needs a context, and from 1 to {longest} tokens"
+                )
+            rows.append([*context, *wanted])
+        _tell_cuts("contexts", [max(0, len(row) - longest - 1) for row in rows])
+        rows = [row[-(longest + 1) :] for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: Scores = [(0.0, False)] * len(rows)
         with Progress("lm-eval: scoring", len(rows), "texts", quiet=disable_tqdm) as progress:
@@ -325,36 +315,24 @@ class TesseraLM(TemplateLM):
                 progress.advance(len(part))
         return found
 
-    def _row(self, context: list[int], wanted: list[int]) -> list[int]:
-        """Both, the context cut from the left where they are longer than the model reads."""
-        if not context or not 0 < len(wanted) <= self.max_length:
-            raise HarnessError(
-                f"a continuation of {len(wanted)} tokens after {len(context)} cannot be scored: "
-                f"it needs a context, and from 1 to {self.max_length} tokens"
-            )
-        return [*context, *wanted][-(self.max_length + 1) :]
-
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         """Log-likelihood of whole texts, each token once, in windows of `max_length`."""
         rows, counts = [], []
         for request in requests:
-            windows = list(self._windows(request.args[0]))
-            rows += [(None, *window) for window in windows]
-            counts.append(len(windows))
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=self.asked.rolling_context,
+            )
+            before = len(rows)
+            rows += [(None, *make_disjoint_window(window)) for window in windows]
+            counts.append(len(rows) - before)
         values = iter(self._loglikelihood_tokens(rows, disable_tqdm))
         totals = [math.fsum(next(values)[0] for _ in range(count)) for count in counts]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
-
-    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        windows = get_rolling_token_windows(
-            self.tok_encode(text, add_special_tokens=False),
-            prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
-            context_len=self.asked.rolling_context,
-        )
-        yield from map(make_disjoint_window, windows)
 
     # Completions.
 
@@ -399,21 +377,14 @@ class TesseraLM(TemplateLM):
             **kwargs,
         )
         key = int(fingerprint([context, repeat])[:15], 16)
-        prompt = self._fitting(ids, max_tokens)
-        return Wanted(prompt, params, stops, key, self.asked.keep_thought)
-
-    def _fitting(self, ids: list[int], max_tokens: int) -> list[int]:
-        """A prompt: whole where it fits, though its completion may then end with the context; one
-        that does not fit is cut from the left, so that its completion has its room.
-        """
-        if len(ids) < self.max_length:
-            return ids
-        if max_tokens >= self.max_length:
-            raise HarnessError(
-                f"a prompt has {len(ids)} tokens and its completion {max_tokens}, but the model "
-                f"has {self.max_length} positions: give a smaller max_gen_toks"
-            )
-        return ids[-(self.max_length - max_tokens) :]
+        if len(ids) >= self.max_length:  # cut from the left, so that its completion has its room
+            if max_tokens >= self.max_length:
+                raise HarnessError(
+                    f"a prompt has {len(ids)} tokens and its completion {max_tokens}, but the "
+                    f"model has {self.max_length} positions: give a smaller max_gen_toks"
+                )
+            ids = ids[-(self.max_length - max_tokens) :]
+        return Wanted(ids, params, stops, key, self.asked.keep_thought)
 
 
 def _tell_cuts(what: str, cuts: Sequence[int]) -> None:

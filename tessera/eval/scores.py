@@ -8,6 +8,7 @@ is that of the items' values. What could not be judged is left out and counted, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -51,12 +52,20 @@ def score(
     ):
         for start in range(0, len(missing), AT_ONCE):
             part = missing[start : start + AT_ONCE]
-            samples = [_sample(chat) for _, chat in part]
-            found = pool.check([(i, one) for one in samples for i in range(len(rewards))])
-            for number, (key, chat) in enumerate(part):
-                of_one = found[number * len(rewards) : (number + 1) * len(rewards)]
-                rows = zip(task.measures, of_one, strict=True)
-                verdicts.add(key, _verdict(chat, {m.name: asdict(one) for m, one in rows}))
+            samples = [
+                Sample(one.messages[:-1], one.completion, dict(one.item.fields), one.truncated)
+                for _, one in part
+            ]
+            found = iter(pool.check([(i, one) for one in samples for i in range(len(rewards))]))
+            for key, chat in part:
+                row = {
+                    "task": task.name,
+                    "item": chat.item.id,
+                    "mode": chat.mode,
+                    "sample": chat.sample,
+                    "outcomes": {one.name: asdict(next(found)) for one in task.measures},
+                }
+                verdicts.add(key, row)
             progress.advance(len(part))
     return [
         _scored(chat, {name: one["score"] for name, one in verdicts.get(key)["outcomes"].items()})
@@ -74,12 +83,8 @@ def ask_judge(
         asked = task.judging.prompts(chat.item, chat.messages)
         plans.append([judge.request(f"judge of {task.name}", one, 4096) for one in asked])
     keys = [[f"judge-{one.key(teacher.model)}" for one in plan] for plan in plans]
-    wanted = {
-        key: one
-        for plan, names in zip(plans, keys, strict=True)
-        for one, key in zip(plan, names, strict=True)
-        if key not in verdicts
-    }
+    flat = zip(itertools.chain(*keys), itertools.chain(*plans), strict=True)
+    wanted = {key: one for key, one in flat if key not in verdicts}
     with Progress(f"{task.name}: judge", len(wanted), "replies", quiet=quiet) as progress:
 
         def receive(request: Request, reply: Reply) -> None:
@@ -99,16 +104,6 @@ def ask_judge(
     return scored
 
 
-def _sample(chat: Conversation) -> Sample:
-    asked = chat.messages[:-1]
-    return Sample(asked, chat.completion, dict(chat.item.fields), chat.truncated)
-
-
-def _verdict(chat: Conversation, outcomes: dict[str, Any]) -> dict[str, Any]:
-    where = {"task": chat.task.name, "item": chat.item.id, "mode": chat.mode}
-    return {**where, "sample": chat.sample, "outcomes": outcomes}
-
-
 def _scored(chat: Conversation, scores: Mapping[str, float | None]) -> Scored:
     return Scored(chat, scores, obeys(chat.completion, chat.mode))
 
@@ -116,13 +111,9 @@ def _scored(chat: Conversation, scores: Mapping[str, float | None]) -> Scored:
 def summary(
     task: Task, mode: str, found: Sequence[Scored], failed: Sequence[str]
 ) -> dict[str, Any]:
-    """The row of a task in one mode.
-
-    failed: why answers are missing. tokens: of a whole answer, thought included. truncated,
-    unjudged and failed are counts.
-    """
-    told = [measure.name for measure in task.measures if mode in measure.modes]
-    names = [task.judging.name] if task.judging else told
+    """The row of a task in one mode; failed: why answers are missing, in the row their count."""
+    names = [measure.name for measure in task.measures if mode in measure.modes]
+    names = [task.judging.name] if task.judging else names
     row: dict[str, Any] = {"task": task.name, "mode": mode, "metric": names[0]}
     weights = {measure.name: measure for measure in task.measures}
     for number, name in enumerate(names):
@@ -130,7 +121,12 @@ def summary(
         row |= {"value": value, "stderr": error} if number == 0 else {name: value}
     by_item = _by_item(found, names[0])
     samples = min((len(values) for values in by_item), default=0)
-    row |= {"items": len(by_item), "samples": samples, **_passes(by_item, samples)}
+    row |= {"items": len(by_item), "samples": samples}
+    k = 2
+    while k <= samples:
+        rates = [pass_at(len(values), sum(v >= 1 for v in values), k) for values in by_item]
+        row[f"pass@{k}"] = sum(rates) / len(rates)
+        k *= 2
     row["obedience"] = _share([one.obedient for one in found])
     row["tokens"] = _share([one.chat.tokens for one in found])
     row["truncated"] = sum(one.chat.truncated for one in found)
@@ -196,16 +192,6 @@ def _mean(
         return mean, None
     variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
     return mean, math.sqrt(variance / len(means))
-
-
-def _passes(by_item: Sequence[Sequence[float]], samples: int) -> dict[str, float]:
-    """pass@k for k = 2, 4, 8 … up to the samples that every item has."""
-    found, k = {}, 2
-    while k <= samples:
-        rates = [pass_at(len(values), sum(v >= 1 for v in values), k) for values in by_item]
-        found[f"pass@{k}"] = sum(rates) / len(rates)
-        k *= 2
-    return found
 
 
 def pass_at(n: int, c: int, k: int) -> float:

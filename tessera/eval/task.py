@@ -1,8 +1,6 @@
 """What an evaluation asks, and by what it judges: a task is a reader of items and some measures.
 
-A measure is a reward of reinforcement learning (`rl/rewards.py`), computed in the same killable
-workers: what a policy is trained on and what it is measured by cannot drift apart. Data comes from
-local files in the layout of `Data`, or from the hub; nothing is downloaded unless it is named.
+A measure is a reward of `rl/rewards.py`, computed in the same killable workers.
 """
 
 from __future__ import annotations
@@ -22,11 +20,7 @@ class EvalError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question.
-
-    fields: what measures judge by. groups: what the table of groups tells apart (level, subject).
-    follow_ups: what the user says in the turns after the first, as MT-Bench's second.
-    """
+    """One question; fields: what measures judge by; follow_ups: what the user says later."""
 
     id: str
     messages: list[Message]
@@ -43,10 +37,9 @@ def follow_up(item: Item, chat: Sequence[Message]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A column: the mean of a reward's score over items.
+    """A column: the mean of a reward's score over items, weighted by their field `weight`.
 
-    weight: a field of the items that says how often one counts; empty, each counts once. modes:
-    where it says something; "text" is a base model that was asked without a template.
+    modes: where it is shown; "text" is a base model that was asked without a template.
     """
 
     name: str
@@ -57,7 +50,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Judging:
-    """How another model judges: what it is asked of a record, and how its replies are read.
+    """How another model judges.
 
     prompts: (item, the conversation with the answers) -> one conversation a question to the judge.
     read: the judge's replies -> a score, or None where they cannot be understood.
@@ -73,10 +66,9 @@ class Task:
     """A benchmark.
 
     read: its items out of a `Data`. measures: the first is the one that pass@k counts. judging:
-    where a model judges instead. max_tokens: of an answer, thought included (the papers: 32,768).
-    groups: told apart in a table of their own. limit: the items of a task that has no end.
-    goes_on: (item, the conversation up to an answer) -> what is said next, None where it is over;
-    a function of its arguments alone, so that kept answers lead to the same conversation again.
+    where a model judges instead. max_tokens: of an answer, thought included. groups: told apart in
+    a table of their own. limit: the items of a task that has no end. goes_on: (item, conversation)
+    -> what is said after an answer, None where it is over; a function of its arguments alone.
     """
 
     name: str
@@ -120,18 +112,14 @@ class Data:
 
     def path(self, file: str) -> Path | None:
         """Where one of the task's files is; None where it is not on this machine."""
-        root = Path(self.place).expanduser() if self.place else None
-        if root is None or not root.exists():
+        if not self.place:
             return None
-        if root.is_file():
-            return root
-        inside = root / file
-        candidates = (inside, root / inside.name)
+        root = Path(self.place).expanduser()
+        candidates = (root, root / file, root / Path(file).name)
         return next((path for path in candidates if path.is_file()), None)
 
     def _hub(self, file: str, hub: str) -> Iterator[dict[str, Any]]:
-        here = Path(self.place).expanduser() if self.place else None
-        if not self.place or (here is not None and here.exists()):
+        if not self.place or Path(self.place).expanduser().exists():
             where = f"{self.place}/{file} is not there" if self.place else "no data was given"
             raise EvalError(
                 f"{self.task}: {where}; give --data DIR that holds {file}, --data "

@@ -1,11 +1,7 @@
 """What was taken from a parent, layer by layer, and what each word cost and saved; torch-free.
 
-    layer  attention         KL   saved   saved  ffn                        KL   saved   saved
-        2  gqa-8 -> noop  0.021  12 KiB  0.4 ms  swiglu-96 -> swiglu-48  0.034  48 KiB  0.1 ms
-
-KL is the replace-one score of the word, bytes and seconds are those of the scenario that was
-priced: both where the lineage holds the tables. What can be counted from two architectures alone,
-parameters and KV bytes a token, is always there.
+KL is a word's replace-one score, bytes and seconds are those of the scenario that was priced: both
+where the lineage holds the tables. Parameters and KV bytes a token are always counted.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ from typing import Any
 
 from tessera.model.config import KINDS, ModelConfig, parse_kind
 from tessera.model.source import ancestors, holder, model_config, origin
-from tessera.puzzle.cost_table import CostTable, Scenario, read_costs
+from tessera.puzzle.cost_table import CostTable, read_costs
 from tessera.puzzle.space import Unit
 from tessera.runs.files import RunError
 from tessera.runs.run import read_table
@@ -34,10 +30,6 @@ class Prices:
 
     scores: Mapping[tuple[int, str, str], float]
     costs: CostTable | None
-
-    @property
-    def scenario(self) -> Scenario | None:
-        return self.costs.scenario if self.costs else None
 
     def kl(self, parent: ModelConfig, layer: int, kind: str, word: str) -> float | None:
         """The replace-one score of a word; 0 for the parent's own, None for one not scored."""
@@ -74,8 +66,7 @@ def prices_of(runs: Sequence[Path]) -> Prices:
 
 def explain(path: str | Path) -> Row | None:
     """What the architecture of a run lost against its parent; None where there are not both."""
-    path = Path(path)
-    parent = origin(path)
+    path, parent = Path(path), origin(Path(path))
     try:
         if parent is None or parent.resolve() == path.resolve():
             return None
@@ -84,8 +75,7 @@ def explain(path: str | Path) -> Row | None:
         return None
     if before.words == after.words:
         return None
-    found = changes(before, after, before, prices_of(ancestors(path)))
-    return {"against": str(parent), **found}
+    return {"against": str(parent), **changes(before, after, before, prices_of(ancestors(path)))}
 
 
 def diff(a: str | Path, b: str | Path) -> Row:
@@ -94,24 +84,24 @@ def diff(a: str | Path, b: str | Path) -> Row:
     Prices are those of the lineage that both share, or that one has and the other is the root of.
     """
     before, after = model_config(a), model_config(b)
-    parent, prices = _common(holder(a), holder(b))
-    found = changes(before, after, parent or before, prices)
+    homes = [holder(a), holder(b)]
+    roots = [(origin(home) or home).resolve() for home in homes]
+    parent, prices = before, Prices({}, None)
+    if roots[0] == roots[1]:
+        parent = model_config(roots[0])
+        prices = prices_of([run for home in homes for run in ancestors(home)])
     sizes = [
-        _size_row("parameters", before.num_params(), after.num_params()),
-        _size_row("KV bytes a token", before.kv_bytes_per_token(4), after.kv_bytes_per_token(4)),
+        ("parameters", before.num_params(), after.num_params()),
+        ("KV bytes a token", before.kv_bytes_per_token(4), after.kv_bytes_per_token(4)),
     ]
     for field in ("num_hidden_layers", "hidden_size", "vocab_size"):
         own, other = getattr(before, field), getattr(after, field)
-        sizes += [_size_row(field, own, other)] if own != other else []
-    return {**found, "sizes": sizes}
-
-
-def _common(a: Path, b: Path) -> tuple[ModelConfig | None, Prices]:
-    """The parent of both, and what its words cost; nothing where they are no relatives."""
-    roots = [(origin(path) or path).resolve() for path in (a, b)]
-    if roots[0] != roots[1]:
-        return None, Prices({}, None)
-    return model_config(roots[0]), prices_of([*ancestors(a), *ancestors(b)])
+        sizes += [(field, own, other)] if own != other else []
+    rows = [
+        {"": what, "A": int(a), "B": int(b), "B - A": int(b - a), "B / A": b / a if a else None}
+        for what, a, b in sizes
+    ]
+    return {**changes(before, after, parent, prices), "sizes": rows}
 
 
 def changes(before: ModelConfig, after: ModelConfig, parent: ModelConfig, prices: Prices) -> Row:
@@ -121,56 +111,44 @@ def changes(before: ModelConfig, after: ModelConfig, parent: ModelConfig, prices
     added and the parameters, KV bytes, bytes and seconds it saved; `pair_kl` for two words trained
     together. A total is None where one of its words has no price.
     """
-    sides = _Sides(before, after, parent, prices)
-    rows = [
-        sides.layer(layer)
-        for layer in range(max(len(before.words), len(after.words)))
-        if _words(before, layer) != _words(after, layer)
-    ]
+    rows = []
+    for layer in range(max(len(before.words), len(after.words))):
+        old, new = _words(before, layer), _words(after, layer)
+        if old == new:
+            continue
+        row: Row = {"layer": layer}
+        together = any(Unit.pair(layer, *pair) in prices.scores for pair in (old, new))
+        for kind, was, now in zip(KINDS, old, new, strict=True):
+            row[kind] = was if was == now else f"{was} -> {now}"
+            if was == now:
+                continue
+            for column in COUNTED:
+                saved = _counted(before, column, kind, was) - _counted(after, column, kind, now)
+                row[f"{kind}_{column}"] = int(saved)
+            for column in PRICED if prices.costs else ():
+                costs = [prices.cost(column, kind, word) for word in (was, now)]
+                row[f"{kind}_{column}"] = _less(costs[0], costs[1])
+            if prices.scores and not together:
+                harm = [prices.kl(parent, layer, kind, word) for word in (was, now)]
+                row[f"{kind}_kl"] = _less(harm[1], harm[0])
+        if together:  # the words' own scores are those of words trained apart
+            harm = [prices.layer_kl(parent, layer, pair) for pair in (old, new)]
+            row["pair_kl"] = _less(harm[1], harm[0])
+        rows.append(row)
     columns = dict.fromkeys(key for row in rows for key in row if "_" in key)
+    scenario = prices.costs.scenario if prices.costs else None
+    whole: Row = {"parameters": before.num_params()}
+    whole["kv_bytes_per_token"] = int(before.kv_bytes_per_token(4))
+    places = [place for pair in before.words for place in zip(KINDS, pair, strict=True)]
+    if prices.costs and all(place in prices.costs.words for place in places):
+        total = prices.costs.total(before.words)
+        whole |= {column: total[column] for column in PRICED if column in total}
     return {
         "layers": rows,
         "total": {key: _sum([row[key] for row in rows if key in row]) for key in columns},
-        "of": _whole(before, prices),
-        "scenario": prices.scenario.model_dump() if prices.scenario else None,
+        "of": whole,
+        "scenario": scenario.model_dump() if scenario else None,
     }
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """Two architectures, the parent that their scores are changes to, and the prices."""
-
-    before: ModelConfig
-    after: ModelConfig
-    parent: ModelConfig
-    prices: Prices
-
-    def layer(self, layer: int) -> Row:
-        old, new = _words(self.before, layer), _words(self.after, layer)
-        row: Row = {"layer": layer}
-        together = any(Unit.pair(layer, *pair) in self.prices.scores for pair in (old, new))
-        for kind, was, now in zip(KINDS, old, new, strict=True):
-            row[kind] = was if was == now else f"{was} -> {now}"
-            if was != now:
-                row |= self._saved(kind, was, now)
-                if self.prices.scores and not together:
-                    harm = [self.prices.kl(self.parent, layer, kind, w) for w in (was, now)]
-                    row[f"{kind}_kl"] = _less(harm[1], harm[0])
-        if together:  # the words' own scores are those of words trained apart
-            harm = [self.prices.layer_kl(self.parent, layer, pair) for pair in (old, new)]
-            row["pair_kl"] = _less(harm[1], harm[0])
-        return row
-
-    def _saved(self, kind: str, was: str, now: str) -> Row:
-        row: Row = {}
-        for column in COUNTED:
-            counts = [_counted(self.before, column, kind, was)]
-            counts += [_counted(self.after, column, kind, now)]
-            row[f"{kind}_{column}"] = int(counts[0] - counts[1])
-        for column in PRICED if self.prices.costs else ():
-            costs = [self.prices.cost(column, kind, word) for word in (was, now)]
-            row[f"{kind}_{column}"] = _less(costs[0], costs[1])
-        return row
 
 
 def _words(config: ModelConfig, layer: int) -> tuple[str, str]:
@@ -186,17 +164,6 @@ def _counted(config: ModelConfig, column: str, kind: str, word: str) -> float:
     return config.kv_bytes(variant)  # type: ignore[arg-type]
 
 
-def _whole(config: ModelConfig, prices: Prices) -> Row:
-    """What all of `before` costs, to set what was saved against."""
-    found: Row = {"parameters": config.num_params()}
-    found["kv_bytes_per_token"] = int(config.kv_bytes_per_token(4))
-    places = [place for pair in config.words for place in zip(KINDS, pair, strict=True)]
-    if prices.costs and all(place in prices.costs.words for place in places):
-        total = prices.costs.total(config.words)
-        found |= {column: total[column] for column in PRICED if column in total}
-    return found
-
-
 def _less(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
@@ -207,17 +174,12 @@ def _sum(values: Sequence[float | None]) -> float | None:
     return sum(known) if known and len(known) == len(values) else None
 
 
-def _size_row(what: str, a: float, b: float) -> Row:
-    return {"": what, "A": int(a), "B": int(b), "B - A": int(b - a), "B / A": b / a if a else None}
-
-
 def render_changes(found: Row) -> str:
     """The table of `changes` with its totals, as text."""
     rows = found["layers"]
     if not rows:
         return "the words are the same"
-    priced = found["scenario"] is not None
-    dropped = COUNTED if priced else ()
+    dropped = COUNTED if found["scenario"] else ()
     shown = [
         {key: value for key, value in row.items() if not key.endswith(dropped)}
         for row in [*rows, {"layer": "all", "attention": "", "ffn": "", **found["total"]}]

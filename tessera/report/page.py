@@ -14,7 +14,7 @@ from jinja2 import Environment
 
 from tessera.report import sections as found
 from tessera.report.sections import Block, Figure, Mosaic, Runs, Samples, Section, Table, Text
-from tessera.table import Column, cell
+from tessera.table import cell, columns_of
 
 SECTIONS: tuple[tuple[str, Callable[[Runs], Iterable[Block]]], ...] = (
     ("In short", found.summary),
@@ -49,11 +49,8 @@ class Cells(NamedTuple):
 
 def cells(table: Table) -> Cells:
     """Columns of the table's view come first, in its order, behind `run`; the others follow."""
-    keys = list(dict.fromkeys(key for row in table.rows for key in row))
-    view = [column for column in table.view if column.key in keys]
-    known = {column.key for column in view}
-    others = [Column(key, (key,), cell) for key in keys if key not in known]
-    columns = [c for c in others if c.key == "run"] + view + [c for c in others if c.key != "run"]
+    columns = columns_of(table.rows, table.view)
+    columns.sort(key=lambda column: column.key != "run")
     rows = []
     for row in table.rows:
         values = [(column, row.get(column.key)) for column in columns]
@@ -65,17 +62,17 @@ def cells(table: Table) -> Cells:
 
 def html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """The page. All text is escaped; only SVG of `charts.py` passes as markup."""
+
+    def grouped(blocks: Sequence[Block]) -> list[list[Block]]:
+        drawn = groupby(blocks, lambda block: isinstance(block, Figure | Mosaic))
+        return [list(group) for _, group in drawn]
+
     here = files("tessera.report")
     template = Environment(autoescape=True).from_string(
-        (here / "page.html.jinja").read_text("utf-8"), {"cells": cells, "grouped": _grouped}
+        (here / "page.html.jinja").read_text("utf-8"), {"cells": cells, "grouped": grouped}
     )
     style = (here / "page.css").read_text("utf-8")
     return template.render(title=title, subtitle=subtitle, sections=sections, style=style) + "\n"
-
-
-def _grouped(blocks: Sequence[Block]) -> list[list[Block]]:
-    drawn = groupby(blocks, lambda block: isinstance(block, Figure | Mosaic))
-    return [list(group) for _, group in drawn]
 
 
 def markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:

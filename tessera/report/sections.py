@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,12 @@ from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, SwiGLU
 from tessera.model.source import ancestors, model_config, origin
 from tessera.report.charts import Series, chart
 from tessera.report.explain import explain, headline
-from tessera.report.show import status, tables
+from tessera.report.show import largest, status, tables
 from tessera.runs.files import RunError
+from tessera.runs.plan import flat
 from tessera.runs.run import (
     Manifest,
+    read_json,
     read_manifest,
     read_metrics,
     read_timings,
@@ -61,12 +62,7 @@ class RunData:
 
     def lines(self, name: str) -> list[Row]:
         """A file of JSON lines beside the tables; a torn last line is none."""
-        file = self.path / name
-        return whole_lines(file)[0] if file.is_file() else []
-
-    def json(self, name: str) -> Any:
-        file = self.path / "tables" / f"{name}.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return whole_lines(self.path / name)[0]
 
 
 @dataclass(frozen=True)
@@ -98,16 +94,13 @@ def read_runs(path: Path) -> Runs:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
-
     kind: ClassVar = "text"
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a table; `view` says how known keys are shown, the others follow. folded: a click
-    away, for what few readers want."""
+    """`view` says how known keys are shown, the others follow; folded: a click away."""
 
     kind: ClassVar = "table"
     name: str
@@ -128,8 +121,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Mosaic:
-    """A row a layer, a bar for attention and one for the FFN: (word, size now, size before), the
-    sizes in percent of the parent's largest."""
+    """A row a layer, of attention and FFN (word, size now, size before), in percent of the most."""
 
     kind: ClassVar = "mosaic"
     title: str
@@ -181,21 +173,22 @@ def curves(runs: Runs) -> Iterator[Block]:
 
 
 def lineage(runs: Runs) -> Iterator[Block]:
-    """Every run with its inputs, fingerprint, seed and settings."""
-    yield Table("runs", [_origin(run) for run in runs.all])
+    """Every run with its inputs, fingerprint and seed."""
+    rows = [
+        {
+            "run": run.name,
+            "stage": run.manifest.stage,
+            "made from": ", ".join(one["path"] for one in flat(run.manifest.inputs)) or None,
+            "status": status(run.manifest, run.path),
+            "seed": str(run.manifest.seed),
+            "fingerprint": run.manifest.fingerprint[:12],
+        }
+        for run in runs.all
+    ]
+    yield Table("runs", rows)
     software = {tuple(sorted(run.manifest.versions.items())) for run in runs.all}
     for one in sorted(software):
         yield Text("Made with " + ", ".join(f"{name} {version}" for name, version in one) + ".")
-
-
-def _origin(run: RunData) -> Row:
-    manifest = run.manifest
-    names = []
-    for value in manifest.inputs.values():
-        names += [one["path"] for one in (value if isinstance(value, list) else [value]) if one]
-    row: Row = {"run": run.name, "stage": run.manifest.stage, "made from": ", ".join(names) or None}
-    row |= {"status": status(manifest, run.path), "seed": str(manifest.seed)}
-    return row | {"fingerprint": manifest.fingerprint[:12]}
 
 
 def cost(runs: Runs) -> Iterator[Block]:
@@ -206,22 +199,17 @@ def cost(runs: Runs) -> Iterator[Block]:
         f"{clock(total)} in all on the clock of the machine that ran it, {count(tokens)} tokens "
         "trained on (teacher and student of a distillation read the same tokens, counted once)."
     )
-    rows = []
-    for run in sorted(runs.all, key=lambda run: -run.manifest.seconds):
-        spent = run.manifest.seconds
-        row: Row = {"run": run.name, "seconds": spent, "share": spent / total if total else None}
-        rows.append(row | {"cpu": run.manifest.cpu_seconds or None, "tokens": run.tokens or None})
-    yield Table(
-        "cost",
-        rows,
-        (
-            Column("run", ("run",), cell),
-            Column("seconds", ("time",), clock),
-            Column("cpu", ("CPU",), clock),
-            Column("share", ("share",), lambda value: f"{100 * value:.1f}%"),
-            Column("tokens", ("tokens",), count),
-        ),
-    )
+    rows = [
+        {
+            "run": run.name,
+            "seconds": run.manifest.seconds,
+            "share": run.manifest.seconds / total if total else None,
+            "cpu": run.manifest.cpu_seconds or None,
+            "tokens": run.tokens or None,
+        }
+        for run in sorted(runs.all, key=lambda run: -run.manifest.seconds)
+    ]
+    yield Table("cost", rows, VIEWS["cost"])
 
 
 SHOWN = 4  # samples of each kind
@@ -352,17 +340,14 @@ def architecture(runs: Runs) -> Iterator[Block]:
 
 def bars(config: ModelConfig, parent: ModelConfig) -> list[list[tuple[str, float, float]]]:
     """The layers of a Mosaic: KV heads in percent of the parent's most, FFN width of its widest."""
-    blocks = [*config.blocks, *parent.blocks]
-    heads = [b.attention.num_key_value_heads for b in blocks if isinstance(b.attention, GQA)]
-    widths = [b.ffn.intermediate_size for b in blocks if isinstance(b.ffn, SwiGLU)]
-    heads, widths = max(heads, default=1), max(widths, default=1)
+    heads, widest = largest([*config.blocks, *parent.blocks])
 
     def percent(variant: Attention | FFN) -> float:
         match variant:
             case GQA(size):
                 return round(100 * size / heads, 1)
             case SwiGLU(size):
-                return round(100 * size / widths, 1)
+                return round(100 * size / widest, 1)
             case Chain():
                 return 4.0
             case _:
@@ -371,10 +356,13 @@ def bars(config: ModelConfig, parent: ModelConfig) -> list[list[tuple[str, float
     rows = []
     for layer, block in enumerate(config.blocks):
         own = parent.blocks[layer] if layer < len(parent.blocks) else block
-        pairs = zip(
-            block.words, (block.attention, block.ffn), (own.attention, own.ffn), strict=True
+        attention, ffn = block.words
+        rows.append(
+            [
+                (attention, percent(block.attention), percent(own.attention)),
+                (ffn, percent(block.ffn), percent(own.ffn)),
+            ]
         )
-        rows.append([(word, percent(now), percent(was)) for word, now, was in pairs])
     return rows
 
 
@@ -424,13 +412,6 @@ def speed(runs: Runs) -> Iterator[Block]:
         yield Table(run.name, run.tables["compare"], VIEWS["compare"])
 
 
-VIEW = (
-    Column("finding", ("finding",), cell),
-    Column("value", ("value",), cell),
-    Column("of", ("of",), cell),
-)
-
-
 def summary(runs: Runs) -> Iterator[Block]:
     """Speed and closeness of what was compared, the last evaluations, exports, and the cost."""
     rows = [*_speeds(runs), *_answer_findings(runs), *_exports(runs)]
@@ -439,7 +420,7 @@ def summary(runs: Runs) -> Iterator[Block]:
         cpu = sum(run.manifest.cpu_seconds for run in runs.all)
         told = clock(spent) + (f", {clock(cpu)} of CPU" if cpu else "")
         rows.append({"finding": "time", "value": told, "of": f"{len(runs.all)} runs"})
-        yield Table("summary", rows, VIEW)
+        yield Table("summary", rows)
 
 
 def _speeds(runs: Runs) -> Iterator[Row]:
@@ -456,7 +437,11 @@ def _speeds(runs: Runs) -> Iterator[Row]:
 
 def _answer_findings(runs: Runs) -> Iterator[Row]:
     """What the last model to be asked with the switch said, with the error of each share."""
-    asked = [run for run in runs.having("eval") if _modes(run.tables["eval"]) & {"on", "off"}]
+    asked = [
+        run
+        for run in runs.having("eval")
+        if any(row.get("mode") in ("on", "off") for row in run.tables["eval"])
+    ]
     for run in asked[-1:]:
         for row in run.tables["eval"]:
             if row.get("value") is None:
@@ -471,15 +456,11 @@ def _answer_findings(runs: Runs) -> Iterator[Row]:
             yield {"finding": finding, "value": value, "of": run.name}
 
 
-def _modes(rows: list[Row]) -> set[Any]:
-    return {row.get("mode") for row in rows}
-
-
 def _exports(runs: Runs) -> Iterator[Row]:
     """Whether the files of an export compute what the model does."""
     for run in runs.all:
-        told = run.json("export") if run.manifest.stage == "export" else None
-        if told:
+        if (run.path / "tables" / "export.json").is_file():
+            told = read_json(run.path, "export")
             parity = told.get("parity") or {}
             checked = f"{parity.get('tokens_equal')} of {parity.get('tokens')} greedy tokens equal"
             value = f"{told['format']}, {checked if parity else 'not checked'}"

@@ -1,13 +1,7 @@
 """A run, a model directory or a config.json for a person to look at; torch-free.
 
-    layer  attention            ffn
-        0  gqa-8  ████████      swiglu-14336  ████████████████████████
-        1  noop   ░░░░░░░░      swiglu-7168   ████████████░░░░░░░░░░░░
-
-A bar is KV heads out of the most, FFN width out of the widest; its shaded part is what was taken
-from the parent. With it: parameters, KV bytes a token, what the run was made from, what each word
-that was taken cost and saved (`report/explain.py`), and its tables. `describe` gives all of that as
-plain values for `--json`.
+layer  attention            ffn
+    1  noop   ░░░░░░░░      swiglu-7168   ████████████░░░░░░░░░░░░
 """
 
 from __future__ import annotations
@@ -18,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, NoOp, SwiGLU
+from tessera.model.config import (
+    FFN,
+    GQA,
+    Attention,
+    BlockConfig,
+    Chain,
+    ModelConfig,
+    NoOp,
+    SwiGLU,
+)
 from tessera.model.source import ancestors, model_config
 from tessera.report.explain import explain, headline, render_changes
 from tessera.runs.files import RunError, in_use
@@ -40,8 +43,11 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _describe_run(path)
     for depth in ("*", "*/*"):  # the runs of a recipe, those of several
         if runs := runs_in(path, depth):
-            manifests = sorted(((read_manifest(run), run) for run in runs), key=_began)
-            found = [_summary(*one) | {"name": str(one[1].relative_to(path))} for one in manifests]
+            began = [(str(run.parent), read_manifest(run), run) for run in runs]
+            began.sort(key=lambda one: (one[0], one[1].started))
+            found = [
+                _summary(one, run) | {"name": str(run.relative_to(path))} for _, one, run in began
+            ]
             return {"path": str(path), "runs": found}
     return {"path": str(path), "model": describe_model(model_config(path))}
 
@@ -67,10 +73,6 @@ def _describe_run(path: Path) -> dict[str, Any]:
     return found
 
 
-def _began(pair: tuple[Manifest, Path]) -> tuple[str, str]:
-    return str(pair[1].parent), pair[0].started
-
-
 def _summary(manifest: Manifest, path: Path) -> dict[str, Any]:
     keys = ("name", "stage", "status", "seconds", "started", "seed", "versions")
     found = {key: getattr(manifest, key) for key in keys}
@@ -85,19 +87,12 @@ def status(manifest: Manifest, path: Path) -> str:
 
 def describe_model(config: ModelConfig) -> dict[str, Any]:
     """Words, parameters and KV bytes a token of an architecture, as JSON values."""
+    keys = ("family", "num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")
+    sizes = {"float32": 4, "bfloat16": 2, "float8": 1}
     return {
-        "family": config.family,
-        "num_hidden_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
+        **{key: getattr(config, key) for key in (*keys, "vocab_size")},
         "num_params": config.num_params(),
-        "kv_bytes_per_token": {
-            "float32": config.kv_bytes_per_token(4),
-            "bfloat16": config.kv_bytes_per_token(2),
-            "float8": config.kv_bytes_per_token(1),
-        },
+        "kv_bytes_per_token": {name: config.kv_bytes_per_token(n) for name, n in sizes.items()},
         "words": [list(words) for words in config.words],
     }
 
@@ -117,17 +112,20 @@ def render(found: dict[str, Any], config: ModelConfig | None) -> str:
         parts += [found["error"]] if found["error"] else []
         parts.append(_render_lineage(found["lineage"]))
     if config:
-        parts.append(f"{_sizes(config)}\n{mosaic(config, _parent(found))}")
+        taken = found.get("taken")
+        parent = model_config(taken["against"]) if taken else None
+        full, half, quarter = (config.kv_bytes_per_token(size) for size in (4, 2, 1))
+        parts.append(
+            f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+            f"{config.num_params():,} parameters, {full:,.0f} KV bytes a token in float32 "
+            f"({half:,.0f} in bfloat16, {quarter:,.0f} in FP8)\n{mosaic(config, parent)}"
+        )
     if found.get("taken"):
         parts.append(f"{headline(found['taken'])}\n{render_changes(found['taken'])}")
     if "dependency" in found:
         parts.append(dependency_map(found["dependency"]))
     parts += [render_named(name, rows) for name, rows in found.get("tables", {}).items()]
     return "\n\n".join(parts)
-
-
-def _parent(found: dict[str, Any]) -> ModelConfig | None:
-    return model_config(found["taken"]["against"]) if found.get("taken") else None
 
 
 def render_named(name: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -149,25 +147,16 @@ def _render_lineage(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _sizes(config: ModelConfig) -> str:
-    full, half, quarter = (config.kv_bytes_per_token(size) for size in (4, 2, 1))
-    return (
-        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, "
-        f"{config.num_params():,} parameters, "
-        f"{full:,.0f} KV bytes a token in float32 ({half:,.0f} in bfloat16, {quarter:,.0f} in FP8)"
-    )
+def largest(blocks: Sequence[BlockConfig]) -> tuple[int, int]:
+    """The most KV heads, and the widest FFN; at least 1."""
+    heads = [b.attention.num_key_value_heads for b in blocks if isinstance(b.attention, GQA)]
+    widths = [b.ffn.intermediate_size for b in blocks if isinstance(b.ffn, SwiGLU)]
+    return max(heads, default=1), max(widths, default=1)
 
 
 def mosaic(config: ModelConfig, parent: ModelConfig | None = None) -> str:
-    """The architecture, one line a layer: its words, and a bar for each.
-
-    What the parent had there and the model has not is shaded.
-    """
-    blocks = [*config.blocks, *(parent.blocks if parent else ())]
-    wide = max((b.ffn.intermediate_size for b in blocks if isinstance(b.ffn, SwiGLU)), default=1)
-    heads = max(
-        (b.attention.num_key_value_heads for b in blocks if isinstance(b.attention, GQA)), default=1
-    )
+    """One line a layer: its words, and a bar for each; what was taken from the parent is shaded."""
+    heads, wide = largest([*config.blocks, *(parent.blocks if parent else ())])
     first = max(len(words[0]) for words in [*config.words, ("attention", "")])
     second = max(len(words[1]) for words in config.words)
     lines = [f"layer  {'attention':{first + 2 + ATTENTION_BAR}}  ffn"]
@@ -194,21 +183,21 @@ def dependency_map(matrix: Sequence[Sequence[float]]) -> str:
 
     Line i, column j: the cosine distance that removing block i makes to what block j adds.
     """
+
+    def shade(value: float) -> str:
+        if value < 2.0**_LEAST:
+            return _SHADES[0]
+        return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log2(value) - _LEAST) // 2)]
+
     told = [f"{_SHADES[0]} below 2^{_LEAST}"]
     told += [f"{s} from 2^{_LEAST + 2 * i}" for i, s in enumerate(_SHADES[1:])]
     lines = [f"dependency of later blocks on each: {', '.join(told)}"]
     tens = "".join(f"{j:<10}" for j in range(0, len(matrix), 10))
     lines.append(f"layer  {tens}".rstrip())
     for i, row in enumerate(matrix):
-        cells = "".join(_shade(value) if j > i else " " for j, value in enumerate(row))
+        cells = "".join(shade(value) if j > i else " " for j, value in enumerate(row))
         lines.append(f"{i:5}  {cells}".rstrip())
     return "\n".join(lines)
-
-
-def _shade(value: float) -> str:
-    if value < 2.0**_LEAST:
-        return _SHADES[0]
-    return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log2(value) - _LEAST) // 2)]
 
 
 def _solid(variant: Attention | FFN, full: int, width: int) -> str:
@@ -223,10 +212,7 @@ def _solid(variant: Attention | FFN, full: int, width: int) -> str:
 
 
 def samples(path: Path) -> list[dict[str, Any]]:
-    """The kept samples of a reinforcement learning run, of its first rollout and of its last.
-
-    Raises RunError for a run that keeps none.
-    """
+    """The kept samples of a run's first rollout and of its last. Raises RunError for none."""
     files = sorted((path / "samples").glob("*.jsonl"))
     if not files:
         raise RunError(f"{path} keeps no samples; grpo, rloo and rpo runs do, in samples/")
@@ -237,7 +223,7 @@ def samples(path: Path) -> list[dict[str, Any]]:
 
 
 def render_samples(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Samples as they are read: what was asked, what was said, what it was worth and why."""
+    """What was asked, what was said, what it was worth and why."""
     told = []
     for row in rows:
         parts = ", ".join(

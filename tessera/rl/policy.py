@@ -11,10 +11,8 @@ from pydantic import Field
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
 from tessera.objectives.grpo import PolicyGradient, PolicyLossConfig
-from tessera.plot import Series, line_chart
 from tessera.rl import advantages
 from tessera.rl.advantages import Advantages
-from tessera.rl.curriculum import Order
 from tessera.rl.rewards import Reward
 from tessera.rl.rollouts import RolloutConfig, Rollouts
 from tessera.runs.files import FailureError
@@ -105,30 +103,11 @@ def train(config: PolicyConfig, rule: Advantages, run: Run, inputs: Mapping[str,
     objective = PolicyGradient(config, spread.load(model, frozen=True) if config.kl else None)
     with Rollouts.open(module, config, rule, run, inputs) as source:
         if config.curriculum.order == "curriculum":
-            _write_curriculum(source.order, run)
+            eighth = max(1, len(source.order.batches) // 8)
+            run.write_table("curriculum", source.order.table(eighth))
         guard = Guard(run, config.gap_limit)
         Trainer(module, objective, source, config.train, run, check=guard).fit()
     save_model(module, run.model_path, tokenizer_from=resolve(model))
-
-
-def _write_curriculum(order: Order, run: Run) -> None:
-    """Planned and actual pass rates of each eighth of the training: a table and a chart."""
-    rows, lines, bins = [], [], order.planned.shape[1]
-    every = max(1, len(order.batches) // 8)
-    for first in range(0, len(order.batches), every):
-        for kind, shares in (("planned", order.planned), ("actual", order.actual)):
-            means = shares[first : first + every].mean(0).tolist()
-            points = [(round((n + 0.5) / bins, 4), m, f"{m:.2f}") for n, m in enumerate(means)]
-            lines.append(Series(f"{kind} from step {first + 1}", points))
-        (planned, actual) = (line.points for line in lines[-2:])
-        rows += [
-            {"step": first + 1, "pass_rate": rate, "planned": share, "actual": other}
-            for (rate, share, _), (_, other, _) in zip(planned, actual, strict=True)
-        ]
-    run.write_table("curriculum", rows)
-    lines = [line for number, line in enumerate(lines) if number % 4 < 2]  # every other span
-    x, y = "pass rate before training", "share of the prompts"
-    run.write_file("curriculum.svg", line_chart(lines, title="Pass rates of the prompts", x=x, y=y))
 
 
 def grpo(config: GRPOConfig, run: Run, inputs: dict[str, Path]) -> None:

@@ -1,9 +1,4 @@
-"""Files that survive a crash: written whole or not at all, owned by one process, known by hash.
-
-`atomic_write` goes through a temporary file, fsync and rename; `Lock` is a flock, which the
-kernel releases however its holder dies; `fingerprint` is the hash of a value's canonical JSON;
-`Journal` appends rows that are found again by key.
-"""
+"""Files that survive a crash: written whole or not at all, owned by one process, known by hash."""
 
 from __future__ import annotations
 
@@ -55,16 +50,19 @@ def advice_on(error: OSError) -> str:
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Replaces a file so that a reader, or a crash, sees the old bytes or the new, never a mix.
+    """Replaces a file whole, by fsync and rename. Raises WriteError; the old file is then intact.
 
-    One writer at a time, as a run's lock ensures: the temporary name is fixed, so the next writer
-    replaces what a killed process left. Raises WriteError; the old file is then intact.
+    One writer at a time, as a run's lock ensures: the temporary name is fixed.
     """
     data = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
-            _write_through(temporary, data)
+            with temporary.open("wb", buffering=0) as file:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(file.fileno(), view) :]
+                os.fsync(file.fileno())
             os.replace(temporary, path)
             sync(path.parent)
         finally:
@@ -77,17 +75,6 @@ def resumable(file: Path, compute: Callable[[], Any]) -> Any:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps(compute()))
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync(*paths: Path) -> None:
@@ -119,9 +106,8 @@ def file_identity(path: Path) -> tuple[int, str]:
 
 
 class Lock:
-    """One process's hold on a directory, through a flock on its `.lock`; a context manager.
+    """One process's hold on a directory, by a flock on its `.lock`; a context manager.
 
-    filelock empties the file on every attempt, so it cannot name the holder; this one does.
     Raises RunError naming the process that holds the directory already.
     """
 
@@ -175,10 +161,7 @@ def _locked(descriptor: int, kind: int) -> bool:
 
 
 def remove_directories(*directories: Path) -> None:
-    """Deletes directories that nobody holds, leaving no half of one under its name.
-
-    Raises RunError naming the process that holds one of them; then none is deleted.
-    """
+    """Deletes directories. Raises RunError, with none deleted, where a process holds one."""
     with ExitStack() as held:
         for directory in directories:
             held.enter_context(Lock(directory))
@@ -192,8 +175,7 @@ def remove_directories(*directories: Path) -> None:
 class Journal:
     """Rows by key, one JSON line each; a context manager. A key's later row replaces the earlier.
 
-    A killed process loses at most the line it was writing; opening cuts half a line off. Memory
-    holds the offset of each row, not the row.
+    Opening cuts off half a line that a killed process left. Memory holds offsets, not rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -248,8 +230,7 @@ class Journal:
 def replacing(directory: Path) -> Iterator[Path]:
     """An empty sibling directory that takes the place of `directory` when the block succeeds.
 
-    Raises WriteError when the system refuses a write. Whatever the block raises, what stood there
-    is then intact.
+    Raises WriteError. Whatever the block raises, what stood there is intact.
     """
     directory = directory.resolve()
     temporary, old = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))

@@ -1,7 +1,6 @@
 """A recipe against what is on disk: every config checked, every input found, every run known.
 
-Planning reads and writes nothing but manifests and configs, so `tessera check` is this and no
-more, and a mistake in the last stage is found before the first one runs.
+Planning reads manifests and configs and writes nothing; `tessera check` prints its result.
 """
 
 from __future__ import annotations
@@ -52,11 +51,10 @@ class Stage:
 
     needs: `data` comes from the nearest run above that gives data; `data?` may be absent; `model=`
     is taken only where the table names it; `models*` is a list in the table. `parent` and `teacher`
-    are models made by a `parent` stage.
-    module: relative to tessera (".puzzle.bld"), or absolute; it holds the config class `config` and
-    the function `function(config, run, inputs)`.
-    paths: config keys that may name files outside; the files' contents are part of the fingerprint.
-    together: every process of the job works on it; otherwise the main one, and the others wait.
+    are models made by a `parent` stage. module: relative to tessera (".puzzle.bld"), or absolute;
+    it holds the class `config` and `function(config, run, inputs)`. paths: config keys that may
+    name files; their contents are part of the fingerprint. together: every process of the job
+    works on it; otherwise the main one, and the others wait.
     """
 
     name: str
@@ -78,8 +76,7 @@ class Stage:
 
     def validate(self, spec: StageSpec) -> BaseModel:
         """The config of a table without its inputs. Raises RecipeError."""
-        keys = self.keys()
-        table = {key: value for key, value in spec.table.items() if key not in keys}
+        table = {k: value for k, value in spec.table.items() if k not in self.keys()}
         return validate(self.load(self.config), table, spec.name)
 
 
@@ -109,16 +106,11 @@ class Step:
 
     @property
     def outdated(self) -> bool:
-        """True where an input has been made anew, or deleted, since this run was begun.
-
-        An input that the recipe no longer names is a change of the recipe, not an outdated run.
-        """
-        listed = self.manifest.inputs.values() if self.manifest else ()
-        inputs = [one for refs in listed for one in (refs if isinstance(refs, list) else [refs])]
+        """True where an input that the recipe still names was made anew, or deleted, since."""
         times = {
             (self.path.parent / one["path"]).resolve(): one["started"]
-            for one in inputs
-            if one and "started" in one
+            for one in flat(self.manifest.inputs if self.manifest else {})
+            if "started" in one
         }
         current = {path.resolve() for path in flat({**self.inputs, **self.files})}
         now = {path: find_manifest(path) for path in times.keys() & current}
@@ -139,10 +131,10 @@ class Step:
         return notes(self) if notes else []
 
 
-def flat(inputs: Mapping[str, Input]) -> list[Path]:
-    """All paths among inputs."""
+def flat(inputs: Mapping[str, Any]) -> list[Any]:
+    """All inputs, those in lists too, without absent ones."""
     lists = [value if isinstance(value, list) else [value] for value in inputs.values()]
-    return [path for paths in lists for path in paths if path is not None]
+    return [one for values in lists for one in values if one is not None]
 
 
 def maker(path: Input, steps: Sequence[Step]) -> Step | None:
@@ -157,7 +149,7 @@ def plan(
     stages: Mapping[str, Stage],
     only: Sequence[str] | None = None,
 ) -> list[Step]:
-    """Every stage of a recipe resolved, and what running it would do; runs and writes nothing.
+    """Every stage of a recipe resolved, and what running it would do.
 
     A stage in `redo` that has been redone, while what follows from it (of `only`) has not, is kept:
     an earlier command was stopped, and this one finishes it.
@@ -167,12 +159,10 @@ def plan(
     names = [spec.name for spec in recipe.stages]
     for name in redo:
         if name not in names:
-            raise RecipeError(
-                f"--redo {name}: the recipe has no such stage; {nearest(name, names)}"
-            )
+            raise RecipeError(f"--redo {name}: no such stage; {nearest(name, names)}")
     steps: list[Step] = []
     for spec in recipe.stages:
-        steps.append(_resolve(spec, recipe, runs_dir, steps, stages))
+        steps.append(_resolved(spec, recipe, runs_dir, steps, stages))
     begun = {name for name in redo if _under_way(name, steps, only)}
     following = _following(begun, steps)
     decided: list[Step] = []
@@ -184,19 +174,23 @@ def plan(
     return decided
 
 
+def stage_of(spec: StageSpec, stages: Mapping[str, Stage]) -> Stage:
+    """The stage of a table. Raises RecipeError where there is none."""
+    if spec.stage not in stages:
+        raise RecipeError(
+            f"[{spec.name}]: there is no stage {spec.stage!r}; {nearest(spec.stage, stages)}"
+        )
+    return stages[spec.stage]
+
+
 def with_defaults(recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
     """The recipe with each stage's table completed from `[defaults]`.
 
     Raises RecipeError for a stage that there is not, and for a default that no stage has a key for.
     """
-    for spec in recipe.stages:
-        if spec.stage not in stages:
-            raise RecipeError(
-                f"[{spec.name}]: there is no stage {spec.stage!r}; {nearest(spec.stage, stages)}"
-            )
     specs, allowed = [], set[str]()
     for spec in recipe.stages:
-        stage = stages[spec.stage]
+        stage = stage_of(spec, stages)
         given = {key: recipe.defaults[key] for key in stage.keys() & recipe.defaults.keys()}
         table = {**given, **spec.table}
         if recipe.defaults:
@@ -221,7 +215,7 @@ def _completed(
 ) -> dict[str, Any]:
     """A table with what `config` has of the defaults; adds the config's key paths to `allowed`.
 
-    A default that is a table completes one that is there or required: it switches nothing on.
+    A default table completes one that is there or required: it switches nothing on.
     """
     result = dict(table)
     for key, info in config.model_fields.items():
@@ -231,11 +225,10 @@ def _completed(
         inner = next(iter(models_in(info.annotation)), None)
         if isinstance(value, dict) and inner:
             own = table.get(key, {})
-            completed = (
-                _completed(own, value, inner, path, allowed) if isinstance(own, dict) else own
-            )
-            if key in table or (completed and info.default is not None):
-                result[key] = completed
+            if isinstance(own, dict):
+                own = _completed(own, value, inner, path, allowed)
+            if key in table or (own and info.default is not None):
+                result[key] = own
         elif key in defaults:
             allowed |= _paths(value, path)
             result.setdefault(key, value)
@@ -268,7 +261,7 @@ def _under_way(name: str, steps: Sequence[Step], only: Sequence[str] | None) -> 
     return any(one.outdated or aside(one.path).exists() for one in left)
 
 
-def _resolve(
+def _resolved(
     spec: StageSpec,
     recipe: Recipe,
     runs_dir: Path,
@@ -276,8 +269,7 @@ def _resolve(
     stages: Mapping[str, Stage],
 ) -> Step:
     stage = stages[spec.stage]
-    later = [one.name for one in recipe.stages[len(before) :]]
-    inputs = resolve_inputs(spec, stage, before, later, stages)
+    inputs = _inputs(spec, stage, before, recipe, stages)
     config = stage.validate(spec)
     files = {key: _outside(getattr(config, key, None)) for key in stage.paths}
     known = {step.path: step.fingerprint for step in before}
@@ -315,14 +307,37 @@ def _prints(value: Input, known: Mapping[Path, str]) -> Any:
     return value and (known.get(value) or fingerprint_path(value))
 
 
-def resolve_inputs(
+def _inputs(
     spec: StageSpec,
     stage: Stage,
     before: Sequence[Step],
-    later: Sequence[str],
+    recipe: Recipe,
     stages: Mapping[str, Stage],
 ) -> dict[str, Input]:
     """Where each of a stage's needs comes from. Raises RecipeError for one that nothing gives."""
+    steps = {step.name: step for step in before}
+    later = [one.name for one in recipe.stages[len(before) :]]
+
+    def named(given: Any, kind: str, where: str) -> Path:
+        """The directory that a table's `NEED = "run or path"` means."""
+        if not isinstance(given, str):
+            raise RecipeError(f"{where}: {given!r} is neither a run of this recipe nor a path")
+        if given in later:
+            raise RecipeError(f"{where}: [{given}] is not above this stage; move it up")
+        if given in steps:
+            path, made = steps[given].path, steps[given].stage
+        else:
+            path = Path(given)
+            if not path.exists():
+                raise RecipeError(
+                    f"{where}: {given!r} is no run above and no path; {nearest(given, steps)}"
+                )
+            run = find_manifest(path)
+            made = stages.get(run.stage) if run else None
+        if made and made.gives != kind and (made.gives, kind) not in ALSO:
+            raise RecipeError(f"{where}: [{given}] gives {made.gives}, and this needs {kind}")
+        return path
+
     inputs: dict[str, Input] = {}
     for mark in stage.needs.split():
         need = mark.rstrip("?=*")
@@ -332,11 +347,16 @@ def resolve_inputs(
         if mark.endswith("*"):
             if not isinstance(given, list) or not given:
                 raise RecipeError(f'{where}: give a list of runs, e.g. {need} = ["child", "kd"]')
-            inputs[need] = [_named(one, kind, where, before, later, stages) for one in given]
+            inputs[need] = [named(one, kind, where) for one in given]
         elif given is not None:
-            inputs[need] = _named(given, kind, where, before, later, stages)
+            inputs[need] = named(given, kind, where)
         else:
-            inputs[need] = None if mark.endswith("=") else _nearest_before(need, kind, before)
+            found = None
+            if not mark.endswith("="):  # the nearest above
+                origin = need in ("parent", "teacher")
+                fits = (s for s in reversed(before) if s.stage.gives == kind)
+                found = next((s.path for s in fits if not origin or s.stage.name == "parent"), None)
+            inputs[need] = found
             if inputs[need] is None and mark == need:
                 raise RecipeError(
                     f"{where}: nothing above [{spec.name}] gives this; add its stage above, or "
@@ -345,62 +365,16 @@ def resolve_inputs(
     return inputs
 
 
-def _nearest_before(need: str, kind: str, before: Sequence[Step]) -> Path | None:
-    origin = need in ("parent", "teacher")
-    fits = (s for s in reversed(before) if s.stage.gives == kind)
-    return next((s.path for s in fits if not origin or s.stage.name == "parent"), None)
-
-
-def _named(
-    given: Any,
-    kind: str,
-    where: str,
-    before: Sequence[Step],
-    later: Sequence[str],
-    stages: Mapping[str, Stage],
-) -> Path:
-    """The directory that a table's `NEED = "run or path"` means."""
-    if not isinstance(given, str):
-        raise RecipeError(f"{where}: {given!r} is neither a run of this recipe nor a path")
-    steps = {step.name: step for step in before}
-    if given in steps:
-        step = steps[given]
-        if not _fits(step.stage.gives, kind):
-            raise RecipeError(f"{where}: [{given}] gives {step.stage.gives}, and this needs {kind}")
-        return step.path
-    if given in later:
-        raise RecipeError(f"{where}: [{given}] is not above this stage; move it up")
-    path = Path(given)
-    if not path.exists():
-        raise RecipeError(
-            f"{where}: {given!r} is no run above and no path; {nearest(given, steps)}"
-        )
-    if run := find_manifest(path):
-        made = stages.get(run.stage)
-        if made and not _fits(made.gives, kind):
-            raise RecipeError(f"{where}: the run {given} gives {made.gives}, and this needs {kind}")
-    return path
-
-
-def _fits(given: str, kind: str) -> bool:
-    return given == kind or (given, kind) in ALSO
-
-
 def table_text(step: Step) -> str:
     """A step's table in TOML: its inputs by name or path, then its config, defaults included."""
-    home = step.path.parent
-    shown = {
-        need: [_shown(path, home) for path in value]
-        if isinstance(value, list)
-        else _shown(value, home)
-        for need, value in step.inputs.items()
-        if value is not None
-    }
-    return dumps({"stage": step.stage.name, **shown, **step.resolved}, step.name)
 
+    def shown(value: Path | list[Path]) -> Any:
+        if isinstance(value, list):
+            return [shown(path) for path in value]
+        return value.name if value.parent == step.path.parent else str(value)
 
-def _shown(path: Path, home: Path) -> str:
-    return path.name if path.parent == home else str(path)
+    inputs = {need: shown(value) for need, value in step.inputs.items() if value is not None}
+    return dumps({"stage": step.stage.name, **inputs, **step.resolved}, step.name)
 
 
 def explain_change(step: Step) -> str:
@@ -419,8 +393,8 @@ def _own_changes(step: Step, manifest: Manifest) -> list[str]:
     """Lines on stage, seed and config where they differ from the run's; inputs are left out."""
     old = {"stage": manifest.stage, "seed": manifest.seed}
     new = {"stage": step.stage.name, "seed": step.seed}
-    made = identity(step.config)
-    return _diff(old, new, new) + _diff(manifest.config, step.resolved, made, f"{step.name}.")
+    config = identity(step.config)
+    return _diff(old, new, new) + _diff(manifest.config, step.resolved, config, f"{step.name}.")
 
 
 def _diff(

@@ -41,17 +41,13 @@ class Config(BaseModel):
 
 
 def identity(config: BaseModel) -> dict[str, Any]:
-    """A config as JSON values, without the keys that only change how it is carried out.
-
-    A class of configs names those in its `EXECUTION`.
-    """
+    """A config as JSON values, without the keys in its class's `EXECUTION`: how it is run."""
     made = config.model_dump(mode="json")
     for key, value in config:
         if isinstance(value, BaseModel) and key in made:  # a key excluded from dumps is none
             made[key] = identity(value)
-    return {
-        key: value for key, value in made.items() if key not in getattr(config, "EXECUTION", ())
-    }
+    execution = getattr(config, "EXECUTION", ())
+    return {key: value for key, value in made.items() if key not in execution}
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,9 @@ def loads(
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where}: not valid TOML: {error}{_line_of(error, text)}") from None
+        at = re.search(r"at line (\d+)", str(error))
+        line = f"\n  {text.split(chr(10))[int(at[1]) - 1].strip()}" if at else ""
+        raise RecipeError(f"{where}: not valid TOML: {error}{line}") from None
     for override in overrides:
         _apply(document, override)
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
@@ -117,24 +115,15 @@ def loads(
     defaults = tables.pop("defaults", {})
     if not tables:
         raise RecipeError(f"{name}: holds no stage; a recipe is one [table] a stage")
-    specs = tuple(_spec(key, table) for key, table in tables.items())
-    return Recipe(recipe_name, seed, specs, defaults)
-
-
-def _line_of(error: tomllib.TOMLDecodeError, text: str) -> str:
-    """The line that an error of TOML names, below it."""
-    named = re.search(r"at line (\d+)", str(error))
-    lines = text.split("\n")
-    return f"\n  {lines[int(named[1]) - 1].strip()}" if named else ""
-
-
-def _spec(name: str, table: dict[str, Any]) -> StageSpec:
-    if not _RUN_NAME.fullmatch(name):
-        raise RecipeError(f"[{name}]: names no directory; use letters, digits, - and _")
-    stage = table.get("stage", name.partition("-")[0])
-    if not isinstance(stage, str):
-        raise RecipeError(f"{name}.stage: {stage!r} is no stage; give its name as a string")
-    return StageSpec(name, stage, {key: value for key, value in table.items() if key != "stage"})
+    specs = []
+    for key, table in tables.items():
+        if not _RUN_NAME.fullmatch(key):
+            raise RecipeError(f"[{key}]: names no directory; use letters, digits, - and _")
+        stage = table.pop("stage", key.partition("-")[0])
+        if not isinstance(stage, str):
+            raise RecipeError(f"{key}.stage: {stage!r} is no stage; give its name as a string")
+        specs.append(StageSpec(key, stage, table))
+    return Recipe(recipe_name, seed, tuple(specs), defaults)
 
 
 def _apply(document: dict[str, Any], override: str) -> None:
@@ -145,31 +134,22 @@ def _apply(document: dict[str, Any], override: str) -> None:
         raise RecipeError(
             f"{override!r} is no override; write STAGE.KEY=VALUE, e.g. kd.train.lr=3e-4"
         )
-    stages = [key for key, value in document.items() if isinstance(value, dict)]
-    if len(keys) == 1 and keys[0] not in ("name", "seed"):
-        raise RecipeError(
-            f"{override!r} names no key of a stage; {nearest(path, ['name', 'seed'])}"
-        )
-    if len(keys) > 1 and keys[0] not in stages:
-        raise RecipeError(
-            f"{path}: the recipe has no stage {keys[0]!r}; {nearest(keys[0], stages)}"
-        )
+    tables = [key for key, value in document.items() if isinstance(value, dict)]
+    kind, known = ("key", ["name", "seed"]) if len(keys) == 1 else ("stage", tables)
+    if keys[0] not in known:
+        raise RecipeError(f"{override}: no {kind} {keys[0]!r}; {nearest(keys[0], known)}")
     table = document
     for depth, key in enumerate(keys[:-1]):
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
             raise RecipeError(f"{path}: {'.'.join(keys[: depth + 1])} is {table!r}, not a table")
-    table[keys[-1]] = _value(text.strip())
-
-
-def _value(text: str) -> Any:
-    """An override's value: TOML where it parses as such, a bare string where it does not."""
+    table[keys[-1]] = value = text.strip()  # TOML where it parses as such, else a string
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        return text
-    plain = isinstance(parsed["value"], str | int | float | bool | list | dict)
-    return parsed["value"] if len(parsed) == 1 and plain else text
+        return
+    if len(parsed) == 1 and isinstance(parsed["value"], str | int | float | bool | list | dict):
+        table[keys[-1]] = parsed["value"]
 
 
 def validate(model: type[Model], table: Mapping[str, Any], where: str) -> Model:
@@ -185,34 +165,23 @@ def validate(model: type[Model], table: Mapping[str, Any], where: str) -> Model:
 
 
 def _explain(model: type[BaseModel], item: Mapping[str, Any], where: str) -> str:
-    """One pydantic error as a line that names the key path and what is allowed."""
     location = [str(part) for part in item["loc"]]
     path = ".".join([where, *location])
     given = item.get("input")
     if item["type"] == "extra_forbidden":
-        allowed = list(_model_at(model, location[:-1]).model_fields)
-        return f"{path}: unknown key; {nearest(location[-1], allowed)}"
+        for part in location[:-1]:
+            if part in model.model_fields:
+                model = next(iter(models_in(model.model_fields[part].annotation)), model)
+        return f"{path}: unknown key; {nearest(location[-1], model.model_fields)}"
     if item["type"] == "missing":
         return f"{path}: missing; set it in the recipe, or on the command line with {path}=..."
     if item["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         return f"{path}: {given!r} is not allowed; {nearest(str(given), allowed)}"
     message = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(given, dict) else f" (given: {_short(given)})"
-    return f"{path}: {message}{shown}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
-    """The model whose fields a location inside `model` lists; the nearest above, if none."""
-    for part in location:
-        if part in model.model_fields:
-            model = next(iter(models_in(model.model_fields[part].annotation)), model)
-    return model
+    text = repr(given)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{path}: {message}" + ("" if isinstance(given, dict) else f" (given: {text})")
 
 
 def models_in(annotation: Any) -> Iterable[type[BaseModel]]:
@@ -248,5 +217,5 @@ def _literal(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_literal(one) for one in value) + "]"
     if isinstance(value, float):
-        return repr(value)
+        return repr(value)  # JSON has no inf and nan
     return json.dumps(value if isinstance(value, int) else str(value), ensure_ascii=False)

@@ -64,16 +64,14 @@ class Manifest:
 
 
 def fingerprint_path(path: Path) -> str:
-    """What stands for the contents of a path: a finished run's own fingerprint, otherwise names,
-    sizes and the first and last MiB of every file, so that hundreds of GB cost milliseconds.
+    """A finished run's own fingerprint; else that of names, sizes, first and last MiB of files.
 
     Raises RunError for a run that is not done and for a path that does not exist.
     """
     if manifest := find_manifest(path):
         if manifest.status != "done":
             raise RunError(
-                f"{path} is not finished (its status is {manifest.status}), so nothing may read "
-                "it; run its recipe again to finish it"
+                f"{path} is not finished (status {manifest.status}); run its recipe again first"
             )
         return manifest.fingerprint
     if path.is_file():
@@ -95,8 +93,7 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a run directory. Raises RunError when there is none or it is not one."""
     file = path / "run.json"
     try:
-        value = json.loads(file.read_text())
-        manifest = Manifest(**value)
+        manifest = Manifest(**json.loads(file.read_text()))
     except FileNotFoundError:
         raise RunError(f"{path} is no run directory: it holds no run.json") from None
     except (json.JSONDecodeError, TypeError) as error:
@@ -126,41 +123,36 @@ def is_done(path: Path) -> bool:
 
 def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     """The rows of `tables/NAME.jsonl`. Raises RunError naming the tables there are."""
-    file = path / "tables" / f"{name}.jsonl"
-    if not file.is_file():
-        raise RunError(f"{path} has no table {name!r}; it has: {_tables_of(path)}")
-    return [json.loads(line) for line in file.read_text().split("\n") if line]
+    return [json.loads(line) for line in _table(path, f"{name}.jsonl").split("\n") if line]
 
 
 def read_json(path: Path, name: str) -> Any:
     """The value of `tables/NAME.json`. Raises RunError naming the tables there are."""
-    file = path / "tables" / f"{name}.json"
+    return json.loads(_table(path, f"{name}.json"))
+
+
+def _table(path: Path, name: str) -> str:
+    file = path / "tables" / name
     if not file.is_file():
-        raise RunError(f"{path} has no {name!r}; it has: {_tables_of(path)}")
-    return json.loads(file.read_text())
-
-
-def _tables_of(path: Path) -> str:
-    names = sorted(p.name for p in (path / "tables").glob("*.json*"))
-    return ", ".join(names) or "none"
+        names = sorted(p.name for p in file.parent.glob("*.json*"))
+        raise RunError(f"{path} has no {name}; it has: {', '.join(names) or 'none'}")
+    return file.read_text()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The logged steps of a run; a line that a crash tore in half is no step."""
-    return _read_lines(path / "metrics.jsonl")
+    return whole_lines(path / "metrics.jsonl")[0]
 
 
 def read_timings(path: Path) -> list[dict[str, Any]]:
     """How fast the logged steps of a run were: seconds, tokens a second, MFU."""
-    return _read_lines(path / "timings.jsonl")
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    return whole_lines(file)[0] if file.is_file() else []
+    return whole_lines(path / "timings.jsonl")[0]
 
 
 def whole_lines(file: Path) -> tuple[list[dict[str, Any]], bool]:
     """The complete records of a JSON-lines file, and whether the file ends in half of one."""
+    if not file.is_file():
+        return [], False
     *lines, tail = file.read_bytes().split(b"\n")
     try:
         return [json.loads(line) for line in lines], tail != b""
@@ -177,11 +169,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def now() -> dt.datetime:
-    """The time in UTC."""
-    return dt.datetime.now(dt.UTC)
 
 
 class Run:
@@ -222,14 +209,13 @@ class Run:
         Raises RunError when it is finished, differs, belongs to another process, or when an
         input is unfinished or missing.
         """
-        path = Path(path)
         lock = Lock(path) if dist.is_main() else None
         try:
             made = config if identity is None else identity
             manifest = _begin(path, stage, dict(config), made, inputs, seed)
             run = cls(path, manifest, lock, quiet)
             run._save()
-            run._rewrite_logs()
+            run.rewind()
         except BaseException:
             if lock:
                 lock.release()
@@ -243,36 +229,42 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             self.interrupted()
         elif error is not None:
-            self.fail(f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            try:
+                self._append("log.txt", reason)
+                self._end("failed", reason)
+            except WriteError:  # a full disk: the manifest says "running", which is resumed as well
+                pass
         self.close()
 
-    def log(self, step: int, **metrics: float) -> None:
+    def log(self, step: int, file: str = "metrics.jsonl", **numbers: Any) -> None:
         """Appends one step's numbers to `metrics.jsonl`; what is not finite becomes null."""
-        self._log("metrics.jsonl", step, metrics)
+        row = {key: v.item() if hasattr(v, "item") else v for key, v in numbers.items()}
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[key] = None
+        self._append(file, json.dumps({"step": step, **row}))
 
     def log_timing(self, step: int, **timings: float) -> None:
         """Appends to `timings.jsonl`, apart from what two runs of one fingerprint agree on."""
-        self._log("timings.jsonl", step, timings)
+        self.log(step, "timings.jsonl", **timings)
 
-    def _log(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        numbers = {key: _number(value) for key, value in values.items()}
-        self._append(name, json.dumps({"step": step, **numbers}))
-
-    def rewind(self, step: int) -> None:
-        """Drops the logged steps after this one, so that a resumed run repeats no line."""
-        self._rewrite_logs(step)
+    def rewind(self, last: float = math.inf) -> None:
+        """Drops the logged steps after `last`, and half a line that a killed process left."""
+        for file in (self.path / name for name in LOGS):
+            rows, torn = whole_lines(file) if self._writes else ([], False)
+            kept = [row for row in rows if row["step"] <= last]
+            if torn or len(kept) < len(rows):
+                atomic_write(file, _lines(kept))
 
     def say(self, text: str) -> None:
         """Prints a line for the user and keeps it in `log.txt`."""
         if self._writes and not self.quiet:
             print(text, file=sys.stderr, flush=True)
-        self._append("log.txt", f"{now():%Y-%m-%d %H:%M:%S} {text}")
+        self._append("log.txt", f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S} {text}")
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes `tables/NAME.jsonl`, one object a row, whole or not at all.
-
-        Raises RunError for a number that is not finite: JSON has no word for it.
-        """
+        """Writes `tables/NAME.jsonl` whole. Raises RunError for a number that is not finite."""
         for index, row in enumerate(rows):
             for column, value in row.items():
                 if isinstance(value, float) and not math.isfinite(value):
@@ -309,15 +301,6 @@ class Run:
             shutil.rmtree(self.state_path, ignore_errors=True)
         self.close()
 
-    def fail(self, reason: str) -> None:
-        """Records that the stage stopped on an error; what it left stays for resuming."""
-        try:
-            self._append("log.txt", reason)
-            self._end("failed", reason)
-        except WriteError:
-            # On a full disk the manifest goes on saying "running", which is resumed just the same.
-            pass
-
     def interrupted(self) -> None:
         """Records that the user stopped the stage; what it left stays for resuming."""
         self._end("interrupted")
@@ -328,15 +311,14 @@ class Run:
             self._lock.release()
 
     def _end(self, status: Status, error: str | None = None) -> None:
-        if self.manifest.status == "done":  # A Ctrl-C that lands after the end does not undo it.
+        if self.manifest.status == "done":  # a Ctrl-C that lands after the end does not undo it
             return
-        seconds = self._spent + time.monotonic() - self._opened
         self.manifest = replace(
             self.manifest,
             status=status,
             error=error,
-            finished=now().isoformat(),
-            seconds=round(seconds, 3),
+            finished=dt.datetime.now(dt.UTC).isoformat(),
+            seconds=round(self._spent + time.monotonic() - self._opened, 3),
             cpu_seconds=round(self._spent_cpu + _cpu_seconds() - self._opened_cpu, 3),
         )
         self._save()
@@ -350,15 +332,6 @@ class Run:
             file = self.path / name
             with writing(file), file.open("ab", buffering=0) as handle:
                 handle.write(line.encode() + b"\n")
-
-    def _rewrite_logs(self, last: float = math.inf) -> None:
-        """Drops half a line that a killed process left, and the steps after `last`."""
-        for file in (self.path / name for name in LOGS):
-            if self._writes and file.is_file():
-                rows, torn = whole_lines(file)
-                kept = [row for row in rows if row["step"] <= last]
-                if torn or len(kept) < len(rows):
-                    atomic_write(file, _lines(kept))
 
 
 def _begin(
@@ -375,11 +348,17 @@ def _begin(
     identity = run_fingerprint(stage, made, seed, prints)
     if dist.is_main():  # the other processes would see what this one is writing
         if manifest := find_manifest(path):
-            return _go_on(path, manifest, identity)
+            if manifest.fingerprint != identity:
+                raise RunError(
+                    f"{path} was begun with another config, seed or inputs; delete it first"
+                )
+            if manifest.status == "done":
+                raise RunError(f"{path} is finished and never changes; delete it to redo it")
+            return replace(manifest, status="running", finished=None, error=None)
         if foreign := sorted(p.name for p in path.iterdir() if not p.name.startswith(".")):
             raise RunError(
-                f"{path} holds files ({', '.join(foreign[:3])}) but no run.json, so it is no run; "
-                "name another directory or empty this one"
+                f"{path} holds files ({', '.join(foreign[:3])}) but no run.json; name another "
+                "directory or empty this one"
             )
     return Manifest(
         name=path.name,
@@ -390,21 +369,8 @@ def _begin(
         config=config,
         inputs=references,
         versions=versions(),
-        started=now().isoformat(),
+        started=dt.datetime.now(dt.UTC).isoformat(),
     )
-
-
-def _go_on(path: Path, manifest: Manifest, identity: str) -> Manifest:
-    if manifest.fingerprint != identity:
-        raise RunError(
-            f"{path} was begun with another config, seed or inputs; delete that directory to "
-            "begin again, or name another"
-        )
-    if manifest.status == "done":
-        raise RunError(
-            f"{path} is finished, and a finished run never changes; delete it to redo it"
-        )
-    return replace(manifest, status="running", finished=None, error=None)
 
 
 def _reference(value: Path | Sequence[Path] | None, near: Path) -> Any:
@@ -413,9 +379,9 @@ def _reference(value: Path | Sequence[Path] | None, near: Path) -> Any:
         return None
     if not isinstance(value, Path):
         return [_reference(path, near) for path in value]
-    absolute, home = value.resolve(), near.resolve()
-    inside = absolute.is_relative_to(home)
-    shown = absolute.relative_to(home) if inside else absolute
+    shown, home = value.resolve(), near.resolve()
+    if shown.is_relative_to(home):
+        shown = shown.relative_to(home)
     found = {"path": str(shown), "fingerprint": fingerprint_path(value)}
     manifest = find_manifest(value)
     return {**found, "started": manifest.started} if manifest else found
@@ -431,17 +397,11 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, default=_plain) + "\n" for row in rows)
 
 
-def _number(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
 def _cpu_seconds() -> float:
-    """CPU time of this process and of the children that it has waited for."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 

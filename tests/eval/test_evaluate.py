@@ -119,7 +119,7 @@ def test_the_mean_is_over_items_and_its_error_that_of_the_items():
     for name, row in values.items():
         item = Item(name, ask("q"))
         for n, value in enumerate(row):
-            one = Conversation(task, item, "on", n, {}, keys=["k"], tokens=4, completion="x")
+            one = Conversation(task, item, "on", n, {}, key="k", tokens=4, completion="x")
             found.append(Scored(one, {"accuracy": value}, True))
     row = summary(task, "off", found, [])
     mean = (0.75 + 0 + 1) / 3
