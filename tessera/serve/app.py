@@ -1,8 +1,7 @@
 """The server of the OpenAI API: routes, API keys, limits, metrics, and its process.
 
-Refusals are JSON in the API's form: 400 a bad request, 401 no key, 404 no such model or path, 413 a
-body too large, 429 a full queue (with Retry-After), 503 draining or broken. SIGTERM and Ctrl-C
-drain: new requests get 503, those under way may end for `drain_seconds`.
+Refusals are JSON in the API's form; `MEANINGS` lists their statuses. SIGTERM and Ctrl-C drain: new
+requests get 503, those under way may end for `drain_seconds`.
 """
 
 from __future__ import annotations
@@ -76,9 +75,7 @@ class ServeError(ValueError):
 
 
 class ServeConfig(Config):
-    """host: only this machine by default. batch: samples decoded together. queue: samples that may
-    wait. timeout: seconds of a request. prefix_cache: tokens of prompts whose KV is kept for later
-    prompts with the same beginning."""
+    """The options of `tessera serve`."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -105,10 +102,9 @@ def api_keys(config: ServeConfig) -> tuple[str, ...]:
             lines = path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise ServeError(f"--key-file {path}: {error.strerror}") from None
-        keys = tuple(line.strip() for line in lines if line.strip())
-        if not keys:
-            raise ServeError(f"--key-file {path} holds no key; write one on each line")
-        return keys
+        if keys := tuple(line.strip() for line in lines if line.strip()):
+            return keys
+        raise ServeError(f"--key-file {path} holds no key; write one on each line")
     if key := os.environ.get(KEY_VARIABLE, "").strip():
         return (key,)
     loopback = config.host == "localhost"
@@ -312,23 +308,23 @@ class RequestGuard:
     """Middleware that checks key and size before a body is read."""
 
     def __init__(self, app: ASGIApp, serving: Serving) -> None:
-        self.app, self.serving = app, serving
+        self.app, self.keys = app, serving.keys
+        self.max_bytes = serving.config.max_body_kib * 1024
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, most = dict(scope["headers"]), self.serving.config.max_body_kib * 1024
-        key = headers.get(b"authorization", b"")
-        if scope["path"] not in PUBLIC_PATHS and not self._is_known(key):
-            await _refusal(401, "give an API key: Authorization: Bearer KEY")(scope, receive, send)
-            return
+        headers, most, read = dict(scope["headers"]), self.max_bytes, 0
         too_large = f"the body is larger than {most:,} bytes; shorten it, or raise --max-body-kib"
-        declared = headers.get(b"content-length", b"0")
+        key, declared = headers.get(b"authorization", b""), headers.get(b"content-length", b"0")
+        if scope["path"] not in PUBLIC_PATHS and not self._is_known(key):
+            refusal = _refusal(401, "give an API key: Authorization: Bearer KEY")
+            await refusal(scope, receive, send)
+            return
         if not declared.isdigit() or int(declared) > most:
             await _refusal(413, too_large)(scope, receive, send)
             return
-        read = 0
 
         async def counted() -> Message:
             nonlocal read
@@ -342,11 +338,9 @@ class RequestGuard:
 
     def _is_known(self, header: bytes) -> bool:
         """Compares in constant time."""
-        if not self.serving.keys:
-            return True
         scheme, _, key = header.partition(b" ")
-        same = [hmac.compare_digest(key.strip(), known.encode()) for known in self.serving.keys]
-        return scheme.lower() == b"bearer" and any(same)
+        same = [hmac.compare_digest(key.strip(), known.encode()) for known in self.keys]
+        return not self.keys or (scheme.lower() == b"bearer" and any(same))
 
 
 class _Server(uvicorn.Server):
