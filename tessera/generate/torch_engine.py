@@ -65,16 +65,11 @@ class TorchEngine:
         for name, value in (("max_batch_size", max_batch_size), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise GenerationError(f"{name} is {value}; it must be at least 1")
-        self.waiting = Waiting(max_queue)
+        packed, self.waiting = Packed(module, int8), Waiting(max_queue)
         self.version, self.int8 = 0, int8
         self._lock, self._next = threading.Lock(), threading.Lock()
         self._open: Scheduler | None = Scheduler(
-            Packed(module, int8),
-            self.waiting,
-            max_batch_size,
-            max_tokens,
-            chunk_tokens,
-            prefix_cache_tokens,
+            packed, self.waiting, max_batch_size, max_tokens, chunk_tokens, prefix_cache_tokens
         )
 
     @property
@@ -90,7 +85,7 @@ class TorchEngine:
     @property
     def slots(self) -> Slots:
         """The KV cache."""
-        return self._scheduler.batch.slots
+        return self._scheduler.slots
 
     @property
     def stats(self) -> Stats:
@@ -102,7 +97,7 @@ class TorchEngine:
     @property
     def running(self) -> int:
         """Samples that decode now; `len(engine.waiting)` more wait."""
-        return len(self._scheduler.batch.live)
+        return len(self._scheduler.live)
 
     @property
     def idle(self) -> bool:
@@ -175,10 +170,9 @@ class TorchEngine:
                     reported = finished
                     progress(reported, total)
         finally:
-            unfinished = [handle for handle in handles if not handle.done]
-            for handle in unfinished:
-                handle.cancel()
-            if unfinished:
+            if unfinished := [handle for handle in handles if not handle.done]:
+                for handle in unfinished:
+                    handle.cancel()
                 with self._turn():
                     self._scheduler.end_expired()
         return [handle.result() for handle in handles]
@@ -210,8 +204,7 @@ class TorchEngine:
                 have, given = getattr(self.config, name), getattr(packed.config, name)
                 if given < have:
                     raise GenerationError(
-                        f"requests in flight may need {name} {have}, and the new model has "
-                        f"{given}: let them end, or cancel them, before sync"
+                        f"requests in flight may need {name} {have}, and the new model has {given}"
                     )
             evicted = self._scheduler.evict()
             for sample in evicted:
@@ -291,23 +284,22 @@ def _score(packed: Packed, rows: list[Sequence[int]]) -> list[tuple[list[float],
 
 
 class EngineThread:
-    """Steps `engine` while there is something to do, from `start` to `stop`.
+    """Steps `engine` while there is something to do, inside a `with` block or until `stop`.
 
     A failed step fails the requests in it (`EngineError` at their readers), is passed to on_error,
     and the thread goes on; after MAX_FAILURES in a row the engine is closed.
     """
 
     def __init__(
-        self, engine: TorchEngine, on_error: Callable[[Exception], None] | None = None
+        self, engine: TorchEngine, on_error: Callable[[Exception], None] = lambda error: None
     ) -> None:
-        self.engine = engine
+        self.engine, self._on_error = engine, on_error
         self.error: Exception | None = None  # what broke the engine
-        self._on_error = on_error
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tessera-engine", daemon=True)
 
     def __enter__(self) -> EngineThread:
-        self.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -316,9 +308,6 @@ class EngineThread:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
-
-    def start(self) -> None:
-        self._thread.start()
 
     def stop(self) -> None:
         """End the thread after its step, cancel what is in flight, and close the engine."""
@@ -332,16 +321,13 @@ class EngineThread:
         failures = 0
         while not self._stop.is_set():
             try:
-                busy = self.engine.step()
-                failures = 0
+                busy, failures = self.engine.step(), 0
             except Exception as error:
-                failures += 1
-                if self._on_error is not None:
-                    self._on_error(error)
+                failures, busy = failures + 1, True
+                self._on_error(error)
                 if failures == MAX_FAILURES:
                     self.error = error
                     self.engine.close()
                     return
-                continue
             if not busy:
                 self.engine.waiting.wait(IDLE_SECONDS)
