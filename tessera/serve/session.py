@@ -177,8 +177,8 @@ class ServedModel:
     def submit(self, request: ChatRequest | CompletionRequest) -> Session:
         """Raises what the template, the sampling and the queue raise."""
         tokenizer, asked = self.tokenizer, request.num_logprobs
-        thinking, opened, chat = None, None, isinstance(request, ChatRequest)
-        if chat:
+        thinking = opened = None
+        if isinstance(request, ChatRequest):
             prompt = self._chat_prompt(request)
             opened = opens_thought(tokenizer, prompt)
             if request.thinking_budget is not None:
@@ -204,7 +204,7 @@ class ServedModel:
         stopping = stop_criterion(tokenizer, stops, prompt) if stops else None
         handle = self.engine.submit(prompt, params, timeout=self.timeout, stopping=stopping)
         streams = [TextStream(tokenizer, prompt, stops, opened) for _ in range(request.n)]
-        return Session(handle, streams, tokenizer, chat, asked is not None)
+        return Session(handle, streams, tokenizer, opened is not None, asked is not None)
 
     def _chat_prompt(self, request: ChatRequest) -> list[int]:
         mode, messages = requested(
