@@ -73,4 +73,3 @@ class Answerer(Protocol):
 
         Raises AskError for what a retry cannot fix, FailureError when too many requests fail.
         """
-        ...

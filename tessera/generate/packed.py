@@ -21,7 +21,7 @@ from torch import Tensor
 from tessera.generate.engine import GenerationError
 from tessera.model.config import GQA, NoOp
 from tessera.model.cpu import onednn_product, onednn_rows, prefers_onednn, reordered
-from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
+from tessera.model.layers import Attention, FeedForward, LinearMap
 from tessera.model.transformer import Transformer
 
 # Below this many weights, quantising the activations takes what the product saves: at 2**20 a
@@ -195,9 +195,6 @@ class PackedLinear:
         self.last.add_to(x, h)
 
 
-PackedOp = PackedAttention | PackedFFN | PackedLinear
-
-
 class Packed:
     """A snapshot of `module`, laid out for generation. Absent subblocks leave no trace.
 
@@ -225,12 +222,18 @@ class Packed:
             if isinstance(block.attention, GQA)
         }
         layers: Any = module.layers
-        self.ops: list[PackedOp] = [
-            _pack(subblock, subblock.norm.weight * self.root, layer, make)
-            for layer, block in enumerate(layers)
-            for subblock in (block.attention, block.ffn)
-            if not isinstance(subblock.variant, NoOp)
-        ]
+        self.ops: list[PackedAttention | PackedFFN | PackedLinear] = []
+        for layer, block in enumerate(layers):
+            for subblock in (block.attention, block.ffn):
+                if isinstance(subblock.variant, NoOp):
+                    continue
+                op, gain = subblock.op, subblock.norm.weight * self.root
+                if isinstance(op, Attention):
+                    self.ops.append(PackedAttention(op, gain, layer, make))
+                elif isinstance(op, FeedForward):
+                    self.ops.append(PackedFFN(op, gain, make))
+                else:
+                    self.ops.append(PackedLinear(op, gain, make))
         self.head = make(module.head * (module.norm.weight * self.root), None)
         self.frequencies = module.inverse_frequencies(self.device)
 
@@ -265,17 +268,6 @@ class Packed:
     def logits(self, hidden: Tensor) -> Tensor:
         """`(N,V)` of hidden states `(N,C)`."""
         return self.head(hidden)
-
-
-def _pack(subblock: Subblock, gain: Tensor, layer: int, make: Make) -> PackedOp:
-    match subblock.op:
-        case Attention() as op:
-            return PackedAttention(op, gain, layer, make)
-        case FeedForward() as op:
-            return PackedFFN(op, gain, make)
-        case op:
-            assert isinstance(op, LinearMap)
-            return PackedLinear(op, gain, make)
 
 
 def unit(stream: Tensor, x: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Scheduler:
         self.max_batch_size, self.max_tokens = max_batch_size, max_tokens
         self.chunk_tokens = chunk_tokens
         self.prefixes = PrefixCache(prefix_cache_tokens) if prefix_cache_tokens else None
-        self.stats = Stats()
+        self.stats, self.version = Stats(), 0
         self.slots = Slots(packed, max_tokens)
         self.live: list[Sample] = []
         self._rows: _Rows | None = None  # of `live`, until it changes
@@ -112,8 +112,9 @@ class Scheduler:
         self._reading: list[Sample] = []  # who waits for `_prefill`
         self._last_read: tuple[Sequence[int], Prefix] | None = None  # for more samples of a prompt
 
-    def load(self, packed: Packed) -> None:
+    def load(self, packed: Packed, version: int) -> None:
         """Other weights, after `evict`; the cache's memory stays if it fits."""
+        self.version = version
         if not packed.same_shape(self.packed):
             self.slots = Slots(packed, self.max_tokens)
         self.packed = packed
@@ -124,10 +125,10 @@ class Scheduler:
     def idle(self) -> bool:
         return not (self.live or self._prefill or len(self.waiting))
 
-    def step(self, version: int) -> None:
+    def step(self) -> None:
         """End what has expired, read, decode."""
         self.end_expired()
-        self._read_prompts(version)
+        self._read_prompts()
         if self.live:
             self._decode()
 
@@ -207,21 +208,21 @@ class Scheduler:
         for sample, reason in gone:
             sample.finish(reason)
 
-    def _read_prompts(self, version: int) -> None:
+    def _read_prompts(self) -> None:
         """Fill free rows: all of them where none decodes, else as far as one chunk goes."""
         budget = self.chunk_tokens if self.live else None
         start = clock(self.packed.device)
         while budget is None or budget > 0:
-            if self._prefill is None and not self._admit(version):
+            if self._prefill is None and not self._admit():
                 return
             if self._prefill is not None:
-                read = self._advance(self._prefill, budget or PREFILL_TOKENS, version)
+                read = self._advance(self._prefill, budget or PREFILL_TOKENS)
                 budget = None if budget is None else budget - read
             now = clock(self.packed.device)
             self.stats.prefill_seconds += now - start
             start = now
 
-    def _advance(self, prefill: Prefill, budget: int, version: int) -> int:
+    def _advance(self, prefill: Prefill, budget: int) -> int:
         """Read on; tokens of the pass, padding included."""
         before = prefill.done
         self.stats.prefill_tokens += prefill.advance(budget)
@@ -231,17 +232,17 @@ class Scheduler:
             if self.prefixes is not None:
                 for row, prompt in enumerate(prefill.prompts):
                     self.prefixes.add(prompt, prefix, row)
-            self._join(samples, prefill.prompts, prefix, version)
+            self._join(samples, prefill.prompts, prefix)
         return (prefill.done - before) * len(prefill.lengths)
 
-    def _admit(self, version: int) -> bool:
+    def _admit(self) -> bool:
         """Whether some of those that wait were admitted: they are read, or have been already."""
         group = self.waiting.take(self._admissible())
         if not group:
             return False
         prompts = list({id(sample.tokens): sample.tokens for sample in group}.values())
         if self._last_read is not None and self._last_read[0] is prompts[0]:
-            self._join(group, prompts, self._last_read[1], version)
+            self._join(group, prompts, self._last_read[1])
             return True
         self._last_read = None
         past = self.prefixes.find(prompts[0]) if self.prefixes is not None else None
@@ -251,7 +252,7 @@ class Scheduler:
         return True
 
     def _join(
-        self, samples: list[Sample], prompts: Sequence[Sequence[int]], prefix: Prefix, version: int
+        self, samples: list[Sample], prompts: Sequence[Sequence[int]], prefix: Prefix
     ) -> None:
         """Rows and first tokens for samples whose prompts were read; those behind may need it."""
         place = {id(prompt): row for row, prompt in enumerate(prompts)}
@@ -264,7 +265,7 @@ class Scheduler:
         self.live += samples
         for sample in samples:
             if not sample.completion.token_ids:
-                sample.completion.version = version
+                sample.completion.version = self.version
             params = sample.params
             if params.temperature > 0 and not sample.noise:
                 sample.noise = uniforms(params.seed, sample.handle.key, sample.index, sample.limit)

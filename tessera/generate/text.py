@@ -1,10 +1,7 @@
-"""From streamed tokens to text: whole characters, stop strings, thought and answer.
-
-    tokens -> Detokenizer -> StopStrings -> Splitter -> (thought, answer)
+"""From streamed tokens to text: tokens -> Detokenizer -> StopStrings -> Splitter -> Thought.
 
 Each holds back what later tokens may still change: the bytes of an unfinished character, the
-beginning of a stop string or of a tag. So pieces are final, and join to the same text however the
-tokens are cut.
+beginning of a stop string or of a tag. Pieces are final; they join to the text however it is cut.
 """
 
 from __future__ import annotations
@@ -79,7 +76,6 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What looked like the beginning of a stop string and was not."""
         held, self._held = self._held, ""
         return held
 
@@ -92,8 +88,7 @@ def opens_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
 def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text of a whole completion, without its stop token.
 
-    Begins with `<think>` where the prompt opened the thought, so that the thought can be told from
-    the answer without the prompt.
+    Begins with `<think>` where the prompt ended with it: it can be split without the prompt.
     """
     ended = bool(tokens) and tokens[-1] in tokenizer.eos_ids
     text = tokenizer.decode(tokens[: len(tokens) - ended])
@@ -166,10 +161,7 @@ def stop_criterion(
 
 
 def thinking_budget(tokenizer: Tokenizer, max_tokens: int, opened: bool = False) -> Thinking:
-    """A budget for thoughts between `<think>` and `</think>`, as this tokenizer writes them.
-
-    opened: whether the prompt ends with `<think>`, so that the first token is of the thought.
-    """
+    """A budget for thoughts between `<think>` and `</think>`, as this tokenizer writes them."""
     close = tuple(tokenizer.encode(f"\n{CLOSE}\n\n", special=True))
     starts = () if opened else _spellings(tokenizer, OPEN, ("", "\n"))
     return Thinking(max_tokens, (close, *_spellings(tokenizer, CLOSE, BEFORE)), starts)

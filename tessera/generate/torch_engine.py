@@ -1,10 +1,7 @@
 """The built-in engine: continuous batching over a per-layer KV cache, on any torch device.
 
-`submit` from any thread, and `step` until idle; `generate` is a queue filled at once. A server
-steps the engine in a thread of its own:
-
-    with EngineThread(engine):
-        handle = engine.submit(prompt, params)     from any thread
+`submit` from any thread, and `step` until idle, which `EngineThread` does; `generate` is a queue
+filled at once.
 """
 
 from __future__ import annotations
@@ -66,7 +63,7 @@ class TorchEngine:
             if value < 1:
                 raise GenerationError(f"{name} is {value}; it must be at least 1")
         packed, self.waiting = Packed(module, int8), Waiting(max_queue)
-        self.version, self.int8 = 0, int8
+        self.int8 = int8
         self._lock, self._next = threading.Lock(), threading.Lock()
         self._open: Scheduler | None = Scheduler(
             packed, self.waiting, max_batch_size, max_tokens, chunk_tokens, prefix_cache_tokens
@@ -134,7 +131,7 @@ class TorchEngine:
         """
         with self._turn():
             try:
-                self._scheduler.step(self.version)
+                self._scheduler.step()
             except BaseException as error:
                 for sample in self._scheduler.evict():
                     sample.handle.fail(error)
@@ -179,9 +176,11 @@ class TorchEngine:
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
-        longest = self.config.max_position_embeddings
-        return [logprobs for logprobs, _ in self._scores(sequences, longest)]
+        config = self.config
+        check_sequences(sequences, "sequence", config.vocab_size, config.max_position_embeddings)
+        return [logprobs for logprobs, _ in self.score_greedy(sequences)]
 
+    @torch.inference_mode()
     def score_greedy(
         self, sequences: Sequence[Sequence[int]]
     ) -> list[tuple[list[float], list[bool]]]:
@@ -189,7 +188,19 @@ class TorchEngine:
 
         A sequence may have max_position_embeddings + 1 tokens: its last one is not read.
         """
-        return self._scores(sequences, self.config.max_position_embeddings + 1)
+        longest = self.config.max_position_embeddings + 1
+        check_sequences(sequences, "sequence", self.config.vocab_size, longest)
+        scores: list[tuple[list[float], list[bool]]] = [([], []) for _ in sequences]
+        scored = (i for i, tokens in enumerate(sequences) if len(tokens) > 1)
+        order = sorted(scored, key=lambda i: -len(sequences[i]))
+        while order:
+            count = similar([len(sequences[i]) for i in order])
+            group, order = order[:count], order[count:]
+            with self._turn():
+                found = _score(self._scheduler.packed, [sequences[i] for i in group])
+            for i, values in zip(group, found, strict=True):
+                scores[i] = values
+        return scores
 
     def sync(self, module: Transformer, version: int) -> None:
         """Take the weights `module` has now, whatever its architecture.
@@ -211,8 +222,7 @@ class TorchEngine:
                 if sample.completion.token_ids:
                     sample.tokens = [*sample.handle.prompt, *sample.completion.token_ids]
             self.waiting.put_back(evicted)
-            self._scheduler.load(packed)
-            self.version = version
+            self._scheduler.load(packed, version)
 
     def sleep(self) -> None:
         """See `Engine.sleep`: frees the cache where nothing is in flight."""
@@ -246,23 +256,6 @@ class TorchEngine:
         if params.thinking is not None:
             check_sequences(params.thinking.ends, "end of thought", vocab_size, room)
         return room
-
-    @torch.inference_mode()
-    def _scores(
-        self, sequences: Sequence[Sequence[int]], longest: int
-    ) -> list[tuple[list[float], list[bool]]]:
-        check_sequences(sequences, "sequence", self.config.vocab_size, longest)
-        scores: list[tuple[list[float], list[bool]]] = [([], []) for _ in sequences]
-        scored = (i for i, tokens in enumerate(sequences) if len(tokens) > 1)
-        order = sorted(scored, key=lambda i: -len(sequences[i]))
-        while order:
-            count = similar([len(sequences[i]) for i in order])
-            group, order = order[:count], order[count:]
-            with self._turn():
-                found = _score(self._scheduler.packed, [sequences[i] for i in group])
-            for i, values in zip(group, found, strict=True):
-                scores[i] = values
-        return scores
 
 
 def _score(packed: Packed, rows: list[Sequence[int]]) -> list[tuple[list[float], list[bool]]]:

@@ -60,14 +60,11 @@ MEANINGS = {
     429: "the queue is full",
     503: "draining, or broken",
 }
-JSON: dict[str, Any] = {"application/json": {}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": text,
-        "content": JSON | ({"text/event-stream": {}} if status == 200 else {}),
-    }
+    status: {"description": text, "content": {"application/json": {}}}
     for status, text in MEANINGS.items()
 }
+RESPONSES[200]["content"]["text/event-stream"] = {}
 
 
 class ServeError(ValueError):
@@ -94,7 +91,7 @@ class ServeConfig(Config):
 def api_keys(config: ServeConfig) -> tuple[str, ...]:
     """The keys of `key_file`, one a line, else that of the environment, else none.
 
-    Raises ServeError for a file without keys, and for a server without keys that others can reach.
+    Raises ServeError for a server without keys that others can reach.
     """
     if config.key_file:
         path = Path(config.key_file).expanduser()
