@@ -38,8 +38,8 @@ from tessera.generate.torch_engine import EngineThread, TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 from tessera.runs.recipe import Config
-from tessera.serve import replies
-from tessera.serve.session import ChatRequest, CompletionRequest, ServedModel, Session
+from tessera.serve.replies import Session
+from tessera.serve.session import ChatRequest, CompletionRequest, ServedModel
 
 KEY_VARIABLE = "TESSERA_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
@@ -140,8 +140,8 @@ class Metrics:
     def count(self, session: Session) -> None:
         """Count a request that has ended, or that its client has left."""
         handle, usage = session.handle, session.usage
-        for stream, completion in zip(session.streams, handle.completions, strict=True):
-            reason = "stop" if stream.stopped else completion.finish_reason
+        for choice, completion in zip(session.choices, handle.completions, strict=True):
+            reason = "stop" if choice.stream.stopped else completion.finish_reason
             self.finished.labels(reason if handle.done else "cancelled").inc()
         self.tokens.labels("prompt").inc(usage["prompt_tokens"])
         self.tokens.labels("generation").inc(usage["completion_tokens"])
@@ -245,7 +245,7 @@ async def _answer(
         """A client that hangs up ends this generator, which ends the request."""
         usage = bool((request.stream_options or {}).get("include_usage"))
         try:
-            async for event in replies.events(session, serving.name, usage, echo):
+            async for event in session.events(serving.name, usage, echo):
                 yield _event(event)
             yield "data: [DONE]\n\n"
         except EngineError as error:
@@ -263,7 +263,7 @@ async def _answer(
         return StreamingResponse(stream(), media_type="text/event-stream")
     watcher = asyncio.create_task(cancel_on_disconnect())
     try:
-        return JSONResponse(await replies.whole(session, serving.name, echo))
+        return JSONResponse(await session.whole(serving.name, echo))
     finally:
         watcher.cancel()
         session.handle.cancel()

@@ -1,4 +1,4 @@
-"""A request to the server: its fields, its prompt, and its samples as text piece by piece.
+"""A request to the server: its fields, and its prompt.
 
 The fields are the OpenAI API's, and vLLM's names for what that lacks. Unknown fields are ignored,
 as other servers do.
@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, tidy
 from tessera.data.switch import requested
-from tessera.data.thought import Thought
 from tessera.data.tokenizer import Tokenizer
-from tessera.generate.engine import FinishReason, SamplingParams
-from tessera.generate.requests import Delta, Handle
+from tessera.generate.engine import SamplingParams
 from tessera.generate.text import TextStream, opens_thought, stop_criterion, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
+from tessera.serve.replies import Choice, Session
 
 MAX_STOPS = 16
 
@@ -102,65 +101,6 @@ class CompletionRequest(SamplingRequest):
         return self.logprobs
 
 
-class Update(NamedTuple):
-    """What one sample gained; finish_reason comes with the last piece.
-
-    tokens: with their log-probs and alternatives, in the API's form for chats.
-    """
-
-    sample: int
-    piece: Thought
-    tokens: list[dict[str, Any]]
-    finish_reason: FinishReason | None
-
-
-@dataclass(slots=True)
-class Session:
-    """A submitted request. logprobs: whether they are asked for."""
-
-    handle: Handle
-    streams: list[TextStream]
-    tokenizer: Tokenizer
-    chat: bool
-    logprobs: bool
-
-    @property
-    def usage(self) -> dict[str, Any]:
-        """The tokens used so far, in the API's form."""
-        prompt = len(self.handle.prompt)
-        completion = sum(len(one.token_ids) for one in self.handle.completions)
-        thought = sum(stream.thought_tokens for stream in self.streams)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "completion_tokens_details": {"reasoning_tokens": thought},
-        }
-
-    async def updates(self) -> AsyncIterator[Update]:
-        """Pieces of every sample as they come. A reader that leaves cancels the request."""
-        with self.handle:
-            async for delta in self.handle:
-                stream, reason = self.streams[delta.sample], delta.finish_reason
-                piece = stream.push(delta.token_ids)
-                if reason is not None:
-                    piece += stream.finish()
-                    reason = "stop" if stream.stopped else reason
-                tokens = self._tokens(delta) if self.logprobs else []
-                yield Update(delta.sample, piece, tokens, reason)
-
-    def _tokens(self, delta: Delta) -> list[dict[str, Any]]:
-        def one(token: int, logprob: float) -> dict[str, Any]:
-            text = self.tokenizer.decode([token], special=True)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-        tops = delta.top_logprobs or [[] for _ in delta.token_ids]
-        return [
-            {**one(token, logprob), "top_logprobs": [one(*pair) for pair in top]}
-            for token, logprob, top in zip(delta.token_ids, delta.logprobs, tops, strict=True)
-        ]
-
-
 @dataclass
 class ServedModel:
     """An engine with the tokenizer of its model. timeout: seconds that a request may take."""
@@ -203,8 +143,11 @@ class ServedModel:
         stops = request.stop or ()
         stopping = stop_criterion(tokenizer, stops, prompt) if stops else None
         handle = self.engine.submit(prompt, params, timeout=self.timeout, stopping=stopping)
-        streams = [TextStream(tokenizer, prompt, stops, opened) for _ in range(request.n)]
-        return Session(handle, streams, tokenizer, opened is not None, asked is not None)
+        chat = opened is not None
+        choices = [
+            Choice(TextStream(tokenizer, prompt, stops, opened), chat) for _ in range(request.n)
+        ]
+        return Session(handle, choices, tokenizer, chat, asked is not None)
 
     def _chat_prompt(self, request: ChatRequest) -> list[int]:
         mode, messages = requested(
