@@ -174,11 +174,11 @@ class PrefixCache:
 
 
 def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """A group's queries over the whole past. q `(B,K,G,D)`, k and v `(B,K,D,S)` -> `(B,K,G,D)`.
+    """Queries over the whole past: q `(B,K,G,D)`, k, v `(B,K,D,S)`, mask `(B,1,1,S)` -> as q.
 
-    The queries of a group stand where products expect query positions, so KV heads are never
-    repeated. In float32 two batched products take 0.66 to 0.87 of SDPA's time from 8 rows on (CPU,
-    3 us more at one); in half precision SDPA keeps the softmax in float32. mask `(B,1,1,S)`.
+    The queries of a group stand where query positions do, so KV heads are never repeated. In
+    float32 two batched products take 0.66 to 0.87 of SDPA's time from 8 rows on (CPU, 3 us more at
+    one); in half precision SDPA keeps the softmax in float32.
     """
     if q.dtype != torch.float32:
         k, v = k.transpose(2, 3), v.transpose(2, 3)
@@ -218,10 +218,7 @@ class Slots:
         self._rows_changed()
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room for this many rows and columns, live ones included.
-
-        Shrinks in one direction only where it must grow in the other and both are too much.
-        """
+        """Make room for this many rows and columns, live ones included; shrinks for max_tokens."""
         if rows <= self.rows and columns <= self.columns:
             return
         low = min(self.starts, default=self.cursor)

@@ -1,9 +1,5 @@
 """What callers and the engine's thread share: submitted requests, and the queue they wait in.
 
-    handle = engine.submit(prompt, params)        any thread
-    for delta in handle: …                        or: async for delta in handle: …
-    engine.step()                                 one thread
-
 A completion is lists that only the engine appends to. A reader remembers how far it has read, so a
 slow one gets several tokens at once. No torch here.
 """
@@ -31,8 +27,8 @@ from tessera.generate.engine import (
     Thinking,
 )
 
+# Gets each token of a sample in the engine's thread; True ends the sample with it.
 StoppingCriterion = Callable[[int], bool]
-"""Gets each token of a sample in the engine's thread; True ends the sample with it."""
 
 
 class EngineError(RuntimeError):
@@ -337,7 +333,7 @@ class Waiting:
             self._changed.notify_all()
 
     def put_back(self, samples: Sequence[Sample]) -> None:
-        """Put samples that were taken to the front, in this order; no bound applies."""
+        """Put samples that were taken to the front, in this order."""
         with self._changed:
             self._queue.extendleft(reversed(samples))
 

@@ -295,20 +295,19 @@ class EngineThread:
         self._thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def stop(self) -> None:
+    def stop(self, *error: object) -> None:
         """End the thread after its step, cancel what is in flight, and close the engine."""
         self._stop.set()
         self.engine.waiting.close()
         if self._thread.ident is not None:
             self._thread.join()
         self.engine.close()
+
+    __exit__ = stop
 
     def _run(self) -> None:
         failures = 0

@@ -24,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import Counter, Gauge
 from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,7 +44,6 @@ from tessera.serve.session import ChatRequest, CompletionRequest, ServedModel
 
 KEY_VARIABLE = "TESSERA_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
-RETRY_SECONDS = 1
 PUBLIC_PATHS = ("/health", "/metrics", "/")  # for load balancers and browsers, without a key
 STATUSES: dict[type[Exception], int] = {
     **dict.fromkeys((GenerationError, SchemaError, SwitchError, TemplateError), 400),
@@ -120,22 +120,14 @@ class Metrics:
 
     def __init__(self, engine: TorchEngine) -> None:
         prometheus_client.disable_created_metrics()
-        self.registry = prometheus_client.CollectorRegistry()
-        for name, text, count in (
-            ("running", "Samples being decoded.", lambda: engine.running),
-            ("waiting", "Samples waiting for a place.", lambda: len(engine.waiting)),
-        ):
-            gauge = prometheus_client.Gauge(
-                f"tessera_requests_{name}", text, registry=self.registry
-            )
-            gauge.set_function(count)
-        self.finished, self.tokens = (
-            prometheus_client.Counter(f"tessera_{name}", text, [label], registry=self.registry)
-            for name, text, label in (
-                ("requests_finished", "Samples that ended.", "reason"),
-                ("tokens", "Tokens, by kind.", "kind"),
-            )
-        )
+        self.registry = to = prometheus_client.CollectorRegistry()
+        running = Gauge("tessera_requests_running", "Samples being decoded.", registry=to)
+        running.set_function(lambda: engine.running)
+        waiting = Gauge("tessera_requests_waiting", "Samples waiting for a place.", registry=to)
+        waiting.set_function(lambda: len(engine.waiting))
+        ended = "tessera_requests_finished"
+        self.finished = Counter(ended, "Samples that ended.", ["reason"], registry=to)
+        self.tokens = Counter("tessera_tokens", "Tokens, by kind.", ["kind"], registry=to)
 
     def count(self, session: Session) -> None:
         """Count a request that has ended, or that its client has left."""
@@ -143,10 +135,10 @@ class Metrics:
         for choice, completion in zip(session.choices, handle.completions, strict=True):
             reason = "stop" if choice.stream.stopped else completion.finish_reason
             self.finished.labels(reason if handle.done else "cancelled").inc()
+        details = usage["completion_tokens_details"]
         self.tokens.labels("prompt").inc(usage["prompt_tokens"])
         self.tokens.labels("generation").inc(usage["completion_tokens"])
-        reasoning = usage["completion_tokens_details"]["reasoning_tokens"]
-        self.tokens.labels("reasoning").inc(reasoning)
+        self.tokens.labels("reasoning").inc(details["reasoning_tokens"])
 
 
 @dataclass
@@ -281,7 +273,7 @@ def _error(status: int, text: str) -> dict[str, Any]:
 
 
 def _refusal(status: int, text: str) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else None
+    headers = {"Retry-After": "1"} if status in (429, 503) else None  # seconds
     return JSONResponse(_error(status, text), status, headers)
 
 

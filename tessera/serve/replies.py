@@ -162,11 +162,8 @@ class Session:
             yield event(index, {"role": "assistant", "content": ""} if self.chat else echo)
         with self.handle:
             async for delta in self.handle:
-                index, choice, tokens = (
-                    delta.sample,
-                    self.choices[delta.sample],
-                    self._tokens(delta),
-                )
+                index, choice = delta.sample, self.choices[delta.sample]
+                tokens = self._tokens(delta)
                 thought, answer = choice.add(delta, tokens)
                 reason = choice.finish_reason
                 more = {"logprobs": self._logprobs(tokens)} if tokens else {}
