@@ -1,8 +1,4 @@
-"""The contract for asking a model: requests, replies, and `Answerer`.
-
-`Endpoint` asks a server of the OpenAI API, `LocalAnswerer` an engine of this process, `Embedder` a
-sentence-transformers model. Replies are passed on as they come, so that each can be journalled.
-"""
+"""The contract for asking a model: requests, replies, and `Answerer`."""
 
 from __future__ import annotations
 
@@ -68,13 +64,12 @@ Receive = Callable[[Request, Reply], None]
 
 
 class Answerer(Protocol):
-    """Anything that answers requests."""
+    """An `Endpoint`, a `LocalAnswerer` or an `Embedder`."""
 
     model: str
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
-        """Call `receive` once for each request, in any order, as replies come.
+        """Call `receive` once for each request, in any order, as replies come, to journal them.
 
         Raises AskError for what a retry cannot fix, FailureError when too many requests fail.
         """
-        ...

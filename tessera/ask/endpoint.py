@@ -1,8 +1,7 @@
 """A server that speaks the OpenAI API, asked many requests at once through the `openai` client.
 
-The client retries lost connections, timeouts, 408, 409, 429 and 5xx, and follows Retry-After. A
-status that a retry cannot fix is an error of the one request, or of the whole configuration where
-the server refuses the key or the model. Too large a share of failed requests ends the work.
+The client retries lost connections, timeouts, 408, 409, 429 and 5xx, and follows Retry-After. What
+a retry cannot fix is an error of the one request, or an AskError where key or model are refused.
 """
 
 from __future__ import annotations
@@ -57,16 +56,17 @@ class Endpoint:
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
         """See `Answerer.ask`; `config.concurrency` requests are under way at a time."""
-        asyncio.run(self._ask_all(_batches(requests), receive))
+        batches = _batches(requests)
 
-    async def _ask_all(self, batches: Iterator[list[Request]], receive: Receive) -> None:
-        async with _client(self.config) as client:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(self.config.concurrency):
-                        group.create_task(self._work(client, batches, receive))
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+        async def ask_all() -> None:
+            async with _client(self.config) as client, asyncio.TaskGroup() as group:
+                for _ in range(self.config.concurrency):
+                    group.create_task(self._work(client, batches, receive))
+
+        try:
+            asyncio.run(ask_all())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     async def _work(
         self, client: AsyncOpenAI, batches: Iterator[list[Request]], receive: Receive
@@ -80,8 +80,7 @@ class Endpoint:
                 if self.failed > most:
                     raise FailureError(
                         f"{self.config.url}: {self.failed} of {self.sent} requests failed, the "
-                        f"last with: {reply.error}. Finished replies are kept; run the same "
-                        "command to go on"
+                        f"last with: {reply.error}. To go on, run the same command again"
                     )
 
     async def _replies(self, client: AsyncOpenAI, batch: list[Request]) -> list[Reply]:
@@ -115,15 +114,15 @@ class Endpoint:
         first, extra = batch[0], self.config.extra
         if first.embed:
             texts = [one.messages[-1]["content"] for one in batch]
-            create = client.embeddings.with_raw_response.create
-            response = await create(
+            response = await client.embeddings.with_raw_response.create(
                 model=self.model, input=texts, encoding_format="float", extra_body=extra
             )
         else:
             body = {**first.sampling, "seed": self.seed + first.sample, **extra}
             messages: Any = first.messages
-            create = client.chat.completions.with_raw_response.create
-            response = await create(model=self.model, messages=messages, extra_body=body)
+            response = await client.chat.completions.with_raw_response.create(
+                model=self.model, messages=messages, extra_body=body
+            )
         return response.text
 
 

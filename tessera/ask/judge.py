@@ -1,7 +1,6 @@
 """A model as the judge: what it is asked of an answer, and the verdict read from its reply.
 
-Used by the steps of `curate` that judge, by the reward `judge`, and by the tasks of `eval` that
-another model marks. A reply without a verdict is could-not-judge (None), never wrong.
+A reply without a verdict is could-not-judge (None), never wrong.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,9 +22,6 @@ from tessera.vllm.config import EngineChoice, open_engine
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-    from tessera.data.tokenizer import Tokenizer
-    from tessera.generate.engine import Engine
 
 SAMPLING = {"max_tokens", "temperature", "top_p"}
 SORTED_BATCHES = 64  # whose texts are sorted by length together
@@ -44,19 +41,22 @@ class EngineConfig(EngineChoice):
 
 
 class LocalAnswerer:
-    """An `Answerer` that generates with an engine of this process."""
+    """An `Answerer` that generates with an engine of this process.
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        prompt: Callable[[Request], list[int]],
-        model: str,
-        batch: int,
-        seed: int,
-    ) -> None:
-        self.engine, self.tokenizer, self.prompt = engine, tokenizer, prompt
-        self.model, self.batch, self.seed = model, batch, seed
+    model: a model directory or run; an AskError says where it is missing.
+    """
+
+    def __init__(self, config: EngineConfig, model: Path | None, seed: int) -> None:
+        from tessera.data.chat import ChatEncoder
+        from tessera.data.tokenizer import load_tokenizer
+        from tessera.model.checkpoint import load_model
+
+        if model is None:
+            raise AskError('a teacher of kind "engine" needs the stage\'s model = "RUN OR PATH"')
+        self.engine = open_engine(config, load_model(model, frozen=True), config.batch)
+        self.tokenizer = load_tokenizer(model)
+        self.encoder = ChatEncoder.of(self.tokenizer) if config.asking == "chat" else None
+        self.model, self.batch, self.seed = fingerprint_path(model), config.batch, seed
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
         """See `Answerer.ask`; requests with equal sampling are generated together."""
@@ -70,52 +70,30 @@ class LocalAnswerer:
 
         if any(request.embed for request in batch):
             raise AskError('a teacher of kind "engine" gives no vectors; use kind = "embedder"')
-        eos = self.tokenizer.eos_ids
         sampling = {key: value for key, value in batch[0].sampling.items() if key in SAMPLING}
-        params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=eos)
-        prompts = [self.prompt(one) for one in batch]
+        params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=self.tokenizer.eos_ids)
+        prompts = [self._prompt(one) for one in batch]
         keys = [int(one.key(self.model)[:15], 16) for one in batch]
         try:
             found = self.engine.generate(prompts, params, keys=keys)
         except GenerationError as error:
             if len(batch) == 1:  # its prompt is too long, say
-                return receive(batch[0], Reply(error=str(error)))
+                receive(batch[0], Reply(error=str(error)))
+                return
             for one in batch:
                 self._ask([one], receive)
-            return None
+            return
         for request, prompt, (completion, *_) in zip(batch, prompts, found, strict=True):
-            tokens = completion.token_ids
-            splitter = Splitter()
+            tokens, splitter = completion.token_ids, Splitter()
             text = splitter.push(completion_text(self.tokenizer, prompt, tokens)) + splitter.flush()
-            reply = Reply(text.answer, text.thought, completion.finish_reason, len(tokens))
-            receive(request, reply)
-        return None
+            receive(
+                request, Reply(text.answer, text.thought, completion.finish_reason, len(tokens))
+            )
 
-
-def load(config: EngineConfig, model: Path | None, seed: int) -> LocalAnswerer:
-    """The teacher of a model directory or run. Raises AskError without one."""
-    from tessera.data.chat import ChatEncoder
-    from tessera.data.tokenizer import load_tokenizer
-    from tessera.model.checkpoint import load_model
-
-    if model is None:
-        raise AskError(
-            'a teacher of kind "engine" is the model of the stage: say model = "RUN OR PATH"'
-        )
-    engine = open_engine(config, load_model(model, frozen=True), config.batch)
-    tokenizer = load_tokenizer(model)
-    if config.asking == "chat":
-        encoder = ChatEncoder.of(tokenizer)
-
-        def prompt(request: Request) -> list[int]:
-            return encoder.prompt(request.messages, request.mode)
-    else:
-
-        def prompt(request: Request) -> list[int]:
-            return tokenizer.encode(request.messages[-1]["content"] + "\n", bos=True)
-
-    name = fingerprint_path(model)
-    return LocalAnswerer(engine, tokenizer, prompt, name, config.batch, seed)
+    def _prompt(self, request: Request) -> list[int]:
+        if self.encoder is not None:
+            return self.encoder.prompt(request.messages, request.mode)
+        return self.tokenizer.encode(request.messages[-1]["content"] + "\n", bos=True)
 
 
 class EmbedderConfig(Config):
@@ -148,10 +126,7 @@ class Embedder:
         coming, size = iter(requests), self.config.batch
         while window := list(itertools.islice(coming, SORTED_BATCHES * size)):
             if not all(request.embed for request in window):
-                raise AskError(
-                    'a teacher of kind "embedder" gives vectors and no answers; ask an endpoint, '
-                    'or a teacher of kind "engine"'
-                )
+                raise AskError('a teacher of kind "embedder" gives no answers; use kind = "engine"')
             window.sort(key=lambda one: len(one.messages[-1]["content"]))
             for begin in range(0, len(window), size):
                 batch = window[begin : begin + size]
@@ -175,10 +150,7 @@ class Embedder:
             from sentence_transformers import SentenceTransformer
             from sentence_transformers.sentence_transformer.modules import Pooling
         except ImportError:
-            raise AskError(
-                'a teacher of kind "embedder" needs sentence-transformers: pip install '
-                "'tessera[embed]'"
-            ) from None
+            raise AskError("an embedder needs: pip install 'tessera[embed]'") from None
         _check_whole(self.directory)
         try:
             model = SentenceTransformer(
@@ -189,8 +161,7 @@ class Embedder:
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
             raise AskError(f"{self.directory}: {_first_line(error)}") from error
-        wanted = self.config.max_tokens
-        if wanted is not None:
+        if wanted := self.config.max_tokens:
             encoder: Any = model[0]
             positions = getattr(encoder.auto_model.config, "max_position_embeddings", wanted)
             if wanted > positions:
@@ -211,10 +182,7 @@ def _check_whole(directory: Path) -> None:
     import transformers
 
     if not any(directory.glob("*.safetensors")):
-        raise AskError(
-            f"{directory} holds no *.safetensors; pickles can run code when they are read, and are "
-            "refused"
-        )
+        raise AskError(f"{directory} holds no *.safetensors; pickles are refused")
     try:
         _, info = transformers.AutoModel.from_pretrained(
             directory,

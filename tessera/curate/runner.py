@@ -379,7 +379,7 @@ class Pipeline:
             elif isinstance(config, EmbedderConfig):
                 self._teachers[name] = local.Embedder(config)
             else:
-                self._teachers[name] = local.load(config, self.model, self.run.seed)
+                self._teachers[name] = local.LocalAnswerer(config, self.model, self.run.seed)
         return self._teachers[name]
 
     def counted(

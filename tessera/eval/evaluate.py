@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tessera.ask.endpoint import Endpoint, EndpointConfig
-from tessera.ask.local import EngineConfig, load
+from tessera.ask.local import EngineConfig, LocalAnswerer
 from tessera.data.config import no_chat_template
 from tessera.data.conversation import Mode
 from tessera.data.switch import DETAILED
@@ -172,7 +172,7 @@ def _asker(config: EvalConfig, model: Path | None, seed: int) -> Asker:
         engine=config.engine,
         vllm=config.vllm,
     )
-    return Asker(load(own, model, seed), False)
+    return Asker(LocalAnswerer(own, model, seed), False)
 
 
 def _judged(

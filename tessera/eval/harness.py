@@ -23,11 +23,11 @@ from pydantic import Field, PositiveInt
 from tessera.data.conversation import Message, Mode
 from tessera.data.switch import DETAILED, set_switch
 from tessera.data.template import TemplateError, template_of
-from tessera.data.thought import Splitter, split
+from tessera.data.thought import Thought, split
 from tessera.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from tessera.generate.engine import GenerationError, SamplingParams
 from tessera.generate.requests import Handle
-from tessera.generate.text import Detokenizer, StopStrings, opens_thought
+from tessera.generate.text import StopStrings, TextStream, opens_thought
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.source import CheckpointError, resolve
@@ -59,33 +59,24 @@ class Answer:
     """
 
     def __init__(self, tokenizer: Tokenizer, wanted: Wanted) -> None:
-        opened = opens_thought(tokenizer, wanted.prompt)
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopStrings(wanted.stops)
-        self._splitter = None if wanted.keep_thought else Splitter(opened)
-        self._thinks = False
-        self._text = ""
+        opened = None if wanted.keep_thought else opens_thought(tokenizer, wanted.prompt)
+        self._stream, self._stops = TextStream(tokenizer, opened=opened), StopStrings(wanted.stops)
+        self._whole, self._text = wanted.keep_thought, ""
 
     def push(self, token: int) -> bool:
         """Whether the text has come to a stop string: a stopping criterion of the engine."""
-        self._add(self._detokenizer.push(token))
+        self._add(self._stream.push([token]))
         return self._stops.stopped
 
     def finish(self) -> str:
         """All of it, where no more tokens come."""
-        self._add(self._detokenizer.flush())
-        if self._splitter is not None:
-            self._text += self._stops.push(self._splitter.flush().answer)
+        self._add(self._stream.finish())
         self._text += self._stops.flush()
-        whole = self._splitter is None or self._thinks
-        return self._text if whole else split(self._text).answer
+        return self._text if self._whole else split(self._text).answer
 
-    def _add(self, text: str) -> None:
-        if self._splitter is not None:
-            piece = self._splitter.push(text)
-            self._thinks |= piece.thought is not None
-            text = piece.answer
-        self._text += self._stops.push(text)
+    def _add(self, piece: Thought) -> None:
+        self._whole |= piece.thought is not None
+        self._text += self._stops.push(piece.answer)
 
 
 def complete(

@@ -4,18 +4,17 @@
     row 1   . . . . . p p g g |          | the cursor: where every row writes next
     row 2   p p p p p p p p g |
 
-All rows of `Slots` end at the same column. So rows of any age write with one slice copy instead of
-a scatter, a sliding window is the same columns for all of them, and with equal starts no mask is
-needed. A prompt longer than the cursor moves the live rows right. Live rows are a prefix of the
-slots. A layer without attention has no entry.
+All rows of `Slots` end at the same column: they write with one slice copy instead of a scatter, and
+with equal starts no mask is needed. A prompt longer than the cursor moves the live rows right. Live
+rows are a prefix of the slots. A layer without attention has no entry.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -29,27 +28,22 @@ MIN_SHARED = 16  # tokens that prompts must have in common for the prefix cache 
 
 @dataclass
 class Prefix:
-    """Prompts that were read: kv `(N,T,2,K,D)` a layer, and the logits `(N,V)` behind them.
-
-    Prompts begin at column 0; what stands behind a shorter one is padding.
-    """
+    """Prompts that were read: kv `(N,T,2,K,D)` a layer, padded behind, and logits `(N,V)`."""
 
     lengths: list[int]
     layers: dict[int, Tensor]
     logits: Tensor
 
     def take(self, row: int) -> Prefix:
-        """A copy of one prompt."""
         length, one = self.lengths[row], slice(row, row + 1)
         layers = {layer: kv[one, :length].clone() for layer, kv in self.layers.items()}
         return Prefix([length], layers, self.logits[one].clone())
 
 
 class Prefill:
-    """Prompts on their way into the cache, read in chunks.
+    """Prompts on their way into the cache, read in chunks; the cut does not change the result.
 
-    A chunk's queries see the past and, causally, the chunk, so the cut changes nothing but when
-    the work is done. past: the KV of the only prompt's first tokens. keep: whether the KV is kept.
+    past: the KV of the only prompt's first tokens. keep: whether the KV is kept.
     """
 
     def __init__(
@@ -68,7 +62,6 @@ class Prefill:
         self.layers: dict[int, Tensor] = {}
         self.last: Tensor | None = None
         if past is not None:
-            assert len(prompts) == 1 and past.lengths[0] < longest
             self.done = past.lengths[0]
             self._allocate()
             for layer, kv in past.layers.items():
@@ -104,7 +97,6 @@ class Prefill:
         return hidden.unflatten(0, (-1, width))
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """See `Pass.attend`."""
         shape = (len(self.lengths), self.done - self.start)
         kv = kv.unflatten(0, shape)
         if layer in self.layers:
@@ -126,7 +118,7 @@ class Prefill:
 
     def prefix(self) -> Prefix:
         """What was read, once `finished`."""
-        assert self.finished and self.last is not None
+        assert self.last is not None
         return Prefix(self.lengths, self.layers, self.packed.logits(self.last))
 
     def _allocate(self) -> None:
@@ -147,10 +139,8 @@ def _mask(start: int, positions: Tensor, window: int | None) -> Tensor | None:
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
-    for i, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return i
-    return min(len(a), len(b))
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (left, right) in pairs if left != right), min(len(a), len(b)))
 
 
 class PrefixCache:
@@ -182,16 +172,13 @@ class PrefixCache:
         while sum(map(len, self._held)) > self.max_tokens:
             self._held.popitem(last=False)
 
-    def clear(self) -> None:
-        self._held.clear()
-
 
 def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """A group's queries over the whole past. q `(B,K,G,D)`, k and v `(B,K,D,S)` -> `(B,K,G,D)`.
+    """Queries over the whole past: q `(B,K,G,D)`, k, v `(B,K,D,S)`, mask `(B,1,1,S)` -> as q.
 
-    The queries of a group stand where products expect query positions, so KV heads are never
-    repeated. In float32 two batched products take 0.66 to 0.87 of SDPA's time from 8 rows on (CPU,
-    3 us more at one); in half precision SDPA keeps the softmax in float32. mask `(B,1,1,S)`.
+    The queries of a group stand where query positions do, so KV heads are never repeated. In
+    float32 two batched products take 0.66 to 0.87 of SDPA's time from 8 rows on (CPU, 3 us more at
+    one); in half precision SDPA keeps the softmax in float32.
     """
     if q.dtype != torch.float32:
         k, v = k.transpose(2, 3), v.transpose(2, 3)
@@ -216,8 +203,12 @@ class Slots:
         self.max_tokens = max_tokens
         self.dim, self.dtype, self.device = packed.config.head_dim, packed.dtype, packed.device
         self.heads = packed.kv_heads
+        self.free()
+
+    def free(self) -> None:
+        """Forget all rows and give their memory back."""
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
-        self.rows = self.columns = self.cursor = 0
+        self.rows = self.columns = 0
         self.clear()
 
     def clear(self) -> None:
@@ -226,17 +217,8 @@ class Slots:
         self.starts: list[int] = []  # the first column of each live row
         self._rows_changed()
 
-    def free(self) -> None:
-        """Forget all rows and give their memory back."""
-        self.clear()
-        self.caches.clear()
-        self.rows = self.columns = 0
-
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room for this many rows and columns, live ones included.
-
-        Shrinks in one direction only where it must grow in the other and both are too much.
-        """
+        """Make room for this many rows and columns, live ones included; shrinks for max_tokens."""
         if rows <= self.rows and columns <= self.columns:
             return
         low = min(self.starts, default=self.cursor)
@@ -245,10 +227,6 @@ class Slots:
         if self.max_tokens is not None and more[0] * more[1] > self.max_tokens:
             more = max(rows, len(self.starts)), columns
         self._move(low, 0, more)
-
-    def num_bytes(self) -> int:
-        """Bytes held, over all layers."""
-        return sum(cache.numel() * cache.element_size() for cache in self._tensors())
 
     def place(self, prefix: Prefix, source: list[int]) -> None:
         """New rows behind the live ones; row i gets prompt `source[i]` of `prefix`."""
@@ -259,8 +237,11 @@ class Slots:
         elif longest > self.cursor:
             low = min(self.starts)
             self._move(low, longest - (self.cursor - low))
-        assert longest <= self.cursor <= self.columns and first + len(source) <= self.rows
-        moved = _right_aligned(lengths, source, max(prefix.lengths), self.device)
+        # Which of the prefix's (N * T) tokens stand where, once prompts end at the right.
+        behind = longest - torch.tensor(lengths, device=self.device)
+        columns = torch.arange(longest, device=self.device) - behind[:, None]
+        begins = torch.tensor(source, device=self.device)[:, None] * max(prefix.lengths)
+        moved = (begins + columns.clamp_(min=0)).flatten()
         for layer, kv in prefix.layers.items():
             rows = kv.flatten(0, 1).index_select(0, moved).unflatten(0, (len(source), longest))
             for cache, new in zip(self.caches[layer], rows.unbind(2), strict=True):
@@ -275,7 +256,7 @@ class Slots:
         last = len(self.starts) - 1
         if row != last:
             first = self.starts[last]
-            for cache in self._tensors():
+            for cache in chain.from_iterable(self.caches.values()):
                 past = cache.narrow(3, first, self.cursor - first)
                 past[row] = past[last]
             self.starts[row] = first
@@ -287,17 +268,20 @@ class Slots:
         if self.cursor == self.columns:
             self._make_room()
         if self.row_starts is None:
-            self._prepare_rows()
+            self.row_starts = torch.tensor(self.starts, device=self.device)
+            if min(self.starts) < max(self.starts):
+                before = torch.arange(self.columns, device=self.device) < self.row_starts[:, None]
+                zeros = torch.zeros(before.shape, dtype=self.dtype, device=self.device)
+                self.past = zeros.masked_fill_(before, float("-inf"))
         end = self.cursor + 1
         self.low = max(min(self.starts), end - (packed.config.sliding_window or end))
-        self.rotation = packed.rotation(self.cursor - self.row_starts)  # type: ignore[operator]
+        self.rotation = packed.rotation(self.cursor - self.row_starts)
         self.mask = None if self.past is None else self.past[:, None, None, self.low : end]
         hidden = packed.forward(tokens, self)
         self.cursor = end
         return hidden
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """See `Pass.attend`."""
         past = []
         for cache, new in zip(self.caches[layer], kv.unbind(1), strict=True):
             live = cache.narrow(0, 0, len(self.starts))
@@ -309,13 +293,6 @@ class Slots:
     def _rows_changed(self) -> None:
         self.row_starts: Tensor | None = None
         self.past: Tensor | None = None  # (B, columns), added to scores; None with equal starts
-
-    def _prepare_rows(self) -> None:
-        self.row_starts = torch.tensor(self.starts, device=self.device)
-        if min(self.starts) < max(self.starts):
-            before = torch.arange(self.columns, device=self.device) < self.row_starts[:, None]
-            zeros = torch.zeros(before.shape, dtype=self.dtype, device=self.device)
-            self.past = zeros.masked_fill_(before, float("-inf"))
 
     def _make_room(self) -> None:
         """Move the rows left over unused columns; grow where that frees little."""
@@ -353,16 +330,3 @@ class Slots:
             for _ in range(2)
         )
         return keys.contiguous() if self.dtype == torch.float32 else keys, values
-
-    def _tensors(self) -> Iterator[Tensor]:
-        return itertools.chain.from_iterable(self.caches.values())
-
-
-def _right_aligned(
-    lengths: list[int], source: list[int], width: int, device: torch.device
-) -> Tensor:
-    """Which of a `Prefix`'s `(N * width)` tokens stand where, once prompts end at the right."""
-    behind = max(lengths) - torch.tensor(lengths, device=device)
-    columns = torch.arange(max(lengths), device=device) - behind[:, None]
-    first = torch.tensor(source, device=device)[:, None] * width
-    return (first + columns.clamp_(min=0)).flatten()

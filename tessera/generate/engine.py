@@ -2,8 +2,7 @@
 
     generate(prompts, params) -> completions      score(sequences) -> log-probs      sync(module)
 
-An engine knows nothing of text: chat templates, stop strings and answers belong to its callers
-(`text.py` helps them). No torch here.
+Text belongs to the callers (`text.py` helps them). No torch here.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from tessera.model.transformer import Transformer
 
 Progress = Callable[[int, int], None]
-
-
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 
@@ -51,13 +48,10 @@ class Thinking:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
-            raise GenerationError(
-                f"thinking budget is {self.max_tokens} tokens; it must be 0 or more"
-            )
+            raise GenerationError(f"thinking budget is {self.max_tokens}; it must be 0 or more")
         if not self.ends or not all((*self.ends, *self.starts)):
             raise GenerationError(
-                "a thinking budget needs the tokens that end a thought: give at least one "
-                "sequence in ends, and no empty one in ends or starts"
+                "a thinking budget needs at least one sequence in ends, and none that is empty"
             )
 
 
@@ -138,26 +132,21 @@ class Engine(Protocol):
         the batch; `keys`, one integer a prompt, default to 0, 1, 2, … `progress(done, total)` is
         called as completions finish. Raises GenerationError.
         """
-        ...
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-prob of each token given its prefix.
 
         Entry t is that of token t + 1, so a sequence of T tokens has T - 1 entries.
         """
-        ...
 
     def sync(self, module: Transformer, version: int) -> None:
         """Take the weights `module` has now; completions carry `version` from here on."""
-        ...
 
     def sleep(self) -> None:
         """Free memory for the trainer, until the next `sync`."""
-        ...
 
     def close(self) -> None:
         """Give back the memory. The engine cannot be used afterwards."""
-        ...
 
 
 def keys_of(prompts: Sequence[Sequence[int]], keys: Sequence[int] | None) -> Sequence[int]:
@@ -178,12 +167,12 @@ def check_sequences(
             raise GenerationError(f"{what} {i} is empty; give at least one token (bos will do)")
         if len(tokens) > longest:
             raise GenerationError(
-                f"{what} {i} has {len(tokens)} tokens; the model's max_position_embeddings leaves "
-                f"room for {longest}"
+                f"{what} {i} has {len(tokens)} tokens; max_position_embeddings leaves room for "
+                f"{longest}"
             )
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             bad = next(t for t in tokens if not 0 <= t < vocab_size)
             raise GenerationError(
                 f"{what} {i} holds token id {bad}, but the vocabulary has {vocab_size}: "
-                "was it encoded by another model's tokenizer?"
+                "use this model's tokenizer"
             )

@@ -4,7 +4,7 @@
     h = x / |x|;   g u = h Wgu;              x += (silu(g) u) Wd
 
 A small batch is bound by kernel launches, so whatever does not depend on the tokens is folded into
-the weights (`PackedAttention`, `unit`). A snapshot: it shares no memory with its module.
+the weights. A snapshot: it shares no memory with its module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from tessera.generate.engine import GenerationError
 from tessera.model.config import GQA, NoOp
 from tessera.model.cpu import onednn_product, onednn_rows, prefers_onednn, reordered
-from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
+from tessera.model.layers import Attention, FeedForward, LinearMap
 from tessera.model.transformer import Transformer
 
 # Below this many weights, quantising the activations takes what the product saves: at 2**20 a
@@ -65,10 +65,9 @@ class Int8Matrix:
 
         W ≈ diag(s) Q, s a row;   x ≈ a X, a an input row;   y = a s (X Qᵀ), X Qᵀ in int32
 
-    Symmetric, weights by output channel once, activations by row at each call, so that a row's
-    product does not depend on its batch mates. torch's weight-only `_weight_int8pack_mm` took 4 to
-    27 times as long as float32 (AVX-512, one thread); it keeps the precision that outliers in
-    activations cost here (Dettmers et al. 2022, LLM.int8()).
+    Symmetric; activations are rounded by row, so that a row's product is its own. Outliers in them
+    cost precision (Dettmers et al. 2022, LLM.int8()). torch's weight-only `_weight_int8pack_mm`
+    took 4 to 27 times as long as float32 (AVX-512, one thread).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -87,16 +86,13 @@ class Int8Matrix:
         return y if self.bias is None else y.add_(self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """`residual += x @ weight.T + bias`, in place."""
         residual.add_(self(x))
 
 
 def _product(rows: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """`(rows - 128) @ packed * scale` in float32; the sums are of integers."""
-    pointwise = torch.ops.onednn.qlinear_pointwise.default
-    return pointwise(
-        rows, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    more = (None, 1.0, 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise.default(rows, 1.0, 128, packed, scale, zero, *more)
 
 
 @functools.cache
@@ -114,13 +110,12 @@ def check_int8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise GenerationError where int8 weights cannot be used."""
     if device.type != "cpu" or dtype != torch.float32:
         raise GenerationError(
-            f"int8 weights are for float32 on a CPU, and this model is {dtype} on {device}: "
-            "leave int8 off, or export to a format that the serving engine quantises"
+            f"int8 weights are for float32 on a CPU, and this model is {dtype} on {device}: leave "
+            "int8 off"
         )
     if not _exact():
         raise GenerationError(
-            "int8 weights need a CPU with exact int8 dot products (AVX-512 VNNI or AVX-VNNI) and "
-            "a torch with oneDNN; leave int8 off here"
+            "int8 weights need AVX-512 VNNI or AVX-VNNI and a torch with oneDNN: leave int8 off"
         )
 
 
@@ -135,11 +130,6 @@ class Pass(Protocol):
 
 
 Make = Callable[[Tensor, Tensor | None], Matrix | Int8Matrix]
-
-
-def make_int8(weight: Tensor, bias: Tensor | None) -> Matrix | Int8Matrix:
-    """In int8 where that is faster."""
-    return (Int8Matrix if weight.numel() >= INT8_FROM else Matrix)(weight, bias)
 
 
 class PackedAttention:
@@ -159,8 +149,12 @@ class PackedAttention:
         weight = torch.cat((q * scale, k, op.v_proj.weight)) * gain
         self.qkv = make(weight, _qkv_bias(op, scale))
         self.out = make(op.o_proj.weight.clone(), _copy(op.o_proj.bias))
-        self.norm_gain = _head_gains(op, self.heads, self.kv) if normed else None
-        self.eps = op.q_norm.eps if normed else 0.0
+        self.norm_gain: Tensor | None = None  # of Qwen3's norms of q and k, (H + K, D)
+        if normed:
+            q = _interleave(op.q_norm.weight, self.dim) * self.dim**-0.5
+            k = _interleave(op.k_norm.weight, self.dim)
+            gains = (q.expand(self.heads, self.dim), k.expand(self.kv, self.dim))
+            self.norm_gain, self.eps = torch.cat(gains), op.q_norm.eps
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
         qkv = self.qkv(h)
@@ -174,8 +168,6 @@ class PackedAttention:
 
 
 class PackedFFN:
-    """SwiGLU."""
-
     def __init__(self, op: FeedForward, gain: Tensor, make: Make) -> None:
         gate, up = op.gate_proj, op.up_proj
         self.width = gate.out_features
@@ -194,16 +186,13 @@ class PackedLinear:
 
     def __init__(self, op: LinearMap, gain: Tensor, make: Make) -> None:
         first, *others = op.weights
-        weights = (first * gain, *(weight.clone() for weight in others))
-        *self.inner, self.last = (make(weight, None) for weight in weights)
+        self.inner = [make(first * gain, None), *(make(weight.clone(), None) for weight in others)]
+        self.last = self.inner.pop()
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
         for matrix in self.inner:
             h = matrix(h)
         self.last.add_to(x, h)
-
-
-PackedOp = PackedAttention | PackedFFN | PackedLinear
 
 
 class Packed:
@@ -219,7 +208,11 @@ class Packed:
         self.device, self.dtype = table.device, table.dtype
         if int8:
             check_int8(self.device, self.dtype)
-        make: Make = make_int8 if int8 else Matrix
+
+        def make(weight: Tensor, bias: Tensor | None) -> Matrix | Int8Matrix:
+            large = int8 and weight.numel() >= INT8_FROM
+            return (Int8Matrix if large else Matrix)(weight, bias)
+
         epsilon = (config.hidden_size * config.rms_norm_eps) ** 0.5
         self.embedding = F.pad(table, (0, 1), value=epsilon)
         self.root = config.hidden_size**0.5
@@ -229,12 +222,18 @@ class Packed:
             if isinstance(block.attention, GQA)
         }
         layers: Any = module.layers
-        self.ops: list[PackedOp] = [
-            _pack(subblock, subblock.norm.weight * self.root, layer, make)
-            for layer, block in enumerate(layers)
-            for subblock in (block.attention, block.ffn)
-            if not isinstance(subblock.variant, NoOp)
-        ]
+        self.ops: list[PackedAttention | PackedFFN | PackedLinear] = []
+        for layer, block in enumerate(layers):
+            for subblock in (block.attention, block.ffn):
+                if isinstance(subblock.variant, NoOp):
+                    continue
+                op, gain = subblock.op, subblock.norm.weight * self.root
+                if isinstance(op, Attention):
+                    self.ops.append(PackedAttention(op, gain, layer, make))
+                elif isinstance(op, FeedForward):
+                    self.ops.append(PackedFFN(op, gain, make))
+                else:
+                    self.ops.append(PackedLinear(op, gain, make))
         self.head = make(module.head * (module.norm.weight * self.root), None)
         self.frequencies = module.inverse_frequencies(self.device)
 
@@ -271,17 +270,6 @@ class Packed:
         return self.head(hidden)
 
 
-def _pack(subblock: Subblock, gain: Tensor, layer: int, make: Make) -> PackedOp:
-    match subblock.op:
-        case Attention() as op:
-            return PackedAttention(op, gain, layer, make)
-        case FeedForward() as op:
-            return PackedFFN(op, gain, make)
-        case op:
-            assert isinstance(op, LinearMap)
-            return PackedLinear(op, gain, make)
-
-
 def unit(stream: Tensor, x: Tensor) -> Tensor:
     """RMSNorm but for gain and sqrt(C): x `(N,C)` over the length of stream `(N,C+1)`.
 
@@ -309,14 +297,6 @@ def _qkv_bias(op: Attention, scale: float) -> Tensor | None:
         return None
     q, k = (_interleave(p.bias, op.head_dim) for p in (op.q_proj, op.k_proj))
     return torch.cat((q * scale, k, op.v_proj.bias))
-
-
-def _head_gains(op: Attention, heads: int, kv: int) -> Tensor:
-    """Gains `(H + K, D)` of Qwen3's norms of q and k, attention's scale in the queries'."""
-    dim = op.head_dim
-    q = _interleave(op.q_norm.weight, dim) * dim**-0.5
-    k = _interleave(op.k_norm.weight, dim)
-    return torch.cat((q.expand(heads, dim), k.expand(kv, dim)))
 
 
 def _copy(bias: Tensor | None) -> Tensor | None:

@@ -1,11 +1,7 @@
 """What callers and the engine's thread share: submitted requests, and the queue they wait in.
 
-    handle = engine.submit(prompt, params)        any thread
-    for delta in handle: …                        or: async for delta in handle: …
-    engine.step()                                 one thread
-
-A completion is two lists that only the engine appends to. A reader remembers how far it has read,
-so tokens cost nothing where nobody listens, and a slow reader gets several at once. No torch here.
+A completion is lists that only the engine appends to. A reader remembers how far it has read, so a
+slow one gets several tokens at once. No torch here.
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,8 +27,8 @@ from tessera.generate.engine import (
     Thinking,
 )
 
+# Gets each token of a sample in the engine's thread; True ends the sample with it.
 StoppingCriterion = Callable[[int], bool]
-"""Gets each token of a sample in the engine's thread; True ends the sample with it."""
 
 
 class EngineError(RuntimeError):
@@ -60,19 +57,20 @@ class ThoughtBudget:
         if self.stage == "answering":
             return
         self._tail = [*self._tail, token][-self._memory :]
+        marks = self.thinking.starts if self.stage == "before" else self.thinking.ends
+        found = any(tuple(self._tail[-len(mark) :]) == mark for mark in marks)
         if self.stage == "before":
-            if _ends_with(self._tail, self.thinking.starts):
+            if found:
                 self.stage, self._tail = "thinking", []
                 self._check_budget()
             return
         self.tokens += 1
         if self._pending:
             self._pending.pop()
-            if not self._pending:
-                self.stage = "answering"
-        elif _ends_with(self._tail, self.thinking.ends):
+            found = not self._pending
+        if found:
             self.stage = "answering"
-        else:
+        elif not self._pending:
             self._check_budget()
 
     def _check_budget(self) -> None:
@@ -87,10 +85,6 @@ class ThoughtBudget:
         )
         have, end = max(begun, key=lambda pair: pair[0], default=(0, self.thinking.ends[0]))
         self._pending = list(end[have:])[::-1]
-
-
-def _ends_with(tail: list[int], sequences: tuple[tuple[int, ...], ...]) -> bool:
-    return any(tuple(tail[-len(sequence) :]) == sequence for sequence in sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +135,15 @@ class Sample:
         self.handle.sample_finished()
 
 
-def split_expired(
-    samples: Iterable[Sample], now: float
-) -> tuple[list[Sample], list[tuple[Sample, FinishReason]]]:
-    """Samples that may go on, and those that must end, with the reason."""
-    left, ended = [], []
+def end_expired(samples: Iterable[Sample], now: float) -> list[Sample]:
+    """Ends those that were cancelled or are late; returns the others."""
+    left = []
     for sample in samples:
-        reason = sample.expired(now)
-        if reason is None:
-            left.append(sample)
+        if reason := sample.expired(now):
+            sample.finish(reason)
         else:
-            ended.append((sample, reason))
-    return left, ended
+            left.append(sample)
+    return left
 
 
 class Handle:
@@ -170,7 +161,7 @@ class Handle:
         room: int,
         timeout: float | None = None,
         stopping: Callable[[], StoppingCriterion] | None = None,
-        on_finish: Callable[[], None] | None = None,
+        on_finish: Callable[[], None] = lambda: None,
     ) -> None:
         self.prompt, self.key = list(prompt), key
         self.deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -228,16 +219,12 @@ class Handle:
 
     def __iter__(self) -> Iterator[Delta]:
         changed, seen = threading.Event(), dict.fromkeys(self.samples, 0)
-        self.wakers.append(changed.set)
-        try:
+        with self._waking(changed.set):
             while seen:
                 changed.clear()
-                yield from _deltas(seen)
-                self._check()
+                yield from self._deltas(seen)
                 if seen:
                     changed.wait()
-        finally:
-            self.wakers.remove(changed.set)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
@@ -249,22 +236,44 @@ class Handle:
             except RuntimeError:  # the loop was closed under its reader: nobody is left to read
                 self.cancel()
 
-        self.wakers.append(wake)
-        try:
+        with self._waking(wake):
             while seen:
                 changed.clear()
-                for delta in _deltas(seen):
+                for delta in self._deltas(seen):
                     yield delta
-                self._check()
                 if seen:
                     await changed.wait()
+
+    @contextmanager
+    def _waking(self, wake: Callable[[], None]) -> Iterator[None]:
+        self.wakers.append(wake)
+        try:
+            yield
         finally:
             self.wakers.remove(wake)
 
+    def _deltas(self, seen: dict[Sample, int]) -> Iterator[Delta]:
+        """What is new since `seen` tokens of each sample; those that ended are removed from it."""
+        for sample, start in tuple(seen.items()):
+            done, completion = sample.done, sample.completion
+            end = len(completion.token_ids)  # appended last of all that belongs to a token
+            if done:
+                del seen[sample]
+            else:
+                seen[sample] = end
+            if done or end > start:
+                yield Delta(
+                    sample.index,
+                    completion.token_ids[start:end],
+                    completion.logprobs[start:end],
+                    completion.top_logprobs[start:end],
+                    completion.finish_reason if done else None,
+                )
+        self._check()
+
     def sample_finished(self) -> None:
         self._unfinished -= 1
-        if self._on_finish is not None:
-            self._on_finish()
+        self._on_finish()
         if not self._unfinished:
             self._finished.set()
         self.wake()
@@ -286,25 +295,6 @@ class Handle:
             raise EngineError(f"the request failed in the engine: {self.error!r}") from self.error
 
 
-def _deltas(seen: dict[Sample, int]) -> Iterator[Delta]:
-    """What is new since `seen` tokens of each sample; those that ended are removed from it."""
-    for sample, start in tuple(seen.items()):
-        done, completion = sample.done, sample.completion
-        end = len(completion.token_ids)  # appended last of all that belongs to a token
-        if done:
-            del seen[sample]
-        else:
-            seen[sample] = end
-        if done or end > start:
-            yield Delta(
-                sample.index,
-                completion.token_ids[start:end],
-                completion.logprobs[start:end],
-                completion.top_logprobs[start:end],
-                completion.finish_reason if done else None,
-            )
-
-
 class Waiting:
     """Samples that wait for a row, in the order they came. limit: of samples; None for none."""
 
@@ -320,36 +310,32 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def put(self, handles: Iterable[Handle], *, bounded: bool = True) -> None:
+    def put(self, handles: Sequence[Handle], *, bounded: bool = True) -> None:
         """Append the samples of requests, all or none. Raises QueueFullError, ClosedError."""
-        handles = list(handles)
         samples = [sample for handle in handles for sample in handle.samples]
         with self._changed:
             if self._closed:
                 raise ClosedError("the engine takes no more requests: it is closed or draining")
-            if bounded and self.limit is not None:
-                self._check_room(len(samples), self.limit)
+            have, count, limit = len(self._queue), len(samples), self.limit
+            if bounded and limit is not None and count > limit:
+                raise GenerationError(
+                    f"{count} samples were asked for, but the queue holds {limit} in all: lower n"
+                )
+            if bounded and limit is not None and have + count > limit:
+                raise QueueFullError(
+                    f"the queue is full: {have} of {limit} places are taken and {count} were "
+                    "asked for; try again later"
+                )
             for handle in handles:
                 handle.on_cancel = self._sweep_soon
                 self._sweep_at = min(self._sweep_at, handle.deadline)
             self._queue.extend(samples)
             self._changed.notify_all()
 
-    def _check_room(self, count: int, limit: int) -> None:
-        if count > limit:
-            raise GenerationError(
-                f"{count} samples were asked for, but the queue holds {limit} in all: lower n"
-            )
-        if len(self._queue) + count > limit:
-            raise QueueFullError(
-                f"the queue is full: {len(self._queue)} of {limit} places are taken and {count} "
-                "were asked for; try again later"
-            )
-
-    def put_back(self, samples: Iterable[Sample]) -> None:
-        """Put samples that were taken to the front, in this order; no bound applies."""
+    def put_back(self, samples: Sequence[Sample]) -> None:
+        """Put samples that were taken to the front, in this order."""
         with self._changed:
-            self._queue.extendleft(reversed(list(samples)))
+            self._queue.extendleft(reversed(samples))
 
     def first(self, count: int) -> list[Sample]:
         """The next samples, left where they are."""
@@ -365,11 +351,9 @@ class Waiting:
         if now < self._sweep_at:
             return
         with self._changed:
-            left, ended = split_expired(self._queue, now)
-            self._queue = deque(left)
-            self._sweep_at = min((s.handle.deadline for s in self._queue), default=math.inf)
-        for sample, reason in ended:
-            sample.finish(reason)
+            self._sweep_at = math.inf
+            self._queue = deque(end_expired(self._queue, now))
+            self._sweep_at = min((self._sweep_at, *(s.handle.deadline for s in self._queue)))
 
     def wait(self, timeout: float) -> bool:
         """Whether a sample waits, or comes within `timeout` seconds."""

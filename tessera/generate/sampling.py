@@ -104,7 +104,12 @@ class Sampler:
             assert seen is not None, "a penalty needs to know what was seen"
             penalised = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
             shaped = torch.where(seen, penalised, logits)
-        tokens = self._draw(shaped, noise)
+        if len(self.groups) == 1 and self.groups[0].rows is None:
+            tokens = sample(shaped, self.groups[0], noise)  # type: ignore[arg-type]
+        else:
+            tokens = shaped.argmax(-1)
+            for group in self.groups:
+                tokens[group.rows] = sample(shaped[group.rows], group, noise[group.rows])  # type: ignore[index]
         if forced is not None:
             tokens = torch.where(forced >= 0, forced, tokens)
         logprobs = logits.log_softmax(-1)
@@ -113,15 +118,6 @@ class Sampler:
             values, ids = logprobs.topk(min(self.top, logits.shape[-1]), dim=-1)
             top = (ids, values)
         return Chosen(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top)
-
-    def _draw(self, logits: Tensor, noise: Tensor | None) -> Tensor:
-        assert noise is not None or not self.groups, "sampling needs a uniform a row"
-        if len(self.groups) == 1 and self.groups[0].rows is None:
-            return sample(logits, self.groups[0], noise)  # type: ignore[arg-type]
-        tokens = logits.argmax(-1)
-        for group in self.groups:
-            tokens[group.rows] = sample(logits[group.rows], group, noise[group.rows])  # type: ignore[index]
-        return tokens
 
 
 def sample(logits: Tensor, filters: Filters, noise: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """What the engine does next: who is admitted, how far prompts are read, when rows decode.
 
-    Waiting (a queue)  ->  Prefill (chunks of prompts)  ->  Batch (one token a row and step)
+    Waiting (a queue)  ->  Prefill (chunks of prompts)  ->  live rows (one token a row and step)
 
 While rows decode, a step reads at most `chunk_tokens` of prompts, so a long one delays them by
-that much and no more; with no row to delay, all free rows are filled first. Samples of one prompt
-share its reading, whether they are admitted together or not.
+that much and no more. Samples of one prompt share its reading, however they are admitted.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from tessera.generate.cache import Prefill, Prefix, PrefixCache, Slots, common
 from tessera.generate.engine import FinishReason
 from tessera.generate.packed import Packed
-from tessera.generate.requests import Sample, Waiting, split_expired
+from tessera.generate.requests import Sample, Waiting, end_expired
 from tessera.generate.sampling import Chosen, Sampler, uniforms
 
 PREFILL_TOKENS = 2**14  # in one pass, padding included: bounds the activations' memory
@@ -54,53 +53,121 @@ class Stats:
     each_step: list[float] | None = None
 
 
-class Batch:
-    """Rows that decode together: row i of the `Slots` belongs to `live[i]`."""
+class _Rows:
+    """The sampling state of some samples as tensors, valid until the rows change."""
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
+    def __init__(self, samples: Sequence[Sample], vocab_size: int, device: torch.device) -> None:
+        self.samples, self.device = tuple(samples), device
+        self.sampler = Sampler([sample.params for sample in samples], device)
+        self.thoughts = any(sample.thought is not None for sample in samples)
+        self.seen: Tensor | None = None
+        if self.sampler.penalty is not None:
+            self.seen = torch.zeros(len(samples), vocab_size, dtype=torch.bool, device=device)
+            for row, sample in zip(self.seen, samples, strict=True):
+                if sample.params.repetition_penalty != 1:
+                    held = [*sample.tokens, *sample.completion.token_ids]
+                    row[torch.tensor(held, device=device)] = True
+
+    def choose(self, logits: Tensor) -> Chosen:
+        noise = forced = None
+        if self.sampler.groups:
+            drawn = [s.noise[len(s.completion.token_ids)] if s.noise else 0.0 for s in self.samples]
+            noise = torch.tensor(drawn, dtype=torch.float64, device=self.device)
+        if self.thoughts:
+            wanted = [None if s.thought is None else s.thought.forced for s in self.samples]
+            if any(token is not None for token in wanted):
+                ids = [-1 if token is None else token for token in wanted]
+                forced = torch.tensor(ids, device=self.device)
+        chosen = self.sampler.choose(logits, noise, seen=self.seen, forced=forced)
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen.tokens[:, None], True)
+        return chosen
+
+
+class Scheduler:
+    """Moves samples from `waiting` to their ends. One thread at a time.
+
+    Row i of `slots` belongs to `live[i]`.
+    """
+
+    def __init__(
+        self,
+        packed: Packed,
+        waiting: Waiting,
+        max_batch_size: int,
+        max_tokens: int | None,
+        chunk_tokens: int,
+        prefix_cache_tokens: int,
+    ) -> None:
+        self.packed, self.waiting = packed, waiting
+        self.max_batch_size, self.max_tokens = max_batch_size, max_tokens
+        self.chunk_tokens = chunk_tokens
+        self.prefixes = PrefixCache(prefix_cache_tokens) if prefix_cache_tokens else None
+        self.stats, self.version = Stats(), 0
+        self.slots = Slots(packed, max_tokens)
         self.live: list[Sample] = []
-        self._rows_changed()
+        self._rows: _Rows | None = None  # of `live`, until it changes
+        self._next_tokens: Tensor | None = None  # that `live` decodes, until it changes
+        self._prefill: Prefill | None = None
+        self._reading: list[Sample] = []  # who waits for `_prefill`
+        self._last_read: tuple[Sequence[int], Prefix] | None = None  # for more samples of a prompt
 
-    def join(self, samples: list[Sample], prefix: Prefix, source: list[int]) -> None:
-        """New rows behind the live ones, each with its first token; sample i read `source[i]`."""
-        self.slots.place(prefix, source)
-        first = len(self.live)
-        self.live += samples
-        for sample in samples:
-            params = sample.params
-            if params.temperature > 0 and not sample.noise:
-                sample.noise = uniforms(params.seed, sample.handle.key, sample.index, sample.limit)
-        self._rows_changed()
-        rows = _Rows(samples, prefix.logits.shape[-1], self.slots.device)
-        self._accept(first, rows.choose(prefix.logits[source]))
+    def load(self, packed: Packed, version: int) -> None:
+        """Other weights, after `evict`; the cache's memory stays if it fits."""
+        self.version = version
+        if not packed.same_shape(self.packed):
+            self.slots = Slots(packed, self.max_tokens)
+        self.packed = packed
+        if self.prefixes is not None:
+            self.prefixes = PrefixCache(self.prefixes.max_tokens)
 
-    def decode(self, packed: Packed) -> None:
+    @property
+    def idle(self) -> bool:
+        return not (self.live or self._prefill or len(self.waiting))
+
+    def step(self) -> None:
+        """End what has expired, read, decode."""
+        self.end_expired()
+        self._read_prompts()
+        if self.live:
+            self._decode()
+
+    def evict(self) -> list[Sample]:
+        """Stop reading and decoding; returns the samples, rows first."""
+        samples = self.live + self._reading
+        self.live, self._prefill, self._reading, self._last_read = [], None, [], None
+        self.slots.clear()
+        self._rows = self._next_tokens = None
+        return samples
+
+    def end_expired(self) -> None:
+        """End what was cancelled or is late, wherever it is."""
+        now = time.monotonic()
+        self.waiting.sweep(now)
+        self._retire([(i, why) for i, one in enumerate(self.live) if (why := one.expired(now))])
+        self._reading = end_expired(self._reading, now)
+        if not self._reading:
+            self._prefill = None
+
+    def _decode(self) -> None:
         """Feed every row its last token, and choose the next."""
-        tokens = self.next_tokens
+        start = clock(self.packed.device)
+        self.stats.decode_steps += 1
+        self.stats.decode_tokens += len(self.live)
+        tokens = self._next_tokens
         if tokens is None:
             last = [sample.completion.token_ids[-1] for sample in self.live]
             tokens = torch.tensor(last, device=self.slots.device)
-        logits = packed.logits(self.slots.decode(packed, tokens))
-        if self.rows is None:
-            self.rows = _Rows(self.live, logits.shape[-1], self.slots.device)
-        chosen = self.rows.choose(logits)
-        self.next_tokens = chosen.tokens
+        logits = self.packed.logits(self.slots.decode(self.packed, tokens))
+        if self._rows is None:
+            self._rows = _Rows(self.live, logits.shape[-1], self.slots.device)
+        chosen = self._rows.choose(logits)
+        self._next_tokens = chosen.tokens
         self._accept(0, chosen)
-
-    def end_expired(self, now: float) -> None:
-        self._retire([(i, why) for i, one in enumerate(self.live) if (why := one.expired(now))])
-
-    def clear(self) -> list[Sample]:
-        """Empty every row; returns their samples."""
-        samples, self.live = self.live, []
-        self.slots.clear()
-        self._rows_changed()
-        return samples
-
-    def _rows_changed(self) -> None:
-        self.rows: _Rows | None = None
-        self.next_tokens: Tensor | None = None
+        seconds = clock(self.packed.device) - start
+        self.stats.decode_seconds += seconds
+        if self.stats.each_step is not None:
+            self.stats.each_step.append(seconds)
 
     def _accept(self, first: int, chosen: Chosen) -> None:
         """Give each sample from row `first` on its token; retire those that end with it."""
@@ -137,137 +204,25 @@ class Batch:
             if row < len(self.live):
                 self.live[row] = last
         if rows:
-            self._rows_changed()
+            self._rows = self._next_tokens = None
         for sample, reason in gone:
             sample.finish(reason)
 
-
-class _Rows:
-    """The sampling state of some samples as tensors, valid until the rows change."""
-
-    def __init__(self, samples: Sequence[Sample], vocab_size: int, device: torch.device) -> None:
-        self.samples, self.device = tuple(samples), device
-        self.sampler = Sampler([sample.params for sample in samples], device)
-        self.thoughts = any(sample.thought is not None for sample in samples)
-        self.seen: Tensor | None = None
-        if self.sampler.penalty is not None:
-            self.seen = torch.zeros(len(samples), vocab_size, dtype=torch.bool, device=device)
-            for row, sample in zip(self.seen, samples, strict=True):
-                if sample.params.repetition_penalty != 1:
-                    held = [*sample.tokens, *sample.completion.token_ids]
-                    row[torch.tensor(held, device=device)] = True
-
-    def choose(self, logits: Tensor) -> Chosen:
-        noise = forced = None
-        if self.sampler.groups:
-            drawn = [s.noise[len(s.completion.token_ids)] if s.noise else 0.0 for s in self.samples]
-            noise = torch.tensor(drawn, dtype=torch.float64, device=self.device)
-        if self.thoughts:
-            wanted = [None if s.thought is None else s.thought.forced for s in self.samples]
-            if any(token is not None for token in wanted):
-                ids = [-1 if token is None else token for token in wanted]
-                forced = torch.tensor(ids, device=self.device)
-        chosen = self.sampler.choose(logits, noise, seen=self.seen, forced=forced)
-        if self.seen is not None:
-            self.seen.scatter_(1, chosen.tokens[:, None], True)
-        return chosen
-
-
-def _stops(sample: Sample, token: int) -> bool:
-    """Whether the sample's stopping criterion ends it. One that fails harms no other sample."""
-    if sample.stopping is None:
-        return False
-    try:
-        return sample.stopping(token)
-    except Exception as error:  # noqa: BLE001 - the caller's code; its handle raises the error
-        sample.handle.error = error
-        return True
-
-
-class Scheduler:
-    """Moves samples from `waiting` to their ends. One thread at a time."""
-
-    def __init__(
-        self,
-        packed: Packed,
-        waiting: Waiting,
-        max_batch_size: int,
-        max_tokens: int | None,
-        chunk_tokens: int,
-        prefix_cache_tokens: int,
-    ) -> None:
-        self.packed, self.waiting = packed, waiting
-        self.max_batch_size, self.max_tokens = max_batch_size, max_tokens
-        self.chunk_tokens = chunk_tokens
-        self.prefixes = PrefixCache(prefix_cache_tokens) if prefix_cache_tokens else None
-        self.stats = Stats()
-        self.batch = Batch(Slots(packed, max_tokens))
-        self._prefill: Prefill | None = None
-        self._reading: list[Sample] = []  # who waits for `_prefill`
-        self._last_read: tuple[Sequence[int], Prefix] | None = None  # for more samples of a prompt
-
-    def load(self, packed: Packed) -> None:
-        """Other weights, where nothing is read or decoded; the cache's memory stays if it fits."""
-        assert self._prefill is None and self._last_read is None
-        if not packed.same_shape(self.packed):
-            self.batch = Batch(Slots(packed, self.max_tokens))
-        self.packed = packed
-        if self.prefixes is not None:
-            self.prefixes.clear()
-
-    @property
-    def idle(self) -> bool:
-        return not (self.batch.live or self._prefill or len(self.waiting))
-
-    def step(self, version: int) -> None:
-        """End what has expired, read, decode."""
-        self.end_expired()
-        self._read_prompts(version)
-        if self.batch.live:
-            self._decode()
-
-    def evict(self) -> list[Sample]:
-        """Stop reading and decoding; returns the samples, rows first."""
-        samples = self.batch.clear() + self._reading
-        self._prefill, self._reading, self._last_read = None, [], None
-        return samples
-
-    def end_expired(self) -> None:
-        """End what was cancelled or is late, wherever it is."""
-        now = time.monotonic()
-        self.waiting.sweep(now)
-        self.batch.end_expired(now)
-        self._reading, ended = split_expired(self._reading, now)
-        if not self._reading:
-            self._prefill = None
-        for sample, reason in ended:
-            sample.finish(reason)
-
-    def _decode(self) -> None:
-        start = clock(self.packed.device)
-        self.stats.decode_steps += 1
-        self.stats.decode_tokens += len(self.batch.live)
-        self.batch.decode(self.packed)
-        seconds = clock(self.packed.device) - start
-        self.stats.decode_seconds += seconds
-        if self.stats.each_step is not None:
-            self.stats.each_step.append(seconds)
-
-    def _read_prompts(self, version: int) -> None:
+    def _read_prompts(self) -> None:
         """Fill free rows: all of them where none decodes, else as far as one chunk goes."""
-        budget = self.chunk_tokens if self.batch.live else None
+        budget = self.chunk_tokens if self.live else None
         start = clock(self.packed.device)
         while budget is None or budget > 0:
-            if self._prefill is None and not self._admit(version):
+            if self._prefill is None and not self._admit():
                 return
             if self._prefill is not None:
-                read = self._advance(self._prefill, budget or PREFILL_TOKENS, version)
+                read = self._advance(self._prefill, budget or PREFILL_TOKENS)
                 budget = None if budget is None else budget - read
             now = clock(self.packed.device)
             self.stats.prefill_seconds += now - start
             start = now
 
-    def _advance(self, prefill: Prefill, budget: int, version: int) -> int:
+    def _advance(self, prefill: Prefill, budget: int) -> int:
         """Read on; tokens of the pass, padding included."""
         before = prefill.done
         self.stats.prefill_tokens += prefill.advance(budget)
@@ -277,18 +232,17 @@ class Scheduler:
             if self.prefixes is not None:
                 for row, prompt in enumerate(prefill.prompts):
                     self.prefixes.add(prompt, prefix, row)
-            self._join(samples, prefill.prompts, prefix, version)
+            self._join(samples, prefill.prompts, prefix)
         return (prefill.done - before) * len(prefill.lengths)
 
-    def _admit(self, version: int) -> bool:
+    def _admit(self) -> bool:
         """Whether some of those that wait were admitted: they are read, or have been already."""
-        count = self._admissible()
-        if not count:
+        group = self.waiting.take(self._admissible())
+        if not group:
             return False
-        group = self.waiting.take(count)
         prompts = list({id(sample.tokens): sample.tokens for sample in group}.values())
         if self._last_read is not None and self._last_read[0] is prompts[0]:
-            self._join(group, prompts, self._last_read[1], version)
+            self._join(group, prompts, self._last_read[1])
             return True
         self._last_read = None
         past = self.prefixes.find(prompts[0]) if self.prefixes is not None else None
@@ -298,25 +252,33 @@ class Scheduler:
         return True
 
     def _join(
-        self, samples: list[Sample], prompts: Sequence[Sequence[int]], prefix: Prefix, version: int
+        self, samples: list[Sample], prompts: Sequence[Sequence[int]], prefix: Prefix
     ) -> None:
-        """Rows for samples whose prompts were read; what those behind them need is kept."""
+        """Rows and first tokens for samples whose prompts were read; those behind may need it."""
         place = {id(prompt): row for row, prompt in enumerate(prompts)}
         self._last_read = None
         behind = self.waiting.first(1)
         if behind and behind[0].tokens is prompts[-1]:
             self._last_read = prompts[-1], prefix.take(len(prompts) - 1)
+        source, first = [place[id(sample.tokens)] for sample in samples], len(self.live)
+        self.slots.place(prefix, source)
+        self.live += samples
         for sample in samples:
             if not sample.completion.token_ids:
-                sample.completion.version = version
-        self.batch.join(samples, prefix, [place[id(sample.tokens)] for sample in samples])
+                sample.completion.version = self.version
+            params = sample.params
+            if params.temperature > 0 and not sample.noise:
+                sample.noise = uniforms(params.seed, sample.handle.key, sample.index, sample.limit)
+        self._rows = self._next_tokens = None
+        rows = _Rows(samples, prefix.logits.shape[-1], self.slots.device)
+        self._accept(first, rows.choose(prefix.logits[source]))
 
     def _admissible(self) -> int:
         """How many of those that wait are admitted now, as one group; 0 for none yet.
 
         A few at a time: a pass over one prompt costs nearly that over several.
         """
-        live, waiting = self.batch.live, len(self.waiting)
+        live, waiting, slots = self.live, len(self.waiting), self.slots
         rows = min(self.max_batch_size, len(live) + waiting)
         free = self.max_batch_size - len(live)
         if not waiting or free < min(waiting, max(1, rows // 8)):
@@ -327,19 +289,17 @@ class Scheduler:
             longest = max(sample.longest for sample in (*live, *group))
             rows = max(1, min(rows, self.max_tokens // longest))
         group = group[: max(0, rows - len(live))]
-        if group:
-            self._reserve(group, rows)
-        return len(group)
-
-    def _reserve(self, group: list[Sample], rows: int) -> None:
-        slots, longest = self.batch.slots, max(len(sample.tokens) for sample in group)
-        if self.batch.live:
+        if not group:
+            return 0
+        longest = max(len(sample.tokens) for sample in group)
+        if live:
             if rows > slots.rows:  # one row more at a time would move them all each time
                 rows = min(self.max_batch_size, max(rows, 2 * slots.rows))
             slots.reserve(rows, longest)
-            return
-        room = max(256, longest)
-        slots.reserve(rows, max(min(one.longest, len(one.tokens) + room) for one in group))
+        else:
+            room = max(256, longest)
+            slots.reserve(rows, max(min(one.longest, len(one.tokens) + room) for one in group))
+        return len(group)
 
     def _together(self, prompts: list[Sequence[int]]) -> int:
         """How many of the first prompts share a pass, or what was read before."""
@@ -355,6 +315,17 @@ class Scheduler:
         # A prompt that begins like the first waits for it, and then finds that in the cache.
         other = takewhile(lambda p: p is first or 2 * common(first, p) < len(p), prompts[:count])
         return sum(1 for _ in other)
+
+
+def _stops(sample: Sample, token: int) -> bool:
+    """Whether the sample's stopping criterion ends it. One that fails harms no other sample."""
+    if sample.stopping is None:
+        return False
+    try:
+        return sample.stopping(token)
+    except Exception as error:  # noqa: BLE001 - the caller's code; its handle raises the error
+        sample.handle.error = error
+        return True
 
 
 def similar(lengths: Sequence[int]) -> int:

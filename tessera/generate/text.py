@@ -1,14 +1,12 @@
-"""From streamed tokens to text: whole characters, stop strings, thought and answer.
-
-    tokens -> Detokenizer -> StopStrings -> Splitter -> (thought, answer)
+"""From streamed tokens to text: tokens -> Detokenizer -> StopStrings -> Splitter -> Thought.
 
 Each holds back what later tokens may still change: the bytes of an unfinished character, the
-beginning of a stop string or of a tag. So pieces are final, and join to the same text however the
-tokens are cut.
+beginning of a stop string or of a tag. Pieces are final; they join to the text however it is cut.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from tessera.data.thought import CLOSE, OPEN, Splitter, Thought, begun, opens
@@ -42,21 +40,15 @@ class Detokenizer:
         if len(self._window) - self._read > MAX_HELD:
             final = text
         fresh, self._shown = final[self._shown :], max(self._shown, len(final))
-        if fresh and len(final) == len(text):
-            self._forget()
+        if fresh and len(final) == len(text):  # forget all but what came since the last whole text
+            self._window = self._window[self._read :]
+            self._read = len(self._window)
+            self._shown = len(self.tokenizer.decode(self._window))
         return fresh
 
     def flush(self) -> str:
         """The rest, where no more tokens come."""
-        text = self.tokenizer.decode(self._window)
-        fresh, self._shown = text[self._shown :], max(self._shown, len(text))
-        return fresh
-
-    def _forget(self) -> None:
-        """Keep the tokens since the last whole text as context, so that a push costs the same."""
-        self._window = self._window[self._read :]
-        self._read = len(self._window)
-        self._shown = len(self.tokenizer.decode(self._window))
+        return self.tokenizer.decode(self._window)[self._shown :]
 
 
 class StopStrings:
@@ -84,7 +76,6 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What looked like the beginning of a stop string and was not."""
         held, self._held = self._held, ""
         return held
 
@@ -97,8 +88,7 @@ def opens_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
 def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text of a whole completion, without its stop token.
 
-    Begins with `<think>` where the prompt opened the thought, so that the thought can be told from
-    the answer without the prompt.
+    Begins with `<think>` where the prompt ended with it: it can be split without the prompt.
     """
     ended = bool(tokens) and tokens[-1] in tokenizer.eos_ids
     text = tokenizer.decode(tokens[: len(tokens) - ended])
@@ -109,22 +99,20 @@ class TextStream:
     """Tokens of one completion in, pieces of thought and answer out.
 
     prompt: its tokens, for the first space. stops: strings the text ends before; once `stopped`,
-    later tokens add nothing. thinking: whether to tell a thought from the answer; opened: whether
-    the prompt ended with `<think>`.
+    later tokens add nothing. opened: whether the prompt ended with `<think>`; None: all the text
+    is answer, whatever tags stand in it.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         prompt: Sequence[int] = (),
-        *,
         stops: Sequence[str] = (),
-        thinking: bool = True,
-        opened: bool = False,
+        opened: bool | None = False,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stops = StopStrings(stops)
-        self._splitter = Splitter(opened) if thinking else None
+        self._splitter = None if opened is None else Splitter(opened)
         self.thought_tokens = 0  # those that came before the answer, the tags' among them
         self._tokens = 0
 
@@ -142,8 +130,7 @@ class TextStream:
 
     def finish(self) -> Thought:
         """The rest, where no more tokens come."""
-        rest = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-        piece = self._split(rest)
+        piece = self._split(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
         return piece if self._splitter is None else piece + self._splitter.flush()
 
     def _split(self, text: str) -> Thought:
@@ -160,14 +147,13 @@ def stop_criterion(
     tokenizer: Tokenizer, stops: Sequence[str], prompt: Sequence[int] = ()
 ) -> Callable[[], StoppingCriterion]:
     """For `submit(stopping=…)`: ends a sample with the token that completes a stop string."""
-    StopStrings(stops)  # refuses now what would fail in the engine's thread
 
     def make() -> StoppingCriterion:
-        text, found = Detokenizer(tokenizer, prompt), StopStrings(stops)
+        stream = TextStream(tokenizer, prompt, stops, opened=None)
 
         def stops_at(token: int) -> bool:
-            found.push(text.push(token))
-            return found.stopped
+            stream.push([token])
+            return stream.stopped
 
         return stops_at
 
@@ -175,10 +161,7 @@ def stop_criterion(
 
 
 def thinking_budget(tokenizer: Tokenizer, max_tokens: int, opened: bool = False) -> Thinking:
-    """A budget for thoughts between `<think>` and `</think>`, as this tokenizer writes them.
-
-    opened: whether the prompt ends with `<think>`, so that the first token is of the thought.
-    """
+    """A budget for thoughts between `<think>` and `</think>`, as this tokenizer writes them."""
     close = tuple(tokenizer.encode(f"\n{CLOSE}\n\n", special=True))
     starts = () if opened else _spellings(tokenizer, OPEN, ("", "\n"))
     return Thinking(max_tokens, (close, *_spellings(tokenizer, CLOSE, BEFORE)), starts)
@@ -189,14 +172,13 @@ def _spellings(
 ) -> tuple[tuple[int, ...], ...]:
     """The token sequences that hold the tag, in each of some surroundings."""
     found = {}
-    for prefix in before:
-        for suffix in BEHIND:
-            text = prefix + tag + suffix
-            ids = tokenizer.encode(text, special=True)
-            lengths = [len(tokenizer.decode(ids[:i], special=True)) for i in range(len(ids) + 1)]
-            if lengths[-1] != len(text):  # a decoder that drops a space: not to be located
-                continue
-            first = max(i for i, length in enumerate(lengths) if length <= len(prefix))
-            last = min(i for i, n in enumerate(lengths) if n >= len(prefix) + len(tag))
-            found[tuple(ids[first:last])] = None
+    for prefix, suffix in itertools.product(before, BEHIND):
+        text = prefix + tag + suffix
+        ids = tokenizer.encode(text, special=True)
+        lengths = [len(tokenizer.decode(ids[:i], special=True)) for i in range(len(ids) + 1)]
+        if lengths[-1] != len(text):  # a decoder that drops a space: not to be located
+            continue
+        first = max(i for i, length in enumerate(lengths) if length <= len(prefix))
+        last = min(i for i, n in enumerate(lengths) if n >= len(prefix) + len(tag))
+        found[tuple(ids[first:last])] = None
     return tuple(found)

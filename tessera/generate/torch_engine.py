@@ -1,10 +1,7 @@
 """The built-in engine: continuous batching over a per-layer KV cache, on any torch device.
 
-`submit` from any thread, and `step` until idle; `generate` is a queue filled at once. A server
-steps the engine in a thread of its own:
-
-    with EngineThread(engine):
-        handle = engine.submit(prompt, params)     from any thread
+`submit` from any thread, and `step` until idle, which `EngineThread` does; `generate` is a queue
+filled at once.
 """
 
 from __future__ import annotations
@@ -65,16 +62,11 @@ class TorchEngine:
         for name, value in (("max_batch_size", max_batch_size), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise GenerationError(f"{name} is {value}; it must be at least 1")
-        self.waiting = Waiting(max_queue)
-        self.version, self.int8 = 0, int8
+        packed, self.waiting = Packed(module, int8), Waiting(max_queue)
+        self.int8 = int8
         self._lock, self._next = threading.Lock(), threading.Lock()
         self._open: Scheduler | None = Scheduler(
-            Packed(module, int8),
-            self.waiting,
-            max_batch_size,
-            max_tokens,
-            chunk_tokens,
-            prefix_cache_tokens,
+            packed, self.waiting, max_batch_size, max_tokens, chunk_tokens, prefix_cache_tokens
         )
 
     @property
@@ -90,7 +82,7 @@ class TorchEngine:
     @property
     def slots(self) -> Slots:
         """The KV cache."""
-        return self._scheduler.batch.slots
+        return self._scheduler.slots
 
     @property
     def stats(self) -> Stats:
@@ -102,7 +94,7 @@ class TorchEngine:
     @property
     def running(self) -> int:
         """Samples that decode now; `len(engine.waiting)` more wait."""
-        return len(self._scheduler.batch.live)
+        return len(self._scheduler.live)
 
     @property
     def idle(self) -> bool:
@@ -139,7 +131,7 @@ class TorchEngine:
         """
         with self._turn():
             try:
-                self._scheduler.step(self.version)
+                self._scheduler.step()
             except BaseException as error:
                 for sample in self._scheduler.evict():
                     sample.handle.fail(error)
@@ -175,19 +167,20 @@ class TorchEngine:
                     reported = finished
                     progress(reported, total)
         finally:
-            unfinished = [handle for handle in handles if not handle.done]
-            for handle in unfinished:
-                handle.cancel()
-            if unfinished:
+            if unfinished := [handle for handle in handles if not handle.done]:
+                for handle in unfinished:
+                    handle.cancel()
                 with self._turn():
                     self._scheduler.end_expired()
         return [handle.result() for handle in handles]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
-        longest = self.config.max_position_embeddings
-        return [logprobs for logprobs, _ in self._scores(sequences, longest)]
+        config = self.config
+        check_sequences(sequences, "sequence", config.vocab_size, config.max_position_embeddings)
+        return [logprobs for logprobs, _ in self.score_greedy(sequences)]
 
+    @torch.inference_mode()
     def score_greedy(
         self, sequences: Sequence[Sequence[int]]
     ) -> list[tuple[list[float], list[bool]]]:
@@ -195,7 +188,19 @@ class TorchEngine:
 
         A sequence may have max_position_embeddings + 1 tokens: its last one is not read.
         """
-        return self._scores(sequences, self.config.max_position_embeddings + 1)
+        longest = self.config.max_position_embeddings + 1
+        check_sequences(sequences, "sequence", self.config.vocab_size, longest)
+        scores: list[tuple[list[float], list[bool]]] = [([], []) for _ in sequences]
+        scored = (i for i, tokens in enumerate(sequences) if len(tokens) > 1)
+        order = sorted(scored, key=lambda i: -len(sequences[i]))
+        while order:
+            count = similar([len(sequences[i]) for i in order])
+            group, order = order[:count], order[count:]
+            with self._turn():
+                found = _score(self._scheduler.packed, [sequences[i] for i in group])
+            for i, values in zip(group, found, strict=True):
+                scores[i] = values
+        return scores
 
     def sync(self, module: Transformer, version: int) -> None:
         """Take the weights `module` has now, whatever its architecture.
@@ -210,16 +215,14 @@ class TorchEngine:
                 have, given = getattr(self.config, name), getattr(packed.config, name)
                 if given < have:
                     raise GenerationError(
-                        f"requests in flight may need {name} {have}, and the new model has "
-                        f"{given}: let them end, or cancel them, before sync"
+                        f"requests in flight may need {name} {have}, and the new model has {given}"
                     )
             evicted = self._scheduler.evict()
             for sample in evicted:
                 if sample.completion.token_ids:
                     sample.tokens = [*sample.handle.prompt, *sample.completion.token_ids]
             self.waiting.put_back(evicted)
-            self._scheduler.load(packed)
-            self.version = version
+            self._scheduler.load(packed, version)
 
     def sleep(self) -> None:
         """See `Engine.sleep`: frees the cache where nothing is in flight."""
@@ -254,23 +257,6 @@ class TorchEngine:
             check_sequences(params.thinking.ends, "end of thought", vocab_size, room)
         return room
 
-    @torch.inference_mode()
-    def _scores(
-        self, sequences: Sequence[Sequence[int]], longest: int
-    ) -> list[tuple[list[float], list[bool]]]:
-        check_sequences(sequences, "sequence", self.config.vocab_size, longest)
-        scores: list[tuple[list[float], list[bool]]] = [([], []) for _ in sequences]
-        scored = (i for i, tokens in enumerate(sequences) if len(tokens) > 1)
-        order = sorted(scored, key=lambda i: -len(sequences[i]))
-        while order:
-            count = similar([len(sequences[i]) for i in order])
-            group, order = order[:count], order[count:]
-            with self._turn():
-                found = _score(self._scheduler.packed, [sequences[i] for i in group])
-            for i, values in zip(group, found, strict=True):
-                scores[i] = values
-        return scores
-
 
 def _score(packed: Packed, rows: list[Sequence[int]]) -> list[tuple[list[float], list[bool]]]:
     """Of one pass; each row has two tokens or more, the last of which is not read."""
@@ -291,36 +277,29 @@ def _score(packed: Packed, rows: list[Sequence[int]]) -> list[tuple[list[float],
 
 
 class EngineThread:
-    """Steps `engine` while there is something to do, from `start` to `stop`.
+    """Steps `engine` while there is something to do, inside a `with` block or until `stop`.
 
     A failed step fails the requests in it (`EngineError` at their readers), is passed to on_error,
     and the thread goes on; after MAX_FAILURES in a row the engine is closed.
     """
 
     def __init__(
-        self, engine: TorchEngine, on_error: Callable[[Exception], None] | None = None
+        self, engine: TorchEngine, on_error: Callable[[Exception], None] = lambda error: None
     ) -> None:
-        self.engine = engine
+        self.engine, self._on_error = engine, on_error
         self.error: Exception | None = None  # what broke the engine
-        self._on_error = on_error
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tessera-engine", daemon=True)
 
     def __enter__(self) -> EngineThread:
-        self.start()
+        self._thread.start()
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
+    def stop(self, *error: object) -> None:
         """End the thread after its step, cancel what is in flight, and close the engine."""
         self._stop.set()
         self.engine.waiting.close()
@@ -328,20 +307,19 @@ class EngineThread:
             self._thread.join()
         self.engine.close()
 
+    __exit__ = stop
+
     def _run(self) -> None:
         failures = 0
         while not self._stop.is_set():
             try:
-                busy = self.engine.step()
-                failures = 0
+                busy, failures = self.engine.step(), 0
             except Exception as error:
-                failures += 1
-                if self._on_error is not None:
-                    self._on_error(error)
+                failures, busy = failures + 1, True
+                self._on_error(error)
                 if failures == MAX_FAILURES:
                     self.error = error
                     self.engine.close()
                     return
-                continue
             if not busy:
                 self.engine.waiting.wait(IDLE_SECONDS)

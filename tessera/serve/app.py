@@ -1,8 +1,7 @@
 """The server of the OpenAI API: routes, API keys, limits, metrics, and its process.
 
-Refusals are JSON in the API's form: 400 a bad request, 401 no key, 404 no such model or path, 413 a
-body too large, 429 a full queue (with Retry-After), 503 draining or broken. SIGTERM and Ctrl-C
-drain: new requests get 503, those under way may end for `drain_seconds`.
+Refusals are JSON in the API's form; `MEANINGS` lists their statuses. SIGTERM and Ctrl-C drain: new
+requests get 503, those under way may end for `drain_seconds`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import Counter, Gauge
 from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,37 +39,32 @@ from tessera.generate.torch_engine import EngineThread, TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 from tessera.runs.recipe import Config
-from tessera.serve import replies
-from tessera.serve.session import ChatRequest, CompletionRequest, ServedModel, Session
+from tessera.serve.replies import Session
+from tessera.serve.session import ChatRequest, CompletionRequest, ServedModel
 
 KEY_VARIABLE = "TESSERA_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
-RETRY_SECONDS = 1
 PUBLIC_PATHS = ("/health", "/metrics", "/")  # for load balancers and browsers, without a key
 STATUSES: dict[type[Exception], int] = {
+    **dict.fromkeys((GenerationError, SchemaError, SwitchError, TemplateError), 400),
     QueueFullError: 429,
     ClosedError: 503,
     EngineError: 503,
-    GenerationError: 400,
-    SchemaError: 400,
-    SwitchError: 400,
-    TemplateError: 400,
+}
+MEANINGS = {
+    200: "The reply, or its events where stream is true.",
+    400: "a bad request",
+    401: "no key",
+    404: "no such model",
+    413: "a body too large",
+    429: "the queue is full",
+    503: "draining, or broken",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {}}}
-    for status, text in {
-        400: "a bad request",
-        401: "no key",
-        404: "no such model",
-        413: "a body too large",
-        429: "the queue is full",
-        503: "draining, or broken",
-    }.items()
+    for status, text in MEANINGS.items()
 }
-RESPONSES[200] = {
-    "description": "The reply, or its events where stream is true.",
-    "content": {"application/json": {}, "text/event-stream": {}},
-}
+RESPONSES[200]["content"]["text/event-stream"] = {}
 
 
 class ServeError(ValueError):
@@ -77,9 +72,7 @@ class ServeError(ValueError):
 
 
 class ServeConfig(Config):
-    """host: only this machine by default. batch: samples decoded together. queue: samples that may
-    wait. timeout: seconds of a request. prefix_cache: tokens of prompts whose KV is kept for later
-    prompts with the same beginning."""
+    """The options of `tessera serve`."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -98,7 +91,7 @@ class ServeConfig(Config):
 def api_keys(config: ServeConfig) -> tuple[str, ...]:
     """The keys of `key_file`, one a line, else that of the environment, else none.
 
-    Raises ServeError for a file without keys, and for a server without keys that others can reach.
+    Raises ServeError for a server without keys that others can reach.
     """
     if config.key_file:
         path = Path(config.key_file).expanduser()
@@ -106,13 +99,15 @@ def api_keys(config: ServeConfig) -> tuple[str, ...]:
             lines = path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise ServeError(f"--key-file {path}: {error.strerror}") from None
-        keys = tuple(line.strip() for line in lines if line.strip())
-        if not keys:
-            raise ServeError(f"--key-file {path} holds no key; write one on each line")
-        return keys
+        if keys := tuple(line.strip() for line in lines if line.strip()):
+            return keys
+        raise ServeError(f"--key-file {path} holds no key; write one on each line")
     if key := os.environ.get(KEY_VARIABLE, "").strip():
         return (key,)
-    if not _is_loopback(config.host):
+    loopback = config.host == "localhost"
+    with contextlib.suppress(ValueError):  # another name than localhost
+        loopback = loopback or ipaddress.ip_address(config.host).is_loopback
+    if not loopback:
         raise ServeError(
             f"--host {config.host} can be reached by others, and there is no key: give --key-file "
             f"FILE or {KEY_VARIABLE}, or serve on 127.0.0.1"
@@ -120,44 +115,30 @@ def api_keys(config: ServeConfig) -> tuple[str, ...]:
     return ()
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class Metrics:
     """Counters of one server for Prometheus."""
 
     def __init__(self, engine: TorchEngine) -> None:
         prometheus_client.disable_created_metrics()
-        self.registry = registry = prometheus_client.CollectorRegistry()
-        running = prometheus_client.Gauge(
-            "tessera_requests_running", "Samples being decoded.", registry=registry
-        )
+        self.registry = to = prometheus_client.CollectorRegistry()
+        running = Gauge("tessera_requests_running", "Samples being decoded.", registry=to)
         running.set_function(lambda: engine.running)
-        waiting = prometheus_client.Gauge(
-            "tessera_requests_waiting", "Samples waiting for a place.", registry=registry
-        )
+        waiting = Gauge("tessera_requests_waiting", "Samples waiting for a place.", registry=to)
         waiting.set_function(lambda: len(engine.waiting))
-        self.finished = prometheus_client.Counter(
-            "tessera_requests_finished", "Samples that ended.", ["reason"], registry=registry
-        )
-        self.tokens = prometheus_client.Counter(
-            "tessera_tokens", "Tokens, by kind.", ["kind"], registry=registry
-        )
+        ended = "tessera_requests_finished"
+        self.finished = Counter(ended, "Samples that ended.", ["reason"], registry=to)
+        self.tokens = Counter("tessera_tokens", "Tokens, by kind.", ["kind"], registry=to)
 
     def count(self, session: Session) -> None:
         """Count a request that has ended, or that its client has left."""
         handle, usage = session.handle, session.usage
-        for stream, completion in zip(session.streams, handle.completions, strict=True):
-            reason = "stop" if stream.stopped else completion.finish_reason
+        for choice, completion in zip(session.choices, handle.completions, strict=True):
+            reason = "stop" if choice.stream.stopped else completion.finish_reason
             self.finished.labels(reason if handle.done else "cancelled").inc()
+        details = usage["completion_tokens_details"]
         self.tokens.labels("prompt").inc(usage["prompt_tokens"])
         self.tokens.labels("generation").inc(usage["completion_tokens"])
-        reasoning = usage["completion_tokens_details"]["reasoning_tokens"]
-        self.tokens.labels("reasoning").inc(reasoning)
+        self.tokens.labels("reasoning").inc(details["reasoning_tokens"])
 
 
 @dataclass
@@ -168,16 +149,14 @@ class Serving:
     model: ServedModel
     thread: EngineThread
     metrics: Metrics
-    keys: tuple[str, ...] = ()
-    max_body_bytes: int = 1 << 20
-    web: bool = False
+    keys: tuple[str, ...]
+    config: ServeConfig
 
 
 @contextlib.contextmanager
 def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
     """A model behind an engine thread, for as long as the body runs."""
-    keys, path = api_keys(config), Path(model)
-    directory = resolve(model)
+    keys, path, directory = api_keys(config), Path(model), resolve(model)
     engine = TorchEngine(
         load_model(directory, frozen=True),
         max_batch_size=config.batch,
@@ -187,30 +166,25 @@ def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
     )
     served = ServedModel(engine, load_tokenizer(directory), config.timeout)
     name = config.name or (path.resolve().name if path.exists() else model)
-    with EngineThread(engine, _report) as thread:
-        size = config.max_body_kib * 1024
-        yield Serving(name, served, thread, Metrics(engine), keys, size, config.web)
 
+    def report(error: Exception) -> None:
+        print(f"a step of the engine failed: {type(error).__name__}: {error}", file=sys.stderr)
 
-def _report(error: Exception) -> None:
-    print(f"a step of the engine failed: {type(error).__name__}: {error}", file=sys.stderr)
+    with EngineThread(engine, report) as thread:
+        yield Serving(name, served, thread, Metrics(engine), keys, config)
 
 
 def build(serving: Serving) -> FastAPI:
     """The application of a served model."""
     app = FastAPI(title="tessera", version="1", docs_url=None, redoc_url=None)
     app.add_middleware(RequestGuard, serving=serving)
-    for kind, status in STATUSES.items():
-        app.add_exception_handler(kind, _handler(status))
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _server_error)
-    _add_status(app, serving)
-    _add_completions(app, serving)
-    return app
 
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
+        return _refusal(*_status(error))
 
-def _add_status(app: FastAPI, serving: Serving) -> None:
+    for kind in (*STATUSES, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, refuse)
+
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether requests are answered."""
@@ -229,135 +203,117 @@ def _add_status(app: FastAPI, serving: Serving) -> None:
         one = {"id": serving.name, "object": "model", "created": 0, "owned_by": "tessera"}
         return {"object": "list", "data": [{**one, "max_model_len": room}]}
 
-    if serving.web:
-
-        @app.get("/", include_in_schema=False)
-        async def page() -> HTMLResponse:
-            return HTMLResponse(PAGE.read_text(encoding="utf-8"))
-
-
-def _add_completions(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/chat/completions", response_model=None, responses=RESPONSES)
     async def chat(request: ChatRequest, http: Request) -> JSONResponse | StreamingResponse:
         """Answer a conversation."""
-        _check_model(serving, request.model)
-        session, name = serving.model.chat(request), serving.name
-        if request.stream:
-            events = replies.chat_events(session, name, request.include_usage)
-            return _stream(serving, session, events)
-        return await _whole(serving, session, http, replies.whole_chat(session, name))
+        return await _answer(serving, request, http)
 
     @app.post("/v1/completions", response_model=None, responses=RESPONSES)
     async def complete(
         request: CompletionRequest, http: Request
     ) -> JSONResponse | StreamingResponse:
         """Continue a text."""
-        _check_model(serving, request.model)
-        session, name = serving.model.complete(request), serving.name
         echo = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-        if request.stream:
-            events = replies.completion_events(session, name, request.include_usage, echo)
-            return _stream(serving, session, events)
-        return await _whole(serving, session, http, replies.whole_completion(session, name, echo))
+        return await _answer(serving, request, http, echo)
+
+    if serving.config.web:
+
+        @app.get("/", include_in_schema=False)
+        async def page() -> HTMLResponse:
+            return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    return app
 
 
-def _check_model(serving: Serving, name: str) -> None:
-    if name and name != serving.name:
-        text = f"this server serves {serving.name!r} and not {name!r}; see /v1/models"
+async def _answer(
+    serving: Serving, request: ChatRequest | CompletionRequest, http: Request, echo: str = ""
+) -> JSONResponse | StreamingResponse:
+    if request.model not in ("", serving.name):
+        text = f"this server serves {serving.name!r} and not {request.model!r}; see /v1/models"
         raise HTTPException(404, text)
+    session = serving.model.submit(request)
 
-
-def _stream(serving: Serving, session: Session, events: AsyncIterator[str]) -> StreamingResponse:
-    """Events as they come; a client that hangs up ends the generator, which ends the request."""
-
-    async def counted() -> AsyncIterator[str]:
+    async def stream() -> AsyncIterator[str]:
+        """A client that hangs up ends this generator, which ends the request."""
+        usage = bool((request.stream_options or {}).get("include_usage"))
         try:
-            async for event in events:
-                yield event
+            async for event in session.events(serving.name, usage, echo):
+                yield _event(event)
+            yield "data: [DONE]\n\n"
         except EngineError as error:
-            yield f"data: {json.dumps(_error_body(503, str(error)))}\n\n"
+            yield _event(_error(503, str(error)))
         finally:
             session.handle.cancel()
             serving.metrics.count(session)
 
-    return StreamingResponse(counted(), media_type="text/event-stream")
-
-
-async def _whole(
-    serving: Serving, session: Session, http: Request, reply: Awaitable[dict[str, Any]]
-) -> JSONResponse:
     async def cancel_on_disconnect() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
         session.handle.cancel()
 
+    if request.stream:
+        return StreamingResponse(stream(), media_type="text/event-stream")
     watcher = asyncio.create_task(cancel_on_disconnect())
     try:
-        return JSONResponse(await reply)
+        return JSONResponse(await session.whole(serving.name, echo))
     finally:
         watcher.cancel()
         session.handle.cancel()
         serving.metrics.count(session)
 
 
-def _error_body(status: int, text: str) -> dict[str, Any]:
-    kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _error(status: int, text: str) -> dict[str, Any]:
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": text, "type": kind, "param": None, "code": status}}
 
 
-def _error(status: int, text: str) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else None
-    return JSONResponse(_error_body(status, text), status, headers)
+def _refusal(status: int, text: str) -> JSONResponse:
+    headers = {"Retry-After": "1"} if status in (429, 503) else None  # seconds
+    return JSONResponse(_error(status, text), status, headers)
 
 
-def _handler(status: int) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
-    async def handle(_: Request, error: Exception) -> JSONResponse:
-        return _error(status, str(error))
-
-    return handle
-
-
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["loc"] == ("body",) or first["type"] == "json_invalid":
-        text = "the body is no JSON object; send one with Content-Type: application/json"
-        return _error(400, text)
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return _error(400, f"{where}: {first['msg']}")
-
-
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return _error(error.status_code, str(error.detail))
-
-
-async def _server_error(_: Request, error: Exception) -> JSONResponse:
-    return _error(500, f"a mistake in the server: {type(error).__name__}")
+def _status(error: Exception) -> tuple[int, str]:
+    """The status of a request that raised `error`, and what is said of it."""
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        if first["loc"] == ("body",) or first["type"] == "json_invalid":
+            return 400, "the body is no JSON object; send one with Content-Type: application/json"
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return 400, f"{where}: {first['msg']}"
+    if isinstance(error, HTTPException):
+        return error.status_code, str(error.detail)
+    for kind, status in STATUSES.items():
+        if isinstance(error, kind):
+            return status, str(error)
+    return 500, f"a mistake in the server: {type(error).__name__}"
 
 
 class RequestGuard:
     """Middleware that checks key and size before a body is read."""
 
     def __init__(self, app: ASGIApp, serving: Serving) -> None:
-        self.app, self.serving = app, serving
+        self.app, self.keys = app, serving.keys
+        self.max_bytes = serving.config.max_body_kib * 1024
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, most = dict(scope["headers"]), self.serving.max_body_bytes
-        key = headers.get(b"authorization", b"")
-        if scope["path"] not in PUBLIC_PATHS and not self._is_known(key):
-            await _error(401, "give an API key: Authorization: Bearer KEY")(scope, receive, send)
-            return
+        headers, most, read = dict(scope["headers"]), self.max_bytes, 0
         too_large = f"the body is larger than {most:,} bytes; shorten it, or raise --max-body-kib"
-        declared = headers.get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > most:
-            await _error(413, too_large)(scope, receive, send)
+        key, declared = headers.get(b"authorization", b""), headers.get(b"content-length", b"0")
+        if scope["path"] not in PUBLIC_PATHS and not self._is_known(key):
+            refusal = _refusal(401, "give an API key: Authorization: Bearer KEY")
+            await refusal(scope, receive, send)
             return
-        read = 0
+        if not declared.isdigit() or int(declared) > most:
+            await _refusal(413, too_large)(scope, receive, send)
+            return
 
         async def counted() -> Message:
             nonlocal read
@@ -371,11 +327,9 @@ class RequestGuard:
 
     def _is_known(self, header: bytes) -> bool:
         """Compares in constant time."""
-        if not self.serving.keys:
-            return True
         scheme, _, key = header.partition(b" ")
-        same = [hmac.compare_digest(key.strip(), known.encode()) for known in self.serving.keys]
-        return scheme.lower() == b"bearer" and any(same)
+        same = [hmac.compare_digest(key.strip(), known.encode()) for known in self.keys]
+        return not self.keys or (scheme.lower() == b"bearer" and any(same))
 
 
 class _Server(uvicorn.Server):
@@ -401,7 +355,7 @@ class _Server(uvicorn.Server):
         for server in self.servers if self.started else ():
             host, port = server.sockets[0].getsockname()[:2]
             print(f"serving {self.serving.name} on http://{host}:{port}/v1", file=sys.stderr)
-            if self.serving.web:
+            if self.serving.config.web:
                 print(f"the page is http://{host}:{port}/", file=sys.stderr)
             sys.stderr.flush()
 

@@ -48,15 +48,11 @@ class Conversation:
         return HELP if name == "/help" else f"{name} is no command; {HELP}"
 
     def answer(self, question: str, show: Callable[[Thought], None]) -> str:
-        """Ask; `show` gets each `Thought` as it comes. Returns tokens and seconds as text.
-
-        An answer that is interrupted is kept as far as it came.
-        """
+        """Tokens and seconds as text; `show` gets each piece. Keeps what came before Ctrl-C."""
         self.messages.append({"role": "user", "content": question})
         prompt = self.encoder.prompt(self.messages, self.mode)
         opened = opens_thought(self.tokenizer, prompt)
-        stream = TextStream(self.tokenizer, prompt, opened=opened)
-        thinking = None
+        stream, thinking = TextStream(self.tokenizer, prompt, opened=opened), None
         if self.budget is not None:
             thinking = thinking_budget(self.tokenizer, self.budget, opened)
         params = SamplingParams(
@@ -72,14 +68,12 @@ class Conversation:
             while not handle.done:
                 self.engine.step()
                 fresh, seen = completion.token_ids[seen:], len(completion.token_ids)
-                piece = stream.push(fresh)
-                text += piece
+                text += (piece := stream.push(fresh))
                 show(piece)
         except KeyboardInterrupt:
             handle.cancel()
             self.engine.step()
-        piece = stream.finish()
-        text += piece
+        text += (piece := stream.finish())
         show(piece)
         apart = {} if text.thought is None else {"reasoning_content": text.thought}
         self.messages.append({"role": "assistant", "content": text.answer, **apart})
@@ -93,21 +87,6 @@ def chat(model: str, mode: Mode, max_tokens: int, budget: int | None) -> None:
     console = Console(highlight=False)
     conversation = Conversation(resolve(model), mode, max_tokens, budget)
     console.print(f"thinking {mode}. {HELP}", style="dim")
-    while True:
-        try:
-            question = input("\n> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            console.print()
-            return
-        if question.startswith("/"):
-            console.print(conversation.command(question.split()[0]), style="dim")
-        elif question:
-            summary = conversation.answer(question, _printer(console))
-            console.print(f"\n{summary}", style="dim", markup=False)
-
-
-def _printer(console: Console) -> Callable[[Thought], None]:
-    """Prints pieces as they come, the thought dimmed and an empty line before the answer."""
     in_thought = False
 
     def show(piece: Thought) -> None:
@@ -121,4 +100,15 @@ def _printer(console: Console) -> Callable[[Thought], None]:
             in_thought = False
             console.print(piece.answer, end="", markup=False)
 
-    return show
+    while True:
+        try:
+            question = input("\n> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if question.startswith("/"):
+            console.print(conversation.command(question.split()[0]), style="dim")
+        elif question:
+            in_thought = False
+            summary = conversation.answer(question, show)
+            console.print(f"\n{summary}", style="dim", markup=False)

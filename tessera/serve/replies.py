@@ -1,4 +1,4 @@
-"""The API's JSON: whole replies, the events of a stream, and tool calls in the text.
+"""Samples as the API's JSON: whole replies, the events of a stream, tool calls in the text.
 
 A tool call is `<TOOLCALL>[{"name": …, "arguments": {…}}]</TOOLCALL>` (arXiv 2505.00949).
 """
@@ -10,15 +10,16 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from tessera.data.thought import Thought, begun
-from tessera.serve.session import Session, Token, Update
+from tessera.data.thought import begun
+from tessera.data.tokenizer import Tokenizer
+from tessera.generate.requests import Delta, Handle
+from tessera.generate.text import TextStream
 
 OPEN, CLOSE = "<TOOLCALL>", "</TOOLCALL>"
 REASONS = {"stop": "stop", "length": "length", "timeout": "length", "cancelled": "stop"}
-DONE = "data: [DONE]\n\n"
 
 
 class ToolCalls:
@@ -39,9 +40,8 @@ class ToolCalls:
                 self._held = OPEN + rest
                 return plain + before
             plain, self._held = plain + before + self._parse(inside), after
-        keep = begun(self._held, [OPEN])
-        plain += self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
+        sure = len(self._held) - begun(self._held, [OPEN])
+        plain, self._held = plain + self._held[:sure], self._held[sure:]
         return plain
 
     def flush(self) -> str:
@@ -66,156 +66,149 @@ def _call(name: str, arguments: Any) -> dict[str, Any]:
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
-@dataclass(slots=True)
-class ChatChoice:
-    """One sample of a chat so far."""
+class Choice:
+    """One sample of a reply so far. Thoughts and tool calls are looked for in chats."""
 
-    thought: str = ""
-    answer: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    tools: ToolCalls = field(default_factory=ToolCalls)
-    finish_reason: str | None = None
+    def __init__(self, stream: TextStream, chat: bool) -> None:
+        self.stream, self.tools = stream, ToolCalls() if chat else None
+        self.thought = self.answer = ""
+        self.tokens: list[dict[str, Any]] = []
+        self.finish_reason: str | None = None
 
-    def add(self, update: Update) -> Thought:
-        """Returns the part that is certainly text."""
-        answer = self.tools.push(update.piece.answer)
-        if update.finish_reason is not None:
-            answer += self.tools.flush()
-            self.finish_reason = "tool_calls" if self.tools.calls else REASONS[update.finish_reason]
-        self.thought += update.piece.thought or ""
-        self.answer += answer
-        self.tokens += update.tokens
-        return Thought(update.piece.thought, answer)
+    def add(self, delta: Delta, tokens: list[dict[str, Any]]) -> tuple[str, str]:
+        """The parts of thought and answer that are final with these tokens."""
+        piece, reason = self.stream.push(delta.token_ids), delta.finish_reason
+        if reason is not None:
+            piece += self.stream.finish()
+            self.finish_reason = "stop" if self.stream.stopped else REASONS[reason]
+        thought, answer = piece.thought or "", piece.answer
+        if self.tools is not None:
+            answer = self.tools.push(answer)
+            if reason is not None:
+                answer += self.tools.flush()
+                self.finish_reason = "tool_calls" if self.calls else self.finish_reason
+        self.thought, self.answer = self.thought + thought, self.answer + answer
+        self.tokens += tokens
+        return thought, answer
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [] if self.tools is None else self.tools.calls
 
     def message(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": self.answer, **_thought(self)}
-        if self.tools.calls:
-            message |= {"content": self.answer or None, "tool_calls": self.tools.calls}
+        message = {"role": "assistant", "content": self.answer, **_reasoning(self.thought)}
+        if self.calls:
+            message |= {"content": self.answer or None, "tool_calls": self.calls}
         return message
 
 
-def _thought(source: ChatChoice | Thought) -> dict[str, str]:
+def _reasoning(thought: str) -> dict[str, Any]:
     """The thought under both names that servers use."""
-    text = source.thought
-    return {"reasoning_content": text, "reasoning": text} if text else {}
+    return {"reasoning_content": thought, "reasoning": thought} if thought else {}
 
 
-def _head(kind: str, model: str) -> dict[str, Any]:
-    """The fields that all parts of a reply begin with."""
-    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
-    name = f"{prefix}-{secrets.token_hex(12)}"
-    return {"id": name, "object": kind, "created": int(time.time()), "model": model}
+@dataclass(slots=True)
+class Session:
+    """A submitted request. logprobs: whether they are asked for."""
 
+    handle: Handle
+    choices: list[Choice]
+    tokenizer: Tokenizer
+    chat: bool
+    logprobs: bool
 
-async def whole_chat(session: Session, model: str) -> dict[str, Any]:
-    """The reply to a chat that is not streamed."""
-    found = [ChatChoice() for _ in session.streams]
-    async for update in session.updates():
-        found[update.sample].add(update)
-    choices = [
-        {
-            "index": index,
-            "message": choice.message(),
-            "logprobs": chat_logprobs(choice.tokens) if session.logprobs else None,
-            "finish_reason": choice.finish_reason,
+    @property
+    def usage(self) -> dict[str, Any]:
+        """The tokens used so far, in the API's form."""
+        prompt = len(self.handle.prompt)
+        completion = sum(len(one.token_ids) for one in self.handle.completions)
+        thought = sum(choice.stream.thought_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "completion_tokens_details": {"reasoning_tokens": thought},
         }
-        for index, choice in enumerate(found)
-    ]
-    return {**_head("chat.completion", model), "choices": choices, "usage": session.usage}
 
+    async def whole(self, model: str, echo: str = "") -> dict[str, Any]:
+        """The reply that is not streamed. A reader that leaves cancels the request."""
+        with self.handle:
+            async for delta in self.handle:
+                self.choices[delta.sample].add(delta, self._tokens(delta))
+        rows = [
+            {
+                "index": index,
+                **({"message": one.message()} if self.chat else {"text": echo + one.answer}),
+                "logprobs": self._logprobs(one.tokens) if self.logprobs else None,
+                "finish_reason": one.finish_reason,
+            }
+            for index, one in enumerate(self.choices)
+        ]
+        head = self._head("chat.completion", model)
+        return {**head, "choices": rows, "usage": self.usage}
 
-async def chat_events(session: Session, model: str, usage: bool) -> AsyncIterator[str]:
-    """The events of a streamed chat. usage: whether the last one holds the token counts."""
-    head = _head("chat.completion.chunk", model)
-    choices = [ChatChoice() for _ in session.streams]
+    async def events(
+        self, model: str, usage: bool, echo: str = ""
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The events of a stream. usage: whether the last one holds the token counts."""
+        head = self._head("chat.completion.chunk", model)
 
-    def event(index: int, delta: dict[str, Any], **more: Any) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        return _event({**head, "choices": [choice]})
+        def event(index: int, content: Any, **more: Any) -> dict[str, Any]:
+            content = {"delta" if self.chat else "text": content}
+            row = {"index": index, **content, "logprobs": None, "finish_reason": None, **more}
+            return {**head, "choices": [row]}
 
-    for index in range(len(choices)):
-        yield event(index, {"role": "assistant", "content": ""})
-    async for update in session.updates():
-        choice = choices[update.sample]
-        piece = choice.add(update)
-        more = {"logprobs": chat_logprobs(update.tokens)} if update.tokens else {}
-        if piece.thought:
-            yield event(update.sample, _thought(piece), **more)
-            more = {}
-        if piece.answer or more:
-            yield event(update.sample, {"content": piece.answer}, **more)
-        if choice.finish_reason is not None:
-            calls = [{"index": i, **call} for i, call in enumerate(choice.tools.calls)]
-            delta = {"tool_calls": calls} if calls else {}
-            yield event(update.sample, delta, finish_reason=choice.finish_reason)
-    if usage:
-        yield _event({**head, "choices": [], "usage": session.usage})
-    yield DONE
+        for index in range(len(self.choices) if self.chat or echo else 0):
+            yield event(index, {"role": "assistant", "content": ""} if self.chat else echo)
+        with self.handle:
+            async for delta in self.handle:
+                index, choice = delta.sample, self.choices[delta.sample]
+                tokens = self._tokens(delta)
+                thought, answer = choice.add(delta, tokens)
+                reason = choice.finish_reason
+                more = {"logprobs": self._logprobs(tokens)} if tokens else {}
+                if not self.chat:
+                    if answer or more or reason:
+                        yield event(index, answer, **more, finish_reason=reason)
+                    continue
+                if thought:
+                    yield event(index, _reasoning(thought), **more)
+                    more = {}
+                if answer or more:
+                    yield event(index, {"content": answer}, **more)
+                if reason:
+                    calls = [{"index": i, **call} for i, call in enumerate(choice.calls)]
+                    yield event(index, {"tool_calls": calls} if calls else {}, finish_reason=reason)
+        if usage:
+            yield {**head, "choices": [], "usage": self.usage}
 
+    def _head(self, kind: str, model: str) -> dict[str, Any]:
+        prefix, kind = ("chatcmpl", kind) if self.chat else ("cmpl", "text_completion")
+        name = f"{prefix}-{secrets.token_hex(12)}"
+        return {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
-async def whole_completion(session: Session, model: str, echo: str = "") -> dict[str, Any]:
-    """The reply to a completion that is not streamed."""
-    choices: list[dict[str, Any]] = [
-        {"index": index, "text": echo, "logprobs": None, "finish_reason": ""}
-        for index in range(len(session.streams))
-    ]
-    tokens: list[list[Token]] = [[] for _ in choices]
-    async for update in session.updates():
-        choice = choices[update.sample]
-        choice["text"] += update.piece.answer
-        tokens[update.sample] += update.tokens
-        if update.finish_reason is not None:
-            choice["finish_reason"] = REASONS[update.finish_reason]
-    if session.logprobs:
-        for choice, known in zip(choices, tokens, strict=True):
-            choice["logprobs"] = text_logprobs(known)
-    return {**_head("text_completion", model), "choices": choices, "usage": session.usage}
+    def _tokens(self, delta: Delta) -> list[dict[str, Any]]:
+        """The tokens with their log-probs as chats have them; none unless they are asked for."""
 
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            text = self.tokenizer.decode([token], special=True)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-async def completion_events(
-    session: Session, model: str, usage: bool, echo: str = ""
-) -> AsyncIterator[str]:
-    """The events of a streamed completion."""
-    head = _head("text_completion", model)
+        if not self.logprobs:
+            return []
+        tops = delta.top_logprobs or [[] for _ in delta.token_ids]
+        return [
+            {**one(token, logprob), "top_logprobs": [one(*pair) for pair in top]}
+            for token, logprob, top in zip(delta.token_ids, delta.logprobs, tops, strict=True)
+        ]
 
-    def event(index: int, text: str, logprobs: Any, reason: str | None) -> str:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return _event({**head, "choices": [choice]})
-
-    for index in range(len(session.streams) if echo else 0):
-        yield event(index, echo, None, None)
-    async for update in session.updates():
-        logprobs = text_logprobs(update.tokens) if update.tokens else None
-        reason = None if update.finish_reason is None else REASONS[update.finish_reason]
-        if update.piece.answer or logprobs or reason:
-            yield event(update.sample, update.piece.answer, logprobs, reason)
-    if usage:
-        yield _event({**head, "choices": [], "usage": session.usage})
-    yield DONE
-
-
-def chat_logprobs(tokens: list[Token]) -> dict[str, Any]:
-    """Log-probs as chats have them."""
-
-    def one(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    content = [
-        {**one(t.text, t.logprob), "top_logprobs": [one(*pair) for pair in t.top]} for t in tokens
-    ]
-    return {"content": content, "refusal": None}
-
-
-def text_logprobs(tokens: list[Token]) -> dict[str, Any]:
-    """Log-probs as completions have them."""
-    texts = [token.text for token in tokens]
-    return {
-        "tokens": texts,
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [dict(token.top) for token in tokens],
-        "text_offset": [0, *itertools.accumulate(map(len, texts))][:-1],
-    }
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    def _logprobs(self, tokens: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.chat:
+            return {"content": tokens, "refusal": None}
+        texts = [one["token"] for one in tokens]
+        return {
+            "tokens": texts,
+            "token_logprobs": [one["logprob"] for one in tokens],
+            "top_logprobs": [{t["token"]: t["logprob"] for t in o["top_logprobs"]} for o in tokens],
+            "text_offset": [0, *itertools.accumulate(map(len, texts))][:-1],
+        }

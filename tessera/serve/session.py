@@ -1,4 +1,4 @@
-"""A request to the server: its fields, its prompt, and its samples as text piece by piece.
+"""A request to the server: its fields, and its prompt.
 
 The fields are the OpenAI API's, and vLLM's names for what that lacks. Unknown fields are ignored,
 as other servers do.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,14 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, tidy
 from tessera.data.switch import requested
-from tessera.data.thought import Thought
 from tessera.data.tokenizer import Tokenizer
-from tessera.generate.engine import FinishReason, SamplingParams, Thinking
-from tessera.generate.requests import Delta, Handle
+from tessera.generate.engine import SamplingParams
 from tessera.generate.text import TextStream, opens_thought, stop_criterion, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
+from tessera.serve.replies import Choice, Session
 
-MAX_CHOICES = 128
 MAX_STOPS = 16
 
 
@@ -41,7 +39,7 @@ class SamplingRequest(BaseModel):
     top_k: int = Field(default=0, ge=-1)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=100, allow_inf_nan=False)
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    n: int = Field(default=1, ge=1, le=128)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stream: bool = False
@@ -51,15 +49,10 @@ class SamplingRequest(BaseModel):
     @field_validator("stop")
     @classmethod
     def _check_stop(cls, value: str | list[str] | None) -> list[str]:
-        stops = [value] if isinstance(value, str) else list(value or ())
+        stops = [value] if isinstance(value, str) else value or []
         if len(stops) > MAX_STOPS or not all(stops):
             raise ValueError(f"give at most {MAX_STOPS} stop strings, none of them empty")
         return stops
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return bool((self.stream_options or {}).get("include_usage"))
 
 
 class ChatMessage(BaseModel):
@@ -108,70 +101,6 @@ class CompletionRequest(SamplingRequest):
         return self.logprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A sampled token, its log-probability and the likeliest alternatives."""
-
-    text: str
-    logprob: float
-    top: list[tuple[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What one sample gained. finish_reason comes with the last piece."""
-
-    sample: int
-    piece: Thought
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(slots=True)
-class Session:
-    """A submitted request."""
-
-    handle: Handle
-    streams: list[TextStream]
-    tokenizer: Tokenizer
-    logprobs: bool
-
-    @property
-    def usage(self) -> dict[str, Any]:
-        """The tokens used so far, in the API's form."""
-        prompt = len(self.handle.prompt)
-        completion = sum(len(one.token_ids) for one in self.handle.completions)
-        thought = sum(stream.thought_tokens for stream in self.streams)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "completion_tokens_details": {"reasoning_tokens": thought},
-        }
-
-    async def updates(self) -> AsyncIterator[Update]:
-        """Pieces of every sample as they come. A reader that leaves cancels the request."""
-        with self.handle:
-            async for delta in self.handle:
-                stream, reason = self.streams[delta.sample], delta.finish_reason
-                piece = stream.push(delta.token_ids)
-                if reason is not None:
-                    piece += stream.finish()
-                    reason = "stop" if stream.stopped else reason
-                tokens = self._tokens(delta) if self.logprobs else []
-                yield Update(delta.sample, piece, tokens, reason)
-
-    def _tokens(self, delta: Delta) -> list[Token]:
-        def text(token: int) -> str:
-            return self.tokenizer.decode([token], special=True)
-
-        tops = delta.top_logprobs or [[] for _ in delta.token_ids]
-        return [
-            Token(text(token), logprob, [(text(other), value) for other, value in top])
-            for token, logprob, top in zip(delta.token_ids, delta.logprobs, tops, strict=True)
-        ]
-
-
 @dataclass
 class ServedModel:
     """An engine with the tokenizer of its model. timeout: seconds that a request may take."""
@@ -185,8 +114,42 @@ class ServedModel:
         """Raises TemplateError for a model without a chat template."""
         return ChatEncoder.of(self.tokenizer)
 
-    def chat(self, request: ChatRequest) -> Session:
-        """Submit a chat. Raises what the template, the sampling and the queue raise."""
+    def submit(self, request: ChatRequest | CompletionRequest) -> Session:
+        """Raises what the template, the sampling and the queue raise."""
+        tokenizer, asked = self.tokenizer, request.num_logprobs
+        thinking = opened = None
+        if isinstance(request, ChatRequest):
+            prompt = self._chat_prompt(request)
+            opened = opens_thought(tokenizer, prompt)
+            if request.thinking_budget is not None:
+                thinking = thinking_budget(tokenizer, request.thinking_budget, opened)
+        elif isinstance(request.prompt, str):
+            prompt = tokenizer.encode(request.prompt, bos=True)
+        else:
+            prompt = request.prompt
+        params = SamplingParams(
+            max_tokens=request.limit or self.engine.config.max_position_embeddings,
+            temperature=request.temperature,
+            top_k=max(0, request.top_k),
+            top_p=request.top_p,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            n=request.n,
+            stop_token_ids=tokenizer.eos_ids,
+            seed=secrets.randbits(63) if request.seed is None else request.seed % 2**64,
+            logprobs=asked or 0,
+            thinking=thinking,
+        )
+        stops = request.stop or ()
+        stopping = stop_criterion(tokenizer, stops, prompt) if stops else None
+        handle = self.engine.submit(prompt, params, timeout=self.timeout, stopping=stopping)
+        chat = opened is not None
+        choices = [
+            Choice(TextStream(tokenizer, prompt, stops, opened), chat) for _ in range(request.n)
+        ]
+        return Session(handle, choices, tokenizer, chat, asked is not None)
+
+    def _chat_prompt(self, request: ChatRequest) -> list[int]:
         mode, messages = requested(
             tidy([message.model_dump(exclude_none=True) for message in request.messages]),
             enable_thinking=(request.chat_template_kwargs or {}).get("enable_thinking"),
@@ -195,18 +158,7 @@ class ServedModel:
         # The API wraps a tool: {"type": "function", "function": {…}}.
         tools = [] if request.tool_choice == "none" else request.tools or []
         tools = [one["function"] if isinstance(one.get("function"), dict) else one for one in tools]
-        prompt = self.encoder.prompt(self._without_specials(messages), mode or "off", tools)
-        opened = opens_thought(self.tokenizer, prompt)
-        thinking = None
-        if request.thinking_budget is not None:
-            thinking = thinking_budget(self.tokenizer, request.thinking_budget, opened)
-        return self._submit(prompt, request, thinking, opened)
-
-    def complete(self, request: CompletionRequest) -> Session:
-        """Submit a text to continue. Raises as `chat` does."""
-        prompt = request.prompt
-        ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
-        return self._submit(ids, request)
+        return self.encoder.prompt(self._without_specials(messages), mode or "off", tools)
 
     def _without_specials(self, messages: Sequence[Message]) -> list[Message]:
         """Messages whose special tokens are broken up, so that nobody can end another's turn."""
@@ -221,32 +173,3 @@ class ServedModel:
             return {**message, "content": broken}
 
         return [safe(message) for message in messages]
-
-    def _submit(
-        self,
-        prompt: list[int],
-        request: ChatRequest | CompletionRequest,
-        thinking: Thinking | None = None,
-        opened: bool = False,
-    ) -> Session:
-        params = SamplingParams(
-            max_tokens=request.limit or self.engine.config.max_position_embeddings,
-            temperature=request.temperature,
-            top_k=max(0, request.top_k),
-            top_p=request.top_p,
-            min_p=request.min_p,
-            repetition_penalty=request.repetition_penalty,
-            n=request.n,
-            stop_token_ids=self.tokenizer.eos_ids,
-            seed=secrets.randbits(63) if request.seed is None else request.seed % 2**64,
-            logprobs=request.num_logprobs or 0,
-            thinking=thinking,
-        )
-        stops, chat = request.stop or [], isinstance(request, ChatRequest)
-        stopping = stop_criterion(self.tokenizer, stops, prompt) if stops else None
-        handle = self.engine.submit(prompt, params, timeout=self.timeout, stopping=stopping)
-        streams = [
-            TextStream(self.tokenizer, prompt, stops=stops, thinking=chat, opened=opened)
-            for _ in range(request.n)
-        ]
-        return Session(handle, streams, self.tokenizer, request.num_logprobs is not None)

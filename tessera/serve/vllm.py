@@ -17,7 +17,7 @@ from tessera.vllm.engine import find_python
 
 
 class Command(NamedTuple):
-    """A command and its environment, which holds the keys: a process listing does not show it.
+    """environment: holds the keys, which a process listing would show among the arguments.
 
     note: what the server will not do, for the person who starts it; may be empty.
     """
@@ -48,31 +48,23 @@ def command(model: str, config: ServeConfig, python: str | None = None) -> Comma
         arguments += ["--max-model-len", str(room)]
     if "auto_map" in values:
         if not decilm.is_own_code(home):
-            raise ServeError(
-                f"{model} brings Python that is not tessera's, and nothing of it is run: export "
-                "the model again, or call vllm serve yourself"
-            )
+            raise ServeError(f"{model} brings Python that is not tessera's: export it again")
         arguments.append("--trust-remote-code")
-    note = _why_no_parser(home)
-    arguments += [] if note else ["--reasoning-parser", "deepseek_r1"]
+    # vLLM's reasoning parser refuses to start unless both tags are single tokens.
+    tokenizer, note = load_tokenizer(home), ""
+    if missing := [mark for mark in (OPEN, CLOSE) if tokenizer.token_id(mark) is None]:
+        note = (
+            f"not a single token of this model: {' and '.join(missing)}; vLLM leaves its thoughts "
+            "in the content"
+        )
+    else:
+        arguments += ["--reasoning-parser", "deepseek_r1"]
     keys = api_keys(config)
     return Command(arguments, {worker.KEYS: "\n".join(keys)} if keys else {}, note)
 
 
-def _why_no_parser(home: Path) -> str:
-    """Why vLLM's reasoning parser would refuse to start: it needs both tags as single tokens."""
-    tokenizer = load_tokenizer(home)
-    missing = [mark for mark in (OPEN, CLOSE) if tokenizer.token_id(mark) is None]
-    if not missing:
-        return ""
-    return (
-        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} no single token of this "
-        "model: vLLM leaves its thoughts in the content"
-    )
-
-
 def _python() -> str:
-    """The Python of a `vllm` on the PATH, else one that has vLLM. Raises ServeError."""
+    """The Python of a `vllm` on the PATH, else one that has vLLM."""
     program = shutil.which("vllm")
     beside = Path(program).with_name("python") if program else None
     if beside is not None and beside.is_file():
@@ -81,6 +73,6 @@ def _python() -> str:
         return find_python(None)
     except RunError:
         raise ServeError(
-            "vLLM is not installed here; it has an environment of its own (make venv-vllm, or pip "
-            "install vllm), whose bin/ must be on the PATH"
+            "vLLM is not installed here: make venv-vllm, or pip install vllm in an environment "
+            "whose bin/ is on the PATH"
         ) from None

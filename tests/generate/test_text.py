@@ -110,7 +110,7 @@ def test_a_stream_counts_the_tokens_of_the_thought_and_ends_at_a_stop_string():
     assert found + stream.finish() == Thought("hm.", "yes, ", True) and stream.stopped
     thought = BPE.encode("<think>\nhm.\n</think>")
     assert len(thought) <= stream.thought_tokens <= len(thought) + 1  # the tag's end may be merged
-    plain = TextStream(BPE, thinking=False)
+    plain = TextStream(BPE, opened=None)
     assert plain.push(ids) + plain.finish() == Thought(None, BPE.decode(ids))
     assert plain.thought_tokens == 0
 

@@ -14,7 +14,8 @@ import random
 from collections.abc import Iterator
 from functools import partial
 
-from tessera.data.problems import PREFIX, TASKS, family, problem
+from tessera.data import problems
+from tessera.data.problems import PREFIX, family, problem
 from tessera.data.thought import split
 from tessera.eval.task import Data, EvalError, Item, Measure, Task, ask
 from tessera.rl.rewards import ExactReward, FunctionReward, NumberReward
@@ -90,7 +91,7 @@ def find(name: str) -> Task | None:
         words, keys = int(level or NEEDLE_WORDS), 1 if base == "needle" else 4
         measure = Measure("accuracy", NumberReward(kind="number"))
         return Task(name, partial(needles, words, keys), (measure,), None, 256, ("depth",), DRAWN)
-    if base not in TASKS and not base.startswith(PREFIX):
+    if base not in problems.TASKS and not base.startswith(PREFIX):
         return None
     family(base)
     measures = (Measure("accuracy", ExactReward(kind="exact")),)
