@@ -328,7 +328,7 @@ def speedup_row(run: Path, starts: int, rounds: int) -> Figures:
 
 
 if __name__ == "__main__":
-    TOY = {"scenario": [2, 8, 4], "fresh": 2}
+    TOY = {"scenario": [2, 8, 4], "fresh": 2, "rounds": 3}
     harness.main(
         __doc__,
         {

@@ -67,7 +67,7 @@ class Work:
         return {
             "steps": steps,
             "tokens_per_step": self.tokens,
-            "microbatch_tokens": 2048,
+            "microbatch_tokens": min(2048, self.tokens),
             "sequence_length": self.length,
             "lr": lr,
         }
