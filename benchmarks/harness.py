@@ -155,7 +155,7 @@ def memory_mb(key: str = "VmHWM") -> float:
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
-    """Print rows as a Markdown table; columns that begin with a number lean right, the first never."""
+    """Print rows as a Markdown table: columns that begin with a number to the right."""
     rows = list(rows)
     heads = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(head, "")) for head in heads] for row in rows]

@@ -4,15 +4,15 @@
     python benchmarks/library.py bld [--model PATH] [--data TEXT] [--steps 20] [--every 3]
 
 score: a library is cut from the parent and not trained: its words cost what trained ones cost.
-Three ways of scoring all of them on the same batches take turns: tessera's; a forward of the changed
-model a variant with the parent's logits kept; and the same with the parent run again for each
-variant. CPU seconds, medians, ratios of one round; the numbers are compared row by row.
+Three ways of scoring all of them on the same batches take turns: tessera's; a forward of the
+changed model a variant with the parent's logits kept; and the same with the parent run again for
+each variant. CPU seconds, medians, ratios of one round; the numbers are compared row by row.
 
-bld: all units in one pass over the parent, against each unit trained alone. Both go through the real
-Trainer with the recipe's space, batches and optimizer. A unit alone needs the parent only up to its
-own layer, and gets no more; every third unit is trained alone and the sum is scaled up. CPU seconds,
-the crowd measured before and after the units. The share of the parent's forward is that of the same
-batches run through the parent by themselves.
+bld: all units in one pass over the parent, against each unit trained alone. Both go through the
+real Trainer with the recipe's space, batches and optimizer. A unit alone needs the parent only up
+to its own layer, and gets no more; every third unit is trained alone and the sum is scaled up. CPU
+seconds, the crowd measured before and after the units. The share of the parent's forward is that of
+the same batches run through the parent by themselves.
 """
 
 from __future__ import annotations

@@ -12,15 +12,16 @@ algorithms: every row trains the same model on as many answers: GRPO on prompts 
 to hard and answered one step ahead, RLOO, and online RPO; three and six operations, reasoning on.
 
 curriculum: a pool of prompts that are mostly too hard to learn from. One prompt in ten has three
-operations, as the model has seen them; nine have HARD, more than it was ever trained on. GRPO learns
-from few answers, in a random order, from easy to hard (Llama-Nemotron, arXiv 2505.00949, §5.1) and,
-as a control, from hard to easy: the same model, prompts, rewards and number of answers.
+operations, as the model has seen them; nine have HARD, more than it was ever trained on. GRPO
+learns from few answers, in a random order, from easy to hard (Llama-Nemotron, arXiv 2505.00949,
+§5.1) and, as a control, from hard to easy: the same model, prompts, rewards and number of answers.
 
 instructions: RLOO on instruction checkers. Every question of the toy comes with two of IFEval's
-instructions. A short fine-tuning on answers of which half leave one of the two out makes a model that
-follows them some of the time; RLOO (Llama-Nemotron §5.2) is rewarded by the checkers alone, both
-followed or nothing, and as much for the switch. Measured is IFEval's prompt-level strict share on 200
-held-out questions, beside whether the question is still answered rightly, which nothing rewards.
+instructions. A short fine-tuning on answers of which half leave one of the two out makes a model
+that follows them some of the time; RLOO (Llama-Nemotron §5.2) is rewarded by the checkers alone,
+both followed or nothing, and as much for the switch. Measured is IFEval's prompt-level strict share
+on 200 held-out questions, beside whether the question is still answered rightly, which nothing
+rewards.
 
 switch: the reasoning switch on the toy of recipes/sft-toy.toml: accuracy, obedience, tokens, on and
 off. Each seed is a parent from scratch and its fine-tuning, run by the command line (5 to 7

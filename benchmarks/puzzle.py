@@ -6,15 +6,15 @@
 frontier: one recipe a seed: a library, scores, costs; for each measured speed a search of several
 diverse solutions (one of them by conditional re-scoring) and the uniform, dropped-layers and
 dropped-attention baselines at the same budget, all in one race by successive halving. Then the
-winner, the search's first solution (what there is without a race) and every baseline get the same KD
-tokens, each at the learning rate that served it best in the race's first rung, and are timed through
-the engine beside the parent. Seeds vary the order of the data, the library and the distillation; the
-parent stays. Everything lands in --runs, so a killed benchmark goes on, and a second look costs
-nothing.
+winner, the search's first solution (what there is without a race) and every baseline get the same
+KD tokens, each at the learning rate that served it best in the race's first rung, and are timed
+through the engine beside the parent. Seeds vary the order of the data, the library and the
+distillation; the parent stays. Everything lands in --runs, so a killed benchmark goes on, and a
+second look costs nothing.
 
 ablations: one thing changed at a time, the same budgets, from what `frontier` left in --runs
-(library, scores, costs, the learning rate of each speed). Every variant is the first solution of its
-search, without a race, distilled on the same tokens at the same rate:
+(library, scores, costs, the learning rate of each speed). Every variant is the first solution of
+its search, without a race, distilled on the same tokens at the same rate:
 
     kl        replace-one KL of the trained library: the reference
     lm_loss, cosine   other scores of the same library

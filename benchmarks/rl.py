@@ -238,7 +238,8 @@ def trl(options: argparse.Namespace) -> None:
     )
     print(
         f"A step trains on {median(mine, 'tokens'):,.0f} tokens, prompts computed once, instead of "
-        f"{samples * (PROMPT_TOKENS + options.new):,}; training runs at {share:.0%} of the matmul peak."
+        f"{samples * (PROMPT_TOKENS + options.new):,}; training runs at "
+        f"{share:.0%} of the matmul peak."
     )
 
 
