@@ -26,10 +26,18 @@ from tessera.runs.run import read_table
 EVALUATIONS = [(run, mode) for _, run, _, mode in ROWS if mode != "off"]
 # Next to nothing of everything.
 TOY = [
+    "defaults.scenario={batch=4,prompt=8,new=4}",
     "data.tasks={calc=600}",
+    "parent.architecture.num_hidden_layers=3",
+    "score.tokens=1024",
     *(f"{one}.train.steps=2" for one in ("parent", "bld", "kd", "kd-dropped", "sft", "grpo")),
+    "data-chat.sources.on.tasks={calc=300}",
+    "data-chat.sources.off.tasks={calc=300}",
+    "search.constraints={throughput='1.3x'}",
+    "search-dropped.constraints={throughput='1.3x'}",
     "search.solutions=1",
     "race.train.steps=2",
+    "frontier.points=[1.3]",
     "compare.tokens=512",
     "profile.tasks={calc=12}",
     *(f"eval-{one}.limit=4" for one in ("parent", "child", "kd", "dropped", "sft", "grpo")),
