@@ -29,7 +29,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 bench: $(VENV)/installed-dev
-	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 bfcl: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps $(BFCL)

@@ -1,7 +1,7 @@
 """Generation speed of `TorchEngine`, transformers, llama.cpp and vLLM on one dense model, in turn.
 
     python benchmarks/generation.py [--model PATH] [--batch 1 8 32] [--queue 128] [--int8]
-        [--peers transformers llama.cpp vllm] [--vllm .venv-vllm/bin/python] [--threads 1] [--json]
+        [--peers transformers llama.cpp vllm] [--vllm .venv-vllm/bin/python]
 
 Greedy, float32, the same weights and token ids, a fixed number of new tokens a request (stop
 tokens off). The engines take turns, so that all see the same neighbours on a shared machine;
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,11 +26,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import harness
 import torch
 import transformers
+from harness import ROOT, Command, Figures, alternate, median, ratio, table
+from harness import VLLM as VLLM_PYTHON
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tessera.export.write import export_model
@@ -38,7 +42,6 @@ from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.export.interop import LlamaCpp, write_byte_tokenizer  # noqa: E402
@@ -53,6 +56,7 @@ SHAPE = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+TOY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 PEERS = ("transformers", "llama.cpp", "vllm")
 
 
@@ -65,28 +69,14 @@ class Workload:
     new: list[int]
 
 
-@dataclass(frozen=True)
-class Timed:
-    """One run: the new tokens of each request, and its seconds."""
-
-    tokens: list[list[int]]
-    wall: float
-    cpu: float
-
-
-class Side(Protocol):
-    """An engine that can be asked."""
-
-    def run(self, work: Workload) -> Timed: ...
-
-
 class Here:
-    """A side in this process."""
+    """A side in this process: its new tokens of each request, and seconds."""
 
-    def run(self, work: Workload) -> Timed:
+    def run(self, work: Workload) -> Figures:
         wall, cpu = time.perf_counter(), time.process_time()
         tokens = self.answer(work)
-        return Timed(tokens, time.perf_counter() - wall, time.process_time() - cpu)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        return {"tokens": tokens, "wall": wall, "cpu": cpu}
 
     def answer(self, work: Workload) -> list[list[int]]:
         raise NotImplementedError
@@ -147,11 +137,12 @@ class Llama:
     def __init__(self, server: LlamaCpp, rows: int) -> None:
         self.server, self.rows = server, rows
 
-    def run(self, work: Workload) -> Timed:
+    def run(self, work: Workload) -> Figures:
         wall, cpu = time.perf_counter(), self._cpu()
         with ThreadPoolExecutor(self.rows) as pool:
             tokens = list(pool.map(self._ask, work.prompts, work.new))
-        return Timed(tokens, time.perf_counter() - wall, self._cpu() - cpu)
+        wall = time.perf_counter() - wall
+        return {"tokens": tokens, "wall": wall, "cpu": max(0.01, self._cpu() - cpu)}
 
     def _ask(self, prompt: list[int], new: int) -> list[int]:
         body = {
@@ -166,10 +157,10 @@ class Llama:
         return self.server.post("/completion", body)["tokens"]
 
     def _cpu(self) -> float:
-        fields = (
-            Path(f"/proc/{self.server.process.pid}/stat").read_text().rpartition(")")[2].split()
-        )
-        return (int(fields[11]) + int(fields[12])) / 100  # utime and stime, in ticks
+        stat = Path(f"/proc/{self.server.process.pid}/stat").read_text()
+        fields = stat.rpartition(")")[2].split()
+        # utime and stime, in ticks
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Vllm:
@@ -178,12 +169,12 @@ class Vllm:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def run(self, work: Workload) -> Timed:
+    def run(self, work: Workload) -> Figures:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps([work.prompts, work.new]), file=self.process.stdin, flush=True)
         for line in self.process.stdout:
             if line.startswith("ANSWER "):
-                return Timed(*json.loads(line[7:]))
+                return dict(zip(("tokens", "wall", "cpu"), json.loads(line[7:]), strict=True))
         raise SystemExit("vLLM ended without an answer")
 
 
@@ -206,7 +197,6 @@ for line in sys.stdin:
     seconds = [time.perf_counter() - wall, time.process_time() - cpu]
     print("ANSWER", json.dumps([[list(o.outputs[0].token_ids) for o in out], *seconds]), flush=True)
 """
-
 LLAMA = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
@@ -249,25 +239,25 @@ def vllm_side(path: Path, options: argparse.Namespace) -> Iterator[Vllm]:
         process.wait()
 
 
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
+def run(options: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        path = options.model or random_model(folder / "model", options.shape)
+        changes = options.shape | (TOY if options.smoke else {})
+        path = options.model or random_model(folder / "model", changes)
         sides = dict(open_sides(stack, path, folder, options))
         vocab = json.loads((path / "config.json").read_text())["vocab_size"]
-        found = [measure(sides, work, options.repeats) for work in workloads(vocab, options)]
-    if options.json:
-        print(json.dumps({"machine": machine(options), "rows": sum(found, [])}))
-    else:
-        print(table(sum(found, []), options))
+        rows = [measure(sides, work, options.rounds) for work in workloads(vocab, options)]
+    name = options.model.name if options.model else f"random {options.shape or '6M'}"
+    table(
+        sum(rows, []),
+        f"{name}: transformers {transformers.__version__}; {options.prompt} prompt + {options.new} "
+        f"new tokens, {options.rounds} rounds",
+    )
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: random 6M)")
     parser.add_argument(
         "--shape", type=json.loads, default={}, help="changes to the 6M shape, JSON"
@@ -277,13 +267,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=32, help="that run at a time")
     parser.add_argument("--prompt", type=int, default=64, help="tokens a prompt")
     parser.add_argument("--new", type=int, default=128, help="new tokens a prompt")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--int8", action="store_true", help="also tessera with int8 weights")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
-    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
-    parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
+    parser.add_argument("--vllm", type=Path, default=Path(VLLM_PYTHON))
 
 
 def random_model(directory: Path, changes: dict[str, Any]) -> Path:
@@ -295,7 +281,7 @@ def random_model(directory: Path, changes: dict[str, Any]) -> Path:
 
 def open_sides(
     stack: ExitStack, path: Path, folder: Path, options: argparse.Namespace
-) -> Iterator[tuple[str, Side]]:
+) -> Iterator[tuple[str, Any]]:
     """Ours first: the others are compared with it."""
     yield "tessera", Ours(path, options.rows)
     if options.int8:
@@ -309,7 +295,7 @@ def open_sides(
     if "vllm" in options.peers and options.vllm.is_file():
         yield "vLLM", stack.enter_context(vllm_side(path, options))
     elif "vllm" in options.peers:
-        print(f"vLLM: skipped, {options.vllm} is missing (make venv-vllm)", file=sys.stderr)
+        print(f"vLLM: {options.vllm} is missing (make venv-vllm)", file=sys.stderr)
 
 
 def workloads(vocab: int, options: argparse.Namespace) -> Iterator[Workload]:
@@ -328,56 +314,34 @@ def workloads(vocab: int, options: argparse.Namespace) -> Iterator[Workload]:
         yield Workload(f"queue of {options.queue}", prompts, new)
 
 
-def measure(sides: dict[str, Side], work: Workload, repeats: int) -> list[dict[str, Any]]:
-    """A row a side: tokens a second, ours to theirs, and how many of ours they repeat."""
+def measure(sides: dict[str, Any], work: Workload, rounds: int) -> list[Figures]:
+    """A row a side: tokens a second, its time to ours, and how many of our completions it repeats.
+
+    One round more comes first, to warm up.
+    """
     one_batch = len(set(work.new)) == 1
     sides = {k: side for k, side in sides.items() if not (one_batch and "oracle" in k)}
-    rounds = []
-    for _ in range(repeats + 1):
-        rounds.append({name: side.run(work) for name, side in sides.items()})
-    for run in rounds[0].values():
-        assert [len(tokens) for tokens in run.tokens] == work.new
-    ours, count = rounds[0]["tessera"].tokens, sum(work.new)
-    return [
-        {
-            "work": work.name,
-            "engine": name,
-            "tokens_per_second": count / statistics.median(r[name].wall for r in rounds[1:]),
-            "tokens_per_cpu_second": count / statistics.median(r[name].cpu for r in rounds[1:]),
-            "wall_ratio": statistics.median(r[name].wall / r["tessera"].wall for r in rounds[1:]),
-            "cpu_ratio": statistics.median(r[name].cpu / r["tessera"].cpu for r in rounds[1:]),
-            "agreeing": sum(a == b for a, b in zip(rounds[0][name].tokens, ours, strict=True))
-            / len(ours),
-        }
-        for name in sides
-    ]
-
-
-def machine(options: argparse.Namespace) -> str:
-    return (
-        f"{options.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; "
-        f"{options.prompt} prompt + {options.new} new tokens, {options.repeats} rounds"
-    )
-
-
-def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    name = options.model.name if options.model else f"random {options.shape or '6M'}"
-    lines = [
-        f"{name}: {machine(options)}",
-        "",
-        "| requests | engine | tokens/s wall (CPU) | its time to tessera's, wall (CPU) "
-        "| completions equal to tessera's |",
-        "|--:|---|--:|--:|--:|",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r['work']} | {r['engine']} | {r['tokens_per_second']:,.0f} "
-            f"({r['tokens_per_cpu_second']:,.0f}) | {r['wall_ratio']:.2f} ({r['cpu_ratio']:.2f}) "
-            f"| {r['agreeing']:.0%} |"
+    found = alternate({k: partial(side.run, work) for k, side in sides.items()}, rounds + 1)
+    first = {name: figures.pop(0)["tokens"] for name, figures in found.items()}
+    for tokens in first.values():
+        assert [len(one) for one in tokens] == work.new
+    count, rows = sum(work.new), []
+    for name, figures in found.items():
+        speed = [f"{count / median(figures, key):,.0f}" for key in ("wall", "cpu")]
+        ratios = [f"{ratio(figures, found['tessera'], key):.2f}" for key in ("wall", "cpu")]
+        equal = [a == b for a, b in zip(first[name], first["tessera"], strict=True)]
+        rows.append(
+            {
+                "requests": work.name,
+                "engine": name,
+                "tokens/s wall (CPU)": "{} ({})".format(*speed),
+                "its time to tessera's, wall (CPU)": "{} ({})".format(*ratios),
+                "completions equal to tessera's": f"{sum(equal) / len(equal):.0%}",
+            }
         )
-    return "\n".join(lines)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    toy = {"batch": [1, 2], "queue": 6, "rows": 4, "prompt": 8, "new": 8, "int8": True}
+    harness.main(__doc__, Command(run, arguments, toy, rounds=5))

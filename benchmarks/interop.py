@@ -18,12 +18,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import harness
+from harness import MODELS, ROOT, VLLM, Command, Figures, need, table, tiny_model
+
 from tessera.data.tokenizer import load_tokenizer
 from tessera.export.write import export_model
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.export.interop import greedy, llama_cpp  # noqa: E402
@@ -34,31 +36,35 @@ TEXTS = (
     "The big dog",
     "start 6 m+3 n*2 o-3 mod 10\n",
 )
+
+
 Answer = tuple[list[int], list[float | None]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    model = ROOT.parent / "shared" / "models" / "stories260k"
-    parser.add_argument("model", nargs="?", default=str(model), help="a run or a model directory")
-    parser.add_argument("--new", type=int, default=48)
-    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
-    options = parser.parse_args()
-    if options.model == str(model) and not model.is_dir():
-        print("skipped: no model given, and none beside the repository")
-        return
-    module = load_model(options.model, frozen=True)
-    tokenizer = load_tokenizer(resolve(options.model))
-    prompts = [tokenizer.encode(text, bos=True) for text in TEXTS]
-    ours = [greedy(module, prompt, options.new) for prompt in prompts]
-    print("words:", " ".join("/".join(pair) for pair in module.config.words))
+def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as home:
         out = Path(home)
-        report("llama.cpp", ours, ask_llama_cpp(options.model, out, prompts, options.new))
+        model = str(tiny_model(out / "model")) if options.smoke else options.model
+        need(model, hint="give a model")
+        module = load_model(model, frozen=True)
+        tokenizer = load_tokenizer(resolve(model))
+        prompts = [tokenizer.encode(text, bos=True) for text in TEXTS]
+        ours = [greedy(module, prompt, options.new) for prompt in prompts]
+        print("words:", " ".join("/".join(pair) for pair in module.config.words))
+        rows = [agreement("llama.cpp", ours, ask_llama_cpp(model, out, prompts, options.new))]
         if options.vllm.is_file():
-            report("vLLM", ours, ask_vllm(options.vllm, options.model, out, prompts, options.new))
+            theirs = ask_vllm(options.vllm, model, out, prompts, options.new)
+            rows.append(agreement("vLLM", ours, theirs))
         else:
-            print(f"vLLM: skipped, {options.vllm} is missing (make venv-vllm)")
+            print(f"vLLM: {options.vllm} is missing (make venv-vllm)")
+    table(rows)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    model = str(MODELS / "stories260k")
+    parser.add_argument("model", nargs="?", default=model, help="a run or a model directory")
+    parser.add_argument("--new", type=int, default=48)
+    parser.add_argument("--vllm", type=Path, default=Path(VLLM))
 
 
 def ask_llama_cpp(model: str, out: Path, prompts: Sequence[list[int]], new: int) -> list[Answer]:
@@ -82,8 +88,8 @@ def ask_vllm(
     return [(ids, logprobs) for ids, logprobs in json.loads(lines[0][7:])]
 
 
-def report(engine: str, ours: Sequence[Answer], theirs: Sequence[Answer]) -> None:
-    """One line: equal tokens of all, and the largest gap between log-probabilities."""
+def agreement(engine: str, ours: Sequence[Answer], theirs: Sequence[Answer]) -> Figures:
+    """Equal tokens of all, and the largest gap between log-probabilities."""
     equal = total = 0
     gap = 0.0
     for (tokens, logprobs), (other, given) in zip(ours, theirs, strict=True):
@@ -91,8 +97,12 @@ def report(engine: str, ours: Sequence[Answer], theirs: Sequence[Answer]) -> Non
         equal += sum(a == b for a, b in zip(tokens, other, strict=False))
         pairs = zip(logprobs, given, strict=False)
         gap = max([gap, *(abs(x - y) for x, y in pairs if x is not None and y is not None)])
-    print(f"{engine}: {equal}/{total} tokens equal, log-probabilities within {gap:.1e}", flush=True)
+    return {
+        "engine": engine,
+        "tokens equal": f"{equal}/{total}",
+        "log-probabilities within": f"{gap:.1e}",
+    }
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(__doc__, Command(run, arguments, {"new": 8}))

@@ -25,8 +25,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
+from harness import Command, table
+
 RECIPE = Path(__file__).with_suffix(".toml")
+
+
 WORKING = re.compile(r"^\[\d+/\d+\] (\S+): (running|going on)", re.MULTILINE)
+
+
 TIMES = {"started", "finished", "seconds", "cpu_seconds"}
 
 
@@ -44,33 +51,29 @@ class Bench:
     seconds: float
 
 
-def main() -> None:
-    options = parse()
+def check(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         begun = time.monotonic()
         finish(options.recipe, folder / "undisturbed")
         seconds = time.monotonic() - begun
         bench = Bench(options.recipe, folder, contents(folder / "undisturbed"), seconds)
-        print(f"undisturbed: {len(bench.undisturbed)} files in {seconds:.0f} s", flush=True)
         checks: dict[str, Callable[[], str]] = {
             "killed": lambda: killed(bench, options.kills, random.Random(options.seed)),
             "locked": lambda: locked(bench),
             "full": lambda: full(bench, options.grow),
         }
-        for check in options.only:
-            print(f"{check}: {checks[check]()}", flush=True)
+        rows = [{"check": one, "outcome": checks[one]()} for one in options.only]
+    table(rows, f"undisturbed: {len(bench.undisturbed)} files in {seconds:.0f} s")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, nargs="?", default=RECIPE)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--grow", type=int, default=1536, help="full: KiB more each time")
     every = ["killed", "locked", "full"]
     parser.add_argument("--only", nargs="+", choices=every, default=every)
-    return parser.parse_args()
 
 
 def killed(bench: Bench, kills: int, moments: random.Random) -> str:
@@ -116,7 +119,7 @@ def full(bench: Bench, grow: int) -> str:
     home = bench.folder / "full"
     home.mkdir()
     if not mount(home, "size=64k"):
-        return "skipped: mounting a tmpfs takes root"
+        return "not done: mounting a tmpfs takes root"
     try:
         stages: list[str] = []
         for size in range(grow, 100 * grow, grow):
@@ -225,4 +228,4 @@ def expect(holds: bool, what: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(__doc__, Command(check, arguments, {"kills": 1, "only": ["killed", "locked"]}))

@@ -11,25 +11,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import harness
+from harness import Command, spread
+from harness import table as show
 
 from tessera.cli.quickstart import EXAMPLES, HARD, ROWS, rendered, table
 from tessera.runs.run import read_table
-from tessera.table import render_table
 
 EVALUATIONS = [(run, mode) for _, run, _, mode in ROWS if mode != "off"]
+# Next to nothing of everything.
+TOY = [
+    "defaults.scenario={batch=4,prompt=8,new=4}",
+    "data.tasks={calc=600}",
+    "parent.architecture.num_hidden_layers=3",
+    "score.tokens=1024",
+    *(f"{one}.train.steps=2" for one in ("parent", "bld", "kd", "kd-dropped", "sft", "grpo")),
+    "data-chat.sources.on.tasks={calc=300}",
+    "data-chat.sources.off.tasks={calc=300}",
+    "search.constraints={throughput='1.3x'}",
+    "search-dropped.constraints={throughput='1.3x'}",
+    "search.solutions=1",
+    "race.train.steps=2",
+    "frontier.points=[1.3]",
+    "compare.tokens=512",
+    "profile.tasks={calc=12}",
+    *(f"eval-{one}.limit=4" for one in ("parent", "child", "kd", "dropped", "sft", "grpo")),
+]
 
 
-def ran(task: str, seed: int, runs: Path) -> Path:
+def ran(seed: int, options: argparse.Namespace) -> Path:
     """The finished quickstart of a family of problems and a seed."""
-    name = f"quickstart-{task}-{seed}"
-    words = ["quickstart", f"seed={seed}", f"name={name}", "--runs", str(runs), "--quiet"]
-    words += ["--task", task]
+    name = f"quickstart-{options.task}-{seed}"
+    words = ["quickstart", f"seed={seed}", f"name={name}", *(TOY if options.smoke else ())]
+    words += ["--runs", str(options.runs), "--quiet", "--task", options.task]
+    words += ["--fast"] if options.smoke else []
     subprocess.run([sys.executable, "-m", "tessera", *words], check=True, stdout=subprocess.DEVNULL)
-    return runs / name
+    return options.runs / name
 
 
 def seconds(home: Path, key: str) -> dict[str, float]:
@@ -48,25 +70,20 @@ def work(home: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=list(EXAMPLES), default="calc")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-seeds"))
-    options = parser.parse_args()
-    homes = {seed: ran(options.task, seed, options.runs) for seed in options.seeds}
+def run(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        options.runs = Path(scratch) if options.smoke else options.runs
+        tell({seed: ran(seed, options) for seed in options.seeds})
+
+
+def tell(homes: dict[int, Path]) -> None:
     rows = {seed: table(home) for seed, home in homes.items()}
     for seed, found in rows.items():
-        print(f"seed {seed}\n{rendered(found)}\n")
-    gains = [
-        {row["model"]: row["hard"] for row in found}["after RL, thinking on"]
-        - {row["model"]: row["hard"] for row in found}["after SFT, thinking on"]
-        for found in rows.values()
-    ]
-    spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
-    print(f"RL on hard problems: {statistics.mean(gains):+.1%}, spread {spread:.1%}\n")
-    print(render_table([{"work": f"seed {seed}", **work(home)} for seed, home in homes.items()]))
-    print()
+        print(f"\nseed {seed}\n{rendered(found)}")
+    hard = [{row["model"]: row["hard"] for row in found} for found in rows.values()]
+    gains = [one["after RL, thinking on"] - one["after SFT, thinking on"] for one in hard]
+    print(f"\nRL on hard problems: {spread(gains, '+.1%')}")
+    show([{"work": f"seed {seed}", **work(home)} for seed, home in homes.items()])
     times = {
         f"seed {seed}{name}": seconds(home, key)
         for seed, home in homes.items()
@@ -75,8 +92,14 @@ def main() -> None:
     stages = list(next(iter(times.values())))
     told = [{"stage": s, **{k: round(t[s], 1) for k, t in times.items()}} for s in stages]
     told.append({"stage": "all", **{k: round(sum(t.values())) for k, t in times.items()}})
-    print(render_table(told))
+    show(told)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=list(EXAMPLES), default="calc")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-seeds"))
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(__doc__, Command(run, arguments, {"seeds": [0]}))

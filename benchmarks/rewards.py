@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import harness
+from harness import DATA, Command, table
 
 from tessera.rl.pool import Pool
 from tessera.rl.rewards import (
@@ -28,9 +30,7 @@ from tessera.rl.rewards import (
     NumberReward,
     Sample,
 )
-from tessera.table import render_table
 
-ROOT = Path(__file__).parents[1]
 Labelled = tuple[str, str, str, bool]  # set, answer, expected, whether it is right
 
 
@@ -53,23 +53,20 @@ def judged(data: Path) -> None:
     samples = [Sample([], text, {"answer": expected}) for _, text, expected, _ in found]
     with Pool([MathReward(kind="math")], 2) as pool:
         outcomes = pool.check([(0, sample) for sample in samples])
-    counts: dict[str, Counter[str]] = {}
+    keys = ("right", "wrong", "false negative", "false positive", "could not judge")
+    counts: dict[str, dict[str, Any]] = {}
     odd = []
     for (name, text, expected, right), outcome in zip(found, outcomes, strict=True):
-        count = counts.setdefault(name, Counter())
+        count = counts.setdefault(name, {"set": name, **dict.fromkeys(keys, 0)})
         count["right" if right else "wrong"] += 1
         if outcome.score is None:
             count["could not judge"] += 1
         elif (outcome.verdict == "right") != right:
             count["false negative" if right else "false positive"] += 1
-            odd.append((name, right, expected, outcome.reason, text[-90:].replace("\n", " ")))
-    keys = ("right", "wrong", "false negative", "false positive", "could not judge")
-    print(render_table([{"set": n, **{k: c[k] for k in keys}} for n, c in counts.items()]))
-    print()
-    for name, right, expected, reason, tail in odd:
-        print(
-            f"- {name}, labelled {'right' if right else 'wrong'}: {expected!r}; {reason}; …{tail}"
-        )
+            label, tail = "right" if right else "wrong", text[-90:].replace("\n", " ")
+            odd.append(f"- {name}, labelled {label}: {expected!r}; {outcome.reason}; …{tail}")
+    table(list(counts.values()))
+    print("", *odd, sep="\n")
 
 
 def speed(count: int) -> None:
@@ -101,20 +98,19 @@ def speed(count: int) -> None:
             seconds = time.perf_counter() - begun
         assert all(outcome.verdict == "right" for outcome in outcomes), outcomes[0]
         rows.append({"reward": reward.kind, "samples a second": round(number / seconds)})
-    print(f"\n{render_table(rows)}")
+    table(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--samples", type=int, default=2000)
-    options = parser.parse_args()
-    if options.data.is_dir():
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.data.is_dir() and not options.smoke:
         judged(options.data)
-    else:
-        print(f"skipped: {options.data} is not here (--data)")
     speed(options.samples)
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(__doc__, Command(run, arguments, {"samples": 20}))

@@ -1,14 +1,15 @@
-"""A GRPO step: ours against TRL's GRPOTrainer on one work, in turn, and where our step goes.
+"""A GRPO step: against TRL's GRPOTrainer, with our engine and with vLLM's, in turn.
 
-    python benchmarks/rl.py [--baselines DIR] [--peer PYTHON] [--rounds 3] [--steps 3]
-    python benchmarks/rl.py --engines [--rounds 3] [--steps 3]
+    python benchmarks/rl.py trl [--baselines DIR] [--peer PYTHON] [--steps 3]
+    python benchmarks/rl.py engines [--steps 3]
 
-DIR (../shared/baselines) holds trl_grpo.py: a random Llama of 6M parameters, 16 prompts of some 67
+trl: DIR (../shared/baselines) holds trl_grpo.py: a random Llama of 6M parameters, 16 prompts of 67
 tokens, 8 completions of exactly 64 tokens each, temperature 1, one update a rollout, no reference.
 Ours runs the real `Rollouts`, `PolicyGradient` and `Trainer` on the same model, prompts of the same
-lengths, and the same reward (the share of digits). With --engines instead: our step with our engine
-and with vLLM's CPU build (`make venv-vllm`), each with the rollout before the step and one ahead of
-it, where the engine has the second core.
+lengths, and a reward as cheap (the share of even tokens).
+
+engines: our step with our engine and with vLLM's CPU build (`make venv-vllm`), each with the
+rollout before the step and one ahead of it, where the engine has the second core.
 """
 
 from __future__ import annotations
@@ -21,23 +22,28 @@ import sys
 import tempfile
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from training import (
-    ROOT,
-    conversations,
-    initial,
-    json_of,
-    matmul_flops,
-    open_run,
-    peak_mb,
-    shape,
+import harness
+from harness import (
+    BASELINES,
+    TRL,
+    VLLM,
+    Command,
+    Figures,
+    alternate,
+    fresh,
+    median,
+    memory_mb,
+    need,
+    ratio,
+    table,
 )
+from training import SIZES, conversations, draw, initial, open_run, peak, shape, spans
 
 from tessera.data.batch import Batch
-from tessera.model.cpu import multiply
 from tessera.model.transformer import Transformer
 from tessera.objectives.grpo import PolicyGradient
 from tessera.rl import advantages
@@ -96,18 +102,21 @@ class Clocked(Rollouts):
         return found
 
 
-def ours(options: argparse.Namespace) -> dict[str, Any]:
-    steps = options.steps + 1
-    ids = [one[:PROMPT_TOKENS] for one in conversations(options.baselines, 4 * steps * PROMPTS)]
-    ids = [one for one in ids if len(one) == PROMPT_TOKENS][: steps * PROMPTS]
+def ours(options: argparse.Namespace) -> Figures:
+    steps, model = options.steps + 1, shape(SIZES[options.size])
+    if options.smoke:
+        drawn = [list(map(int, one)) for one in draw(model.vocab_size, 600 * steps * PROMPTS)]
+    else:
+        drawn = conversations(options.baselines, 4 * steps * PROMPTS)
+    ids = [one[:PROMPT_TOKENS] for one in drawn if len(one) >= PROMPT_TOKENS][: steps * PROMPTS]
     train = {"steps": steps, "lr": 3e-4, "schedule": "constant", "warmup": 0.0}
     train |= {"microbatch_tokens": options.microbatch, "save_seconds": 1e9}
-    settings = {"prompts_per_rollout": PROMPTS, "samples": SAMPLES, "max_tokens": NEW}
+    settings = {"prompts_per_rollout": PROMPTS, "samples": SAMPLES, "max_tokens": options.new}
     rewards = [{"kind": "format"}]
     settings |= {"engine": options.engine, "staleness": options.staleness, "gap_limit": 9.0}
     config = GRPOConfig(train=train, rewards=rewards, engine_batch=PROMPTS * SAMPLES, **settings)  # type: ignore[arg-type]
-    module = initial(Transformer(shape()))
-    before = peak_mb()
+    module = initial(Transformer(model))
+    before = memory_mb()
     prompts = [
         Prompt(str(n), [{"role": "user", "content": str(n)}], "off") for n in range(len(ids))
     ]
@@ -130,10 +139,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         Trainer(module, PolicyGradient(config), source, config.train, run).fit()
         source.marks.append((time.perf_counter(), time.process_time()))
         timings = read_timings(run.path)[1:]
-    spans = list(zip(source.marks[1:], source.marks[2:], strict=False))
-    wall, cpu = (statistics.median(b[i] - a[i] for a, b in spans) for i in (0, 1))
-    generate = statistics.median(one["generate_seconds"] for one in timings)
-    judge = statistics.median(one["judge_seconds"] for one in timings)
+    wall, cpu = map(statistics.median, zip(*spans(source.marks), strict=True))
+    generate, judge = (median(timings, f"{key}_seconds") for key in ("generate", "judge"))
     return {
         "wall": wall,
         "cpu": cpu,
@@ -141,19 +148,26 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         "judge": judge,
         "wait": statistics.median(one.get("wait_seconds", 0.0) for one in timings),
         "train": wall - generate - judge,
-        "peak": peak_mb(),
-        "grown": peak_mb() - before,
+        "peak": memory_mb(),
+        "grown": memory_mb() - before,
         "flops": statistics.median(source.flops[1:]),
         "tokens": statistics.median(source.tokens[1:]),
     }
 
 
-def theirs(options: argparse.Namespace) -> dict[str, Any]:
+def theirs(options: argparse.Namespace) -> Figures:
     script = options.baselines / "trl_grpo.py"
     words = ["--threads", "1", "--steps", str(options.steps), "--warmup", "1"]
-    words += ["--prompts", str(PROMPTS), "--completions", str(SAMPLES), "--new-tokens", str(NEW)]
+    words += [
+        "--prompts",
+        str(PROMPTS),
+        "--completions",
+        str(SAMPLES),
+        "--new-tokens",
+        str(options.new),
+    ]
     with tempfile.TemporaryDirectory() as out:
-        found = json_of([options.peer, str(script), *words, "--out", out], 1)
+        found = fresh(script, [*words, "--out", out], 1, options.peer)
     return {
         "wall": found["update_seconds"]["median"],
         "cpu": found["cpu_seconds_per_rollout_step"],
@@ -165,101 +179,99 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--baselines", type=Path, default=ROOT.parent / "shared" / "baselines")
-    parser.add_argument("--peer", default=str(ROOT / ".venv-trl/bin/python"), help="has TRL")
-    parser.add_argument("--rounds", type=int, default=3)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--baselines", type=Path, default=BASELINES)
+    parser.add_argument("--peer", default=TRL, help="a Python that has TRL")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--microbatch", type=int, default=2048, help="ours: tokens of a row")
-    parser.add_argument("--side", choices=["both", "ours"], default="both")
-    parser.add_argument("--engines", action="store_true", help="compare engines instead")
-    parser.add_argument("--engine", choices=["tessera", "vllm"], default="tessera")
-    parser.add_argument("--staleness", type=int, choices=[0, 1], default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.side == "ours":
+    parser.add_argument("--new", type=int, default=NEW, help="tokens of a completion")
+    parser.add_argument("--size", choices=SIZES, default="6M", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--engine", choices=["tessera", "vllm"], default="tessera", help=argparse.SUPPRESS
+    )
+    parser.add_argument("--staleness", type=int, choices=[0, 1], default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+
+
+def side(options: argparse.Namespace, *more: str) -> Figures:
+    """Our figures from a fresh process with the same options."""
+    words = sys.argv[1:]
+    words = words[1:] if words and words[0] in ("trl", "engines") else words
+    return fresh(__file__, ["trl", *words, *more, "--side", "ours"], 1)
+
+
+def trl(options: argparse.Namespace) -> None:
+    if options.side:
         print(json.dumps(ours(options)))
         return
-    if options.engines:
-        print(engines(options))
-        return
-    for needed in (options.baselines / "trl_grpo.py", Path(options.peer)):
-        if not needed.exists():
-            print(f"skipped: {needed} is not here (--baselines, --peer; make venv-trl)")
-            return
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", "ours"]
-    pairs = []
-    for _ in range(options.rounds):
-        peak = max(matmul_flops(torch.matmul), matmul_flops(multiply))
-        pairs.append((json_of(command, 1), theirs(options), peak))
-        print(f"# {pairs[-1][0]['cpu']:.2f} against {pairs[-1][1]['cpu']:.2f}", file=sys.stderr)
-    print(report(pairs, options))
-
-
-def engines(options: argparse.Namespace) -> str:
-    """A row an engine and staleness, medians of rounds in which they take turns."""
-    ways = list(itertools.product(("tessera", "vllm"), (0, 1)))
-    found: dict[Any, list[dict[str, Any]]] = {way: [] for way in ways}
-    for _ in range(options.rounds):
-        for engine, staleness in ways:
-            words = ["--side", "ours", "--engine", engine, "--staleness", str(staleness)]
-            found[engine, staleness].append(
-                json_of([sys.executable, __file__, *sys.argv[1:], *words], 1)
-            )
-            print(
-                f"# {engine} {staleness}: {found[engine, staleness][-1]['wall']:.2f}",
-                file=sys.stderr,
-            )
-    lines = [
-        f"{torch.backends.cpu.get_cpu_capability()}, float32, torch {torch.__version__}, trainer "
-        f"and engine a thread each; {options.rounds} rounds of {options.steps} steps\n",
-        "| engine | rollout | seconds a step | generating | waiting | in the first's time |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for engine, staleness in ways:
-        rows = found[engine, staleness]
-        told = [statistics.median(row[key] for row in rows) for key in ("wall", "generate", "wait")]
-        firsts = zip(rows, found[ways[0]], strict=True)
-        ratio = statistics.median(row["wall"] / first["wall"] for row, first in firsts)
-        when = "one ahead" if staleness else "before the step"
-        cells = " | ".join(f"{one:.2f}" for one in (*told, ratio))
-        lines.append(f"| {engine} | {when} | {cells} |")
-    return "\n".join(lines)
-
-
-def report(pairs: list[Any], options: argparse.Namespace) -> str:
-    def median(side: int, key: str) -> float:
-        return statistics.median(pair[side][key] for pair in pairs)
-
-    samples = PROMPTS * SAMPLES
-    lines = [
-        f"1 thread, {torch.backends.cpu.get_cpu_capability()}, float32, torch {torch.__version__}; "
-        f"{options.rounds} pairs of {options.steps} steps\n",
-        "| | samples/s | samples/CPU-s | generate s | judge s | train s | peak MB | grown MB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for side, name in enumerate(("tessera", "TRL GRPOTrainer")):
-        parts = [median(side, key) for key in ("generate", "judge", "train", "peak", "grown")]
-        told = [f"{samples / median(side, key):.2f}" for key in ("wall", "cpu")]
-        told += [f"{part:.2f}" for part in parts[:3]] + [f"{part:,.0f}" for part in parts[3:]]
-        lines.append(f"| {name} | {' | '.join(told)} |")
-    ratios = [
-        statistics.median(theirs[key] / own[key] for own, theirs, _ in pairs)
-        for key in ("wall", "cpu", "peak")
-    ]
-    share = statistics.median(
-        own["flops"] / (own["train"] / own["wall"] * own["cpu"]) / peak for own, _, peak in pairs
+    ways: dict[str, Any] = {"tessera": lambda: {**side(options), "matmul": peak()}}
+    if not options.smoke:
+        need(
+            options.baselines / "trl_grpo.py",
+            options.peer,
+            hint="--baselines, --peer; make venv-trl",
+        )
+        ways["TRL GRPOTrainer"] = partial(theirs, options)
+    found = alternate(ways, options.rounds)
+    samples, mine = PROMPTS * SAMPLES, found["tessera"]
+    table(
+        [
+            {
+                "": name,
+                "samples/s": f"{samples / median(rows, 'wall'):.2f}",
+                "samples/CPU-s": f"{samples / median(rows, 'cpu'):.2f}",
+                **{
+                    f"{key} s": f"{median(rows, key):.2f}" for key in ("generate", "judge", "train")
+                },
+                **{f"{key} MB": f"{median(rows, key):,.0f}" for key in ("peak", "grown")},
+            }
+            for name, rows in found.items()
+        ]
     )
-    whole = samples * (PROMPT_TOKENS + NEW)
-    lines += [
-        f"\nTRL / tessera, medians of pairs: wall {ratios[0]:.2f}, CPU {ratios[1]:.2f}, "
-        f"peak memory {ratios[2]:.2f}.",
-        f"A step trains on {median(0, 'tokens'):,.0f} tokens, prompts computed once, instead of "
-        f"{whole:,}; training runs at {share:.0%} of the matmul peak.",
-    ]
-    return "\n".join(lines)
+    if not options.smoke:
+        told = (
+            f"{ratio(found['TRL GRPOTrainer'], mine, key):.2f}" for key in ("wall", "cpu", "peak")
+        )
+        print("\nTRL / tessera, medians of pairs: wall {}, CPU {}, peak memory {}.".format(*told))
+    share = statistics.median(
+        own["flops"] / (own["train"] / own["wall"] * own["cpu"]) / own["matmul"] for own in mine
+    )
+    print(
+        f"A step trains on {median(mine, 'tokens'):,.0f} tokens, prompts computed once, instead of "
+        f"{samples * (PROMPT_TOKENS + options.new):,}; training runs at "
+        f"{share:.0%} of the matmul peak."
+    )
+
+
+def engines(options: argparse.Namespace) -> None:
+    """A row an engine and staleness, medians of rounds in which they take turns."""
+    if not options.smoke:
+        need(VLLM, hint="make venv-vllm")
+    names = ["tessera", "vllm"] if Path(VLLM).exists() else ["tessera"]
+    ways = {
+        f"{engine}, {'one ahead' if staleness else 'before the step'}": partial(
+            side, options, "--engine", engine, "--staleness", str(staleness)
+        )
+        for engine, staleness in itertools.product(names, (0, 1))
+    }
+    found = alternate(ways, options.rounds)
+    first = next(iter(found.values()))
+    table(
+        [
+            {
+                "engine, rollout": name,
+                "seconds a step": f"{median(rows, 'wall'):.2f}",
+                "generating": f"{median(rows, 'generate'):.2f}",
+                "waiting": f"{median(rows, 'wait'):.2f}",
+                "in the first's time": f"{ratio(rows, first, 'wall'):.2f}",
+            }
+            for name, rows in found.items()
+        ]
+    )
 
 
 if __name__ == "__main__":
-    main()
+    TOY = {"steps": 2, "new": 8, "size": "toy"}
+    harness.main(
+        __doc__, {"trl": Command(trl, arguments, TOY), "engines": Command(engines, arguments, TOY)}
+    )

@@ -13,6 +13,7 @@ owe to each choice, the batch rule among them, is the last table.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,6 @@ from tessera.model.config import (
 from tessera.model.families import read_config
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.roofline import Serving, base_seconds, word_seconds
-from tessera.table import render_table
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "data" / "nas_configs"
 CACHE_SHARE = 0.9  # of the memory that weights leave, what TensorRT-LLM gives the KV cache
@@ -308,24 +308,24 @@ def gaps(table: str, what: str, rows: Sequence[Row]) -> Mapping[str, object]:
     }
 
 
-def show(title: str, rows: Sequence[Row]) -> None:
-    print(f"\n{title}\n{render_table([row.shown() for row in rows])}")
+def run(options: argparse.Namespace) -> None:
+    from harness import need, table
 
+    def show(title: str, rows: Iterator[Row]) -> None:
+        table([row.shown() for row in rows], title)
 
-def main() -> None:
-    if not CONFIGS.is_dir():
-        print("skipped: needs the released layer maps of ../shared/data/nas_configs")
-        return
     small, dense = llama(8192, 80, 64, 28672), llama(16384, 126, 128, 53248)
-    tiny = llama(4096, 32, 32, 14336)
+    models = {"Llama-8B": llama(4096, 32, 32, 14336), "Llama-70B": small, "Llama-405B": dense}
+    show("TensorRT-LLM: dense models on H100s, FP8", engine_rows(models))
+    if options.smoke:
+        return
+    need(CONFIGS, hint="the released layer maps")
     puzzle = read_config(CONFIGS / "Llama-3_1-Nemotron-51B-Instruct.blocks.json")
     child = read_config(CONFIGS / "Llama-3_3-Nemotron-Super-49B-v1.config.json")
     ultra = read_config(CONFIGS / "Llama-3_1-Nemotron-Ultra-253B-v1.config.json")
-    show("Llama-Nemotron: throughput on an H100, FP8", list(super_rows(child, small)))
-    show("Puzzle: throughput on H100s, FP8", list(puzzle_rows(puzzle, small)))
-    show("FFN Fusion: latency on 8 H100, FP8", list(ultra_rows(ultra, dense, small)))
-    models = {"Llama-8B": tiny, "Llama-70B": small, "Llama-405B": dense}
-    show("TensorRT-LLM: dense models on H100s, FP8", list(engine_rows(models)))
+    show("Llama-Nemotron: throughput on an H100, FP8", super_rows(child, small))
+    show("Puzzle: throughput on H100s, FP8", puzzle_rows(puzzle, small))
+    show("FFN Fusion: latency on 8 H100, FP8", ultra_rows(ultra, dense, small))
     told = [
         gaps(table, what, list(rows(choice)))
         for table, rows in (
@@ -334,7 +334,7 @@ def main() -> None:
         )
         for what, choice in (("whole length", AS_IS), ("half grown", Choice(grown=True)))
     ]
-    print(f"\nWhat a request reserves: tokens/s, predicted against published\n{render_table(told)}")
+    table(told, "What a request reserves: tokens/s, predicted against published")
     lines = []
     for what, choice in choices().items():
         rows = [
@@ -344,8 +344,10 @@ def main() -> None:
         ]
         lines += [] if lines else [followed("published", rows, "published")]
         lines.append(followed(what, rows, "predicted"))
-    print(f"\nOne choice changed at a time\n{render_table(lines)}")
+    table(lines, "One choice changed at a time")
 
 
 if __name__ == "__main__":
-    main()
+    import harness
+
+    harness.main(__doc__, harness.Command(run))

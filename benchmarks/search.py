@@ -16,8 +16,10 @@ import itertools
 import statistics
 from collections.abc import Iterator
 
+import harness
 import highspy
 import numpy as np
+from harness import Command, table
 
 from tessera.puzzle.program import Option, Solution, solve
 
@@ -32,37 +34,44 @@ SPACES = {
     "126 layers x 200 (10 attention x 20 FFN)": (126, {"attention": 10, "ffn": 20}, (0, 0)),
     "126 layers x 200 whole blocks": (126, {"ffn": 200}, (0, 0)),
 }
+TOY = "8 layers x 54, 12 of them pairs"
 
 
-def main() -> None:
-    options = parse()
+def run(options: argparse.Namespace) -> None:
     rows = []
-    for name, (layers, places, paired) in SPACES.items():
-        found = []
+    spaces = {TOY: (8, {"attention": 6, "ffn": 9}, (4, 3))} if options.smoke else SPACES
+    for name, (layers, places, paired) in spaces.items():
+        found, variables = [], 0
         for seed in range(options.seeds):
             words = instance(seed, layers, places)
             pairs = list(pairs_of(seed, words, layers, *paired))
             limits = {c: options.share * parent_cost(words, c) for c in COLUMNS}
             apart = [(pair.layer, *pair.word.split("+")) for pair in pairs]
-            words += pairs
-            solution = solve(words, limits, apart, time_limit=options.time_limit)
+            solution = solve(words + pairs, limits, apart, time_limit=options.time_limit)
             check(solution, limits, layers * len(places))
             found.append(solution)
-        rows.append(line(name, found, len(words)))
-    print(
+            variables = len(words + pairs)
+        seconds = [solution.seconds for solution in found]
+        rows.append(
+            {
+                "space": name,
+                "variables": variables,
+                "seconds, median": f"{statistics.median(seconds):.2f}",
+                "max": f"{max(seconds):.2f}",
+                "largest gap": f"{max(solution.gap for solution in found):.1e}",
+            }
+        )
+    table(
+        rows,
         f"HiGHS {highspy.Highs().version()}, {options.seeds} random instances each, seconds and "
-        f"bytes at most {options.share:g} of the parent's\n"
+        f"bytes at most {options.share:g} of the parent's",
     )
-    print("| space | variables | seconds, median | max | largest gap |\n|---|--:|--:|--:|--:|")
-    print("\n".join(rows))
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="instances of each size")
     parser.add_argument("--share", type=float, default=0.6, help="budget, as a share of parent's")
     parser.add_argument("--time-limit", type=float, default=300.0)
-    return parser.parse_args()
 
 
 def instance(seed: int, layers: int, places: dict[str, int]) -> list[Option]:
@@ -111,13 +120,5 @@ def check(solution: Solution, limits: dict[str, float], places: int) -> None:
         assert sum(o.costs[column] for o in solution.options) <= limit * (1 + 1e-6)
 
 
-def line(name: str, found: list[Solution], variables: int) -> str:
-    seconds = [solution.seconds for solution in found]
-    return (
-        f"| {name} | {variables:,} | {statistics.median(seconds):.2f} | {max(seconds):.2f} "
-        f"| {max(solution.gap for solution in found):.1e} |"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    harness.main(__doc__, Command(run, arguments, {"seeds": 2}))

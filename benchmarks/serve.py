@@ -17,12 +17,16 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import harness
 import httpx
+from harness import Command, skip, table, tiny_model
 
 PROBLEM = "start {} m+{} n*{} o-{} mod 10"
 
@@ -123,47 +127,61 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def row(name: str, value: Any) -> None:
-    print(f"| {name} | {value} |", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--warm", type=float, default=20, help="seconds before and of hanging up")
+    parser.add_argument("--garbage", type=int, default=2000, help="malformed bodies")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--queue", type=int, default=256)
-    options = parser.parse_args()
-    limits = ["--batch", str(options.batch), "--queue", str(options.queue)]
-    words = [sys.executable, "-m", "tessera", "serve", options.model, "--port", "0", *limits]
-    server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(tiny_model(Path(folder))) if options.smoke else options.model
+        if model is None:
+            skip("give a model with a chat template")
+        limits = ["--batch", str(options.batch), "--queue", str(options.queue)]
+        words = [sys.executable, "-m", "tessera", "serve", model, "--port", "0", *limits]
+        server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        try:
+            loaded(server, options)
+        finally:
+            server.kill()
+            server.wait()
+
+
+def loaded(server: subprocess.Popen[str], options: argparse.Namespace) -> None:
     assert server.stderr is not None
     url = server.stderr.readline().split()[-1].removesuffix("/v1")
-    print(f"{options.clients} clients, {options.minutes:g} minutes, {' '.join(limits)}\n")
-    print("| | |\n|---|--:|")
-    try:
-        asyncio.run(crowd(url, options.clients, 20))
-        before = resident(server.pid)
-        seen = asyncio.run(crowd(url, options.clients, 60 * options.minutes))
-        row("requests, how they ended", dict(seen.ended))
-        row("tokens a second", f"{seen.tokens / (60 * options.minutes):,.0f}")
-        for name, values in (("first token", seen.first), ("whole reply", seen.whole)):
-            told = [f"{1000 * percentile(values, s):,.0f}" for s in (0.5, 0.99)]
-            row(f"{name}, ms: p50, p99", ", ".join(told))
-        row("memory, MB: before, after", f"{before:.0f}, {resident(server.pid):.0f}")
-        left = asyncio.run(crowd(url, options.clients, 20, leave=0.5))
-        row("half of the clients hang up midway", dict(left.ended))
-        row("2,000 bodies of garbage", dict(asyncio.run(garbage(url, 2000))))
-        over = asyncio.run(burst(url, 10 * (options.queue + options.batch) // 4))
-        row("ten times what the queue holds, at once", dict(over.ended))
-        after = asyncio.run(crowd(url, 8, 5))
-        row("and afterwards, eight clients", dict(after.ended))
-        row("memory at the end, MB", f"{resident(server.pid):.0f}")
-        row("first token afterwards, ms", f"{1000 * statistics.median(after.first):,.0f}")
-        row("SIGTERM", drained(server, url))
-    finally:
-        server.kill()
+    rows: dict[str, Any] = {}
+    asyncio.run(crowd(url, options.clients, options.warm))
+    before = resident(server.pid)
+    seen = asyncio.run(crowd(url, options.clients, 60 * options.minutes))
+    rows["requests, how they ended"] = dict(seen.ended)
+    rows["tokens a second"] = f"{seen.tokens / (60 * options.minutes):,.0f}"
+    for name, values in (("first token", seen.first), ("whole reply", seen.whole)):
+        told = [f"{1000 * percentile(values, s):,.0f}" for s in (0.5, 0.99)]
+        rows[f"{name}, ms: p50, p99"] = ", ".join(told)
+    rows["memory, MB: before, after"] = f"{before:.0f}, {resident(server.pid):.0f}"
+    left = asyncio.run(crowd(url, options.clients, options.warm, leave=0.5))
+    rows["half of the clients hang up midway"] = dict(left.ended)
+    rows[f"{options.garbage:,} bodies of garbage"] = dict(
+        asyncio.run(garbage(url, options.garbage))
+    )
+    over = asyncio.run(burst(url, 10 * (options.queue + options.batch) // 4))
+    rows["ten times what the queue holds, at once"] = dict(over.ended)
+    after = asyncio.run(crowd(url, 8, 5))
+    rows["and afterwards, eight clients"] = dict(after.ended)
+    rows["memory at the end, MB"] = f"{resident(server.pid):.0f}"
+    rows["first token afterwards, ms"] = f"{1000 * statistics.median(after.first):,.0f}"
+    rows["SIGTERM"] = drained(server, url)
+    table(
+        [{"": name, "measured": value} for name, value in rows.items()],
+        f"{options.clients} clients, {options.minutes:g} minutes, batch {options.batch}, "
+        f"queue {options.queue}",
+    )
 
 
 def drained(server: subprocess.Popen[str], url: str) -> str:
@@ -183,4 +201,5 @@ def drained(server: subprocess.Popen[str], url: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    toy = {"clients": 4, "minutes": 0.05, "warm": 2, "garbage": 50, "batch": 4, "queue": 8}
+    harness.main(__doc__, Command(run, arguments, toy))

@@ -16,4 +16,4 @@ def test_the_same_command_again_gives_the_same_child():
     words = [sys.executable, str(SCRIPT), "--kills", "3", "--grow", "3072"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "killed: 3 kills" in done.stdout and "the second ended with 2" in done.stdout
+    assert "| killed | 3 kills" in done.stdout and "the second ended with 2" in done.stdout
