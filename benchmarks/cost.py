@@ -63,8 +63,7 @@ from tessera.puzzle.vllm_cost import (
     served,
 )
 from tessera.runs.run import read_json, read_manifest, read_table
-from tessera.vllm.engine import PLUGIN
-from tessera.vllm.process import find_python
+from tessera.vllm.engine import PLUGIN, find_python
 
 CHECKPOINTS = ("stories260k", "tinystories-char-940k")
 DEEP = "12 layers, random"

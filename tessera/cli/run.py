@@ -88,14 +88,14 @@ def check(
     found = []
     for step in steps:
         memory, path = planning.stage_memory(step, steps), step.files.get("path")
-        imported = step.stage.name == "parent" and isinstance(path, Path)
+        imported = path if step.stage.name == "parent" and isinstance(path, Path) else None
         row = {
             "name": step.name,
             "stage": step.stage.name,
             "action": step.action,
             "inputs": step.inputs,
             "config": step.resolved,
-            "num_params": model_config(path).num_params() if imported else None,
+            "num_params": model_config(imported).num_params() if imported else None,
             "memory": memory.as_json() if memory else None,
             "warnings": step.warnings(steps),
         }

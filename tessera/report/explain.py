@@ -75,7 +75,10 @@ def explain(path: str | Path) -> Row | None:
         return None
     if before.words == after.words:
         return None
-    return {"against": str(parent), **changes(before, after, before, prices_of(ancestors(path)))}
+    return {
+        "against": str(parent),
+        **changes(before, after, before, prices_of(list(ancestors(path)))),
+    }
 
 
 def diff(a: str | Path, b: str | Path) -> Row:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,18 @@ class Order:
     batches: list[NDArray[np.int64]]
     planned: NDArray[np.float64]
     actual: NDArray[np.float64]
+
+    def table(self, every: int) -> list[dict[str, Any]]:
+        """Rows to show: each bin's planned and actual share, in spans of `every` steps."""
+        rows = []
+        for first in range(0, len(self.batches), every):
+            part = slice(first, first + every)
+            means = self.planned[part].mean(0), self.actual[part].mean(0)
+            for number, (planned, actual) in enumerate(zip(*means, strict=True)):
+                middle = (number + 0.5) / self.planned.shape[1]
+                row = {"step": first + 1, "pass_rate": round(middle, 4)}
+                rows.append({**row, "planned": float(planned), "actual": float(actual)})
+        return rows
 
 
 def order(

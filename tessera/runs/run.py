@@ -237,7 +237,7 @@ class Run:
                 pass
         self.close()
 
-    def log(self, step: int, file: str = "metrics.jsonl", **numbers: Any) -> None:
+    def log(self, step: int, file: str = "metrics.jsonl", /, **numbers: Any) -> None:
         """Appends one step's numbers to `metrics.jsonl`; what is not finite becomes null."""
         row = {key: v.item() if hasattr(v, "item") else v for key, v in numbers.items()}
         for key, value in row.items():
