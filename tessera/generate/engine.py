@@ -132,12 +132,14 @@ class Engine(Protocol):
         the batch; `keys`, one integer a prompt, default to 0, 1, 2, … `progress(done, total)` is
         called as completions finish. Raises GenerationError.
         """
+        ...
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-prob of each token given its prefix.
 
         Entry t is that of token t + 1, so a sequence of T tokens has T - 1 entries.
         """
+        ...
 
     def sync(self, module: Transformer, version: int) -> None:
         """Take the weights `module` has now; completions carry `version` from here on."""
