@@ -151,16 +151,19 @@ class Embedder:
             from sentence_transformers.sentence_transformer.modules import Pooling
         except ImportError:
             raise AskError("an embedder needs: pip install 'tessera[embed]'") from None
-        _check_whole(self.directory)
         try:
+            _check_whole(self.directory)
             model = SentenceTransformer(
                 str(self.directory),
                 device=str(dist.device()),
                 local_files_only=True,
                 model_kwargs={"use_safetensors": True, "dtype": "float32"},
             )
+        except AskError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-            raise AskError(f"{self.directory}: {_first_line(error)}") from error
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise AskError(f"{self.directory}: {(*lines, type(error).__name__)[0]}") from error
         if wanted := self.config.max_tokens:
             encoder: Any = model[0]
             positions = getattr(encoder.auto_model.config, "max_position_embeddings", wanted)
@@ -183,19 +186,12 @@ def _check_whole(directory: Path) -> None:
 
     if not any(directory.glob("*.safetensors")):
         raise AskError(f"{directory} holds no *.safetensors; pickles are refused")
-    try:
-        _, info = transformers.AutoModel.from_pretrained(
-            directory,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise AskError(f"{directory}: {_first_line(error)}") from error
+    _, info = transformers.AutoModel.from_pretrained(
+        directory,
+        local_files_only=True,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
     if absent := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
         raise AskError(f"{directory} is no encoder: its weights lack {absent[0]}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

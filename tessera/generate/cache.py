@@ -312,7 +312,14 @@ class Slots:
         for layer, heads in self.heads.items():
             old = self.caches.get(layer, ())
             if size is not None:
-                self.caches[layer] = self._new_cache(size[0], heads, size[1])
+                # Zeros: a masked column is multiplied by 0, which a stray NaN would survive.
+                shape = (size[0], heads, size[1], self.dim)
+                keys, values = (
+                    torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(2, 3)
+                    for _ in range(2)
+                )
+                keys = keys.contiguous() if self.dtype == torch.float32 else keys
+                self.caches[layer] = keys, values
             for cache, new in zip(old, self.caches[layer], strict=False):
                 past = cache[:live, ..., low : self.cursor]
                 new[:live, ..., to : to + width] = past.clone() if new is cache else past
@@ -321,12 +328,3 @@ class Slots:
         self.cursor += to - low
         self.starts = [start + to - low for start in self.starts]
         self._rows_changed()
-
-    def _new_cache(self, rows: int, heads: int, columns: int) -> tuple[Tensor, Tensor]:
-        # Zeros: a masked column is multiplied by 0, which a stray NaN would survive.
-        shape = (rows, heads, columns, self.dim)
-        keys, values = (
-            torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(2, 3)
-            for _ in range(2)
-        )
-        return keys.contiguous() if self.dtype == torch.float32 else keys, values

@@ -237,12 +237,6 @@ class Packed:
         self.head = make(module.head * (module.norm.weight * self.root), None)
         self.frequencies = module.inverse_frequencies(self.device)
 
-    def same_shape(self, other: Packed) -> bool:
-        """Whether a KV cache made for the other serves this one."""
-        ours, theirs = self.config, other.config
-        same = ours.blocks == theirs.blocks and ours.head_dim == theirs.head_dim
-        return same and (self.device, self.dtype) == (other.device, other.dtype)
-
     def rotation(self, positions: Tensor) -> dict[int, Tensor]:
         """RoPE of rows at `positions` `(R,)`, by count of KV heads: complex `(R, (H + 2K) D/2)`.
 

@@ -115,9 +115,12 @@ class Scheduler:
     def load(self, packed: Packed, version: int) -> None:
         """Other weights, after `evict`; the cache's memory stays if it fits."""
         self.version = version
-        if not packed.same_shape(self.packed):
+        old, self.packed = self.packed, packed
+        before, after = (
+            (one.config.blocks, one.config.head_dim, one.device, one.dtype) for one in (old, packed)
+        )
+        if before != after:
             self.slots = Slots(packed, self.max_tokens)
-        self.packed = packed
         if self.prefixes is not None:
             self.prefixes = PrefixCache(self.prefixes.max_tokens)
 
