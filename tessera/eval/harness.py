@@ -201,7 +201,9 @@ class TesseraLM(TemplateLM):
         longest = module.config.max_position_embeddings
         self.max_length = config.max_length or longest
         if self.max_length > longest:
-            raise HarnessError(f"max_length is {self.max_length}, but the model has {longest}")
+            raise HarnessError(
+                f"max_length is {self.max_length}; the model has {longest} positions"
+            )
         if config.rolling_context > self.max_length:
             raise HarnessError(f"give a rolling_context of at most {self.max_length}, a window")
         named = self.codec.bos_id is not None
