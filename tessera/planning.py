@@ -177,8 +177,7 @@ PROMPT = 256
 class Experience:
     """groups of a step, answers of a group that are learnt from, tokens of an answer and a prompt.
 
-    engine: weights to generate with stand beside those that are trained. written: answers of a
-    rollout, 0 where they are read from files.
+    engine: weights to generate with are held too. written: answers of a rollout, 0 from files.
     """
 
     groups: int
@@ -351,8 +350,7 @@ def _gathered(config: ModelConfig, tensor: int, size: int) -> int:
 def loss_bytes(config: ModelConfig, tokens: int, size: int, two: bool, accelerator: bool) -> float:
     """Hidden states and their gradient, and the chunks of logits of one model or two.
 
-    A model's logits are made in the arithmetic's type and copied to float32, unless they are;
-    slopes are kept a slab, and probabilities of the parent a tile.
+    Logits are made in the arithmetic's type and copied to float32; slopes are kept a slab.
     """
     portions = PORTIONS["cuda" if accelerator else "cpu"]
     rows = max(1, min(tokens, portions.chunk // config.vocab_size))
@@ -509,11 +507,11 @@ def _tensor(job: Job, layout: Layout, cluster: Cluster) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """A training: of `student` whole (with a frozen `teacher`, perhaps), or of units of `parent`.
+    """A training of `student` (with a frozen `teacher`, perhaps), or of units of the teacher.
 
-    passes: how often the data is gone through, a group of layers each (block-wise distillation).
-    states: the teacher's residual streams are kept for a loss on them. heats: steps of each
-    training of a race. experience: what a policy writes itself; `teacher` is its reference.
+    passes: how often the data is gone through, a group of layers each. states: the teacher's
+    residual streams are kept for a loss on them. heats: steps of each training of a race.
+    experience: what a policy writes itself; `teacher` is its reference.
     """
 
     name: str
@@ -573,10 +571,7 @@ def jobs(
     parent: ModelConfig,
     child: ModelConfig | None = None,
 ) -> list[Job]:
-    """The trainings of a recipe, in order, and what each trains. Raises RecipeError.
-
-    child: what the search will find, where that is known.
-    """
+    """The trainings of a recipe, in order; child: what the search finds, where that is known."""
     found = []
     for spec in recipe.stages:
         imported = spec.stage == "parent" and "train" not in spec.table
@@ -655,13 +650,8 @@ class Plan:
         return self.job.train.tokens_per_step / self.time.total * DAY
 
     @property
-    def seconds(self) -> float:
-        """Of the whole training."""
-        return self.job.steps * self.time.total
-
-    @property
     def gpu_hours(self) -> float:
-        return self.seconds * self.cluster.world / 3600
+        return self.job.steps * self.time.total * self.cluster.world / 3600
 
     def as_json(self) -> dict[str, Any]:
         """Bytes, seconds, counts."""
@@ -777,7 +767,7 @@ def render_plan(plan: Plan, price: float | None = None) -> str:
         f"  step      {time.total:.3g} s ({', '.join(step)}; sharding runs beside products and "
         f"passes), MFU {time.mfu:.0%}",
         f"  training  {_count(job.tokens)} tokens, {_count(plan.tokens_a_day)} a day: "
-        f"{plan.seconds / DAY:.2g} days, {plan.gpu_hours:,.0f} GPU-hours"
+        f"{job.steps * time.total / DAY:.2g} days, {plan.gpu_hours:,.0f} GPU-hours"
         + (f", {price * plan.gpu_hours:,.0f} at {price:g} a GPU-hour" if price else ""),
     ]
     if job.heats:

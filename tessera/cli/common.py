@@ -1,7 +1,4 @@
-"""What every command has in common: how it fails, how it prints, and the arguments several take.
-
-Every import that costs time is inside the command that needs it: `tessera --help` brings no torch.
-"""
+"""What every command has in common: how it fails, how it prints, and the arguments several take."""
 
 from __future__ import annotations
 

@@ -88,14 +88,16 @@ def check(
     found = []
     for step in steps:
         memory, path = planning.stage_memory(step, steps), step.files.get("path")
-        imported = path if step.stage.name == "parent" and isinstance(path, Path) else None
+        counted = None
+        if step.stage.name == "parent" and isinstance(path, Path):
+            counted = model_config(path).num_params()
         row = {
             "name": step.name,
             "stage": step.stage.name,
             "action": step.action,
             "inputs": step.inputs,
             "config": step.resolved,
-            "num_params": model_config(imported).num_params() if imported else None,
+            "num_params": counted,
             "memory": memory.as_json() if memory else None,
             "warnings": step.warnings(steps),
         }
@@ -103,8 +105,8 @@ def check(
         if as_json:
             continue
         print(f"# {step.name}: {_what_would_happen(step)}")
-        if row["num_params"]:
-            print(f"# {row['num_params']:,} parameters in {path}")
+        if counted:
+            print(f"# {counted:,} parameters in {path}")
         if memory:
             print(f"# {memory}")
         for note in step.notes():

@@ -57,9 +57,8 @@ def official() -> SimpleNamespace:
 def _no_model_config() -> Iterator[None]:
     """Puts a small module in the place of bfcl-eval's `model_config` during an import.
 
-    `ast_checker` reads one flag of one model there, and the real module imports the client
-    libraries of a dozen providers. The flag says that function names keep their dots, which holds
-    for every model that is given the functions in its prompt.
+    `ast_checker` reads one flag there (function names keep their dots), and the real module imports
+    the client libraries of a dozen providers.
     """
     small = ModuleType("bfcl_eval.constants.model_config")
     small.__dict__["MODEL_CONFIG_MAPPING"] = {MODEL: SimpleNamespace(underscore_to_dot=False)}

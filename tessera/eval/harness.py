@@ -39,10 +39,9 @@ from tessera.runs.run import fingerprint_path
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One completion that is wanted.
+    """A completion to make; key: what its randomness follows from, beside the seed.
 
-    key: what its randomness follows from, beside the seed. keep_thought: the thought is part of
-    the text, and its stop strings count there too.
+    keep_thought: the thought is part of the text, and its stop strings count there too.
     """
 
     prompt: list[int]
@@ -87,11 +86,10 @@ def complete(
     batch: int,
     room: int,
 ) -> Iterator[tuple[int, str]]:
-    """(its index, its text) of each completion, as they end.
+    """(its index, its text) of each completion, as they end; what is unfinished is cancelled.
 
-    room: tokens of a prompt and its completion, which ends there at the latest. The longest
-    prompts go first, and beside `batch` that decode as many wait, so that rows are never empty.
-    Raises GenerationError; what is unfinished when the caller leaves is cancelled.
+    room: tokens of a prompt and its completion. The longest prompts go first, and beside `batch`
+    that decode as many wait, so that rows are never empty.
     """
     left = iter(sorted(range(len(wanted)), key=lambda i: -len(wanted[i].prompt)))
     flying: dict[int, Handle] = {}
@@ -108,18 +106,14 @@ def complete(
             engine.step()
             for i in [i for i, handle in flying.items() if handle.done]:
                 (completion,) = flying.pop(i).result()
-                yield i, _text(tokenizer, wanted[i], completion.token_ids)
+                tokens, answer = completion.token_ids, Answer(tokenizer, wanted[i])
+                ended = bool(tokens) and tokens[-1] in wanted[i].params.stop_token_ids
+                for token in tokens[: len(tokens) - ended]:
+                    answer.push(token)
+                yield i, answer.finish()
     finally:
         for handle in flying.values():
             handle.cancel()
-
-
-def _text(tokenizer: Tokenizer, one: Wanted, tokens: Sequence[int]) -> str:
-    answer = Answer(tokenizer, one)
-    ended = bool(tokens) and tokens[-1] in one.params.stop_token_ids
-    for token in tokens[: len(tokens) - ended]:
-        answer.push(token)
-    return answer.finish()
 
 
 try:
@@ -138,7 +132,6 @@ except ModuleNotFoundError as error:
     ) from None
 
 SCORED_AT_ONCE = 256  # sequences between two moves of the progress
-BATCH = 64
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 log = logging.getLogger(__name__)
 Scores = list[tuple[float, bool]]
@@ -170,7 +163,7 @@ class Arguments(Config):
     max_gen_toks: int = Field(default=256, ge=1)
     rolling_context: int = Field(default=1, ge=1)
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    max_batch_size: int = Field(default=BATCH, ge=1)
+    max_batch_size: int = Field(default=64, ge=1)
     device: str = "cpu"
     seed: int = Field(default=0, ge=0)
 
@@ -181,11 +174,7 @@ class Arguments(Config):
 
 @register_model("tessera")
 class TesseraLM(TemplateLM):
-    """The model `tessera` of lm-eval. Its arguments are the fields of `Arguments`.
-
-    Raises RecipeError for an unknown argument, CheckpointError and TokenizerError for a model
-    that cannot be had.
-    """
+    """The model `tessera` of lm-eval. Its arguments are the fields of `Arguments`."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
@@ -203,16 +192,15 @@ class TesseraLM(TemplateLM):
         longest = module.config.max_position_embeddings
         self.max_length = config.max_length or longest
         if self.max_length > longest:
-            raise HarnessError(f"max_length is {self.max_length}, but the model has {longest}")
+            raise HarnessError(
+                f"max_length is {self.max_length}; the model has {longest} positions"
+            )
         if config.rolling_context > self.max_length:
             raise HarnessError(f"give a rolling_context of at most {self.max_length}, a window")
-        self.add_bos = self.codec.bos_id is not None
-        if config.add_bos_token is not None:
-            self.add_bos = config.add_bos_token
-        if self.add_bos and self.codec.bos_id is None:
-            raise TokenizerError(
-                "this tokenizer names no beginning-of-text token; leave add_bos_token out"
-            )
+        named = self.codec.bos_id is not None
+        self.add_bos = named if config.add_bos_token is None else config.add_bos_token
+        if self.add_bos and not named:
+            raise TokenizerError("this tokenizer names no BOS token; leave add_bos_token out")
         self._info = {
             "model_num_parameters": module.config.num_params(),
             "model_dtype": "float32",

@@ -203,11 +203,9 @@ class Run:
         identity: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> Run:
-        """Creates a run, or resumes one of the same fingerprint.
+        """Creates a run, or resumes one of the same fingerprint, made from `identity` or `config`.
 
-        identity: the part of `config` that the fingerprint is made from; all of it unless given.
-        Raises RunError when it is finished, differs, belongs to another process, or when an
-        input is unfinished or missing.
+        Raises RunError when it is finished, differs, is in use, or an input is unfinished.
         """
         lock = Lock(path) if dist.is_main() else None
         try:
@@ -420,8 +418,7 @@ def holds_no_work(path: Path) -> bool:
 def replacing_run(path: Path, anew: bool) -> Iterator[None]:
     """Keeps the old run at `aside(path)` until the new one is done; `anew` where it begins now.
 
-    An error before the new run holds any work puts the old one back. The old run's lock moves with
-    it, so no other process takes it for one that a killed process left.
+    An error before the new run holds any work puts the old one back. The old run's lock moves too.
     """
     old = aside(path)
     if not old.exists() and not (anew and path.exists()):
@@ -446,7 +443,7 @@ def settle(path: Path, fingerprint: str) -> bool:
     """Ends what a process killed inside `replacing_run` left; False where nothing was to end.
 
     The old run is put back where the new one holds no work, or where `fingerprint`, the recipe's,
-    is the old run's and not the new one's. Raises RunError where a process works on it.
+    is the old run's and not the new one's.
     """
     old = aside(path)
     if not old.exists():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from tessera.eval.task import EvalError, Task
-from tessera.eval.tasks import code, judged, maths, multi_turn, procedural, tools, words
+from tessera.eval.tasks import judged, maths, multi_turn, procedural, programs, tools
 from tessera.table import nearest
 
 TASKS: dict[str, Task] = {
     task.name: task
     for tasks in (
         maths.TASKS,
-        words.TASKS,
-        code.TASKS,
+        programs.TASKS,
         tools.TASKS,
         multi_turn.TASKS,
         judged.TASKS,

@@ -1,9 +1,7 @@
 """Answers that another model judges: MT-Bench, Arena-Hard; and JudgeBench, where the model judges.
 
-MT-Bench: a mark from 1 to 10 for each of two turns, with GPT-4's reference where there is one.
-Arena-Hard: the answer beside a baseline's, in both orders; a win counts 1, a tie 1/2. JudgeBench:
-two responses of which one is right, each order an item of its own, so accuracy is that of single
-judgements (arXiv 2410.12784 counts a pair, and may come out lower).
+JudgeBench's accuracy is that of single judgements, each order an item of its own (arXiv 2410.12784
+counts a pair, and may come out lower).
 """
 
 from __future__ import annotations

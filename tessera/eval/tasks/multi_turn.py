@@ -1,11 +1,8 @@
 """BFCL's multi-turn sets: calls are run on its services, and its `multi_turn_checker` judges.
 
-In each turn of the user's the model is asked, its calls are run and their results given back
-between `<TOOL_RESPONSE>` tags, until an answer holds no call that can be read. More than 20 answers
-with calls in one turn end the conversation, and it is wrong. After each turn that has true calls,
-the state of every service must be that after the true calls, and the results of the true calls must
-be among all results so far. In a turn without true calls (a function or parameter is missing)
-nothing is checked. Functions that are not offered run all the same, as in bfcl-eval.
+In each turn the model's calls are run and their results given back between `<TOOL_RESPONSE>` tags,
+until an answer holds no call that can be read; more than 20 answers with calls are wrong. Functions
+that are not offered run all the same, as in bfcl-eval.
 """
 
 from __future__ import annotations
@@ -51,10 +48,7 @@ RESULTS = "<TOOL_RESPONSE>{results}</TOOL_RESPONSE>"
 
 
 def multi_turn(kind: str, data: Data) -> Iterator[Item]:
-    """The items of one set, their functions' descriptions read from `multi_turn_func_doc`.
-
-    Raises EvalError where bfcl-eval is not installed.
-    """
+    """The items of one set. Raises EvalError where bfcl-eval is not installed."""
     bfcl.official()
     answers = data.rows(f"bfcl/possible_answer/BFCL_v4_multi_turn_{kind}.jsonl")
     truth = {row["id"]: row["ground_truth"] for row in answers}

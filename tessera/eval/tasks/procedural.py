@@ -29,10 +29,7 @@ WORK = Measure("work", SAME_WORK, modes=("on", "text"))
 
 
 def same_work(sample: Judged) -> Outcome:
-    """Whether the thought (the whole text without one) holds the work of the problem.
-
-    An answer can be right by a shortcut; its work cannot.
-    """
+    """Whether the thought (the whole text without one) holds the work of the problem."""
     found = split(sample.completion)
     shown = " ".join((found.answer if found.thought is None else found.thought).split())
     wanted = " ".join(str(sample.fields["work"]).split())
@@ -72,10 +69,8 @@ def needles(words: int, keys: int, data: Data) -> Iterator[Item]:
         while sum(len(line.split()) for line in hay) < words:
             hay.append(chance.choice(HAY))
         depth = index % 11
-        places = [
-            round(depth / 10 * len(hay)),
-            *(chance.randrange(len(hay) + 1) for _ in names[1:]),
-        ]
+        places = [round(depth / 10 * len(hay))]
+        places += [chance.randrange(len(hay) + 1) for _ in names[1:]]
         for place, name, number in sorted(zip(places, names, numbers, strict=True), reverse=True):
             hay.insert(place, f"The number of {name} is {number}.")
         question = f"{' '.join(hay)}\n\nWhat is the number of {names[0]}? Answer: NUMBER."

@@ -1,9 +1,7 @@
 """BFCL's single-turn sets: its `ast_checker` compares an answer's calls with the possible ones.
 
-Tools and calls have the form of Llama-Nemotron's chat template: tools between `<AVAILABLE_TOOLS>`
-tags in the system prompt, calls as `<TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>`.
-Where no tool fits (irrelevance), an answer without a call is right. The multi-turn sets, whose
-calls are run, are in `multi_turn.py`.
+Tools and calls have the form of Llama-Nemotron's chat template. Where no tool fits (irrelevance),
+an answer without a call is right.
 """
 
 from __future__ import annotations
@@ -99,21 +97,17 @@ def read_calls(answer: str) -> list[Call] | None:
 
 def _python_calls(text: str) -> list[Call] | None:
     """`[f(a=1), g.h(b="x")]`, the form that BFCL's own prompt asks for."""
+    calls = []
     try:
         body = ast.parse(text, mode="eval").body
-        return [
-            _python_call(node) for node in (body.elts if isinstance(body, ast.List) else [body])
-        ]
+        for node in body.elts if isinstance(body, ast.List) else [body]:
+            if not isinstance(node, ast.Call) or node.args:
+                return None
+            values = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+            calls.append((ast.unparse(node.func), values))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
-
-
-def _python_call(node: ast.expr) -> Call:
-    """Raises ValueError for what is no call of plain values by name."""
-    if not isinstance(node, ast.Call) or node.args:
-        raise ValueError("not a call by name")
-    arguments = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
-    return ast.unparse(node.func), arguments
+    return calls
 
 
 CALLS = Measure("accuracy", FunctionReward(kind="function", function=f"{__name__}:verify_calls"))
