@@ -54,6 +54,10 @@ class Bench:
 def check(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if options.smoke:
+            text = re.sub(r"\bsteps = \d+", "steps = 6", options.recipe.read_text())
+            options.recipe = folder / "toy.toml"
+            options.recipe.write_text(text.replace("calc = 1500, sort = 500", "calc = 300"))
         begun = time.monotonic()
         finish(options.recipe, folder / "undisturbed")
         seconds = time.monotonic() - begun
