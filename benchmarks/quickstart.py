@@ -40,6 +40,7 @@ TOY = [
     "frontier.points=[1.3]",
     "compare.tokens=512",
     "profile.tasks={calc=12}",
+    "defaults.max_tokens=16",
     *(f"eval-{one}.limit=4" for one in ("parent", "child", "kd", "dropped", "sft", "grpo")),
 ]
 
