@@ -24,16 +24,44 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_decilm import DeciLMConfig, intermediate_size
 
 
-class Linear(nn.Module):
-    """One matrix in a subblock's place, under the name that the released models give it."""
+class LinearAttention(nn.Module):
+    """One matrix in the place of attention."""
 
-    def __init__(self, name: str, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.name = name
-        self.add_module(name, nn.Linear(hidden_size, hidden_size, bias=False))
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        return getattr(self, self.name)(hidden_states)
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return self.linear_attn(hidden_states), None
+
+
+class LinearMLP(nn.Module):
+    """One matrix in the place of the FFN."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.linear_mlp(hidden_states)
+
+
+def build_attention(config: DeciLMConfig, section: Any, place: int) -> nn.Module:
+    if section.replace_with_linear:
+        return LinearAttention(config.hidden_size)
+    sizes = copy.copy(config)
+    sizes.num_key_value_heads = config.num_attention_heads // section.n_heads_in_group
+    attention = LlamaAttention(sizes, place)
+    attention.config = config  # the shared one: attention kernels may be switched later
+    return attention
+
+
+def build_ffn(config: DeciLMConfig, section: Any) -> nn.Module:
+    if section.replace_with_linear:
+        return LinearMLP(config.hidden_size)
+    sizes = copy.copy(config)
+    sizes.intermediate_size = intermediate_size(section.ffn_mult, config.hidden_size)
+    return LlamaMLP(sizes)
 
 
 class DeciLMDecoderLayer(LlamaDecoderLayer):
@@ -41,30 +69,21 @@ class DeciLMDecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, config: DeciLMConfig, block: Any, place: int) -> None:
         super(LlamaDecoderLayer, self).__init__()
-        self.hidden_size = size = config.hidden_size
-        attention, ffn, sizes = block.attention, block.ffn, copy.copy(config)
-        if not attention.no_op:
-            self.input_layernorm = LlamaRMSNorm(size, config.rms_norm_eps)
-            if attention.replace_with_linear:
-                self.self_attn = Linear("linear_attn", size)
-            else:
-                sizes.num_key_value_heads = config.num_attention_heads // attention.n_heads_in_group
-                self.self_attn = LlamaAttention(sizes, place)
-                self.self_attn.config = config  # the shared one: kernels may be switched later
-        if not ffn.no_op:
-            self.post_attention_layernorm = LlamaRMSNorm(size, config.rms_norm_eps)
-            if ffn.replace_with_linear:
-                self.mlp = Linear("linear_mlp", size)
-            else:
-                sizes.intermediate_size = intermediate_size(ffn.ffn_mult, size)
-                self.mlp = LlamaMLP(sizes)
+        self.hidden_size = config.hidden_size
+        if not block.attention.no_op:
+            self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.self_attn = build_attention(config, block.attention, place)
+        if not block.ffn.no_op:
+            self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = build_ffn(config, block.ffn)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if hasattr(self, "self_attn"):
-            delta = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = hidden_states + (delta[0] if isinstance(delta, tuple) else delta)
+            delta, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + delta
         if hasattr(self, "mlp"):
-            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            delta = self.mlp(self.post_attention_layernorm(hidden_states))
+            hidden_states = hidden_states + delta
         return hidden_states
 
 
