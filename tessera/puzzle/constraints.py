@@ -224,10 +224,6 @@ class Constraint:
         """Its left side, given the columns of an architecture, a word or the base by scenario."""
         return sum(w * columns[s][c] for (s, c), w in self.coefficients.items())
 
-    def scaled(self, factor: float) -> Constraint:
-        """Looser (factor above 1) or tighter."""
-        return replace(self, bound=self.bound * factor)
-
 
 @dataclass(frozen=True)
 class BatchChoice:
@@ -275,7 +271,10 @@ class BatchChoice:
 
     def scaled(self, budget: str, factor: float) -> BatchChoice:
         """With one budget of the recipe looser (factor above 1) or tighter."""
-        changed = (o.scaled(factor) if o.budget == budget else o for o in self.constraints)
+        changed = (
+            replace(one, bound=one.bound * factor) if one.budget == budget else one
+            for one in self.constraints
+        )
         return replace(self, constraints=tuple(changed))
 
     def towards(self, share: float) -> BatchChoice:
