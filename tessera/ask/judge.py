@@ -42,9 +42,9 @@ def same_answer(question: str, expected: str, predicted: str, template: str = ""
     return fill(template or SAME_ANSWER, question=question, **names)
 
 
-def request(name: str, asked: str | list[Message], max_tokens: int) -> Request:
-    """A greedy request; a text is asked as the one message of the user."""
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+def request(name: str, prompt: str | list[Message], max_tokens: int) -> Request:
+    """A greedy request; a text is the one message of the user."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return Request(name, messages, {"temperature": 0.0, "max_tokens": max_tokens})
 
 

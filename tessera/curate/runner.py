@@ -106,8 +106,8 @@ class ShardWriter:
             os.replace(removed, self.path("removed", "jsonl"))
         counts = {name: count.as_json() for name, count in self.counts.items()}
         groups = [[*group, number] for group, number in sorted(self.groups.items())]
-        told = {"rows": self.rows, "steps": counts, "groups": groups}
-        atomic_write(self.path("counts", "json"), json.dumps(told, ensure_ascii=False))
+        summary = {"rows": self.rows, "steps": counts, "groups": groups}
+        atomic_write(self.path("counts", "json"), json.dumps(summary, ensure_ascii=False))
 
     def note(self, name: str, chat: Chat, result: Result) -> Iterator[Chat]:
         """Counts what a step made of a row, and yields what goes on."""
@@ -124,8 +124,8 @@ class ShardWriter:
     def note_bad(self, bad: Bad) -> None:
         self.counts[READ].rows_in += 1
         self.counts[READ].reasons[bad.reason] += 1
-        told = {"row": f"{bad.file}:{bad.line}", "step": READ, "reason": bad.reason}
-        self._removed.write(json.dumps({**told, "excerpt": bad.excerpt}) + "\n")
+        row = {"row": f"{bad.file}:{bad.line}", "step": READ, "reason": bad.reason}
+        self._removed.write(json.dumps({**row, "excerpt": bad.excerpt}) + "\n")
 
     def _apply(self, name: str, step: RowStep, batch: list[Chat]) -> list[Chat]:
         self.counts[name]  # a step that no row reaches is counted, too
@@ -157,8 +157,8 @@ class Parts:
     """The rows that a finished pass left, and what its set step decided about them, if any."""
 
     def __init__(self, home: Path, shards: int, decided: bool) -> None:
-        told = [json.loads((home / f"counts-{n:05}.json").read_text()) for n in range(shards)]
-        self.rows = [one["rows"] for one in told]
+        counts = [json.loads((home / f"counts-{n:05}.json").read_text()) for n in range(shards)]
+        self.rows = [one["rows"] for one in counts]
         self.paths = [home / f"part-{n:05}.jsonl" for n in range(shards)]
         self.verdicts: Any = np.load(home / "verdicts.npy", mmap_mode="r") if decided else None
 
@@ -389,12 +389,12 @@ class Pipeline:
         counts: dict[str, Count] = defaultdict(Count)
         groups: Counter[tuple[str, str, str]] = Counter()
         for writer in (one for index in passes for one in self._writers(index)):
-            told = json.loads(writer.path("counts", "json").read_text(encoding="utf-8"))
-            for name, found in told["steps"].items():
+            summary = json.loads(writer.path("counts", "json").read_text(encoding="utf-8"))
+            for name, found in summary["steps"].items():
                 counts[name].rows_in += found["in"]
                 counts[name].rows_out += found["out"]
                 counts[name].reasons.update(found["reasons"])
-            for *group, rows_out in told["groups"]:
+            for *group, rows_out in summary["groups"]:
                 groups[tuple(group)] += rows_out
         return counts, groups
 

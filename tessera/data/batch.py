@@ -82,8 +82,8 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Telling(Protocol):
-    """A source that makes its batches, and has something to tell of how that went.
+class MeasuredSource(Protocol):
+    """A source that makes its batches itself and measures how that went.
 
     metrics: numbers for metrics.jsonl, the same in every process. timings: seconds.
     """

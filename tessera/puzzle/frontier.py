@@ -158,10 +158,10 @@ def stage(config: FrontierConfig, run: Run, inputs: dict[str, Any]) -> None:
                 "words": row["words"],
             }
         )
-        told = f"{row['name']}: KL {own['kl_before']:.4f}"
+        line = f"{row['name']}: KL {own['kl_before']:.4f}"
         if own["kl"] != own["kl_before"]:
-            told += " -> " + ("not finite" if own["kl"] is None else f"{own['kl']:.4f}")
-        run.say(told)
+            line += " -> " + ("not finite" if own["kl"] is None else f"{own['kl']:.4f}")
+        run.say(line)
     order = {name: i for i, name in enumerate(dict.fromkeys(r["method"] for r in rows + missing))}
     rows = sorted(rows + missing, key=lambda row: (order[row["method"]], row["point"]))
     run.write_table("frontier", rows)

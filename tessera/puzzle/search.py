@@ -195,12 +195,12 @@ def explain(choice: BatchChoice, slack: Mapping[str, float], least: Least, where
             low = least(one.key, given)
             if low is not None and low - bounds[one.key] > _SMALL * one.bound:
                 amount = _rounded(one, one.bound + (low - bounds[one.key]))
-                told = f"at least {amount} is needed"
+                text = f"at least {amount} is needed"
                 if one.name == "fits":
                     memory = one.amount.text(float(f"{one.amount.number:.3g}"))
-                    told += f", of the {memory} that there are"
-                told = f"at most {amount} can be reached" if one.inverse else told
-                lines.append(f"  {one.key} = {_as_given(one)}: {told} {when}")
+                    text += f", of the {memory} that there are"
+                text = f"at most {amount} can be reached" if one.inverse else text
+                lines.append(f"  {one.key} = {_as_given(one)}: {text} {when}")
                 break
         if (share := slack[one.key] / one.bound) > _SMALL:
             percent = 100 * (share / (1 + share) if one.inverse else share)

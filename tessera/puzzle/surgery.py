@@ -118,9 +118,9 @@ def collect_statistics(
             sums["output"][i] += float((layer.out.square().sum(-1) * real).sum())
             distance = 1 - F.cosine_similarity(layer.x, layer.out, dim=-1)
             sums["influence"][i] += float((distance * real).sum())
-    asked = range(depth) if layers is None else layers
+    wanted = range(depth) if layers is None else layers
     iterative = importance == "iterative"
-    ranks = iterative_importance(parent, batches, asked) if iterative else {}
+    ranks = iterative_importance(parent, batches, wanted) if iterative else {}
     independent = [None if one is None else one / tokens for one in activity]
     return ParentStatistics(
         [ranks.get(layer, own) for layer, own in enumerate(independent)],

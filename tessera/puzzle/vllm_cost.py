@@ -164,9 +164,9 @@ def measure(
         place = run.state_path / "probe"
         place.mkdir(parents=True, exist_ok=True)
         write_config(model, place)
-        asked = job(config, place, model.vocab_size)
-        asked["arguments"]["load_format"] = "dummy"  # random weights
-        return drive(python, asked, config.threads, cache_bytes(config, model))
+        request = job(config, place, model.vocab_size)
+        request["arguments"]["load_format"] = "dummy"  # random weights
+        return drive(python, request, config.threads, cache_bytes(config, model))
 
     answers: dict[Key, list[dict]] = {key: [] for key in probes}
     with Progress(run.name, config.starts * len(probes), "starts", quiet=run.quiet) as bar:
@@ -223,9 +223,9 @@ def stage(config: VLLMCostConfig, run: Run, inputs: dict[str, Path]) -> None:
     run.write_table("costs", cost_rows(config, parent, words, answers))
     run.write_json("probes", {" ".join(key): answer for key, answer in answers.items()})
     answer, size = answers[BASE][0], BYTES[config.dtype]
-    told = {"engine": answer["engine"], "clock": answer["clock"]}
-    told["unavailable"] = [
+    facts = {"engine": answer["engine"], "clock": answer["clock"]}
+    facts["unavailable"] = [
         {"kind": kind, "word": word, "reason": reason} for (kind, word), reason in dropped.items()
     ]
     known = config.described("measured", answer["device"], size, size)
-    run.write_json("scenarios", known | told)
+    run.write_json("scenarios", known | facts)

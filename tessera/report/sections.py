@@ -418,8 +418,8 @@ def summary(runs: Runs) -> Iterator[Block]:
     if rows:
         spent = sum(run.manifest.seconds for run in runs.all)
         cpu = sum(run.manifest.cpu_seconds for run in runs.all)
-        told = clock(spent) + (f", {clock(cpu)} of CPU" if cpu else "")
-        rows.append({"finding": "time", "value": told, "of": f"{len(runs.all)} runs"})
+        duration = clock(spent) + (f", {clock(cpu)} of CPU" if cpu else "")
+        rows.append({"finding": "time", "value": duration, "of": f"{len(runs.all)} runs"})
         yield Table("summary", rows)
 
 
@@ -436,13 +436,13 @@ def _speeds(runs: Runs) -> Iterator[Row]:
 
 
 def _answer_findings(runs: Runs) -> Iterator[Row]:
-    """What the last model to be asked with the switch said, with the error of each share."""
-    asked = [
+    """What the last model that was asked with the switch said, with the error of each share."""
+    evaluations = [
         run
         for run in runs.having("eval")
         if any(row.get("mode") in ("on", "off") for row in run.tables["eval"])
     ]
-    for run in asked[-1:]:
+    for run in evaluations[-1:]:
         for row in run.tables["eval"]:
             if row.get("value") is None:
                 continue
@@ -460,8 +460,8 @@ def _exports(runs: Runs) -> Iterator[Row]:
     """Whether the files of an export compute what the model does."""
     for run in runs.all:
         if (run.path / "tables" / "export.json").is_file():
-            told = read_json(run.path, "export")
-            parity = told.get("parity") or {}
+            export = read_json(run.path, "export")
+            parity = export.get("parity") or {}
             checked = f"{parity.get('tokens_equal')} of {parity.get('tokens')} greedy tokens equal"
-            value = f"{told['format']}, {checked if parity else 'not checked'}"
+            value = f"{export['format']}, {checked if parity else 'not checked'}"
             yield {"finding": "export", "value": value, "of": run.name}

@@ -189,9 +189,9 @@ def dependency_map(matrix: Sequence[Sequence[float]]) -> str:
             return _SHADES[0]
         return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log2(value) - _LEAST) // 2)]
 
-    told = [f"{_SHADES[0]} below 2^{_LEAST}"]
-    told += [f"{s} from 2^{_LEAST + 2 * i}" for i, s in enumerate(_SHADES[1:])]
-    lines = [f"dependency of later blocks on each: {', '.join(told)}"]
+    legend = [f"{_SHADES[0]} below 2^{_LEAST}"]
+    legend += [f"{s} from 2^{_LEAST + 2 * i}" for i, s in enumerate(_SHADES[1:])]
+    lines = [f"dependency of later blocks on each: {', '.join(legend)}"]
     tens = "".join(f"{j:<10}" for j in range(0, len(matrix), 10))
     lines.append(f"layer  {tens}".rstrip())
     for i, row in enumerate(matrix):
@@ -224,7 +224,7 @@ def samples(path: Path) -> list[dict[str, Any]]:
 
 def render_samples(rows: Sequence[Mapping[str, Any]]) -> str:
     """What was asked, what was said, what it was worth and why."""
-    told = []
+    shown = []
     for row in rows:
         parts = ", ".join(
             f"{name} {'could not be judged' if score is None else format(score, '.3g')}"
@@ -232,5 +232,5 @@ def render_samples(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         worth = "left out" if row["reward"] is None else f"reward {row['reward']:.3g}"
         head = f"rollout {row['rollout']}, {row['kind']}: {worth} ({parts}), {row['tokens']} tokens"
-        told.append(f"{head}, thinking {row['mode']}\n> {row['prompt']}\n{row['text']}")
-    return "\n\n".join(told)
+        shown.append(f"{head}, thinking {row['mode']}\n> {row['prompt']}\n{row['text']}")
+    return "\n\n".join(shown)

@@ -116,7 +116,7 @@ class ServedModel:
 
     def submit(self, request: ChatRequest | CompletionRequest) -> Session:
         """Raises what the template, the sampling and the queue raise."""
-        tokenizer, asked = self.tokenizer, request.num_logprobs
+        tokenizer, num_logprobs = self.tokenizer, request.num_logprobs
         thinking = opened = None
         if isinstance(request, ChatRequest):
             prompt = self._chat_prompt(request)
@@ -137,7 +137,7 @@ class ServedModel:
             n=request.n,
             stop_token_ids=tokenizer.eos_ids,
             seed=secrets.randbits(63) if request.seed is None else request.seed % 2**64,
-            logprobs=asked or 0,
+            logprobs=num_logprobs or 0,
             thinking=thinking,
         )
         stops = request.stop or ()
@@ -147,7 +147,7 @@ class ServedModel:
         choices = [
             Choice(TextStream(tokenizer, prompt, stops, opened), chat) for _ in range(request.n)
         ]
-        return Session(handle, choices, tokenizer, chat, asked is not None)
+        return Session(handle, choices, tokenizer, chat, num_logprobs is not None)
 
     def _chat_prompt(self, request: ChatRequest) -> list[int]:
         mode, messages = requested(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tessera import dist
-from tessera.data.batch import Batch, Source, Telling
+from tessera.data.batch import Batch, MeasuredSource, Source
 from tessera.model.context import Context
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
@@ -145,10 +145,10 @@ class Trainer:
                 bar.advance(1, tokens, loss=metrics["loss"], **shown)
                 self.watch.at(f"step {step + 1}: agreeing on what is next")
                 begun = time.monotonic()
-                asked = torch.tensor([stopped(), begun - saved > self.config.save_seconds])
-                if dist.world() > 1:  # what one process is asked, all of them do
-                    asked = dist.max(asked.to(dist.device(), torch.int32))
-                stop, save = asked.tolist()
+                signals = torch.tensor([stopped(), begun - saved > self.config.save_seconds])
+                if dist.world() > 1:  # all processes do what one is asked to
+                    signals = dist.max(signals.to(dist.device(), torch.int32))
+                stop, save = signals.tolist()
                 if stop or save:
                     self.watch.at(f"step {step + 1}: saving")
                     saver.save(step + 1, self)
@@ -162,7 +162,7 @@ class Trainer:
         timing = {"seconds": seconds, "tokens_per_second": tokens / seconds}
         if best := peak(self.config.spread.dtype):
             timing["mfu"] = flops / seconds / (best * dist.world())
-        return timing | (self.source.timings() if isinstance(self.source, Telling) else {})
+        return timing | (self.source.timings() if isinstance(self.source, MeasuredSource) else {})
 
     def train_step(self, step: int) -> tuple[dict[str, float], int, float]:
         """One optimizer step: its metrics, and the tokens and operations of all processes."""
@@ -199,7 +199,7 @@ class Trainer:
         self.watch.at(f"{here}: clipping and updating")
         norms = [clip(parameters, self.config.clip) for parameters in self.groups.values()]
         metrics["grad_norm"] = float(torch.stack(norms).norm())
-        if isinstance(self.source, Telling):
+        if isinstance(self.source, MeasuredSource):
             metrics |= self.source.metrics()
         self._check_finite(step, metrics)
         if self.check:

@@ -115,12 +115,12 @@ class Generate(ChatStep):
     generator: str | None = None
 
     def requests(self, chat: Chat) -> list[Request]:
-        asked = [dict(one) for one in rows.asked(chat)]
+        messages = [dict(one) for one in rows.prompt_of(chat)]
         if self.instruction:
-            asked[-1]["content"] += f"\n\n{self.instruction}"
+            messages[-1]["content"] += f"\n\n{self.instruction}"
         if self.say_switch:
-            asked, _ = set_switch(asked, self.mode)
-        return [self.ask(asked, sample, self.mode) for sample in range(self.n)]
+            messages, _ = set_switch(messages, self.mode)
+        return [self.ask(messages, sample, self.mode) for sample in range(self.n)]
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> list[Chat | Drop]:
         return [self._row(chat, reply, sample) for sample, reply in enumerate(replies)]
@@ -137,9 +137,9 @@ class Generate(ChatStep):
         if self.mode == "off":
             row = rows.answered(chat, {"role": "assistant", "content": answer})
         messages, _ = set_switch(row.messages, self.mode)
-        told = {"generator": self.generator} if self.generator else {}
+        tags = {"generator": self.generator} if self.generator else {}
         row = Chat(messages, self.mode, row.tools, row.extra)
-        return rows.tagged(row, f"{self.step} {self.generator or self.teacher} {sample}", **told)
+        return rows.tagged(row, f"{self.step} {self.generator or self.teacher} {sample}", **tags)
 
 
 class ExtractProblems(ChatStep):

@@ -82,14 +82,14 @@ class AskStep(Config):
         return Drop(f"{self.teacher}: {error[:120]}")
 
 
-def asked(chat: Chat) -> list[Message]:
+def prompt_of(chat: Chat) -> list[Message]:
     """All messages before the last answer."""
     return chat.messages[:-1] if chat.answered else chat.messages
 
 
 def question(chat: Chat) -> str:
     """The text before the last answer, without system prompts."""
-    return "\n".join(one["content"] for one in asked(chat) if one["role"] != "system")
+    return "\n".join(one["content"] for one in prompt_of(chat) if one["role"] != "system")
 
 
 def thought(chat: Chat) -> str | None:
@@ -133,14 +133,14 @@ def tagged(chat: Chat, step: str, **found: Any) -> Chat:
 
 def answered(chat: Chat, message: Message) -> Chat:
     """The chat with this message as its answer, in place of the one it had."""
-    return replace(chat, messages=[*asked(chat), message])
+    return replace(chat, messages=[*prompt_of(chat), message])
 
 
 def removed_line(chat: Chat, step: str, reason: str) -> str:
     """A line of `removed/`."""
     place = str(next(iter(_lineage(chat)), "unknown"))
-    told = {"row": place, "step": step, "reason": reason, "excerpt": question(chat)[:EXCERPT]}
-    return json.dumps(told, ensure_ascii=False) + "\n"
+    row = {"row": place, "step": step, "reason": reason, "excerpt": question(chat)[:EXCERPT]}
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _lineage(chat: Chat) -> list[str]:
