@@ -37,7 +37,7 @@ bfcl: $(VENV)/installed
 # vLLM pins an older transformers than ours: the remote code is tried with it, too.
 interop: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest -m vllm -W default
-	.venv-vllm/bin/python -m pytest -W default tests/serve/test_interop_transformers.py
+	.venv-vllm/bin/python -m pytest -W default tests/export/test_interop_transformers.py
 
 venv-vllm: .venv-vllm/installed
 venv-trl: .venv-trl/installed
