@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tessera.data.dataset import local_dataset
 from tessera.data.problems import family
@@ -28,40 +28,37 @@ from tessera.data.readers import Format, expand
 from tessera.data.template import TemplateError, template_of
 from tessera.data.tokenizer import Tokenizer, TokenizerError, byte_tokenizer, load_tokenizer
 from tessera.runs.plan import Step, maker
+from tessera.runs.recipe import Config
 from tessera.runs.run import is_done
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a directory of the run, too
 CHAT_KEYS = ("reasoning", "turns", "switch", "hasty")
 
 
-class BPE(BaseModel):
+class BPE(Config):
     """Train a byte-level BPE of `bpe` tokens on the training documents.
 
     tokens: texts that are one token wherever they stand, on top of those. chat: the marks of the
     built-in chat template and `<think>`, `</think>` are, too.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     bpe: int = Field(ge=259)
     tokens: list[Annotated[str, Field(min_length=1)]] = []
     chat: bool = False
 
 
-class CacheConfig(BaseModel):
+class CacheConfig(Config):
     """Where tokenised files are kept for the next recipe; changes nothing that is computed.
 
     directory: `.tokens` beside the recipes' directories unless given. gib: what was used least
     recently is deleted above so many GiB; 0 keeps nothing.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     directory: str | None = None
     gib: float = Field(default=64.0, ge=0, allow_inf_nan=False)
 
 
-class Reading(BaseModel):
+class Reading(Config):
     """What one source reads, and how it is cut into training and held-out documents.
 
     paths, heldout_paths: files or globs. heldout_paths hold out whole files instead of a share.
@@ -77,8 +74,6 @@ class Reading(BaseModel):
     reasoning, turns, switch, hasty are about chats: the rows of one mode, which answers are
     trained, how the mode is said, and the share of problems whose thought skips results.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     paths: str | list[str] = []
     heldout_paths: str | list[str] = []

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from tessera.rl.jail import probes
 from tessera.rl.jail.seccomp import pivot_root_number, program
+from tessera.runs.recipe import Config
 
 MEBIBYTE = 1 << 20
 INSIDE = Path(__file__).with_name("inside.py")
@@ -54,15 +55,13 @@ class JailError(ValueError):
     """This machine gives no isolation, or the jail could not be built; the text says why."""
 
 
-class Limits(BaseModel):
+class Limits(Config):
     """What a jailed program may use before it is killed.
 
     seconds: wall time; as much CPU time is allowed to each process, and one second more.
     memory_mib: of all its processes together, and of address space for each of them.
     processes: at once, threads included. output_kib: of stdout and of stderr each.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     seconds: float = Field(default=10.0, gt=0)
     memory_mib: int = Field(default=1024, ge=64)
