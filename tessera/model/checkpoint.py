@@ -274,7 +274,7 @@ def load_model(
     *,
     frozen: bool = False,
     dtype: torch.dtype | None = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     prepare: Callable[[Transformer], object] | None = None,
 ) -> Transformer:
     """A model of its own from a finished run, a Hugging Face directory or a hub id.
@@ -313,7 +313,7 @@ def load_model(
                     f"or one for each of its {len(tensor)} rows"
                 )
             tensor = dequantize(tensor, scale)
-        tensors[keys[name]] = place(tensor, likes[name], dtype, torch.device(device))
+        tensors[keys[name]] = place(tensor, likes[name], dtype, torch.device(device or dist.device()))
     module.load_state_dict(tensors, assign=True)
     return module
 

@@ -123,10 +123,11 @@ class Transformer(nn.Module):
         return linear(hidden, self.head)
 
     def replace(self, layer: int, kind: str, subblock: Subblock) -> Subblock:
-        """Put `subblock` in a layer's place; returns the one that stood there."""
+        """Put `subblock` in a layer's place, on this model's device and in its precision; returns
+        the one that stood there."""
         block = self.blocks[layer]
         old = getattr(block, kind)
-        setattr(block, kind, subblock)
+        setattr(block, kind, subblock.to(self.head))
         blocks = list(self.config.blocks)
         blocks[layer] = block.config
         self.config = dataclasses.replace(self.config, blocks=tuple(blocks))

@@ -106,7 +106,7 @@ def unit_file(directory: Path, unit: Unit) -> Path:
 def save_library(library: BlockLibrary, directory: Path) -> None:
     """One file a unit, each replaced atomically. All processes call this; the main one writes."""
     for key, unit in library.items():
-        tensors = {k: whole(v.detach()).contiguous() for k, v in unit.state_dict().items()}
+        tensors = {k: whole(v.detach()).cpu().contiguous() for k, v in unit.state_dict().items()}
         if dist.is_main():
             path = directory / f"{key}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from tessera import dist
 from tessera.data.batch import Batch, best_fit, collate, shift
 from tessera.data.documents import heldout
 from tessera.data.problems import family, problem
@@ -59,7 +60,8 @@ class HeldoutConfig(Config):
 
     def heldout(self, data: Path) -> list[Batch]:
         sizes = ("sequence_length", "microbatch_tokens", "tokens")
-        return heldout(data, **{name: getattr(self, name) for name in sizes})
+        batches = heldout(data, **{name: getattr(self, name) for name in sizes})
+        return [batch.to(dist.device()) for batch in batches]
 
 
 class ScoreConfig(HeldoutConfig):
@@ -107,7 +109,7 @@ class Answers:
 
     def measure(self, module: Transformer, x: Tensor) -> Sums:
         hidden = module.norm(x).flatten(0, 1)[self.at]
-        loss, wrong = 0.0, torch.zeros(self.count, dtype=torch.long)
+        loss, wrong = 0.0, self.labels.new_zeros(self.count)
         for part in chunks(hidden, len(module.head)):
             logits = multiply(hidden[part], module.head).float()
             loss += float(F.cross_entropy(logits, self.labels[part], reduction="sum"))
@@ -176,7 +178,7 @@ def pack_problems(
     length = min(row_length, sum(lengths))  # a few problems need no row of full length
     found = []
     for row in best_fit(lengths, length):
-        batch = collate([[samples[i] for i in row]], length, pad_id)
+        batch = collate([[samples[i] for i in row]], length, pad_id).to(dist.device())
         at = batch.weight.flatten().nonzero().squeeze(1)
         numbers, problem = batch.segments.flatten()[at].unique(return_inverse=True)
         labels = batch.labels.flatten()[at]
@@ -268,7 +270,7 @@ def variants(current: Transformer, units: Units, batch: Batch) -> Iterator[tuple
 def load_units(library: Path, parent: Transformer, space: Space) -> Units:
     """Every replacement of the space, trained; `noop` included, and pairs trained together."""
     return {
-        unit: load_unit(library, parent.config, unit).requires_grad_(False)
+        unit: load_unit(library, parent.config, unit).to(parent.head).requires_grad_(False)
         for unit in (*space.replacements(), *space.pairs)
     }
 
