@@ -19,6 +19,7 @@ from tessera.puzzle import compare
 from tessera.puzzle.compare import CompareConfig, promised_speedup
 from tessera.puzzle.cost_table import Scenario
 from tessera.rl import preference
+from tessera.rl import rewards as rewards_of
 from tessera.rl.advantages import grpo, of_group, rloo
 from tessera.rl.curriculum import CurriculumConfig, order
 from tessera.rl.experience import Answer, Group, rows
@@ -36,6 +37,7 @@ from tessera.rl.rewards import (
     Sample,
     check,
     names,
+    prepare,
     require_fields,
 )
 from tessera.rl.verifiers.outcome import Outcome, right, unjudged
@@ -259,6 +261,10 @@ def answer(ids: list[int], reward: float | None) -> Answer:
 def test_the_best_and_the_worst_answer_make_a_pair():
     group = Group(0, "on", [7], [answer([1], 0.5), answer([2], 2.0), answer([3], -1.0)])
     assert preference.of_group(group) == Pair([7], [2], [3], 3.0)
+    tied = Group(
+        0, "on", [7], [answer([5], 2.0), answer([9], 2.0), answer([4], 0.0), answer([3], 0.0)]
+    )
+    assert preference.of_group(tied) == Pair([7], [5], [4], 2.0)  # of equals the first
     same = Group(0, "on", [7], [answer([1], 0.5), answer([2], 0.5)])
     assert preference.of_group(same) is None
     empty = Group(0, "on", [7], [answer([1], 0.5), answer([], 9.0), answer([2], None)])
@@ -362,6 +368,12 @@ def odd(one: Sample) -> Any:
 
 
 def test_a_checker_that_fails_judges_nothing():
+    silent = check(NumberReward(kind="number"), sample("<think>3", answer=3))
+    assert silent.verdict == "wrong" and "answer" in silent.reason
+    with pytest.raises(RewardError, match="'mine'.*nowhere"):
+        prepare([FunctionReward(kind="function", function="nowhere:odd", name="mine")])
+    with pytest.raises(RewardError, match="'function'.*none_such"):
+        prepare([FunctionReward(kind="function", function=f"{__name__}:none_such")])
     own = FunctionReward(kind="function", function=f"{__name__}:odd")
     assert check(own, sample("<think>never closed")).verdict == "right"
     assert check(own, sample("lie")).score is None
@@ -388,6 +400,29 @@ def test_a_reward_says_which_fields_it_judges_by():
     assert names([exact, ExactReward(kind="exact")]) == ["mine", "exact"]
     with pytest.raises(RewardError, match="'exact'"):
         names([ExactReward(kind="exact"), NumberReward(kind="number", name="exact")])
+
+
+def test_a_program_is_given_its_rows_tests_and_their_setup(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+
+    def asserts(*given: Any, setup: str, **_: Any) -> Outcome:
+        seen.append((*given, setup))
+        return right()
+
+    def outputs(*given: Any, **_: Any) -> Outcome:
+        seen.append(given)
+        return right()
+
+    monkeypatch.setattr(rewards_of, "verify_asserts", asserts)
+    monkeypatch.setattr(rewards_of, "verify_outputs", outputs)
+    monkeypatch.setattr(rewards_of, "require_isolation", lambda: seen.append("isolated"))
+    reward = CodeReward(kind="code", setup="before")
+    check(reward, sample("say", tests=["t"], before="s"))
+    check(reward, sample("say", tests=["t"], setup="other"))
+    check(reward, sample("say", inputs=["1"], outputs=["2"], before="s"))
+    assert seen == [("say", ["t"], "s"), ("say", ["t"], ""), ("say", ["1"], ["2"])]
+    prepare([reward])
+    assert seen[-1] == "isolated"
 
 
 @pytest.mark.parametrize(("seconds", "deadline", "allowed"), [(5, 30, True), (5, 1, False)])

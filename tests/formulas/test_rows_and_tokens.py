@@ -14,7 +14,7 @@ from tessera.data.batch import OFF, ON, PLAIN, TEXT, Sample, best_fit, chunks, c
 from tessera.data.batch import shift as shifted
 from tessera.data.thought import Splitter, Thought, begun, opens, split, split_message
 from tessera.generate.engine import Completion, SamplingParams
-from tessera.generate.sampling import Sampler
+from tessera.generate.sampling import Sampler, uniforms
 from tessera.rl.experience import Answer, Group
 from tessera.rl.experience import rows as rows_of
 from tessera.rl.pool import Judged
@@ -109,8 +109,31 @@ def test_forced_tokens_come_and_the_likeliest_are_told():
     )
     raw = np.array(LOGITS) - math.log(sum(map(math.exp, LOGITS)))
     assert found.tokens.tolist() == [2, 3]  # the mass before token 3 is 0.41, with it 0.79
+    zero = Sampler(rows[:1]).choose(torch.tensor([LOGITS]), forced=torch.tensor([0]))
+    assert zero.tokens.tolist() == [0] and zero.logprobs[0] == pytest.approx(raw[0])
     assert found.top is not None and found.top[0].tolist() == [[3, 1]] * 2
     np.testing.assert_allclose(found.top[1][0].numpy(), raw[[3, 1]], rtol=1e-5)
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox 4x64 of ten rounds (Salmon et al. 2011, figure 2)."""
+    for _ in range(10):
+        a, b = 0xD2E7470EE14C6C93 * counter[0], 0xCA5A826395121157 * counter[2]
+        counter = [
+            (b >> 64) ^ counter[1] ^ key[0], b % 2**64, (a >> 64) ^ counter[3] ^ key[1], a % 2**64
+        ]  # fmt: skip
+        key = [(key[0] + 0x9E3779B97F4A7C15) % 2**64, (key[1] + 0xBB67AE8584CAA73B) % 2**64]
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("seed", "key", "sample"), [(0, 0, 0), (7, 5, 3), (1, 2**40 + 1, 2), (3, -2, 1)]
+)
+def test_noise_is_philox_of_the_seed_the_prompt_the_sample_and_the_position(seed, key, sample):
+    """The identity is the high half of the counter; 53 of 64 bits make a number below 1."""
+    blocks = [philox([block, 0, sample, key % 2**64], [seed, 0]) for block in (1, 2)]
+    expected = [(word >> 11) / 2**53 for block in blocks for word in block]
+    assert uniforms(seed, key, sample, 7) == expected[:7]
 
 
 # Batches: tokens, labels one further, weights of labels, positions and segments by document.
@@ -129,6 +152,7 @@ def test_a_documents_rows_are_written_out():
     assert batch.mode.tolist() == [[ON] * 3 + [OFF, TEXT, TEXT], [OFF] + [TEXT] * 5]
     assert len({TEXT, OFF, ON, PLAIN}) == 4 and TEXT == 0
     assert batch.num_tokens == 5 and len(first) == 3
+    assert shifted([1, 2]).weight.dtype == first.weight.dtype == np.float32
     assert Sample(first.tokens, first.labels, first.weight).mode == TEXT
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from tessera.devices import DEVICES
-from tessera.puzzle.constraints import Budgets, Constraint, batch_choices
+from tessera.puzzle.constraints import Budgets, Constraint, batch_choices, read_amount
 from tessera.puzzle.cost_table import Costs, CostTable, Scenario
 from tessera.puzzle.program import Infeasible, Option, Solution, divisible, relax, solve
 
@@ -271,3 +271,23 @@ def test_a_share_is_of_the_parent_at_its_best_batch_that_memory_allows():
     free = batch_choices(Budgets({"throughput": "2x"}, {}, {}), costs, PARENT)[0]
     assert free.constraints[0].bound == pytest.approx(1 * 10 / (2 * 2 * rate))
     assert math.isfinite(free.excess(CHILD))
+
+
+@pytest.mark.parametrize(
+    ("given", "dimension", "told"),
+    [
+        ("1.5x", "rate", '"12.5x"'),
+        ("30 ms", "time", '"12.5 ms"'),
+        ("2 min", "time", '"12.5 min"'),
+        ("49B", "count", '"12.5B"'),
+        ("3 T", "count", '"12.5T"'),
+        ("200 B", "bytes", '"12.5 B"'),
+        ("1 GiB", "bytes", '"12.5 GiB"'),
+        ("500 tokens/s", "rate", '"12.5 tokens/s"'),
+        (1000, "count", "12.5"),
+    ],
+)
+def test_an_amount_is_told_in_the_unit_it_was_given_in(given, dimension: str, told: str):
+    assert read_amount("it", given, dimension).text(12.5) == told
+    assert read_amount("it", 1000, "count").text(12345678.0) == "1.23457e+07"
+    assert read_amount("it", 1000, "count").text(12345.0) == "12,345"

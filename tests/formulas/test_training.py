@@ -5,7 +5,11 @@ A section an equation; nothing here calls what it checks to say what is right.
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from tessera.data.batch import OFF, ON, Batch
-from tessera.objectives.kd import KD, KDConfig
-from tessera.objectives.lm import LM, SFT, by_mode, loss_sums
+from tessera.objectives import lm as module_of_lm
+from tessera.objectives.kd import KD, KDConfig, raced
+from tessera.objectives.lm import LM, SFT, Heldout, by_mode, documents, loss_sums
+from tessera.runs.files import RunError
 from tessera.train import losses
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
 from tests import tiny
@@ -199,7 +205,7 @@ def batch(modes: bool = False) -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:], weight, positions, segments, mode)
 
 
-def documents(given: Batch) -> list[tuple[int, slice]]:
+def places(given: Batch) -> list[tuple[int, slice]]:
     return [(0, slice(0, 3)), (0, slice(3, 5)), (1, slice(0, 4))]
 
 
@@ -208,7 +214,7 @@ def alone(module, given: Batch) -> tuple[Array, list[Array]]:
     shape = given.tokens.shape
     log_probs = np.zeros((*shape, module.config.vocab_size))
     states = [np.zeros((*shape, module.config.hidden_size)) for _ in module.blocks]
-    for row, part in documents(given):
+    for row, part in places(given):
         _, *streams = module.hidden_states(given.tokens[row : row + 1, part])
         logits = array(module.norm(streams[-1]))[0] @ array(module.head).T
         log_probs[row, part] = np.log(softmax(logits))
@@ -244,6 +250,65 @@ def test_the_loss_of_text_and_of_chats_is_the_sum_of_weighted_surprise():
     np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-5)
 
 
+class Parts:
+    """Prepared data of two sources, the second twice as long."""
+
+    parts = (SimpleNamespace(name="a"), SimpleNamespace(name="b"))
+
+    def heldout_batches(self, source: str) -> list[Batch]:
+        return [batch(modes=True)] if source == "a" else [batch(modes=True).each(further)] * 2
+
+
+def further(tensor: torch.Tensor) -> torch.Tensor:
+    """The other row first."""
+    return tensor.flip(0)
+
+
+def test_a_held_out_loss_is_a_mean_over_tokens_and_apart_by_source_or_mode(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(module_of_lm, "documents", lambda *given: Parts())
+    module, given = tiny.model(tiny.PARENT), batch(modes=True)
+    given.weight[0, 0] = 3.0
+    loss = negative_log(alone(module, given)[0], given) * batch().weight.numpy()
+    each, weight = loss.sum(), batch().weight.sum().item()
+    path: Any = None
+    found = Heldout(LM(), module, path, CONFIG, 0)()
+    assert found == pytest.approx(
+        {"heldout": each / weight, "heldout/a": each / weight, "heldout/b": each / weight}, rel=1e-5
+    )
+    on, off = loss[0, :3].sum() / 1.5, (loss[0, 3:].sum() + loss[1].sum()) / 5.0
+    found = Heldout(SFT(), module, path, CONFIG, 0)()
+    assert found == pytest.approx(
+        {"heldout": each / weight, "heldout_on": on, "heldout_off": off}, rel=1e-5
+    )
+    monkeypatch.setattr(Parts, "parts", Parts.parts[:1])
+    assert set(Heldout(LM(), module, path, CONFIG, 0)()) == {"heldout"}
+    unweighed = batch().each(torch.clone)
+    unweighed.weight[1] *= 2.0
+    monkeypatch.setattr(Parts, "heldout_batches", lambda self, source: [unweighed])
+    total = (negative_log(alone(module, given)[0], given) * unweighed.weight.numpy()).sum()
+    found = Heldout(LM(), module, path, CONFIG, 0)()
+    assert found["heldout"] == pytest.approx(total / unweighed.weight.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_documents_are_cut_to_a_stages_sizes_and_shared_between_its_processes(
+    alike: bool, monkeypatch: pytest.MonkeyPatch
+):
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(module_of_lm, "Documents", lambda data, **told: seen.update(told))
+    sizes = {"sequence_length": 8, "microbatch_tokens": 32, "tokens_per_step": 64}
+    spread = SimpleNamespace(layout=SimpleNamespace(data_rank=2, data_world=4))
+    config: Any = SimpleNamespace(**sizes, spread=spread)
+    documents(Path("x"), config, 7, "heldout", alike=alike)
+    assert seen == {
+        **sizes, "row_length": 32, "seed": 7, "split": "heldout",
+        "shard": (0, 1) if alike else (2, 4)}  # fmt: skip
+    documents(Path("x"), config, 7)
+    assert seen["split"] == "train" and seen["shard"] == (2, 4)
+
+
 # Global distillation (Puzzle §2.7): ℓ = KL(p_parent ‖ p_child) + α Σ_l (1 - cos) + λ LM.
 
 
@@ -277,3 +342,25 @@ def test_the_papers_weights_are_the_defaults():
     """Equal parts of KL and cosine, no LM loss: the best row of the ablation."""
     config = KDConfig(train=CONFIG)
     assert (config.cosine, config.lm) == (1.0, 0.0)
+
+
+def test_a_winners_learning_rate_replaces_the_recipes(tmp_path: Path):
+    config = KDConfig(train=TrainConfig(steps=1, lr=5e-4), lr_from="race")
+    (tmp_path / "tables").mkdir()
+    for table in (None, {"words": []}):
+        if table is not None:
+            (tmp_path / "tables" / "architecture.json").write_text(json.dumps(table))
+        with pytest.raises(RunError, match="lr_from"):
+            raced(config, tmp_path)
+    (tmp_path / "tables" / "architecture.json").write_text(json.dumps({"lr": 0.25}))
+    found = raced(config, tmp_path)
+    assert found.train.lr == 0.25 and found.train.steps == 1 and config.train.lr == 5e-4
+    plain = config.model_copy(update={"lr_from": None})
+    assert raced(plain, tmp_path) is plain
+
+    def notes(of: KDConfig, model: Path | None) -> list[str]:
+        return of.notes(SimpleNamespace(inputs={"model": model}))  # type: ignore[arg-type]
+
+    assert notes(plain, tmp_path) == [] == notes(config, None)
+    (unmade,) = notes(config, tmp_path)
+    assert "0.25" not in unmade and "0.0005" in unmade
