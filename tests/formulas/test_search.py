@@ -8,9 +8,12 @@ import math
 import pytest
 
 from tessera.devices import DEVICES
+from tessera.puzzle.candidates import Candidates, greedy
 from tessera.puzzle.constraints import Budgets, Constraint, batch_choices, read_amount
 from tessera.puzzle.cost_table import Costs, CostTable, Scenario
 from tessera.puzzle.program import Infeasible, Option, Solution, divisible, relax, solve
+from tessera.puzzle.race import RaceConfig
+from tests import searching
 
 # Two layers, each an attention and an FFN; score, seconds and bytes of each word.
 TABLE = {
@@ -291,3 +294,49 @@ def test_an_amount_is_told_in_the_unit_it_was_given_in(given, dimension: str, to
     assert read_amount("it", given, dimension).text(12.5) == told
     assert read_amount("it", 1000, "count").text(12345678.0) == "1.23457e+07"
     assert read_amount("it", 1000, "count").text(12345.0) == "12,345"
+
+
+# The paper's own baseline, and the race.
+
+
+@pytest.mark.parametrize(
+    ("limit", "first", "second"),
+    [
+        (29, ("gqa-4", "swiglu-48"), ("gqa-4", "swiglu-48")),  # 14 a layer hold all of it
+        (27, ("gqa-1", "swiglu-48"), ("gqa-4", "swiglu-48")),  # 11 of 13, so 15 for the second
+        (25, ("gqa-1", "swiglu-48"), ("gqa-1", "swiglu-48")),  # 11 of 12, so 13
+        (19, ("gqa-1", "swiglu-12"), ("gqa-1", "swiglu-48")),  # 7 of 9, so 11
+    ],
+)
+def test_greedy_gives_each_layer_an_equal_part_and_rolls_over_what_it_leaves(limit, first, second):
+    """Layers by ascending mean score; the best-scoring block within the part and the rest."""
+    sizes = {"gqa-4": 6.0, "gqa-1": 3.0, "noop": 0.0, "swiglu-48": 8.0, "swiglu-12": 4.0}
+    own = {"gqa-1": (1.0, 0.5), "noop": (3.5, 6.0), "swiglu-12": (2.0, 1.0)}
+    words = {"attention": ("gqa-4", "gqa-1", "noop"), "ffn": ("swiglu-48", "swiglu-12", "noop")}
+    rows = [{"kind": "base", "word": "", "parameters": 1.0}]
+    rows += [
+        {"kind": kind, "word": word, "parameters": sizes[word]}
+        for kind in words
+        for word in words[kind]
+    ]
+    scores = [
+        {"layer": layer, "kind": kind, "word": word, "kl": own[word][layer]}
+        for layer in (0, 1)
+        for kind in words
+        for word in words[kind][1:]
+    ]
+    space = searching.Space(((words["attention"], words["ffn"]),) * 2)
+    found = greedy(
+        Candidates.of(searching.PARENT, space, (), scores, "kl"),
+        searching.choices_of(
+            {"parameters": limit}, searching.priced(CostTable.from_rows(rows, CHAT))
+        ),
+    )
+    assert found.words == [first, second] and found.meets
+
+
+def test_a_rung_of_the_race_takes_grow_times_the_steps_of_the_one_before():
+    config = RaceConfig(train={"steps": 10, "lr": 1e-3}, grow=1.5, rungs=3)  # type: ignore[arg-type]
+    heats = [config.heat(rung, 0.25) for rung in (1, 2, 3)]
+    assert [heat.train.steps for heat in heats] == [10, 15, 22]
+    assert {heat.train.lr for heat in heats} == {0.25}
