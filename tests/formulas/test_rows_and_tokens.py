@@ -241,14 +241,13 @@ def test_reward_falls_over_the_buffer_before_the_limit(length, truncated, buffer
     assert found.reward == (None if reward is None else pytest.approx(reward))
 
 
-# A thought begins with the tag, or its prompt did, or a template must have.
+# A thought begins with the tag, or its prompt ended with it; it ends at the first closing tag.
 
 
 @pytest.mark.parametrize(
     ("text", "opened", "expected"),
     [
         (" <think> a </think>\n b ", False, Thought("a", "b ", True)),
-        ("a</think> b", False, Thought("a", "b", True)),
         ("a</think> b", True, Thought("a", "b", True)),
         ("<think>a", False, Thought("a", "", False)),
         ("a <think>b</think>", False, Thought(None, "a <think>b</think>", False)),
@@ -258,7 +257,7 @@ def test_reward_falls_over_the_buffer_before_the_limit(length, truncated, buffer
 )
 def test_thoughts_and_answers(text: str, opened: bool, expected: Thought):
     assert split(text, opened) == expected
-    splitter, found = Splitter(opened or ("</think>" in text and "<think>" not in text)), Thought()
+    splitter, found = Splitter(opened), Thought()
     for letter in text:
         found += splitter.push(letter)
     assert found + splitter.flush() == expected
