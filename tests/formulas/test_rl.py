@@ -449,14 +449,14 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n: int, c: int, k: int
 def test_a_speed_up_is_the_median_of_whole_runs_side_by_side(monkeypatch: pytest.MonkeyPatch):
     """Seconds of (prefill, step): a run of 5 new tokens is a prefill and 4 steps."""
     parent = [(1.0, 0.5), (3.0, 1.0), (1.0, 0.5)]
-    child = [(0.5, 0.25), (1.0, 1.0), (1.0, 0.125)]
+    child = [(0.5, 0.5), (1.0, 1.0), (1.0, 0.125)]
     monkeypatch.setattr(compare, "in_turn", lambda models, *_: [parent, child][: len(models)])
     config = CompareConfig(scenario={"batch": 2, "prompt": 7, "new": 5})
     found = compare.speeds({"parent": None, "child": None}, config, "x", quiet=True)  # type: ignore[dict-item]
-    ratios = [3.0 / 1.5, 7.0 / 5.0, 3.0 / 1.5]
+    ratios = [3.0 / 2.5, 7.0 / 5.0, 3.0 / 1.5]
     assert found["child"]["speedup"] == pytest.approx(sorted(ratios)[1])
     assert found["parent"]["speedup"] == 1.0
-    assert found["child"]["decode_tokens_per_second"] == 2 / 0.25
+    assert found["child"]["decode_tokens_per_second"] == 2 / 0.5
     assert found["child"]["prefill_tokens_per_second"] == 2 * 7 / 1.0
     row = {"predicted": {"throughput": 30.0}, "parent": {"throughput": 20.0}}
     work = Scenario(batch=2)
