@@ -35,7 +35,7 @@ class Answer:
     text: str
     reward: float | None
     parts: dict[str, float | None]
-    obedient: bool
+    obedient: bool | None
     advantage: float | None = None
     old: list[float] | None = None
     version: int = 0
