@@ -217,7 +217,7 @@ class ChatEncoder:
 
 
 class _Fence:
-    """Private characters around the tokenizer's marks in what a template is given.
+    """Characters that occur nowhere, around the tokenizer's marks in what a template is given.
 
     What somebody wrote is then told apart from what the template writes, and read as characters:
     `sanitize_control_tokens` of transformers, with its ids.
@@ -225,7 +225,8 @@ class _Fence:
 
     def __init__(self, marks: re.Pattern[str], given: Any) -> None:
         told = json.dumps(given, ensure_ascii=False, default=str)
-        free = (one for one in map(chr, range(0xE000, 0xF900)) if one not in told)
+        # Printable ones, which a template's `string` filter leaves as they are: Braille first.
+        free = (one for one in map(chr, range(0x2800, 0xA000)) if one not in told)
         self.left, self.right, self.marks = next(free), next(free), marks
         self.used = False
 

@@ -115,7 +115,8 @@ class Reading(Config):
 
     @model_validator(mode="after")
     def _keys_that_need_another(self) -> Reading:
-        if not self.chats and (given := self._given(*CHAT_KEYS)):
+        several = getattr(self, "sources", None)  # whose own `format` it is
+        if not self.chats and not several and (given := self._given(*CHAT_KEYS)):
             raise ValueError(f'`{given[0]}` is about chats; set format = "chat"')
         if self.dataset is None and (given := self._given("subset", "heldout_split", "revision")):
             raise ValueError(f"`{given[0]}` says which part of a `dataset`, and none is named")
@@ -168,6 +169,7 @@ class SourceConfig(Reading):
 class DataConfig(Reading):
     """What to read and how to cut it: one source in the table itself, or several in `sources`.
 
+    switch: also beside `sources`, for all of them that hold chats.
     tokenizer: "byte", { bpe = N } or a path; not given where the table names a `model`.
     end: what the last token of a document predicts; "none" lets it predict nothing.
     max_bad: share of a source's records that may be broken and is quarantined; more stop the stage.
@@ -190,7 +192,7 @@ class DataConfig(Reading):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> DataConfig:
-        if self.sources and (here := self._given(*Reading.model_fields)):
+        if self.sources and (here := self._given(*Reading.model_fields.keys() - {"switch"})):
             raise ValueError(f"`{here[0]}` stands beside `sources`; move it into one of them")
         if not self.sources and not self.reads:
             raise ValueError(
@@ -208,7 +210,13 @@ class DataConfig(Reading):
     @property
     def readings(self) -> dict[str, Reading]:
         """The sources by name, in the order of their names; the only one of a flat table is ""."""
-        return dict(sorted(self.sources.items())) if self.sources else {"": self}
+        if not self.sources:
+            return {"": self}
+        own = {"switch": self.switch}
+        return {
+            name: one if one.switch or not one.chats else one.model_copy(update=own)
+            for name, one in sorted(self.sources.items())
+        }
 
     @property
     def shares(self) -> dict[str, float]:

@@ -239,12 +239,10 @@ def template_of(tokenizer: Tokenizer, *, today: bool = False) -> Template:
     """
     specials, date = tokenizer.special_names(), None if today else RUN_DATE
     if sources := _own_sources(tokenizer.home):
-        if "default" not in sources:
-            raise TemplateError(
-                f"the tokenizer has the chat templates {', '.join(sorted(sources))} and none that "
-                f'is named "default"; copy the one to take to {FILE}'
-            )
-        return Template(sources.pop("default"), specials, sources, date)
+        names = " and ".join(sorted(sources))
+        lacking = f"the tokenizer names {names} and no default; copy the one to take to {FILE}"
+        default = sources.pop("default", f"{{{{ raise_exception('{lacking}') }}}}")
+        return Template(default, specials, sources, date)
     lacking = [mark for mark in re.findall(r"<\|\w+\|>", LLAMA3) if not tokenizer.token_id(mark)]
     if lacking or "bos_token" not in specials:
         raise TemplateError(

@@ -47,7 +47,7 @@ class Asking:
 
 
 class Conversation:
-    """A model and the messages so far. Raises SwitchError for a mode of a model without a switch."""
+    """A model and the messages so far. Raises SwitchError for "on" of a model without a switch."""
 
     def __init__(self, model: Path, asking: Asking) -> None:
         self.max_tokens, self.budget = asking.max_tokens, asking.budget
