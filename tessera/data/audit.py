@@ -119,8 +119,8 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     last, (start, stop) = documents[-1], _stretches(documents[-1])[-1]
     wanted = split_message(chat.messages[-1])
     written, before = decode(last.ids[start:stop]), decode(last.ids[:start])
-    before = without_old_thoughts(chat.messages[:-1])
-    asked = encoder.prompt(before, chat.mode, chat.tools)
+    sent = without_old_thoughts(chat.messages[:-1])
+    asked = encoder.prompt(sent, chat.mode, chat.tools)
     opened = opens(decode(asked))
     told = split(written, opened)
     begins = opened or written.lstrip().startswith(OPEN)

@@ -37,7 +37,7 @@ class SwitchError(ValueError):
 def check_switch(value: str) -> str:
     """The name of a switch. Raises SwitchError for what is none."""
     if is_variable(value) and not value.isidentifier():
-        raise SwitchError(f"switch = {value!r}: give {NAMES}")
+        raise SwitchError(f"{value!r} names no switch; give {NAMES}")
     return value
 
 

@@ -29,8 +29,8 @@ from tests.cases.prompt_templates import QWEN3, TEMPLATES
 
 MARKS = (
     "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> [INST] "
-    "[/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] <start_of_turn> <end_of_turn> <|User|> "
-    "<|Assistant|>"
+    "[/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] <start_of_turn> <end_of_turn> "
+    "<|User|> <|Assistant|>"
 ).split()
 WEATHER = {
     "type": "function",
