@@ -109,8 +109,7 @@ def evaluate(
         ),
     ] = None,
     thinking: Annotated[
-        str,
-        typer.Option(help="on, off or both; a model without a switch is asked once, as it is."),
+        str, typer.Option(help="on, off or both; a model without a switch is asked as it is.")
     ] = "both",
     switch: Switch = None,
     chat_template_kwargs: TemplateKwargs = "",
@@ -151,25 +150,21 @@ def evaluate(
     from tessera.model.source import resolve
     from tessera.runs.files import Lock
     from tessera.runs.recipe import validate
-    from tessera.table import VIEWS, render_table, terminal_width
 
-    drawn = {"top_p": top_p, "samples": samples}
     table: dict[str, Any] = {
         "tasks": [name for names in task for name in names.split(",") if name],
         "data": _places(data or []),
         "thinking": thinking,
         "limit": limit,
         "max_tokens": max_tokens,
-        "on": {"temperature": 0.6 if temperature is None else temperature, **drawn},
-        "none": {"temperature": temperature or 0.0, **drawn},
+        **_samplings(temperature, top_p, samples),
         "switch": switch,
         "chat_template_kwargs": template_kwargs(chat_template_kwargs),
+        "endpoint": _server(model, endpoint, key_file),
     }
-    if endpoint:
-        table["endpoint"] = {"url": endpoint, "model": model, "key_file": key_file}
     if judge:
-        name, _, url = judge.rpartition("@")
-        table["judge"] = {"url": url, "model": name, "key_file": key_file}
+        judging, _, url = judge.rpartition("@")
+        table["judge"] = _server(judging, url, key_file)
     config = validate(EvalConfig, table, "eval")
     folder = out / Path(model).name
     with Lock(folder):
@@ -179,11 +174,31 @@ def evaluate(
         rows, groups = evaluate(config, folder, home, seed, quiet=quiet)
     if as_json:
         print_json({"eval": rows, "groups": groups})
-        return
+    else:
+        _print_tables(rows, groups)
+        complain(f"The answers are in {folder / 'records.jsonl'}, the verdicts in verdicts.jsonl")
+
+
+def _server(model: str, url: str | None, key_file: str | None) -> dict[str, Any] | None:
+    return None if url is None else {"url": url, "model": model, "key_file": key_file}
+
+
+def _samplings(temperature: float | None, top_p: float, samples: int) -> dict[str, Any]:
+    """How a model is sampled with reasoning on, and how one without a switch; off is greedy."""
+    drawn = {"top_p": top_p, "samples": samples}
+    on = 0.6 if temperature is None else temperature
+    return {
+        "on": {"temperature": on, **drawn},
+        "none": {"temperature": temperature or 0.0, **drawn},
+    }
+
+
+def _print_tables(rows: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    from tessera.table import VIEWS, render_table, terminal_width
+
     for name, found in (("eval", rows), ("eval_groups", groups)):
         if found:
             print(f"{render_table(found, None, VIEWS[name], terminal_width())}\n")
-    complain(f"The answers are in {folder / 'records.jsonl'}, the verdicts in verdicts.jsonl")
 
 
 def _places(given: list[str]) -> dict[str, str] | str:
