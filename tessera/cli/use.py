@@ -160,11 +160,9 @@ def evaluate(
         **_samplings(temperature, top_p, samples),
         "switch": switch,
         "chat_template_kwargs": template_kwargs(chat_template_kwargs),
-        "endpoint": _server(model, endpoint, key_file),
+        "endpoint": endpoint and {"url": endpoint, "model": model, "key_file": key_file},
+        "judge": judge and _judge(judge, key_file),
     }
-    if judge:
-        judging, _, url = judge.rpartition("@")
-        table["judge"] = _server(judging, url, key_file)
     config = validate(EvalConfig, table, "eval")
     folder = out / Path(model).name
     with Lock(folder):
@@ -179,8 +177,9 @@ def evaluate(
         complain(f"The answers are in {folder / 'records.jsonl'}, the verdicts in verdicts.jsonl")
 
 
-def _server(model: str, url: str | None, key_file: str | None) -> dict[str, Any] | None:
-    return None if url is None else {"url": url, "model": model, "key_file": key_file}
+def _judge(given: str, key_file: str | None) -> dict[str, Any]:
+    model, _, url = given.rpartition("@")
+    return {"url": url, "model": model, "key_file": key_file}
 
 
 def _samplings(temperature: float | None, top_p: float, samples: int) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import tidy
+from tessera.data.dialects import read_row
 from tessera.data.switch import (
     DETAILED,
     NONE,
@@ -23,9 +23,12 @@ from tessera.data.switch import (
     set_switch,
     switch_of_model,
 )
-from tessera.data.template import Template, TemplateError, template_of
+from tessera.data.template import LLAMA3, Template, TemplateError, template_of
 from tessera.data.tokenizer import load_tokenizer, train_bpe
-from tests.cases.prompt_templates import QWEN3, TEMPLATES
+from tessera.serve.session import ChatRequest, ServedModel
+from tests.cases.prompt_templates import CHATML, HERMES_TOOLS, QWEN3, QWEN25, TEMPLATES
+
+transformers = pytest.importorskip("transformers")
 
 MARKS = (
     "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> [INST] "
@@ -347,10 +350,111 @@ def test_what_the_system_prompt_says_of_the_mode_already_stays_as_it_is() -> Non
     assert set_switch(quiet, "off", "/no_think") == (quiet, {})
 
 
+# name of the template, the request, what transformers' apply_chat_template is given
+SERVED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("chatml", {"messages": said("Hi")}, {"conversation": said("Hi")}),
+    ("qwen2.5", {"messages": said("Hi /no_think")}, {"conversation": said("Hi /no_think")}),
+    ("mistral0.1", {"messages": said("Hi")}, {"conversation": said("Hi")}),
+    (
+        "qwen3",
+        {"messages": said("Hi"), "chat_template_kwargs": {"enable_thinking": False}},
+        {"conversation": said("Hi"), "enable_thinking": False},
+    ),
+    (
+        "qwen3",
+        {"messages": said("Hi"), "reasoning_effort": "none"},
+        {"conversation": said("Hi"), "enable_thinking": False},
+    ),
+    ("qwen3", {"messages": said("Hi")}, {"conversation": said("Hi")}),
+    (
+        "qwen3",
+        {"messages": said("Hi", system="detailed thinking off")},
+        {"conversation": said("Hi", system="detailed thinking off")},
+    ),
+    (
+        "deepseek",
+        {"messages": said("Hi"), "chat_template_kwargs": {"thinking": True}},
+        {"conversation": said("Hi"), "thinking": True},
+    ),
+    (
+        "llama3.1",
+        {"messages": said("Hi"), "chat_template_kwargs": {"date_string": "1 May 2025"}},
+        {"conversation": said("Hi"), "date_string": "1 May 2025"},
+    ),
+    ("llama3.2", {"messages": said("Hi")}, {"conversation": said("Hi")}),
+    (
+        "mistral0.3",
+        {"messages": CALLED, "tools": [WEATHER]},
+        {"conversation": CALLED, "tools": [WEATHER]},
+    ),
+    (
+        "hermes",
+        {"messages": said("Hi"), "tools": [WEATHER], "tool_choice": "auto"},
+        {"conversation": said("Hi"), "tools": [WEATHER]},
+    ),
+    (
+        "hermes",
+        {"messages": said("Hi"), "tools": [WEATHER], "tool_choice": "none"},
+        {"conversation": said("Hi")},
+    ),
+    (
+        "qwen2.5",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}]},
+        {"conversation": said("a\nb")},
+    ),
+    (
+        "nemotron",
+        {"messages": said("Hi", system="detailed thinking on\nBe brief.")},
+        {"conversation": said("Hi", system="detailed thinking on\nBe brief.")},
+    ),
+    ("nemotron", {"messages": said("Hi")}, {"conversation": said("Hi")}),
+    (
+        "nemotron",
+        {"messages": said("Hi"), "chat_template_kwargs": {"enable_thinking": False}},
+        {"conversation": said("Hi", system="detailed thinking off"), "enable_thinking": False},
+    ),
+    (
+        "nemotron1.5",
+        {"messages": said("What does the flag /no_think do?"), "reasoning_effort": "none"},
+        {"conversation": said("What does the flag /no_think do?", system="/no_think")},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "request_", "given"), SERVED)
+def test_a_server_asks_as_transformers_does(
+    name: str, request_: dict[str, Any], given: dict[str, Any], models: Any
+) -> None:
+    encoder, peer = models[name]
+    served = ServedModel(None, encoder.tokenizer, 1.0)  # type: ignore[arg-type]
+    asked = ChatRequest.model_validate(copy.deepcopy(request_))
+    assert served._chat_prompt(asked) == theirs(peer, given)
+
+
 def test_variables_of_a_request_cannot_be_messages(models: Any) -> None:
     encoder, _ = models["qwen3"]
     with pytest.raises(TemplateError, match="cannot set messages"):
         encoder.prompt(said("c"), None, (), {"messages": []})
+
+
+@pytest.mark.parametrize(
+    ("template", "said_so"),
+    [(CHATML, False), (QWEN25, True), (HERMES_TOOLS, True), (None, True)],
+)
+def test_a_call_that_the_template_cannot_say_is_refused(
+    template: str | None, said_so: bool, vocabulary: Path
+) -> None:
+    tools = json.dumps([WEATHER["function"]])
+    talk = [("human", "Köln?"), ("function_call", json.dumps(CALL["function"]))]
+    rows = [talk, [*talk, ("observation", "sunny"), ("gpt", "Sunny.")]]
+    tokenizer = load_tokenizer(vocabulary)
+    tokenizer.eos_ids = tuple(tokenizer.token_id(t) for t in ("<|im_end|>", "<|eot_id|>"))  # type: ignore[assignment]
+    made = Template(template or LLAMA3, tokenizer.special_names())
+    for turns in rows:
+        row = {"conversations": [{"from": f, "value": v} for f, v in turns], "tools": tools}
+        (found,) = ChatEncoder(tokenizer, made).encode_batch([read_row(row)])
+        assert isinstance(found, list) == said_so, found
+        assert said_so or "does not render the call of weather" in str(found)
 
 
 def test_a_date_of_a_run_is_fixed(models: Any) -> None:
