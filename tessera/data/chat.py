@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -292,7 +291,6 @@ class _Turns:
         The completion is as the template renders the answer; where it cuts the thought out, the
         thought is put before it. Raises TemplateError where the two do not fit together.
         """
-        self._require_calls(index)
         before, message = self.before(index), self.messages[index]
         prompt, thought = self.prompt(index), split_message(message).thought
         opened = _OPENED.search(prompt)
@@ -320,23 +318,6 @@ class _Turns:
         if opened and thought:
             written = written[len(OPEN) :].lstrip()
         return prompt, written + text[len(head) :]
-
-    def _require_calls(self, index: int) -> None:
-        """Raises TemplateError where the template leaves out a call of a tool up to a message."""
-        for place, message in enumerate(self.messages[: index + 1]):
-            if not (calls := message.get("tool_calls")):
-                continue
-            silent = {key: value for key, value in message.items() if key != "tool_calls"}
-            before, text = self.messages[:place], ""
-            with suppress(TemplateError):  # one that knows calls may refuse an empty answer
-                text = self.render([*before, silent])
-            if text == self.render([*before, message]):
-                name = calls[0]["function"]["name"]
-                raise TemplateError(
-                    f"the template does not render the call of {name} in message {place}, so an "
-                    "answer without it would be trained; leave such rows out, or give a template "
-                    "that knows tool_calls"
-                )
 
     def render(self, messages: list[Message], **more: Any) -> str:
         return self.template.render(messages, tools=self.tools, **self.variables, **more)

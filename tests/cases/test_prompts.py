@@ -13,7 +13,6 @@ import pytest
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import tidy
-from tessera.data.dialects import read_row
 from tessera.data.switch import (
     DETAILED,
     NONE,
@@ -23,10 +22,10 @@ from tessera.data.switch import (
     set_switch,
     switch_of_model,
 )
-from tessera.data.template import LLAMA3, Template, TemplateError, template_of
+from tessera.data.template import Template, TemplateError, template_of
 from tessera.data.tokenizer import load_tokenizer, train_bpe
 from tessera.serve.session import ChatRequest, ServedModel
-from tests.cases.prompt_templates import CHATML, HERMES_TOOLS, QWEN3, QWEN25, TEMPLATES
+from tests.cases.prompt_templates import QWEN3, TEMPLATES
 
 transformers = pytest.importorskip("transformers")
 
@@ -435,26 +434,6 @@ def test_variables_of_a_request_cannot_be_messages(models: Any) -> None:
     encoder, _ = models["qwen3"]
     with pytest.raises(TemplateError, match="cannot set messages"):
         encoder.prompt(said("c"), None, (), {"messages": []})
-
-
-@pytest.mark.parametrize(
-    ("template", "said_so"),
-    [(CHATML, False), (QWEN25, True), (HERMES_TOOLS, True), (None, True)],
-)
-def test_a_call_that_the_template_cannot_say_is_refused(
-    template: str | None, said_so: bool, vocabulary: Path
-) -> None:
-    tools = json.dumps([WEATHER["function"]])
-    talk = [("human", "Köln?"), ("function_call", json.dumps(CALL["function"]))]
-    rows = [talk, [*talk, ("observation", "sunny"), ("gpt", "Sunny.")]]
-    tokenizer = load_tokenizer(vocabulary)
-    tokenizer.eos_ids = tuple(tokenizer.token_id(t) for t in ("<|im_end|>", "<|eot_id|>"))  # type: ignore[assignment]
-    made = Template(template or LLAMA3, tokenizer.special_names())
-    for turns in rows:
-        row = {"conversations": [{"from": f, "value": v} for f, v in turns], "tools": tools}
-        (found,) = ChatEncoder(tokenizer, made).encode_batch([read_row(row)])
-        assert isinstance(found, list) == said_so, found
-        assert said_so or "does not render the call of weather" in str(found)
 
 
 def test_a_date_of_a_run_is_fixed(models: Any) -> None:
