@@ -55,7 +55,7 @@ class Group:
     """A prompt and its answers. number: of the prompt among all. mode: of the switch."""
 
     number: int
-    mode: str
+    mode: str | None
     ids: list[int]
     answers: list[Answer]
 

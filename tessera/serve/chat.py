@@ -55,7 +55,7 @@ class Conversation:
         self.tokenizer = load_tokenizer(model)
         self.encoder = ChatEncoder.of(self.tokenizer, switch=asking.switch, today=True)
         require_switch(self.encoder.switch, asking.mode, "the model")
-        self.mode = asking.mode or self.encoder.default
+        self.mode: Mode | None = asking.mode or self.encoder.default
         self.engine = TorchEngine(load_model(model, frozen=True))
 
     def command(self, name: str) -> str:
