@@ -6,6 +6,7 @@ A section an equation; nothing here calls what it checks to say what is right.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,26 @@ def test_the_best_and_the_worst_answer_make_a_pair():
     empty = Group(0, "on", [7], [answer([1], 0.5), answer([], 9.0), answer([2], None)])
     assert preference.of_group(empty) is None  # nothing was said, or nothing is known
     assert len(PAIRS[0]) == 2 - 1 + 3 + 2
+
+
+def test_every_pair_comes_once_an_epoch_to_one_of_the_processes(monkeypatch: pytest.MonkeyPatch):
+    """Five pairs, two a step, two processes: five steps are two epochs."""
+    pairs = [Pair([1], [10 + number], [20], 1.0) for number in range(5)]
+    layout = SimpleNamespace(data_rank=0, data_world=2)
+    train = SimpleNamespace(spread=SimpleNamespace(layout=layout), microbatch_tokens=8)
+    config: Any = SimpleNamespace(pairs_per_step=2, train=train)
+    monkeypatch.setattr(preference, "padded", lambda rows, empty: [*rows, empty])
+    seen: list[list[int]] = [[], []]
+    for rank in (0, 1):
+        layout.data_rank = rank
+        source = preference.PairSource(pairs, config, 7)
+        for step in range(5):
+            *own, empty = source.batches(step)
+            assert not empty.weight.any() and empty.tokens.shape == (1, 2)
+            labels = torch.cat([one.labels.flatten() for one in own]).tolist()
+            seen[rank] += [label - 10 for label in labels if 10 <= label < 20]
+    first = [pair for both in zip(*seen, strict=True) for pair in both]
+    assert sorted(first[:5]) == sorted(first[5:]) == [0, 1, 2, 3, 4] and first[:5] != first[5:]
 
 
 # The curriculum (§7.1): share of a bin ∝ exp(-(middle - μ)² / 2σ²), μ from start to end.
