@@ -381,6 +381,17 @@ def test_a_checker_sees_the_answer_behind_the_thought(reward, completion, gold, 
     assert check(reward, sample(completion, answer=gold)).verdict == verdict
 
 
+@pytest.mark.parametrize("completion", ["<think>a</think>b", "b"])
+@pytest.mark.parametrize(("said", "mode"), [("on", None), ("off", None), ("", "on"), ("", "off")])
+def test_the_format_is_that_of_the_mode_however_it_is_said(completion, said, mode):
+    """Tags with thinking on, none with thinking off."""
+    system = [{"role": "system", "content": f"detailed thinking {said}"}] if said else []
+    one = Sample([*system, {"role": "user", "content": "?"}], completion, {}, mode=mode)
+    thinks = "<think>" in completion
+    expected = "right" if thinks == ((said or mode) == "on") else "wrong"
+    assert check(FormatReward(kind="format"), one).verdict == expected
+
+
 def odd(one: Sample) -> Any:
     """What a reward of one's own may do: judge a thought that did not end, lie, or fail."""
     if one.completion == "fail":
