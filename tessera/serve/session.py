@@ -154,11 +154,10 @@ class ServedModel:
     def _chat_prompt(self, request: ChatRequest) -> list[int]:
         messages = tidy([message.model_dump(exclude_none=True) for message in request.messages])
         variables, effort = dict(request.chat_template_kwargs or {}), request.reasoning_effort
+        own = variables.get(self.encoder.switch)
+        asked = variables.get("enable_thinking", own if isinstance(own, bool) else None)
         mode = requested(
-            messages,
-            self.encoder.switch,
-            enable_thinking=variables.get("enable_thinking"),
-            reasoning_effort=effort,
+            messages, self.encoder.switch, enable_thinking=asked, reasoning_effort=effort
         )
         if effort is not None:
             variables.setdefault("reasoning_effort", effort)
