@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import tidy
-from tessera.data.switch import requested
+from tessera.data.switch import is_variable, requested
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.text import TextStream, opens_thought, stop_criterion, thinking_budget
@@ -161,5 +161,7 @@ class ServedModel:
         )
         if effort is not None:
             variables.setdefault("reasoning_effort", effort)
+        if mode and is_variable(self.encoder.switch):  # the text stays, whatever it says
+            variables, mode = {self.encoder.switch: mode == "on", **variables}, None
         tools = [] if request.tool_choice == "none" else request.tools or []
         return self.encoder.prompt(messages, mode or self.encoder.default, tools, variables)
