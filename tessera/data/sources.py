@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from tessera.data import dataset, readers
 from tessera.data.config import Reading
-from tessera.data.conversation import Chat, fault
-from tessera.data.dialects import chats_of
+from tessera.data.conversation import Chat, SchemaError, fault
+from tessera.data.dialects import chats_of, read_texts
 from tessera.data.encode import Encoder, Entry, Unit, read_unit
 from tessera.data.problems import SPLITS, Split, completion, document, problem_chat
 from tessera.data.readers import EXCERPT, Bad, DataError, Record
@@ -51,14 +51,15 @@ def _of_rows(
                     yield Record(chat, key=question.strip(), line=number)
         return
     for number, row in rows:
-        match row:
-            case Bad():
-                yield row
-            case {"prompt": str(prompt), "completion": str(completion)} if completion:
-                yield Record((prompt, completion), key=prompt, line=number)
-            case _:
-                told = json.dumps(row, default=str)[:EXCERPT]
-                yield Bad(label, number, "no texts `prompt` and `completion`", told)
+        if isinstance(row, Bad):
+            yield row
+            continue
+        try:
+            prompt, completion = read_texts(row)
+            yield Record((prompt, completion), key=prompt, line=number)
+        except SchemaError as error:
+            told = json.dumps(row, default=str)[:EXCERPT]
+            yield Bad(label, number, str(error), told)
 
 
 def _kind(reading: Reading) -> list[Any]:
@@ -79,7 +80,7 @@ def _file_unit(reading: Reading, path: Path) -> Unit:
         if not how:
             format = readers.format_of(path) if reading.format == "auto" else reading.format
             how = [format, reading.separator if format == "text" else reading.field]
-        return ["file", how, path.suffix == ".gz", readers.content_hash(path)]
+        return ["file", how, readers.content_hash(path)]
 
     def stamp() -> tuple[int, int]:
         return path.stat().st_size, path.stat().st_mtime_ns
