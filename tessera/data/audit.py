@@ -7,15 +7,16 @@ spoils them is found before the training is paid for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessera.data.chat import ChatEncoder, Document
-from tessera.data.conversation import Chat
-from tessera.data.dialects import read_chats
-from tessera.data.readers import Bad, DataError
+from tessera.data.conversation import Chat, trained_answers
+from tessera.data.dialects import chats_of
+from tessera.data.preferences import encode_preferences, is_preference
+from tessera.data.readers import Bad, DataError, read_rows
 from tessera.data.thought import CLOSE, OPEN, opens, split, split_message
 
 if TYPE_CHECKING:
@@ -71,11 +72,14 @@ class Report:
         ]
         for name, told in CHECKS.items() if total else ():
             rows = self.violations.get(name)
-            lines.append(f"FAIL  {name}: {told}{_at(rows)}" if rows else f"ok    {name}")
-        return lines + [f"refused  {reason}{_at(rows)}" for reason, rows in self.refused.items()]
+            lines.append(f"FAIL  {name}: {told}{rows_named(rows)}" if rows else f"ok    {name}")
+        return lines + [
+            f"refused  {reason}{rows_named(rows)}" for reason, rows in self.refused.items()
+        ]
 
 
-def _at(rows: list[int]) -> str:
+def rows_named(rows: list[int]) -> str:
+    """How many rows, and the numbers of the first."""
     more = ", …" if len(rows) > ROWS_NAMED else ""
     return f"  [{len(rows):,}: rows {', '.join(map(str, rows[:ROWS_NAMED]))}{more}]"
 
@@ -86,28 +90,52 @@ def audit(
     limit: int | None = None,
     seen: Callable[[int, list[Document] | str], None] = lambda row, found: None,
 ) -> Report:
-    """Checks the masks of a file; `seen` is given each row's documents or refusal."""
-    report, number = Report(), 0
-    rows = itertools.islice(read_chats(path), limit)
-    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        found = iter(encoder.encode_batch([chat for _, chat in some if isinstance(chat, Chat)]))
-        for number, chat in some:
-            documents = chat.reason if isinstance(chat, Bad) else next(found)
-            seen(number, documents)
-            if isinstance(chat, Bad) or isinstance(documents, str):
-                report.refused.setdefault(str(documents), []).append(number)
-                continue
-            report.rows[chat.mode] += 1
-            report.documents += len(documents)
-            for document in documents:
-                report.tokens += len(document.ids)
-                report.trained[document.mode] += sum(document.trained)
-                report.longest = max(report.longest, len(document.ids))
-            for name in violations(chat, documents, encoder):
-                report.violations.setdefault(name, []).append(number)
-    if not number:
+    """Checks the masks of a file; `seen` is given each row's documents or refusal.
+
+    Of a preference set both answers are encoded and the chosen one is checked.
+    """
+    report = Report()
+    for number, chat, documents in _encoded(path, encoder, limit):
+        seen(number, documents)
+        if chat is None or isinstance(documents, str):
+            report.refused.setdefault(str(documents), []).append(number)
+            continue
+        report.rows[chat.mode] += 1
+        report.documents += len(documents)
+        for document in documents:
+            report.tokens += len(document.ids)
+            report.trained[document.mode] += sum(document.trained)
+            report.longest = max(report.longest, len(document.ids))
+        checked = documents[:1] if is_preference(chat.extra) else documents
+        for name in violations(chat, checked, encoder):
+            report.violations.setdefault(name, []).append(number)
+    if not report.refused and not any(report.rows.values()):
         raise DataError(f"{path} holds no row")
     return report
+
+
+def _encoded(
+    path: Path, encoder: ChatEncoder, limit: int | None
+) -> Iterator[tuple[int, Chat | None, list[Document] | str]]:
+    """(number, conversation, documents) of each row; None and the reason of one that is refused."""
+    rows = itertools.islice(read_rows(path), limit)
+    first = list(itertools.islice(rows, 1))
+    rows = itertools.chain(first, rows)
+    if any(is_preference(row) for _, row in first):
+        for number, found in encode_preferences(str(path), rows, encoder):
+            if isinstance(found, Bad):
+                yield number, None, found.reason
+            else:
+                yield number, replace(found[1].chosen, extra={"chosen": True}), found[2]
+        return
+    chats = chats_of(str(path), rows)
+    while some := list(itertools.islice(chats, ROWS_AT_ONCE)):
+        found = iter(encoder.encode_batch([chat for _, chat in some if isinstance(chat, Chat)]))
+        for number, chat in some:
+            if isinstance(chat, Bad):
+                yield number, None, chat.reason
+            else:
+                yield number, chat, next(found)
 
 
 def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> list[str]:
@@ -117,16 +145,17 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     if not stretches:
         return ["answer"]
     last, (start, stop) = documents[-1], _stretches(documents[-1])[-1]
-    wanted = split_message(chat.messages[-1])
+    messages = chat.messages[: trained_answers(chat.messages)[-1] + 1]  # the last that is trained
+    wanted = split_message(messages[-1])
     written, before = decode(last.ids[start:stop]), decode(last.ids[:start])
-    asked = encoder.prompt(chat.messages[:-1], chat.mode, chat.tools)
+    asked = encoder.prompt(messages[:-1], chat.mode, chat.tools)
     opened = opens(decode(asked))
     told = split(written, opened)
     begins = opened or written.lstrip().startswith(OPEN)
     found: list[str] = []
     if chat.mode == "on" and not (begins and told.thought == wanted.thought):
         found.append("first thought")
-    if told.answer.strip() != wanted.answer.strip() and not chat.messages[-1].get("tool_calls"):
+    if told.answer.strip() != wanted.answer.strip() and not messages[-1].get("tool_calls"):
         found.append("answer")
     if not {ids[b - 1] for ids, _, b in stretches} <= set(encoder.tokenizer.eos_ids):
         found.append("stop token")

@@ -7,20 +7,21 @@ prompt anew, because templates cut old thoughts out of the history.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from tessera.data.conversation import Chat, Message, Mode, answer_fault, fault
+from tessera.data.conversation import Chat, Message, Mode, answer_fault, fault, trained_answers
 from tessera.data.switch import DETAILED, set_switch
 from tessera.data.template import Template, TemplateError, template_of
 from tessera.data.thought import CLOSE, OPEN, split, split_message
 from tessera.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "all"]
-RULES = "chat-1"  # changed whenever a conversation becomes other ids than before
+RULES = "chat-2"  # changed whenever a conversation becomes other ids than before
 _OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
 _Pairs = list[tuple[str, str]]
 
@@ -73,12 +74,15 @@ class ChatEncoder:
             raise ChatError(found)
         return found
 
-    def encode_batch(self, chats: Sequence[Chat]) -> list[list[Document] | str]:
+    def encode_batch(
+        self, chats: Sequence[Chat], judge: Callable[[Chat], str | None] = fault
+    ) -> list[list[Document] | str]:
         """The documents of each conversation, or why it must not be trained on.
 
-        Every trained answer is in exactly one. The tokenizer's own threads share the texts.
+        Every trained answer is in exactly one. The tokenizer's own threads share the texts. judge:
+        why a conversation must not be trained on, whatever the template.
         """
-        plans = [self._plan(chat) for chat in chats]
+        plans = [self._plan(chat, judge) for chat in chats]
         texts = [text for pairs, _ in plans for pair in pairs for text in pair]
         ids = iter(self.tokenizer.encode_batch(texts, special=True))
         found: list[list[Document] | str] = []
@@ -93,30 +97,52 @@ class ChatEncoder:
                 found.append(str(error))
         return found
 
-    def _plan(self, chat: Chat) -> tuple[_Pairs, str]:
+    def _plan(self, chat: Chat, judge: Callable[[Chat], str | None]) -> tuple[_Pairs, str]:
         """((prompt, completion) texts of each trained turn, ""), or none and why.
 
         Of a template without a generation prompt, the stretches that are not and that are inside of
         its `{% generation %}`, and "marked".
         """
-        if reason := fault(chat) or self._forged(chat):
+        if reason := judge(chat) or self._forged(chat):
             return [], reason
         messages, variables = set_switch(chat.messages, chat.mode, self.switch)
         turns, last = _Turns(self.template, messages, chat.tools, variables), len(messages) - 1
-        before = turns.before(last)
+        chosen = list(_answers(messages, chat.mode))
+        if self.turns == "last":
+            chosen = [index for index in chosen if index == last]
+        if not chosen:
+            return [], 'the last answer has weight 0, and turns = "last" trains no other'
+        before = turns.before(chosen[-1])
         try:
-            if not self.template.marks_generation or turns.prompt(last) != turns.render(before):
-                answers = _answers(messages, chat.mode) if self.turns == "all" else [last]
-                return [turns.split(index) for index in answers], ""
-            whole = [*before, messages[last]]
-            text, spans = self.template.spans(whole, tools=chat.tools, **variables)
+            if reason := _unsaid(turns, chosen[-1]):
+                return [], reason
+            marks = self.template.marks_generation
+            if not marks or turns.prompt(chosen[-1]) != turns.render(before):
+                return [turns.split(index) for index in chosen], ""
+            return self._spans(turns, [*before, messages[chosen[-1]]], chosen), "marked"
         except TemplateError as error:
             return [], str(error)
+
+    def _spans(self, turns: _Turns, whole: list[Message], chosen: Sequence[int]) -> _Pairs:
+        """The stretches outside and inside of what the template marks as the chosen answers.
+
+        An answer whose thought was cut out of the history is none of them.
+        """
+        text, spans = self.template.spans(whole, tools=turns.tools, **turns.variables)
+        answers = [i for i, one in enumerate(whole) if one["role"] == "assistant"]
+        kept = [i for i in chosen if whole[i] == turns.messages[i]]
+        if len(spans) == len(answers):
+            spans = [span for i, span in zip(answers, spans, strict=True) if i in kept]
+        elif kept != answers:
+            raise TemplateError(
+                f"the template marks {len(spans)} of {len(answers)} answers with "
+                "{% generation %}, so those that are not to be trained cannot be told apart"
+            )
         pairs, at = [], 0
-        for start, stop in spans if self.turns == "all" else spans[-1:]:
+        for start, stop in spans:
             pairs.append((text[at:start], text[start:stop]))
             at = stop
-        return [*pairs, (text[at:], "")], "marked"
+        return [*pairs, (text[at:], "")]
 
     def _documents(
         self, pairs: _Pairs, encoded: Sequence[tuple[list[int], list[int]]], mode: Mode
@@ -134,6 +160,8 @@ class ChatEncoder:
                     "in tokenizer_config.json, or in generation_config.json"
                 )
             answer = written[: ends[-1] + 1]
+            if len(answer) == 1:
+                raise ChatError("the chat template renders the answer as nothing but its end")
             if before is None or prompt[: len(before.ids)] != before.ids:
                 before = Document([], [], mode)
                 documents.append(before)
@@ -163,10 +191,15 @@ class ChatEncoder:
 
     def _forged(self, chat: Chat) -> str | None:
         """Why the template's own marks in a message would let it speak for others."""
-        for index, message in enumerate(chat.messages):
-            for text in (message["content"], message.get("reasoning_content", "")):
+        places = [("the list of tools", [json.dumps(chat.tools, ensure_ascii=False)])]
+        for index, one in enumerate(chat.messages):
+            calls = json.dumps(one.get("tool_calls", []), ensure_ascii=False)
+            texts = [one["content"], one.get("reasoning_content", ""), calls]
+            places.append((f"message {index}", texts))
+        for place, texts in places:
+            for text in texts:
                 if hit := self._special.search(text):
-                    return f"message {index} holds {hit[0]}, which the tokenizer reads as a mark"
+                    return f"{place} holds {hit[0]}, which the tokenizer reads as a mark"
         return None
 
 
@@ -174,13 +207,49 @@ def _answers(messages: Sequence[Message], mode: Mode) -> Iterator[int]:
     """The answers that are trained: those that do what the switch says, and the last one.
 
     An answer without a thought after `detailed thinking on` would teach the model not to think.
-    OpenAI's `weight = 0` leaves an answer out.
+    OpenAI's `weight = 0` leaves an answer out, the last one, too.
     """
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            last = index == len(messages) - 1
-            if last or (message.get("weight", 1) and answer_fault(message, mode) is None):
-                yield index
+    weighed = trained_answers(messages)
+    for index in weighed:
+        if index == weighed[-1] or answer_fault(messages[index], mode) is None:
+            yield index
+
+
+def _unsaid(turns: _Turns, last: int) -> str | None:
+    """Which tool call or result the template leaves out, so that silence would be trained.
+
+    Names, arguments and results are replaced by words that stand nowhere else, and looked for in
+    what is rendered.
+    """
+    words: dict[str, str] = {}
+
+    def word(what: str) -> str:
+        found = f"tessera{len(words)}x"
+        words[found] = what
+        return found
+
+    messages = []
+    for index, one in enumerate([*turns.before(last), turns.messages[last]]):
+        if calls := one.get("tool_calls"):
+            one = one | {"tool_calls": [_worded(call, index, word) for call in calls]}
+        elif one["role"] == "tool":
+            one = one | {"content": word(f"the result of a tool in message {index}")}
+        messages.append(one)
+    text = turns.render(messages) if words else ""
+    lost = next((what for found, what in words.items() if found not in text), None)
+    if lost is None:
+        return None
+    return (
+        f"the chat template leaves out {lost}: a model would be trained on silence; take a "
+        "tokenizer whose template renders tool calls"
+    )
+
+
+def _worded(call: dict[str, Any], index: int, word: Callable[[str], str]) -> dict[str, Any]:
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    what = f"of the call of {name} in message {index}"
+    told = {word(f"the arguments {what}"): word(f"the arguments {what}")} if arguments else {}
+    return call | {"function": {"name": word(f"the name {what}"), "arguments": told}}
 
 
 @dataclass(frozen=True)

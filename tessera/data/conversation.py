@@ -59,7 +59,7 @@ class Chat:
         said = self.reasoning or switch_of(self.messages)
         if said or not self.answered:
             return said or "off"
-        last = (trained(self.messages) or [-1])[-1]
+        last = (trained_answers(self.messages) or [-1])[-1]
         return "on" if split_message(self.messages[last]).thought is not None else "off"
 
     def to_json(self) -> str:
@@ -78,7 +78,7 @@ def switch_of(messages: Sequence[Mapping[str, Any]]) -> Mode | None:
     return SWITCH.get(messages[0]["content"].strip().split("\n")[0].strip())
 
 
-def trained(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def trained_answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Which messages are answers that OpenAI's `weight` does not leave out."""
     answers = (i for i, one in enumerate(messages) if one["role"] == "assistant")
     return [i for i in answers if messages[i].get("weight", 1)]
@@ -273,7 +273,7 @@ def fault(chat: Chat) -> str | None:
     said = switch_of(chat.messages)
     if said and chat.reasoning and said != chat.reasoning:
         return f'reasoning is "{chat.reasoning}" and the system prompt says "{said}"'
-    answers = trained(chat.messages)
+    answers = trained_answers(chat.messages)
     if not answers:
         return "every answer has weight 0: nothing is left to train on"
     return answer_fault(chat.messages[answers[-1]], chat.mode)

@@ -210,7 +210,7 @@ def _read_pair(row: Row) -> Chat:
     elif "input" in row or not isinstance(question, str | list):
         wrong = "input" if "input" in row else key
         raise SchemaError(f"{wrong} is a {type(row[wrong]).__name__}, not text")
-    messages = _messages_of(question, "user")
+    messages = messages_of(question, "user")
     answer = next((name for name in ANSWERS if name in row), None)
     if answer:
         messages += _answer_messages(row, answer, used)
@@ -222,7 +222,7 @@ def _read_pair(row: Row) -> Chat:
 
 def _answer_messages(row: Row, name: str, used: list[str]) -> list[Any]:
     """The answer's messages; thought and weight may stand beside a text. `used`: grows by those."""
-    messages = _messages_of(row[name], "assistant")
+    messages = messages_of(row[name], "assistant")
     if not isinstance(row[name], str):
         return messages
     for key in THOUGHTS:
@@ -235,7 +235,8 @@ def _answer_messages(row: Row, name: str, used: list[str]) -> list[Any]:
     return messages
 
 
-def _messages_of(value: Any, role: str) -> list[Any]:
+def messages_of(value: Any, role: str) -> list[Any]:
+    """Messages of a text, of one message or of several; one without a speaker is of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     found = value if isinstance(value, list) else [value]
@@ -303,7 +304,7 @@ def _read_nemotron(row: Row) -> Chat:
     given = row["input"]
     name = next((one for one in ANSWERS if one in row and one != "answer"), "output")
     if isinstance(given, str):
-        given = _turns(given) if _ASK[:21] in given else _messages_of(given, "user")
+        given = _turns(given) if _ASK[:21] in given else messages_of(given, "user")
     if not isinstance(row.get(name), str | None):
         raise SchemaError(f"{name} is a {type(row[name]).__name__}, not text")
     messages = tidy(given)
@@ -369,6 +370,8 @@ _READ: dict[str, Callable[[Row], Chat]] = {
     **dict.fromkeys(QUESTIONS, _read_pair),
     "input": _read_nemotron,
 }
+# The keys of rows that mean something here.
+KEYS = (*_READ, *ANSWERS, *THOUGHTS, "tools", "functions", "system", "system_prompt", "history")
 _WRITE: dict[str, Callable[[Chat], Row]] = {
     "openai": _write_openai,
     "sharegpt": _write_sharegpt,
