@@ -114,7 +114,7 @@ class ChatEncoder:
             return [], 'the last answer has weight 0, and turns = "last" trains no other'
         before = turns.before(chosen[-1])
         try:
-            if reason := _unsaid(turns, chosen[-1]):
+            if reason := _unsaid(turns, chosen[-1], len(messages) - len(chat.messages)):
                 return [], reason
             marks = self.template.marks_generation
             if not marks or turns.prompt(chosen[-1]) != turns.render(before):
@@ -215,11 +215,11 @@ def _answers(messages: Sequence[Message], mode: Mode) -> Iterator[int]:
             yield index
 
 
-def _unsaid(turns: _Turns, last: int) -> str | None:
+def _unsaid(turns: _Turns, last: int, added: int) -> str | None:
     """Which tool call or result the template leaves out, so that silence would be trained.
 
     Names, arguments and results are replaced by words that stand nowhere else, and looked for in
-    what is rendered.
+    what is rendered. added: messages before those of the row.
     """
     words: dict[str, str] = {}
 
@@ -229,7 +229,7 @@ def _unsaid(turns: _Turns, last: int) -> str | None:
         return found
 
     messages = []
-    for index, one in enumerate([*turns.before(last), turns.messages[last]]):
+    for index, one in enumerate([*turns.before(last), turns.messages[last]], -added):
         if calls := one.get("tool_calls"):
             one = one | {"tool_calls": [_worded(call, index, word) for call in calls]}
         elif one["role"] == "tool":
@@ -246,10 +246,11 @@ def _unsaid(turns: _Turns, last: int) -> str | None:
 
 
 def _worded(call: dict[str, Any], index: int, word: Callable[[str], str]) -> dict[str, Any]:
-    name, arguments = call["function"]["name"], call["function"]["arguments"]
-    what = f"of the call of {name} in message {index}"
-    told = {word(f"the arguments {what}"): word(f"the arguments {what}")} if arguments else {}
-    return call | {"function": {"name": word(f"the name {what}"), "arguments": told}}
+    function = call["function"]
+    what = f"of the call of {function['name']} in message {index}"
+    name, told = word(f"the name {what}"), f"the arguments {what}"
+    arguments = {word(told): word(told)} if function["arguments"] else {}
+    return call | {"function": {"name": name, "arguments": arguments}}
 
 
 @dataclass(frozen=True)

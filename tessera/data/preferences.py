@@ -249,7 +249,7 @@ def _pair(
     """The pair of two documents, or why they make none."""
     for side, found in zip(SIDES, (chosen, rejected), strict=True):
         if isinstance(found, str):
-            return f"{side}: {found}"
+            return found if chosen == rejected else f"{side}: {found}"
     documents = [found[-1] for found in (chosen, rejected) if not isinstance(found, str)]
     starts = [len(one.ids) - one.trained[::-1].index(False) for one in documents]
     (prompt, better), (other, worse) = (

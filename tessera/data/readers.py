@@ -31,6 +31,7 @@ Format = Literal["auto", "text", "jsonl", "parquet", "chat", "completion"]
 SUFFIXES: dict[str, Format] = {".txt": "text", ".text": "text"}
 SUFFIXES |= {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 PACKED = (".gz", ".bz2", ".xz", ".zst")
+ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z"}  # by their first bytes
 BLOCK = 1 << 20
 EXCERPT = 200
 
@@ -127,6 +128,10 @@ def _opened(path: Path, packed: bool = True) -> Iterator[BufferedReader]:
             head = file.peek(8)
         if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{path} is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8")
+        if archive := next(
+            (kind for magic, kind in ARCHIVES.items() if head.startswith(magic)), ""
+        ):
+            raise DataError(f"{path} is a {archive} archive; unpack it and name its files")
         how = (one for magic, one in _UNPACKERS.items() if head.startswith(magic))
         with (next(how, _plain) if packed else _plain)(path) as file:
             yield cast(BufferedReader, file)
@@ -213,7 +218,8 @@ def _json_lines(
             yield number, json.dumps(row).encode(), row
         return
     with _opened(path) as file:
-        file.seek(start)
+        if start:
+            file.seek(start)
         for number, line in enumerate(file, first):
             if line.strip():
                 try:
@@ -237,19 +243,29 @@ def is_lines(path: Path) -> bool:
 def _json_list(path: Path) -> list[Any] | None:
     """The values of a file that is one JSON list; None for lines."""
     with _opened(path) as file:
-        begin = next((line for line in file if _stripped(line)), b"")
-        if not _stripped(begin).startswith(b"["):
-            return None
+        begin = next(filter(None, map(_stripped, file)), b"")
+    if not begin.startswith(b"[") and begin != b"{":
+        return None
     with _opened(path) as file:
         try:
             found = json.loads(_text(file.read()))
         except (ValueError, RecursionError) as error:
-            try:
-                json.loads(_text(begin))
-            except (ValueError, RecursionError):  # nor is its first line a row
-                raise DataError(f"{path} is {_reason(error)}") from None
-            return None
-    return found if isinstance(found, list) else None
+            if _is_json(begin):
+                return None  # each line is a list, or should be
+            line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataError(f"{path}{line} is {_reason(error)}") from None
+    if not isinstance(found, list):
+        keys = ", ".join(map(str, found))
+        raise DataError(f"{path} holds one object, not a list or lines of rows; it has: {keys}")
+    return found
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _stripped(line: bytes) -> bytes:
