@@ -17,7 +17,7 @@ import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -26,6 +26,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from tessera.data.conversation import Chat, present
 
+Kind = TypeVar("Kind")
 Content = TypeVar("Content", bound=str | tuple[str, str] | Chat, covariant=True)
 Format = Literal["auto", "text", "jsonl", "parquet", "chat", "completion"]
 SUFFIXES: dict[str, Format] = {".txt": "text", ".text": "text"}
@@ -139,6 +140,11 @@ def _opened(path: Path, packed: bool = True) -> Iterator[BufferedReader]:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
+def _by_magic(head: bytes, known: Mapping[bytes, Kind]) -> Kind | None:
+    """What the first bytes of a file stand for."""
+    return next((what for magic, what in known.items() if head.startswith(magic)), None)
+
+
 def _plain(path: Path) -> Any:
     return path.open("rb")
 
@@ -237,7 +243,7 @@ def is_lines(path: Path) -> bool:
         return False
     with _opened(path, packed=False) as file:
         head = file.peek(8)
-    return not any(head.startswith(one) for one in _UNPACKERS) and _json_list(path) is None
+    return _by_magic(head, _UNPACKERS) is None and _json_list(path) is None
 
 
 def _json_list(path: Path) -> list[Any] | None:
