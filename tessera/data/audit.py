@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +89,15 @@ def audit(
     encoder: ChatEncoder,
     limit: int | None = None,
     seen: Callable[[int, list[Document] | str], None] = lambda row, found: None,
+    pairs: bool | None = None,
 ) -> Report:
     """Checks the masks of a file; `seen` is given each row's documents or refusal.
 
-    Of a preference set both answers are encoded and the chosen one is checked.
+    pairs: whether its rows are preferences, by their keys where None. Of those both answers are
+    encoded, and the chosen one is checked.
     """
     report = Report()
-    for number, chat, documents in _encoded(path, encoder, limit):
+    for number, chat, documents, num_checked in _encoded(path, encoder, limit, pairs):
         seen(number, documents)
         if chat is None or isinstance(documents, str):
             report.refused.setdefault(str(documents), []).append(number)
@@ -106,8 +108,7 @@ def audit(
             report.tokens += len(document.ids)
             report.trained[document.mode] += sum(document.trained)
             report.longest = max(report.longest, len(document.ids))
-        checked = documents[:1] if is_preference(chat.extra) else documents
-        for name in violations(chat, checked, encoder):
+        for name in violations(chat, documents[:num_checked], encoder):
             report.violations.setdefault(name, []).append(number)
     if not report.refused and not any(report.rows.values()):
         raise DataError(f"{path} holds no row")
@@ -115,27 +116,30 @@ def audit(
 
 
 def _encoded(
-    path: Path, encoder: ChatEncoder, limit: int | None
-) -> Iterator[tuple[int, Chat | None, list[Document] | str]]:
-    """(number, conversation, documents) of each row; None and the reason of one that is refused."""
+    path: Path, encoder: ChatEncoder, limit: int | None, pairs: bool | None
+) -> Iterator[tuple[int, Chat | None, list[Document] | str, int | None]]:
+    """(number, conversation, documents, how many of them to check) of each row.
+
+    No conversation, and the reason for documents, of one that is refused.
+    """
     rows = itertools.islice(read_rows(path), limit)
     first = list(itertools.islice(rows, 1))
     rows = itertools.chain(first, rows)
-    if any(is_preference(row) for _, row in first):
+    if pairs if pairs is not None else any(is_preference(row) for _, row in first):
         for number, found in encode_preferences(str(path), rows, encoder):
             if isinstance(found, Bad):
-                yield number, None, found.reason
+                yield number, None, found.reason, 0
             else:
-                yield number, replace(found[1].chosen, extra={"chosen": True}), found[2]
+                yield number, found[1].chosen, found[2], 1
         return
     chats = chats_of(str(path), rows)
     while some := list(itertools.islice(chats, ROWS_AT_ONCE)):
         found = iter(encoder.encode_batch([chat for _, chat in some if isinstance(chat, Chat)]))
         for number, chat in some:
             if isinstance(chat, Bad):
-                yield number, None, chat.reason
+                yield number, None, chat.reason, 0
             else:
-                yield number, chat, next(found)
+                yield number, chat, next(found), None
 
 
 def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> list[str]:

@@ -227,7 +227,7 @@ def _json_lines(
         if start:
             file.seek(start)
         for number, line in enumerate(file, first):
-            if line.strip():
+            if _stripped(line):
                 try:
                     yield number, line, json.loads(_text(line))
                 except (ValueError, RecursionError) as error:

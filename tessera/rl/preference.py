@@ -48,7 +48,9 @@ class RPOConfig(RolloutConfig, RPOLossConfig):
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
         told = super().warnings(step, steps)
         encoder = None if told else encoder_for(step, steps, "last", self.switch)
-        for path in expand(self.paths) if self.paths and encoder else ():
+        if encoder is None or not self.paths:
+            return told
+        for path in expand(self.paths):
             told += first_refusals(path, (one for _, one in read_pairs(path, encoder)))
         return told
 

@@ -136,7 +136,7 @@ def test_a_list_is_a_list_and_lines_are_lines_whatever_the_name(tmp_path: Path, 
     file.write_bytes(b"[]")
     assert list(readers.read_rows(file)) == []
     for data, says in (
-        (json.dumps(ROWS, indent=1).encode()[:-9], ":1501 is not JSON"),
+        (json.dumps(ROWS, indent=1).encode()[:-2], ":1501 is not JSON"),
         (json.dumps({"version": 1, "data": ROWS}, indent=1).encode(), "it has: version, data"),
         (LINES.decode().encode("utf-16"), "is UTF-16; save it as UTF-8"),
         (b"PK\x03\x04", "is a zip archive; unpack it"),
