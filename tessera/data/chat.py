@@ -114,7 +114,7 @@ class ChatEncoder:
             return [], 'the last answer has weight 0, and turns = "last" trains no other'
         before = turns.before(chosen[-1])
         try:
-            if reason := _unsaid(turns, chosen[-1], len(messages) - len(chat.messages)):
+            if reason := _unsaid(turns, chosen[-1]):
                 return [], reason
             marks = self.template.marks_generation
             if not marks or turns.prompt(chosen[-1]) != turns.render(before):
@@ -215,11 +215,10 @@ def _answers(messages: Sequence[Message], mode: Mode) -> Iterator[int]:
             yield index
 
 
-def _unsaid(turns: _Turns, last: int, added: int) -> str | None:
-    """Which tool call or result the template leaves out, so that silence would be trained.
+def _unsaid(turns: _Turns, last: int) -> str | None:
+    """What of the calls and results of tools the template leaves out, so that it would be silence.
 
-    Names, arguments and results are replaced by words that stand nowhere else, and looked for in
-    what is rendered. added: messages before those of the row.
+    They are replaced by words that stand nowhere else, and looked for in what is rendered.
     """
     words: dict[str, str] = {}
 
@@ -229,27 +228,25 @@ def _unsaid(turns: _Turns, last: int, added: int) -> str | None:
         return found
 
     messages = []
-    for index, one in enumerate([*turns.before(last), turns.messages[last]], -added):
+    for one in [*turns.before(last), turns.messages[last]]:
         if calls := one.get("tool_calls"):
-            one = one | {"tool_calls": [_worded(call, index, word) for call in calls]}
+            one = one | {"tool_calls": [_worded(call, word) for call in calls]}
         elif one["role"] == "tool":
-            one = one | {"content": word(f"the result of a tool in message {index}")}
+            one = one | {"content": word("what tools gave back")}
         messages.append(one)
     text = turns.render(messages) if words else ""
     lost = next((what for found, what in words.items() if found not in text), None)
     if lost is None:
         return None
     return (
-        f"the chat template leaves out {lost}: a model would be trained on silence; take a "
+        f"the chat template leaves out {lost}, so a model would be trained on silence; take a "
         "tokenizer whose template renders tool calls"
     )
 
 
-def _worded(call: dict[str, Any], index: int, word: Callable[[str], str]) -> dict[str, Any]:
-    function = call["function"]
-    what = f"of the call of {function['name']} in message {index}"
-    name, told = word(f"the name {what}"), f"the arguments {what}"
-    arguments = {word(told): word(told)} if function["arguments"] else {}
+def _worded(call: dict[str, Any], word: Callable[[str], str]) -> dict[str, Any]:
+    told, name = "the arguments of tool calls", word("the names of called tools")
+    arguments = {word(told): word(told)} if call["function"]["arguments"] else {}
     return call | {"function": {"name": name, "arguments": arguments}}
 
 

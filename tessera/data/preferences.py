@@ -4,7 +4,8 @@
         text, a message, or messages: TRL's explicit rows, LlamaFactory's, NeMo-Aligner's
     `chosen` and `rejected` alone, whole conversations that begin alike: TRL's implicit rows;
         beside a prompt that they repeat, UltraFeedback's
-    `context`, `response1`, `response2`, `overall_preference` from -3 to 3: HelpSteer3's
+    `context`, `response1`, `response2`, `overall_preference` from -3 to 3: HelpSteer3's; with
+        `prompt`, `response_1`, `response_2`, `preference_strength`: HelpSteer2's
     `context` and `completions`, each with its `rank`: NeMo-RL's
 
 Both answers go through the reader, the template and the refusals of chats (dialects.py, chat.py).
@@ -38,6 +39,11 @@ from tessera.data.readers import EXCERPT, Bad, DataError, read_rows
 ROWS_AT_ONCE = 256
 SIDES = ("chosen", "rejected")
 CONVERSATIONS = ("messages", "conversations", "input")
+# Which of two numbered answers is better, with the names of the answers and of the prompt.
+COMPARISONS = {
+    "overall_preference": ("response1", "response2", "context"),
+    "preference_strength": ("response_1", "response_2", "prompt"),
+}
 # What is known of how good both answers are, in the order in which it is looked for.
 REWARDS = ("{}_reward", "reward_{}", "{}_score", "score_{}", "{}_rating", "rating_{}")
 _KNOWN = (*SIDES, *(f"{side}_response" for side in SIDES), *QUESTIONS, *CONVERSATIONS)
@@ -69,7 +75,7 @@ def is_preference(row: Any) -> bool:
     """Whether a row names two answers, whatever else is wrong with it."""
     if not isinstance(row, dict):
         return False
-    names = {*SIDES, *(f"{side}_response" for side in SIDES), "overall_preference"}
+    names = {*SIDES, *(f"{side}_response" for side in SIDES), *COMPARISONS}
     return bool(names & row.keys()) or {"context", "completions"} <= row.keys()
 
 
@@ -84,7 +90,10 @@ def read_preference(row: Any) -> Preference:
     history = chosen[:-1]
     if history != rejected[:-1]:
         raise SchemaError("chosen and rejected differ in more than their last message")
-    if not history:
+    if history and prompt is None:
+        prompt = read_row({**rest, "messages": history})
+        history = prompt.messages
+    elif not history:
         history = prompt.messages if prompt else []
     elif prompt and not _within(prompt.messages[: -1 if prompt.answered else None], history):
         raise SchemaError("chosen and rejected begin with another conversation than the prompt")
@@ -103,8 +112,8 @@ def read_preference(row: Any) -> Preference:
 
 def _sides(row: Row) -> tuple[list[Any], float, Row]:
     """(both answers, the better one first, the margin, the row's other keys)."""
-    if "overall_preference" in row:
-        return _of_comparison(row)
+    if name := next((one for one in COMPARISONS if one in row), None):
+        return _of_comparison(row, name)
     if "completions" in row:
         return _of_ranks(row)
     names = [next((n for n in (s, f"{s}_response") if n in row), None) for s in SIDES]
@@ -115,16 +124,16 @@ def _sides(row: Row) -> tuple[list[Any], float, Row]:
     return [row[str(name)] for name in names], _margin(row), rest
 
 
-def _of_comparison(row: Row) -> tuple[list[Any], float, Row]:
-    preference = row["overall_preference"]
-    lacking = [key for key in ("response1", "response2", "context") if key not in row]
-    if lacking:
-        raise SchemaError(f"overall_preference, and no {lacking[0]}{misnamed(row, lacking)}")
+def _of_comparison(row: Row, name: str) -> tuple[list[Any], float, Row]:
+    """The better of two numbered responses first; a preference below 0 is for the first."""
+    preference, names = row[name], COMPARISONS[name]
+    if lacking := [key for key in names if key not in row]:
+        raise SchemaError(f"{name}, and no {lacking[0]}{misnamed(row, lacking)}")
     if not _finite(preference):
-        raise SchemaError(f"overall_preference is {preference!r}, which is no number")
+        raise SchemaError(f"{name} is {preference!r}, which is no finite number")
     if preference == 0:
-        raise SchemaError("overall_preference is 0: neither answer is better")
-    answers = [row["response1"], row["response2"]]
+        raise SchemaError(f"{name} is 0: neither answer is better")
+    answers = [row[one] for one in names[:2]]
     return answers[:: -1 if preference > 0 else 1], abs(float(preference)), _with_context(row)
 
 
@@ -143,8 +152,10 @@ def _of_ranks(row: Row) -> tuple[list[Any], float, Row]:
 
 def _with_context(row: Row) -> Row:
     """The row with its `context` as the conversation."""
-    key = "messages" if isinstance(row.get("context"), list) else "prompt"
-    return {name: row[old] for name, old in (("tools", "tools"), (key, "context")) if old in row}
+    kept = {name: row[name] for name in ("prompt", "tools", "system") if name in row}
+    if "context" not in row:
+        return kept
+    return kept | {"messages" if isinstance(row["context"], list) else "prompt": row["context"]}
 
 
 def _prompt(rest: Row) -> Chat | None:

@@ -82,14 +82,14 @@ DROPPING = "{% for message in messages if message.role != 'tool' %}"
 @pytest.mark.parametrize(
     ("source", "refusal"),
     [
-        (CHATML, "leaves out the name of the call of get in message 1"),
+        (CHATML, "leaves out the names of called tools"),
         (SAYING.replace("MORE", CALLS), None),
         (SAYING.replace("MORE", CALLS.replace(" | tojson", ".name")), "leaves out the arguments"),
-        (SAYING.replace("MORE", CALLS.replace(" | tojson", ".arguments")), "leaves out the name"),
+        (SAYING.replace("MORE", CALLS.replace(" | tojson", ".arguments")), "leaves out the names"),
         (SAYING.replace("MORE", CALLS + NO_TOOLS), "refuses the conversation: no tools"),
         (
             SAYING.replace("MORE", CALLS).replace("{% for message in messages %}", DROPPING),
-            "leaves out the result of a tool in message 2",
+            "leaves out what tools gave back",
         ),
     ],
 )
