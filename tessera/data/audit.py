@@ -168,7 +168,8 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     ):
         found.append("prompt")
     texts = [decode(ids[a:b]) for ids, a, b in stretches]
-    if chat.mode == "off" and any(OPEN in text or CLOSE in text for text in texts):
+    ruled = texts[-1:] if encoder.switch == "none" else texts  # the rest may think or not
+    if chat.mode == "off" and any(OPEN in text or CLOSE in text for text in ruled):
         found.append("off-row")
     asked_at = max(i for i, one in enumerate(chat.messages) if one["role"] == "user")
     history = [one for one in chat.messages[:asked_at] if one["role"] == "assistant"]

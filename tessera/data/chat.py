@@ -107,7 +107,7 @@ class ChatEncoder:
             return [], reason
         messages, variables = set_switch(chat.messages, chat.mode, self.switch)
         turns, last = _Turns(self.template, messages, chat.tools, variables), len(messages) - 1
-        chosen = list(_answers(messages, chat.mode))
+        chosen = list(_answers(messages, None if self.switch == "none" else chat.mode))
         if self.turns == "last":
             chosen = [index for index in chosen if index == last]
         if not chosen:
@@ -203,15 +203,18 @@ class ChatEncoder:
         return None
 
 
-def _answers(messages: Sequence[Message], mode: Mode) -> Iterator[int]:
+def _answers(messages: Sequence[Message], mode: Mode | None) -> Iterator[int]:
     """The answers that are trained: those that do what the switch says, and the last one.
 
-    An answer without a thought after `detailed thinking on` would teach the model not to think.
-    OpenAI's `weight = 0` leaves an answer out, the last one, too.
+    An answer without a thought after `detailed thinking on` would teach the model not to think;
+    without a switch (mode None) each may think or not. OpenAI's `weight = 0` leaves an answer out,
+    the last one, too.
     """
     weighed = trained_answers(messages)
     for index in weighed:
-        if index == weighed[-1] or answer_fault(messages[index], mode) is None:
+        message = messages[index]
+        own: Mode = "off" if split_message(message).thought is None else "on"
+        if index == weighed[-1] or answer_fault(message, mode or own) is None:
             yield index
 
 
