@@ -124,13 +124,9 @@ def _tidy(index: int, message: Any) -> Message:
     given = {str(key): value for key, value in message.items() if value is not None}
     if wrong := misnamed(given, FIELDS, *OTHERS):
         raise SchemaError(f"message {index} has a field of an unknown name{wrong}")
-    role, content = _one(index, given, "role", "from"), _one(index, given, "content", "value")
-    said = role.lower() if isinstance(role, str) else role
-    known = ALIASES.get(said, said) if isinstance(said, str) else None
-    if known not in ROLES:
-        allowed = ", ".join((*ROLES, *ALIASES))
-        raise SchemaError(f"message {index} has role {role!r}; known: {allowed}")
-    if said == CALL:
+    content = _one(index, given, "content", "value")
+    known = _role(index, given)
+    if CALL in (given.get("from"), given.get("role")):
         given, content = {"tool_calls": content} | given, ""
     parts = _parts(index, content) if isinstance(content, list) else {"content": content}
     found = {k: v for k, v in given.items() if k not in ("from", "value")} | {"role": known}
@@ -142,6 +138,16 @@ def _tidy(index: int, message: Any) -> Message:
     if not isinstance(found["content"], str):
         raise SchemaError(f"message {index} has a {type(found['content']).__name__} as content")
     return found
+
+
+def _role(index: int, given: Message) -> str:
+    """Who speaks, by OpenAI's name or by ShareGPT's."""
+    said = [given[name] for name in ("role", "from") if name in given] or [None]
+    roles = {ALIASES.get(str(one).lower(), str(one).lower()) for one in said}
+    if len(roles) > 1 or not roles <= set(ROLES):
+        told, allowed = " and ".join(map(repr, said)), ", ".join((*ROLES, *ALIASES))
+        raise SchemaError(f"message {index} has role {told}; known: {allowed}")
+    return roles.pop()
 
 
 def _one(index: int, given: Message, *names: str) -> Any:
@@ -184,8 +190,8 @@ def _parts(index: int, parts: list[Any]) -> Message:
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         value = part.get(kind, part.get("text", part.get("value"))) if kind else None
-        if kind == "text" and isinstance(value, str):
-            texts.append(value)
+        if kind == "text" and isinstance(value, str | None):
+            texts += [] if value is None else [value]
         elif kind in ("reasoning", "thinking") and isinstance(value, str):
             thoughts.append(value)
         elif kind == "tool_call":
@@ -203,12 +209,12 @@ def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         raise SchemaError(f"message {index} has a {type(calls).__name__} as tool_calls")
     for call in calls:
-        call = _parsed(call)
-        function = _parsed(call.get("function", call)) if isinstance(call, dict) else None
+        call = parsed(call)
+        function = parsed(call.get("function", call)) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise SchemaError(f"message {index} calls a tool without a name")
         name = function["name"]
-        arguments = _parsed(function.get("arguments", function.get("parameters")))
+        arguments = parsed(function.get("arguments", function.get("parameters")))
         if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
             arguments = {}
         if not isinstance(arguments, dict):
@@ -221,13 +227,14 @@ def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
 
 def tool_list(tools: Any) -> list[dict[str, Any]]:
     """The schemas of the tools of a row, which may be a string of JSON or absent."""
-    tools = present(_parsed(tools)) or []
+    tools = present(parsed(tools)) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise SchemaError("tools is no list of objects")
     return tools
 
 
-def _parsed(value: Any) -> Any:
+def parsed(value: Any) -> Any:
+    """The value of a string of JSON; what is none as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -269,7 +276,9 @@ def fault(chat: Chat) -> str | None:
     if not chat.answered:
         if "chosen" in chat.extra:
             return "no answer to train on, but a pair of them: [rpo] takes preference rows"
-        return f"no answer to train on{misnamed(chat.extra, ANSWERS)}"
+        told = chat.extra.get("answer", "")
+        odd = "" if isinstance(told, str) else f": answer is a {type(told).__name__}, not text"
+        return f"no answer to train on{odd or misnamed(chat.extra, ANSWERS)}"
     said = switch_of(chat.messages)
     if said and chat.reasoning and said != chat.reasoning:
         return f'reasoning is "{chat.reasoning}" and the system prompt says "{said}"'

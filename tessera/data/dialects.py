@@ -29,6 +29,7 @@ from tessera.data.conversation import (
     SchemaError,
     check,
     misnamed,
+    parsed,
     present,
     tidy,
     tool_list,
@@ -145,7 +146,7 @@ def _read_messages(row: Row) -> Chat:
     ShareGPT's `function_call` holds one or several calls as JSON, `observation` what came back.
     """
     key = "messages" if "messages" in row else "conversations"
-    messages = row[key]
+    messages = parsed(row[key])
     if not isinstance(messages, list):
         raise SchemaError(f"{key} is a {type(messages).__name__}, not a list")
     return _chat(row, _with_system(row, messages), key, "system", "system_prompt")
@@ -212,7 +213,7 @@ def _read_pair(row: Row) -> Chat:
         raise SchemaError(f"{wrong} is a {type(row[wrong]).__name__}, not text")
     messages = messages_of(question, "user")
     answer = next((name for name in ANSWERS if name in row), None)
-    if answer:
+    if answer and (answer != "answer" or _says(row[answer])):
         messages += _answer_messages(row, answer, used)
         used += [answer] if answer != "answer" else []
     messages = [*_earlier(row.get("history") or []), *messages]
@@ -220,8 +221,16 @@ def _read_pair(row: Row) -> Chat:
     return _chat(row, _with_system(row, messages), *own)
 
 
+def _says(value: Any) -> bool:
+    """Whether it is a text, a message or messages; else it is the solution of a problem."""
+    found = value if isinstance(value, list) and value else [value]
+    return isinstance(value, str) or all(isinstance(one, dict) for one in found)
+
+
 def _answer_messages(row: Row, name: str, used: list[str]) -> list[Any]:
     """The answer's messages; thought and weight may stand beside a text. `used`: grows by those."""
+    if not _says(row[name]):
+        raise SchemaError(f"{name} is a {type(row[name]).__name__}, not a text or messages")
     messages = messages_of(row[name], "assistant")
     if not isinstance(row[name], str):
         return messages
