@@ -191,12 +191,12 @@ class ChatEncoder:
 
     def _forged(self, chat: Chat) -> str | None:
         """Why the template's own marks in a message would let it speak for others."""
-        places = [("the list of tools", [json.dumps(chat.tools, ensure_ascii=False)])]
-        for index, one in enumerate(chat.messages):
-            calls = json.dumps(one.get("tool_calls", []), ensure_ascii=False)
-            texts = [one["content"], one.get("reasoning_content", ""), calls]
-            places.append((f"message {index}", texts))
-        for place, texts in places:
+        places = [("the list of tools", {"tool_calls": chat.tools})]
+        places += [(f"message {index}", one) for index, one in enumerate(chat.messages)]
+        for place, one in places:
+            texts = [one.get("content", ""), one.get("reasoning_content", "")]
+            if calls := one.get("tool_calls"):
+                texts.append(json.dumps(calls, ensure_ascii=False))
             for text in texts:
                 if hit := self._special.search(text):
                     return f"{place} holds {hit[0]}, which the tokenizer reads as a mark"

@@ -28,6 +28,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 FIELDS = ("role", "from", "content", "value", *THOUGHTS, "weight", "tool_calls", CALL)
 ANSWERS = ("completion", "response", "output", "answer")  # of rows that are no list of messages
 OTHERS = ("name", "tool_call_id", "id", "label", "refusal", "audio")  # no misspelling of those
+USUAL = frozenset(FIELDS)
 SWITCH: dict[str, Mode] = {"detailed thinking on": "on", "detailed thinking off": "off"}
 
 
@@ -86,13 +87,13 @@ def trained_answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def misnamed(given: Iterable[str], known: Iterable[str], *others: str) -> str:
     """`; "mesages" is near "messages"` for each name close to a known one that is absent, or ""."""
-    given, known, told = list(given), list(known), []
-    absent = [name for name in known if name not in given]
+    given, known = list(given), list(known)
+    absent, told = [name for name in known if name not in given], ""
     for name in given:
-        near = difflib.get_close_matches(name.lower(), absent, 1, 0.8)
-        if name not in known and name not in others and near:
-            told.append(f'; "{name}" is near "{near[0]}"')
-    return "".join(told)
+        if name not in known and name not in others:
+            for near in difflib.get_close_matches(name.lower(), absent, 1, 0.8):
+                told += f'; "{name}" is near "{near}"'
+    return told
 
 
 def present(value: Any) -> Any:
@@ -122,7 +123,7 @@ def _tidy(index: int, message: Any) -> Message:
     if not isinstance(message, dict):
         raise SchemaError(f"message {index} is a {type(message).__name__}, not an object")
     given = {str(key): value for key, value in message.items() if value is not None}
-    if wrong := misnamed(given, FIELDS, *OTHERS):
+    if not given.keys() <= USUAL and (wrong := misnamed(given, FIELDS, *OTHERS)):
         raise SchemaError(f"message {index} has a field of an unknown name{wrong}")
     content = _one(index, given, "content", "value")
     known = _role(index, given)

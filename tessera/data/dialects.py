@@ -316,12 +316,13 @@ def _read_nemotron(row: Row) -> Chat:
         given = _turns(given) if _ASK[:21] in given else messages_of(given, "user")
     if not isinstance(row.get(name), str | None):
         raise SchemaError(f"{name} is a {type(row[name]).__name__}, not text")
-    messages = tidy(given)
-    messages = tidy(_with_system(row, messages))
+    if not isinstance(given, list) or not given:
+        raise SchemaError("no messages")
+    messages = _with_system(row, given)
     own = ["input", name, "reasoning", "system", "system_prompt"]
     if name in row:
         told = row | {name: row[name].removesuffix(_END), "reasoning": None}
-        messages = tidy([*messages, *_answer_messages(told, name, own)])
+        messages = [*messages, *_answer_messages(told, name, own)]
     elif "args" in row:
         match row["args"]:
             case {"instruction_id_list": list(ids), "instruction_kwargs": list(kwargs)}:
@@ -334,7 +335,7 @@ def _read_nemotron(row: Row) -> Chat:
             case _:
                 raise SchemaError("args are no lists of instructions and their settings")
     extra = {key: value for key, value in row.items() if key not in own}
-    return Chat(messages, row.get("reasoning"), [], extra)
+    return Chat(tidy(messages), row.get("reasoning"), [], extra)
 
 
 def _turns(text: str) -> list[Message]:
