@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessera.data.chat import ChatEncoder, Document
+from tessera.data.chat import ChatEncoder, Document, without_old_thoughts
 from tessera.data.conversation import Chat, trained_answers
 from tessera.data.dialects import chats_of
 from tessera.data.preferences import encode_preferences, is_preference
 from tessera.data.readers import Bad, DataError, read_rows
+from tessera.data.switch import NONE
 from tessera.data.thought import CLOSE, OPEN, opens, split, split_message
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     messages = chat.messages[: trained_answers(chat.messages)[-1] + 1]  # the last that is trained
     wanted = split_message(messages[-1])
     written, before = decode(last.ids[start:stop]), decode(last.ids[:start])
-    asked = encoder.prompt(messages[:-1], chat.mode, chat.tools)
+    asked = encoder.prompt(without_old_thoughts(messages[:-1]), chat.mode, chat.tools)
     opened = opens(decode(asked))
     told = split(written, opened)
     begins = opened or written.lstrip().startswith(OPEN)
@@ -168,7 +169,7 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     ):
         found.append("prompt")
     texts = [decode(ids[a:b]) for ids, a, b in stretches]
-    ruled = texts[-1:] if encoder.switch == "none" else texts  # the rest may think or not
+    ruled = texts[-1:] if encoder.switch == NONE else texts  # the rest may think or not
     if chat.mode == "off" and any(OPEN in text or CLOSE in text for text in ruled):
         found.append("off-row")
     asked_at = max(i for i, one in enumerate(chat.messages) if one["role"] == "user")
