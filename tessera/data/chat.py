@@ -236,7 +236,7 @@ class ChatEncoder:
 
     def _forged(self, chat: Chat) -> str | None:
         """Why the template's own marks in a message would let it speak for others."""
-        places = [("the list of tools", {"tool_calls": chat.tools})]
+        places: list[tuple[str, Message]] = [("the list of tools", {"tool_calls": chat.tools})]
         places += [(f"message {index}", one) for index, one in enumerate(chat.messages)]
         for place, one in places:
             texts = [one.get("content", ""), one.get("reasoning_content", "")]

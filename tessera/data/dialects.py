@@ -298,7 +298,7 @@ def _write_alpaca(chat: Chat) -> Row:
     return {"instruction": texts[-1], "input": "", **row}
 
 
-QUESTIONS = ("instruction", "prompt", "question")
+QUESTIONS = ("instruction", "prompt", "question", "query")
 _BEGIN, _END = "<|begin_of_text|>", "<|eot_id|>"
 _TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", re.DOTALL)
 _ASK = "<|start_header_id|>assistant<|end_header_id|>\n\n"

@@ -2,14 +2,15 @@
 
 A reader streams `Record` and `Bad`; what concerns a whole file is a DataError. Documents of a text
 file are stripped of the white space around them; those of JSONL and Parquet are taken as they are.
-The first bytes say whether a file is packed by gzip, bzip2, xz or zstd, and whether its JSON is one
-list or lines: names promise the wrong thing too often.
+The first bytes say whether a file is packed by gzip, bzip2, xz, zstd or lz4, and whether its JSON
+is one list or lines: names promise the wrong thing too often.
 """
 
 from __future__ import annotations
 
 import bz2
 import difflib
+import functools
 import glob
 import gzip
 import hashlib
@@ -31,7 +32,8 @@ Content = TypeVar("Content", bound=str | tuple[str, str] | Chat, covariant=True)
 Format = Literal["auto", "text", "jsonl", "parquet", "chat", "completion"]
 SUFFIXES: dict[str, Format] = {".txt": "text", ".text": "text"}
 SUFFIXES |= {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-PACKED = (".gz", ".bz2", ".xz", ".zst")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+TABLE = b"PAR1"  # how a Parquet file begins
 ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z"}  # by their first bytes
 BLOCK = 1 << 20
 EXCERPT = 200
@@ -129,12 +131,11 @@ def _opened(path: Path, packed: bool = True) -> Iterator[BufferedReader]:
             head = file.peek(8)
         if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{path} is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8")
-        if archive := next(
-            (kind for magic, kind in ARCHIVES.items() if head.startswith(magic)), ""
-        ):
+        tar = "tar" if {".tar", ".tgz"} & {one.lower() for one in path.suffixes} else None
+        if archive := _by_magic(head, ARCHIVES) or tar:
             raise DataError(f"{path} is a {archive} archive; unpack it and name its files")
-        how = (one for magic, one in _UNPACKERS.items() if head.startswith(magic))
-        with (next(how, _plain) if packed else _plain)(path) as file:
+        unpack = _by_magic(head, _UNPACKERS) if packed else None
+        with (unpack or _plain)(path) as file:
             yield cast(BufferedReader, file)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
@@ -149,17 +150,18 @@ def _plain(path: Path) -> Any:
     return path.open("rb")
 
 
-def _zstd(path: Path) -> Any:
+def _by_arrow(codec: str, path: Path) -> Any:
     import pyarrow
 
-    return BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return BufferedReader(pyarrow.input_stream(str(path), compression=codec))
 
 
 _UNPACKERS: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
-    b"\x28\xb5\x2f\xfd": _zstd,
+    b"\x28\xb5\x2f\xfd": functools.partial(_by_arrow, "zstd"),
+    b"\x04\x22\x4d\x18": functools.partial(_by_arrow, "lz4"),
 }
 
 
@@ -239,11 +241,10 @@ def _json_lines(
 
 def is_lines(path: Path) -> bool:
     """Whether a file of rows can be cut between two lines."""
-    if path.suffix.lower() in PACKED or format_of(path) != "jsonl":
-        return False
     with _opened(path, packed=False) as file:
         head = file.peek(8)
-    return _by_magic(head, _UNPACKERS) is None and _json_list(path) is None
+    other = head.startswith(TABLE) or _by_magic(head, _UNPACKERS)
+    return not other and _json_list(path) is None
 
 
 def _json_list(path: Path) -> list[Any] | None:
@@ -338,7 +339,7 @@ def read_rows(
     JSON is `Bad`. Raises DataError for a file that cannot be read.
     """
     with _opened(path, packed=False) as file:
-        table = file.peek(4)[:4] == b"PAR1"
+        table = file.peek(4).startswith(TABLE)
     if table:
         with _parquet(path) as file:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -90,16 +92,19 @@ def test_rows_of_a_file_from_windows(tmp_path: Path) -> None:
         assert list(readers.read_rows(tmp_path / name)) == [(1, {"a": 1}), (2, {"a": 2})]
 
 
-def _zstd(data: bytes) -> bytes:
+def _by_arrow(codec: str, data: bytes) -> bytes:
     buffer = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(buffer, "zstd") as stream:
+    with pyarrow.CompressedOutputStream(buffer, codec) as stream:
         stream.write(data)
     return buffer.getvalue().to_pybytes()
 
 
 ROWS = [{"text": f"{n} é"} for n in range(500)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": _zstd}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    **{".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress},
+    **{f".{one[:3]}": functools.partial(_by_arrow, one) for one in ("zstd", "lz4")},
+}
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -116,7 +121,7 @@ def test_packed_files_are_known_by_their_first_bytes(tmp_path: Path, suffix: str
         (tmp_path / name).write_bytes(data)
         assert texts(tmp_path / name) == [row["text"] for row in ROWS], name
         assert [row for _, row in readers.read_rows(tmp_path / name)] == ROWS, name
-        assert readers.is_lines(tmp_path / name) is False
+        assert readers.is_lines(tmp_path / name) is (data == LINES)
     (tmp_path / f"cut.jsonl{suffix}").write_bytes(pack(LINES)[:-40])
     with pytest.raises(DataError, match="cannot read .*cut.jsonl"):
         texts(tmp_path / f"cut.jsonl{suffix}")
@@ -133,6 +138,9 @@ def test_a_list_is_a_list_and_lines_are_lines_whatever_the_name(tmp_path: Path, 
             assert [row for _, row in readers.read_rows(file)] == ROWS
     file.write_bytes(b"[1]\n[2]\n")
     assert [row for _, row in readers.read_rows(file)] == [[1], [2]]
+    (tmp_path / "rows.tar.gz").write_bytes(gzip.compress(LINES))
+    with pytest.raises(DataError, match="is a tar archive; unpack it"):
+        list(readers.read_rows(tmp_path / "rows.tar.gz"))
     file.write_bytes(b"[]")
     assert list(readers.read_rows(file)) == []
     for data, says in (
