@@ -128,7 +128,7 @@ def _of_comparison(row: Row, name: str) -> tuple[list[Any], float, Row]:
     """The better of two numbered responses first; a preference below 0 is for the first."""
     preference, names = row[name], COMPARISONS[name]
     if lacking := [key for key in names if key not in row]:
-        raise SchemaError(f"{name}, and no {lacking[0]}{misnamed(row, lacking)}")
+        raise SchemaError(f"{name}, and no {lacking[0]}{misnamed(row, names)}")
     if not _finite(preference):
         raise SchemaError(f"{name} is {preference!r}, which is no finite number")
     if preference == 0:
