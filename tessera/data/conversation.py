@@ -80,8 +80,9 @@ def switch_of(messages: Sequence[Mapping[str, Any]]) -> Mode | None:
 
 
 def trained_answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Which messages are answers that OpenAI's `weight` does not leave out."""
-    answers = (i for i, one in enumerate(messages) if one["role"] == "assistant")
+    """Which messages are answers to a question that OpenAI's `weight` does not leave out."""
+    first = next((i for i, one in enumerate(messages) if one["role"] == "user"), len(messages))
+    answers = (i for i, one in enumerate(messages) if one["role"] == "assistant" and i > first)
     return [i for i in answers if messages[i].get("weight", 1)]
 
 
@@ -110,7 +111,7 @@ def tidy(messages: Any) -> list[Message]:
     """
     if not isinstance(messages, list) or not messages:
         raise SchemaError("no messages")
-    found = [_tidy(index, message) for index, message in enumerate(messages)]
+    found = [one for i, message in enumerate(messages) if (one := _tidy(i, message)) is not None]
     if any("reasoning_content" in one for one in found):
         for one in found:  # thoughts have a field of their own: a lone `</think>` is text
             if one["role"] == "assistant" and not one["content"].lstrip().startswith(OPEN):
@@ -119,7 +120,8 @@ def tidy(messages: Any) -> list[Message]:
     return found
 
 
-def _tidy(index: int, message: Any) -> Message:
+def _tidy(index: int, message: Any) -> Message | None:
+    """The message in its own form; None for a system prompt that is null."""
     if not isinstance(message, dict):
         raise SchemaError(f"message {index} is a {type(message).__name__}, not an object")
     given = {str(key): value for key, value in message.items() if value is not None}
@@ -133,6 +135,8 @@ def _tidy(index: int, message: Any) -> Message:
     found = {k: v for k, v in given.items() if k not in ("from", "value")} | {"role": known}
     if known == "assistant":
         _tidy_answer(index, found, parts)
+    elif parts["content"] is None and known == "system":
+        return None
     elif parts["content"] is None and known == "user":
         raise SchemaError(f"message {index} has no content; it has {', '.join(given)}")
     found |= parts | {"content": parts["content"] or ""}
@@ -206,6 +210,7 @@ def _parts(index: int, parts: list[Any]) -> Message:
 def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
     """Calls as `{type: function, function: {name, arguments: {...}}}`; strings of JSON are read."""
     found = []
+    calls = parsed(calls)
     calls = [calls] if isinstance(calls, dict | str) else calls or []
     if not isinstance(calls, list):
         raise SchemaError(f"message {index} has a {type(calls).__name__} as tool_calls")

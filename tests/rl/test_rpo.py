@@ -138,10 +138,14 @@ def train(home: Path, name: str, **table: Any) -> list[dict[str, Any]]:
 
 def test_pairs_of_files_teach_their_preference(home: Path, tmp_path: Path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    same, nan = {**ROWS[0], "chosen": "no"}, {**ROWS[0], "chosen_reward": float("nan")}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, same, nan]))
     found = train(home, "offline", paths=[str(path)], pairs_per_step=6, beta=0.1)
     assert found[0]["gap_mean"] == pytest.approx(0.0, abs=1e-6)
     assert found[-1]["loss"] < 0.7 * found[0]["loss"] and found[-1]["accuracy"] == 1.0
+    log = (home / "offline" / "log.txt").read_text()
+    assert "both answers are the same: left out  [1: rows 13]" in log
+    assert "chosen_reward is nan, which is no finite number: left out  [1: rows 14]" in log
 
 
 def test_pairs_come_in_the_order_of_each_epoch_which_is_drawn_once(
