@@ -92,7 +92,7 @@ def misnamed(given: Iterable[str], known: Iterable[str], *others: str) -> str:
     absent, told = [name for name in known if name not in given], ""
     for name in given:
         if name not in known and name not in others:
-            for near in difflib.get_close_matches(name.lower(), absent, 1, 0.8):
+            for near in difflib.get_close_matches(name.lower(), absent, 1, 0.82):
                 told += f'; "{name}" is near "{near}"'
     return told
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from tessera.cli.main import app
 from tessera.data.audit import audit
 from tessera.data.chat import ChatError
-from tessera.data.conversation import SchemaError
-from tessera.data.dialects import read_row, write_row
+from tessera.data.conversation import FIELDS, SchemaError, misnamed
+from tessera.data.dialects import KEYS, read_row, write_row
 from tessera.data.readers import DataError
 from tessera.data.template import Template
 from tests.cases.chat_tokenizers import CHATML, made
@@ -132,6 +132,13 @@ def test_a_file_of_misspelled_rows_is_told_at_its_first_row(tmp_path: Path) -> N
     file.write_text('{"mesages": []}\n' * 3)
     with pytest.raises(DataError, match='rows.jsonl:1 .*"mesages" is near "messages"'):
         audit(file, made("chatml").encoder())
+
+
+def test_names_that_are_no_misspelling_are_not_told() -> None:
+    usual = "prompt_id source category license id score turn lang model used_in_training version"
+    assert misnamed(usual.split(), KEYS) == ""
+    usual = "id name label tool_call_id refusal annotations prefix function lang score type"
+    assert misnamed(usual.split(), FIELDS) == ""
 
 
 RECIPE = """
