@@ -53,15 +53,14 @@ def generate(
         seed=seed,
     )
     if thinking is None:
-        ids, before = tokenizer.encode(prompt, bos=True), prompt
+        ids = tokenizer.encode(prompt, bos=True, special=True)
     else:
         choose("--thinking", thinking, "on", "off")
         messages = [{"role": "user", "content": prompt}]
         ids = ChatEncoder.of(tokenizer).prompt(messages, thinking)  # type: ignore[arg-type]
-        before = tokenizer.decode(ids)
     completion = TorchEngine(load_model(model, frozen=True)).generate([ids], params)[0][0]
     # Decoded together: a SentencePiece text's first space belongs to what stands before it.
-    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(before)
+    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(tokenizer.decode(ids))
     if as_json:
         found: dict[str, Any] = {"prompt": prompt, "text": text}
         for key in ("finish_reason", "token_ids", "logprobs"):

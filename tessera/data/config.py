@@ -171,13 +171,14 @@ class DataConfig(Reading):
     """What to read and how to cut it: one source in the table itself, or several in `sources`.
 
     tokenizer: "byte", { bpe = N } or a path; not given where the table names a `model`.
+    bos: whether a text begins with <s>; left out, as the tokenizer's own rule says.
     end: what the last token of a document predicts; "none" lets it predict nothing.
     max_bad: share of a source's records that may be broken and is quarantined; more stop the stage.
     """
 
     sources: dict[str, SourceConfig] = {}
     tokenizer: str | BPE | None = None
-    bos: bool = True
+    bos: bool | None = None
     end: Literal["eos", "bos", "none"] = "eos"
     max_bad: float = Field(0.01, ge=0, le=1)
     cache: CacheConfig = Field(default_factory=CacheConfig, exclude=True)
