@@ -521,20 +521,19 @@ def _read_ranks(data: bytes, path: Path, settings: Settings) -> Vocabulary:
     tokenizer.pre_tokenizer = byte_level(LLAMA3_SPLIT)
     tokenizer.decoder = decoders.ByteLevel()
     names, listed = _names(settings, {}), _added_by_id(path.parent, settings, {})
-    extra = _extra(settings)
+    extra, around = _extra(settings), names
     bare = not (names or listed or extra) and len(ranks) == LLAMA3_RANKS
     if bare:  # as Meta publishes Llama 3
-        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+        around = {"bos_token": "<|begin_of_text|>"}
         listed = dict(enumerate(_llama3_specials(), LLAMA3_RANKS))
-    last = max(listed, default=-1)
     filled = {
         index: listed.get(index) or AddedToken(f"<|reserved_token_{index}|>", special=True)
-        for index in range(len(ranks), last + 1)
+        for index in range(len(ranks), max(listed, default=-1) + 1)
     }
     _add_tokens(tokenizer, filled, {}, extra)
     _add_tokens(tokenizer, listed, names, ())
     bos = settings.get("add_bos_token", bare) is True
-    _add_ends(tokenizer, names, bos, settings.get("add_eos_token") is True)
+    _add_ends(tokenizer, around, bos, settings.get("add_eos_token") is True)
     return Vocabulary(tokenizer, _texts(names))
 
 
