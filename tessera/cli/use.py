@@ -184,7 +184,7 @@ def export(
         typer.Option(
             help="Refuse unless this engine can load it, instead of the one the format is for; "
             "may be repeated. vllm, vllm-cpu, vllm-plugin, llama.cpp, sglang or "
-            "transformers."
+            "transformers; none asks for no engine."
         ),
     ] = None,
     fp8: Annotated[
@@ -201,7 +201,8 @@ def export(
     from tessera.export.write import export_model
 
     quantize = "fp8" if fp8 else None
-    report = export_model(model, out, format, check=check, engines=engine, quantize=quantize)
+    engines = [] if engine == ["none"] else engine
+    report = export_model(model, out, format, check=check, engines=engines, quantize=quantize)
     print_json(report.as_json()) if as_json else print("\n".join(report.lines()))
 
 

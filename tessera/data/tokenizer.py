@@ -263,11 +263,16 @@ def _from_file(path: Path) -> Tokenizer:
     home, found = path.parent, vocabulary.read(path)
     made = Tokenizer(found)
     # Named tokens first (tokenizer files), then ids (generation_config, else config).
-    ids = read_json(home / "generation_config.json") or read_json(home / "config.json")
+    config, generation = (
+        read_json(home / f"{name}.json") for name in ("config", "generation_config")
+    )
+    ids = {**config, **{key: value for key, value in generation.items() if value is not None}}
     tokens = [found.names.get(f"{key}_token") for key in ("bos", "eos", "pad")]
     bos, eos, pad = (None if t is None else made.token_id(t) for t in tokens)
     more = ids.get("eos_token_id")
     ends = [eos, *(more if isinstance(more, list) else [more])]
+    rows = config.get("vocab_size")
+    pad = None if isinstance(rows, int) and pad is not None and pad >= rows else pad
     guess = _guess(made)
     given = None if found.names else ids.get("bos_token_id")
     made.bos_id = _first(bos, given, *made.begin, None if found.names else guess[0])
