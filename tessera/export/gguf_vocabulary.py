@@ -367,10 +367,13 @@ def _sentencepiece(
             "llama.cpp puts a space behind a special token too, where the tokenizer puts one "
             "before the text alone"
         )
+    if not prepends and set(schemes) & {"first", "always"} and r"\\A▁" not in str(normalizer):
+        vocabulary.notes.append("llama.cpp reads a text that begins with a space to another id")
     _check_spaces(vocabulary, normalizer)
     for step in splits:
         if step["type"] != "Metaspace" or step.get("split"):
-            what = step["type"] if step["type"] != "Metaspace" else "Metaspace with split"
+            told = (step.get("pattern") or {}).get("Regex", "")
+            what = f"{step['type']} {told!r}" if told else step["type"]
             vocabulary.faults.append(f"does not split a text as {what} does")
     return vocabulary
 
