@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tessera.model import gguf
 from tessera.model.config import ModelConfig
 from tessera.model.families import read_config
 from tessera.runs.files import RunError
@@ -30,7 +32,8 @@ def load_config(source: str | Path) -> ModelConfig:
 
 
 def resolve(source: str | Path) -> Path:
-    """The directory that holds `config.json`: of a finished run, a model directory or a hub id.
+    """The directory that holds `config.json`: of a finished run, a model directory, a GGUF file or
+    a hub id.
 
     Raises CheckpointError.
     """
@@ -42,6 +45,8 @@ def resolve(source: str | Path) -> Path:
             return path.parent
         if path.suffix == ".safetensors" and not path.name.startswith("adapter_"):
             return path.parent
+        if path.suffix == ".gguf" or gguf.is_gguf(path):
+            return gguf.directory_of(path)
         raise CheckpointError(
             _what_is(path) or f"{path} is a file; give the directory that holds its config.json"
         )
@@ -70,6 +75,8 @@ def _model_in(directory: Path) -> Path:
         if (directory / "adapter_config.json").is_file() and not any(directory.glob("model*")):
             raise CheckpointError(_adapter(directory))
         return directory
+    if files := sorted(directory.glob("*.gguf")):
+        return _one_of(files)
     if snapshot := _snapshot(directory):
         return _model_in(snapshot)
     if told := _what_is(directory):
@@ -77,6 +84,15 @@ def _model_in(directory: Path) -> Path:
     runs = [run.name for run in runs_in(directory)]
     hint = f"; it holds the runs {', '.join(runs)}: name one" if runs else ""
     raise CheckpointError(f"{directory} holds no config.json, so it is no model directory{hint}")
+
+
+def _one_of(files: Sequence[Path]) -> Path:
+    """The directory of the one model among these GGUF files. Raises CheckpointError."""
+    first = [one for one in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", one.name)]
+    if len(first) == 1:
+        return gguf.directory_of(first[0])
+    names = ", ".join(one.name for one in first[:5])
+    raise CheckpointError(f"{files[0].parent} holds several GGUF models: name one of {names}")
 
 
 # What people have in the place of a model, and what to give instead.
@@ -104,11 +120,6 @@ def _what_is(path: Path) -> str | None:
     """What a file or a directory is, where it is not a model that can be read."""
     here = sorted(path.iterdir()) if path.is_dir() else [path]
     names = {file.name for file in here}
-    if gguf := [file for file in here if file.suffix == ".gguf"]:
-        return (
-            f"{gguf[0]} is a GGUF file of llama.cpp, which tessera writes and does not read; give "
-            "the Hugging Face directory that it was made from"
-        )
     if names & {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}:
         return _adapter(path if path.is_dir() else path.parent)
     if models := [name for name in sorted(names) if name.startswith("models--")]:
@@ -178,6 +189,8 @@ def model_config(path: str | Path) -> ModelConfig:
     A run's is that of its model, or the one its search chose. Raises RunError where there is none.
     """
     path = Path(path)
+    if path.is_file() and gguf.is_gguf(path):
+        return read_config(gguf.directory_of(path))
     for file in (path, path / "config.json", path / "model" / "config.json"):
         if file.is_file():
             return read_config(file)
