@@ -33,9 +33,6 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
-QWEN3_5_SPLIT = QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
-    r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"
-)
 LLAMA3_RANKS = 128_000
 LLAMA3_NAMED = (
     "begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id end_header_id "
@@ -95,14 +92,10 @@ def _gpt_neox(vocab: Vocab, merges: Merges, settings: Settings) -> Tokenizer:
     return tokenizer
 
 
-def _qwen(split: str) -> Callable[[Vocab, Merges, Settings], Tokenizer]:
-    def build(vocab: Vocab, merges: Merges, settings: Settings) -> Tokenizer:
-        prefix = bool(settings.get("add_prefix_space"))
-        tokenizer = _byte_bpe(vocab, merges, split, prefix)
-        tokenizer.normalizer = normalizers.NFC()
-        return tokenizer
-
-    return build
+def _qwen2(vocab: Vocab, merges: Merges, settings: Settings) -> Tokenizer:
+    tokenizer = _byte_bpe(vocab, merges, QWEN2_SPLIT, bool(settings.get("add_prefix_space")))
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
 
 
 def _llama(vocab: Vocab, merges: Merges, settings: Settings) -> Tokenizer:
@@ -134,8 +127,7 @@ FAMILIES = {
     "GPTNeoXTokenizer": Family(
         _gpt_neox, {"bos_token": END, **_END_NAMES, "pad_token": "<|padding|>"}
     ),
-    "Qwen2Tokenizer": Family(_qwen(QWEN2_SPLIT), {**_END_NAMES, "pad_token": END}),
-    "Qwen3_5Tokenizer": Family(_qwen(QWEN3_5_SPLIT), {**_END_NAMES, "pad_token": END}),
+    "Qwen2Tokenizer": Family(_qwen2, {**_END_NAMES, "pad_token": END}),
 }
 AS_IT_STANDS = ""  # a tokenizer.json that is read as it is, a tokenizer.model by what it says
 _MODELS = {
@@ -145,7 +137,6 @@ _MODELS = {
     "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
-    "qwen3_5": "Qwen3_5Tokenizer",
     "mistral": AS_IT_STANDS,
     "mixtral": AS_IT_STANDS,
 }

@@ -18,7 +18,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
-from tessera.data.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, QWEN3_5_SPLIT, TokenizerError
+from tessera.data.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, TokenizerError
 from tessera.export.engines import ExportError
 
 # Text splits. A split is a sequence of regular expressions, each cutting what the one before left;
@@ -42,7 +42,9 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "llama-bpe": (LLAMA3_SPLIT,),
     "qwen2": (QWEN2_SPLIT,),
     "smollm": (_DIGIT, _GPT2),
-    "qwen35": (QWEN3_5_SPLIT,),
+    "qwen35": (
+        QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}"),
+    ),
     "tekken": (_CASED % ("", "", r"\p{N}"),),
     "gpt-4o": (_CASED % (_ENDINGS + "?", _ENDINGS + "?", r"\p{N}{1,3}"),),
     "deepseek-v3": (
