@@ -20,6 +20,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from tessera.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from tessera.export import decilm, padding
 from tessera.export.engines import (
     ENGINES,
@@ -201,8 +202,8 @@ def _write(
         gguf.write(module, partial / GGUF_FILE, vocabulary, _title(source))
         return vocabulary.notes
     notes: list[str] = []
-    has_tokenizer = any((source / f"tokenizer.{end}").is_file() for end in ("json", "model"))
-    if not has_tokenizer:
+    tokenizer = _tokenizer(source)
+    if tokenizer is None:
         notes.append("the source has no tokenizer, so the export has none: prompt it by token ids")
     if form == "decilm":
         module = padding.widen(module)
@@ -214,7 +215,9 @@ def _write(
             f"{module.config.num_params():,} parameters instead of {config.num_params():,}, the "
             "same outputs, none of the speed"
         )
-    write_model(module, partial, tokenizer_from=source if has_tokenizer else None, fp8=fp8)
+    write_model(module, partial, tokenizer_from=source if tokenizer else None, fp8=fp8)
+    if tokenizer is not None:  # its class may follow from the source's model_type, which changes
+        tokenizer.save(partial)
     if form == "decilm":
         decilm.write_config(module.config, partial, fp8=fp8)
     elif form == "per_layer":
@@ -224,6 +227,13 @@ def _write(
     if form == "megatron":
         decilm.write_json(decilm.megatron(config), partial / decilm.MEGATRON_FILE)
     return notes
+
+
+def _tokenizer(source: Path) -> Tokenizer | None:
+    """The source's tokenizer; None where it has no file of one."""
+    if not any((source / name).is_file() for name in VOCABULARY_FILES):
+        return None
+    return load_tokenizer(source)
 
 
 def _gguf() -> tuple[Any, Any]:

@@ -271,8 +271,11 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 class Stored(NamedTuple):
+    """Where a tensor is. name: the file's own, where that is another."""
+
     file: Path
     shape: tuple[int, ...]
+    name: str = ""
 
 
 def load_model(
@@ -351,7 +354,10 @@ def _prefixed(stored: dict[str, Stored]) -> dict[str, Stored]:
     """A language model's names of the weights, also where the bare model was saved."""
     if "embed_tokens.weight" not in stored or any(name.startswith("model.") for name in stored):
         return stored
-    return {name if name == "lm_head.weight" else f"model.{name}": x for name, x in stored.items()}
+    return {
+        name if name == "lm_head.weight" else f"model.{name}": where._replace(name=name)
+        for name, where in stored.items()
+    }
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -415,7 +421,7 @@ def _read(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
             continue
         with _opened(file) as shard:
             for name in (name for name, where in stored.items() if where.file == file):
-                tensor = shard.get_tensor(name)
+                tensor = shard.get_tensor(stored[name].name or name)
                 if not tensor.is_floating_point():
                     raise CheckpointError(
                         f"{name} in {file} is {tensor.dtype}; quantized checkpoints are not "

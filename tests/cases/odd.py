@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PIECES: dict[str, tuple[float, list[str]]] = {
     "scripts": (0.25, [
@@ -100,6 +100,7 @@ def byte_level(pre: str = "", vocab_size: int = 700, whole: bool = False) -> str
     if pre:
         spec = json.loads(tokenizer.to_str()) | {"pre_tokenizer": json.loads(pre)}
         tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(t, special=True) for t in ("<bos>", "<eos>")],
