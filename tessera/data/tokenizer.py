@@ -32,6 +32,7 @@ SIDE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+TEMPLATES = "additional_chat_templates"  # a directory of those that have a name
 
 
 class Tokenizer:
@@ -151,6 +152,7 @@ class Tokenizer:
                 target = directory / name
                 if source and source.is_file() and source.resolve() != target.resolve():
                     shutil.copyfile(source, target)
+            copy_templates(self.home, directory)
         if not (directory / "tokenizer.json").is_file():
             atomic_write(directory / "tokenizer.json", self.tokenizer.to_str(pretty=True))
         ids = {
@@ -240,6 +242,14 @@ def _finish(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
     ends = [made.token_id(token) for token in (EOS, CHAT_MARKS[-1])]
     made.eos_ids = tuple(i for i in ends if i is not None)
     return made
+
+
+def copy_templates(source: Path | None, target: Path) -> None:
+    """Copies the named chat templates of a tokenizer's directory."""
+    for path in () if source is None else sorted(source.glob(f"{TEMPLATES}/*.jinja")):
+        (target / TEMPLATES).mkdir(exist_ok=True)
+        if path.resolve() != (target / TEMPLATES / path.name).resolve():
+            shutil.copyfile(path, target / TEMPLATES / path.name)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
