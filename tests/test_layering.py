@@ -58,7 +58,7 @@ CONFINED = {
     "rich": ["progress.py", "data/audit.py", "serve/chat.py"],
     "rensa": ["curate/steps/duplicates.py"],
     "safetensors": ["model", "puzzle/library.py", "export"],
-    "sentencepiece": ["data", "export"],
+    "sentencepiece": ["data/vocabulary.py"],
     "sentence_transformers": ["ask/local.py"],
     "tokenizers": ["data"],
     "trackio": ["train/sinks.py"],

@@ -172,13 +172,14 @@ class DataConfig(Reading):
 
     switch: also beside `sources`, for all of them that hold chats.
     tokenizer: "byte", { bpe = N } or a path; not given where the table names a `model`.
+    bos: whether a text begins with <s>; left out, as the tokenizer's own rule says.
     end: what the last token of a document predicts; "none" lets it predict nothing.
     max_bad: share of a source's records that may be broken and is quarantined; more stop the stage.
     """
 
     sources: dict[str, SourceConfig] = {}
     tokenizer: str | BPE | None = None
-    bos: bool = True
+    bos: bool | None = None
     end: Literal["eos", "bos", "none"] = "eos"
     max_bad: float = Field(0.01, ge=0, le=1)
     cache: CacheConfig = Field(default_factory=CacheConfig, exclude=True)

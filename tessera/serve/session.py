@@ -126,7 +126,7 @@ class ServedModel:
             if request.thinking_budget is not None:
                 thinking = thinking_budget(tokenizer, request.thinking_budget, opened)
         elif isinstance(request.prompt, str):
-            prompt = tokenizer.encode(request.prompt, bos=True)
+            prompt = tokenizer.encode(request.prompt, bos=True, special=True)
         else:
             prompt = request.prompt
         params = SamplingParams(
