@@ -12,7 +12,7 @@ from fractions import Fraction
 from tessera.data.conversation import Mode
 from tessera.data.switch import obeys
 from tessera.data.thought import CLOSE, OPEN
-from tessera.rl.verifiers.answer import NUMBER, final_answer, fraction, number, plain_text
+from tessera.rl.verifiers.answer import NUMBER, final_answer, number, plain_text
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
 
 # A letter, alone or in the brackets and emphasis that models put around it.
@@ -66,7 +66,7 @@ def verify_number(answer: str, expected: str | float, *, tolerance: float = 0.0)
 def _numbers(text: str) -> list[Fraction]:
     text = text.replace("\\,", "").replace("{,}", ",").replace("\N{MINUS SIGN}", "-")
     text = text.replace("\\!", "").replace("\\$", "").replace("$", "")
-    found = (fraction(match.group()) for match in NUMBER.finditer(text))
+    found = (number(match.group()) for match in NUMBER.finditer(text))
     return [value for value in found if value is not None]
 
 

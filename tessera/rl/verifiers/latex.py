@@ -1,0 +1,176 @@
+"""One spelling for LaTeX that is drawn the same: fonts, colours, spacing, fractions, Unicode.
+
+The result is LaTeX again, so that a parser of mathematics can read it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+
+_SUPERSCRIPT, _SUBSCRIPT = (
+    dict(zip(chars, "0123456789+-n", strict=True))
+    for chars in ("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ")
+)
+_SYMBOLS = str.maketrans(
+    {
+        **dict.fromkeys("−–‒﹣－", "-"),
+        **dict.fromkeys("°º˚", r"^\circ "),
+        **dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f\u3000", " "),
+        **dict.fromkeys("\u200b\u2061\ufeff", ""),
+        **dict.fromkeys("‘’′", "'"),
+        **dict.fromkeys("“”", '"'),
+        "×": r"\times ",
+        "⋅": r"\cdot ",
+        "·": r"\cdot ",
+        "÷": "/",
+        "⁄": "/",
+        "∕": "/",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "≈": r"\approx ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "±": r"\pm ",
+        "∅": r"\emptyset ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "％": "%",
+        "，": ", ",
+        "（": "(",
+        "）": ")",
+    }
+)
+_WORD_END = r"(?![a-zA-Z])"
+_NAMED_FONTS = r"\\(?:math|text)(?:bf|it|sf|tt|sl|sc|md|up)"
+_UNWRAPPED = re.compile(
+    rf"(?:{_NAMED_FONTS}|\\(?:boldsymbol|bm|emph|underline|boxed|fbox|hbox|ensuremath|pmb))\s*\{{"
+)
+_TEXT = re.compile(r"\\(?:mathrm|textrm|textnormal|text|mbox|operatorname\*?)\s*\{([^{}]*)\}")
+_COLOUR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
+_SWITCHES = re.compile(
+    r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|it|rm|sf|tt|tiny|small|normalsize"
+    rf"|large|Large|huge|Huge|[bB]igg?[lrm]?|middle|mathstrut|strut){_WORD_END}"
+    rf"|\\m?(?:left|right){_WORD_END}\s*\.?"
+)
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!:;]|\{\s*[,'.]?\s*\})\s*(?=\d{3}(?!\d))")
+_SPACES = re.compile(rf"\\[,;:!>]|\\ |\\q?quad{_WORD_END}|\\enspace{_WORD_END}|(?<!\\)~|\s")
+_HORIZONTAL = re.compile(r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:hfill|newline|par|noindent)(?![a-zA-Z])")
+_DELIMITERS = re.compile(r"\\[()]|(?<!\\)\\[\[\]]")
+_DEGREES = re.compile(r"\^?\s*\{?\s*\\(?:circ|degrees?|textdegree|deg)(?![a-zA-Z])(?:\{\})?\s*\}?")
+_PERCENT = re.compile(r"\\%|\s*\\text\{\s*\\?%\s*\}")
+_OVER = re.compile(rf"\{{([^{{}}]*)\\over{_WORD_END}([^{{}}]*)\}}")
+_FRACTION = re.compile(rf"\\[dtcx]?frac{_WORD_END}")
+_ROOT = re.compile(rf"\\sqrt{_WORD_END}\s*(?![\s\[{{])")
+_LETTER = re.compile(r"\\text\{([a-zA-Z])\}")
+_CONSTANT = re.compile(r"(?<![\w ])\\text\{([ei])\}")
+_BRACED_COMMA = re.compile(r"\{\s*,\s*\}|(?<=\d)\{(?=,\d)|(?<=,)\}(?=\d)")
+
+
+def undressed(text: str) -> str:
+    """The text without what changes only its look. Currency signs stand as `\\$`."""
+    text = _unicode(text)
+    text = _dollars(_DELIMITERS.sub(" ", text))
+    text = _HORIZONTAL.sub(" ", _COLOUR.sub("", text))
+    text = _unwrapped(text)
+    text = _TEXT.sub(lambda found: rf"\text{{{' '.join(found[1].split())}}}", text)
+    text = _CONSTANT.sub(r"\1", text)
+    text = _THOUSANDS.sub("", _SWITCHES.sub(" ", text))
+    text = _SPACES.sub(" ", _BRACED_COMMA.sub(",", text))
+    text = _OVER.sub(r"\\frac{\1}{\2}", _PERCENT.sub("%", _DEGREES.sub(r"^\\circ ", text)))
+    text = _arguments(text, _FRACTION, 2, lambda a, b: rf"\frac{{{a}}}{{{b}}}")
+    text = _arguments(text, _ROOT, 1, lambda a: rf"\sqrt{{{a}}}")
+    return _trimmed(text)
+
+
+def _unicode(text: str) -> str:
+    text = text.translate(_SYMBOLS)
+    if text.isascii():
+        return text
+    found = []
+    for index, char in enumerate(text):
+        decomposed = unicodedata.normalize("NFKD", char).replace("⁄", "/")
+        before = found[-1] if found else ""
+        if char in _SUPERSCRIPT:
+            joined = before.endswith("}") and text[index - 1] in _SUPERSCRIPT
+            found[-1:] = [before[:-1] if joined else before + "^{"] if found else ["^{"]
+            found.append(_SUPERSCRIPT[char] + "}")
+        elif char in _SUBSCRIPT:
+            joined = before.endswith("}") and text[index - 1] in _SUBSCRIPT
+            found[-1:] = [before[:-1] if joined else before + "_{"] if found else ["_{"]
+            found.append(_SUBSCRIPT[char] + "}")
+        elif "/" in decomposed and char != "/":  # ½
+            top, bottom = decomposed.split("/")
+            found.append(rf" \frac{{{top}}}{{{bottom}}}")
+        else:
+            found.append(unicodedata.normalize("NFKC", char))
+    return "".join(found)
+
+
+def _dollars(text: str) -> str:
+    """Without the dollars that open and close mathematics; an odd one is a sum of money."""
+    parts = re.split(r"(?<!\\)\$", text)
+    if len(parts) % 2:
+        return " ".join(parts) if len(parts) > 1 else text
+    first = " ".join(parts[1:])
+    return rf"{parts[0]}\${first}"
+
+
+def _unwrapped(text: str) -> str:
+    """`\\mathbf{x}` and its like become `x`."""
+    while found := _UNWRAPPED.search(text):
+        end = closing(text, found.end())
+        if end is None:
+            return text
+        text = text[: found.start()] + text[found.end() : end] + text[end + 1 :]
+    return text
+
+
+def closing(text: str, start: int) -> int | None:
+    """The place of the brace that closes one opened just before start; None where none does."""
+    depth = 1
+    for found in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # skips what \ escapes
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if not depth:
+            return start + found.start()
+    return None
+
+
+def _arguments(text: str, command: re.Pattern[str], count: int, write: Callable[..., str]) -> str:
+    """Braces around the arguments that a command takes as TeX does: `\\frac12`, `\\frac\\pi2`."""
+    found = command.search(text)
+    start = 0
+    while found:
+        place, parts = found.end(), []
+        for _ in range(count):
+            part = re.compile(r"\s*(?:(\{)|(\\[a-zA-Z]+(?:\{[^{}]*\})?|[^\s{}\\]))").match(text, place)
+            end = closing(text, part.end()) if part and part[1] else None
+            if not part or (part[1] and end is None):
+                break
+            parts.append(text[part.end() : end].strip() if part[1] else part[2])
+            place = part.end() if end is None else end + 1
+        start = found.end()
+        if len(parts) == count:
+            written = write(*parts)
+            text = text[: found.start()] + written + text[place:]
+            start = found.start() + len(written.partition("{")[0])
+        found = command.search(text, start)
+    return text
+
+
+def _trimmed(text: str) -> str:
+    """Without outer spaces, Markdown's marks, a full stop, and braces around the whole."""
+    before = None
+    while before != text:
+        before = text
+        text = " ".join(text.split())
+        text = re.sub(r"^([_\"]{1,3})(.+)\1$", r"\2", text).strip("*`").strip()
+        if not text.endswith(".."):
+            text = text.rstrip(".,;").rstrip()
+        if text.startswith("{") and closing(text, 1) == len(text) - 1:
+            text = text[1:-1]
+        if found := _LETTER.fullmatch(text):
+            text = found[1]
+    return text
