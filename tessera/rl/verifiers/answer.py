@@ -16,8 +16,11 @@ from tessera.rl.verifiers.latex import closing, undressed
 from tessera.rl.verifiers.quantity import DECIMAL, LONGEST, clock, quantity, same_quantity
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BETWEEN = re.compile(
-    r"(?:[\s,;&.$~]|\\[,;:!\[\]() ]|\\q?quad|\\text\s*\{|\}|\b(?:and|or)\b|\bx\s*=|\*\*)*", re.IGNORECASE
+_OPENS = r"(?:[\s$~*&]|\\[\[( ,]|\\q?quad)*"
+_BETWEEN = re.compile(  # two boxes of one answer: "$\boxed{1}$ and $y = \boxed{2}$"
+    r"(?:[\s,;&.$~*]|\\[,;:!\]) ]|\\q?quad|[^.=\n]{0,40}?(?:\b(?:and|or)\b)[\s}]*)*"
+    rf"{_OPENS}(?:[a-zA-Z]\w*\s*=\s*)?{_OPENS}",
+    re.IGNORECASE,
 )
 _HASHES = re.compile(r"^\s*####[ \t]*(\S.*?)\s*$", re.MULTILINE)
 _STATED = re.compile(
@@ -30,12 +33,16 @@ _REASON = re.compile(
     r"|(?<=[\d})$%*])\.\s.*"
 )
 NUMBER = re.compile(
-    rf"(?<![\w.^])[-+]?(?:\d+ \d+/\d+|(?:{DECIMAL})(?:[eE][-+]?\d+)?(?:/\d+)?)(?![\w/])"
+    rf"(?<![\w.^])[-+]?(?>\d+ \d+/\d+|(?:{DECIMAL})(?:[eE][-+]?\d+)?(?:/\d+)?)"
+    r"(?=(?:[ckm]?m[²³]|[ckm]m|[km]g|ml|lb|ft|mph)(?!\w)|(?![\w/]))"
 )
-_MATHEMATICS = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_SIMPLE_FRACTION = re.compile(r"\\frac\{(\\?[\w.]+)\}\{(\\?[\w.]+)\}")
+_TIME = re.compile(r"(?<![\w:])\d{1,2}:\d\d(?:\s*[ap]\.?m\b\.?)?", re.IGNORECASE)
+_MATHEMATICS = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$((?:\\\$|[^$\n])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_SIMPLE_FRACTION = re.compile(
+    r"(?<![\w}])\\frac\{(\\?[\w.]+)\}\{(\\?[\w.]+)\}(?!\s*[\w\\{^])"
+)
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_NAMED = re.compile(r"((?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?'?))\s*(?:=|\\in\b)\s*([^=<>]+)")
+_NAMED = re.compile(r"([a-zA-Z\\|(][^=<>+*^/-]*?)\s*(?:=|\\in(?![a-z]))\s*([^=<>]+)")
 _SEPARATOR = re.compile(r"\s*(?:,|;|\\text\{,?\s*(?:and|or),?\}|\b(?:and|or)\b)\s*")
 _SIDES = {"(": ")", "[": "]", "\\{": "\\}"}
 Leaf = Callable[[str, str], bool]
@@ -75,9 +82,11 @@ def last_expression(text: str) -> str | None:
     """The number or the piece of mathematics that a text without a stated answer ends with."""
     found = [*_MATHEMATICS.finditer(text)]
     last = found[-1] if found else None
-    numbers = [one for one in NUMBER.finditer(text) if last is None or one.start() >= last.end()]
-    if numbers:
-        return numbers[-1][0]
+    rest = last.end() if last else 0
+    if times := _TIME.findall(text, rest):
+        return times[-1]
+    if numbers := NUMBER.findall(text, rest):
+        return numbers[-1]
     return next(part for part in last.groups() if part is not None).strip() if last else None
 
 
@@ -104,6 +113,8 @@ def _without_name(a: str, b: str) -> tuple[str, str] | None:
     found = [_NAMED.fullmatch(text) for text in (a, b)]
     names = {one[1] for one in found if one}
     rests = [one[2].strip() if one else text for one, text in zip(found, (a, b), strict=True)]
+    if any(re.search("[=<>]", text) for text in rests):
+        return None
     alone = all(len(_parts(text)[1]) == 1 or _parts(text)[0] or quantity(text) for text in rests)
     return (rests[0], rests[1]) if len(names) == 1 and alone else None
 

@@ -15,15 +15,20 @@ from tessera.data.thought import CLOSE, OPEN
 from tessera.rl.verifiers.answer import NUMBER, final_answer, number, plain_text
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
 
-# A letter, alone or in the brackets and emphasis that models put around it.
 _ONE_LETTER = re.compile(
-    r"(?:option|choice)?[\s*_`\"'$([{]*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\(?([A-Za-z])\)?"
-    r"(?=$|[\s).\]}*_:`\"'$,;])",
+    r"(?:(?:the )?(?:option|choice|letter)\b)?[\s*_`\"'$(\[{]*([A-Za-z])(?=$|[\s).\]}*_:`\"'$,;])",
     re.IGNORECASE,
 )
-_OPTION_LINE = re.compile(r"^[\s*_(]*(?:option|choice)?\s*\(?([A-Z])\)?[\s*_).:]*$", re.IGNORECASE)
+_OPTION_LINE = re.compile(
+    r"[\s*_(]*(?:option|choice)?\s*\(?([A-Z])\)?[\s*_).:]*"
+    r"(?:\bis (?:the )?(?:correct|right|best)(?: (?:answer|option|choice))?\.?)?[\s*]*",
+    re.IGNORECASE,
+)
 _ANOTHER = re.compile(r"\b(?:and|or)\b|[,/&]")
-_GOES_ON = re.compile(r"\s+(?!(?:is|and|or)\b)[a-z]")  # "a matter of taste", "I think": a word
+# "a matter of taste", "I think": a word, unless what follows only explains the letter.
+_GOES_ON = re.compile(
+    r"\s+(?!(?:is|and|or|as|for|due|given|rather|instead|over|with|which|from|by|but)\b)[a-z]"
+)
 
 
 def verify_exact(answer: str, expected: str, *, ignore_case: bool = True) -> Outcome:
@@ -77,10 +82,10 @@ def verify_choice(answer: str, expected: str, *, choices: int = 26) -> Outcome:
         return unjudged(f"the expected answer {expected!r} is not one of the {choices} letters")
     stated = final_answer(answer)
     if stated is not None:
-        given = _letter(stated)
+        given = _letter(plain_text(stated))
     else:
         lines = [line for line in answer.splitlines() if line.strip()]
-        found = _OPTION_LINE.match(lines[-1]) if lines else None
+        found = _OPTION_LINE.fullmatch(plain_text(lines[-1])) if lines else None
         given = found[1].upper() if found else None
     if given is None:
         return wrong("no letter is chosen")

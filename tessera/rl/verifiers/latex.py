@@ -55,10 +55,10 @@ _SWITCHES = re.compile(
     rf"|large|Large|huge|Huge|[bB]igg?[lrm]?|middle|mathstrut|strut){_WORD_END}"
     rf"|\\m?(?:left|right){_WORD_END}\s*\.?"
 )
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!:;]|\{\s*[,'.]?\s*\})\s*(?=\d{3}(?!\d))")
-_SPACES = re.compile(rf"\\[,;:!>]|\\ |\\q?quad{_WORD_END}|\\enspace{_WORD_END}|(?<!\\)~|\s")
+_THOUSANDS = re.compile(r"(?<=\d)\s*(?:\\[,!:;]|,\\!|\{\s*[,']?\s*\})\s*(?=\d{3}(?!\d))")
+_SPACES = re.compile(rf"(?<!\\)\\[,;:!> ]|\\q?quad{_WORD_END}|\\enspace{_WORD_END}|(?<!\\)~|\s")
 _HORIZONTAL = re.compile(r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:hfill|newline|par|noindent)(?![a-zA-Z])")
-_DELIMITERS = re.compile(r"\\[()]|(?<!\\)\\[\[\]]")
+_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]")
 _DEGREES = re.compile(r"\^?\s*\{?\s*\\(?:circ|degrees?|textdegree|deg)(?![a-zA-Z])(?:\{\})?\s*\}?")
 _PERCENT = re.compile(r"\\%|\s*\\text\{\s*\\?%\s*\}")
 _OVER = re.compile(rf"\{{([^{{}}]*)\\over{_WORD_END}([^{{}}]*)\}}")
@@ -145,7 +145,7 @@ def _arguments(text: str, command: re.Pattern[str], count: int, write: Callable[
     while found:
         place, parts = found.end(), []
         for _ in range(count):
-            part = re.compile(r"\s*(?:(\{)|(\\[a-zA-Z]+(?:\{[^{}]*\})?|[^\s{}\\]))").match(text, place)
+            part = re.compile(r"\s*(?:(\{)|(\\sqrt\{[^{}]*\}|\\[a-zA-Z]+|[^\s{}\\]))").match(text, place)
             end = closing(text, part.end()) if part and part[1] else None
             if not part or (part[1] and end is None):
                 break

@@ -33,6 +33,8 @@ _NO_GOLD = re.compile(
     r"|are|was|tbd|todo|answer|null|nan|undetermined|missing)\b",
     re.IGNORECASE,
 )
+_EQUALS = re.compile(r"(?<![!<>:=])=(?!=)|\\approx(?![a-z])")
+_PLACEHOLDER = re.compile(r"n\s?/?\s?a|[?._*-]+|\[?asy.*", re.IGNORECASE | re.DOTALL)
 
 
 class UnreadableError(ValueError):
@@ -85,10 +87,15 @@ def same_expression(given: str, gold: str) -> bool:
     if quantity(given) and quantity(gold):
         return same_answer(given, gold)
     words = _words(gold)
-    if words:
-        if _is_prose(words):
+    if words or _PLACEHOLDER.fullmatch(gold):
+        if not words or _is_prose(words):
             raise UnreadableError(f"the expected answer {gold[:60]!r} cannot be read as mathematics")
         return False
+    if gold.endswith("%") and given.endswith("%"):
+        return same_answer(given[:-1], gold[:-1], same_expression)
+    given, gold = (rf"\frac{{{each[:-1]}}}{{100}}" if each[-1:] == "%" else each for each in (given, gold))
+    if not _EQUALS.search(gold) and (shorter := _last_side(given)):
+        return same_answer(shorter, gold, same_expression)
     parse, verify = require_library()
     wanted, found = parse(f"${gold}$"), parse(f"${given}$")
     if not _read(wanted) or clock(gold):
@@ -97,9 +104,16 @@ def same_expression(given: str, gold: str) -> bool:
         return False
     if re.search(r"\\\{.*\\\}", given) and re.fullmatch(r"[(\[].*,.*[)\]]", gold):
         return False  # a set where an ordered pair or an interval was expected
-    if ("%" in given) != ("%" in gold) and not (quantity(given) or quantity(gold)):
-        return False  # `n%` is not `n`
     return verify(wanted[:1], found[:1]) and _agree(wanted[0], found[0])
+
+
+def _last_side(text: str) -> str:
+    """What an equation or a chain of them comes to: of `3 + 4 = 7` 7, of `x = 1/3 \\approx 0.3` 1/3."""
+    exact, _, rounded = text.partition(r"\approx")
+    sides = _EQUALS.split(exact)
+    if re.search("[<>!]", text) or (len(sides) == 1 and not rounded):
+        return ""
+    return (sides[-1] if len(sides) > 1 else rounded).strip()
 
 
 def _words(text: str) -> list[str]:
@@ -138,8 +152,10 @@ def _agree(wanted: Any, found: Any) -> bool:
 
     if isinstance(wanted, sympy.MatrixBase) and isinstance(found, sympy.MatrixBase):
         return all(map(_agree, wanted.flat(), found.flat()))
-    pair = [one.rhs if isinstance(one, sympy.Eq) else one for one in (wanted, found)]
-    if not all(isinstance(one, sympy.Expr) for one in pair) or any(
+    pair = [wanted, found]
+    if isinstance(wanted, sympy.Eq) and isinstance(found, sympy.Eq) and wanted.lhs == found.lhs:
+        pair = [wanted.rhs, found.rhs]
+    if any(isinstance(one, sympy.MatrixExpr) for one in pair) or not all(isinstance(one, sympy.Expr) for one in pair) or any(
         one.has(sympy.Float) for one in pair
     ):
         return True
@@ -177,6 +193,6 @@ def require_library() -> tuple[Any, Any]:
         return math_verify.parse(text, targets, parsing_timeout=None, raise_on_error=True)  # pyright: ignore
 
     def verify(wanted: list[Any], found: list[Any]) -> bool:
-        return math_verify.verify(wanted, found, timeout_seconds=None, raise_on_error=True)
+        return math_verify.verify(wanted, found, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
 
     return parse, verify

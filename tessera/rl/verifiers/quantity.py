@@ -18,6 +18,7 @@ PLACES = 6  # decimals, and digits, that make a rounded number the exact one
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d|[ ,]?\d)|\d{1,3}(?:'\d{3})+|\d+)"
 DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)"
 _DECIMAL = re.compile(rf"({DECIMAL})\.?(?:[eE]([-+]?\d+))?")
+_DECIMAL_COMMA = re.compile(r"^(0|\d{4,}),(\d+)$")  # `1,22` may be two numbers
 _REPEATING = re.compile(
     r"(\d*)\.(\d*?)(?:\\(?:overline|bar)\{(\d+)\}|\((\d+)\)|\\dot\{?(\d)\}?(?:(\d*)\\dot\{?(\d)\}?)?"
     r"|(\d+)(?:\\[cl]?dots|\.\.\.))"
@@ -99,7 +100,7 @@ _NO_UNIT = re.compile(
 _NO_TEXT_UNIT = re.compile(_JOINS, re.IGNORECASE)
 _POWERED = r"(?:\s?\^\s?(?:\{-?\d\}|-?\d))?"
 _TEXT_UNIT = re.compile(
-    rf"\s*(?:\\frac\{{\\text\{{([^{{}}]*)\}}{_POWERED}\}}\{{\\text\{{([^{{}}]*)\}}{_POWERED}\}}"
+    rf"\s*(?:\^\\circ\s*)?(?:\\frac\{{\\text\{{([^{{}}]*)\}}{_POWERED}\}}\{{\\text\{{([^{{}}]*)\}}{_POWERED}\}}"
     rf"|((?:\s*(?:/|\\cdot)?\s*\\text\{{[^{{}}]*\}}{_POWERED})+))\Z"
 )
 _WORD_UNIT = re.compile(
@@ -266,7 +267,7 @@ def _based(digits: str, *bases: str | None) -> Quantity | None:
 def _value(text: str) -> tuple[Fraction, int | None] | None:
     """The value of a number without unit, and the decimals it has; None where it is none."""
     text = text.strip()
-    while len(text) > 1 and text[0] + text[-1] in ("()", "{}") and not set("(){}") & set(text[1:-1]):
+    while len(text) > 1 and text[0] + text[-1] in ("()", "{}") and not set("(){},") & set(text[1:-1]):
         text = text[1:-1].strip()
     sign, text = (-1, text[1:].lstrip()) if text[:1] == "-" else (1, text.removeprefix("+").lstrip())
     if text[:1] in ("-", "+"):
@@ -311,6 +312,7 @@ def _repeating(text: str) -> tuple[Fraction, int | None] | None:
 
 
 def _decimal(text: str) -> tuple[Fraction, int | None] | None:
+    text = _DECIMAL_COMMA.sub(r"\1.\2", text)
     found = _DECIMAL.fullmatch(text)
     if not found or len(text) > LONGEST or abs(int(found[2] or 0)) > 308:
         return None
