@@ -15,7 +15,7 @@ from fractions import Fraction
 from tessera.rl.verifiers.latex import closing, undressed
 from tessera.rl.verifiers.quantity import DECIMAL, LONGEST, clock, quantity, same_quantity
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOXED = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _OPENS = r"(?:[\s$~*&]|\\[\[( ,]|\\q?quad)*"
 _BETWEEN = re.compile(  # two boxes of one answer: "$\boxed{1}$ and $y = \boxed{2}$"
     r"(?:[\s,;&.$~*]|\\[,;:!\]) ]|\\q?quad|[^.=\n]{0,40}?(?:\b(?:and|or)\b)[\s}]*)*"
@@ -29,7 +29,7 @@ _STATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _REASON = re.compile(
-    r",?\s+(?:because|since)\b.*|,\s+(?:not|which|so|as|where|meaning|making|giving)\b.*"
+    r",?\s+(?:because|since)\b.*|,\s+(?:not|which|so|as|where|meaning|making|giving|i\.e|that is|or equivalently)\b.*"
     r"|(?<=[\d})$%*])\.\s.*"
 )
 NUMBER = re.compile(
@@ -73,7 +73,8 @@ def boxed(text: str) -> str | None:
         if after is not None and not _BETWEEN.fullmatch(text, end + 1, after):
             break
         content = text[opening.end() : end].strip()
-        found[:0] = [content] if content not in found else []
+        if not any(same_answer(content, other) for other in found):
+            found.insert(0, content)
         after = opening.start()
     return ", ".join(found) if after is not None else None
 
@@ -96,7 +97,8 @@ def same_answer(given: str, expected: str, leaf: Leaf | None = None) -> bool:
     leaf: decides on what is neither a number nor spelled alike; without it that differs.
     """
     a, b = undressed(given), undressed(expected)
-    if (by_value := _same_value(a, b)) is not None:
+    by_value = _same_value(a, b)
+    if by_value or (by_value is not None and "and" not in a + b):  # "2 and 2/3" may be two
         return by_value
     if _text(a) == _text(b):
         return True
@@ -137,18 +139,21 @@ def _same_list(a: str, b: str, leaf: Leaf | None) -> bool | None:
         return None
     if len(parts_a) == len(parts_b) == 1:
         return same_answer(parts_a[0], parts_b[0], leaf) if open_a or open_b else None
-    if min(len(parts_a), len(parts_b)) == 1:
-        return False if quantity(a) or quantity(b) else None
     ordered = {open_a, open_b} & {"(", "["}
-    if {open_a, open_b} == {"(", "\\{"} or (open_a and open_b and (open_a, close_a) != (open_b, close_b)):
+    both = open_a and open_b
+    if {open_a, open_b} == {"(", "\\{"} or (both and (open_a, close_a) != (open_b, close_b)):
         return False
+    single = min(len(parts_a), len(parts_b)) == 1
+    if ordered and single:
+        return False if quantity(a) or quantity(b) else None
     if ordered:
         pairs = zip(parts_a, parts_b, strict=False)
         return len(parts_a) == len(parts_b) and all(same_answer(x, y, leaf) for x, y in pairs)
     if max(len(parts_a), len(parts_b)) > 30:
         return None
     equal = [[same_answer(x, y, leaf) for y in parts_b] for x in parts_a]
-    return all(map(any, equal)) and all(map(any, zip(*equal, strict=True)))
+    same = all(map(any, equal)) and all(map(any, zip(*equal, strict=True)))
+    return None if single and not same and not (quantity(a) or quantity(b)) else same
 
 
 def _parts(text: str) -> tuple[str, list[str], str]:

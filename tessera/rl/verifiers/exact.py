@@ -16,15 +16,17 @@ from tessera.rl.verifiers.answer import NUMBER, final_answer, number, plain_text
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
 
 _ONE_LETTER = re.compile(
-    r"(?:(?:the )?(?:option|choice|letter)\b)?[\s*_`\"'$(\[{]*([A-Za-z])(?=$|[\s).\]}*_:`\"'$,;])",
+    r"(?:(?:the )?(?:option|choice|letter)\b)?[\s*_`\"'$(\[{]*([A-Za-z])(?=$|[\s).\]}*_:`\"$,;]|'(?!\w))",
     re.IGNORECASE,
 )
 _OPTION_LINE = re.compile(
-    r"[\s*_(]*(?:option|choice)?\s*\(?([A-Z])\)?[\s*_).:]*"
+    r"[\s*_(\[]*(?:option|choice)?\s*\(?([A-Z])\)?[\s*_).:\]]*"
     r"(?:\bis (?:the )?(?:correct|right|best)(?: (?:answer|option|choice))?\.?)?[\s*]*",
     re.IGNORECASE,
 )
-_ANOTHER = re.compile(r"\b(?:and|or)\b|[,/&]")
+_ANOTHER = re.compile(
+    r"\W*(?:\b(?:and|or)\b|[,/&])\W*(?:(?:also|both|option|choice)\W+)*([A-Za-z])(?![\w'])"
+)
 # "a matter of taste", "I think": a word, unless what follows only explains the letter.
 _GOES_ON = re.compile(
     r"\s+(?!(?:is|and|or|as|for|due|given|rather|instead|over|with|which|from|by|but)\b)[a-z]"
@@ -56,16 +58,21 @@ def verify_number(answer: str, expected: str | float, *, tolerance: float = 0.0)
     if wanted is None:
         return unjudged(f"the expected answer {_short(str(expected))} is not a number")
     stated = final_answer(answer)
-    given = None if stated is None else number(stated)
-    if given is None:
-        numbers = _numbers(answer if stated is None else stated)
-        if not numbers:
-            return wrong("no number in the answer")
-        if stated is not None and len(set(numbers)) > 1 and "=" not in stated:
-            return wrong(f"several numbers are stated: {_short(stated)}")
-        given = numbers[-1]
+    numbers = _numbers(answer) if stated is None else _stated_numbers(stated)
+    if not numbers:
+        return wrong("no number in the answer")
+    if stated is not None and len(set(numbers)) > 1:
+        return wrong(f"several numbers are stated: {_short(stated)}")
+    given = numbers[-1]
     close = abs(given - wanted) <= Fraction(tolerance) * abs(wanted)
     return judged(close, f"{_short(str(float(given)))} is not {_short(str(expected))}")
+
+
+def _stated_numbers(stated: str) -> list[Fraction]:
+    """The numbers of a final answer: of `3 + 4 = 7 (seven)` 7 alone."""
+    sides = [number(side.partition(" (")[0]) for side in stated.split("=")]
+    known = [value for value in sides if value is not None]
+    return known or _numbers(stated.rpartition("=")[2])
 
 
 def _numbers(text: str) -> list[Fraction]:
@@ -97,10 +104,17 @@ def _letter(stated: str) -> str | None:
     if not found:
         return None
     letter, rest = found[1], stated[found.end() :]
-    if (letter in "AI" or letter.islower()) and _GOES_ON.match(rest):
+    if _is_word(letter, rest):
         return None
-    another = _ANOTHER.match(rest.lstrip(" )}]*.$"))
-    return None if another and _ONE_LETTER.search(rest) else letter.upper()
+    another = _ANOTHER.match(rest)
+    if another and not _is_word(another[1], rest[another.end() :]):
+        return None
+    return letter.upper()
+
+
+def _is_word(letter: str, rest: str) -> bool:
+    """Whether a letter is the English word: `a matter of taste`, `I think`."""
+    return (letter in "AI" or letter.islower()) and bool(_GOES_ON.match(rest))
 
 
 def _short(text: str) -> str:

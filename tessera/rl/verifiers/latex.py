@@ -46,9 +46,9 @@ _SYMBOLS = str.maketrans(
 _WORD_END = r"(?![a-zA-Z])"
 _NAMED_FONTS = r"\\(?:math|text)(?:bf|it|sf|tt|sl|sc|md|up)"
 _UNWRAPPED = re.compile(
-    rf"(?:{_NAMED_FONTS}|\\(?:boldsymbol|bm|emph|underline|boxed|fbox|hbox|ensuremath|pmb))\s*\{{"
+    rf"(?:{_NAMED_FONTS}|\\(?:boldsymbol|bm|emph|underline|boxed|fbox|framebox|hbox|ensuremath|pmb))\s*\{{"
 )
-_TEXT = re.compile(r"\\(?:mathrm|textrm|textnormal|text|mbox|operatorname\*?)\s*\{([^{}]*)\}")
+_TEXT = re.compile(r"\\(?:mathrm|textrm|textnormal|text|mbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _COLOUR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
 _SWITCHES = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|it|rm|sf|tt|tiny|small|normalsize"
@@ -59,13 +59,19 @@ _THOUSANDS = re.compile(r"(?<=\d)\s*(?:\\[,!:;]|,\\!|\{\s*[,']?\s*\})\s*(?=\d{3}
 _SPACES = re.compile(rf"(?<!\\)\\[,;:!> ]|\\q?quad{_WORD_END}|\\enspace{_WORD_END}|(?<!\\)~|\s")
 _HORIZONTAL = re.compile(r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:hfill|newline|par|noindent)(?![a-zA-Z])")
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]")
-_DEGREES = re.compile(r"\^?\s*\{?\s*\\(?:circ|degrees?|textdegree|deg)(?![a-zA-Z])(?:\{\})?\s*\}?")
-_PERCENT = re.compile(r"\\%|\s*\\text\{\s*\\?%\s*\}")
+_DEGREE = r"\\(?:circ|degrees?|textdegree|deg)(?![a-zA-Z])(?:\{\})?"
+_NO_BRACES = str.maketrans("", "", "{}")
+_DEGREES = re.compile(rf"\^\s*\{{?\s*\\?o\s*(?:\}}|(?![a-z]))|\^\s*\{{\s*{_DEGREE}\s*\}}|\^?\s*{_DEGREE}\s*")
+_PER_CENT = r"(?:\\?%|per ?cent(?:age)?|pct)\.?"
+_PERCENT = re.compile(rf"\\%|\s*\\text\{{\s*{_PER_CENT}\s*\}}|(?<=\S)\s+{_PER_CENT}$", re.I)
 _OVER = re.compile(rf"\{{([^{{}}]*)\\over{_WORD_END}([^{{}}]*)\}}")
 _FRACTION = re.compile(rf"\\[dtcx]?frac{_WORD_END}")
 _ROOT = re.compile(rf"\\sqrt{_WORD_END}\s*(?![\s\[{{])")
 _LETTER = re.compile(r"\\text\{([a-zA-Z])\}")
 _CONSTANT = re.compile(r"(?<![\w ])\\text\{([ei])\}")
+_BARS = re.compile(r"(?:\d[\u0304\u0305\u0307])+")  # digits with a line or a dot above
+_RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "{:}": ":"}
+_RELATION = re.compile(r"<=|>=|(?<![\d)])!=|\{:\}")
 _BRACED_COMMA = re.compile(r"\{\s*,\s*\}|(?<=\d)\{(?=,\d)|(?<=,)\}(?=\d)")
 
 
@@ -75,20 +81,26 @@ def undressed(text: str) -> str:
     text = _dollars(_DELIMITERS.sub(" ", text))
     text = _HORIZONTAL.sub(" ", _COLOUR.sub("", text))
     text = _unwrapped(text)
-    text = _TEXT.sub(lambda found: rf"\text{{{' '.join(found[1].split())}}}", text)
+    text = _TEXT.sub(_as_text, text)
     text = _CONSTANT.sub(r"\1", text)
     text = _THOUSANDS.sub("", _SWITCHES.sub(" ", text))
     text = _SPACES.sub(" ", _BRACED_COMMA.sub(",", text))
+    text = text.replace(r"\varnothing", r"\emptyset")
     text = _OVER.sub(r"\\frac{\1}{\2}", _PERCENT.sub("%", _DEGREES.sub(r"^\\circ ", text)))
     text = _arguments(text, _FRACTION, 2, lambda a, b: rf"\frac{{{a}}}{{{b}}}")
     text = _arguments(text, _ROOT, 1, lambda a: rf"\sqrt{{{a}}}")
     return _trimmed(text)
 
 
+def _as_text(found: re.Match[str]) -> str:
+    return rf"\text{{{' '.join(_SPACES.sub(' ', found[1]).translate(_NO_BRACES).split())}}}"
+
+
 def _unicode(text: str) -> str:
-    text = text.translate(_SYMBOLS)
+    text = _RELATION.sub(lambda found: _RELATIONS[found[0]], text.translate(_SYMBOLS))
     if text.isascii():
         return text
+    text = _BARS.sub(lambda found: rf"\overline{{{found[0][::2]}}}", text)
     found = []
     for index, char in enumerate(text):
         decomposed = unicodedata.normalize("NFKD", char).replace("⁄", "/")

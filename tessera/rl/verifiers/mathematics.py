@@ -113,7 +113,7 @@ def _last_side(text: str) -> str:
     sides = _EQUALS.split(exact)
     if re.search("[<>!]", text) or (len(sides) == 1 and not rounded):
         return ""
-    return (sides[-1] if len(sides) > 1 else rounded).strip()
+    return (sides[-1] if len(sides) > 1 or re.search(r"\d", exact) else rounded).strip()
 
 
 def _words(text: str) -> list[str]:

@@ -27,7 +27,9 @@ _TEN = re.compile(r"(.*?\S)\s*(?:\\times|\\cdot|\*|x(?= ?10))\s*(10(?:\^|\*\*).+
 _POWER = re.compile(r"(\d+)\s*(?:\^|\*\*)\s*(?:\{\s*([-+]?\d+)\s*\}|\(([-+]?\d+)\)|([-+]?\d+))")
 _FRACTION = re.compile(r"\\frac\{([^{}]*(?:\{[^{}]*\})?[^{}]*)\}\{([^{}]*(?:\{[^{}]*\})?[^{}]*)\}")
 _SLASHED = re.compile(r"([^/]+)/([^/]+)")
-_MIXED = re.compile(r"(\d+)(?:\s*(\\frac\{\d+\}\{\d+\})|\s+(\d+\s*/\s*\d+))")
+_MIXED = re.compile(
+    r"(\d+)\s*(?:(?:and\s|\\text\{and\})\s*)?(?:(\\frac\{\d+\}\{\d+\})|(?<=[\s}])(\d+\s*/\s*\d+))"
+)
 _BASED = re.compile(
     r"\(?\s*([-+]?[0-9A-Fa-f][0-9A-Fa-f,.]*)\s*\)?(?:\s*_\s*\{?\s*\(?\s*(?:\\text\{)?(?:base)?[- ]?"
     r"([0-9A-Za-z]+)\}?\s*\)?\s*\}?"
@@ -36,7 +38,7 @@ _BASED = re.compile(
 _TIME = re.compile(
     r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:\\text\{)?\s*(?:([ap])\.?\s?m\.?)?\s*\}?", re.IGNORECASE
 )
-_APPROXIMATE = re.compile(r"(?:\\approx|\\sim|\\simeq|about|approximately|roughly|exactly)\s*")
+_APPROXIMATE = re.compile(r"\A(?:\\approx|\\sim|\\simeq|about|approximately|roughly|exactly)\s*")
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _NAMES = {name: str(number) for number, name in enumerate(_WORDS)} | {
     "sixteen": "16",
@@ -108,9 +110,8 @@ _WORD_UNIT = re.compile(
 )
 _LETTER_UNIT = re.compile(rf"\s([mgshLlt]{_POWERED}(?:/[a-z]{{1,3}}{_POWERED})?)\Z")
 _SIGN_BEHIND = re.compile(rf"\s*(%|\^\\circ\s*(?:\\text\{{)?[CFK]?\}}?|¢|{_SIGN})\Z")
-_PERCENT = re.compile(r"(?:\s+|\s*\\text\{\s*)(?:per ?cent(?:age)?|pct)\.?\}?\Z", re.IGNORECASE)
 _SCALE = re.compile(rf"(?:\s+|\s*\\text\{{\s*)({'|'.join(_SCALES)})\}}?\Z", re.IGNORECASE)
-_OTHER_UNITS = "sq cu mph kmh kph rpm psi kW kWh GB MB kB Hz kHz MHz GHz dB kJ kN kPa mol".split()
+_OTHER_UNITS = "sq cu mph kmh kph rpm psi kW kWh GB MB kB Hz kHz MHz GHz dB kJ kN kPa mol deg".split()
 _SQUARE = re.compile(r"(sq(?:uare)?|cu(?:bic)?)\.? (.+)|(.+?)\^\{?(\d)\}?")
 
 
@@ -224,8 +225,8 @@ def _stripped(text: str) -> tuple[str, str, bool, int]:
     unit, percent, scale, before = "", False, 1, None
     while text != before:
         before = text
-        if (found := _PERCENT.search(text)) or text.endswith("%"):
-            percent, text = True, text[: found.start() if found else -1]
+        if text.endswith("%"):
+            percent, text = True, text[:-1]
         elif found := _SCALE.search(text):
             scale, text = scale * _SCALES[found[1].lower()], text[: found.start()]
         elif (shorter := without_unit(text))[1]:
