@@ -19,7 +19,7 @@ from tessera.data.conversation import switch_of
 from tessera.data.thought import split
 from tessera.rl.jail.run import Isolation, JailError, Limits, require_isolation
 from tessera.rl.verifiers import language, mathematics
-from tessera.rl.verifiers.code import CASES_TOGETHER, verify_asserts, verify_outputs
+from tessera.rl.verifiers.code import CLOCK_TIMES, verify_asserts, verify_outputs
 from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_format, verify_number
 from tessera.rl.verifiers.instructions import read_instructions, verify_instructions
 from tessera.rl.verifiers.mathematics import verify_math
@@ -144,19 +144,24 @@ class InstructionsReward(RewardConfig):
 
 
 class CodeReward(RewardConfig):
-    """Asserts where a row has `tests`; else its `inputs` and `outputs`. isolation: see `jail`."""
+    """Asserts where a row has `tests`; else its `inputs` and `outputs`. isolation: see `jail`.
+
+    limits.seconds: CPU time of a program, and of one input; by the clock it may take eight
+    times as long, and what has not ended then could not be judged.
+    """
 
     kind: Literal["code"]
     tests: str = "tests"
     setup: str = "setup"
+    entry_point: str = "entry_point"
     inputs: str = "inputs"
     outputs: str = "outputs"
     limits: Limits = Limits()
     isolation: Isolation = "namespaces"
-    deadline: float = Field(default=60.0, gt=0)
+    deadline: float = Field(default=100.0, gt=0)
 
     def model_post_init(self, _: Any) -> None:
-        least = self.limits.seconds * CASES_TOGETHER + 10
+        least = self.limits.seconds * CLOCK_TIMES + 10
         if self.deadline < least:
             raise ValueError(
                 f"deadline = {self.deadline:g} cuts limits.seconds short; give {least:g}"
@@ -176,8 +181,8 @@ class CodeReward(RewardConfig):
         jail: dict[str, Any] = {"limits": self.limits, "isolation": self.isolation}
         given = [row[key] for key in self.fields(row)]
         if len(given) == 1:
-            setup = row.get(self.setup) or ""
-            return verify_asserts(sample.answer, *given, setup=setup, **jail)
+            jail |= {key: row.get(getattr(self, key)) or "" for key in ("setup", "entry_point")}
+            return verify_asserts(sample.answer, *given, **jail)
         return verify_outputs(sample.answer, *given, **jail)
 
 

@@ -20,7 +20,7 @@ from tessera.curate.steps import rows
 from tessera.curate.steps.rows import Drop, Result, RowStep
 from tessera.data.conversation import Chat, fault
 from tessera.rl.verifiers.answer import boxed, final_answer, same_answer
-from tessera.rl.verifiers.code import PYTHON, fenced
+from tessera.rl.verifiers.blocks import PYTHON, fenced
 from tessera.rl.verifiers.exact import verify_exact, verify_number
 from tessera.rl.verifiers.language import language_of
 from tessera.rl.verifiers.mathematics import verify_math

@@ -37,10 +37,10 @@ NUMBER = re.compile(
     r"(?=(?:[ckm]?m[²³]|[ckm]m|[km]g|ml|lb|ft|mph)(?!\w)|(?![\w/]))"
 )
 _TIME = re.compile(r"(?<![\w:])\d{1,2}:\d\d(?:\s*[ap]\.?m\b\.?)?", re.IGNORECASE)
-_MATHEMATICS = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$((?:\\\$|[^$\n])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_SIMPLE_FRACTION = re.compile(
-    r"(?<![\w}])\\frac\{(\\?[\w.]+)\}\{(\\?[\w.]+)\}(?!\s*[\w\\{^])"
+_MATHEMATICS = re.compile(
+    r"\$\$(.+?)\$\$|(?<![\\$])\$((?:\\\$|[^$\n])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
+_SIMPLE_FRACTION = re.compile(r"(?<![\w}])\\frac\{(\\?[\w.]+)\}\{(\\?[\w.]+)\}(?!\s*[\w\\{^])")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _NAMED = re.compile(r"([a-zA-Z\\|(][^=<>+*^/-]*?)\s*(?:=|\\in(?![a-z]))\s*([^=<>]+)")
 _SEPARATOR = re.compile(r"\s*(?:,|;|\\text\{,?\s*(?:and|or),?\}|\b(?:and|or)\b)\s*")

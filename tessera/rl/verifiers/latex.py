@@ -10,8 +10,7 @@ import unicodedata
 from collections.abc import Callable
 
 _SUPERSCRIPT, _SUBSCRIPT = (
-    dict(zip(chars, "0123456789+-n", strict=True))
-    for chars in ("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ")
+    dict(zip(chars, "0123456789+-n", strict=True)) for chars in ("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ")
 )
 _SYMBOLS = str.maketrans(
     {
@@ -48,7 +47,9 @@ _NAMED_FONTS = r"\\(?:math|text)(?:bf|it|sf|tt|sl|sc|md|up)"
 _UNWRAPPED = re.compile(
     rf"(?:{_NAMED_FONTS}|\\(?:boldsymbol|bm|emph|underline|boxed|fbox|framebox|hbox|ensuremath|pmb))\s*\{{"
 )
-_TEXT = re.compile(r"\\(?:mathrm|textrm|textnormal|text|mbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_TEXT = re.compile(
+    r"\\(?:mathrm|textrm|textnormal|text|mbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
 _COLOUR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
 _SWITCHES = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|it|rm|sf|tt|tiny|small|normalsize"
@@ -57,11 +58,15 @@ _SWITCHES = re.compile(
 )
 _THOUSANDS = re.compile(r"(?<=\d)\s*(?:\\[,!:;]|,\\!|\{\s*[,']?\s*\})\s*(?=\d{3}(?!\d))")
 _SPACES = re.compile(rf"(?<!\\)\\[,;:!> ]|\\q?quad{_WORD_END}|\\enspace{_WORD_END}|(?<!\\)~|\s")
-_HORIZONTAL = re.compile(r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:hfill|newline|par|noindent)(?![a-zA-Z])")
+_HORIZONTAL = re.compile(
+    r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:hfill|newline|par|noindent)(?![a-zA-Z])"
+)
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]")
 _DEGREE = r"\\(?:circ|degrees?|textdegree|deg)(?![a-zA-Z])(?:\{\})?"
 _NO_BRACES = str.maketrans("", "", "{}")
-_DEGREES = re.compile(rf"\^\s*\{{?\s*\\?o\s*(?:\}}|(?![a-z]))|\^\s*\{{\s*{_DEGREE}\s*\}}|\^?\s*{_DEGREE}\s*")
+_DEGREES = re.compile(
+    rf"\^\s*\{{?\s*\\?o\s*(?:\}}|(?![a-z]))|\^\s*\{{\s*{_DEGREE}\s*\}}|\^?\s*{_DEGREE}\s*"
+)
 _PER_CENT = r"(?:\\?%|per ?cent(?:age)?|pct)\.?"
 _PERCENT = re.compile(rf"\\%|\s*\\text\{{\s*{_PER_CENT}\s*\}}|(?<=\S)\s+{_PER_CENT}$", re.I)
 _OVER = re.compile(rf"\{{([^{{}}]*)\\over{_WORD_END}([^{{}}]*)\}}")
@@ -157,7 +162,9 @@ def _arguments(text: str, command: re.Pattern[str], count: int, write: Callable[
     while found:
         place, parts = found.end(), []
         for _ in range(count):
-            part = re.compile(r"\s*(?:(\{)|(\\sqrt\{[^{}]*\}|\\[a-zA-Z]+|[^\s{}\\]))").match(text, place)
+            part = re.compile(r"\s*(?:(\{)|(\\sqrt\{[^{}]*\}|\\[a-zA-Z]+|[^\s{}\\]))").match(
+                text, place
+            )
             end = closing(text, part.end()) if part and part[1] else None
             if not part or (part[1] and end is None):
                 break

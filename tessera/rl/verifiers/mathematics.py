@@ -14,7 +14,6 @@ import re
 from typing import Any
 
 from tessera.rl.verifiers.answer import boxed, final_answer, last_expression, same_answer
-from tessera.rl.verifiers.latex import undressed
 from tessera.rl.verifiers.outcome import Outcome, right, unjudged, wrong
 from tessera.rl.verifiers.quantity import clock, quantity, without_unit
 from tessera.runs.files import RunError
@@ -89,11 +88,15 @@ def same_expression(given: str, gold: str) -> bool:
     words = _words(gold)
     if words or _PLACEHOLDER.fullmatch(gold):
         if not words or _is_prose(words):
-            raise UnreadableError(f"the expected answer {gold[:60]!r} cannot be read as mathematics")
+            raise UnreadableError(
+                f"the expected answer {gold[:60]!r} cannot be read as mathematics"
+            )
         return False
     if gold.endswith("%") and given.endswith("%"):
         return same_answer(given[:-1], gold[:-1], same_expression)
-    given, gold = (rf"\frac{{{each[:-1]}}}{{100}}" if each[-1:] == "%" else each for each in (given, gold))
+    given, gold = (
+        rf"\frac{{{each[:-1]}}}{{100}}" if each[-1:] == "%" else each for each in (given, gold)
+    )
     if not _EQUALS.search(gold) and (shorter := _last_side(given)):
         return same_answer(shorter, gold, same_expression)
     parse, verify = require_library()
@@ -126,7 +129,11 @@ def _words(text: str) -> list[str]:
         return []
     letters = sum(map(len, words))
     named = "\\text" in text or any(len(word) > 3 for word in words) or len(words) > 1
-    return words if words and named and 2 * letters > len(text.replace("\\text", "").replace(" ", "")) else []
+    return (
+        words
+        if words and named and 2 * letters > len(text.replace("\\text", "").replace(" ", ""))
+        else []
+    )
 
 
 def _is_prose(words: list[str]) -> bool:
@@ -155,8 +162,10 @@ def _agree(wanted: Any, found: Any) -> bool:
     pair = [wanted, found]
     if isinstance(wanted, sympy.Eq) and isinstance(found, sympy.Eq) and wanted.lhs == found.lhs:
         pair = [wanted.rhs, found.rhs]
-    if any(isinstance(one, sympy.MatrixExpr) for one in pair) or not all(isinstance(one, sympy.Expr) for one in pair) or any(
-        one.has(sympy.Float) for one in pair
+    if (
+        any(isinstance(one, sympy.MatrixExpr) for one in pair)
+        or not all(isinstance(one, sympy.Expr) for one in pair)
+        or any(one.has(sympy.Float) for one in pair)
     ):
         return True
     names = sorted({str(symbol) for one in pair for symbol in one.free_symbols})
@@ -193,6 +202,8 @@ def require_library() -> tuple[Any, Any]:
         return math_verify.parse(text, targets, parsing_timeout=None, raise_on_error=True)  # pyright: ignore
 
     def verify(wanted: list[Any], found: list[Any]) -> bool:
-        return math_verify.verify(wanted, found, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+        return math_verify.verify(
+            wanted, found, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True
+        )
 
     return parse, verify

@@ -36,7 +36,8 @@ _BASED = re.compile(
     r"|,?\s*\(?\s*(?:\\text\{)?\(?\s*(?:in )?base[- ]?\}?\s*(?:\\text\{)?([0-9A-Za-z]+)\)?\}?\)?)"
 )
 _TIME = re.compile(
-    r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:\\text\{)?\s*(?:([ap])\.?\s?m\.?)?\s*\}?", re.IGNORECASE
+    r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:\\text\{)?\s*(?:([ap])\.?\s?m\.?)?\s*\}?",
+    re.IGNORECASE,
 )
 _APPROXIMATE = re.compile(r"\A(?:\\approx|\\sim|\\simeq|about|approximately|roughly|exactly)\s*")
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -111,7 +112,9 @@ _WORD_UNIT = re.compile(
 _LETTER_UNIT = re.compile(rf"\s([mgshLlt]{_POWERED}(?:/[a-z]{{1,3}}{_POWERED})?)\Z")
 _SIGN_BEHIND = re.compile(rf"\s*(%|\^\\circ\s*(?:\\text\{{)?[CFK]?\}}?|¢|{_SIGN})\Z")
 _SCALE = re.compile(rf"(?:\s+|\s*\\text\{{\s*)({'|'.join(_SCALES)})\}}?\Z", re.IGNORECASE)
-_OTHER_UNITS = "sq cu mph kmh kph rpm psi kW kWh GB MB kB Hz kHz MHz GHz dB kJ kN kPa mol deg".split()
+_OTHER_UNITS = (
+    "sq cu mph kmh kph rpm psi kW kWh GB MB kB Hz kHz MHz GHz dB kJ kN kPa mol deg".split()
+)
 _SQUARE = re.compile(r"(sq(?:uare)?|cu(?:bic)?)\.? (.+)|(.+?)\^\{?(\d)\}?")
 
 
@@ -246,7 +249,9 @@ def _plain_unit(text: str) -> re.Match[str] | None:
     first = word[0] if word else ""
     known = first in _SIZES or first.lower() in _SIZES or first in _OTHER_UNITS
     plain = len(first) > 3 or (len(first) == 3 and sorted(first) != list(first))
-    return found if known or (found["gap"] and plain and set(first.lower()) & set("aeiou")) else None
+    return (
+        found if known or (found["gap"] and plain and set(first.lower()) & set("aeiou")) else None
+    )
 
 
 def _based(digits: str, *bases: str | None) -> Quantity | None:
@@ -260,7 +265,12 @@ def _based(digits: str, *bases: str | None) -> Quantity | None:
         highest = max(digits, key=lambda char: (char.isalnum(), char))
         if not 2 <= int(base) <= 36 or int(highest, 36) >= int(base):
             return None
-    if not base.isdigit() and len(base) > 1 or not any(map(str.isdigit, digits)) and len(digits) < 2:
+    if (
+        not base.isdigit()
+        and len(base) > 1
+        or not any(map(str.isdigit, digits))
+        and len(digits) < 2
+    ):
         return None
     return Quantity(Fraction(0), base=base, digits=digits)
 
@@ -268,9 +278,13 @@ def _based(digits: str, *bases: str | None) -> Quantity | None:
 def _value(text: str) -> tuple[Fraction, int | None] | None:
     """The value of a number without unit, and the decimals it has; None where it is none."""
     text = text.strip()
-    while len(text) > 1 and text[0] + text[-1] in ("()", "{}") and not set("(){},") & set(text[1:-1]):
+    while (
+        len(text) > 1 and text[0] + text[-1] in ("()", "{}") and not set("(){},") & set(text[1:-1])
+    ):
         text = text[1:-1].strip()
-    sign, text = (-1, text[1:].lstrip()) if text[:1] == "-" else (1, text.removeprefix("+").lstrip())
+    sign, text = (
+        (-1, text[1:].lstrip()) if text[:1] == "-" else (1, text.removeprefix("+").lstrip())
+    )
     if text[:1] in ("-", "+"):
         return None
     for reader in (_mixed, _fraction, _scientific, _repeating, _decimal, _power):
