@@ -12,7 +12,7 @@ from fractions import Fraction
 from tessera.data.conversation import Mode
 from tessera.data.switch import obeys
 from tessera.data.thought import CLOSE, OPEN
-from tessera.rl.verifiers.answer import NUMBER, final_answer, number, plain_text
+from tessera.rl.verifiers.answer import NUMBER, final_answer, number, plain_text, same_answer
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
 
 _ONE_LETTER = re.compile(
@@ -46,6 +46,15 @@ def verify_exact(answer: str, expected: str, *, ignore_case: bool = True) -> Out
     ]
     same = plain[0] == plain[1] if not ignore_case else plain[0].casefold() == plain[1].casefold()
     return judged(same, f"{_short(given)} is not {_short(expected)}")
+
+
+def verify_equal(answer: str, expected: str) -> Outcome:
+    """Whether the final answer, or else the whole text, is the same number or text (`answer.py`)."""
+    if not expected.strip():
+        return unjudged("the expected answer is empty")
+    stated = final_answer(answer)
+    given = answer.strip() if stated is None else stated
+    return judged(same_answer(given, expected), f"{_short(given)} is not {_short(expected)}")
 
 
 def verify_number(answer: str, expected: str | float, *, tolerance: float = 0.0) -> Outcome:
