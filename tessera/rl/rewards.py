@@ -105,10 +105,6 @@ class ExactReward(KnownAnswer):
     ignore_case: bool = True
 
 
-class EqualReward(KnownAnswer):
-    kind: Literal["equal"]
-
-
 class ChoiceReward(KnownAnswer):
     kind: Literal["choice"]
     choices: int = Field(default=26, ge=2, le=26)
@@ -233,7 +229,6 @@ CheckedReward = (
     MathReward
     | NumberReward
     | ExactReward
-    | EqualReward
     | ChoiceReward
     | FormatReward
     | InstructionsReward

@@ -226,8 +226,8 @@ class Verify(RowStep):
     """Compares `predicted_answer` with `expected_answer`, where there is one; writes `correct`.
 
     verifier: "equal" (the same number, or the same text up to spelling), "exact", "number" and
-    "math" as `tessera judge` has them, or `package.module:function`, a function of the two texts that
-    gives True, False, None or an Outcome. keep: "all" keeps what is wrong or not judged.
+    "math" as `tessera judge` has them, or `package.module:function`, a function of the two texts
+    that gives True, False, None or an Outcome. keep: "all" keeps what is wrong or not judged.
     """
 
     step: Literal["verify"]

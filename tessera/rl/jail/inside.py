@@ -202,7 +202,7 @@ def use_of_memory() -> tuple[int, int]:
 
 
 def use_of_cpu() -> float:
-    """CPU seconds of the processes of the namespace but this one, those that have ended included."""
+    """CPU seconds of the processes of the namespace but this one, also of those that ended."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     ticks = 0
     for name in os.listdir("/proc"):

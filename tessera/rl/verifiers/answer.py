@@ -29,7 +29,8 @@ _STATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _REASON = re.compile(
-    r",?\s+(?:because|since)\b.*|,\s+(?:not|which|so|as|where|meaning|making|giving|i\.e|that is|or equivalently)\b.*"
+    r",?\s+(?:because|since)\b.*"
+    r"|,\s+(?:not|which|so|as|where|meaning|making|giving|i\.e|that is|or equivalently)\b.*"
     r"|(?<=[\d})$%*])\.\s.*"
 )
 NUMBER = re.compile(

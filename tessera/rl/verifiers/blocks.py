@@ -139,7 +139,7 @@ def _last(defined: Sequence[set[str]], name: str, before: int) -> int | None:
 
 
 def _main(blocks: Sequence[Block], trees: Sequence[ast.Module | None]) -> int:
-    """The block of a program that is run, not called: the last that reads its input, or the last."""
+    """The block of a program that is run, not called: the last that reads input, or the last."""
     order = range(len(blocks))
     reads = [
         i for i in order if trees[i] and re.search(r"\binput\(|\bstdin\b|open\(0", blocks[i].code)

@@ -2,9 +2,10 @@
 
 stdin holds one JSON object: {"solution", "setup", "tests", "token"} for tests that assert, or
 {"solution", "inputs", "seconds", "together", "clock", "output_bytes"} for programs that read and
-print. It prints the token once every test has passed, or the outputs, which `code.py` compares. Solutions that exit
-before the tests print no token; tests get the built-ins from before the solution ran; `honest`
-refuses values with an `__eq__` of their own. Code written against this file can find the token.
+print. It prints the token once every test has passed, or the outputs, which `code.py` compares.
+Solutions that exit before the tests print no token; tests get the built-ins from before the
+solution ran; `honest` refuses values with an `__eq__` of their own. Code written against this file
+can find the token.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from tessera.rl.verifiers.answer import NUMBER, final_answer, number, plain_text
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
 
 _ONE_LETTER = re.compile(
-    r"(?:(?:the )?(?:option|choice|letter)\b)?[\s*_`\"'$(\[{]*([A-Za-z])(?=$|[\s).\]}*_:`\"$,;]|'(?!\w))",
+    r"(?:(?:the )?(?:option|choice|letter)\b)?[\s*_`\"'$(\[{]*([A-Za-z])"
+    r"(?=$|[\s).\]}*_:`\"$,;]|'(?!\w))",
     re.IGNORECASE,
 )
 _OPTION_LINE = re.compile(
@@ -49,7 +50,7 @@ def verify_exact(answer: str, expected: str, *, ignore_case: bool = True) -> Out
 
 
 def verify_equal(answer: str, expected: str) -> Outcome:
-    """Whether the final answer, or else the whole text, is the same number or text (`answer.py`)."""
+    """Whether the final answer, or else the whole text, is the same number or text."""
     if not expected.strip():
         return unjudged("the expected answer is empty")
     stated = final_answer(answer)

@@ -21,6 +21,8 @@ from tessera.rl.verifiers import code, exact, instructions, mathematics
 from tessera.rl.verifiers.outcome import Outcome, wrong
 from tessera.table import nearest
 
+_GOLD = ("answer", "completion", "expected")
+
 
 class JudgeError(ValueError):
     """An answer that cannot be judged as asked; the text says what is allowed."""
@@ -37,13 +39,11 @@ def _code(
     limits: Limits | None = None,
     isolation: Isolation = "namespaces",
 ) -> Outcome:
-    if tests is None:
-        if inputs is None or outputs is None:
-            raise JudgeError("code is judged by tests, or by inputs and outputs; give either")
+    if tests is None and inputs is not None and outputs is not None:
         return code.verify_outputs(answer, inputs, outputs, limits=limits, isolation=isolation)
     return code.verify_asserts(
         answer,
-        tests,
+        tests or "",
         setup=setup or "",
         entry_point=entry_point or "",
         limits=limits,
@@ -85,16 +85,34 @@ def judge(kind: str, answer: str, gold: Any = None, **arguments: Any) -> Outcome
     setup, entry_point, inputs, outputs, limits and isolation (code), instruction_id_list, kwargs,
     loose and partial (instructions). Raises JudgeError, JailError or RunError.
     """
-    if kind not in KINDS:
-        raise JudgeError(f"there is no kind {kind!r} of answer; {nearest(kind, KINDS)}")
+    given = require_arguments(kind, gold, arguments)
     if kind != "format":
         answer = split(answer).answer.strip()
-    given = () if gold is None else (str(gold) if kind not in ("code", "format") else gold,)
-    try:
-        inspect.signature(KINDS[kind]).bind(answer, *given, **arguments)
-    except TypeError as error:
-        takes = ", ".join(list(inspect.signature(KINDS[kind]).parameters)[1:])
-        raise JudgeError(f"{kind}: {error}; it takes {takes}") from None
-    if not answer and kind != "format":
-        return wrong("no answer")
+        if not answer:
+            return wrong("no answer")
     return KINDS[kind](answer, *given, **arguments)
+
+
+def takes(kind: str) -> list[str]:
+    """The names of what a kind judges by, gold aside. Raises JudgeError for an unknown kind."""
+    if kind not in KINDS:
+        raise JudgeError(f"there is no kind {kind!r} of answer; {nearest(kind, KINDS)}")
+    return [key for key in inspect.signature(KINDS[kind]).parameters if key not in _GOLD]
+
+
+def require_arguments(kind: str, gold: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The gold as the kind's checker takes it. Raises JudgeError where it is not enough."""
+    allowed = takes(kind)
+    if unknown := arguments.keys() - allowed:
+        name = min(unknown)
+        raise JudgeError(f"{kind} is not judged by {name!r}; {nearest(name, ['gold', *allowed])}")
+    given = () if gold is None else (gold if kind in ("code", "format") else str(gold),)
+    try:
+        inspect.signature(KINDS[kind]).bind("", *given, **arguments)
+    except TypeError:
+        needs = "instruction_id_list and kwargs" if kind == "instructions" else "gold"
+        raise JudgeError(f"{kind} needs {needs}") from None
+    if kind == "code" and gold is None and arguments.get("tests") is None:
+        if None in (arguments.get("inputs"), arguments.get("outputs")):
+            raise JudgeError("code is judged by tests, or by inputs and outputs: give either")
+    return given

@@ -67,7 +67,7 @@ def verify_math(answer: str, expected: str) -> Outcome:
 
 
 def _stated(answer: str, gold: str) -> str | None:
-    """The answer's final answer: boxed, stated, the whole of a short text, or the last expression."""
+    """The final answer: boxed, stated, the whole of a short text, or the last expression."""
     stated = final_answer(answer)
     if stated is None and (len(answer) > LONGEST or not same_answer(answer, gold)):
         stated = last_expression(answer[-LONGEST:])
@@ -111,7 +111,7 @@ def same_expression(given: str, gold: str) -> bool:
 
 
 def _last_side(text: str) -> str:
-    """What an equation or a chain of them comes to: of `3 + 4 = 7` 7, of `x = 1/3 \\approx 0.3` 1/3."""
+    """What an equation comes to: of `3 + 4 = 7` 7, of `x = 1/3 \\approx 0.3` 1/3."""
     exact, _, rounded = text.partition(r"\approx")
     sides = _EQUALS.split(exact)
     if re.search("[<>!]", text) or (len(sides) == 1 and not rounded):

@@ -25,7 +25,8 @@ _REPEATING = re.compile(
 )
 _TEN = re.compile(r"(.*?\S)\s*(?:\\times|\\cdot|\*|x(?= ?10))\s*(10(?:\^|\*\*).+)", re.DOTALL)
 _POWER = re.compile(r"(\d+)\s*(?:\^|\*\*)\s*(?:\{\s*([-+]?\d+)\s*\}|\(([-+]?\d+)\)|([-+]?\d+))")
-_FRACTION = re.compile(r"\\frac\{([^{}]*(?:\{[^{}]*\})?[^{}]*)\}\{([^{}]*(?:\{[^{}]*\})?[^{}]*)\}")
+_ARGUMENT = r"\{((?:[^{}]|\{[^{}]*\}|\{[^{}]*\{[^{}]*\}[^{}]*\})*)\}"
+_FRACTION = re.compile(rf"\\frac{_ARGUMENT}{_ARGUMENT}")
 _SLASHED = re.compile(r"([^/]+)/([^/]+)")
 _MIXED = re.compile(
     r"(\d+)\s*(?:(?:and\s|\\text\{and\})\s*)?(?:(\\frac\{\d+\}\{\d+\})|(?<=[\s}])(\d+\s*/\s*\d+))"
@@ -174,7 +175,7 @@ def same_quantity(a: Quantity, b: Quantity) -> bool:
 
 
 def clock(text: str) -> tuple[str, str, str, str] | None:
-    """Hour, minutes, seconds and `a` or `p` of a time of day; None where an undressed text is none."""
+    """Hour, minutes, seconds, and `a` or `p`, of a time of day; None where a text is none."""
     found = _TIME.fullmatch(text)
     if not found:
         return None
