@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from tessera.rl.verifiers.latex import closing, undressed
+from tessera.rl.verifiers.latex import closings, undressed
 from tessera.rl.verifiers.quantity import DECIMAL, LONGEST, clock, quantity, same_quantity
 
 _BOXED = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
@@ -66,9 +66,9 @@ def boxed(text: str) -> str | None:
     Of `\\boxed{1} and \\boxed{2}` it is `1, 2`.
     """
     found: list[str] = []
-    after = None
+    after, ends = None, closings(text)
     for opening in reversed(list(_BOXED.finditer(text))):
-        end = closing(text, opening.end())
+        end = ends.get(opening.end() - 1)
         if end is None or (after is not None and end >= after):
             continue
         if after is not None and not _BETWEEN.fullmatch(text, end + 1, after):
@@ -124,13 +124,13 @@ def _without_name(a: str, b: str) -> tuple[str, str] | None:
 
 def _same_value(a: str, b: str) -> bool | None:
     """Whether two numbers or two times of day are the same; None where they are not two such."""
-    times = clock(a), clock(b)
-    if times[0] and times[1]:
-        return all(x == y or not (x and y) for x, y in zip(*times, strict=True))
+    left, right = clock(a), clock(b)
+    if left and right:
+        return all(x == y or not (x and y) for x, y in zip(left, right, strict=True))
     one, other = quantity(a), quantity(b)
     if one and other:
         return same_quantity(one, other)
-    return False if (one or other) and any(times) else None
+    return False if (one or other) and (left or right) else None
 
 
 def _same_list(a: str, b: str, leaf: Leaf | None) -> bool | None:
@@ -200,7 +200,7 @@ def normalized(answer: str) -> str:
 
 def _text(plain: str) -> str:
     text = _SIMPLE_FRACTION.sub(r"\1/\2", _TEXT.sub(r"\1", plain))
-    return "".join(text.split()).lower()
+    return "".join(text.split()).lower().rstrip(".")
 
 
 def number(answer: str) -> Fraction | None:

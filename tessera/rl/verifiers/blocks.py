@@ -117,17 +117,15 @@ def extract_code(answer: str, needed: Collection[str] = ()) -> str | None:
         _defined(tree) if tree else _named(one.code)
         for tree, one in zip(trees, blocks, strict=True)
     ]
-    chosen = {_last(defined, name, len(blocks)) for name in needed} - {None}
-    if not chosen:
-        chosen = {_main(blocks, trees)}
+    places = [_last(defined, name, len(blocks)) for name in needed]
+    chosen = {place for place in places if place is not None} or {_main(blocks, trees)}
     taken: set[int] = set()
     while new := chosen - taken:
         taken |= new
         for index in new:
-            known = defined[index] | set(dir(builtins))
-            for name in _used(trees[index]) - known:
-                chosen.add(_last(defined, name, index))
-        chosen -= {None}
+            names = _used(trees[index]) - defined[index] - set(dir(builtins))
+            places = [_last(defined, name, index) for name in names]
+            chosen |= {place for place in places if place is not None}
     return "\n".join(blocks[index].code for index in sorted(taken))
 
 

@@ -72,11 +72,12 @@ _PERCENT = re.compile(rf"\\%|\s*\\text\{{\s*{_PER_CENT}\s*\}}|(?<=\S)\s+{_PER_CE
 _OVER = re.compile(rf"\{{([^{{}}]*)\\over{_WORD_END}([^{{}}]*)\}}")
 _FRACTION = re.compile(rf"\\[dtcx]?frac{_WORD_END}")
 _ROOT = re.compile(rf"\\sqrt{_WORD_END}\s*(?![\s\[{{])")
-_LETTER = re.compile(r"\\text\{([a-zA-Z])\}")
+_LETTER = re.compile(r"\\text\{([a-zA-Z]|[^{}]*\d[^{}]*)\}")  # or a number in words
 _CONSTANT = re.compile(r"(?<![\w ])\\text\{([ei])\}")
 _BARS = re.compile(r"(?:\d[\u0304\u0305\u0307])+")  # digits with a line or a dot above
 _RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "{:}": ":"}
 _RELATION = re.compile(r"<=|>=|(?<![\d)])!=|\{:\}")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # with what a backslash escapes, to skip it
 _BRACED_COMMA = re.compile(r"\{\s*,\s*\}|(?<=\d)\{(?=,\d)|(?<=,)\}(?=\d)")
 
 
@@ -147,12 +148,19 @@ def _unwrapped(text: str) -> str:
 
 def closing(text: str, start: int) -> int | None:
     """The place of the brace that closes one opened just before start; None where none does."""
-    depth = 1
-    for found in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # skips what \ escapes
-        depth += {"{": 1, "}": -1}.get(found[0], 0)
-        if not depth:
-            return start + found.start()
-    return None
+    return closings(text).get(start - 1)
+
+
+def closings(text: str) -> dict[int, int]:
+    """The place of each opening brace that is closed, with that of the brace that closes it."""
+    opened: list[int] = []
+    found: dict[int, int] = {}
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            found[opened.pop()] = brace.start()
+    return found
 
 
 def _arguments(text: str, command: re.Pattern[str], count: int, write: Callable[..., str]) -> str:

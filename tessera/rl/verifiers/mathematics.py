@@ -171,7 +171,9 @@ def _agree(wanted: Any, found: Any) -> bool:
     names = sorted({str(symbol) for one in pair for symbol in one.free_symbols})
     points = {name: sympy.Rational(1009 + 97 * i, 307 + 61 * i) for i, name in enumerate(names)}
     values = [
-        one.subs({symbol: points[str(symbol)] for symbol in one.free_symbols}).doit().evalf(DIGITS)
+        sympy.N(
+            one.subs({symbol: points[str(symbol)] for symbol in one.free_symbols}).doit(), DIGITS
+        )
         for one in pair
     ]
     if not all(value.is_number and value.is_finite for value in values):

@@ -144,12 +144,10 @@ def quantity(text: str) -> Quantity | None:
     if len(text) > LONGEST:
         return None
     text = _APPROXIMATE.sub("", undressed(text), count=1)
-    if (found := re.fullmatch(r"\\text\{(.*)\}", text)) and re.search(r"\d", found[1]):
-        text = undressed(found[1])
     if (found := _BASED.fullmatch(text)) and (read := _based(*found.groups())):
         return read
     if text.lower() in _WORDS:
-        return Quantity(Fraction(_WORDS.index(text.lower())))
+        return Quantity(Fraction(_NAMES[text.lower()]))
     if currency := _BEFORE.match(text):
         text = currency[1] + text[currency.end() :]
     text, unit, percent, scale = _stripped(text)
