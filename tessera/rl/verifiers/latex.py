@@ -42,6 +42,7 @@ _SYMBOLS = str.maketrans(
         "）": ")",
     }
 )
+_PLAIN = re.compile(r"[A-Za-z0-9 ,./+()-]*")
 _WORD_END = r"(?![a-zA-Z])"
 _NAMED_FONTS = r"\\(?:math|text)(?:bf|it|sf|tt|sl|sc|md|up)"
 _UNWRAPPED = re.compile(
@@ -83,6 +84,8 @@ _BRACED_COMMA = re.compile(r"\{\s*,\s*\}|(?<=\d)\{(?=,\d)|(?<=,)\}(?=\d)")
 
 def undressed(text: str) -> str:
     """The text without what changes only its look. Currency signs stand as `\\$`."""
+    if _PLAIN.fullmatch(text) and "pe" not in text and "pct" not in text:  # no "percent"
+        return _trimmed(text)
     text = _unicode(text)
     text = _dollars(_DELIMITERS.sub(" ", text))
     text = _HORIZONTAL.sub(" ", _COLOUR.sub("", text))
