@@ -51,6 +51,8 @@ CONFINED = {
     "lm_eval": ["eval/harness.py"],
     "langdetect": ["rl/verifiers/language.py"],
     "math_verify": ["rl/verifiers/mathematics.py"],
+    "nltk": ["rl/verifiers/english.py"],
+    "punkt": ["rl/verifiers/english.py"],
     "matplotlib": ["report/charts.py"],
     "pyarrow": ["data"],
     "jinja2": ["data/template.py", "report/page.py"],

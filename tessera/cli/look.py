@@ -1,4 +1,4 @@
-"""Commands that look at what is there: show, diff, report, data audit."""
+"""Commands that look at what is there: show, diff, report, judge, data audit."""
 
 from __future__ import annotations
 
@@ -107,6 +107,48 @@ def report(
         return
     atomic_write(out, text)
     complain(f"The report is {out} ({len(text.encode()) / 1000:,.0f} kB)")
+
+
+@command()
+def judge(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines; - for stdin.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that judge.")] = 2,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON for each row, as it is judged.")
+    ] = False,
+) -> None:
+    """Say which answers of a file are right, by the checkers of rewards and evaluation, and why.
+
+    A row has `kind`, `answer` and what the kind judges by:
+
+    math, number, exact, equal, choice, format: `gold`. code: `tests`, with `entry_point` where they
+    only define check(candidate), or `inputs` and `outputs`. instructions (IFEval):
+    `instruction_id_list` and `kwargs`. `want`, a verdict, is compared with the one found.
+
+    A verdict is right, wrong or could-not-judge (an unreadable gold, tests that test nothing, a
+    machine too busy to tell). An example of a row:
+
+    {"kind": "math", "answer": "So it is \\\\boxed{8/3}.", "gold": "2 2/3"}
+    """
+    import json
+    import sys
+
+    from tessera.rl import graded
+    from tessera.table import render_table, terminal_width
+
+    stream = sys.stdin if str(file) == "-" else file.open(encoding="utf-8", errors="replace")
+    with stream:
+        rows = graded.read_rows(stream)
+    found = []
+    for row, outcome in graded.judged(rows, workers):
+        found.append((row, outcome))
+        if as_json:
+            want = {"want": row.want} if row.want else {}
+            line = {"line": row.line, "kind": row.kind, "verdict": outcome.verdict, **want}
+            print(json.dumps(line | {"score": outcome.score, "reason": outcome.reason}), flush=True)
+    if not as_json:
+        print(render_table([graded.shown(*one) for one in found], width=terminal_width()))
+        print(f"\n{graded.summary(found)}")
 
 
 @command("audit", data)
