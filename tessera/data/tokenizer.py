@@ -272,7 +272,7 @@ def read_gpt2_files(vocab: Path, merges: Path) -> Fast:
     return Fast(tokenizer)
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character of each byte in a byte-level vocabulary (GPT-2's map)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     characters = {byte: chr(byte) for byte in shown}
@@ -292,7 +292,7 @@ def _of_tiktoken(data: bytes, path: Path) -> Fast:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
     except (ValueError, binascii.Error) as error:
         raise TokenizerError(f"{path} is not a list of tiktoken ranks: {error}") from error
-    shown = _byte_characters()
+    shown = byte_characters()
     text = {token: "".join(shown[byte] for byte in token) for token in ranks}
     merges = [
         (text[left], text[right])
@@ -325,7 +325,7 @@ def _byte_level(split: str) -> pre_tokenizers.PreTokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Any text, no training: <pad> 0, <bos> 1, <eos> 2, byte b is id b + 3."""
-    tokens = [PAD, BOS, EOS, *_byte_characters()]
+    tokens = [PAD, BOS, EOS, *byte_characters()]
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = _byte_level(TRAINED_SPLIT)

@@ -7,7 +7,7 @@ beginning of a stop string or of a tag. Pieces are final; they join to the text 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from tessera.data.thought import CLOSE, OPEN, Splitter, Thought, begun, opens
 from tessera.data.tokenizer import Tokenizer
@@ -24,16 +24,26 @@ BEHIND = ("", "\n", "\n\n", " ", "The", "\n\n**")
 
 
 class Detokenizer:
-    """Text of tokens as they come. context: what stands before them (the prompt's last tokens)."""
+    """Text of tokens as they come. context: what stands before them (the prompt's last tokens).
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    marks: special tokens whose names are part of the text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int] = (), marks: Collection[str] = ()
+    ) -> None:
         self.tokenizer = tokenizer
+        self._marks = {tokenizer.token_id(mark): mark for mark in specials(tokenizer, marks)}
         self._window = list(context[-CONTEXT:])
         self._read = len(self._window)  # of the window, tokens whose text was given out
         self._shown = len(self.tokenizer.decode(self._window))
 
     def push(self, token: int) -> str:
         """The text that became final with this token."""
+        if token in self._marks:
+            rest, self._window = self.flush(), [token]
+            self._read, self._shown = 1, len(self.tokenizer.decode([token]))
+            return rest + self._marks[token]
         self._window.append(token)
         text = self.tokenizer.decode(self._window)
         final = text.rstrip(UNFINISHED)
@@ -49,6 +59,13 @@ class Detokenizer:
     def flush(self) -> str:
         """The rest, where no more tokens come."""
         return self.tokenizer.decode(self._window)[self._shown :]
+
+
+def specials(tokenizer: Tokenizer, marks: Collection[str]) -> list[str]:
+    """Those of the marks that are special tokens, which decoding leaves out."""
+    known = [mark for mark in marks if tokenizer.token_id(mark) is not None]
+    named = tokenizer.special_tokens if known else ()
+    return [mark for mark in known if mark in named]
 
 
 class StopStrings:
@@ -100,7 +117,11 @@ class TextStream:
 
     prompt: its tokens, for the first space. stops: strings the text ends before; once `stopped`,
     later tokens add nothing. opened: whether the prompt ended with `<think>`; None: all the text
-    is answer, whatever tags stand in it.
+    is answer, whatever tags stand in it. marks: special tokens that are part of the text, beside
+    the tags of thoughts.
+
+    pieces: the text of each token, thought and answer alike; given: how many of its characters
+    are final, and before any stop string.
     """
 
     def __init__(
@@ -109,12 +130,15 @@ class TextStream:
         prompt: Sequence[int] = (),
         stops: Sequence[str] = (),
         opened: bool | None = False,
+        marks: Collection[str] = (),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt)
+        marks = marks if opened is None else (*marks, OPEN, CLOSE)
+        self._detokenizer = Detokenizer(tokenizer, prompt, marks)
+        self.pieces: list[str] = []
+        self.given = 0
         self._stops = StopStrings(stops)
         self._splitter = None if opened is None else Splitter(opened)
         self.thought_tokens = 0  # those that came before the answer, the tags' among them
-        self._tokens = 0
 
     @property
     def stopped(self) -> bool:
@@ -124,22 +148,26 @@ class TextStream:
         """What these tokens make final."""
         piece = Thought()
         for token in tokens:
-            self._tokens += 1
-            piece += self._split(self._stops.push(self._detokenizer.push(token)))
+            self.pieces.append(self._detokenizer.push(token))
+            piece += self._split(self._stops.push(self.pieces[-1]))
         return piece
 
     def finish(self) -> Thought:
         """The rest, where no more tokens come."""
-        piece = self._split(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
+        rest = self._detokenizer.flush()
+        if self.pieces:
+            self.pieces[-1] += rest
+        piece = self._split(self._stops.push(rest) + self._stops.flush())
         return piece if self._splitter is None else piece + self._splitter.flush()
 
     def _split(self, text: str) -> Thought:
+        self.given += len(text)
         if self._splitter is None:
             return Thought(answer=text)
         thinking = self._splitter.thinking
         piece = self._splitter.push(text)
         if thinking or self._splitter.thinking:
-            self.thought_tokens = self._tokens
+            self.thought_tokens = len(self.pieces)
         return piece
 
 

@@ -1,0 +1,154 @@
+"""Answers that obey a JSON schema, a regular expression or a list of choices (llguidance).
+
+A grammar says at each position which tokens may come next. Sources are Lark's; a thought before
+the answer is a rule of its own, so the schema holds behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tessera.data.calls import Dialect
+from tessera.data.thought import CLOSE, OPEN
+from tessera.data.tokenizer import Tokenizer
+from tessera.generate.engine import GenerationError
+from tessera.generate.requests import Grammar
+from tessera.generate.vocabulary import Vocabulary
+
+# Between the parts of JSON: a model that likes white space would go on with it without an end.
+WHITE_SPACE = r"( |\n {0,16})?"
+Tools = Sequence[dict[str, Any]]  # functions: name, parameters (a JSON schema)
+
+
+def json_rule(schema: dict[str, Any] | bool) -> str:
+    """A Lark rule's body for JSON of a schema."""
+    if isinstance(schema, dict):
+        schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
+    return f"%json {json.dumps(schema)}"
+
+
+def choice_rule(choices: Sequence[str]) -> str:
+    return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
+def regex_rule(regex: str) -> str:
+    return f"/{_library().regex_to_lark(regex)}/"
+
+
+def calls_rule(tools: Tools, dialect: Dialect, parallel: bool = True) -> str:
+    """The rule for one call of a tool, or several, as the dialect writes them."""
+    begin, between, end = (_quoted(part) for part in dialect[3:6])
+    names = [f"call_{index}" for index in range(len(tools))]
+    more = f"({between} call)*" if parallel else ""
+    rules = [f"{begin} call {more} {end}", f"call: {' | '.join(names)}"]
+    for name, tool in zip(names, tools, strict=True):
+        head = f'{{"name": {json.dumps(tool["name"])}, "{dialect.arguments}": '
+        schema = tool.get("parameters") or {"type": "object", "properties": {}}
+        rules += [f"{name}: {_quoted(head)} {name}_arguments {_quoted('}')}"]
+        rules += [f"{name}_arguments: {json_rule(schema)}"]
+    return "\n".join(rules)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def whole(rules: Sequence[str], thought: Literal["none", "may", "opened"] = "none") -> str:
+    """A grammar whose answer is one of the rules, behind a thought that may come or is open."""
+    heads = {"none": "", "may": "thought?", "opened": "inner space"}
+    lines = [f"start: {heads[thought]} answer", "answer: " + " | ".join(f"answer_{i}" for i in range(len(rules)))]
+    lines += [f"answer_{i}: {rule}" for i, rule in enumerate(rules)]
+    if thought != "none":
+        lines += [f'inner[suffix="{CLOSE}"]: /(.|\\n)*/', "space: /[ \\n]{0,4}/"]
+    if thought == "may":
+        lines += [f'thought: "{OPEN}" inner space']
+    return "\n".join(lines)
+
+
+def _library() -> Any:
+    """Raises GenerationError where llguidance is not installed."""
+    try:
+        import llguidance
+        import llguidance.numpy
+    except ModuleNotFoundError:
+        raise GenerationError(
+            "an answer of a given form needs llguidance, which is not installed on the server: "
+            "pip install 'tessera[serve]'"
+        ) from None
+    return llguidance
+
+
+@dataclass
+class _Known:
+    """What llguidance asks of a tokenizer, under its names."""
+
+    tokenizer: Tokenizer
+    eos_token_id: int
+    bos_token_id: int | None
+    tokens: list[bytes]
+    special_token_ids: list[int]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self.tokenizer.encode(text if isinstance(text, str) else text.decode())
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. marks: special tokens that an answer's text may hold."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, marks: Collection[str] = ()
+    ) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, max(vocab_size, tokenizer.vocab_size)
+        self.marks = {tokenizer.token_id(mark) for mark in marks}
+
+    @functools.cached_property
+    def _known(self) -> Any:
+        """The tokenizer as llguidance has it."""
+        library, vocabulary = _library(), Vocabulary(self.tokenizer)
+        tokens = [vocabulary.bytes_of(token) for token in range(self.vocab_size)]
+        nothing = {token for token, text in enumerate(tokens) if not text}
+        ends = list(self.tokenizer.eos_ids) or [min(nothing, default=0)]
+        never = (vocabulary.special | nothing | set(ends)) - self.marks - {None}
+        known = _Known(
+            self.tokenizer,
+            ends[0],
+            self.tokenizer.bos_id,
+            [text or b"<|%d|>" % token for token, text in enumerate(tokens)],
+            sorted(never),
+        )
+        return library.LLTokenizer(library.TokenizerWrapper(known), eos_token=ends)
+
+    def compile(self, source: str) -> Callable[[], Grammar]:
+        """For `submit(grammar=…)`. Raises GenerationError for what llguidance cannot follow."""
+        matcher = _library().LLMatcher
+        if fault := matcher.validate_grammar(source, self._known):
+            raise GenerationError(f"the form of the answer cannot be followed: {fault}")
+        first = matcher(self._known, source, log_level=0)
+        return lambda: _Matcher(first.deep_copy())
+
+
+class _Matcher:
+    """A `Grammar` of one sample."""
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
+
+    def fill(self, bits: NDArray[np.int32], row: int) -> None:
+        _library().numpy.fill_next_token_bitmask(self.matcher, bits, row)
+        self._check()
+
+    def push(self, token: int) -> bool:
+        self.matcher.consume_token(token)
+        self._check()
+        return self.matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            raise GenerationError(f"the grammar failed: {self.matcher.get_error()}")

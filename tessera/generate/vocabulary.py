@@ -1,0 +1,48 @@
+"""The bytes of each token, which join to a text where tokens hold parts of characters."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tessera.data.tokenizer import Fast, Tokenizer, byte_characters
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE = "\u2581"  # SentencePiece's
+
+
+class Vocabulary:
+    """Of one tokenizer. special: ids that decoding leaves out, unless asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.special = {tokenizer.token_id(text) for text in tokenizer.special_tokens}
+        self._added: set[str] = set()
+        self._bytes: dict[str, int] = {}  # of a byte-level vocabulary's characters
+        if isinstance(tokenizer, Fast):
+            read = json.loads(tokenizer.tokenizer.to_str())
+            self._added = {token["content"] for token in read["added_tokens"]}
+            if "ByteLevel" in json.dumps([read["decoder"], read["pre_tokenizer"]]):
+                self._bytes = {shown: byte for byte, shown in enumerate(byte_characters())}
+
+    def bytes_of(self, token: int) -> bytes:
+        """Those that the token adds to a text that holds it; a special token's are its name's."""
+        text = self.tokenizer.token(token)
+        if text is None:
+            return b""
+        if text in self._added:
+            return text.encode()
+        if self._bytes:
+            known = all(character in self._bytes for character in text)
+            return bytes(self._bytes[c] for c in text) if known else text.encode()
+        if byte := _BYTE.fullmatch(text):
+            return bytes([int(byte[1], 16)])
+        return text.replace(_SPACE, " ").encode()
+
+    def name(self, token: int) -> str:
+        """The token's text; `bytes:\\xe6\\x97` where it is no whole character, as OpenAI has it."""
+        found = self.bytes_of(token)
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
