@@ -250,13 +250,17 @@ def serve(
     ] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Weights in int8, on a CPU.")] = False,
     web: Annotated[bool, typer.Option("--web", help="A page to chat on, at /.")] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages of this site may ask; again for more, or '*'."),
+    ] = None,
 ) -> None:
     """Serve a model with the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
 
     Reasoning is switched by the system prompt `detailed thinking on`, by reasoning_effort, by
     chat_template_kwargs.enable_thinking or by /no_think. Loopback alone unless a key is given.
     """
-    settings = dict(locals())
+    settings = {**locals(), "allow_origin": allow_origin or []}
     _serve(settings.pop("model"), settings.pop("engine"), settings)
 
 

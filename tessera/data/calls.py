@@ -41,9 +41,7 @@ class Dialect(NamedTuple):
     arguments: str = "arguments"
 
 
-BUILT_IN = Dialect(
-    "built-in", "<TOOLCALL>", "</TOOLCALL>", "<TOOLCALL>[", ", ", "]</TOOLCALL>"
-)
+BUILT_IN = Dialect("built-in", "<TOOLCALL>", "</TOOLCALL>", "<TOOLCALL>[", ", ", "]</TOOLCALL>")
 HERMES = Dialect(
     "hermes",
     "<tool_call>",
@@ -99,8 +97,9 @@ class CallReader:
 
     def _read(self, final: bool) -> str:
         plain = ""
-        while places := [(at, mark) for m in self._marks if (at := self._held.find(mark := m)) >= 0]:
-            at, mark = min(places)
+        while present := [mark for mark in self._marks if mark in self._held]:
+            mark = min(present, key=self._held.find)
+            at = self._held.find(mark)
             plain += self._say(self._held[:at])
             self._held = self._held[at:]
             end = self._call(mark, final)

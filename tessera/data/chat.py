@@ -20,6 +20,8 @@ from tessera.data.thought import CLOSE, OPEN, split, split_message
 from tessera.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "all"]
+Ending = Literal["generation prompt", "open", "closed"]
+_END = "\U0010fff2"  # a private character at the end of a message that stays open
 RULES = "chat-1"  # changed whenever a conversation becomes other ids than before
 _OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
 _Pairs = list[tuple[str, str]]
@@ -59,11 +61,19 @@ class ChatEncoder:
         return [RULES, self.tokenizer.fingerprint(), self.template.fingerprint(), *rules]
 
     def prompt(
-        self, messages: Sequence[Message], mode: Mode, tools: Sequence[dict[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        mode: Mode,
+        tools: Sequence[dict[str, Any]] = (),
+        ending: Ending = "generation prompt",
     ) -> list[int]:
-        """The ids that an engine is asked with."""
+        """The ids that an engine is asked with.
+
+        ending: "open" for a last message that the model goes on with, "closed" for none of both.
+        """
         messages, variables = set_switch(messages, mode, self.switch)
-        text = _Turns(self.template, messages, tools, variables).prompt(len(messages))
+        turns = _Turns(self.template, messages, tools, variables)
+        text = turns.ended(turns.before(len(messages)), ending)
         return self.tokenizer.encode(text, special=True)
 
     def encode(self, chat: Chat) -> list[Document]:
@@ -237,6 +247,18 @@ class _Turns:
         if opened and thought:
             written = written[len(OPEN) :].lstrip()
         return prompt, written + text[len(head) :]
+
+    def ended(self, messages: list[Message], ending: Ending) -> str:
+        """The text of a conversation. An open last message ends as in transformers."""
+        if ending != "open":
+            return self.render(messages, add_generation_prompt=ending == "generation prompt")
+        *before, last = messages
+        marked = f"{last['content']}{_END} "
+        text = self.render([*before, {**last, "content": marked}], add_generation_prompt=False)
+        head, found, rest = text.rpartition(_END)
+        if not found:
+            raise TemplateError("the template leaves the last message out: nothing to go on with")
+        return head if rest.startswith(" ") else head.rstrip()
 
     def render(self, messages: list[Message], **more: Any) -> str:
         return self.template.render(messages, tools=self.tools, **self.variables, **more)

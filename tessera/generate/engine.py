@@ -65,9 +65,9 @@ class SamplingParams:
     hold, and multiplies the negative ones (Keskar et al. 2019); 1 is none. OpenAI's penalties look
     at the completion alone: frequency_penalty is taken off a token's logit for each time that it
     holds the token, presence_penalty once. logit_bias holds (token, what is added to its logit),
-    before any penalty. n is the number of samples a prompt. A token of stop_token_ids ends the completion and is its last token; with
-    none, every completion has max_tokens. logprobs is how many of the likeliest tokens are
-    reported at each position, beside the chosen one.
+    before any penalty. n is the number of samples a prompt. A token of stop_token_ids ends the
+    completion and is its last token; with none, every completion has max_tokens. logprobs is how
+    many of the likeliest tokens are reported at each position, beside the chosen one.
     """
 
     max_tokens: int = 128

@@ -20,7 +20,7 @@ from tessera.data.thought import CLOSE, OPEN
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import GenerationError
 from tessera.generate.requests import Grammar
-from tessera.generate.vocabulary import Vocabulary
+from tessera.generate.token_bytes import TokenBytes
 
 # Between the parts of JSON: a model that likes white space would go on with it without an end.
 WHITE_SPACE = r"( |\n {0,16})?"
@@ -63,7 +63,10 @@ def _quoted(text: str) -> str:
 def whole(rules: Sequence[str], thought: Literal["none", "may", "opened"] = "none") -> str:
     """A grammar whose answer is one of the rules, behind a thought that may come or is open."""
     heads = {"none": "", "may": "thought?", "opened": "inner space"}
-    lines = [f"start: {heads[thought]} answer", "answer: " + " | ".join(f"answer_{i}" for i in range(len(rules)))]
+    lines = [
+        f"start: {heads[thought]} answer",
+        "answer: " + " | ".join(f"answer_{i}" for i in range(len(rules))),
+    ]
     lines += [f"answer_{i}: {rule}" for i, rule in enumerate(rules)]
     if thought != "none":
         lines += [f'inner[suffix="{CLOSE}"]: /(.|\\n)*/', "space: /[ \\n]{0,4}/"]
@@ -86,7 +89,7 @@ def _library() -> Any:
 
 
 @dataclass
-class _Known:
+class _Vocabulary:
     """What llguidance asks of a tokenizer, under its names."""
 
     tokenizer: Tokenizer
@@ -102,35 +105,34 @@ class _Known:
 class Grammars:
     """Compiles grammars for one tokenizer. marks: special tokens that an answer's text may hold."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, marks: Collection[str] = ()
-    ) -> None:
-        self.tokenizer, self.vocab_size = tokenizer, max(vocab_size, tokenizer.vocab_size)
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, marks: Collection[str] = ()) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.marks = {tokenizer.token_id(mark) for mark in marks}
 
     @functools.cached_property
-    def _known(self) -> Any:
+    def _vocabulary(self) -> Any:
         """The tokenizer as llguidance has it."""
-        library, vocabulary = _library(), Vocabulary(self.tokenizer)
-        tokens = [vocabulary.bytes_of(token) for token in range(self.vocab_size)]
-        nothing = {token for token, text in enumerate(tokens) if not text}
-        ends = list(self.tokenizer.eos_ids) or [min(nothing, default=0)]
-        never = (vocabulary.special | nothing | set(ends)) - self.marks - {None}
-        known = _Known(
+        library, known = _library(), TokenBytes(self.tokenizer)
+        texts = [known.of(token) for token in range(self.vocab_size)]
+        nothing = {token for token, text in enumerate(texts) if not text}
+        ends = [token for token in self.tokenizer.eos_ids if token < self.vocab_size]
+        ends = ends or [min(nothing, default=0)]  # a library that knows no vocabulary without one
+        never = nothing | set(ends) | (known.special - self.marks)
+        shown = _Vocabulary(
             self.tokenizer,
             ends[0],
             self.tokenizer.bos_id,
-            [text or b"<|%d|>" % token for token, text in enumerate(tokens)],
-            sorted(never),
+            [text or b"<|%d|>" % token for token, text in enumerate(texts)],
+            sorted(token for token in never if token < self.vocab_size),
         )
-        return library.LLTokenizer(library.TokenizerWrapper(known), eos_token=ends)
+        return library.LLTokenizer(library.TokenizerWrapper(shown), eos_token=ends)
 
     def compile(self, source: str) -> Callable[[], Grammar]:
         """For `submit(grammar=…)`. Raises GenerationError for what llguidance cannot follow."""
         matcher = _library().LLMatcher
-        if fault := matcher.validate_grammar(source, self._known):
+        if fault := matcher.validate_grammar(source, self._vocabulary):
             raise GenerationError(f"the form of the answer cannot be followed: {fault}")
-        first = matcher(self._known, source, log_level=0)
+        first = matcher(self._vocabulary, source, log_level=0)
         return lambda: _Matcher(first.deep_copy())
 
 

@@ -88,7 +88,10 @@ class Sampler:
             return column(values) if set(values) - {none} else None
 
         self.penalty = used("repetition_penalty", 1.0)
-        self.frequency, self.presence = used("frequency_penalty", 0.0), used("presence_penalty", 0.0)
+        self.frequency, self.presence = (
+            used("frequency_penalty", 0.0),
+            used("presence_penalty", 0.0),
+        )
         self.bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows, tokens, what is added
         if biased := [(row, *one) for row, params in enumerate(rows) for one in params.logit_bias]:
             where, ids, values = zip(*biased, strict=True)
@@ -131,7 +134,6 @@ class Sampler:
             values, ids = logprobs.topk(min(self.top, logits.shape[-1]), dim=-1)
             top = (ids, values)
         return Chosen(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top)
-
 
     def _penalised(self, logits: Tensor, seen: Tensor | None, counts: Tensor | None) -> Tensor:
         if self.bias is not None:

@@ -118,7 +118,7 @@ class TextStream:
     prompt: its tokens, for the first space. stops: strings the text ends before; once `stopped`,
     later tokens add nothing. opened: whether the prompt ended with `<think>`; None: all the text
     is answer, whatever tags stand in it. marks: special tokens that are part of the text, beside
-    the tags of thoughts.
+    the tags of thoughts. ends: tokens that have no text.
 
     pieces: the text of each token, thought and answer alike; given: how many of its characters
     are final, and before any stop string.
@@ -131,7 +131,9 @@ class TextStream:
         stops: Sequence[str] = (),
         opened: bool | None = False,
         marks: Collection[str] = (),
+        ends: Collection[int] = (),
     ) -> None:
+        self._ends = ends
         marks = marks if opened is None else (*marks, OPEN, CLOSE)
         self._detokenizer = Detokenizer(tokenizer, prompt, marks)
         self.pieces: list[str] = []
@@ -148,7 +150,7 @@ class TextStream:
         """What these tokens make final."""
         piece = Thought()
         for token in tokens:
-            self.pieces.append(self._detokenizer.push(token))
+            self.pieces.append("" if token in self._ends else self._detokenizer.push(token))
             piece += self._split(self._stops.push(self.pieces[-1]))
         return piece
 

@@ -46,6 +46,8 @@ def command(model: str, config: ServeConfig, python: str | None = None) -> Comma
     arguments += ["--max-num-seqs", str(config.batch)]
     if room := values.get("max_position_embeddings"):
         arguments += ["--max-model-len", str(room)]
+    if config.allow_origin:
+        arguments += ["--allowed-origins", json.dumps(config.allow_origin)]
     if "auto_map" in values:
         if not decilm.is_own_code(home):
             raise ServeError(f"{model} brings Python that is not tessera's: export it again")

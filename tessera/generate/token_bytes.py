@@ -11,12 +11,13 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"  # SentencePiece's
 
 
-class Vocabulary:
+class TokenBytes:
     """Of one tokenizer. special: ids that decoding leaves out, unless asked for."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.special = {tokenizer.token_id(text) for text in tokenizer.special_tokens}
+        named = map(tokenizer.token_id, tokenizer.special_tokens)
+        self.special = {token for token in named if token is not None}
         self._added: set[str] = set()
         self._bytes: dict[str, int] = {}  # of a byte-level vocabulary's characters
         if isinstance(tokenizer, Fast):
@@ -25,7 +26,7 @@ class Vocabulary:
             if "ByteLevel" in json.dumps([read["decoder"], read["pre_tokenizer"]]):
                 self._bytes = {shown: byte for byte, shown in enumerate(byte_characters())}
 
-    def bytes_of(self, token: int) -> bytes:
+    def of(self, token: int) -> bytes:
         """Those that the token adds to a text that holds it; a special token's are its name's."""
         text = self.tokenizer.token(token)
         if text is None:
@@ -41,7 +42,7 @@ class Vocabulary:
 
     def name(self, token: int) -> str:
         """The token's text; `bytes:\\xe6\\x97` where it is no whole character, as OpenAI has it."""
-        found = self.bytes_of(token)
+        found = self.of(token)
         try:
             return found.decode()
         except UnicodeDecodeError:
