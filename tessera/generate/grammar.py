@@ -7,6 +7,7 @@ the answer is a rule of its own, so the schema holds behind it.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -98,8 +99,35 @@ class _Vocabulary:
     tokens: list[bytes]
     special_token_ids: list[int]
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        return self.tokenizer.encode(text if isinstance(text, str) else text.decode())
+    def __call__(self, text: str) -> list[int]:
+        """Tokens whose bytes are the text's, as many tokenizers give them only behind others."""
+        wanted = text.encode()
+        for before in ("", "\n", "."):
+            ids = self.tokenizer.encode(before + text)
+            for start in range(len(before) + 2):
+                if b"".join(self.tokens[token] for token in ids[start:]) == wanted:
+                    return ids[start:]
+        return self._longest(wanted)
+
+    def _longest(self, rest: bytes) -> list[int]:
+        """The longest token that the text begins with, and so on."""
+        found: list[int] = []
+        while rest:
+            sizes = range(min(len(rest), self._most), 0, -1)
+            size = next((n for n in sizes if rest[:n] in self._ids), 0)
+            if not size:
+                raise GenerationError(f"no token of the model begins {rest[:20]!r}")
+            found.append(self._ids[rest[:size]])
+            rest = rest[size:]
+        return found
+
+    @functools.cached_property
+    def _ids(self) -> dict[bytes, int]:
+        return {text: token for token, text in enumerate(self.tokens)}
+
+    @functools.cached_property
+    def _most(self) -> int:
+        return max(map(len, self.tokens))
 
 
 class Grammars:
@@ -126,6 +154,11 @@ class Grammars:
             sorted(token for token in never if token < self.vocab_size),
         )
         return library.LLTokenizer(library.TokenizerWrapper(shown), eos_token=ends)
+
+    def prepare(self) -> None:
+        """Build the vocabulary now, where the library is installed."""
+        if importlib.util.find_spec("llguidance"):
+            _ = self._vocabulary
 
     def compile(self, source: str) -> Callable[[], Grammar]:
         """For `submit(grammar=…)`. Raises GenerationError for what llguidance cannot follow."""

@@ -37,6 +37,7 @@ class Detokenizer:
         self._window = list(context[-CONTEXT:])
         self._read = len(self._window)  # of the window, tokens whose text was given out
         self._shown = len(self.tokenizer.decode(self._window))
+        self.unfinished = False  # whether the last token begins a character
 
     def push(self, token: int) -> str:
         """The text that became final with this token."""
@@ -49,6 +50,7 @@ class Detokenizer:
         final = text.rstrip(UNFINISHED)
         if len(self._window) - self._read > MAX_HELD:
             final = text
+        self.unfinished = len(final) < len(text)
         fresh, self._shown = final[self._shown :], max(self._shown, len(final))
         if fresh and len(final) == len(text):  # forget all but what came since the last whole text
             self._window = self._window[self._read :]
@@ -57,8 +59,11 @@ class Detokenizer:
         return fresh
 
     def flush(self) -> str:
-        """The rest, where no more tokens come."""
-        return self.tokenizer.decode(self._window)[self._shown :]
+        """The rest of the text before what comes next."""
+        text = self.tokenizer.decode(self._window)
+        rest, self._shown = text[self._shown :], max(self._shown, len(text))
+        self.unfinished = False
+        return rest
 
 
 def specials(tokenizer: Tokenizer, marks: Collection[str]) -> list[str]:
@@ -146,21 +151,31 @@ class TextStream:
     def stopped(self) -> bool:
         return self._stops.stopped
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last token begins a character, and may be given more text."""
+        return self._detokenizer.unfinished
+
     def push(self, tokens: Sequence[int]) -> Thought:
         """What these tokens make final."""
         piece = Thought()
         for token in tokens:
-            self.pieces.append("" if token in self._ends else self._detokenizer.push(token))
-            piece += self._split(self._stops.push(self.pieces[-1]))
+            text = self._flush() if token in self._ends else self._detokenizer.push(token)
+            self.pieces.append("" if token in self._ends else text)
+            piece += self._split(self._stops.push(text))
         return piece
 
     def finish(self) -> Thought:
         """The rest, where no more tokens come."""
+        piece = self._split(self._stops.push(self._flush()) + self._stops.flush())
+        return piece if self._splitter is None else piece + self._splitter.flush()
+
+    def _flush(self) -> str:
+        """The rest of the text so far, which belongs to the last token."""
         rest = self._detokenizer.flush()
         if self.pieces:
             self.pieces[-1] += rest
-        piece = self._split(self._stops.push(rest) + self._stops.flush())
-        return piece if self._splitter is None else piece + self._splitter.flush()
+        return rest
 
     def _split(self, text: str) -> Thought:
         self.given += len(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 from tessera.data.tokenizer import Fast, Tokenizer, byte_characters
@@ -21,9 +20,9 @@ class TokenBytes:
         self._added: set[str] = set()
         self._bytes: dict[str, int] = {}  # of a byte-level vocabulary's characters
         if isinstance(tokenizer, Fast):
-            read = json.loads(tokenizer.tokenizer.to_str())
-            self._added = {token["content"] for token in read["added_tokens"]}
-            if "ByteLevel" in json.dumps([read["decoder"], read["pre_tokenizer"]]):
+            rules = tokenizer.tokenizer
+            self._added = {one.content for one in rules.get_added_tokens_decoder().values()}
+            if "ByteLevel" in str(rules.decoder):
                 self._bytes = {shown: byte for byte, shown in enumerate(byte_characters())}
 
     def of(self, token: int) -> bytes:

@@ -169,6 +169,7 @@ def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
         int8=config.int8,
     )
     served = ServedModel(engine, load_tokenizer(directory), config.timeout)
+    served.prepare()
     name = config.name or (path.resolve().name if path.exists() else model)
 
     def report(error: Exception) -> None:

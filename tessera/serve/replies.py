@@ -122,12 +122,12 @@ class Choice:
         final, pieces = delta.finish_reason is not None, self.stream.pieces
         texts = pieces[len(pieces) - len(self._held) :]
         end = len(self.echo.text) + self.stream.given  # of the text that is final
-        sure, offset = 0, self._offset
+        sure, offset, last = 0, self._offset, len(texts) if self.stream.unfinished else -1
         for place, (entry, text) in enumerate(zip(self._held, texts, strict=True), 1):
             entry.text = text[: max(0, end - offset)] if final else text
             entry.offset = min(offset, end) if final else offset
             offset += len(text)
-            if final or (text and offset <= end):
+            if final or (text and offset <= end and place != last):
                 sure, self._offset = place, offset
         found, self._held = self._held[:sure], self._held[sure:]
         return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from tessera.data.calls import CallReader, Dialect, dialects_of
+from tessera.data.calls import MARKED, CallReader, Dialect, dialects_of
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode, tidy
 from tessera.data.switch import requested
@@ -54,12 +54,12 @@ class ServedModel:
 
     @cached_property
     def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.engine.config.vocab_size, (OPEN, CLOSE))
-
-    @cached_property
-    def _call_grammars(self) -> Grammars:
-        marks = (OPEN, CLOSE, *self.marks)
+        marks = (OPEN, CLOSE, *(dialect.mark for dialect in MARKED))
         return Grammars(self.tokenizer, self.engine.config.vocab_size, marks)
+
+    def prepare(self) -> None:
+        """Do what takes long with a large vocabulary, before there is anybody to wait for it."""
+        self.token_bytes, self._grammars.prepare()
 
     def submit(self, request: ChatRequest | CompletionRequest) -> Session:
         """Queue a request. May take long: it is called outside of the event loop.
@@ -161,8 +161,7 @@ class ServedModel:
                 parallel = request.parallel_tool_calls and request.tool_choice == "required"
                 calls = calls_rule(request.functions, self.dialects[0], parallel)
         rules = [rule for rule in (None if must else form, calls) if rule]
-        grammars = self._call_grammars if calls else self._grammars
-        return grammars.compile(whole(rules, thought)) if rules else None
+        return self._grammars.compile(whole(rules, thought)) if rules else None
 
     def _opened(self, request: ChatRequest, prompt: Ids) -> bool | None:
         """Whether the answer begins inside of a thought; None: it can hold none any more."""
