@@ -40,7 +40,7 @@ def choice_rule(choices: Sequence[str]) -> str:
 
 
 def regex_rule(regex: str) -> str:
-    return f"/{_library().regex_to_lark(regex)}/"
+    return f"/{_library().regex_to_lark(regex, use_ascii='dw')}/"
 
 
 def calls_rule(tools: Tools, dialect: Dialect, parallel: bool = True) -> str:
@@ -61,8 +61,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
-def whole(rules: Sequence[str], thought: Literal["none", "may", "opened"] = "none") -> str:
-    """A grammar whose answer is one of the rules, behind a thought that may come or is open."""
+def _source(rules: Sequence[str], thought: Literal["none", "may", "opened"]) -> str:
     heads = {"none": "", "may": "thought?", "opened": "inner space"}
     lines = [
         f"start: {heads[thought]} answer",
@@ -160,27 +159,39 @@ class Grammars:
         if importlib.util.find_spec("llguidance"):
             _ = self._vocabulary
 
-    def compile(self, source: str) -> Callable[[], Grammar]:
-        """For `submit(grammar=…)`. Raises GenerationError for what llguidance cannot follow."""
+    def compile(
+        self, rules: Sequence[str], thought: Literal["none", "may", "opened"] = "none"
+    ) -> Callable[[], Grammar]:
+        """For `submit(grammar=…)`: an answer that is one of the rules, behind a thought or not.
+
+        Raises GenerationError for what llguidance cannot follow.
+        """
+        first = self._matcher(_source(rules, thought))
+        opened = None if thought == "none" else self._matcher(_source(rules, "opened"))
+        return lambda: _Matcher(first.deep_copy(), opened)
+
+    def _matcher(self, source: str) -> Any:
         matcher = _library().LLMatcher
         if fault := matcher.validate_grammar(source, self._vocabulary):
             raise GenerationError(f"the form of the answer cannot be followed: {fault}")
-        first = matcher(self._vocabulary, source, log_level=0)
-        return lambda: _Matcher(first.deep_copy())
+        return matcher(self._vocabulary, source, log_level=0)
 
 
 class _Matcher:
-    """A `Grammar` of one sample."""
+    """A `Grammar` of one sample. opened: one at the beginning of a thought, None for no thought."""
 
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
+    def __init__(self, matcher: Any, opened: Any) -> None:
+        self.matcher, self.opened = matcher, opened
 
     def fill(self, bits: NDArray[np.int32], row: int) -> None:
         _library().numpy.fill_next_token_bitmask(self.matcher, bits, row)
         self._check()
 
     def push(self, token: int) -> bool:
-        self.matcher.consume_token(token)
+        if not self.matcher.consume_token(token) and self.opened is not None:
+            # Only the end of a thought is forced on a model, which may be amid a character then.
+            self.matcher = self.opened.deep_copy()
+            self.matcher.consume_token(token)
         self._check()
         return self.matcher.is_stopped()
 

@@ -16,7 +16,7 @@ from tessera.data.switch import requested
 from tessera.data.thought import CLOSE, OPEN, Splitter
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import SamplingParams, check_sequences
-from tessera.generate.grammar import Grammars, calls_rule, whole
+from tessera.generate.grammar import Grammars, calls_rule
 from tessera.generate.requests import Grammar, Handle
 from tessera.generate.text import TextStream, opens_thought, stop_criterion, thinking_budget
 from tessera.generate.token_bytes import TokenBytes
@@ -161,7 +161,7 @@ class ServedModel:
                 parallel = request.parallel_tool_calls and request.tool_choice == "required"
                 calls = calls_rule(request.functions, self.dialects[0], parallel)
         rules = [rule for rule in (None if must else form, calls) if rule]
-        return self._grammars.compile(whole(rules, thought)) if rules else None
+        return self._grammars.compile(rules, thought) if rules else None
 
     def _opened(self, request: ChatRequest, prompt: Ids) -> bool | None:
         """Whether the answer begins inside of a thought; None: it can hold none any more."""

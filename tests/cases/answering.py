@@ -22,7 +22,9 @@ TEXTS = [
 ]
 
 
-def saved(home: Path, template: str = "", tokenizer: Tokenizer | None = None, seed: int = 0) -> Path:
+def saved(
+    home: Path, template: str = "", tokenizer: Tokenizer | None = None, seed: int = 0
+) -> Path:
     """A directory with a random model and its tokenizer. template: the built-in one if empty."""
     tokenizer = tokenizer or train_bpe(TEXTS * 8, 380, chat=True)
     shape = tiny.config(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
@@ -14,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.grammar import choice_rule, whole
+from tessera.generate.grammar import choice_rule
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 from tests.cases.answering import answering, saved
@@ -305,7 +304,7 @@ def says(monkeypatch: Any, text: str) -> None:
     """Have the model of every server here give that one answer."""
 
     def only(self: ServedModel, request: Any, thought: Any) -> Any:
-        return self._grammars.compile(whole([choice_rule([text])]))
+        return self._grammars.compile([choice_rule([text])])
 
     monkeypatch.setattr(ServedModel, "_grammar", only)
 
@@ -365,3 +364,131 @@ def test_errors_have_one_shape(address: str):
         reply = httpx.get(f"{address}/{path}")
         assert reply.status_code == 404 and reply.json()["error"]["message"], path
     assert httpx.put(f"{address}/models").json()["error"]["code"] == 405
+
+
+def told(address: str, **more: Any) -> str:
+    reply = ask(address, max_tokens=12, **more)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]["message"]["content"]
+
+
+def test_forms_of_answers(address: str):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema |= {"additionalProperties": False}
+    named = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    for more in (
+        {"response_format": named},
+        {"structured_outputs": {"json": schema}},
+        {"structured_outputs": {"json": json.dumps(schema)}},
+        {"guided_json": schema},
+    ):
+        body = {"messages": ASKED, "max_tokens": 400, **more}
+        reply = post(address, "chat/completions", body).json()["choices"][0]
+        assert json.loads(reply["message"]["content"])["a"] in (1, 2)
+        assert reply["finish_reason"] == "stop"
+        assert json.loads(go_on(address, **more, max_tokens=400)["choices"][0]["text"])["a"]
+    assert told(address, guided_choice=["yes", "no"]) in ("yes", "no")
+    assert told(address, structured_outputs={"regex": "[ab]{3}"}).strip("ab") == ""
+    bad = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}
+    reply = ask(address, response_format=bad)
+    assert reply.status_code == 400 and "not" in reply.json()["error"]["message"]
+
+
+def test_without_the_library_forms_are_refused(address: str, monkeypatch: Any):
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    reply = ask(address, response_format={"type": "json_object"})
+    assert reply.status_code == 400
+    assert "pip install 'tessera[serve]'" in reply.json()["error"]["message"]
+
+
+def test_tokens_that_end_an_answer(address: str, model: Path):
+    (token,) = load_tokenizer(model).encode("x")
+    likely = {"max_tokens": 8, "logit_bias": {str(token): 100}}
+    assert go_on(address, **likely)["choices"][0]["text"] == "x" * 8
+    row = go_on(address, **likely, stop_token_ids=[token], logprobs=0)["choices"][0]
+    assert (row["text"], row["finish_reason"], row["logprobs"]["tokens"]) == ("", "stop", [""])
+    varied = go_on(address, **likely, frequency_penalty=2, temperature=0)["choices"][0]["text"]
+    assert varied == "x" * 8  # 100 is more than 2 for each
+    end = load_tokenizer(model).eos_ids[0]
+    ended = {"max_tokens": 8, "logit_bias": {str(end): 100}}
+    assert go_on(address, **ended)["usage"]["completion_tokens"] == 1
+    assert go_on(address, **ended, ignore_eos=True)["usage"]["completion_tokens"] == 8
+
+
+SMALL = {
+    "generation prompt that opens a thought": "{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}<assistant><think>\n"
+    "{% endif %}",
+    "all kept": "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+}
+
+
+@pytest.mark.parametrize("source", ["", *SMALL.values()], ids=["built-in", *SMALL])
+@pytest.mark.parametrize("content", ["It is ", "A\n\nB", "  x"])
+def test_the_last_message_goes_on_as_in_transformers(tmp_path: Path, source: str, content: str):
+    transformers = pytest.importorskip("transformers")
+    from tessera.data.chat import ChatEncoder
+
+    home = saved(tmp_path / "model", source)
+    tokenizer = load_tokenizer(home)
+    encoder = ChatEncoder.of(tokenizer)
+    messages = [{"role": "system", "content": "detailed thinking off"}, *ASKED]
+    messages.append({"role": "assistant", "content": content})
+    other = transformers.AutoTokenizer.from_pretrained(home)
+    for ending, options in (
+        ("open", {"continue_final_message": True}),
+        ("closed", {"add_generation_prompt": False}),
+    ):
+        wanted = other.apply_chat_template(
+            messages, chat_template=encoder.template.source, tokenize=False, **options
+        )
+        assert encoder.prompt(messages, "off", ending=ending) == tokenizer.encode(  # type: ignore[arg-type]
+            wanted, special=True
+        )
+
+
+def test_an_answer_that_was_begun_goes_on(address: str, tmp_path: Path, monkeypatch: Any):
+    begun = [*ASKED, {"role": "assistant", "content": "It is"}]
+    whole = ask(address, messages=begun, continue_final_message=True).json()
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    assert ask(address, messages=begun, **more).json()["choices"] == whole["choices"]
+    prompt = ask(address, messages=begun).json()["usage"]["prompt_tokens"]
+    assert whole["usage"]["prompt_tokens"] < prompt
+    both = ask(address, messages=begun, continue_final_message=True, add_generation_prompt=True)
+    assert both.status_code == 400
+    says(monkeypatch, "it.</think>\n\nThree")
+    thinking = [*ASKED, {"role": "assistant", "content": "<think>\nI add"}]
+    with answering(saved(tmp_path / "model", SMALL["all kept"])) as url:
+        said = ask(url, messages=thinking, max_tokens=40, **more).json()["choices"][0]["message"]
+    assert (said["reasoning"], said["content"]) == ("it.", "Three")
+
+
+SLOW = (
+    "{% if 'slow' in messages[-1].content %}{% for i in range(900) %}{% for j in range(9000) %}"
+    "{% endfor %}{% endfor %}{% endif %}[{{ messages[-1].content }}]"
+)
+
+
+def test_a_slow_template_keeps_nobody_waiting(tmp_path: Path):
+    with answering(saved(tmp_path / "model", SLOW)) as url:
+        took: list[float] = []
+
+        def slow() -> None:
+            start = time.monotonic()
+            ask(url, messages=[{"role": "user", "content": "slow"}], max_tokens=1)
+            took.append(time.monotonic() - start)
+
+        body = {"prompt": "a", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+        thread, times = threading.Thread(target=slow), []
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as reply:
+            for count, _ in enumerate(reply.iter_lines()):
+                if count == 10:
+                    thread.start()
+                times.append(time.monotonic())
+                if took:
+                    break
+        thread.join()
+    assert took[0] > 0.3
+    gaps = [b - a for a, b in zip(times[10:], times[11:], strict=False)]
+    assert len(gaps) > 10 and max(gaps) < took[0] / 2
