@@ -18,6 +18,10 @@ CHOICES = COMMON.format(kind="multiple_choice") + (
     'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{gold}}"\n'
     "target_delimiter: ' '\n"
 )
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 TEXT = COMMON.format(kind="generate_until") + (
     'doc_to_text: "{{question}}"\ndoc_to_target: "x"\n'
     "generation_kwargs: {until: ['q'], max_gen_toks: 12, do_sample: false}\n"
@@ -44,7 +48,7 @@ def test_local_completions_and_chats_give_the_models_own_figures(tmp_path: Path,
     from lm_eval import simple_evaluate
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    home, (choices, text) = saved(tmp_path / "model"), tasks(tmp_path)
+    home, (choices, text) = saved(tmp_path / "model", TEMPLATE), tasks(tmp_path)
 
     def run(model: str, arguments: str, task: str, **more: Any) -> list[Any]:
         found = simple_evaluate(
