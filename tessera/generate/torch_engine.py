@@ -6,10 +6,10 @@ filled at once.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -313,8 +313,9 @@ def _score(packed: Packed, rows: list[Sequence[int]], top: int) -> list[Scored]:
         values, ids = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
         for pair in zip(ids.tolist(), values.tolist(), strict=True):
             scored.top.append(list(zip(*pair, strict=True)))
-    parts = [iter(part) for part in scored]
-    return [Scored(*(list(islice(part, n)) for part in parts)) for n in lengths]
+    ends = list(itertools.accumulate(lengths))
+    cuts = [slice(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+    return [Scored(scored.logprobs[c], scored.greedy[c], scored.top[c]) for c in cuts]
 
 
 class EngineThread:

@@ -59,7 +59,8 @@ class ServedModel:
 
     def prepare(self) -> None:
         """Do what takes long with a large vocabulary, before there is anybody to wait for it."""
-        self.token_bytes, self._grammars.prepare()
+        _ = self.token_bytes
+        self._grammars.prepare()
 
     def submit(self, request: ChatRequest | CompletionRequest) -> Session:
         """Queue a request. May take long: it is called outside of the event loop.
