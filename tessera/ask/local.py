@@ -13,6 +13,7 @@ from pydantic import Field
 
 from tessera import dist
 from tessera.ask.ask import AskError, Receive, Reply, Request
+from tessera.data.switch import Switch
 from tessera.data.thought import Splitter
 from tessera.model.source import resolve
 from tessera.runs.files import fingerprint
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 SAMPLING = {"max_tokens", "temperature", "top_p"}
+TEMPLATE = "chat_template_kwargs"  # in a request's sampling: variables of the chat template
 SORTED_BATCHES = 64  # whose texts are sorted by length together
 DIGITS = 7  # of a vector's numbers on disk: those of a float32 below 1
 
@@ -32,12 +34,16 @@ class EngineConfig(EngineChoice):
     """The model that the stage's `model` names, run by an engine of this process.
 
     batch: requests generated together; replies are kept when their batch ends. asking: "text" is
-    for a base model, whose prompt is the question and a newline instead of a chat template.
+    for a base model, whose prompt is the question and a newline instead of a chat template. switch:
+    how the model is told to think (data/switch.py), its own where not given. chat_template_kwargs:
+    further variables of its template.
     """
 
     kind: Literal["engine"]
     batch: int = Field(default=64, ge=1)
     asking: Literal["chat", "text"] = "chat"
+    switch: Switch | None = None
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 class LocalAnswerer:
@@ -55,7 +61,9 @@ class LocalAnswerer:
             raise AskError('a teacher of kind "engine" needs the stage\'s model = "RUN OR PATH"')
         self.engine = open_engine(config, load_model(model, frozen=True), config.batch)
         self.tokenizer = load_tokenizer(model)
-        self.encoder = ChatEncoder.of(self.tokenizer) if config.asking == "chat" else None
+        chats = config.asking == "chat"
+        self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch) if chats else None
+        self.variables = config.chat_template_kwargs
         self.model, self.batch, self.seed = fingerprint_path(model), config.batch, seed
 
     def ask(self, requests: Iterable[Request], receive: Receive) -> None:
@@ -92,7 +100,8 @@ class LocalAnswerer:
 
     def _prompt(self, request: Request) -> list[int]:
         if self.encoder is not None:
-            return self.encoder.prompt(request.messages, request.mode)
+            variables = {**self.variables, **request.sampling.get(TEMPLATE, {})}
+            return self.encoder.prompt(request.messages, request.mode, variables=variables)
         return self.tokenizer.encode(request.messages[-1]["content"] + "\n", bos=True)
 
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tessera import dist
+from tessera.model import gguf
 from tessera.model.families import config_dict, config_json, read_config
 from tessera.model.source import PICKLES, CheckpointError, pickle_error, resolve
 from tessera.model.transformer import Transformer, holding
@@ -143,6 +144,7 @@ TOKENIZER_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
     "chat_template.jinja",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # a directory of chat templates by name
 MAX_SHARD_BYTES = 5_000_000_000
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py", ".md")
 
@@ -165,7 +167,8 @@ def save_model(
         return
     directory = Path(directory)
     found = sorted(directory.iterdir()) if directory.exists() else []
-    foreign = [e.name for e in found if e.is_dir() or e.suffix not in _MODEL_SUFFIXES]
+    own = [e for e in found if e.name != TEMPLATES]
+    foreign = [e.name for e in own if e.is_dir() or e.suffix not in _MODEL_SUFFIXES]
     if foreign or (found and not (directory / "config.json").is_file()):
         raise CheckpointError(
             f"{directory} is no model's and would be replaced; choose another directory. It holds "
@@ -211,8 +214,10 @@ def write_model(
         source = Path(tokenizer_from)
         if not source.is_dir():
             raise CheckpointError(f"{source} is no directory to copy a tokenizer from")
-        for name in TOKENIZER_FILES:
+        names = [Path(TEMPLATES) / one.name for one in source.glob(f"{TEMPLATES}/*.jinja")]
+        for name in (*TOKENIZER_FILES, *names):
             if (source / name).is_file():
+                (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, directory / name)
 
 
@@ -323,6 +328,9 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
     Raises CheckpointError: a shard missing, truncated, corrupt, or without a tensor the index
     puts there; no safetensors at all; pickle.
     """
+    if (directory / gguf.INDEX).is_file():
+        found = gguf.tensors(directory).items()
+        return {name: Stored(directory / one.file, one.shape) for name, one in found}
     if (directory / INDEX).is_file():
         return _find_sharded(directory)
     if (directory / SINGLE).is_file():
@@ -381,6 +389,11 @@ def _opened(file: Path) -> Iterator[Any]:
 def _read(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """The tensors, shard by shard; each is a view of its file until it is copied."""
     for file in sorted({where.file for where in stored.values()}):
+        if file.suffix == ".gguf":
+            found = gguf.tensors(file.parent)
+            for name in (name for name, where in stored.items() if where.file == file):
+                yield name, torch.from_numpy(gguf.read_tensor(file.parent, found[name]))
+            continue
         with _opened(file) as shard:
             for name in (name for name, where in stored.items() if where.file == file):
                 tensor = shard.get_tensor(name)

@@ -31,7 +31,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera.data.conversation import SchemaError
-from tessera.data.switch import SwitchError
+from tessera.data.switch import Switch, SwitchError
 from tessera.data.template import TemplateError
 from tessera.data.tokenizer import TokenizerError, load_tokenizer
 from tessera.generate.engine import ClosedError, GenerationError, QueueFullError
@@ -90,6 +90,7 @@ class ServeConfig(Config):
     int8: bool = False
     web: bool = False
     allow_origin: list[str] = Field(default_factory=list)
+    switch: Switch | None = None
 
 
 def api_keys(config: ServeConfig) -> tuple[str, ...]:
@@ -168,7 +169,7 @@ def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
         prefix_cache_tokens=config.prefix_cache,
         int8=config.int8,
     )
-    served = ServedModel(engine, load_tokenizer(directory), config.timeout)
+    served = ServedModel(engine, load_tokenizer(directory), config.timeout, config.switch)
     served.prepare()
     name = config.name or (path.resolve().name if path.exists() else model)
 

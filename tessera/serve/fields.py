@@ -11,7 +11,15 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from tessera.data.chat import Ending
 from tessera.generate import grammar
@@ -200,17 +208,19 @@ class ChatMessage(BaseModel):
     content: str | list[dict[str, Any]] | None = None
 
 
-class Function(BaseModel):
-    model_config = ConfigDict(extra="allow")
+def _named(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool or a choice of one, as it was given: templates print it in its own order."""
+    function = tool.get("function")
+    if tool.get("type", "function") != "function" or not isinstance(function, dict):
+        raise ValueError('give {"type": "function", "function": {"name": …}}')
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError("a function has no name")
+    if not isinstance(function.get("parameters") or {}, dict):
+        raise ValueError(f"the parameters of {function['name']} are no JSON schema")
+    return tool
 
-    name: str = Field(min_length=1)
 
-
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    type: Literal["function"] = "function"
-    function: Function
+Tool = Annotated[dict[str, Any], AfterValidator(_named)]
 
 
 class ChatRequest(SamplingRequest):
@@ -235,11 +245,11 @@ class ChatRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
-        names = [tool.function.name for tool in self.tools or ()]
+        names = [tool["function"]["name"] for tool in self.tools or ()]
         if self.tool_choice not in ("none", "auto") and not names:
             raise ValueError("tool_choice needs tools")
-        if isinstance(self.tool_choice, Tool) and self.tool_choice.function.name not in names:
-            wanted = self.tool_choice.function.name
+        chosen = self.tool_choice
+        if isinstance(chosen, dict) and (wanted := chosen["function"]["name"]) not in names:
             raise ValueError(f"tool_choice names {wanted!r}; the tools are {', '.join(names)}")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt are opposites")
@@ -264,18 +274,16 @@ class ChatRequest(SamplingRequest):
 
     @property
     def shown_tools(self) -> list[dict[str, Any]]:
-        """The functions that the model is told of."""
-        tools = [] if self.tool_choice == "none" else self.tools or []
-        return [tool.function.model_dump(exclude_none=True) for tool in tools]
+        """What the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def functions(self) -> list[dict[str, Any]]:
         """The functions that may be called."""
-        chosen = self.tool_choice
-        tools = [] if chosen == "none" else self.tools or []
-        if isinstance(chosen, Tool):
-            tools = [tool for tool in tools if tool.function.name == chosen.function.name]
-        return [tool.function.model_dump(exclude_none=True) for tool in tools]
+        chosen, functions = self.tool_choice, [tool["function"] for tool in self.shown_tools]
+        if isinstance(chosen, dict):
+            return [one for one in functions if one["name"] == chosen["function"]["name"]]
+        return functions
 
 
 class CompletionRequest(SamplingRequest):

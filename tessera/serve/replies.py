@@ -29,6 +29,7 @@ class Entry:
     top: list[tuple[int, float]] | None
     text: str = ""
     offset: int = 0
+    cut: int | None = 0  # bytes off its end, by a stop string; None: all of them
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,10 @@ class Choice:
         end = len(self.echo.text) + self.stream.given  # of the text that is final
         sure, offset, last = 0, self._offset, len(texts) if self.stream.unfinished else -1
         for place, (entry, text) in enumerate(zip(self._held, texts, strict=True), 1):
-            entry.text = text[: max(0, end - offset)] if final else text
-            entry.offset = min(offset, end) if final else offset
+            kept = max(0, end - offset) if final else len(text)
+            entry.text, entry.offset = text[:kept], min(offset, end)
+            behind = final and self.stream.stopped and offset >= end
+            entry.cut = None if behind else len(text[kept:].encode())
             offset += len(text)
             if final or (text and offset <= end and place != last):
                 sure, self._offset = place, offset
@@ -270,6 +273,7 @@ def _finite(logprob: float | None) -> float | None:
 
 def _chat_entry(names: TokenBytes, entry: Entry) -> dict[str, Any]:
     own, text = names.of(entry.token), entry.text
+    own = own[: 0 if entry.cut is None else max(0, len(own) - entry.cut)]
     # A character that several tokens share belongs to the last one; their bytes tell them apart.
     shared = "\ufffd" in text or names.name(entry.token).startswith("bytes:")
     first = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,8 @@ from typing import Literal
 
 from tessera.data.calls import MARKED, CallReader, Dialect, dialects_of
 from tessera.data.chat import ChatEncoder
-from tessera.data.conversation import Message, Mode, tidy
-from tessera.data.switch import requested
+from tessera.data.conversation import Mode, tidy
+from tessera.data.switch import NONE, requested
 from tessera.data.thought import CLOSE, OPEN, Splitter
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import SamplingParams, check_sequences
@@ -21,22 +20,26 @@ from tessera.generate.requests import Grammar, Handle
 from tessera.generate.text import TextStream, opens_thought, stop_criterion, thinking_budget
 from tessera.generate.token_bytes import TokenBytes
 from tessera.generate.torch_engine import TorchEngine
-from tessera.serve.fields import ChatRequest, CompletionRequest, Ids, SamplingRequest, Tool
+from tessera.serve.fields import ChatRequest, CompletionRequest, Ids, SamplingRequest
 from tessera.serve.replies import Choice, Echo, Session, entries_of
 
 
 @dataclass
 class ServedModel:
-    """An engine with the tokenizer of its model. timeout: seconds that a request may take."""
+    """An engine with the tokenizer of its model.
+
+    timeout: seconds that a request may take. switch: the model's own where not given (switch.py).
+    """
 
     engine: TorchEngine
     tokenizer: Tokenizer
     timeout: float
+    switch: str | None = None
 
     @cached_property
     def encoder(self) -> ChatEncoder:
         """Raises TemplateError for a model without a chat template."""
-        return ChatEncoder.of(self.tokenizer)
+        return ChatEncoder.of(self.tokenizer, switch=self.switch, today=True)
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
@@ -45,7 +48,8 @@ class ServedModel:
     @cached_property
     def dialects(self) -> tuple[Dialect, ...]:
         """How the model writes calls of tools; the first is the one it must use."""
-        return dialects_of(self.encoder.template.source)
+        template = self.encoder.template
+        return dialects_of(template.named.get("tool_use", template.source))
 
     @cached_property
     def marks(self) -> list[str]:
@@ -77,7 +81,8 @@ class ServedModel:
         if request.thinking_budget is not None:
             budget = thinking_budget(self.tokenizer, request.thinking_budget, bool(opened))
             params = replace(params, thinking=budget)
-        grammar = self._grammar(request, "opened" if opened else "may" if mode == "on" else "none")
+        may_think = mode != "off" and self.encoder.switch != NONE
+        grammar = self._grammar(request, "opened" if opened else "may" if may_think else "none")
         dialects, marks = (self.dialects, self.marks) if request.functions else ((), ())
         stop, ends = request.stop or (), params.stop_token_ids
         choices = [
@@ -157,7 +162,7 @@ class ServedModel:
         """What the answer must obey: a form, calls of tools, or either."""
         form, calls, must = request.form, None, False
         if isinstance(request, ChatRequest) and request.functions:
-            must = request.tool_choice == "required" or isinstance(request.tool_choice, Tool)
+            must = request.tool_choice == "required" or isinstance(request.tool_choice, dict)
             if form or must:
                 parallel = request.parallel_tool_calls and request.tool_choice == "required"
                 calls = calls_rule(request.functions, self.dialects[0], parallel)
@@ -194,25 +199,17 @@ class ServedModel:
             for text, ids, score in zip(texts, prompts, scores, strict=True)
         ]
 
-    def _chat_prompt(self, request: ChatRequest) -> tuple[Ids, Mode]:
-        mode, messages = requested(
-            tidy([message.model_dump(exclude_none=True) for message in request.messages]),
-            enable_thinking=(request.chat_template_kwargs or {}).get("enable_thinking"),
-            reasoning_effort=request.reasoning_effort,
+    def _chat_prompt(self, request: ChatRequest) -> tuple[Ids, Mode | None]:
+        messages = tidy([message.model_dump(exclude_none=True) for message in request.messages])
+        variables, effort = dict(request.chat_template_kwargs or {}), request.reasoning_effort
+        mode = requested(
+            messages,
+            self.encoder.switch,
+            enable_thinking=variables.get("enable_thinking"),
+            reasoning_effort=effort,
         )
-        safe, mode = self._without_specials(messages), mode or "off"
-        return self.encoder.prompt(safe, mode, request.shown_tools, request.ending), mode
-
-    def _without_specials(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages whose special tokens are broken up, so that nobody can end another's turn."""
-        specials = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-
-        def safe(message: Message) -> Message:
-            text = message.get("content")
-            if message["role"] == "assistant" or not isinstance(text, str):
-                return message
-            broken = pattern.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
-            return {**message, "content": broken}
-
-        return [safe(message) for message in messages]
+        if effort is not None:
+            variables.setdefault("reasoning_effort", effort)
+        mode, tools = mode or self.encoder.default, request.shown_tools
+        ids = self.encoder.prompt(messages, mode, tools, variables, ending=request.ending)
+        return ids, mode

@@ -232,7 +232,7 @@ def test_max_tokens_0_says_nothing(address: str):
     assert reply["choices"][0]["finish_reason"] == "length"
 
 
-@pytest.mark.parametrize("stop", [None, ["e"]])
+@pytest.mark.parametrize("stop", [None, ["e"], ["\ufffd"]])
 def test_tokens_and_bytes_join_to_the_text(address: str, stop: Any):
     for seed in range(6):
         more = {"temperature": 1.0, "seed": seed, "max_tokens": 60, "stop": stop}
