@@ -55,10 +55,14 @@ def entries_of(
     prompt: Sequence[int],
     logprobs: Sequence[float],
     tops: Sequence[list[tuple[int, float]]],
+    hidden: int = 0,
 ) -> list[Entry]:
-    """The tokens of a prompt; nothing is said of the first one's log-prob."""
-    stream, found, offset = Detokenizer(tokenizer), [], 0
-    texts = [stream.push(token) for token in prompt]
+    """The tokens of a prompt, special ones by their names but for the first `hidden`.
+
+    Nothing is said of the first one's log-prob.
+    """
+    stream, found, offset = Detokenizer(tokenizer, (), tokenizer.special_tokens), [], 0
+    texts = ["" if i < hidden else stream.push(token) for i, token in enumerate(prompt)]
     texts[-1] += stream.flush()
     for token, logprob, top, text in zip(
         prompt, [None, *logprobs], [None, *tops], texts, strict=True

@@ -187,17 +187,18 @@ class ServedModel:
 
     def _echoes(self, request: CompletionRequest, prompts: Sequence[Ids]) -> list[Echo]:
         """What is repeated of each prompt, with its log-probs where they are asked for."""
-        texts = [
-            given if isinstance(given, str) else self.tokenizer.decode(ids)
-            for given, ids in zip(request.prompts, prompts, strict=True)
-        ]
-        if request.num_logprobs is None:
-            return [Echo(text) for text in texts]
-        scores = self.engine.score_top(prompts, request.num_logprobs)
-        return [
-            Echo(text, entries_of(self.tokenizer, ids, *score))
-            for text, ids, score in zip(texts, prompts, scores, strict=True)
-        ]
+        scores = [([0.0] * (len(ids) - 1), [[]] * (len(ids) - 1)) for ids in prompts]
+        if request.num_logprobs is not None:
+            scores = self.engine.score_top(prompts, request.num_logprobs)
+        found = []
+        for given, ids, score in zip(request.prompts, prompts, scores, strict=True):
+            begun = isinstance(given, str) and request.add_special_tokens
+            hidden = int(begun and ids[0] == self.tokenizer.bos_id)
+            entries = entries_of(self.tokenizer, ids, *score, hidden)
+            joined = "".join(entry.text for entry in entries)
+            text = given if isinstance(given, str) else joined
+            found.append(Echo(text, entries if request.num_logprobs is not None else ()))
+        return found
 
     def _chat_prompt(self, request: ChatRequest) -> tuple[Ids, Mode | None]:
         messages = tidy([message.model_dump(exclude_none=True) for message in request.messages])

@@ -194,10 +194,10 @@ def test_echo_with_log_probs_is_what_the_model_gives(
     address: str, model: Path, max_tokens: int, stream: bool
 ):
     tokenizer, engine = load_tokenizer(model), TorchEngine(load_model(model, frozen=True))
-    prompts = ["plain 東京 words", "naïve 👩🏽‍🚀 "]
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    prompts = ["plain 東京 words", "naïve 👩🏽‍🚀 <|eot_id|>b"]
+    ids = [tokenizer.encode(prompt, bos=True, special=True) for prompt in prompts]
     body = {"prompt": prompts, "max_tokens": max_tokens, "echo": True, "logprobs": 1}
-    body |= {"temperature": 0, "stream": stream}
+    body |= {"temperature": 0, "stream": stream, "ignore_eos": True}
     reply = post(address, "completions", body)
     rows = [{"text": "", "logprobs": {}} for _ in prompts]
     if stream:
@@ -224,6 +224,14 @@ def test_echo_with_log_probs_is_what_the_model_gives(
             told, found["top_logprobs"][1 : len(tokens)], scored[1], strict=True
         ):
             assert (logprob == max(top.values())) == greedy
+
+
+def test_ids_are_echoed_with_their_marks(address: str, model: Path):
+    ids = load_tokenizer(model).encode("plain<|eot_id|> words", bos=True, special=True)
+    for logprobs in (None, 0):
+        row = go_on(address, prompt=ids, echo=True, max_tokens=0, logprobs=logprobs)["choices"][0]
+        assert row["text"] == "<bos>plain<|eot_id|> words"
+    assert "".join(row["logprobs"]["tokens"]) == row["text"]
 
 
 def test_max_tokens_0_says_nothing(address: str):
