@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from tessera.data.template import Template
 from tessera.data.thought import begun
 
 Call = tuple[str, dict[str, Any]]  # a function's name and its arguments
@@ -64,6 +65,11 @@ def dialects_of(template: str) -> tuple[Dialect, ...]:
     if PYTHON_TAG.mark in template or re.search(r'\{\\?"name\\?":.*\\?"parameters\\?":', template):
         return (LLAMA3, PYTHON_TAG)
     return MARKED
+
+
+def template_dialects(template: Template) -> tuple[Dialect, ...]:
+    """Those of the template that is taken where there are tools."""
+    return dialects_of(template.named.get("tool_use", template.source))
 
 
 def read(text: str, dialects: Sequence[Dialect] = MARKED) -> tuple[str, list[Call]]:

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -46,6 +47,9 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 TEMPLATES = "additional_chat_templates"  # a directory of those that have a name
+
+
+_ENCODING = threading.Lock()  # encode_special_tokens is the library's state, not an argument
 
 
 class TokenizerError(ValueError):
@@ -185,9 +189,10 @@ class Fast(Tokenizer):
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        if self.tokenizer.encode_special_tokens == special:
-            self.tokenizer.encode_special_tokens = not special
-        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _ENCODING:
+            if self.tokenizer.encode_special_tokens == special:
+                self.tokenizer.encode_special_tokens = not special
+            encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -173,7 +174,8 @@ class Grammars:
     def _matcher(self, source: str) -> Any:
         matcher = _library().LLMatcher
         if fault := matcher.validate_grammar(source, self._vocabulary):
-            raise GenerationError(f"the form of the answer cannot be followed: {fault}")
+            what = re.sub(r"^at \d+\(\d+\): ", "", fault).splitlines()[0]
+            raise GenerationError(f"the form of the answer cannot be followed: {what}")
         return matcher(self._vocabulary, source, log_level=0)
 
 

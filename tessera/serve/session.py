@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from tessera.data.calls import MARKED, CallReader, Dialect, dialects_of
+from tessera.data.calls import MARKED, CallReader, Dialect, template_dialects
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Mode, tidy
 from tessera.data.switch import NONE, requested
@@ -48,8 +48,7 @@ class ServedModel:
     @cached_property
     def dialects(self) -> tuple[Dialect, ...]:
         """How the model writes calls of tools; the first is the one it must use."""
-        template = self.encoder.template
-        return dialects_of(template.named.get("tool_use", template.source))
+        return template_dialects(self.encoder.template)
 
     @cached_property
     def marks(self) -> list[str]:

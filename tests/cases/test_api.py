@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.grammar import choice_rule
+from tessera.generate.token_bytes import TokenBytes
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 from tests.cases.answering import answering, saved
@@ -22,6 +23,7 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
+from tessera.serve.replies import Entry, _by_text  # noqa: E402
 from tessera.serve.session import ServedModel  # noqa: E402
 
 ASKED: list[Any] = [{"role": "user", "content": "What is 1 and 2?"}]
@@ -500,3 +502,50 @@ def test_a_slow_template_keeps_nobody_waiting(tmp_path: Path):
     assert took[0] > 0.3
     gaps = [b - a for a, b in zip(times[10:], times[11:], strict=False)]
     assert len(gaps) > 10 and max(gaps) < took[0] / 2
+
+
+def test_two_tokens_of_one_text_are_told_apart(model: Path):
+    """vLLM's dictionary keeps the last; ours the chosen one's, and of others the likelier."""
+    names = TokenBytes(load_tokenizer(model))
+    (x,), (y,) = names.tokenizer.encode("x"), names.tokenizer.encode("y")
+    entry = Entry(x, -3.0, [(y, -1.0), (x, -3.0), (y, -5.0)], text="x")
+    assert _by_text(names, entry) == {"x": -3.0, "y": -1.0}
+    half = names.tokenizer.encode("\U000f1234")[0]
+    entry = Entry(x, float("-inf"), [(half, -1.0)], text="x")
+    assert _by_text(names, entry) == {"x": -9999.0, names.name(half): -1.0}
+    assert names.name(half).startswith("bytes:\\x")
+
+
+def test_arguments_with_half_a_surrogate_pair_are_answered(address: str, monkeypatch: Any):
+    says(monkeypatch, '<TOOLCALL>[{"name": "f", "arguments": {"a": "\\ud800"}}]</TOOLCALL>')
+    for stream in (False, True):
+        reply = ask(address, tools=tools("f"), max_tokens=200, stream=stream)
+        assert reply.status_code == 200 and "ud800" in reply.text
+
+
+def test_threads_that_encode_do_not_disturb_each_other(model: Path):
+    tokenizer = load_tokenizer(model)
+    wanted = {flag: tokenizer.encode("a<|eot_id|>b" * 50, special=flag) for flag in (True, False)}
+    wrong: list[bool] = []
+
+    def encode(flag: bool) -> None:
+        for _ in range(300):
+            if tokenizer.encode("a<|eot_id|>b" * 50, special=flag) != wanted[flag]:
+                wrong.append(flag)
+
+    threads = [threading.Thread(target=encode, args=(flag,)) for flag in (True, False) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_preflight_needs_no_key(model: Path, tmp_path: Path):
+    (tmp_path / "keys").write_text("secret\n")
+    with answering(model, allow_origin=["*"], key_file=str(tmp_path / "keys")) as url:
+        headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        assert httpx.options(f"{url}/chat/completions", headers=headers).status_code == 200
+        refused = httpx.get(f"{url}/models", headers={"Origin": "https://a.example"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "*"
