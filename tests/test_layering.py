@@ -48,6 +48,7 @@ CONFINED = {
     "huggingface_hub": ["model"],
     "openai": ["ask/endpoint.py"],
     "prometheus_client": ["serve"],
+    "llguidance": ["generate/grammar.py"],
     "lm_eval": ["eval/harness.py"],
     "langdetect": ["rl/verifiers/language.py"],
     "math_verify": ["rl/verifiers/mathematics.py"],

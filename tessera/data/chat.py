@@ -29,6 +29,8 @@ from tessera.data.thought import CLOSE, OPEN, split, split_message
 from tessera.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "all"]
+Ending = Literal["generation prompt", "open", "closed"]
+_END = "\U0010fff2"  # a private character at the end of a message that stays open
 RULES = "chat-2"  # changed whenever a conversation becomes other ids than before
 _OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
 _Pairs = list[tuple[str, str]]
@@ -95,10 +97,13 @@ class ChatEncoder:
         mode: Mode | None,
         tools: Sequence[dict[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        *,
+        ending: Ending = "generation prompt",
     ) -> list[int]:
         """The ids that an engine is asked with; mode None: as the template stands.
 
         variables: what the template is given beside the switch, `chat_template_kwargs` of an API.
+        ending: "open" for a last message that the model goes on with, "closed" for none of both.
         The tokenizer's marks in what others than the assistant say are characters.
         """
         if taken := sorted(set(variables or ()) & set(RESERVED)):
@@ -109,7 +114,7 @@ class ChatEncoder:
         turns = _Turns(
             self.template, spoken, fence.around(list(tools)), {**said, **(variables or {})}
         )
-        text = turns.render(spoken, add_generation_prompt=True)
+        text = turns.ended(spoken, ending)
         return fence.encode(text, self.tokenizer)
 
     def encode(self, chat: Chat) -> list[Document]:
@@ -387,6 +392,18 @@ class _Turns:
         if opened and thought:
             written = written[len(OPEN) :].lstrip()
         return prompt, written + text[len(head) :]
+
+    def ended(self, messages: list[Message], ending: Ending) -> str:
+        """The text of a conversation. An open last message ends as in transformers."""
+        if ending != "open":
+            return self.render(messages, add_generation_prompt=ending == "generation prompt")
+        *before, last = messages
+        marked = f"{last['content']}{_END} "
+        text = self.render([*before, {**last, "content": marked}], add_generation_prompt=False)
+        head, found, rest = text.rpartition(_END)
+        if not found:
+            raise TemplateError("the template leaves the last message out: nothing to go on with")
+        return head if rest.startswith(" ") else head.rstrip()
 
     def render(self, messages: list[Message], **more: Any) -> str:
         return self.template.render(messages, tools=self.tools, **self.variables, **more)

@@ -58,7 +58,7 @@ PREFIX = "tessera-vllm-"
 BATCHED_TOKENS = 8192  # of prompts, that vLLM reads at once on a CPU
 SAMPLING = (
     "n", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-    "stop_token_ids", "logprobs",
+    "stop_token_ids", "logprobs", "frequency_penalty", "presence_penalty",
 )  # fmt: skip
 
 
@@ -184,7 +184,10 @@ class VLLMEngine:
             (lambda done: progress(done, total)) if progress else None,
             prompts=[list(prompt) for prompt in prompts],
             seeds=[seed_of(params.seed, key) for key in keys_of(prompts, keys)],
-            sampling={name: getattr(params, name) for name in SAMPLING},
+            sampling={
+                **{name: getattr(params, name) for name in SAMPLING},
+                "logit_bias": list(params.logit_bias),
+            },
         )
 
         def completion(
