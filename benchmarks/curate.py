@@ -43,8 +43,8 @@ from tessera.ask.ask import Reply, Request
 from tessera.ask.local import Embedder, EmbedderConfig
 from tessera.curate import runner
 from tessera.curate.config import CurateConfig
-from tessera.curate.steps.contamination import Decontaminate, Nearest
-from tessera.curate.steps.duplicates import clusters, signatures, word_grams
+from tessera.curate.steps.contamination import Decontaminate, Nearest, word_grams
+from tessera.curate.steps.duplicates import clusters, signatures
 from tessera.data.conversation import Chat
 from tessera.data.readers import read_rows
 from tessera.runs.recipe import validate

@@ -20,8 +20,8 @@ from tessera.ask import judge
 from tessera.ask.ask import Reply, Request
 from tessera.curate.steps import rows
 from tessera.curate.steps.ask import ChatStep
-from tessera.curate.steps.duplicates import word_grams
 from tessera.curate.steps.rows import AskStep, Drop, Result, RowStep
+from tessera.curate.steps.words import BRACKETS, tokens
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError, expand, read_rows
 from tessera.runs.files import FailureError
@@ -37,6 +37,18 @@ First:
 
 Second:
 {nearest}"""
+
+
+def word_grams(text: str, n: int, *, mask_digits: bool = False) -> set[str]:
+    """The distinct n-grams of words; a text shorter than n words is one gram, an empty one none.
+
+    mask_digits: every number is the same word.
+    """
+    words = [one for one in tokens(text) if one not in BRACKETS]
+    if mask_digits:
+        words = ["0" if word[0].isdigit() else word for word in words]
+    count = max(len(words) - n + 1, min(len(words), 1))
+    return {" ".join(words[i : i + n]) for i in range(count)}
 
 
 class EvalSet(Config):
