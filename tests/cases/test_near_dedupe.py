@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tessera.curate.steps.contamination import Decontaminate
 from tessera.curate.steps.duplicates import clusters, signatures
@@ -39,7 +41,18 @@ def test_copies_in_another_dress_go():
 
 def test_words_and_what_counts_of_them():
     assert tokens(r"It's ($x^{2}$), $1,000.50") == ["it's", *"(x^(2))", "1000.5"]
-    assert counted(tokens("A 5-year-old (who reads 3 books) T-shirt")) == ["5", "who", "3", "t"]
+    assert tokens("0.50 .5 .0 0 007 10 1,234 1,23") == [
+        ".5",
+        ".5",
+        "0",
+        "0",
+        "007",
+        "10",
+        "1234",
+        "1",
+        "23",
+    ]
+    assert counted(tokens("A 5-year-old (he reads 3 books) T-shirt")) == ["5", "year", "3", "t"]
     assert counted(tokens("- 5 apples\n* **7** pears\n> <b>and</b> 3*4")) == [
         "5",
         "7",
@@ -50,6 +63,13 @@ def test_words_and_what_counts_of_them():
     assert counted(tokens("pages 10-15, -x and km/h, x/y")) == "10 - 15 - x km h x / y".split()
     assert counted(tokens(r"\left(x+1\right) (y) f(z)")) == ["(", "x", "+", "1", ")", "y", "f", "z"]
     assert counted(tokens("") + tokens("()") + tokens("a ) b (")) == ["b"]
+
+
+@given(st.text() | st.text("0.,1aé ½²\\\\{}()[]$^-*/<>=!|% \\n三ก"))
+def test_any_text_is_cut(text: str):
+    found = tokens(text)
+    assert all(found) and set(counted(found)) <= set(found)
+    assert tokens(f"  {text.upper()}  ") is not None
 
 
 def test_one_text_gets_one_digest_wherever_it_stands():

@@ -88,6 +88,7 @@ _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
 # Marks of list items and quotations, and tags, none of which is an operator.
 _MARK = re.compile(r"^[ \t]*[-*+>][ \t]", re.MULTILINE)
 _TAG = re.compile(r"</?(?:br|p|b|i|u|em|strong|sub|div|span|ul|ol|li)\s*/?>")
+_SPACES = re.compile(" +")
 _LETTER = r"[a-z\x80-\U0010ffff]"
 _FUNCTION = r"(?:sin|cos|tan|log|ln|sqrt|exp)\b"
 # A hyphen and a slash are operators before a number, a name of one letter, a bracket or a function,
@@ -140,6 +141,8 @@ def tokens(text: str) -> list[str]:
     text = text.lower()
     if not text.isascii():
         text = unicodedata.normalize("NFC", text).translate(_PLAIN)
+    if "$" in text:
+        text = text.replace("$", " ")
     if "\\" in text:
         text = _without_latex(text)
     if "{" in text:
@@ -148,19 +151,19 @@ def tokens(text: str) -> list[str]:
         text = _TAG.sub(" ", text)
     if "\n" in text or text[:1] in ("-", "*", "+", ">"):
         text = _MARK.sub(" ", text)
+    if "  " in text:
+        text = _SPACES.sub(" ", text)
     found = [*map(_same, _TOKEN.findall(text))]
     return found[:-1] if found[-1:] == ["="] else found  # "12 + 7 = ?"
 
 
 @functools.lru_cache(1 << 16)
 def _same(token: str) -> str:
-    """`three` as 3, `1,000` as 1000, `2.50` as 2.5, `.5` as 0.5, `**` as ^."""
+    """`three` as 3, `1,000` as 1000, `2.50` as 2.5, `0.5` as .5, `**` as ^."""
     if not token[-1].isdigit():
         return SAME.get(token, token)
     token = token.replace(",", "")
-    if "." in token:
-        token = token.rstrip("0").rstrip(".")
-    return f"0{token}" if token[0] == "." else token
+    return f"0{token}".rstrip("0").rstrip(".").lstrip("0") or "0" if "." in token else token
 
 
 def _without_latex(text: str) -> str:
