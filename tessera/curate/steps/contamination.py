@@ -39,7 +39,7 @@ Second:
 {nearest}"""
 
 
-def word_grams(text: str, n: int, *, mask_digits: bool = False) -> set[str]:
+def word_grams(text: str, n: int, *, mask_digits: bool = False) -> set[tuple[str, ...]]:
     """The distinct n-grams of words; a text shorter than n words is one gram, an empty one none.
 
     mask_digits: every number is the same word.
@@ -47,8 +47,9 @@ def word_grams(text: str, n: int, *, mask_digits: bool = False) -> set[str]:
     words = [one for one in tokens(text) if one not in BRACKETS]
     if mask_digits:
         words = ["0" if word[0].isdigit() else word for word in words]
-    count = max(len(words) - n + 1, min(len(words), 1))
-    return {" ".join(words[i : i + n]) for i in range(count)}
+    if len(words) < n:
+        return {tuple(words)} if words else set()
+    return {*zip(*(words[k:] for k in range(n)), strict=False)}
 
 
 class EvalSet(Config):
@@ -110,9 +111,9 @@ class Decontaminate(RowStep):
         return best
 
     @functools.cached_property
-    def _index(self) -> tuple[dict[str, list[int]], list[int]]:
+    def _index(self) -> tuple[dict[tuple[str, ...], list[int]], list[int]]:
         """The problems that have each n-gram, and the distinct n-grams of each problem."""
-        having: dict[str, list[int]] = defaultdict(list)
+        having: dict[tuple[str, ...], list[int]] = defaultdict(list)
         sizes = []
         for number, (_, text) in enumerate(self._problems):
             grams = word_grams(text, self.n, mask_digits=self.mask_digits)

@@ -88,7 +88,7 @@ _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
 # Marks of list items and quotations, and tags, none of which is an operator.
 _MARK = re.compile(r"^[ \t]*[-*+>][ \t]", re.MULTILINE)
 _TAG = re.compile(r"</?(?:br|p|b|i|u|em|strong|sub|div|span|ul|ol|li)\s*/?>")
-_SPACES = re.compile(" +")
+_SPACES = re.compile("  +")
 _LETTER = r"[a-z\x80-\U0010ffff]"
 _FUNCTION = r"(?:sin|cos|tan|log|ln|sqrt|exp)\b"
 # A hyphen and a slash are operators before a number, a name of one letter, a bracket or a function,
