@@ -22,14 +22,19 @@ class Progress:
 
     with Progress("kd", 400, "tokens") as progress:
         progress.advance(1, 8192, loss=1.25)
+
+    steps: what they are called, in lines that say the amount as well (`3/40 answers  812 tokens`).
     """
 
-    def __init__(self, label: str, total: int, unit: str = "steps", *, quiet: bool = False) -> None:
-        self.label, self.total, self.unit = label, total, unit
+    def __init__(
+        self, label: str, total: int, unit: str = "steps", *, steps: str = "", quiet: bool = False
+    ) -> None:
+        self.label, self.total, self.unit, self.steps = label, total, unit, steps
         self.done = 0
-        self._last = 0  # steps of the last line printed
+        self._last = -1  # steps of the last line printed
         self._fresh = 0  # steps made here, not before a resume: only they count for the speed
         self._amount = 0.0
+        self._begun_amount, self._under_way = 0.0, 0  # of steps that are not done
         self._shown = not quiet and dist.is_main()
         self._bar: Bar | None = None
         self._numbers: dict[str, float] = {}
@@ -65,6 +70,14 @@ class Progress:
         self._amount += amount
         self._fresh += steps if amount else 0
         self._numbers = numbers
+        self._show(steps)
+
+    def working(self, amount: float, under_way: int) -> None:
+        """Tells the amount of steps that are under way together, and how many these are."""
+        self._begun_amount, self._under_way = amount, under_way
+        self._show(0)
+
+    def _show(self, steps: int) -> None:
         if self._bar:
             self._bar.update(self._bar.task_ids[0], advance=steps, text=self.text())
         elif time.monotonic() - self._printed >= LINE_SECONDS:
@@ -73,16 +86,29 @@ class Progress:
     def text(self) -> str:
         """Rate, time left and the latest numbers: `12,345 tokens/s  0:42 left  loss 1.25`."""
         elapsed = max(time.monotonic() - self._begun, 1e-9)
-        rate = self._amount / elapsed
+        amount = self._amount + self._begun_amount
+        rate = amount / elapsed
         parts = [f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s"]
+        if self.steps:
+            parts.insert(0, f"{amount:,.0f} {self.unit}")
         if self._fresh:
-            left = (self.total - self.done) * elapsed / self._fresh
-            parts.append(f"{clock(left)} left")
+            parts.append(f"{clock(self._left(elapsed))} left")
         parts += [f"{key} {value:.4g}" for key, value in self._numbers.items()]
         return "  ".join(parts)
+
+    def _left(self, elapsed: float) -> float:
+        """Seconds left, at the speed so far; a step under way counts as half of one.
+
+        Without that, the first of sixty-four answers that are written together would stand for a
+        speed of one answer in all the time until then.
+        """
+        left = self.total - self.done
+        half = min(self._under_way, left) / 2
+        return (left - half) * elapsed / (self._fresh + half)
 
     def _print(self) -> None:
         self._printed, self._last = time.monotonic(), self.done
         if self._shown:
-            line = f"{self.label}  {self.done}/{self.total}  {self.text()}"
+            done = f"{self.done}/{self.total} {self.steps}".rstrip()
+            line = f"{self.label}  {done}  {self.text()}"
             print(line, file=sys.stderr, flush=True)

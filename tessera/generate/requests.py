@@ -132,7 +132,7 @@ class Sample:
     def finish(self, reason: FinishReason) -> None:
         self.completion.finish_reason = reason
         self.done = True
-        self.handle.sample_finished()
+        self.handle.sample_finished(self)
 
 
 def end_expired(samples: Iterable[Sample], now: float) -> list[Sample]:
@@ -159,9 +159,10 @@ class Handle:
         *,
         key: int = 0,
         room: int,
+        samples: Sequence[int] | None = None,
         timeout: float | None = None,
         stopping: Callable[[], StoppingCriterion] | None = None,
-        on_finish: Callable[[], None] = lambda: None,
+        on_finish: Callable[[Sample], None] = lambda sample: None,
     ) -> None:
         self.prompt, self.key = list(prompt), key
         self.deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -177,7 +178,7 @@ class Handle:
                 thought=None if params.thinking is None else ThoughtBudget(params.thinking),
                 stopping=None if stopping is None else stopping(),
             )
-            for index in range(params.n)
+            for index in (range(params.n) if samples is None else samples)
         ]
         self.wakers: list[Callable[[], None]] = []  # of readers, called for every token
         self._on_finish = on_finish
@@ -207,7 +208,7 @@ class Handle:
         """
         if not self._finished.wait(timeout):
             raise TimeoutError(f"the request was not done after {timeout} s")
-        self._check()
+        self.check()
         return self.completions
 
     def __enter__(self) -> Handle:
@@ -269,11 +270,11 @@ class Handle:
                     completion.top_logprobs[start:end],
                     completion.finish_reason if done else None,
                 )
-        self._check()
+        self.check()
 
-    def sample_finished(self) -> None:
+    def sample_finished(self, sample: Sample) -> None:
         self._unfinished -= 1
-        self._on_finish()
+        self._on_finish(sample)
         if not self._unfinished:
             self._finished.set()
         self.wake()
@@ -290,7 +291,8 @@ class Handle:
             if not sample.done:
                 sample.finish("cancelled")
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise EngineError where a step failed."""
         if self.error is not None:
             raise EngineError(f"the request failed in the engine: {self.error!r}") from self.error
 
