@@ -35,6 +35,7 @@ class Progress:
         self._fresh = 0  # steps made here, not before a resume: only they count for the speed
         self._amount = 0.0
         self._begun_amount, self._under_way = 0.0, 0  # of steps that are not done
+        self._seconds, self._told = 0.0, 0.0  # that steps have taken together, until when
         self._shown = not quiet and dist.is_main()
         self._bar: Bar | None = None
         self._numbers: dict[str, float] = {}
@@ -74,7 +75,9 @@ class Progress:
 
     def working(self, amount: float, under_way: int) -> None:
         """Tells the amount of steps that are under way together, and how many these are."""
-        self._begun_amount, self._under_way = amount, under_way
+        now = time.monotonic()
+        self._seconds += (now - max(self._told, self._begun)) * max(self._under_way, under_way)
+        self._begun_amount, self._under_way, self._told = amount, under_way, now
         self._show(0)
 
     def _show(self, steps: int) -> None:
@@ -97,14 +100,13 @@ class Progress:
         return "  ".join(parts)
 
     def _left(self, elapsed: float) -> float:
-        """Seconds left, at the speed so far; a step under way counts as half of one.
+        """Seconds left at the speed so far.
 
-        Without that, the first of sixty-four answers that are written together would stand for a
-        speed of one answer in all the time until then.
+        The first of many steps under way to end is the shortest: the others count as an eighth of
+        one. The last ones are the longest: what is under way needs half of a mean step's time.
         """
-        left = self.total - self.done
-        half = min(self._under_way, left) / 2
-        return (left - half) * elapsed / (self._fresh + half)
+        left = (self.total - self.done) * elapsed / (self._fresh + self._under_way / 8)
+        return max(left, self._seconds / self._fresh / 2 if self._under_way else 0.0)
 
     def _print(self) -> None:
         self._printed, self._last = time.monotonic(), self.done
