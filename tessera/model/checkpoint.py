@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tessera import dist
+from tessera.model import gguf
 from tessera.model.families import config_dict, config_json, read_config
 from tessera.model.source import PICKLES, CheckpointError, pickle_error, resolve
 from tessera.model.transformer import Transformer, holding
@@ -323,6 +324,9 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
     Raises CheckpointError: a shard missing, truncated, corrupt, or without a tensor the index
     puts there; no safetensors at all; pickle.
     """
+    if (directory / gguf.INDEX).is_file():
+        found = gguf.tensors(directory).items()
+        return {name: Stored(directory / one.file, one.shape) for name, one in found}
     if (directory / INDEX).is_file():
         return _find_sharded(directory)
     if (directory / SINGLE).is_file():
@@ -381,6 +385,11 @@ def _opened(file: Path) -> Iterator[Any]:
 def _read(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """The tensors, shard by shard; each is a view of its file until it is copied."""
     for file in sorted({where.file for where in stored.values()}):
+        if file.suffix == ".gguf":
+            found = gguf.tensors(file.parent)
+            for name in (name for name, where in stored.items() if where.file == file):
+                yield name, torch.from_numpy(gguf.read_tensor(file.parent, found[name]))
+            continue
         with _opened(file) as shard:
             for name in (name for name, where in stored.items() if where.file == file):
                 tensor = shard.get_tensor(name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tessera.model import gguf
 from tessera.model.config import ModelConfig
 from tessera.model.families import read_config
 from tessera.runs.files import RunError
@@ -29,7 +31,8 @@ def load_config(source: str | Path) -> ModelConfig:
 
 
 def resolve(source: str | Path) -> Path:
-    """The directory that holds `config.json`: of a finished run, a model directory or a hub id.
+    """The directory that holds `config.json`: of a finished run, a model directory, a GGUF file or
+    a hub id.
 
     Raises CheckpointError.
     """
@@ -39,6 +42,8 @@ def resolve(source: str | Path) -> Path:
     if path.is_file():
         if path.name == "config.json" or path.suffix == ".safetensors":
             return path.parent
+        if path.suffix == ".gguf" or gguf.is_gguf(path):
+            return gguf.directory_of(path)
         if path.suffix in PICKLES:
             raise pickle_error(path)
         raise CheckpointError(f"{path} is a file; give the directory that holds its config.json")
@@ -65,9 +70,20 @@ def _model_in(directory: Path) -> Path:
         return directory / "model"
     if (directory / "config.json").is_file():
         return directory
+    if files := sorted(directory.glob("*.gguf")):
+        return _one_of(files)
     runs = [run.name for run in runs_in(directory)]
     hint = f"; it holds the runs {', '.join(runs)}: name one" if runs else ""
     raise CheckpointError(f"{directory} holds no config.json, so it is no model directory{hint}")
+
+
+def _one_of(files: Sequence[Path]) -> Path:
+    """The directory of the one model among these GGUF files. Raises CheckpointError."""
+    first = [one for one in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", one.name)]
+    if len(first) == 1:
+        return gguf.directory_of(first[0])
+    names = ", ".join(one.name for one in first[:5])
+    raise CheckpointError(f"{files[0].parent} holds several GGUF models: name one of {names}")
 
 
 def _download(name: str) -> Path:
@@ -97,6 +113,8 @@ def model_config(path: str | Path) -> ModelConfig:
     A run's is that of its model, or the one its search chose. Raises RunError where there is none.
     """
     path = Path(path)
+    if path.is_file() and gguf.is_gguf(path):
+        return read_config(gguf.directory_of(path))
     for file in (path, path / "config.json", path / "model" / "config.json"):
         if file.is_file():
             return read_config(file)
