@@ -83,7 +83,7 @@ class Here:
 
 
 class Ours(Here):
-    """batches: each waits for the whole of the one before, as stages asked before `as_completed`."""
+    """batches: each waits for the whole of the one before, as stages once asked."""
 
     def __init__(self, path: Path, rows: int, int8: bool = False, batches: bool = False) -> None:
         module = load_model(path, frozen=True)
