@@ -30,7 +30,7 @@ STAGES = {
 tasks = ["calc@1"]
 limit = 8
 max_tokens = 24
-on = { temperature = 1.0, samples = 2 }
+none = { temperature = 1.0, samples = 3 }
 workers = 1
 """,
     "profile": """

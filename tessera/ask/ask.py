@@ -20,15 +20,16 @@ class AskError(ValueError):
 class Request:
     """One sample of one conversation.
 
-    teacher: the name of its table. sample: numbers the samples of one conversation. mode: the
-    reasoning switch for the chat template. embed: a vector is wanted instead of an answer.
+    teacher: the name of its table. sampling: with `chat_template_kwargs`, if any. sample: numbers
+    the samples of one conversation. mode: what a model of this process is told by its own switch,
+    None: nothing. embed: a vector is wanted instead of an answer.
     """
 
     teacher: str
     messages: list[Message]
     sampling: dict[str, Any] = field(default_factory=dict)
     sample: int = 0
-    mode: Mode = "off"
+    mode: Mode | None = None
     embed: bool = False
 
     def key(self, model: str) -> str:

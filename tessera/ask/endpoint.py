@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from tessera.ask.ask import AskError, Receive, Reply, Request, Working
+from tessera.data.thought import CLOSE, OPEN
 from tessera.runs.files import FailureError
 from tessera.runs.recipe import Config
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 REFUSED = {401: "the key is refused", 403: "access is refused", 404: "no such model or path"}
 EMBED_BATCH = 32  # texts of one request to /embeddings
 ALLOWED_FAILURES = 20  # whatever their share
+# What a template opened and a server left in the text: its end stands at the end of a line, while
+# an answer that speaks of the tag goes on behind it.
+_THOUGHT_LEFT = re.compile(rf"((?:(?!{OPEN}|{CLOSE}).)*){CLOSE}[ \t]*(?:\n\s*(.*))?\Z", re.S)
 
 
 class EndpointConfig(Config):
@@ -169,6 +174,8 @@ def _parse(text: str, count: int) -> list[Reply] | None:
                 thought = message.get("reasoning_content") or message.get("reasoning")
                 if not isinstance(answer, str) or not isinstance(thought, str | None):
                     return None
+                if thought is None and (left := _THOUGHT_LEFT.match(answer)):
+                    thought, answer = left[1].strip(), left[2]
                 reason = str(choice.get("finish_reason") or "stop")
                 tokens = int((more.get("usage") or {}).get("completion_tokens") or 0)
                 return [Reply(answer, thought, reason, tokens)]

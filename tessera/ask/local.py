@@ -13,6 +13,7 @@ from pydantic import Field
 
 from tessera import dist
 from tessera.ask.ask import AskError, Receive, Reply, Request, Working
+from tessera.data.switch import Switch
 from tessera.data.thought import Splitter
 from tessera.model.source import resolve
 from tessera.runs.files import fingerprint
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tessera.generate.engine import GenerationRequest
 
 SAMPLING = {"max_tokens", "temperature", "top_p"}
+TEMPLATE = "chat_template_kwargs"  # in a request's sampling: variables of the chat template
 SORTED_BATCHES = 64  # whose texts are sorted by length together
 DIGITS = 7  # of a vector's numbers on disk: those of a float32 below 1
 
@@ -35,11 +37,15 @@ class EngineConfig(EngineChoice):
 
     batch: requests generated at a time; another takes the place of each that ends. asking: "text"
     is for a base model, whose prompt is the question and a newline instead of a chat template.
+    switch: how the model is told to think (data/switch.py), its own where not given.
+    chat_template_kwargs: further variables of its template.
     """
 
     kind: Literal["engine"]
     batch: int = Field(default=64, ge=1)
     asking: Literal["chat", "text"] = "chat"
+    switch: Switch | None = None
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 class LocalAnswerer:
@@ -57,7 +63,9 @@ class LocalAnswerer:
             raise AskError('a teacher of kind "engine" needs the stage\'s model = "RUN OR PATH"')
         self.engine = open_engine(config, load_model(model, frozen=True), config.batch)
         self.tokenizer = load_tokenizer(model)
-        self.encoder = ChatEncoder.of(self.tokenizer) if config.asking == "chat" else None
+        chats = config.asking == "chat"
+        self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch) if chats else None
+        self.variables = config.chat_template_kwargs
         self.model, self.batch, self.seed = fingerprint_path(model), config.batch, seed
 
     def ask(
@@ -98,7 +106,8 @@ class LocalAnswerer:
 
     def _prompt(self, request: Request) -> list[int]:
         if self.encoder is not None:
-            return self.encoder.prompt(request.messages, request.mode)
+            variables = {**self.variables, **request.sampling.get(TEMPLATE, {})}
+            return self.encoder.prompt(request.messages, request.mode, variables=variables)
         return self.tokenizer.encode(request.messages[-1]["content"] + "\n", bos=True)
 
 

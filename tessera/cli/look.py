@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tessera.cli.common import MODEL, Json, choose, command, complain, data, print_json
+from tessera.cli.common import (
+    MODEL,
+    Json,
+    Switch,
+    checked_switch,
+    choose,
+    command,
+    complain,
+    data,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from tessera.data.chat import Document
@@ -109,10 +119,7 @@ def audit_data(
         list[int] | None, typer.Option(min=1, help="Print this row; may be repeated.")
     ] = None,
     turns: Annotated[str, typer.Option(help="Train all answers of a chat, or the last.")] = "all",
-    switch: Annotated[
-        str,
-        typer.Option(help='"detailed thinking", "/no_think" or a variable of the template.'),
-    ] = "detailed thinking",
+    switch: Switch = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -127,7 +134,7 @@ def audit_data(
 
     choose("--turns", turns, "all", "last")
     home = Path(tokenizer) if Path(tokenizer).exists() else resolve(tokenizer)
-    encoder = ChatEncoder.of(load_tokenizer(home), turns, switch)  # type: ignore[arg-type]
+    encoder = ChatEncoder.of(load_tokenizer(home), turns, checked_switch(switch))  # type: ignore[arg-type]
     kept: dict[int, list[Document] | str] = {}
 
     def keep(number: int, documents: list[Document] | str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessera.data.chat import ChatEncoder, Document
+from tessera.data.chat import ChatEncoder, Document, without_old_thoughts
 from tessera.data.conversation import Chat
 from tessera.data.dialects import read_chats
 from tessera.data.readers import Bad, DataError
@@ -119,7 +119,8 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     last, (start, stop) = documents[-1], _stretches(documents[-1])[-1]
     wanted = split_message(chat.messages[-1])
     written, before = decode(last.ids[start:stop]), decode(last.ids[:start])
-    asked = encoder.prompt(chat.messages[:-1], chat.mode, chat.tools)
+    sent = without_old_thoughts(chat.messages[:-1])
+    asked = encoder.prompt(sent, chat.mode, chat.tools)
     opened = opens(decode(asked))
     told = split(written, opened)
     begins = opened or written.lstrip().startswith(OPEN)

@@ -2,25 +2,34 @@
 
 A trained turn is what an engine would be asked (the prompt) and would have to write (the
 completion, to the token that ends the turn), each encoded apart. The template is asked for each
-prompt anew, because templates cut old thoughts out of the history.
+prompt anew, because templates cut old thoughts out of the history. `ChatEncoder.prompt` is the one
+place where a model is asked: its ids are those of transformers' `apply_chat_template`.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from tessera.data.conversation import Chat, Message, Mode, answer_fault, fault
-from tessera.data.switch import DETAILED, set_switch
-from tessera.data.template import Template, TemplateError, template_of
+from tessera.data.switch import (
+    DETAILED,
+    NONE,
+    is_variable,
+    recorded_switch,
+    set_switch,
+    switch_of_model,
+)
+from tessera.data.template import RESERVED, RUN_DATE, Template, TemplateError, template_of
 from tessera.data.thought import CLOSE, OPEN, split, split_message
 from tessera.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "all"]
-RULES = "chat-1"  # changed whenever a conversation becomes other ids than before
+RULES = "chat-2"  # changed whenever a conversation becomes other ids than before
 _OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
 _Pairs = list[tuple[str, str]]
 
@@ -40,31 +49,68 @@ class Document:
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """How the conversations of a set become ids. switch: how the mode is said (switch.py)."""
+    """How conversations become ids.
+
+    switch: how the mode is said (switch.py). default: the mode where nobody asks for one.
+    """
 
     tokenizer: Tokenizer
     template: Template
     turns: Turns = "all"
-    switch: str = DETAILED
+    switch: str = NONE
+    default: Mode | None = None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, turns: Turns = "all", switch: str = DETAILED) -> ChatEncoder:
-        """With the tokenizer's template. Raises TemplateError where there is none to be had."""
-        return cls(tokenizer, template_of(tokenizer), turns, switch)
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        turns: Turns = "all",
+        switch: str | None = None,
+        *,
+        today: bool = False,
+    ) -> ChatEncoder:
+        """With the tokenizer's template, and its model's own switch where none is given.
+
+        A model that was trained with `detailed thinking` has always been told; it is told "off"
+        where nobody asks. Raises TemplateError for a template that there is not, or that does not
+        read the variable given as switch.
+        """
+        template = template_of(tokenizer, today=today)
+        found = switch or switch_of_model(tokenizer.home, template)
+        if switch and is_variable(switch) and switch not in template.variables:
+            read = ", ".join(template.variables) or "none"
+            raise TemplateError(f"the chat template reads no variable {switch}; it reads {read}")
+        told = DETAILED in (switch, recorded_switch(tokenizer.home)) and found == DETAILED
+        return cls(tokenizer, template, turns, found, "off" if told else None)
 
     @property
     def identity(self) -> list[Any]:
         """What the documents of a conversation follow from, beside itself."""
-        rules = [self.turns, self.switch, self.tokenizer.eos_ids]
+        rules = [self.turns, self.switch, self.tokenizer.eos_ids, str(RUN_DATE.date())]
         return [RULES, self.tokenizer.fingerprint(), self.template.fingerprint(), *rules]
 
     def prompt(
-        self, messages: Sequence[Message], mode: Mode, tools: Sequence[dict[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        mode: Mode | None,
+        tools: Sequence[dict[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The ids that an engine is asked with."""
-        messages, variables = set_switch(messages, mode, self.switch)
-        text = _Turns(self.template, messages, tools, variables).prompt(len(messages))
-        return self.tokenizer.encode(text, special=True)
+        """The ids that an engine is asked with; mode None: as the template stands.
+
+        variables: what the template is given beside the switch, `chat_template_kwargs` of an API.
+        The tokenizer's marks in what others than the assistant say are characters.
+        """
+        if taken := sorted(set(variables or ()) & set(RESERVED)):
+            raise TemplateError(f"chat_template_kwargs cannot set {', '.join(taken)}")
+        messages, said = set_switch(messages, mode, self.switch)
+        fence = _Fence(self._special, [messages, list(tools)])
+        spoken = [one if one["role"] == "assistant" else fence.around(one) for one in messages]
+        turns = _Turns(
+            self.template, spoken, fence.around(list(tools)), {**said, **(variables or {})}
+        )
+        text = turns.render(spoken, add_generation_prompt=True)
+        return fence.encode(text, self.tokenizer)
 
     def encode(self, chat: Chat) -> list[Document]:
         """The documents of a conversation. Raises ChatError for what must not be trained on."""
@@ -170,6 +216,46 @@ class ChatEncoder:
         return None
 
 
+class _Fence:
+    """Characters that occur nowhere, around the tokenizer's marks in what a template is given.
+
+    What somebody wrote is then told apart from what the template writes, and read as characters:
+    `sanitize_control_tokens` of transformers, with its ids.
+    """
+
+    def __init__(self, marks: re.Pattern[str], given: Any) -> None:
+        told = json.dumps(given, ensure_ascii=False, default=str)
+        # Printable ones, which a template's `string` filter leaves as they are: Braille first.
+        free = (one for one in map(chr, range(0x2800, 0xA000)) if one not in told)
+        self.left, self.right, self.marks = next(free), next(free), marks
+        self.used = False
+
+    def around(self, value: Any) -> Any:
+        """The value with every mark in its texts fenced in."""
+        if isinstance(value, str):
+            fenced, count = self.marks.subn(rf"{self.left}\g<0>{self.right}", value)
+            self.used |= count > 0
+            return fenced
+        if isinstance(value, Mapping):
+            return {key: self.around(one) for key, one in value.items()}
+        return [self.around(one) for one in value] if isinstance(value, list) else value
+
+    def encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """The ids of a rendered text without the fences."""
+        if not self.used:
+            return tokenizer.encode(text, special=True)
+        whole = f"{self.left}({self.marks.pattern}){self.right}|[{self.left}{self.right}]"
+        first, *others = re.split(whole, text)
+        ids, line = tokenizer.encode(first, special=True), tokenizer.encode("\n", special=True)
+        for number, piece in enumerate(others):  # marks and what is between them, in turn
+            if piece:  # behind a line feed, because some vocabularies put a space before a text
+                special = number % 2 == 1
+                found = tokenizer.encode(f"\n{piece}", special=special)
+                alone = found[: len(line)] != line
+                ids += tokenizer.encode(piece, special=special) if alone else found[len(line) :]
+        return ids
+
+
 def _answers(messages: Sequence[Message], mode: Mode) -> Iterator[int]:
     """The answers that are trained: those that do what the switch says, and the last one.
 
@@ -193,13 +279,8 @@ class _Turns:
     variables: dict[str, Any]
 
     def before(self, index: int) -> list[Message]:
-        """The history of a message, without thoughts from before the last question.
-
-        Those since then, between calls of tools, are the template's to cut or keep.
-        """
-        history = self.messages[:index]
-        asked = max((i for i, one in enumerate(history) if one["role"] == "user"), default=0)
-        return [_without_thought(one) if i < asked else one for i, one in enumerate(history)]
+        """The history of a message, as a client would send it."""
+        return without_old_thoughts(self.messages[:index])
 
     def prompt(self, index: int) -> str:
         return self.render(self.before(index), add_generation_prompt=True)
@@ -240,6 +321,15 @@ class _Turns:
 
     def render(self, messages: list[Message], **more: Any) -> str:
         return self.template.render(messages, tools=self.tools, **self.variables, **more)
+
+
+def without_old_thoughts(messages: Sequence[Message]) -> list[Message]:
+    """A history without thoughts from before the last question, which nobody sends back.
+
+    Those since then, between calls of tools, are the template's to cut or keep.
+    """
+    asked = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=0)
+    return [_without_thought(one) if i < asked else one for i, one in enumerate(messages)]
 
 
 def _without_thought(message: Message) -> Message:

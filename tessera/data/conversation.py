@@ -119,7 +119,7 @@ def _parts(index: int, parts: list[Any]) -> Message:
         else:
             raise SchemaError(f"message {index} has a part of type {kind!r}, which is no text")
     thought = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
-    return {"content": "".join(texts), **thought, **({"tool_calls": calls} if calls else {})}
+    return {"content": "\n".join(texts), **thought, **({"tool_calls": calls} if calls else {})}
 
 
 def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tessera import dist
 from tessera.data.batch import chunks, fill
 from tessera.data.chat import ChatEncoder
-from tessera.data.config import BPE, DataConfig, Reading
+from tessera.data.config import BPE, DataConfig, Reading, unsaid
 from tessera.data.dataset import local_dataset
 from tessera.data.documents import WINDOW
 from tessera.data.encode import Encoder, Portion
@@ -29,11 +29,11 @@ from tessera.data.problems import SPLITS, Split
 from tessera.data.readers import Bad, DataError
 from tessera.data.sources import Source
 from tessera.data.store import TokenCache, TokenWriter
-from tessera.data.template import FILE as TEMPLATE_FILE
+from tessera.data.switch import NONE, record_switch, switches_of
 from tessera.data.template import template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from tessera.progress import Progress
-from tessera.runs.files import atomic_write, writing
+from tessera.runs.files import writing
 from tessera.runs.run import Run
 
 CACHE = ".tokens"
@@ -207,6 +207,12 @@ def say_beginning(run: Run, readings: Mapping[str, Reading]) -> None:
     run.say(" and ".join(what))
 
 
+def say_unsaid(run: Run, where: str, reading: Reading, chats: ChatEncoder | None) -> None:
+    """A warning where rows say how to think and nothing tells the model."""
+    if chats is not None and chats.switch == NONE and (lacking := unsaid(reading)):
+        run.say(f"{where}warning: {lacking}")
+
+
 def say_rows(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each source and split."""
     for row in rows:
@@ -241,6 +247,10 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
             quarantine(run, sources, config.max_bad)
         tokenizer = choose_tokenizer(config, inputs.get("model"), sources)
         encoders = [encoder_of(config, source.reading, tokenizer) for source in sources]
+        chats = {source.name: one.chats for source, one in zip(sources, encoders, strict=True)}
+        switch = switches_of({name: one.switch for name, one in chats.items() if one})
+        for source in sources:
+            say_unsaid(run, source.where, source.reading, chats[source.name])
         before = cache.hits
         steps = sum(len(one.units) + len(one.heldout_units) + len(one.tasks) for one in sources)
         with Progress("tokenising", steps, "tokens", quiet=run.quiet) as bar:
@@ -254,8 +264,9 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
             units = sum(len(source.entries) for source in sources)
             run.say(f"{known} of {units} inputs were tokenised before ({cache.directory})")
         tokenizer.save(run.path / "tokenizer")
-        if any(source.reading.chats for source in sources):
-            atomic_write(run.path / "tokenizer" / TEMPLATE_FILE, template_of(tokenizer).source)
+        if any(source.reading.chats for source in sources):  # what a model of it is asked with
+            template_of(tokenizer).save(run.path / "tokenizer")
+            record_switch(run.path / "tokenizer", switch)
         run.write_table("summary", rows)
         named = {
             source.name: {"weight": config.shares[source.name], "quarantined": source.num_bad}

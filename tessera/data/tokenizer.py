@@ -45,6 +45,7 @@ SIDE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+TEMPLATES = "additional_chat_templates"  # a directory of those that have a name
 
 
 class TokenizerError(ValueError):
@@ -92,7 +93,12 @@ class Tokenizer:
 
     def special_names(self) -> dict[str, str]:
         """bos_token, eos_token, pad_token and what its files name (unk_token …), for templates."""
-        return self._own_names() | ({} if self.home is None else _named_specials(self.home))
+        if self.home is None:
+            return self._own_names()
+        config = _read_json(self.home / "tokenizer_config.json")
+        unnamed = {key for key, value in config.items() if value is None}  # as in transformers
+        found = self._own_names() | _named_specials(self.home)
+        return {key: token for key, token in found.items() if key not in unnamed}
 
     def _own_names(self) -> dict[str, str]:
         eos = self.eos_ids[0] if self.eos_ids else None
@@ -148,6 +154,7 @@ class Tokenizer:
                 target = directory / name
                 if source and source.is_file() and source.resolve() != target.resolve():
                     shutil.copyfile(source, target)
+            copy_templates(self.home, directory)
         if isinstance(self, Fast) and not (directory / "tokenizer.json").is_file():
             atomic_write(directory / "tokenizer.json", self.tokenizer.to_str(pretty=True))
         ids = {
@@ -374,6 +381,14 @@ def _finish(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
     ends = [made.token_id(token) for token in (EOS, CHAT_MARKS[-1])]
     made.eos_ids = tuple(i for i in ends if i is not None)
     return made
+
+
+def copy_templates(source: Path | None, target: Path) -> None:
+    """Copies the named chat templates of a tokenizer's directory."""
+    for path in () if source is None else sorted(source.glob(f"{TEMPLATES}/*.jinja")):
+        (target / TEMPLATES).mkdir(exist_ok=True)
+        if path.resolve() != (target / TEMPLATES / path.name).resolve():
+            shutil.copyfile(path, target / TEMPLATES / path.name)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

@@ -9,6 +9,7 @@ of `Arguments`. Needs `tessera[harness]`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import sys
@@ -21,8 +22,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 
+from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode
-from tessera.data.switch import DETAILED, set_switch
+from tessera.data.switch import Switch, SwitchError, require_switch, set_switch
 from tessera.data.template import TemplateError, template_of
 from tessera.data.thought import Thought, split
 from tessera.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -135,8 +137,10 @@ class HarnessError(ValueError):
 class Arguments(Config):
     """The words of `--model_args`.
 
-    pretrained: a run, a model directory or a hub id. thinking: says the mode in the system prompt
-    of `--apply_chat_template`, `switch` how; left out, prompts stand as the task wrote them.
+    pretrained: a run, a model directory or a hub id. thinking: says the mode in the prompts of
+    `--apply_chat_template`, `switch` how (data/switch.py), the model's own where not given; without
+    thinking, prompts are rendered as the task wrote them. chat_template_kwargs: further variables
+    of the chat template.
     keep_thought: show thoughts to the task's filters; else it sees the answer, "" where none came,
     and stop strings count in the answer alone. add_bos_token: left out, where the tokenizer names
     one. max_length: of prompt and completion, at most the model's. max_gen_toks: of a completion
@@ -147,7 +151,8 @@ class Arguments(Config):
 
     pretrained: str
     thinking: Mode | None = None
-    switch: str = DETAILED
+    switch: Switch | None = None
+    chat_template_kwargs: dict[str, Any] = {}
     keep_thought: bool = False
     add_bos_token: bool | None = None
     max_length: int | None = Field(default=None, ge=2)
@@ -233,16 +238,22 @@ class TesseraLM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str:
         return template_of(self.codec).source if chat_template else ""
 
+    @functools.cached_property
+    def encoder(self) -> ChatEncoder:
+        """Raises SwitchError where a mode is to be said and the model has no switch."""
+        found = ChatEncoder.of(self.codec, switch=self.asked.switch)
+        require_switch(found.switch, self.asked.thinking, self.asked.pretrained)
+        return found
+
     def apply_chat_template(
         self, chat_history: list[Message], add_generation_prompt: bool = True
     ) -> str:
         """The prompt of a conversation. Without a generation prompt it ends within the last answer,
         which the model is to continue. Raises TemplateError.
         """
-        history, variables = list(chat_history), {}
-        if self.asked.thinking is not None:
-            history, variables = set_switch(history, self.asked.thinking, self.asked.switch)
-        template = template_of(self.codec)
+        encoder = self.encoder
+        history, variables = set_switch(chat_history, self.asked.thinking, encoder.switch)
+        template, variables = encoder.template, variables | self.asked.chat_template_kwargs
         if add_generation_prompt:
             return template.render(history, add_generation_prompt=True, **variables)
         text, begun = template.render(history, **variables), history[-1]["content"].strip()
@@ -372,7 +383,7 @@ def main() -> None:
     ours = (CheckpointError, GenerationError, HarnessError, RecipeError)
     try:
         cli_evaluate()
-    except (*ours, TemplateError, TokenizerError) as error:
+    except (*ours, SwitchError, TemplateError, TokenizerError) as error:
         sys.exit(f"error: {error}")
 
 

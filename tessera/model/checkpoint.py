@@ -144,6 +144,7 @@ TOKENIZER_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
     "chat_template.jinja",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # a directory of chat templates by name
 MAX_SHARD_BYTES = 5_000_000_000
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py", ".md")
 
@@ -166,7 +167,8 @@ def save_model(
         return
     directory = Path(directory)
     found = sorted(directory.iterdir()) if directory.exists() else []
-    foreign = [e.name for e in found if e.is_dir() or e.suffix not in _MODEL_SUFFIXES]
+    own = [e for e in found if e.name != TEMPLATES]
+    foreign = [e.name for e in own if e.is_dir() or e.suffix not in _MODEL_SUFFIXES]
     if foreign or (found and not (directory / "config.json").is_file()):
         raise CheckpointError(
             f"{directory} is no model's and would be replaced; choose another directory. It holds "
@@ -212,8 +214,10 @@ def write_model(
         source = Path(tokenizer_from)
         if not source.is_dir():
             raise CheckpointError(f"{source} is no directory to copy a tokenizer from")
-        for name in TOKENIZER_FILES:
+        names = [Path(TEMPLATES) / one.name for one in source.glob(f"{TEMPLATES}/*.jinja")]
+        for name in (*TOKENIZER_FILES, *names):
             if (source / name).is_file():
+                (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, directory / name)
 
 

@@ -25,7 +25,7 @@ from tessera.data.conversation import Message, Mode
 from tessera.data.dialects import read_chats
 from tessera.data.problems import problem
 from tessera.data.readers import Bad, DataError, expand
-from tessera.data.switch import DETAILED, set_switch
+from tessera.data.switch import NONE, Switch, set_switch
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine, GenerationRequest, SamplingParams
 from tessera.generate.text import completion_text
@@ -49,12 +49,13 @@ ANSWERS = ("answer", "expected_answer", "ground_truth")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """messages: with the switch of `mode`. fields: what rewards judge by. pass_rate: the share of
-    `samples` judged answers that were right; None, it was not measured."""
+    """messages: with the switch of `mode`, None for a model without a switch. fields: what rewards
+    judge by. pass_rate: the share of `samples` judged answers that were right; None, it was not
+    measured."""
 
     id: str
     messages: list[Message]
-    mode: Mode
+    mode: Mode | None
     fields: Mapping[str, Any] = field(default_factory=dict)
     pass_rate: float | None = None
     samples: int = 0
@@ -63,21 +64,25 @@ class Prompt:
 class PromptsConfig(Config):
     """tasks: number of problems by name (`"calc@6" = 400`). paths: files of chats. off: the share
     of prompts with reasoning off, so that the switch is trained on both sides. switch: how the mode
-    is said, "detailed thinking", "/no_think" or a variable of the template."""
+    is said (data/switch.py), the model's own where not given; "none" says no mode."""
 
     tasks: dict[str, int] = {}
     paths: tuple[str, ...] = ()
     reasoning: Literal["on", "off"] = "on"
     off: float = Field(default=0.0, ge=0, le=1)
-    switch: str = DETAILED
+    switch: Switch | None = None
     limit: int | None = Field(default=None, ge=1)
 
 
-def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
-    """All prompts, each question once, reasoning off spread evenly. Raises DataError."""
+def collect(config: PromptsConfig, seed: int, switch: str | None = None) -> list[Prompt]:
+    """All prompts, each question once, reasoning off spread evenly. Raises DataError.
+
+    switch: the model's, which the config's goes before.
+    """
+    switch = config.switch or switch or NONE
     found: dict[str, Prompt] = {}
     for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
-        question, _ = set_switch(one.messages, "on", config.switch)  # the same in either mode
+        question, _ = set_switch(one.messages, "on", switch)  # the same in either mode
         found.setdefault(json.dumps(question), one)
     if not found:
         raise DataError(
@@ -86,8 +91,9 @@ def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
     prompts = []
     for number, prompt in enumerate(list(found.values())[: config.limit]):
         off = int((number + 1) * config.off) > int(number * config.off)
-        mode: Mode = "off" if off or config.reasoning == "off" else "on"
-        messages, _ = set_switch(prompt.messages, mode, config.switch)
+        mode: Mode | None = "off" if off or config.reasoning == "off" else "on"
+        mode = None if switch == NONE else mode
+        messages, _ = set_switch(prompt.messages, mode, switch)
         prompts.append(replace(prompt, messages=messages, mode=mode))
     return prompts
 
@@ -142,16 +148,15 @@ def sample_answers(
     params = SamplingParams(stop_token_ids=encoder.tokenizer.eos_ids, **sampling)  # type: ignore[arg-type]
     completions = engine.generate(ids, params, keys=keys)
     samples = [
-        Sample(
-            prompt.messages,
-            completion_text(encoder.tokenizer, own, one.token_ids),
-            dict(prompt.fields),
-            one.finish_reason == "length",
-        )
+        _sample(prompt, completion_text(encoder.tokenizer, own, one.token_ids), one.finish_reason)
         for prompt, own, of_prompt in zip(prompts, ids, completions, strict=True)
         for one in of_prompt
     ]
     return ids, completions, samples
+
+
+def _sample(prompt: Prompt, text: str, reason: str) -> Sample:
+    return Sample(prompt.messages, text, dict(prompt.fields), reason == "length", prompt.mode)
 
 
 def write(prompts: Sequence[Prompt]) -> str:
@@ -236,10 +241,7 @@ def judge(
         for start in range(0, len(missing), PORTION):
             part = missing[start : start + PORTION]
             rows = [(prompts[int(key.split("/")[0])], kept.get(key)) for key in part]
-            samples = [
-                Sample(p.messages, row["text"], dict(p.fields), row["finish_reason"] == "length")
-                for p, row in rows
-            ]
+            samples = [_sample(one, row["text"], row["finish_reason"]) for one, row in rows]
             for key, judged in zip(part, rubric(samples), strict=True):
                 first = judged.parts[rubric.names[0]]
                 verdicts.add(key, {"verdict": first.verdict, "reason": first.reason})
@@ -269,7 +271,9 @@ def measure(
 
 def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `profile`: write `prompts.jsonl` and `tables/pass_rates.jsonl`."""
-    prompts = collect(config, run.seed)
+    model = inputs["model"]
+    encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
+    prompts = collect(config, run.seed, encoder.switch)
     if not config.samples:
         run.write_file(FILE, write(prompts))
         return
@@ -277,8 +281,6 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
         raise RecipeError(f"{run.name}: give rewards, the first of which says what is right")
     for prompt in prompts:
         require_fields(config.rewards, prompt.fields)
-    model = inputs["model"]
-    encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
     engine = open_engine(config, load_model(model, frozen=True), config.batch)
     with closing(engine):
         found = measure(prompts, config, engine, encoder, run)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tessera.ask.endpoint import EndpointConfig
-from tessera.data.conversation import switch_of
+from tessera.data.conversation import Mode, switch_of
 from tessera.data.thought import split
 from tessera.rl.jail.run import Isolation, JailError, Limits, require_isolation
 from tessera.rl.verifiers import language, mathematics
@@ -40,13 +40,15 @@ class Sample:
     """One completion to be judged: its prompt's messages, its text, and its row's own fields.
 
     completion: the assistant's text, thoughts included, and the `<think>` that its prompt opened.
-    truncated: cut at the length limit.
+    truncated: cut at the length limit. mode: what the prompt asked for, where its messages do not
+    say it.
     """
 
     messages: Sequence[Mapping[str, str]]
     completion: str
     fields: Row
     truncated: bool = False
+    mode: Mode | None = None
 
     @property
     def answer(self) -> str:
@@ -119,7 +121,7 @@ class FormatReward(RewardConfig):
     kind: Literal["format"]
 
     def check(self, sample: Sample) -> Outcome:
-        switch = switch_of(sample.messages)
+        switch = sample.mode or switch_of(sample.messages)
         return verify_format(sample.completion, switch, truncated=sample.truncated)
 
 

@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera.data.conversation import SchemaError
-from tessera.data.switch import SwitchError
+from tessera.data.switch import Switch, SwitchError
 from tessera.data.template import TemplateError
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import ClosedError, GenerationError, QueueFullError
@@ -86,6 +86,7 @@ class ServeConfig(Config):
     prefix_cache: int = Field(default=0, ge=0)
     int8: bool = False
     web: bool = False
+    switch: Switch | None = None
 
 
 def api_keys(config: ServeConfig) -> tuple[str, ...]:
@@ -164,7 +165,7 @@ def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
         prefix_cache_tokens=config.prefix_cache,
         int8=config.int8,
     )
-    served = ServedModel(engine, load_tokenizer(directory), config.timeout)
+    served = ServedModel(engine, load_tokenizer(directory), config.timeout, config.switch)
     name = config.name or (path.resolve().name if path.exists() else model)
 
     def report(error: Exception) -> None:

@@ -6,9 +6,7 @@ as other servers do.
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tessera.data.chat import ChatEncoder
-from tessera.data.conversation import Message, tidy
+from tessera.data.conversation import tidy
 from tessera.data.switch import requested
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import SamplingParams
@@ -63,8 +61,8 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(SamplingRequest):
-    """`/v1/chat/completions`. The reasoning switch is set by the system prompt, `/no_think`,
-    reasoning_effort or chat_template_kwargs.enable_thinking; the last of these wins."""
+    """`/v1/chat/completions`. chat_template_kwargs: variables of the chat template. Who says
+    whether to think, and in which order: `data/switch.py`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -103,16 +101,20 @@ class CompletionRequest(SamplingRequest):
 
 @dataclass
 class ServedModel:
-    """An engine with the tokenizer of its model. timeout: seconds that a request may take."""
+    """An engine with the tokenizer of its model.
+
+    timeout: seconds that a request may take. switch: the model's own where not given (switch.py).
+    """
 
     engine: TorchEngine
     tokenizer: Tokenizer
     timeout: float
+    switch: str | None = None
 
     @cached_property
     def encoder(self) -> ChatEncoder:
         """Raises TemplateError for a model without a chat template."""
-        return ChatEncoder.of(self.tokenizer)
+        return ChatEncoder.of(self.tokenizer, switch=self.switch, today=True)
 
     def submit(self, request: ChatRequest | CompletionRequest) -> Session:
         """Raises what the template, the sampling and the queue raise."""
@@ -150,26 +152,15 @@ class ServedModel:
         return Session(handle, choices, tokenizer, chat, num_logprobs is not None)
 
     def _chat_prompt(self, request: ChatRequest) -> list[int]:
-        mode, messages = requested(
-            tidy([message.model_dump(exclude_none=True) for message in request.messages]),
-            enable_thinking=(request.chat_template_kwargs or {}).get("enable_thinking"),
-            reasoning_effort=request.reasoning_effort,
+        messages = tidy([message.model_dump(exclude_none=True) for message in request.messages])
+        variables, effort = dict(request.chat_template_kwargs or {}), request.reasoning_effort
+        mode = requested(
+            messages,
+            self.encoder.switch,
+            enable_thinking=variables.get("enable_thinking"),
+            reasoning_effort=effort,
         )
-        # The API wraps a tool: {"type": "function", "function": {…}}.
+        if effort is not None:
+            variables.setdefault("reasoning_effort", effort)
         tools = [] if request.tool_choice == "none" else request.tools or []
-        tools = [one["function"] if isinstance(one.get("function"), dict) else one for one in tools]
-        return self.encoder.prompt(self._without_specials(messages), mode or "off", tools)
-
-    def _without_specials(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages whose special tokens are broken up, so that nobody can end another's turn."""
-        specials = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-
-        def safe(message: Message) -> Message:
-            text = message.get("content")
-            if message["role"] == "assistant" or not isinstance(text, str):
-                return message
-            broken = pattern.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
-            return {**message, "content": broken}
-
-        return [safe(message) for message in messages]
+        return self.encoder.prompt(messages, mode or self.encoder.default, tools, variables)

@@ -28,7 +28,7 @@ def plain_grams(text: str, n: int) -> list[tuple[str, ...]]:
 @settings(max_examples=200, deadline=None)
 @given(st.text("aAbB c.é\n", max_size=20), st.integers(1, 4))
 def test_grams_are_runs_of_words(text: str, n: int):
-    assert word_grams(text, n) == set(plain_grams(text, n))
+    assert word_grams(text, n) == {hash(one) for one in plain_grams(text, n)}
 
 
 def test_numbers_count_as_one_word_when_masked():

@@ -13,6 +13,7 @@ import pytest
 
 from tessera.ask.ask import Receive, Reply, Request
 from tessera.data.conversation import Mode
+from tessera.data.switch import DETAILED
 from tessera.data.thought import CLOSE, OPEN
 from tessera.eval import scores
 from tessera.eval.answers import Asker, Conversation, Sampling, answer, conversations
@@ -132,7 +133,9 @@ def test_the_mean_is_over_items_and_its_error_that_of_the_items():
 
 def test_an_endpoint_is_told_the_mode_in_the_messages_or_in_its_templates_variable():
     teacher, item = Answerer(), ITEMS[0]
-    said = Asker(teacher, True).request(TASK, item.messages, "on", {}, 0)
+    said = Asker(teacher, True).request(TASK, item.messages, None, {}, 0)
+    assert said.messages == item.messages and said.sampling == {}
+    said = Asker(teacher, True, DETAILED).request(TASK, item.messages, "on", {}, 0)
     assert said.messages[0] == {"role": "system", "content": "detailed thinking on"}
     said = Asker(teacher, True, "enable_thinking").request(TASK, item.messages, "off", {}, 0)
     assert said.messages == item.messages

@@ -39,7 +39,7 @@ def read(text: str, stops: tuple[str, ...] = (), prompt: str = "", keep: bool = 
         (("<think>a\n\nb</think>\n\nc\n\nd", ("\n\n",), "", True), "<think>a"),
         (("a\n\nb</think>\n\nc\n\nd", ("\n\n",), "x<think>\n"), "c"),
         (("<think>a\n\nb", ()), ""),
-        (("a</think>\n\nb</think>", ()), "b</think>"),
+        (("a</think>\n\nb</think>", ()), "a</think>\n\nb</think>"),
         (("caf\u00e9 \u20ac", ("\u20ac",)), "caf\u00e9 "),
     ],
 )

@@ -84,8 +84,8 @@ def answers(where: Path, template: str, mode: str) -> list[Answer]:
     [
         (OPENING, "on", [1, 1, 0, 0], [True, False, False, False]),
         (OPENING, "off", [1, 1, 0, 0], [False] * 4),
-        (PLAIN, "on", [1, 1, 0, 1], [False, True, False, False]),
-        (PLAIN, "off", [1, 1, 0, 1], [False, False, True, True]),
+        (PLAIN, "on", [0, 1, 0, 1], [False, True, False, False]),  # the first closes nothing
+        (PLAIN, "off", [0, 1, 0, 1], [False, False, True, True]),
     ],
 )
 def test_a_thought_that_the_prompt_opens_is_judged_as_one(
@@ -99,7 +99,7 @@ def test_a_thought_that_the_prompt_opens_is_judged_as_one(
         assert one.parts["format"] == float(obedient[number] or exempt)
 
 
-@pytest.mark.parametrize(("template", "right"), [(OPENING, 2), (PLAIN, 3)])
+@pytest.mark.parametrize(("template", "right"), [(OPENING, 2), (PLAIN, 2)])
 def test_a_profile_reads_answers_as_the_training_does(tmp_path: Path, template: str, right: int):
     engine: Any = Parrot()
     config = ProfileConfig(samples=len(SAID), rewards=REWARDS, workers=1)

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tessera.data.chat import ChatEncoder
+from tessera.data.switch import DETAILED, record_switch
 from tessera.data.tokenizer import load_tokenizer, train_bpe
 from tessera.export import decilm
 from tessera.generate.engine import SamplingParams
@@ -43,7 +44,9 @@ ASKED: list[Any] = [{"role": "user", "content": "start 6 m+3 n*3 mod 10"}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("served")) / "parent"
+    home = made(tmp_path_factory.mktemp("served")) / "parent"
+    record_switch(home / "model", DETAILED)  # as if it were trained with it
+    return home
 
 
 @contextlib.contextmanager
