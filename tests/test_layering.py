@@ -59,7 +59,6 @@ CONFINED = {
     "jinja2": ["data/template.py", "report/page.py"],
     "reasoning_gym": ["data/problems.py"],
     "rich": ["progress.py", "data/audit.py", "serve/chat.py"],
-    "rensa": ["curate/steps/duplicates.py"],
     "safetensors": ["model", "puzzle/library.py", "export"],
     "sentencepiece": ["data/vocabulary.py"],
     "sentence_transformers": ["ask/local.py"],

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ class Answerer:
         self.model, self.stop, self.broken = model, stop, broken
         self.asked: list[Request] = []
 
-    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
+    def ask(self, requests: Iterable[Request], receive: Receive, working: Any = None) -> None:
         for request in requests:
             if len(self.asked) == self.stop:
                 raise KeyboardInterrupt
