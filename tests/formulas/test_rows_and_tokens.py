@@ -293,6 +293,7 @@ def test_reward_falls_over_the_buffer_before_the_limit(length, truncated, buffer
     [
         (" <think> a </think>\n b ", False, Thought("a", "b ", True)),
         ("a</think> b", True, Thought("a", "b", True)),
+        ("a</think> b", False, Thought(None, "a</think> b", False)),
         ("<think>a", False, Thought("a", "", False)),
         ("a <think>b</think>", False, Thought(None, "a <think>b</think>", False)),
         ("a <think>b</think>c", True, Thought("a <think>b", "c", True)),
