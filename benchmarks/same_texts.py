@@ -20,8 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import harness
 import torch
-from harness import DATA, Command, main, need, table, tiny_model
+from harness import DATA, Command, need, table, tiny_model
 
 TASKS = {"ifeval": 40, "humaneval": 164}
 
@@ -137,4 +138,4 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, Command(compare, _options, {"ifeval": 2, "humaneval": 2, "tokens": 8}, 1))
+    harness.main(__doc__, Command(compare, _options, {"ifeval": 2, "humaneval": 2, "tokens": 8}, 1))
