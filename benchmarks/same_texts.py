@@ -93,7 +93,8 @@ def tessera_texts(
             done = subprocess.run([*words, "--out", folder], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr[-2000:])
-            for line in Path(folder, "records.jsonl").read_text().splitlines():
+            (records,) = Path(folder).glob("*/records.jsonl")
+            for line in records.read_text().splitlines():
                 row = json.loads(line)
                 found[row["task"], str(row["item"])] = row["text"]
     return found
