@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from tessera.data.conversation import Chat, Message, Mode, answer_fault, fault
+from tessera.data.conversation import Chat, Message, Mode, answer_fault, fault, trained_answers
 from tessera.data.switch import (
     DETAILED,
     NONE,
@@ -124,12 +124,15 @@ class ChatEncoder:
             raise ChatError(found)
         return found
 
-    def encode_batch(self, chats: Sequence[Chat]) -> list[list[Document] | str]:
+    def encode_batch(
+        self, chats: Sequence[Chat], judge: Callable[[Chat], str | None] = fault
+    ) -> list[list[Document] | str]:
         """The documents of each conversation, or why it must not be trained on.
 
-        Every trained answer is in exactly one. The tokenizer's own threads share the texts.
+        Every trained answer is in exactly one. The tokenizer's own threads share the texts. judge:
+        why a conversation must not be trained on, whatever the template.
         """
-        plans = [self._plan(chat) for chat in chats]
+        plans = [self._plan(chat, judge) for chat in chats]
         texts = [text for pairs, _ in plans for pair in pairs for text in pair]
         ids = iter(self.tokenizer.encode_batch(texts, special=True))
         found: list[list[Document] | str] = []
@@ -144,30 +147,52 @@ class ChatEncoder:
                 found.append(str(error))
         return found
 
-    def _plan(self, chat: Chat) -> tuple[_Pairs, str]:
+    def _plan(self, chat: Chat, judge: Callable[[Chat], str | None]) -> tuple[_Pairs, str]:
         """((prompt, completion) texts of each trained turn, ""), or none and why.
 
         Of a template without a generation prompt, the stretches that are not and that are inside of
         its `{% generation %}`, and "marked".
         """
-        if reason := fault(chat) or self._forged(chat):
+        if reason := judge(chat) or self._forged(chat):
             return [], reason
         messages, variables = set_switch(chat.messages, chat.mode, self.switch)
         turns, last = _Turns(self.template, messages, chat.tools, variables), len(messages) - 1
-        before = turns.before(last)
+        chosen = list(_answers(messages, None if self.switch == NONE else chat.mode))
+        if self.turns == "last":
+            chosen = [index for index in chosen if index == last]
+        if not chosen:
+            return [], 'the last answer has weight 0, and turns = "last" trains no other'
+        before = turns.before(chosen[-1])
         try:
-            if not self.template.marks_generation or turns.prompt(last) != turns.render(before):
-                answers = _answers(messages, chat.mode) if self.turns == "all" else [last]
-                return [turns.split(index) for index in answers], ""
-            whole = [*before, messages[last]]
-            text, spans = self.template.spans(whole, tools=chat.tools, **variables)
+            if reason := _left_out(turns, chosen[-1]):
+                return [], reason
+            marks = self.template.marks_generation
+            if not marks or turns.prompt(chosen[-1]) != turns.render(before):
+                return [turns.split(index) for index in chosen], ""
+            return self._spans(turns, [*before, messages[chosen[-1]]], chosen), "marked"
         except TemplateError as error:
             return [], str(error)
+
+    def _spans(self, turns: _Turns, whole: list[Message], chosen: Sequence[int]) -> _Pairs:
+        """The stretches outside and inside of what the template marks as the chosen answers.
+
+        An answer whose thought was cut out of the history is none of them.
+        """
+        text, spans = self.template.spans(whole, tools=turns.tools, **turns.variables)
+        answers = [i for i, one in enumerate(whole) if one["role"] == "assistant"]
+        kept = [i for i in chosen if whole[i] == turns.messages[i]]
+        if len(spans) == len(answers):
+            spans = [span for i, span in zip(answers, spans, strict=True) if i in kept]
+        elif kept != answers:
+            raise TemplateError(
+                f"the template marks {len(spans)} of {len(answers)} answers with "
+                "{% generation %}, so those that are not to be trained cannot be told apart"
+            )
         pairs, at = [], 0
-        for start, stop in spans if self.turns == "all" else spans[-1:]:
+        for start, stop in spans:
             pairs.append((text[at:start], text[start:stop]))
             at = stop
-        return [*pairs, (text[at:], "")], "marked"
+        return [*pairs, (text[at:], "")]
 
     def _documents(
         self, pairs: _Pairs, encoded: Sequence[tuple[list[int], list[int]]], mode: Mode
@@ -185,6 +210,8 @@ class ChatEncoder:
                     "in tokenizer_config.json, or in generation_config.json"
                 )
             answer = written[: ends[-1] + 1]
+            if len(answer) == 1:
+                raise ChatError("the chat template renders the answer as nothing but its end")
             if before is None or prompt[: len(before.ids)] != before.ids:
                 before = Document([], [], mode)
                 documents.append(before)
@@ -214,10 +241,15 @@ class ChatEncoder:
 
     def _forged(self, chat: Chat) -> str | None:
         """Why the template's own marks in a message would let it speak for others."""
-        for index, message in enumerate(chat.messages):
-            for text in (message["content"], message.get("reasoning_content", "")):
+        places: list[tuple[str, Message]] = [("the list of tools", {"tool_calls": chat.tools})]
+        places += [(f"message {index}", one) for index, one in enumerate(chat.messages)]
+        for place, one in places:
+            texts = [one.get("content", ""), one.get("reasoning_content", "")]
+            if calls := one.get("tool_calls"):
+                texts.append(json.dumps(calls, ensure_ascii=False))
+            for text in texts:
                 if hit := self._special.search(text):
-                    return f"message {index} holds {hit[0]}, which the tokenizer reads as a mark"
+                    return f"{place} holds {hit[0]}, which the tokenizer reads as a mark"
         return None
 
 
@@ -261,17 +293,54 @@ class _Fence:
         return ids
 
 
-def _answers(messages: Sequence[Message], mode: Mode) -> Iterator[int]:
+def _answers(messages: Sequence[Message], mode: Mode | None) -> Iterator[int]:
     """The answers that are trained: those that do what the switch says, and the last one.
 
-    An answer without a thought after `detailed thinking on` would teach the model not to think.
-    OpenAI's `weight = 0` leaves an answer out.
+    An answer without a thought after `detailed thinking on` would teach the model not to think;
+    without a switch (mode None) each may think or not. OpenAI's `weight = 0` leaves an answer out,
+    the last one, too.
     """
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            last = index == len(messages) - 1
-            if last or (message.get("weight", 1) and answer_fault(message, mode) is None):
-                yield index
+    weighed = trained_answers(messages)
+    for index in weighed:
+        message = messages[index]
+        own: Mode = "off" if split_message(message).thought is None else "on"
+        if index == weighed[-1] or answer_fault(message, mode or own) is None:
+            yield index
+
+
+def _left_out(turns: _Turns, last: int) -> str | None:
+    """What of the calls and results of tools the template leaves out, so that it would be silence.
+
+    They are replaced by words that stand nowhere else, and looked for in what is rendered.
+    """
+    words: dict[str, str] = {}
+
+    def word(what: str) -> str:
+        found = f"tessera{len(words)}x"
+        words[found] = what
+        return found
+
+    messages = []
+    for one in [*turns.before(last), turns.messages[last]]:
+        if calls := one.get("tool_calls"):
+            one = one | {"tool_calls": [_worded(call, word) for call in calls]}
+        elif one["role"] == "tool":
+            one = one | {"content": word("what tools gave back")}
+        messages.append(one)
+    text = turns.render(messages) if words else ""
+    lost = next((what for found, what in words.items() if found not in text), None)
+    if lost is None:
+        return None
+    return (
+        f"the chat template leaves out {lost}, so a model would be trained on silence; take a "
+        "tokenizer whose template renders tool calls"
+    )
+
+
+def _worded(call: dict[str, Any], word: Callable[[str], str]) -> dict[str, Any]:
+    told, name = "the arguments of tool calls", word("the names of called tools")
+    arguments = {word(told): word(told)} if call["function"]["arguments"] else {}
+    return call | {"function": {"name": name, "arguments": arguments}}
 
 
 @dataclass(frozen=True)

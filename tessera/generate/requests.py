@@ -148,7 +148,7 @@ class Sample:
     def finish(self, reason: FinishReason) -> None:
         self.completion.finish_reason = reason
         self.done = True
-        self.handle.sample_finished()
+        self.handle.sample_finished(self)
 
 
 def end_expired(samples: Iterable[Sample], now: float) -> list[Sample]:
@@ -175,10 +175,11 @@ class Handle:
         *,
         key: int = 0,
         room: int,
+        samples: Sequence[int] | None = None,
         timeout: float | None = None,
         stopping: Callable[[], StoppingCriterion] | None = None,
         grammar: Callable[[], Grammar] | None = None,
-        on_finish: Callable[[], None] = lambda: None,
+        on_finish: Callable[[Sample], None] = lambda sample: None,
     ) -> None:
         self.prompt, self.key = list(prompt), key
         self.deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -195,7 +196,7 @@ class Handle:
                 stopping=None if stopping is None else stopping(),
                 grammar=None if grammar is None else grammar(),
             )
-            for index in range(params.n)
+            for index in (range(params.n) if samples is None else samples)
         ]
         self.wakers: list[Callable[[], None]] = []  # of readers, called for every token
         self._on_finish = on_finish
@@ -225,7 +226,7 @@ class Handle:
         """
         if not self._finished.wait(timeout):
             raise TimeoutError(f"the request was not done after {timeout} s")
-        self._check()
+        self.check()
         return self.completions
 
     def __enter__(self) -> Handle:
@@ -273,11 +274,11 @@ class Handle:
                     completion.top_logprobs[start:end],
                     completion.finish_reason if done else None,
                 )
-        self._check()
+        self.check()
 
-    def sample_finished(self) -> None:
+    def sample_finished(self, sample: Sample) -> None:
         self._unfinished -= 1
-        self._on_finish()
+        self._on_finish(sample)
         if not self._unfinished:
             self._finished.set()
         self.wake()
@@ -294,7 +295,8 @@ class Handle:
             if not sample.done:
                 sample.finish("cancelled")
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise EngineError where a step failed."""
         if self.error is not None:
             raise EngineError(f"the request failed in the engine: {self.error!r}") from self.error
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from tessera.data.tokenizer import Fast, Tokenizer, byte_characters
+from tessera.data.tokenizer import Tokenizer
+from tessera.data.vocabulary import byte_characters
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"  # SentencePiece's
@@ -17,13 +18,11 @@ class TokenBytes:
         self.tokenizer = tokenizer
         named = map(tokenizer.token_id, tokenizer.special_tokens)
         self.special = {token for token in named if token is not None}
-        self._added: set[str] = set()
+        rules = tokenizer.tokenizer
+        self._added = {one.content for one in rules.get_added_tokens_decoder().values()}
         self._bytes: dict[str, int] = {}  # of a byte-level vocabulary's characters
-        if isinstance(tokenizer, Fast):
-            rules = tokenizer.tokenizer
-            self._added = {one.content for one in rules.get_added_tokens_decoder().values()}
-            if "ByteLevel" in str(rules.decoder):
-                self._bytes = {shown: byte for byte, shown in enumerate(byte_characters())}
+        if "ByteLevel" in str(rules.decoder):
+            self._bytes = {shown: byte for byte, shown in enumerate(byte_characters())}
 
     def of(self, token: int) -> bytes:
         """Those that the token adds to a text that holds it; a special token's are its name's."""

@@ -1,13 +1,15 @@
 """The built-in engine: continuous batching over a per-layer KV cache, on any torch device.
 
-`submit` from any thread, and `step` until idle, which `EngineThread` does; `generate` is a queue
-filled at once.
+`submit` from any thread, and `step` until idle, which `EngineThread` does; `as_completed` fills the
+queue as it empties.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,20 +18,24 @@ import torch
 from tessera.generate.cache import Prefill, Slots
 from tessera.generate.engine import (
     ClosedError,
+    Completed,
     Completion,
     GenerationError,
-    Progress,
+    GenerationRequest,
     SamplingParams,
+    Working,
     check_sequences,
-    keys_of,
+    generate,
 )
 from tessera.generate.packed import Packed
-from tessera.generate.requests import Grammar, Handle, StoppingCriterion, Waiting
+from tessera.generate.requests import Grammar, Handle, Sample, StoppingCriterion, Waiting
 from tessera.generate.scheduler import Scheduler, Stats, similar
 from tessera.model.config import ModelConfig
 from tessera.model.transformer import Transformer
 
 SCORE_LOGITS = 2**24  # held at once while scoring
+AHEAD = 16  # batches of requests that are sorted by length together
+WORKING_SECONDS = 1.0  # between two calls of `working`
 IDLE_SECONDS = 0.5  # between two looks at the clock when nothing waits
 MAX_FAILURES = 5  # steps in a row that may fail before an engine counts as broken
 
@@ -157,41 +163,76 @@ class TorchEngine:
                 raise
             return not self.idle
 
+    def as_completed(
+        self, requests: Iterable[GenerationRequest], working: Working | None = None
+    ) -> Generator[Completed, None, None]:
+        """See `Engine.as_completed`. A completion also ends at max_position_embeddings."""
+        batch, flying = self._scheduler.max_batch_size, set[Handle]()
+        ended: deque[tuple[GenerationRequest, Sample]] = deque()
+        coming = _by_length(requests, AHEAD * batch)
+        told, unfinished = time.monotonic(), 0
+        try:
+            while True:
+                while unfinished < 2 * batch:  # as many wait as decode: no row stays empty
+                    if (request := next(coming, None)) is None:
+                        break
+                    handle = self._handle(request, ended)
+                    flying.add(handle)
+                    self.waiting.put([handle], bounded=False)
+                    unfinished += len(handle.samples)
+                if not unfinished:
+                    return
+                self.step()
+                while ended:
+                    request, sample = ended.popleft()
+                    unfinished -= 1
+                    if sample.handle.done:
+                        flying.discard(sample.handle)
+                    sample.handle.check()
+                    yield request, sample.index, sample.completion
+                if working is not None and time.monotonic() - told >= WORKING_SECONDS:
+                    told = time.monotonic()
+                    working(*self._under_way())
+        finally:
+            for handle in flying:
+                handle.cancel()
+            if flying:
+                with self._turn():
+                    self._scheduler.end_expired()
+
+    def check(self, requests: Sequence[GenerationRequest]) -> None:
+        """See `Engine.check`."""
+        prompts = [request.prompt for request in requests]
+        for params in dict.fromkeys(request.params for request in requests):
+            self._check(prompts, params)
+
+    def _handle(
+        self, request: GenerationRequest, ended: deque[tuple[GenerationRequest, Sample]]
+    ) -> Handle:
+        return Handle(
+            request.prompt,
+            request.params,
+            key=request.key,
+            room=self._check([request.prompt], request.params),
+            samples=request.samples,
+            stopping=request.stopping,
+            on_finish=lambda sample: ended.append((request, sample)),
+        )
+
+    def _under_way(self) -> tuple[int, int]:
+        """Tokens of the samples that decode, and how many these are."""
+        live = tuple(self._scheduler.live)
+        return sum(len(sample.completion.token_ids) for sample in live), len(live)
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         *,
         keys: Sequence[int] | None = None,
-        progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        """See `Engine.generate`. A completion also ends at max_position_embeddings."""
-        room = self._check(prompts, params)
-        total, finished, reported = len(prompts) * params.n, 0, 0
-
-        def count() -> None:
-            nonlocal finished
-            finished += 1
-
-        handles = [
-            Handle(prompt, params, key=key, room=room, on_finish=count)
-            for prompt, key in zip(prompts, keys_of(prompts, keys), strict=True)
-        ]
-        # Prompts of similar length are read together, and a later one always fits in the cache.
-        self.waiting.put(sorted(handles, key=lambda one: -len(one.prompt)), bounded=False)
-        try:
-            while finished < total:
-                self.step()
-                if progress is not None and finished > reported:
-                    reported = finished
-                    progress(reported, total)
-        finally:
-            if unfinished := [handle for handle in handles if not handle.done]:
-                for handle in unfinished:
-                    handle.cancel()
-                with self._turn():
-                    self._scheduler.end_expired()
-        return [handle.result() for handle in handles]
+        """See `Engine.generate`."""
+        return generate(self, prompts, params, keys)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
@@ -293,6 +334,13 @@ class TorchEngine:
         if bad := [token for token, _ in params.logit_bias if not 0 <= token < vocab_size]:
             raise GenerationError(f"logit_bias names token {bad[0]} of {vocab_size}")
         return room
+
+
+def _by_length(requests: Iterable[GenerationRequest], ahead: int) -> Iterator[GenerationRequest]:
+    """The longest prompts first, as far as one reads ahead: similar ones are read together."""
+    coming = iter(requests)
+    while window := list(itertools.islice(coming, ahead)):
+        yield from sorted(window, key=lambda one: -len(one.prompt))
 
 
 class Scored(NamedTuple):

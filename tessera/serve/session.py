@@ -11,7 +11,7 @@ from typing import Literal
 from tessera.data.calls import MARKED, CallReader, Dialect, template_dialects
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Mode, tidy
-from tessera.data.switch import NONE, requested
+from tessera.data.switch import NONE, is_variable, requested
 from tessera.data.thought import CLOSE, OPEN, Splitter
 from tessera.data.tokenizer import Tokenizer
 from tessera.generate.engine import SamplingParams, check_sequences
@@ -181,8 +181,7 @@ class ServedModel:
     def _ids(self, prompt: str | Ids, request: CompletionRequest) -> Ids:
         if not isinstance(prompt, str):
             return prompt
-        bos = request.add_special_tokens and self.tokenizer.bos_id is not None
-        return self.tokenizer.encode(prompt, bos, special=bool(self.tokenizer.special_tokens))
+        return self.tokenizer.encode(prompt, request.add_special_tokens, special=True)
 
     def _echoes(self, request: CompletionRequest, prompts: Sequence[Ids]) -> list[Echo]:
         """What is repeated of each prompt, with its log-probs where they are asked for."""
@@ -192,7 +191,7 @@ class ServedModel:
         found = []
         for given, ids, score in zip(request.prompts, prompts, scores, strict=True):
             begun = isinstance(given, str) and request.add_special_tokens
-            hidden = int(begun and ids[0] == self.tokenizer.bos_id)
+            hidden = len(self.tokenizer.begin) if begun else 0
             entries = entries_of(self.tokenizer, ids, *score, hidden)
             joined = "".join(entry.text for entry in entries)
             text = given if isinstance(given, str) else joined
@@ -202,14 +201,17 @@ class ServedModel:
     def _chat_prompt(self, request: ChatRequest) -> tuple[Ids, Mode | None]:
         messages = tidy([message.model_dump(exclude_none=True) for message in request.messages])
         variables, effort = dict(request.chat_template_kwargs or {}), request.reasoning_effort
+        own = variables.get(self.encoder.switch)
+        asked = variables.get("enable_thinking", own if isinstance(own, bool) else None)
         mode = requested(
-            messages,
-            self.encoder.switch,
-            enable_thinking=variables.get("enable_thinking"),
-            reasoning_effort=effort,
+            messages, self.encoder.switch, enable_thinking=asked, reasoning_effort=effort
         )
         if effort is not None:
             variables.setdefault("reasoning_effort", effort)
-        mode, tools = mode or self.encoder.default, request.shown_tools
-        ids = self.encoder.prompt(messages, mode, tools, variables, ending=request.ending)
+        tools = request.shown_tools
+        if mode and is_variable(self.encoder.switch):  # the text stays, whatever it says
+            variables, said = {self.encoder.switch: mode == "on", **variables}, None
+        else:
+            mode = said = mode or self.encoder.default
+        ids = self.encoder.prompt(messages, said, tools, variables, ending=request.ending)
         return ids, mode
