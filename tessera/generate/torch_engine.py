@@ -6,6 +6,7 @@ queue as it empties.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
