@@ -161,10 +161,11 @@ class ServedModel:
         """What the answer must obey: a form, calls of tools, or either."""
         form, calls, must = request.form, None, False
         if isinstance(request, ChatRequest) and request.functions:
-            must = request.tool_choice == "required" or isinstance(request.tool_choice, dict)
+            named = isinstance(request.tool_choice, dict)
+            must = named or request.tool_choice == "required"
             if form or must:
-                parallel = request.parallel_tool_calls and request.tool_choice == "required"
-                calls = calls_rule(request.functions, self.dialects[0], parallel)
+                several = request.parallel_tool_calls and not named
+                calls = calls_rule(request.functions, self.dialects[0], several)
         rules = [rule for rule in (None if must else form, calls) if rule]
         return self._grammars.compile(rules, thought) if rules else None
 
