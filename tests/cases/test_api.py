@@ -575,3 +575,10 @@ def test_tools_and_earlier_calls_reach_the_template_as_in_transformers(tmp_path:
         reply = ask(url, messages=history, tools=given, max_tokens=1)
     assert reply.status_code == 200, reply.text
     assert reply.json()["usage"]["prompt_tokens"] == len(wanted)
+
+
+def test_messages_without_a_text_are_refused(model: Path):
+    with answering(model, switch="detailed thinking") as url:
+        for more in ({}, {"continue_final_message": True}):
+            reply = ask(url, messages=[{"role": "system", "content": None}], **more)
+            assert reply.status_code == 400 and "no text" in reply.json()["error"]["message"]
