@@ -51,7 +51,7 @@ _UNWRAPPED = re.compile(
 _TEXT = re.compile(
     r"\\(?:mathrm|textrm|textnormal|text|mbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
-_COLOUR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
+_COLOUR = re.compile(r"\\(?:text|math)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
 _SWITCHES = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|it|rm|sf|tt|tiny|small|normalsize"
     rf"|large|Large|huge|Huge|[bB]igg?[lrm]?|middle|mathstrut|strut){_WORD_END}"
@@ -74,7 +74,7 @@ _OVER = re.compile(rf"\{{([^{{}}]*)\\over{_WORD_END}([^{{}}]*)\}}")
 _FRACTION = re.compile(rf"\\[dtcx]?frac{_WORD_END}")
 _ROOT = re.compile(rf"\\sqrt{_WORD_END}\s*(?![\s\[{{])")
 _LETTER = re.compile(r"\\text\{([a-zA-Z]|[^{}]*\d[^{}]*)\}")  # or a number in words
-_CONSTANT = re.compile(r"(?<![\w ])\\text\{([ei])\}")
+_CONSTANT = re.compile(r"(?<![\w ])\\text\{([ei]|[-+])\}")
 _BARS = re.compile(r"(?:\d[\u0304\u0305\u0307])+")  # digits with a line or a dot above
 _RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "{:}": ":"}
 _RELATION = re.compile(r"<=|>=|(?<![\d)])!=|\{:\}")
@@ -92,7 +92,7 @@ def undressed(text: str) -> str:
     text = _unwrapped(text)
     text = _TEXT.sub(_as_text, text)
     text = _CONSTANT.sub(r"\1", text)
-    text = _THOUSANDS.sub("", _SWITCHES.sub(" ", text))
+    text = _THOUSANDS.sub("", _SWITCHES.sub(" ", text)).replace("\\!", "")
     text = _SPACES.sub(" ", _BRACED_COMMA.sub(",", text))
     text = text.replace(r"\varnothing", r"\emptyset")
     text = _OVER.sub(r"\\frac{\1}{\2}", _PERCENT.sub("%", _DEGREES.sub(r"^\\circ ", text)))
