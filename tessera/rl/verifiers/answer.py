@@ -1,9 +1,10 @@
 """The final answer of a text: where it stands, and when two final answers are the same.
 
 The final answer is the last one of the most explicit form that the text has: `\\boxed{…}` (what the
-paper's prompts ask for), else `<answer>…</answer>`, else a line `#### 42` (GSM8K), else the rest of the line after "answer
-is", "answer:" or "answer =", where "correct option", "correct choice" and, at the start of a line,
-"result" may stand for "answer". Boxes that only `,`, `and` or `or` part are one answer of several.
+paper's prompts ask for), else `<answer>…</answer>`, else a line `#### 42` (GSM8K), else the rest of
+the line after "answer is", "answer:" or "answer =", where "correct option", "correct choice" and,
+at the start of a line, "result" may stand for "answer". Boxes that only `,`, `and` or `or` part are
+one answer of several.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tessera.rl.verifiers.latex import closings, undressed
 from tessera.rl.verifiers.quantity import (
     DECIMAL,
     LONGEST,
+    SCALES,
     clock,
     quantity,
     same_quantity,
@@ -45,6 +47,7 @@ _REASON = re.compile(
 NUMBER = re.compile(
     rf"(?<![\w.^])[-+]?(?>\d+ \d+/\d+|(?:{DECIMAL})(?:[eE][-+]?\d+)?(?:/\d+)?)"
     r"(?=(?:[ckm]?m[²³]|[ckm]m|[km]g|ml|lb|ft|mph)(?!\w)|(?![\w/]))"
+    rf"(?:\s(?:{'|'.join(SCALES)})\b)?"
 )
 _TIME = re.compile(r"(?<![\w:])\d{1,2}:\d\d(?:\s*[ap]\.?m\b\.?)?", re.IGNORECASE)
 _MATHEMATICS = re.compile(
@@ -143,7 +146,7 @@ def _same_value(a: str, b: str) -> bool | None:
     one, other = quantity(a), quantity(b)
     if one and other:
         return same_quantity(one, other)
-    if left or right:
+    if (left or right) and not re.search("[:=]", b if left else a):
         ratio = quantity((a if left else b).replace(":", "/"))  # `1:12` may be one twelfth
         value = one or other
         return bool(ratio and value and same_quantity(ratio, value))

@@ -115,7 +115,7 @@ def verify_choice(answer: str, expected: str, *, choices: int = 26) -> Outcome:
 
 
 def _unstated_letter(answer: str) -> str | None:
-    """The letter that the last line is, chooses or calls correct, or that a text of one begins with."""
+    """The letter that the last line is, chooses or calls correct, or that a one-liner has."""
     last = answer.rpartition("\n")[2]
     found = _OPTION_LINE.fullmatch(plain_text(last)) or _CHOSEN.fullmatch(plain_text(last))
     found = found or _OPTION_TEXT.fullmatch(answer)

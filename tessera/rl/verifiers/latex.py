@@ -42,6 +42,7 @@ _SYMBOLS = str.maketrans(
         "）": ")",
     }
 )
+LONGEST = 2000  # characters of an answer; what is longer is a text, and only its spaces change
 _PLAIN = re.compile(r"[A-Za-z0-9 ,./+()-]*")
 _WORD_END = r"(?![a-zA-Z])"
 _NAMED_FONTS = r"\\(?:math|text)(?:bf|it|sf|tt|sl|sc|md|up)"
@@ -84,6 +85,8 @@ _BRACED_COMMA = re.compile(r"\{\s*,\s*\}|(?<=\d)\{(?=,\d)|(?<=,)\}(?=\d)")
 
 def undressed(text: str) -> str:
     """The text without what changes only its look. Currency signs stand as `\\$`."""
+    if len(text) > LONGEST:
+        return " ".join(text.split())
     if _PLAIN.fullmatch(text) and "pe" not in text and "pct" not in text:  # no "percent"
         return _trimmed(text)
     text = _unicode(text)

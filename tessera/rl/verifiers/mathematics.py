@@ -33,9 +33,7 @@ _NO_GOLD = re.compile(
     re.IGNORECASE,
 )
 _TEXT_OR_COMMAND = re.compile(r"\\text\{[^{}]*\}|\\[a-zA-Z]+")
-_ENGLISH = re.compile(
-    r"\b(?!and\b)(?:[A-Za-z]{3,}|[Ii]t|[Ii]s|[Ww]e|[Ss]o|[Tt]o|[Ii]n|[Oo]f|[Bb]e|[Aa]t|[Aa]s|[Bb]y)\b"
-)
+_ENGLISH = re.compile(r"\b(?!and\b)(?:[a-z]{3,}|it|is|we|so|to|in|of|be|at|as|by)\b", re.IGNORECASE)
 _EQUALS = re.compile(r"(?<![!<>:=])=(?!=)|\\approx(?![a-z])")
 _PLACEHOLDER = re.compile(r"n\s?/?\s?a|[?._*-]+|\[?asy.*", re.IGNORECASE | re.DOTALL)
 
@@ -73,11 +71,10 @@ def verify_math(answer: str, expected: str) -> Outcome:
 def _stated(answer: str, gold: str) -> str | None:
     """The final answer: boxed, stated, the whole of a short text, or the last expression."""
     stated = final_answer(answer)
-    if stated is None and not (_is_expression(answer) or same_answer(answer[:LONGEST], gold)):
-        stated = last_expression(answer[-LONGEST:])
-        return answer.strip()[:LONGEST] if stated is None else stated
     if stated is None:
-        return answer.strip()
+        whole, end = answer.strip()[: LONGEST + 1], last_expression(answer[-LONGEST:])
+        alone = quantity(whole) or _is_expression(whole) or same_answer(whole, gold)
+        return whole if alone or end is None else end
     if quantity(stated.partition(" (")[0]):
         return stated.partition(" (")[0]  # "The answer is 8 (eight)."
     if stated.endswith("!") and boxed(answer) is None and same_answer(stated[:-1], gold):

@@ -15,7 +15,10 @@ from tessera.rl.verifiers.latex import undressed
 LONGEST = 400  # characters of a number, and digits of its value
 PLACES = 6  # decimals, and digits, that make a rounded number the exact one
 
-_DIGITS = r"(?:\d{1,3}(?:\.\d{3}){2,}(?!\d)|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d|[ ,]?\d)|\d{1,3}(?:'\d{3})+|\d+)"
+_DIGITS = (  # 1.234.567, 1,234, 1 234, 1'234, 1234
+    r"(?:\d{1,3}(?:\.\d{3}){2,}(?!\d)|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d|[ ,]?\d)"
+    r"|\d{1,3}(?:'\d{3})+|\d+)"
+)
 DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)"
 _DECIMAL = re.compile(rf"({DECIMAL})\.?(?:[eE]([-+]?\d+))?")
 _DECIMAL_COMMA = re.compile(r"^(0|\d{4,}),(\d+)$")  # `1,22` may be two numbers
@@ -62,8 +65,8 @@ _CURRENCIES = {
 }
 _SIGN = "|".join(re.escape(sign) for sign in sorted(_CURRENCIES, key=len, reverse=True))
 _BEFORE = re.compile(rf"([-+]?)\s*(?:\\text\{{)?({_SIGN})\}}?\s*(?=[-+]?[\d.\\{{])")
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
-_SCALES |= {"trillion": 10**12}
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
+SCALES |= {"trillion": 10**12}
 
 # What a unit measures, and its size: 1 m is 100 cm, and 460 g are not 460 kg.
 _MEASURES = {
@@ -97,7 +100,7 @@ def _sizes() -> dict[str, tuple[str, Fraction]]:
 
 
 _SIZES = _sizes()
-_JOINS = rf"\b(?:and|or|if|for|where|when|not|mod|base|to|{'|'.join(_SCALES)})\b|\d"
+_JOINS = rf"\b(?:and|or|if|for|where|when|not|mod|base|to|{'|'.join(SCALES)})\b|\d"
 _NO_UNIT = re.compile(
     rf"{_JOINS}|\b(?:plus|minus|times|over|by|of|in|is|are|was|pi|sqrt|sin|cos|tan|log|squared|cubed"
     r"|root|factorial|choose|half|halves|thirds?|quarters?|fourths?|fifths?|tenths?|than|but|from"
@@ -112,14 +115,14 @@ _TEXT_UNIT = re.compile(
 )
 _WORD_UNITS = [  # of many words before few: `square feet`, but of `2 million dollars` the last
     re.compile(
-        rf"(?P<gap>\s*)\b(?P<words>[A-Za-z]{{2,}}\.?{_POWERED}"
+        rf"(?P<gap>\s*)(?<![A-Za-z])(?P<words>[A-Za-z]{{2,}}\.?{_POWERED}"
         rf"(?:[ /-]+[A-Za-z]+\.?{_POWERED}){{{count}}})\Z"
     )
     for count in (3, 2, 1, 0)
 ]
 _LETTER_UNIT = re.compile(rf"\s([mgshLlt]{_POWERED}(?:/[a-z]{{1,3}}{_POWERED})?)\Z")
 _SIGN_BEHIND = re.compile(rf"\s*(%|\^\\circ\s*(?:\\text\{{)?[CFK]?\}}?|¢|{_SIGN})\Z")
-_SCALE = re.compile(rf"(?:\s+|\s*\\text\{{\s*)({'|'.join(_SCALES)})\}}?\Z", re.IGNORECASE)
+_SCALE = re.compile(rf"(?:\s+|\s*\\text\{{\s*)({'|'.join(SCALES)})\}}?\Z", re.IGNORECASE)
 _OTHER_UNITS = (
     "sq cu mph kmh kph rpm psi kW kWh GB MB kB Hz kHz MHz GHz dB kJ kN kPa mol deg".split()
 )
@@ -245,7 +248,7 @@ def _stripped(text: str) -> tuple[str, str, bool, int]:
         if text.endswith("%"):
             percent, text = True, text[:-1]
         elif found := _SCALE.search(text):
-            scale, text = scale * _SCALES[found[1].lower()], text[: found.start()]
+            scale, text = scale * SCALES[found[1].lower()], text[: found.start()]
         elif (shorter := without_unit(text))[1]:
             text, unit = shorter[0], unit or shorter[1]
         elif found := _SIGN_BEHIND.search(text) or _plain_unit(text) or _LETTER_UNIT.search(text):
