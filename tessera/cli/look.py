@@ -154,7 +154,11 @@ def judge(
 @command("audit", data)
 def audit_data(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Chats: .jsonl, .json or .parquet, any dialect.")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Chats or preference rows in any dialect, JSON or Parquet.",
+        ),
     ],
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help=f"Whose to take: {MODEL}.")],
     row: Annotated[
@@ -163,6 +167,10 @@ def audit_data(
     turns: Annotated[str, typer.Option(help="Train all answers of a chat, or the last.")] = "all",
     switch: Switch = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    pairs: Annotated[
+        bool | None,
+        typer.Option("--pairs/--chats", help="What the rows are; by default what their keys say."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check which tokens of a set of chats are trained, and print rows with those in colour.
@@ -183,7 +191,7 @@ def audit_data(
         if number in (row or [1]):
             kept[number] = documents
 
-    found = audit.audit(file, encoder, limit, keep)
+    found = audit.audit(file, encoder, limit, keep, pairs)
     if absent := sorted(set(row or ()) - set(kept)):
         raise typer.BadParameter(f"--row {absent[0]}: {file} has no such row among those read")
     if as_json:
