@@ -72,7 +72,7 @@ def generate(
     )
     chat = chat or bool(thinking or switch or chat_template_kwargs)
     if not chat:
-        ids, before = tokenizer.encode(prompt, bos=True), prompt
+        ids = tokenizer.encode(prompt, bos=True, special=True)
     else:
         encoder = ChatEncoder.of(tokenizer, switch=checked_switch(switch), today=True)
         if thinking is not None:
@@ -81,10 +81,9 @@ def generate(
         mode, variables = thinking or encoder.default, template_kwargs(chat_template_kwargs)
         messages = [{"role": "user", "content": prompt}]
         ids = encoder.prompt(messages, mode, variables=variables)  # type: ignore[arg-type]
-        before = tokenizer.decode(ids)
     completion = TorchEngine(load_model(model, frozen=True)).generate([ids], params)[0][0]
     # Decoded together: a SentencePiece text's first space belongs to what stands before it.
-    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(before)
+    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(tokenizer.decode(ids))
     if as_json:
         found: dict[str, Any] = {"prompt": prompt, "text": text}
         for key in ("finish_reason", "token_ids", "logprobs"):
@@ -234,7 +233,7 @@ def export(
         typer.Option(
             help="Refuse unless this engine can load it, instead of the one the format is for; "
             "may be repeated. vllm, vllm-cpu, vllm-plugin, llama.cpp, sglang or "
-            "transformers."
+            "transformers; none asks for no engine."
         ),
     ] = None,
     fp8: Annotated[
@@ -251,7 +250,8 @@ def export(
     from tessera.export.write import export_model
 
     quantize = "fp8" if fp8 else None
-    report = export_model(model, out, format, check=check, engines=engine, quantize=quantize)
+    engines = [] if engine == ["none"] else engine
+    report = export_model(model, out, format, check=check, engines=engines, quantize=quantize)
     print_json(report.as_json()) if as_json else print("\n".join(report.lines()))
 
 
@@ -299,6 +299,10 @@ def serve(
     ] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Weights in int8, on a CPU.")] = False,
     web: Annotated[bool, typer.Option("--web", help="A page to chat on, at /.")] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages of this site may ask; again for more, or '*'."),
+    ] = None,
     switch: Switch = None,
 ) -> None:
     """Serve a model with the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
@@ -307,7 +311,7 @@ def serve(
     /think or /no_think at the end of its text, or in the words of the model's own switch. Where
     none does, the model's template stands. Loopback alone unless a key is given.
     """
-    switch = checked_switch(switch)
+    switch, allow_origin = checked_switch(switch), allow_origin or []
     settings = dict(locals())
     _serve(settings.pop("model"), settings.pop("engine"), settings)
 

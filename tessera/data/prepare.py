@@ -30,7 +30,7 @@ from tessera.data.readers import Bad, DataError
 from tessera.data.sources import Source
 from tessera.data.store import TokenCache, TokenWriter
 from tessera.data.switch import NONE, record_switch, switches_of
-from tessera.data.template import template_of
+from tessera.data.template import RUN_DATE, template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from tessera.progress import Progress
 from tessera.runs.files import writing
@@ -101,10 +101,10 @@ def encoder_of(config: DataConfig, reading: Reading, tokenizer: Tokenizer) -> En
     if missing or (config.bos and bos is None):
         key = f'end = "{config.end}"' if missing else "bos = true"
         raise DataError(
-            f"{key}: the tokenizer names no such token (beginning: {bos}, ends: {ends}); set "
-            'bos = false or end = "none", or name the tokens in its tokenizer_config.json'
+            f"{key}: the tokenizer names no such token (beginning: {bos}, ends: {ends}); leave bos "
+            'out or set end = "none", or name the tokens in its tokenizer_config.json'
         )
-    return Encoder(tokenizer, config.bos, end, masked=reading.masked)
+    return Encoder(tokenizer, tokenizer.beginning(config.bos), end, masked=reading.masked)
 
 
 class SplitWriter:
@@ -121,7 +121,7 @@ class SplitWriter:
         lengths, ids, trained = portion.lengths, portion.ids, portion.trained
         chosen = np.ones(len(lengths), bool) if chosen is None else chosen
         self.bytes += int(portion.sizes[chosen].sum())
-        specials = self.encoder.bos + len(self.encoder.end)  # ids that are not of a text
+        specials = len(self.encoder.begin) + len(self.encoder.end)  # ids that are not of a text
         self.own_ids += int((lengths[chosen] - specials).sum())
         kept = chosen & (lengths > 1)
         if not kept.all():
@@ -277,10 +277,12 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
             "splits": list(SPLITS),
             "vocab_size": tokenizer.vocab_size,
             "pad_id": tokenizer.pad_id,
-            "bos": config.bos,
+            "bos": bool(tokenizer.beginning(config.bos)),
             "end": config.end,
             "quarantined": sum(source.num_bad for source in sources),
             "heldout_seen_in_train": seen_in_train(sources),
         }
+        if any(one and one.template.reads_date for one in chats.values()):
+            described["template_date"] = str(RUN_DATE.date())
         run.write_json("data", {**described, **({"sources": named} if named else {})})
     say_rows(run, rows)

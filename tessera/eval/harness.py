@@ -142,11 +142,11 @@ class Arguments(Config):
     thinking, prompts are rendered as the task wrote them. chat_template_kwargs: further variables
     of the chat template.
     keep_thought: show thoughts to the task's filters; else it sees the answer, "" where none came,
-    and stop strings count in the answer alone. add_bos_token: left out, where the tokenizer names
-    one. max_length: of prompt and completion, at most the model's. max_gen_toks: of a completion
-    whose task does not say. rolling_context: tokens that a window of a rolling text shares with
-    the one before, at the least; lm-eval's models have 1. batch_size: samples decoded together;
-    "auto" is max_batch_size. No figure follows from it.
+    and stop strings count in the answer alone. add_bos_token: left out, as the tokenizer's own rule
+    says. max_length: of prompt and completion, at most the model's. max_gen_toks: of a completion
+    whose task does not say. rolling_context: tokens that a window of a rolling text shares with the
+    one before, at the least; lm-eval's models have 1. batch_size: samples decoded together; "auto"
+    is max_batch_size. No figure follows from it.
     """
 
     pretrained: str
@@ -193,10 +193,7 @@ class TesseraLM(TemplateLM):
             )
         if config.rolling_context > self.max_length:
             raise HarnessError(f"give a rolling_context of at most {self.max_length}, a window")
-        named = self.codec.bos_id is not None
-        self.add_bos = named if config.add_bos_token is None else config.add_bos_token
-        if self.add_bos and not named:
-            raise TokenizerError("this tokenizer names no BOS token; leave add_bos_token out")
+        self.begin = list(self.codec.beginning(config.add_bos_token))
         self._info = {
             "model_num_parameters": module.config.num_params(),
             "model_dtype": "float32",
@@ -225,11 +222,10 @@ class TesseraLM(TemplateLM):
     ) -> list[int]:
         """Ids; special tokens in the text are read as such, for a chat prompt is made of them."""
         ids = self.codec.encode(string, special=True)
-        wanted = self.add_bos if add_special_tokens is None else add_special_tokens
-        first = self.codec.bos_id
-        if not wanted or first is None or (add_special_tokens is None and ids[:1] == [first]):
-            return ids
-        return [first, *ids]
+        if add_special_tokens is None:
+            held = self.begin and ids[: len(self.begin)] == self.begin
+            return ids if held else self.begin + ids
+        return [*self.codec.begin, *ids] if add_special_tokens else ids
 
     @property
     def tokenizer_name(self) -> str:

@@ -65,10 +65,12 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch the filters off; top_k is applied
     first, top_p to what it leaves, and min_p drops what is less likely than that share of the
     likeliest. repetition_penalty divides the positive logits of tokens that prompt or completion
-    hold, and multiplies the negative ones (Keskar et al. 2019); 1 is none. n is the number of
-    samples a prompt. A token of stop_token_ids ends the completion and is its last token; with
-    none, every completion has max_tokens. logprobs is how many of the likeliest tokens are
-    reported at each position, beside the chosen one.
+    hold, and multiplies the negative ones (Keskar et al. 2019); 1 is none. OpenAI's penalties look
+    at the completion alone: frequency_penalty is taken off a token's logit for each time that it
+    holds the token, presence_penalty once. logit_bias holds (token, what is added to its logit),
+    before any penalty. n is the number of samples a prompt. A token of stop_token_ids ends the
+    completion and is its last token; with none, every completion has max_tokens. logprobs is how
+    many of the likeliest tokens are reported at each position, beside the chosen one.
     """
 
     max_tokens: int = 128
@@ -82,6 +84,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logprobs: int = 0
     thinking: Thinking | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         positive = self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)
@@ -96,6 +101,9 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1], 0 for no limit"),
             ("repetition_penalty", positive, "1 for none or a positive number"),
             ("seed", 0 <= self.seed < 2**64, "in [0, 2**64)"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "0 for none or a number"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "0 for none or a number"),
+            ("logit_bias", all(math.isfinite(b) for _, b in self.logit_bias), "of finite numbers"),
         ):
             if not valid:
                 raise GenerationError(f"{name} is {getattr(self, name)}; it must be {wanted}")

@@ -259,7 +259,8 @@ def _sample(row: Mapping[str, Any]) -> str:
     )
     worth = "left out" if row["reward"] is None else f"reward {row['reward']:.3g}"
     head = f"rollout {row['rollout']}, {row['kind']}: {worth} ({parts}), {row['tokens']} tokens"
-    return f"{head}, thinking {row['mode']}\n> {row['prompt']}\n{row['text']}"
+    mode = f", thinking {row['mode']}" if row["mode"] else ""
+    return f"{head}{mode}\n> {row['prompt']}\n{row['text']}"
 
 
 def _answer(row: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from tessera.data.conversation import Message, Mode
 from tessera.data.dialects import read_chats
 from tessera.data.problems import problem
 from tessera.data.readers import Bad, DataError, expand
+from tessera.data.sources import first_refusals
 from tessera.data.switch import NONE, Switch, set_switch
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine, GenerationRequest, SamplingParams
@@ -184,7 +185,10 @@ class ProfileConfig(PromptsConfig, EngineChoice):
     workers: int = Field(default=2, ge=1)
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
-        return no_chat_template(step, steps)
+        told = no_chat_template(step, steps)
+        for path in expand(self.paths) if self.paths else ():
+            told += first_refusals(path, (one for _, one in read_chats(path)))
+        return told
 
 
 def answer(

@@ -60,7 +60,7 @@ PREFIX = "tessera-vllm-"
 BATCHED_TOKENS = 8192  # of prompts, that vLLM reads at once on a CPU
 SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-    "stop_token_ids", "logprobs",
+    "stop_token_ids", "logprobs", "frequency_penalty", "presence_penalty", "logit_bias",
 )  # fmt: skip
 
 

@@ -141,6 +141,7 @@ class Worker:
     def _params(self, **keys: Any) -> Any:
         from vllm import sampling_params  # pyright: ignore[reportMissingImports]
 
+        keys["logit_bias"] = dict(keys.get("logit_bias") or ()) or None
         keys["output_kind"] = sampling_params.RequestOutputKind.FINAL_ONLY
         return sampling_params.SamplingParams(ignore_eos=True, detokenize=False, **keys)
 

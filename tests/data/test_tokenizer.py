@@ -123,10 +123,9 @@ def test_a_sentencepiece_file_alone_knows_its_specials(shared: Path, tmp_path: P
     (tmp_path / "tokenizer.model").write_bytes((home / "tokenizer.model").read_bytes())
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
-    assert tokenizer.decode([1, 403, 2], special=True) == "<s>Once</s>"
+    assert tokenizer.decode([1, 403, 2], special=True) == "<s> Once</s>", "as transformers says"
     assert tokenizer.decode([1, 403, 999_999]) == "Once", "ids of a padded head say nothing"
-    with pytest.raises(TokenizerError, match=r"use a tokenizer\.json"):
-        tokenizer.encode("<s>", special=True)
+    assert tokenizer.encode("<s>Once</s>", special=True) == [1, 403, 2]
 
 
 def same(a: Tokenizer, b: Tokenizer) -> bool:
@@ -243,5 +242,6 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def test_no_bos(shared: Path) -> None:
     tokenizer = load_tokenizer(shared / "data/tokenizers/torchtune_2k")
     assert tokenizer.bos_id is None and tokenizer.eos_ids == () and tokenizer.pad_id == 0
+    assert tokenizer.encode("a", bos=True) == tokenizer.encode("a")
     with pytest.raises(TokenizerError, match="set bos = false"):
-        tokenizer.encode("a", bos=True)
+        tokenizer.beginning(True)
