@@ -31,8 +31,8 @@ TELLING = frozenset(
     descending gain loss gains loses left right up down even odd prime composite positive negative
     integer rational irrational real complex consecutive distinct inclusive exclusive equal unequal
     square squared cube cubed cubic root power factorial reciprocal inverse opposite absolute
-    circle triangle rectangle pentagon hexagon octagon rhombus parallelogram trapezoid sphere cylinder
-    cone cuboid prism pyramid string strings list lists tuple tuples dictionary array arrays
+    circle triangle rectangle pentagon hexagon octagon rhombus parallelogram trapezoid sphere
+    cylinder cone cuboid prism pyramid string strings list lists tuple tuples dictionary array arrays
     area perimeter volume surface radius diameter circumference height width length diagonal
     derivative differentiate integral integrate antiderivative limit factor factors expand simplify
     solve prove gcd lcm multiple multiples divisor divisors numerator denominator
