@@ -32,8 +32,8 @@ TELLING = frozenset(
     integer rational irrational real complex consecutive distinct inclusive exclusive equal unequal
     square squared cube cubed cubic root power factorial reciprocal inverse opposite absolute
     circle triangle rectangle pentagon hexagon octagon rhombus parallelogram trapezoid sphere
-    cylinder cone cuboid prism pyramid string strings list lists tuple tuples dictionary array arrays
-    area perimeter volume surface radius diameter circumference height width length diagonal
+    cylinder cone cuboid prism pyramid string strings list lists tuple tuples dictionary array
+    arrays area perimeter volume surface radius diameter circumference height width length diagonal
     derivative differentiate integral integrate antiderivative limit factor factors expand simplify
     solve prove gcd lcm multiple multiples divisor divisors numerator denominator
     sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt mod
