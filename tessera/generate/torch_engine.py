@@ -184,6 +184,9 @@ class TorchEngine:
                 if not unfinished:
                     return
                 self.step()
+                if working and (ended or time.monotonic() - told >= WORKING_SECONDS):
+                    told = time.monotonic()
+                    working(*self._under_way())
                 while ended:
                     request, sample = ended.popleft()
                     unfinished -= 1
@@ -191,9 +194,6 @@ class TorchEngine:
                         flying.discard(sample.handle)
                     sample.handle.check()
                     yield request, sample.index, sample.completion
-                if working is not None and time.monotonic() - told >= WORKING_SECONDS:
-                    told = time.monotonic()
-                    working(*self._under_way())
         finally:
             for handle in flying:
                 handle.cancel()
