@@ -184,14 +184,15 @@ def _added(value: Any, special: bool = True) -> AddedToken:
         return value
     if isinstance(value, str):
         return AddedToken(value, special=special)
-    keys = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    return AddedToken(**{"special": special} | {k: value[k] for k in keys if k in value})
+    keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    flags = {"special": special} | {key: value[key] for key in keys if key in value}
+    return AddedToken(value["content"], **flags)
 
 
 def _raw(token: AddedToken) -> AddedToken:
     """The token, looked for in a text as it was given."""
-    keys = ("content", "single_word", "lstrip", "rstrip", "special")
-    return AddedToken(**{key: getattr(token, key) for key in keys}, normalized=False)
+    keys = ("single_word", "lstrip", "rstrip", "special")
+    return AddedToken(token.content, **{k: getattr(token, k) for k in keys}, normalized=False)
 
 
 def _text(value: Any) -> str | None:
@@ -294,7 +295,8 @@ def _read_whole(path: Path, settings: Settings, config: Settings) -> Vocabulary:
     names = _names(settings, family.names if family else {})
     model, whole = spec["model"], tokenizer
     if family is not None:
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
+        merges = [(left, right) for left, right in pairs]
         tokenizer = family.build(model["vocab"], merges, settings)
         if whole.post_processor is not None:
             tokenizer.post_processor = whole.post_processor
