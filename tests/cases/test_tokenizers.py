@@ -72,6 +72,7 @@ def merges(directory: Path, name: str | None, model_type: str = "llama", **setti
         ("GPT2Tokenizer", "llama", {"add_bos_token": True}),
         ("GPT2Tokenizer", "gpt2", {"add_prefix_space": True}),
         ("GPTNeoXTokenizerFast", "llama", {"add_bos_token": True, "add_eos_token": True}),
+        ("CodeGenTokenizer", "llama", {}),
     ],
 )
 def test_vocab_and_merges_split_as_their_class_does(
@@ -128,6 +129,7 @@ CLASSES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "llama": (LLAMA, {"tokenizer_class": "LlamaTokenizer"}),
     "legacy": (LLAMA, {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
     "no prefix": (LLAMA, {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False}),
+    "code": (LLAMA, {"tokenizer_class": "CodeLlamaTokenizer"}),
     "mistral": ({"model_type": "mistral"}, {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
 }
 
@@ -186,14 +188,17 @@ def test_a_chat_with_a_sentencepiece_model(tmp_path: Path) -> None:
     assert {count, count + 1} <= set(wanted)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "class Llama", "legacy"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "LlamaTokenizer", "legacy", "CodeLlamaTokenizer"]
+)
 def test_a_tokenizer_json_of_sentencepiece(tmp_path: Path, name: str) -> None:
     made = load_tokenizer(pieces(tmp_path / "pieces", PLAIN))
     made.home = None
     made.save(tmp_path / "json")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
     if name != "tokenizer.json":
-        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": name == "legacy"}
+        kind = "LlamaTokenizer" if name == "legacy" else name
+        settings |= {"tokenizer_class": kind, "legacy": name == "legacy"}
     write(tmp_path / "json", config=LLAMA, tokenizer_config=settings)
     assert_begins_alike(*assert_equal(tmp_path / "json"))
 
@@ -244,6 +249,17 @@ def test_what_stands_before_a_raw_text_follows_from_the_post_processor(
     ours = load_tokenizer(directory)
     assert (ours.begin, ours.end) == (begin, end)
     assert_begins_alike(ours, hugging_face(directory))
+
+
+@pytest.mark.parametrize("name", ["GPTNeoXTokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer"])
+def test_a_tokenizer_json_of_a_class_that_is_built_anew(tmp_path: Path, name: str) -> None:
+    def change(spec: dict[str, Any]) -> None:
+        digits = {"type": "Digits", "individual_digits": True}
+        steps = {"type": "Sequence", "pretokenizers": [digits, spec["pre_tokenizer"]]}
+        spec.update(pre_tokenizer=steps, post_processor=around("<bos>", "$A"))
+
+    directory = whole(tmp_path, change, tokenizer_class=name, bos_token="<bos>", eos_token="<eos>")
+    assert_begins_alike(*assert_equal(directory))
 
 
 def test_llamas_sentencepiece_begins_with_bos_unless_told_otherwise(tmp_path: Path) -> None:
