@@ -1,4 +1,4 @@
-"""Commands that look at what is there: show, diff, report, data audit."""
+"""Commands that look at what is there: show, diff, report, judge, data audit."""
 
 from __future__ import annotations
 
@@ -109,10 +109,56 @@ def report(
     complain(f"The report is {out} ({len(text.encode()) / 1000:,.0f} kB)")
 
 
+@command()
+def judge(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines; - for stdin.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that judge.")] = 2,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON for each row, as it is judged.")
+    ] = False,
+) -> None:
+    """Say which answers of a file are right, by the checkers of rewards and evaluation, and why.
+
+    A row has `kind`, `answer` and what the kind judges by:
+
+    math, number, exact, equal, choice, format: `gold`. code: `tests`, with `entry_point` where they
+    only define check(candidate), or `inputs` and `outputs`. instructions (IFEval):
+    `instruction_id_list` and `kwargs`. `want`, a verdict, is compared with the one found.
+
+    A verdict is right, wrong or could-not-judge (an unreadable gold, tests that test nothing, a
+    machine too busy to tell). An example of a row:
+
+    {"kind": "math", "answer": "So it is \\\\boxed{8/3}.", "gold": "2 2/3"}
+    """
+    import json
+    import sys
+
+    from tessera.rl import graded
+    from tessera.table import render_table, terminal_width
+
+    stream = sys.stdin if str(file) == "-" else file.open(encoding="utf-8", errors="replace")
+    with stream:
+        rows = graded.read_rows(stream)
+    found = []
+    for row, outcome in graded.judged(rows, workers):
+        found.append((row, outcome))
+        if as_json:
+            want = {"want": row.want} if row.want else {}
+            line = {"line": row.line, "kind": row.kind, "verdict": outcome.verdict, **want}
+            print(json.dumps(line | {"score": outcome.score, "reason": outcome.reason}), flush=True)
+    if not as_json:
+        print(render_table([graded.shown(*one) for one in found], width=terminal_width()))
+        print(f"\n{graded.summary(found)}")
+
+
 @command("audit", data)
 def audit_data(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Chats: .jsonl, .json or .parquet, any dialect.")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Chats or preference rows in any dialect, JSON or Parquet.",
+        ),
     ],
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help=f"Whose to take: {MODEL}.")],
     row: Annotated[
@@ -121,6 +167,10 @@ def audit_data(
     turns: Annotated[str, typer.Option(help="Train all answers of a chat, or the last.")] = "all",
     switch: Switch = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    pairs: Annotated[
+        bool | None,
+        typer.Option("--pairs/--chats", help="What the rows are; by default what their keys say."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check which tokens of a set of chats are trained, and print rows with those in colour.
@@ -141,7 +191,7 @@ def audit_data(
         if number in (row or [1]):
             kept[number] = documents
 
-    found = audit.audit(file, encoder, limit, keep)
+    found = audit.audit(file, encoder, limit, keep, pairs)
     if absent := sorted(set(row or ()) - set(kept)):
         raise typer.BadParameter(f"--row {absent[0]}: {file} has no such row among those read")
     if as_json:

@@ -299,6 +299,10 @@ def serve(
     ] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Weights in int8, on a CPU.")] = False,
     web: Annotated[bool, typer.Option("--web", help="A page to chat on, at /.")] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages of this site may ask; again for more, or '*'."),
+    ] = None,
     switch: Switch = None,
 ) -> None:
     """Serve a model with the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
@@ -307,7 +311,7 @@ def serve(
     /think or /no_think at the end of its text, or in the words of the model's own switch. Where
     none does, the model's template stands. Loopback alone unless a key is given.
     """
-    switch = checked_switch(switch)
+    switch, allow_origin = checked_switch(switch), allow_origin or []
     settings = dict(locals())
     _serve(settings.pop("model"), settings.pop("engine"), settings)
 

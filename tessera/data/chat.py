@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from tessera.data.conversation import Chat, Message, Mode, answer_fault, fault
+from tessera.data.conversation import Chat, Message, Mode, answer_fault, fault, trained_answers
 from tessera.data.switch import (
     DETAILED,
     NONE,
@@ -29,6 +29,8 @@ from tessera.data.thought import CLOSE, OPEN, split, split_message
 from tessera.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "all"]
+Ending = Literal["generation prompt", "open", "closed"]
+_END = "\U0010fff2"  # a private character at the end of a message that stays open
 RULES = "chat-2"  # changed whenever a conversation becomes other ids than before
 _OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
 _Pairs = list[tuple[str, str]]
@@ -95,10 +97,13 @@ class ChatEncoder:
         mode: Mode | None,
         tools: Sequence[dict[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        *,
+        ending: Ending = "generation prompt",
     ) -> list[int]:
         """The ids that an engine is asked with; mode None: as the template stands.
 
         variables: what the template is given beside the switch, `chat_template_kwargs` of an API.
+        ending: "open" for a last message that the model goes on with, "closed" for none of both.
         The tokenizer's marks in what others than the assistant say are characters.
         """
         if taken := sorted(set(variables or ()) & set(RESERVED)):
@@ -109,7 +114,7 @@ class ChatEncoder:
         turns = _Turns(
             self.template, spoken, fence.around(list(tools)), {**said, **(variables or {})}
         )
-        text = turns.render(spoken, add_generation_prompt=True)
+        text = turns.ended(spoken, ending)
         return fence.encode(text, self.tokenizer)
 
     def encode(self, chat: Chat) -> list[Document]:
@@ -119,12 +124,15 @@ class ChatEncoder:
             raise ChatError(found)
         return found
 
-    def encode_batch(self, chats: Sequence[Chat]) -> list[list[Document] | str]:
+    def encode_batch(
+        self, chats: Sequence[Chat], judge: Callable[[Chat], str | None] = fault
+    ) -> list[list[Document] | str]:
         """The documents of each conversation, or why it must not be trained on.
 
-        Every trained answer is in exactly one. The tokenizer's own threads share the texts.
+        Every trained answer is in exactly one. The tokenizer's own threads share the texts. judge:
+        why a conversation must not be trained on, whatever the template.
         """
-        plans = [self._plan(chat) for chat in chats]
+        plans = [self._plan(chat, judge) for chat in chats]
         texts = [text for pairs, _ in plans for pair in pairs for text in pair]
         ids = iter(self.tokenizer.encode_batch(texts, special=True))
         found: list[list[Document] | str] = []
@@ -139,30 +147,52 @@ class ChatEncoder:
                 found.append(str(error))
         return found
 
-    def _plan(self, chat: Chat) -> tuple[_Pairs, str]:
+    def _plan(self, chat: Chat, judge: Callable[[Chat], str | None]) -> tuple[_Pairs, str]:
         """((prompt, completion) texts of each trained turn, ""), or none and why.
 
         Of a template without a generation prompt, the stretches that are not and that are inside of
         its `{% generation %}`, and "marked".
         """
-        if reason := fault(chat) or self._forged(chat):
+        if reason := judge(chat) or self._forged(chat):
             return [], reason
         messages, variables = set_switch(chat.messages, chat.mode, self.switch)
         turns, last = _Turns(self.template, messages, chat.tools, variables), len(messages) - 1
-        before = turns.before(last)
+        chosen = list(_answers(messages, None if self.switch == NONE else chat.mode))
+        if self.turns == "last":
+            chosen = [index for index in chosen if index == last]
+        if not chosen:
+            return [], 'the last answer has weight 0, and turns = "last" trains no other'
+        before = turns.before(chosen[-1])
         try:
-            if not self.template.marks_generation or turns.prompt(last) != turns.render(before):
-                answers = _answers(messages, chat.mode) if self.turns == "all" else [last]
-                return [turns.split(index) for index in answers], ""
-            whole = [*before, messages[last]]
-            text, spans = self.template.spans(whole, tools=chat.tools, **variables)
+            if reason := _left_out(turns, chosen[-1]):
+                return [], reason
+            marks = self.template.marks_generation
+            if not marks or turns.prompt(chosen[-1]) != turns.render(before):
+                return [turns.split(index) for index in chosen], ""
+            return self._spans(turns, [*before, messages[chosen[-1]]], chosen), "marked"
         except TemplateError as error:
             return [], str(error)
+
+    def _spans(self, turns: _Turns, whole: list[Message], chosen: Sequence[int]) -> _Pairs:
+        """The stretches outside and inside of what the template marks as the chosen answers.
+
+        An answer whose thought was cut out of the history is none of them.
+        """
+        text, spans = self.template.spans(whole, tools=turns.tools, **turns.variables)
+        answers = [i for i, one in enumerate(whole) if one["role"] == "assistant"]
+        kept = [i for i in chosen if whole[i] == turns.messages[i]]
+        if len(spans) == len(answers):
+            spans = [span for i, span in zip(answers, spans, strict=True) if i in kept]
+        elif kept != answers:
+            raise TemplateError(
+                f"the template marks {len(spans)} of {len(answers)} answers with "
+                "{% generation %}, so those that are not to be trained cannot be told apart"
+            )
         pairs, at = [], 0
-        for start, stop in spans if self.turns == "all" else spans[-1:]:
+        for start, stop in spans:
             pairs.append((text[at:start], text[start:stop]))
             at = stop
-        return [*pairs, (text[at:], "")], "marked"
+        return [*pairs, (text[at:], "")]
 
     def _documents(
         self, pairs: _Pairs, encoded: Sequence[tuple[list[int], list[int]]], mode: Mode
@@ -180,6 +210,8 @@ class ChatEncoder:
                     "in tokenizer_config.json, or in generation_config.json"
                 )
             answer = written[: ends[-1] + 1]
+            if len(answer) == 1:
+                raise ChatError("the chat template renders the answer as nothing but its end")
             if before is None or prompt[: len(before.ids)] != before.ids:
                 before = Document([], [], mode)
                 documents.append(before)
@@ -209,10 +241,15 @@ class ChatEncoder:
 
     def _forged(self, chat: Chat) -> str | None:
         """Why the template's own marks in a message would let it speak for others."""
-        for index, message in enumerate(chat.messages):
-            for text in (message["content"], message.get("reasoning_content", "")):
+        places: list[tuple[str, Message]] = [("the list of tools", {"tool_calls": chat.tools})]
+        places += [(f"message {index}", one) for index, one in enumerate(chat.messages)]
+        for place, one in places:
+            texts = [one.get("content", ""), one.get("reasoning_content", "")]
+            if calls := one.get("tool_calls"):
+                texts.append(json.dumps(calls, ensure_ascii=False))
+            for text in texts:
                 if hit := self._special.search(text):
-                    return f"message {index} holds {hit[0]}, which the tokenizer reads as a mark"
+                    return f"{place} holds {hit[0]}, which the tokenizer reads as a mark"
         return None
 
 
@@ -256,17 +293,54 @@ class _Fence:
         return ids
 
 
-def _answers(messages: Sequence[Message], mode: Mode) -> Iterator[int]:
+def _answers(messages: Sequence[Message], mode: Mode | None) -> Iterator[int]:
     """The answers that are trained: those that do what the switch says, and the last one.
 
-    An answer without a thought after `detailed thinking on` would teach the model not to think.
-    OpenAI's `weight = 0` leaves an answer out.
+    An answer without a thought after `detailed thinking on` would teach the model not to think;
+    without a switch (mode None) each may think or not. OpenAI's `weight = 0` leaves an answer out,
+    the last one, too.
     """
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            last = index == len(messages) - 1
-            if last or (message.get("weight", 1) and answer_fault(message, mode) is None):
-                yield index
+    weighed = trained_answers(messages)
+    for index in weighed:
+        message = messages[index]
+        own: Mode = "off" if split_message(message).thought is None else "on"
+        if index == weighed[-1] or answer_fault(message, mode or own) is None:
+            yield index
+
+
+def _left_out(turns: _Turns, last: int) -> str | None:
+    """What of the calls and results of tools the template leaves out, so that it would be silence.
+
+    They are replaced by words that stand nowhere else, and looked for in what is rendered.
+    """
+    words: dict[str, str] = {}
+
+    def word(what: str) -> str:
+        found = f"tessera{len(words)}x"
+        words[found] = what
+        return found
+
+    messages = []
+    for one in [*turns.before(last), turns.messages[last]]:
+        if calls := one.get("tool_calls"):
+            one = one | {"tool_calls": [_worded(call, word) for call in calls]}
+        elif one["role"] == "tool":
+            one = one | {"content": word("what tools gave back")}
+        messages.append(one)
+    text = turns.render(messages) if words else ""
+    lost = next((what for found, what in words.items() if found not in text), None)
+    if lost is None:
+        return None
+    return (
+        f"the chat template leaves out {lost}, so a model would be trained on silence; take a "
+        "tokenizer whose template renders tool calls"
+    )
+
+
+def _worded(call: dict[str, Any], word: Callable[[str], str]) -> dict[str, Any]:
+    told, name = "the arguments of tool calls", word("the names of called tools")
+    arguments = {word(told): word(told)} if call["function"]["arguments"] else {}
+    return call | {"function": {"name": name, "arguments": arguments}}
 
 
 @dataclass(frozen=True)
@@ -318,6 +392,18 @@ class _Turns:
         if opened and thought:
             written = written[len(OPEN) :].lstrip()
         return prompt, written + text[len(head) :]
+
+    def ended(self, messages: list[Message], ending: Ending) -> str:
+        """The text of a conversation. An open last message ends as in transformers."""
+        if ending != "open":
+            return self.render(messages, add_generation_prompt=ending == "generation prompt")
+        *before, last = messages
+        marked = f"{last['content']}{_END} "
+        text = self.render([*before, {**last, "content": marked}], add_generation_prompt=False)
+        head, found, rest = text.rpartition(_END)
+        if not found:
+            raise TemplateError("the template leaves the last message out: nothing to go on with")
+        return head if rest.startswith(" ") else head.rstrip()
 
     def render(self, messages: list[Message], **more: Any) -> str:
         return self.template.render(messages, tools=self.tools, **self.variables, **more)

@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tessera.data.chat import ChatEncoder, Turns
 from tessera.data.conversation import Chat
 from tessera.data.dataset import local_dataset
 from tessera.data.dialects import read_chats
@@ -206,7 +207,15 @@ class DataConfig(Reading):
         return any(one.chats for one in self.readings.values())
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
-        return [*no_chat_template(step, steps), *_unsaid(step, steps)] if self.holds_chats else []
+        from tessera.data.sources import forewarn
+
+        told = no_chat_template(step, steps) if self.holds_chats else []
+        for one in self.readings.values():
+            chats = one.chats and not told
+            told += forewarn(
+                one, encoder_for(step, steps, one.turns, one.switch) if chats else None
+            )
+        return [*told, *(_unsaid(step, steps) if self.holds_chats else [])]
 
     @property
     def readings(self) -> dict[str, Reading]:
@@ -243,6 +252,17 @@ def no_chat_template(step: Step, steps: Sequence[Step]) -> list[str]:
     except TemplateError as error:
         return [f"it renders chats, and {error}"]
     return []
+
+
+def encoder_for(
+    step: Step, steps: Sequence[Step], turns: Turns, switch: str | None
+) -> ChatEncoder | None:
+    """How a stage's chats will be rendered; None where its tokenizer or template is not there."""
+    try:
+        tokenizer = _tokenizer_of(step, steps)
+        return ChatEncoder.of(tokenizer, turns, switch) if tokenizer else None
+    except TemplateError:
+        return None
 
 
 def unsaid(reading: Reading) -> str | None:

@@ -30,7 +30,7 @@ from tessera.data.readers import Bad, DataError
 from tessera.data.sources import Source
 from tessera.data.store import TokenCache, TokenWriter
 from tessera.data.switch import NONE, record_switch, switches_of
-from tessera.data.template import template_of
+from tessera.data.template import RUN_DATE, template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from tessera.progress import Progress
 from tessera.runs.files import writing
@@ -282,5 +282,7 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
             "quarantined": sum(source.num_bad for source in sources),
             "heldout_seen_in_train": seen_in_train(sources),
         }
+        if any(one and one.template.reads_date for one in chats.values()):
+            described["template_date"] = str(RUN_DATE.date())
         run.write_json("data", {**described, **({"sources": named} if named else {})})
     say_rows(run, rows)

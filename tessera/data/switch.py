@@ -144,9 +144,9 @@ def require_switch(switch: str, mode: Mode | None, what: str) -> None:
     """Raises SwitchError where a model is to be asked in a mode and has no switch to say it by."""
     if mode == "on" and switch == NONE:
         raise SwitchError(
-            f"{what} has no reasoning switch: nothing is recorded in its {FILE}, and its chat "
-            "template reads no variable for it. Leave --thinking out to ask it as it is, or say "
-            f"how it is told to think with --switch (`switch` in a recipe): {NAMES}"
+            f"{what} has no reasoning switch that is known: none is recorded in its {FILE} or read "
+            "by its chat template. Leave --thinking out to ask it as it is, or say how it is told "
+            f"to think with --switch (`switch` in a recipe): {NAMES}"
         )
 
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -33,6 +34,8 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 TEMPLATES = "additional_chat_templates"  # a directory of those that have a name
+
+_ENCODING = threading.Lock()  # encode_special_tokens is the library's state, not an argument
 
 
 class Tokenizer:
@@ -105,10 +108,11 @@ class Tokenizer:
 
         Raises TokenizerError for a text with half a surrogate pair, which no bytes stand for.
         """
-        if self.tokenizer.encode_special_tokens == special:
-            self.tokenizer.encode_special_tokens = not special
         try:
-            encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            with _ENCODING:
+                if self.tokenizer.encode_special_tokens == special:
+                    self.tokenizer.encode_special_tokens = not special
+                encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             for text in texts:
                 try:

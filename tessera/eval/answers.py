@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tessera.ask.ask import Answerer, Reply, Request
+from tessera.ask.ask import Answerer, Reply, Request, ask_all
 from tessera.data.chat import without_old_thoughts
 from tessera.data.conversation import Message, Mode
 from tessera.data.switch import NONE, set_switch
@@ -145,31 +145,18 @@ def _one_turn(
         if key not in records
     }
     failed: dict[str, str] = {}
-    with Progress(label, len(chats), "answers", quiet=quiet) as progress:
+
+    def receive(request: Request, reply: Reply) -> None:
+        key = request.key(asker.teacher.model)
+        if reply.error is None:
+            records.add(key, _record(missing[key][0], request, reply))
+        else:
+            failed[key] = reply.error
+
+    with Progress(label, len(chats), "tokens", steps="answers", quiet=quiet) as progress:
         progress.advance(len(chats) - len(missing), 0)
-
-        def receive(request: Request, reply: Reply) -> None:
-            key = request.key(asker.teacher.model)
-            if reply.error is None:
-                chat = missing[key][0]
-                row = {
-                    "task": chat.task.name,
-                    "item": chat.item.id,
-                    "mode": chat.mode or NONE,
-                    "sample": chat.sample,
-                    "turn": chat.turns,
-                    "thought": reply.thought,
-                    "text": reply.text,
-                    "tokens": reply.tokens,
-                    "finish_reason": reply.finish_reason,
-                }
-                records.add(key, row)
-            else:
-                failed[key] = reply.error
-            progress.advance(1)
-
         if missing:
-            asker.teacher.ask((request for _, request in missing.values()), receive)
+            ask_all(asker.teacher, (one for _, one in missing.values()), receive, progress)
     for key, chat in zip(keys, chats, strict=True):
         if key in failed:
             chat.failed = failed[key]
@@ -178,3 +165,20 @@ def _one_turn(
         if said is not None:
             chat.messages.append({"role": "user", "content": said})
             yield chat
+
+
+def _record(chat: Conversation, request: Request, reply: Reply) -> dict[str, Any]:
+    """What is kept of an answer."""
+    return {
+        "task": chat.task.name,
+        "item": chat.item.id,
+        "mode": chat.mode or NONE,
+        "sample": chat.sample,
+        "turn": chat.turns,
+        "messages": request.messages,
+        "prompt": reply.prompt,
+        "thought": reply.thought,
+        "text": reply.text,
+        "tokens": reply.tokens,
+        "finish_reason": reply.finish_reason,
+    }

@@ -123,7 +123,8 @@ class EvalConfig(EngineChoice):
         if self.asking == "text":
             return ("off",)
         if switch == NONE:
-            require_switch(switch, None if self.thinking == "both" else self.thinking, "the model")
+            asked = None if self.thinking == "both" else self.thinking
+            require_switch(switch, asked, "the endpoint" if self.endpoint else "the model")
             return (None,)
         return ("on", "off") if self.thinking == "both" else (self.thinking,)
 

@@ -15,6 +15,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,8 +28,7 @@ from tessera.data.switch import Switch, SwitchError, require_switch, set_switch
 from tessera.data.template import TemplateError, template_of
 from tessera.data.thought import Thought, split
 from tessera.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from tessera.generate.engine import GenerationError, SamplingParams
-from tessera.generate.requests import Handle
+from tessera.generate.engine import GenerationError, GenerationRequest, SamplingParams
 from tessera.generate.text import StopStrings, TextStream, opens_thought
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
@@ -85,37 +85,28 @@ def complete(
     tokenizer: Tokenizer,
     wanted: Sequence[Wanted],
     *,
-    batch: int,
     room: int,
 ) -> Iterator[tuple[int, str]]:
     """(its index, its text) of each completion, as they end; what is unfinished is cancelled.
 
-    room: tokens of a prompt and its completion. The longest prompts go first, and beside `batch`
-    that decode as many wait, so that rows are never empty.
+    room: tokens of a prompt and its completion. The longest prompts go first.
     """
-    left = iter(sorted(range(len(wanted)), key=lambda i: -len(wanted[i].prompt)))
-    flying: dict[int, Handle] = {}
-    try:
-        while True:
-            while len(flying) < 2 * batch and (i := next(left, None)) is not None:
-                one = wanted[i]
-                most = min(one.params.max_tokens, room - len(one.prompt))
-                params = dataclasses.replace(one.params, max_tokens=most)
-                stopping = (lambda one=one: Answer(tokenizer, one).push) if one.stops else None
-                flying[i] = engine.submit(one.prompt, params, key=one.key, stopping=stopping)
-            if not flying:
-                return
-            engine.step()
-            for i in [i for i, handle in flying.items() if handle.done]:
-                (completion,) = flying.pop(i).result()
-                tokens, answer = completion.token_ids, Answer(tokenizer, wanted[i])
-                ended = bool(tokens) and tokens[-1] in wanted[i].params.stop_token_ids
-                for token in tokens[: len(tokens) - ended]:
-                    answer.push(token)
-                yield i, answer.finish()
-    finally:
-        for handle in flying.values():
-            handle.cancel()
+
+    def requests() -> Iterator[GenerationRequest]:
+        for i in sorted(range(len(wanted)), key=lambda i: -len(wanted[i].prompt)):
+            one = wanted[i]
+            most = min(one.params.max_tokens, room - len(one.prompt))
+            params = dataclasses.replace(one.params, max_tokens=most)
+            stopping = (lambda one=one: Answer(tokenizer, one).push) if one.stops else None
+            yield GenerationRequest(one.prompt, params, one.key, stopping=stopping, owner=i)
+
+    with closing(engine.as_completed(requests())) as completed:
+        for request, _, completion in completed:
+            tokens, answer = completion.token_ids, Answer(tokenizer, wanted[request.owner])
+            ended = bool(tokens) and tokens[-1] in request.params.stop_token_ids
+            for token in tokens[: len(tokens) - ended]:
+                answer.push(token)
+            yield request.owner, answer.finish()
 
 
 try:
@@ -335,9 +326,7 @@ class TesseraLM(TemplateLM):
             seen[context] += 1
         _tell_cuts("prompts", cuts)
         texts = [""] * len(wanted)
-        answers = complete(
-            self.engine, self.codec, wanted, batch=self.batch_size, room=self.max_length
-        )
+        answers = complete(self.engine, self.codec, wanted, room=self.max_length)
         with Progress("lm-eval: answering", len(wanted), "answers", quiet=disable_tqdm) as progress:
             for i, text in answers:
                 texts[i] = text

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tessera.ask import judge
-from tessera.ask.ask import Answerer, Reply, Request
+from tessera.ask.ask import Answerer, Reply, Request, ask_all
 from tessera.data.switch import NONE, obedience
 from tessera.data.thought import split
 from tessera.eval.answers import Conversation
@@ -85,16 +85,17 @@ def ask_judge(
     keys = [[f"judge-{one.key(teacher.model)}" for one in plan] for plan in plans]
     flat = zip(itertools.chain(*keys), itertools.chain(*plans), strict=True)
     wanted = {key: one for key, one in flat if key not in verdicts}
-    with Progress(f"{task.name}: judge", len(wanted), "replies", quiet=quiet) as progress:
+    with Progress(
+        f"{task.name}: judge", len(wanted), "tokens", steps="replies", quiet=quiet
+    ) as progress:
 
         def receive(request: Request, reply: Reply) -> None:
             if reply.error is None:
                 key = f"judge-{request.key(teacher.model)}"
                 verdicts.add(key, {"task": task.name, "text": reply.answer})
-            progress.advance(1)
 
         if wanted:
-            teacher.ask(wanted.values(), receive)
+            ask_all(teacher, wanted.values(), receive, progress)
     scored = []
     for chat, names in zip(chats, keys, strict=True):
         whole = all(name in verdicts for name in names)

@@ -232,5 +232,6 @@ def render_samples(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         worth = "left out" if row["reward"] is None else f"reward {row['reward']:.3g}"
         head = f"rollout {row['rollout']}, {row['kind']}: {worth} ({parts}), {row['tokens']} tokens"
-        shown.append(f"{head}, thinking {row['mode']}\n> {row['prompt']}\n{row['text']}")
+        mode = f", thinking {row['mode']}" if row["mode"] else ""
+        shown.append(f"{head}{mode}\n> {row['prompt']}\n{row['text']}")
     return "\n\n".join(shown)

@@ -367,6 +367,16 @@ SERVED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("qwen3", {"messages": said("Hi")}, {"conversation": said("Hi")}),
     (
         "qwen3",
+        {"messages": said("Hi", system="/no_think")},
+        {"conversation": said("Hi", system="/no_think"), "enable_thinking": False},
+    ),
+    (
+        "qwen3",
+        {"messages": said("Hi", system="detailed thinking on"), "reasoning_effort": "low"},
+        {"conversation": said("Hi", system="detailed thinking on"), "enable_thinking": True},
+    ),
+    (
+        "qwen3",
         {"messages": said("Hi", system="detailed thinking off")},
         {"conversation": said("Hi", system="detailed thinking off")},
     ),

@@ -150,7 +150,7 @@ def test_parts_of_content_and_calls_as_text_are_read() -> None:
         ({**RL, "args": {**RL["args"], "instruction_kwargs": []}}, "1 instructions and 0"),
         ({**RENDERED, "input": RENDERED["input"][:-2]}, "does not end where the assistant speaks"),
         ({**RENDERED, "input": "x" + RENDERED["input"]}, "something else stands"),
-        ({"conversations": [{"from": "me", "value": "x"}]}, "turn 0 is from 'me'"),
+        ({"conversations": [{"from": "me", "value": "x"}]}, "message 0 has role 'me'"),
         ({"instruction": "x", "history": ["y"]}, "history is no list of pairs"),
         ({**OPENAI, "tools": "[1]"}, "tools is no list of objects"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from tessera.generate.engine import GenerationError, SamplingParams, Thinking
 from tessera.generate.torch_engine import TorchEngine
@@ -95,3 +96,30 @@ def test_an_engine_without_rows_is_refused():
 def test_no_prompts_no_completions():
     engine = TorchEngine(tiny.model())
     assert engine.generate([], SamplingParams()) == [] and engine.score([]) == []
+
+
+def test_penalties_look_at_the_completion_alone_whatever_the_batch():
+    """Against a loop that asks the model for the logits of each whole sequence."""
+    module = tiny.model()
+    given = [
+        SamplingParams(max_tokens=12, temperature=0, frequency_penalty=1.3),
+        SamplingParams(max_tokens=9, temperature=0, presence_penalty=2.0, logit_bias=((3, 1.0),)),
+        SamplingParams(max_tokens=12, temperature=0),
+    ]
+    prompts, engine = [[5, 6, 6, 6], [7, 8], [5, 6, 6, 6]], TorchEngine(module)
+    handles = [engine.submit(*pair) for pair in zip(prompts, given, strict=True)]
+    while engine.step():
+        pass
+    for prompt, params, handle in zip(prompts, given, handles, strict=True):
+        said: list[int] = []
+        for _ in range(params.max_tokens):
+            tokens = torch.tensor([[*prompt, *said]])
+            with torch.no_grad():
+                logits = module.logits(module(tokens))[0, -1]
+            for token, bias in params.logit_bias:
+                logits[token] += bias
+            for token in set(said):
+                logits[token] -= params.frequency_penalty * said.count(token)
+                logits[token] -= params.presence_penalty
+            said.append(int(logits.argmax()))
+        assert handle.completions[0].token_ids == said

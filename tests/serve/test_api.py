@@ -323,6 +323,22 @@ def test_the_command_for_vllm(tmp_path: Path):
         command(str(tmp_path), config, python="/bin/python")
 
 
+def test_vllm_reads_calls_in_the_dialect_of_the_template(tmp_path: Path):
+    home = exported(tmp_path)
+    for source, parser in (
+        ("<tool_call>", "hermes"),
+        ("[TOOL_CALLS]", "mistral"),
+        ("<|python_tag|>", "llama3_json"),
+        ("<TOOLCALL>", None),
+        ("{{ messages }}", None),
+    ):
+        (home / "chat_template.jinja").write_text(source)
+        words = command(str(home), ServeConfig(allow_origin=["https://a.example"]), "python")[0]
+        assert ("--enable-auto-tool-choice" in words) == (parser is not None)
+        assert parser is None or words[words.index("--tool-call-parser") + 1] == parser
+        assert words[words.index("--allowed-origins") + 1] == '["https://a.example"]'
+
+
 def test_vllm_parses_thoughts_only_where_their_marks_are_tokens(tmp_path: Path):
     words, _, note = command(str(exported(tmp_path, chat=False)), ServeConfig(), python="python")
     assert "--reasoning-parser" not in words
