@@ -294,6 +294,9 @@ def read(path: Path) -> Vocabulary:
     The files beside it are heeded. Raises TokenizerError.
     """
     home = path.parent
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise TokenizerError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
     settings, config = _read_settings(home), read_json(home / "config.json")
     if path.suffix == ".model":
         data = path.read_bytes()
@@ -375,12 +378,13 @@ def _read_pieces(data: bytes, path: Path, settings: Settings, config: Settings) 
     from sentencepiece import sentencepiece_model_pb2
 
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    broken = f"{path} is neither a SentencePiece model nor a list of tiktoken ranks"
     try:
         model.ParseFromString(data)
     except DecodeError as error:
-        raise TokenizerError(
-            f"{path} is neither a SentencePiece model nor a list of tiktoken ranks"
-        ) from error
+        raise TokenizerError(broken) from error
+    if not model.pieces:
+        raise TokenizerError(broken)
     listed = _added_by_id(path.parent, settings, {})
     pieces = list(model.pieces)
     extra: list[Any] = [
