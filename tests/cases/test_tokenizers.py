@@ -294,6 +294,16 @@ def test_both_ends_are_known_and_minus_one_is_no_token(tmp_path: Path) -> None:
     assert ours.eos_ids == (1, 8), "generation_config decides, as in transformers' generate"
 
 
+def test_a_token_that_the_model_has_no_row_for_is_not_used(tmp_path: Path) -> None:
+    names = {"bos_token": "[BOS]", "eos_token": "<eos>", "pad_token": "[PAD]"}
+    directory = whole(tmp_path, dict, **names)
+    ours, theirs = assert_equal(directory)
+    assert (ours.bos_id, ours.own_pad_id) == (theirs.bos_token_id, theirs.pad_token_id)
+    write(directory, config=LLAMA | {"vocab_size": 700, "pad_token_id": 5})
+    ours = load_tokenizer(directory)
+    assert (ours.bos_id, ours.eos_ids, ours.own_pad_id) == (None, (1,), 5)
+
+
 def test_a_token_that_only_the_config_names_is_special(tmp_path: Path) -> None:
     def unmark(spec: dict[str, Any]) -> None:
         spec["added_tokens"] = []
