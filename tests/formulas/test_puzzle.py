@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from tessera.data.batch import Batch
 from tessera.devices import Device
+from tessera.model.checkpoint import save_model
 from tessera.model.config import GQA, Linear, NoOp, SwiGLU
 from tessera.model.context import Context
 from tessera.model.layers import Subblock
@@ -24,9 +27,16 @@ from tessera.puzzle.bld import BLD
 from tessera.puzzle.cost import base_row, count
 from tessera.puzzle.cost_table import CostTable, Scenario
 from tessera.puzzle.fuse import dependency_matrix, fusable_runs, fuse_ffns
-from tessera.puzzle.library import BlockLibrary
+from tessera.puzzle.library import BlockLibrary, save_library
 from tessera.puzzle.roofline import Serving, base_seconds, probe_cpu, word_seconds
-from tessera.puzzle.score import Answers, pack_problems, score_given
+from tessera.puzzle.score import (
+    Answers,
+    ConditionalConfig,
+    Rescorer,
+    Target,
+    pack_problems,
+    score_given,
+)
 from tessera.puzzle.space import Space, Unit
 from tessera.puzzle.surgery import (
     collect_statistics,
@@ -35,6 +45,7 @@ from tessera.puzzle.surgery import (
     removal_order,
     schedule,
 )
+from tessera.runs.run import Run
 from tests import tiny
 
 Array = NDArray[np.float64]
@@ -491,6 +502,56 @@ def test_a_score_is_what_one_swap_alone_changes(parent: Transformer):
         assert row["lm_loss"] == pytest.approx(found["lm_loss"] - own["lm_loss"], rel=1e-3)
         assert row["cosine"] == pytest.approx(found["cosine"], rel=1e-3)
         assert row["agreement"] == pytest.approx(found["agreement"])
+
+
+def test_finished_batches_are_read_again_and_not_computed(
+    parent: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    units: dict[Unit, Any] = {Unit(1, "ffn", "noop"): Subblock(parent.config, NoOp())}
+    batches = [batch(3), batch(4)]
+    told: dict[str, Any] = {"stage": "score", "config": {}, "inputs": {}, "seed": 0}
+    plain = score_given(parent, parent, units, batches)
+    with Run.open(tmp_path / "run", quiet=True, **told) as run:
+        assert score_given(parent, parent, units, batches, (), run) == plain
+        monkeypatch.setattr(Target, "of", None)
+        assert score_given(parent, parent, units, batches, (), run) == plain
+        with pytest.raises(TypeError):  # the third is new
+            score_given(parent, parent, units, [batch(3)] * 3, (), run)
+
+
+def test_scores_of_an_architecture_are_changes_to_it_and_what_was_taken_may_come_back(
+    parent: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    batches = [batch(3), batch(4)]
+    space = Space(((("gqa-2", "gqa-1"), ("swiglu-6", "linear")),) * 3)
+    statistics = collect_statistics(parent, [batch()])
+    library = BlockLibrary.from_parent(parent, space, statistics)
+    save_model(parent, tmp_path / "parent")
+    save_library(library, tmp_path / "library")
+    monkeypatch.setattr(ConditionalConfig, "heldout", lambda self, data: batches)
+    rescorer = Rescorer(
+        ConditionalConfig(), tmp_path / "parent", tmp_path, tmp_path / "data", space
+    )
+    words = [("gqa-2", "swiglu-6"), ("gqa-1", "swiglu-6"), ("gqa-2", "swiglu-6")]
+    current = swapped(parent, taken := Unit(1, "attention", "gqa-1"), library[str(taken)])  # type: ignore[arg-type]
+    expected = metrics(parent, current, batches)
+    own, rows = rescorer.measure(words)
+    assert own == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    table = {Unit(row["layer"], row["kind"], row["word"]): row for row in rows}
+    assert len(table) == len(rows) == 3 * 4
+    assert table[taken]["kl"] == 0.0 == table[Unit(0, "ffn", "swiglu-6")]["lm_loss"]
+    back = table[Unit(1, "attention", "gqa-2")]  # the parent's own, in its place again
+    whole = metrics(parent, parent, batches)
+    for metric in ("kl", "lm_loss", "cosine"):
+        change = whole[metric] - expected[metric]
+        assert back[metric] == pytest.approx(change, rel=1e-2, abs=1e-5)
+    assert back["agreement"] == 1.0
+    current.replace(2, "ffn", library["02/ffn/linear"])  # type: ignore[arg-type]
+    both = metrics(parent, current, batches)
+    found = table[Unit(2, "ffn", "linear")]
+    assert found["kl"] == pytest.approx(both["kl"] - expected["kl"], rel=1e-2)
+    defaults = ConditionalConfig()
+    assert (defaults.rounds, defaults.polish, defaults.changes) == (4, 4, 0.25)
 
 
 def test_a_tasks_score_is_the_surprise_at_answers_and_the_share_of_whole_ones(parent: Transformer):

@@ -381,6 +381,17 @@ def test_a_checker_sees_the_answer_behind_the_thought(reward, completion, gold, 
     assert check(reward, sample(completion, answer=gold)).verdict == verdict
 
 
+@pytest.mark.parametrize("completion", ["<think>a</think>b", "b"])
+@pytest.mark.parametrize(("said", "mode"), [("on", None), ("off", None), ("", "on"), ("", "off")])
+def test_the_format_is_that_of_the_mode_however_it_is_said(completion, said, mode):
+    """Tags with thinking on, none with thinking off."""
+    system = [{"role": "system", "content": f"detailed thinking {said}"}] if said else []
+    one = Sample([*system, {"role": "user", "content": "?"}], completion, {}, mode=mode)
+    thinks = "<think>" in completion
+    expected = "right" if thinks == ((said or mode) == "on") else "wrong"
+    assert check(FormatReward(kind="format"), one).verdict == expected
+
+
 def odd(one: Sample) -> Any:
     """What a reward of one's own may do: judge a thought that did not end, lie, or fail."""
     if one.completion == "fail":
@@ -426,34 +437,30 @@ def test_a_reward_says_which_fields_it_judges_by():
 def test_a_program_is_given_its_rows_tests_and_their_setup(monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
 
-    def asserts(*given: Any, setup: str, **_: Any) -> Outcome:
-        seen.append((*given, setup))
+    def judged(kind: str, completion: str, **given: Any) -> Outcome:
+        names = ("tests", "setup", "entry_point", "inputs", "outputs")
+        seen.append((kind, completion, *(given[name] for name in names)))
         return right()
 
-    def outputs(*given: Any, **_: Any) -> Outcome:
-        seen.append(given)
-        return right()
-
-    monkeypatch.setattr(rewards_of, "verify_asserts", asserts)
-    monkeypatch.setattr(rewards_of, "verify_outputs", outputs)
+    monkeypatch.setattr(rewards_of, "judge", judged)
     monkeypatch.setattr(rewards_of, "require_isolation", lambda: seen.append("isolated"))
     reward = CodeReward(kind="code", setup="before")
-    check(reward, sample("say", tests=["t"], before="s"))
-    check(reward, sample("say", tests=["t"], setup="other"))
-    check(reward, sample("say", inputs=["1"], outputs=["2"], before="s"))
-    assert seen == [("say", ["t"], "s"), ("say", ["t"], ""), ("say", ["1"], ["2"])]
+    check(reward, sample("say", tests=["t"], before="s", entry_point="f"))
+    check(reward, sample("say", inputs=["1"], outputs=["2"], setup="other"))
+    assert seen == [
+        ("code", "say", ["t"], "s", "f", None, None),
+        ("code", "say", None, None, None, ["1"], ["2"]),
+    ]
     prepare([reward])
     assert seen[-1] == "isolated"
 
 
-@pytest.mark.parametrize(("seconds", "deadline", "allowed"), [(5, 30, True), (5, 1, False)])
-def test_a_program_may_take_its_time_before_its_checker_is_killed(seconds, deadline, allowed):
-    given: dict[str, Any] = {"limits": {"seconds": seconds}, "deadline": deadline}
-    if allowed:
-        assert CodeReward(kind="code", **given).deadline == deadline
-        return
-    with pytest.raises(ValueError, match=f"deadline = {deadline}"):
-        CodeReward(kind="code", **given)
+def test_a_program_may_take_its_time_before_its_checker_is_killed():
+    """Eight times its CPU seconds by the clock, and ten to start."""
+    limits: Any = {"seconds": 5}
+    assert CodeReward(kind="code", limits=limits, deadline=50).deadline == 50
+    with pytest.raises(ValueError, match="deadline = 49"):
+        CodeReward(kind="code", limits=limits, deadline=49)
 
 
 # Rates: pass@k (arXiv 2107.03374) by counting, and speed-ups of rounds.

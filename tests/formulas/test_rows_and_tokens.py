@@ -102,6 +102,50 @@ def test_a_penalty_divides_what_is_above_zero_and_multiplies_what_is_not():
     assert Sampler(rows).choose(logits, seen=~seen).tokens.tolist() == [0, 0]
 
 
+def test_what_was_said_is_penalised_by_its_count_and_once_and_biases_are_added():
+    """OpenAI's: logit + bias - count · frequency_penalty - (count > 0) · presence_penalty."""
+    counts, seen = torch.tensor([[2, 0, 1, 3, 0]]), torch.zeros(1, 5, dtype=torch.bool)
+    for frequency, presence, bias in [
+        (0.5, 0.0, ()),
+        (0.0, 0.75, ()),
+        (0.5, 0.25, ((1, 1.5), (2, -2.0))),
+        (-1.0, 0.0, ((0, 9.0),)),
+    ]:
+        params = SamplingParams(
+            temperature=1.0, frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias
+        )
+        shaped = [
+            logit + dict(bias).get(token, 0.0) - frequency * count - presence * (count > 0)
+            for token, (logit, count) in enumerate(zip(LOGITS, counts[0].tolist(), strict=True))
+        ]
+        mass = np.exp(shaped) / np.exp(shaped).sum()
+        count = 4000
+        drawn = Sampler([params] * count).choose(
+            torch.tensor([LOGITS]).expand(count, -1),
+            torch.arange(count, dtype=torch.float64) / count,
+            seen=seen.expand(count, -1),
+            counts=counts.expand(count, -1),
+        )
+        shares = torch.bincount(drawn.tokens, minlength=5) / count
+        assert shares.tolist() == pytest.approx(mass.tolist(), abs=1e-3)
+        raw = np.array(LOGITS) - math.log(sum(map(math.exp, LOGITS)))
+        np.testing.assert_allclose(drawn.logprobs.numpy(), raw[drawn.tokens.numpy()], rtol=1e-5)
+
+
+def test_what_is_not_allowed_never_comes():
+    """A grammar's mask; rows of one batch have penalties of their own."""
+    rows = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0, frequency_penalty=1.0),
+        SamplingParams(temperature=0, logit_bias=((0, 5.0),)),
+    ]
+    logits, counts = torch.tensor([LOGITS] * 3), torch.tensor([[0, 0, 0, 2, 0]] * 3)
+    assert Sampler(rows).choose(logits, counts=counts).tokens.tolist() == [3, 1, 0]
+    allowed = torch.tensor([[False, True, True, False, True]] * 3)
+    found = Sampler(rows).choose(logits, counts=counts, allowed=allowed)
+    assert found.tokens.tolist() == [1, 1, 1]
+
+
 def test_forced_tokens_come_and_the_likeliest_are_told():
     rows = [SamplingParams(temperature=0, logprobs=2), SamplingParams(temperature=1.0)]
     found = Sampler(rows).choose(
@@ -249,6 +293,7 @@ def test_reward_falls_over_the_buffer_before_the_limit(length, truncated, buffer
     [
         (" <think> a </think>\n b ", False, Thought("a", "b ", True)),
         ("a</think> b", True, Thought("a", "b", True)),
+        ("a</think> b", False, Thought(None, "a</think> b", False)),
         ("<think>a", False, Thought("a", "", False)),
         ("a <think>b</think>", False, Thought(None, "a <think>b</think>", False)),
         ("a <think>b</think>c", True, Thought("a <think>b", "c", True)),

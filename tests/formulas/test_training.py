@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tessera.data.batch import OFF, ON, Batch
+from tessera.objectives import kd as module_of_kd
 from tessera.objectives import lm as module_of_lm
 from tessera.objectives.kd import KD, KDConfig, raced
 from tessera.objectives.lm import LM, SFT, Heldout, by_mode, documents, loss_sums
@@ -344,7 +345,9 @@ def test_the_papers_weights_are_the_defaults():
     assert (config.cosine, config.lm) == (1.0, 0.0)
 
 
-def test_a_winners_learning_rate_replaces_the_recipes(tmp_path: Path):
+def test_a_winners_learning_rate_replaces_the_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = KDConfig(train=TrainConfig(steps=1, lr=5e-4), lr_from="race")
     (tmp_path / "tables").mkdir()
     for table in (None, {"words": []}):
@@ -364,3 +367,6 @@ def test_a_winners_learning_rate_replaces_the_recipes(tmp_path: Path):
     assert notes(plain, tmp_path) == [] == notes(config, None)
     (unmade,) = notes(config, tmp_path)
     assert "0.25" not in unmade and "0.0005" in unmade
+    monkeypatch.setattr(module_of_kd, "is_done", lambda model: True)
+    (made,) = notes(config, tmp_path)
+    assert "0.25" in made and "0.0005" in made
