@@ -668,7 +668,7 @@ def cost(teacher: Embedder, texts: list[str]) -> str:
     ms = [1e3 * one / len(texts) for one in sorted(seconds)]
     return (
         f"{ms[1]:.1f} CPU ms a row ({ms[0]:.1f} to {ms[2]:.1f}, three times {len(texts)} rows of "
-        f"{tokens / len(texts):.0f} tokens, batches of {teacher.batch})."
+        f"{tokens / len(texts):.0f} tokens, batches of {teacher.config.batch})."
     )
 
 

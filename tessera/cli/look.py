@@ -28,11 +28,18 @@ def show(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="PATH", help="A run, a recipe's runs, a model directory or a config.json."
+            metavar="PATH",
+            help="A run, a recipe's runs, a model directory, a config.json, or the answers that "
+            "`tessera eval` keeps.",
         ),
     ],
     samples: Annotated[
-        bool, typer.Option("--samples", help="A policy's best and worst samples, with rewards.")
+        bool,
+        typer.Option(
+            "--samples",
+            help="A policy's best and worst samples, the answers of an eval or a profile, with "
+            "what was found of each.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -40,7 +47,7 @@ def show(
     from tessera.report import show as view
     from tessera.runs.files import RunError
 
-    if samples:
+    if samples or (view.answers_of(path) and not (path / "run.json").is_file()):
         rows = view.samples(path)
         print_json(rows) if as_json else print(view.render_samples(rows))
         return

@@ -135,6 +135,8 @@ def _tidy(index: int, message: Any) -> Message | None:
     found = {k: v for k, v in given.items() if k not in ("from", "value")} | {"role": known}
     if known == "assistant":
         _tidy_answer(index, found, parts)
+    elif any(parsed(one.pop(key, None)) for one in (found, parts) for key in ("tool_calls", CALL)):
+        raise SchemaError(f"message {index} calls a tool and is of role {known}")
     elif parts["content"] is None and known == "system":
         return None
     elif parts["content"] is None and known == "user":
@@ -194,7 +196,9 @@ def _parts(index: int, parts: list[Any]) -> Message:
     texts, thoughts, calls = [], [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
-        value = part.get(kind, part.get("text", part.get("value"))) if kind else None
+        value = (
+            part.get(kind, part.get("text", part.get("value"))) if isinstance(kind, str) else None
+        )
         if kind == "text" and isinstance(value, str | None):
             texts += [] if value is None else [value]
         elif kind in ("reasoning", "thinking") and isinstance(value, str):

@@ -102,13 +102,15 @@ def _chat(row: Row, messages: Any, *own: str) -> Chat:
     said = row.get("reasoning")
     if said in ("on", "off"):
         own = (*own, "reasoning")
-    tools = tool_list(row.get("tools"))
-    if not tools:
-        functions = tool_list(row.get("functions"))  # OpenAI's older name, of bare functions
-        tools = [{"type": "function", "function": one} for one in functions]
     own = (*own, "tools", "functions")
     extra = {key: value for key, value in row.items() if key not in own}
-    return Chat(tidy(messages), said if said in ("on", "off") else None, tools, extra)
+    return Chat(tidy(messages), said if said in ("on", "off") else None, _tools(row), extra)
+
+
+def _tools(row: Row) -> list[dict[str, Any]]:
+    """The tools of a row, also by OpenAI's older name, which lists bare functions."""
+    functions = tool_list(row.get("functions"))
+    return tool_list(row.get("tools")) or [{"type": "function", "function": f} for f in functions]
 
 
 def _with_system(row: Row, messages: list[Any]) -> list[Any]:
@@ -319,7 +321,7 @@ def _read_nemotron(row: Row) -> Chat:
     if not isinstance(given, list) or not given:
         raise SchemaError("no messages")
     messages = _with_system(row, given)
-    own = ["input", name, "reasoning", "system", "system_prompt"]
+    own = ["input", name, "reasoning", "system", "system_prompt", "tools", "functions"]
     if name in row:
         told = row | {name: row[name].removesuffix(_END), "reasoning": None}
         messages = [*messages, *_answer_messages(told, name, own)]
@@ -335,7 +337,7 @@ def _read_nemotron(row: Row) -> Chat:
             case _:
                 raise SchemaError("args are no lists of instructions and their settings")
     extra = {key: value for key, value in row.items() if key not in own}
-    return Chat(tidy(messages), row.get("reasoning"), [], extra)
+    return Chat(tidy(messages), row.get("reasoning"), _tools(row), extra)
 
 
 def _turns(text: str) -> list[Message]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterable, Sequence
@@ -281,29 +282,26 @@ def _from_file(path: Path) -> Tokenizer:
         read_json(home / f"{name}.json") for name in ("config", "generation_config")
     )
     ids = {**config, **{key: value for key, value in generation.items() if value is not None}}
+    rows = config.get("vocab_size") or math.inf
+
+    def usable(*values: int | None) -> list[int]:
+        """Without -1, which some write for none, and ids that the model has no row for."""
+        return [i for i in values if isinstance(i, int) and 0 <= i < rows]
+
     tokens = [found.names.get(f"{key}_token") for key in ("bos", "eos", "pad")]
     bos, eos, pad = (None if t is None else made.token_id(t) for t in tokens)
     more = ids.get("eos_token_id")
-    ends = [eos, *(more if isinstance(more, list) else [more])]
-    rows = config.get("vocab_size")
-    pad = None if isinstance(rows, int) and pad is not None and pad >= rows else pad
+    ends = usable(eos, *(more if isinstance(more, list) else [more]))
     guess = _guess(made)
-    given = None if found.names else ids.get("bos_token_id")
-    made.bos_id = _first(bos, given, *made.begin, None if found.names else guess[0])
-    made.eos_ids = tuple(dict.fromkeys(i for i in ends if _is_id(i))) or guess[1]
-    made.own_pad_id = _first(pad, ids.get("pad_token_id"), guess[2])
+    begins = usable(bos, *made.begin)
+    if not found.names:
+        begins = usable(ids.get("bos_token_id"), *begins, guess[0])
+    made.bos_id = next(iter(begins), None)
+    made.eos_ids = tuple(dict.fromkeys(ends)) or guess[1]
+    made.own_pad_id = next(iter(usable(pad, ids.get("pad_token_id"), guess[2])), None)
     # Files are copied on save only where they carry their own names and mean the same ids.
     made.home = home if path.name in VOCABULARY_FILES else None
     return made
-
-
-def _is_id(value: object) -> bool:
-    """Whether a config's value is an id; some say -1 where they mean none."""
-    return isinstance(value, int) and value >= 0
-
-
-def _first(*ids: int | None) -> int | None:
-    return next((i for i in ids if _is_id(i)), None)
 
 
 def _guess(made: Tokenizer) -> tuple[int | None, tuple[int, ...], int | None]:

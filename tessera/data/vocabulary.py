@@ -99,36 +99,61 @@ def _qwen2(vocab: Vocab, merges: Merges, settings: Settings) -> Tokenizer:
 
 
 def _llama(vocab: Vocab, merges: Merges, settings: Settings) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
     prefix = settings.get("add_prefix_space") in (None, True)
     scheme = ("always" if settings.get("legacy") else "first") if prefix else "never"
+    return _metaspace(vocab, merges, scheme, strip=prefix)
+
+
+def _code_llama(vocab: Vocab, merges: Merges, settings: Settings) -> Tokenizer:
+    prefix = settings.get("add_prefix_space") in (None, True)
+    unknown = _text(settings.get("unk_token", "<unk>"))
+    return _metaspace(vocab, merges, "first" if prefix else "never", unk_token=unknown)
+
+
+def _metaspace(
+    vocab: Vocab, merges: Merges, scheme: str, *, strip: bool = True, **options: Any
+) -> Tokenizer:
+    """A SentencePiece BPE. scheme: where a text gets a space. strip: whether decoding drops it."""
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, **options)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    strip = [decoders.Strip(content=" ", left=1)] if prefix else []
-    tokenizer.decoder = decoders.Sequence([*steps, *strip])
+    first = [decoders.Strip(content=" ", left=1)] if strip else []
+    tokenizer.decoder = decoders.Sequence([*steps, *first])
     return tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """build: the tokenizer of a vocabulary and merges. names: its special tokens by default."""
+    """build: the tokenizer of a vocabulary and merges. names: its special tokens by default.
+
+    bos: whether a tokenizer.json of the class puts BOS first; None where its post-processor says.
+    """
 
     build: Callable[[Vocab, Merges, Settings], Tokenizer]
     names: dict[str, str]
+    bos: bool | None = None
 
 
 END = "<|endoftext|>"
 _END_NAMES = {"eos_token": END, "unk_token": END}
+_LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_INFILLING = {
+    **{f"{key}_token": f"▁<{key[:3].upper()}>" for key in ("prefix", "middle", "suffix", "eot")},
+    "fill_token": "<FILL_ME>",
+}
 FAMILIES = {
-    "LlamaTokenizer": Family(
-        _llama, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    ),
+    "LlamaTokenizer": Family(_llama, _LLAMA_NAMES),
+    "CodeLlamaTokenizer": Family(_code_llama, {**_LLAMA_NAMES, **_INFILLING}, bos=True),
     "GPT2Tokenizer": Family(_gpt2, {"bos_token": END, **_END_NAMES}),
+    "CodeGenTokenizer": Family(_gpt2, {"bos_token": END, **_END_NAMES}),
     "GPTNeoXTokenizer": Family(
-        _gpt_neox, {"bos_token": END, **_END_NAMES, "pad_token": "<|padding|>"}
+        _gpt_neox, {"bos_token": END, **_END_NAMES, "pad_token": "<|padding|>"}, bos=False
     ),
     "Qwen2Tokenizer": Family(_qwen2, {**_END_NAMES, "pad_token": END}),
 }
+OF_PIECES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 AS_IT_STANDS = ""  # a tokenizer.json that is read as it is, a tokenizer.model by what it says
 _MODELS = {
     "gpt2": "GPT2Tokenizer",
@@ -184,14 +209,15 @@ def _added(value: Any, special: bool = True) -> AddedToken:
         return value
     if isinstance(value, str):
         return AddedToken(value, special=special)
-    keys = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    return AddedToken(**{"special": special} | {k: value[k] for k in keys if k in value})
+    keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    flags = {"special": special} | {key: value[key] for key in keys if key in value}
+    return AddedToken(value["content"], **flags)
 
 
 def _raw(token: AddedToken) -> AddedToken:
     """The token, looked for in a text as it was given."""
-    keys = ("content", "single_word", "lstrip", "rstrip", "special")
-    return AddedToken(**{key: getattr(token, key) for key in keys}, normalized=False)
+    keys = ("single_word", "lstrip", "rstrip", "special")
+    return AddedToken(token.content, **{k: getattr(token, k) for k in keys}, normalized=False)
 
 
 def _text(value: Any) -> str | None:
@@ -201,7 +227,8 @@ def _text(value: Any) -> str | None:
 
 def _names(settings: Settings, defaults: Mapping[str, str]) -> dict[str, Any]:
     """The special tokens by name; null in the files takes a default away."""
-    keys = [*SPECIALS, *(k for k in settings if k.endswith("_token") and k not in SPECIALS)]
+    more = [key for key in (*settings, *defaults) if key.endswith("_token")]
+    keys = dict.fromkeys([*SPECIALS, *more])
     found = {key: settings.get(key, defaults.get(key)) for key in keys}
     return {key: value for key, value in found.items() if _text(value) is not None}
 
@@ -267,6 +294,9 @@ def read(path: Path) -> Vocabulary:
     The files beside it are heeded. Raises TokenizerError.
     """
     home = path.parent
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise TokenizerError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
     settings, config = _read_settings(home), read_json(home / "config.json")
     if path.suffix == ".model":
         data = path.read_bytes()
@@ -294,10 +324,13 @@ def _read_whole(path: Path, settings: Settings, config: Settings) -> Vocabulary:
     names = _names(settings, family.names if family else {})
     model, whole = spec["model"], tokenizer
     if family is not None:
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
+        merges = [(left, right) for left, right in pairs]
         tokenizer = family.build(model["vocab"], merges, settings)
         if whole.post_processor is not None:
             tokenizer.post_processor = whole.post_processor
+        if family.bos is not None:
+            _add_ends(tokenizer, names, family.bos, False)
     _add_tokens(tokenizer, _added_by_id(path.parent, settings, spec), names, _extra(settings))
     return Vocabulary(tokenizer, _texts(names), *([kind] if family else []))
 
@@ -311,9 +344,9 @@ def _read_merges(path: Path, settings: Settings, config: Settings) -> Vocabulary
     if not name and not settings.get("tokenizer_class") and not config.get("model_type"):
         name = "GPT2Tokenizer"  # whose files these were first
     family = FAMILIES.get(name)
-    if family is None or name == "LlamaTokenizer":
+    if family is None or name in OF_PIECES:
         told = settings.get("tokenizer_class") or f"model_type {config.get('model_type')!r}"
-        known = ", ".join(one for one in FAMILIES if one != "LlamaTokenizer")
+        known = ", ".join(one for one in FAMILIES if one not in OF_PIECES)
         raise TokenizerError(
             f"{path} with merges.txt does not say how a text is split, and {told} is not a class "
             f"that does ({known}). Name one as tokenizer_class in tokenizer_config.json, or save "
@@ -345,12 +378,13 @@ def _read_pieces(data: bytes, path: Path, settings: Settings, config: Settings) 
     from sentencepiece import sentencepiece_model_pb2
 
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    broken = f"{path} is neither a SentencePiece model nor a list of tiktoken ranks"
     try:
         model.ParseFromString(data)
     except DecodeError as error:
-        raise TokenizerError(
-            f"{path} is neither a SentencePiece model nor a list of tiktoken ranks"
-        ) from error
+        raise TokenizerError(broken) from error
+    if not model.pieces:
+        raise TokenizerError(broken)
     listed = _added_by_id(path.parent, settings, {})
     pieces = list(model.pieces)
     extra: list[Any] = [
@@ -359,11 +393,11 @@ def _read_pieces(data: bytes, path: Path, settings: Settings, config: Settings) 
         if one.type in (CONTROL, USER_DEFINED)
     ]
     kind = _class_of(settings, config, byte_level=False)
-    family = FAMILIES[kind] if kind == "LlamaTokenizer" else None
+    family = FAMILIES[kind] if kind in OF_PIECES else None
     if family is not None:
         names = _names(settings, family.names)
         vocab = {one.piece: index for index, one in enumerate(pieces)}
-        tokenizer = _llama(vocab, _merges_of(vocab), settings)
+        tokenizer = family.build(vocab, _merges_of(vocab), settings)
     else:
         trainer = model.trainer_spec
         own = {
@@ -382,7 +416,7 @@ def _read_pieces(data: bytes, path: Path, settings: Settings, config: Settings) 
     # transformers documents true as the default of Llama's tokenizers.
     bos = settings.get("add_bos_token", model.trainer_spec.bos_id >= 0) is True
     _add_ends(tokenizer, names, bos, settings.get("add_eos_token") is True)
-    return Vocabulary(tokenizer, _texts(names), *(["LlamaTokenizer"] if family else []))
+    return Vocabulary(tokenizer, _texts(names), *([kind] if family else []))
 
 
 def _merges_of(vocab: Vocab) -> Merges:

@@ -59,7 +59,7 @@ def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict
         for one in itertools.islice(readable, None if limit is None else limit - documents):
             documents += 1
             ids = tokenizer.encode(one.content, bos=True)
-            logprobs = _logprobs(engine, ids, window)
+            logprobs = _logprobs(engine, ids, window) if len(ids) > 1 else []
             total, tokens = total + math.fsum(logprobs), tokens + len(logprobs)
             size += len(one.content.encode())
     if not tokens:

@@ -17,6 +17,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from tessera.data.switch import recorded_switch
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
 from tessera.data.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, TokenizerError
 from tessera.export.engines import ExportError
@@ -112,6 +113,7 @@ class Vocabulary:
     add_eos: bool = False
     add_space_prefix: bool = False
     chat_template: str | None = None
+    switch: str | None = None
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -135,6 +137,8 @@ class Vocabulary:
         writer.add_add_eos_token(self.add_eos)
         if self.chat_template:
             writer.add_chat_template(self.chat_template)
+        if self.switch:  # what the model was trained with, data/switch.py
+            writer.add_string("tessera.reasoning_switch", self.switch)
 
     def _fit(self, vocab_size: int) -> None:
         """Leave out added tokens that the model has no row for; a text may only name them."""
@@ -176,6 +180,7 @@ def read_vocabulary(directory: Path, *, strict: bool = True) -> Vocabulary:
     vocabulary = _of_spec(spec, tokenizer)
     _add_special_tokens(vocabulary, tokenizer)
     vocabulary.chat_template = _template(directory)
+    vocabulary.switch = recorded_switch(tokenizer.home)
     if vocabulary.faults and strict:
         raise ExportError(f"llama.cpp {'; llama.cpp '.join(vocabulary.faults)}. {BY_IDS}")
     if vocabulary.faults:

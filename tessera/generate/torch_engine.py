@@ -184,6 +184,9 @@ class TorchEngine:
                 if not unfinished:
                     return
                 self.step()
+                if working and (ended or time.monotonic() - told >= WORKING_SECONDS):
+                    told = time.monotonic()
+                    working(*self._under_way())
                 while ended:
                     request, sample = ended.popleft()
                     unfinished -= 1
@@ -191,9 +194,6 @@ class TorchEngine:
                         flying.discard(sample.handle)
                     sample.handle.check()
                     yield request, sample.index, sample.completion
-                if working is not None and time.monotonic() - told >= WORKING_SECONDS:
-                    told = time.monotonic()
-                    working(*self._under_way())
         finally:
             for handle in flying:
                 handle.cancel()
@@ -251,11 +251,16 @@ class TorchEngine:
         return [(logprobs, greedy) for logprobs, greedy, _ in self._scored(sequences, 0)]
 
     def score_top(self, sequences: Sequence[Sequence[int]], count: int) -> list[tuple[list, list]]:
-        """(`score`, the likeliest tokens there), as `Completion` has both."""
-        return [(logprobs, top) for logprobs, _, top in self._scored(sequences, count)]
+        """(`score`, the likeliest tokens there), as `Completion` has both.
+
+        In chunks, as prompts are read, between which other requests go on.
+        """
+        return [(logprobs, top) for logprobs, _, top in self._scored(sequences, count, True)]
 
     @torch.inference_mode()
-    def _scored(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
+    def _scored(
+        self, sequences: Sequence[Sequence[int]], top: int, chunks: bool = False
+    ) -> list[Scored]:
         longest = self.config.max_position_embeddings + 1
         check_sequences(sequences, "sequence", self.config.vocab_size, longest)
         scores = [Scored([], [], []) for _ in sequences]
@@ -264,10 +269,14 @@ class TorchEngine:
         while order:
             count = similar([len(sequences[i]) for i in order])
             group, order = order[:count], order[count:]
-            with self._turn():
-                found = _score(self._scheduler.packed, [sequences[i] for i in group], top)
-            for i, values in zip(group, found, strict=True):
-                scores[i] = values
+            rows = [sequences[i] for i in group]
+            width = max(map(len, rows)) - 1
+            if chunks:
+                width = min(width, max(1, self._scheduler.chunk_tokens // len(rows)))
+            prefill = Prefill(self._scheduler.packed, [row[:-1] for row in rows], keep=False)
+            while not prefill.finished:
+                with self._turn():
+                    _score(prefill, rows, [scores[i] for i in group], width, top)
         return scores
 
     def sync(self, module: Transformer, version: int) -> None:
@@ -343,27 +352,33 @@ class Scored(NamedTuple):
     top: list[list[tuple[int, float]]]
 
 
-def _score(packed: Packed, rows: list[Sequence[int]], top: int) -> list[Scored]:
-    """Of one pass; each row has two tokens or more, the last of which is not read."""
-    lengths, width = [len(row) - 1 for row in rows], max(map(len, rows)) - 1
-    prefill = Prefill(packed, [row[:-1] for row in rows], keep=False)
+def _score(
+    prefill: Prefill, rows: list[Sequence[int]], scores: list[Scored], width: int, top: int
+) -> None:
+    """Read `width` columns more, and add what they say to the scores of the rows."""
+    packed, start = prefill.packed, prefill.done
+    width = min(width, prefill.tokens.shape[1] - start)
     hidden = prefill.forward(width).flatten(0, 1)
-    inside = [i * width + t for i, n in enumerate(lengths) for t in range(n)]
-    flat = torch.tensor(inside, dtype=torch.long, device=packed.device)
-    targets = torch.tensor([i for row in rows for i in row[1:]], device=packed.device)
-    chunk = max(1, SCORE_LOGITS // packed.config.vocab_size)
-    scored = Scored([], [], [])
+    inside = [
+        (row, column)
+        for row, length in enumerate(prefill.lengths)
+        for column in range(start, min(length, prefill.done))
+    ]
+    flat = torch.tensor([row * width + t - start for row, t in inside], device=packed.device)
+    targets = torch.tensor([rows[row][t + 1] for row, t in inside], device=packed.device)
+    owners, chunk = iter(inside), max(1, SCORE_LOGITS // packed.config.vocab_size)
     for where, target in zip(flat.split(chunk), targets.split(chunk), strict=True):
         logits = packed.logits(hidden[where]).float()
         logprobs = logits.log_softmax(-1)
-        scored.logprobs.extend(logprobs.gather(-1, target[:, None]).squeeze(-1).tolist())
-        scored.greedy.extend((logits.argmax(-1) == target).tolist())
+        chosen = logprobs.gather(-1, target[:, None]).squeeze(-1).tolist()
+        greedy = (logits.argmax(-1) == target).tolist()
         values, ids = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
-        for pair in zip(ids.tolist(), values.tolist(), strict=True):
-            scored.top.append(list(zip(*pair, strict=True)))
-    ends = list(itertools.accumulate(lengths))
-    cuts = [slice(end - n, end) for n, end in zip(lengths, ends, strict=True)]
-    return [Scored(scored.logprobs[c], scored.greedy[c], scored.top[c]) for c in cuts]
+        likeliest = zip(ids.tolist(), values.tolist(), strict=True)
+        for logprob, flag, pair in zip(chosen, greedy, likeliest, strict=True):
+            score = scores[next(owners)[0]]
+            score.logprobs.append(logprob)
+            score.greedy.append(flag)
+            score.top.append(list(zip(*pair, strict=True)))
 
 
 class EngineThread:

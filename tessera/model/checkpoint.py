@@ -340,6 +340,8 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
     if (directory / gguf.INDEX).is_file():
         found = gguf.tensors(directory).items()
         return {name: Stored(directory / one.file, one.shape) for name, one in found}
+    if (directory / "adapter_config.json").is_file():
+        log.warning("%s also holds an adapter (LoRA), which is not applied", directory)
     index, single = (directory / name for name in (INDEX, SINGLE))
     if single.is_file():  # which transformers looks for first
         if index.is_file() and (others := set(_read_index(index).values()) - {SINGLE}):

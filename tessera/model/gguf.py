@@ -391,6 +391,8 @@ def _tokenizer_files(header: Header) -> dict[str, str]:
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     settings |= {"add_bos_token": bool(first), "clean_up_tokenization_spaces": False}
+    if switch := header.get("tessera.reasoning_switch"):
+        settings["reasoning_switch"] = switch
     found = {
         "tokenizer.json": json.dumps({"version": "1.0", **spec}, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",

@@ -21,6 +21,7 @@ from tessera.rl.verifiers.outcome import VERDICTS, Outcome
 from tessera.table import nearest
 
 AT_ONCE = 64  # rows whose verdicts come together
+ANSWER_SECONDS = 30.0  # for a verdict but of code; the first of a process imports its libraries
 _TYPES: dict[str, tuple[type, ...]] = {
     "gold": (str, int, float, list),
     "tests": (str, list),
@@ -110,7 +111,7 @@ def judge_row(sample: Sample) -> Outcome:
 def judged(rows: Sequence[Row], workers: int = 2) -> Iterator[tuple[Row, Outcome]]:
     """The verdict on each row, in order; one whose checker hangs is could-not-judge."""
     function = f"{__name__}:{judge_row.__name__}"
-    times = (FunctionReward.model_fields["deadline"].default, CodeReward(kind="code").deadline)
+    times = (ANSWER_SECONDS, CodeReward(kind="code").deadline)
     checkers = [FunctionReward(kind="function", function=function, deadline=t) for t in times]
     with Pool(checkers, workers) as pool:
         for start in range(0, len(rows), AT_ONCE):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tessera.data.calls import MARKED, CallReader, Dialect, template_dialects
 from tessera.data.chat import ChatEncoder
-from tessera.data.conversation import Mode, tidy
+from tessera.data.conversation import Message, Mode, SchemaError, tidy
 from tessera.data.switch import NONE, is_variable, requested
 from tessera.data.thought import CLOSE, OPEN, Splitter
 from tessera.data.tokenizer import Tokenizer
@@ -161,19 +161,19 @@ class ServedModel:
         """What the answer must obey: a form, calls of tools, or either."""
         form, calls, must = request.form, None, False
         if isinstance(request, ChatRequest) and request.functions:
-            must = request.tool_choice == "required" or isinstance(request.tool_choice, dict)
+            named = isinstance(request.tool_choice, dict)
+            must = named or request.tool_choice == "required"
             if form or must:
-                parallel = request.parallel_tool_calls and request.tool_choice == "required"
-                calls = calls_rule(request.functions, self.dialects[0], parallel)
+                several = request.parallel_tool_calls and not named
+                calls = calls_rule(request.functions, self.dialects[0], several)
         rules = [rule for rule in (None if must else form, calls) if rule]
         return self._grammars.compile(rules, thought) if rules else None
 
     def _opened(self, request: ChatRequest, prompt: Ids) -> bool | None:
         """Whether the answer begins inside of a thought; None: it can hold none any more."""
         if request.ending == "open":
-            said = tidy([request.messages[-1].model_dump(exclude_none=True)])[0]["content"]
             splitter = Splitter()
-            splitter.push(said)
+            splitter.push(_messages(request)[-1]["content"])
             if splitter.thinking or splitter.answering:
                 return True if splitter.thinking else None
         return opens_thought(self.tokenizer, prompt)
@@ -185,21 +185,22 @@ class ServedModel:
 
     def _echoes(self, request: CompletionRequest, prompts: Sequence[Ids]) -> list[Echo]:
         """What is repeated of each prompt, with its log-probs where they are asked for."""
-        scores = [([0.0] * (len(ids) - 1), [[]] * (len(ids) - 1)) for ids in prompts]
-        if request.num_logprobs is not None:
-            scores = self.engine.score_top(prompts, request.num_logprobs)
+        empty = [([0.0] * (len(ids) - 1), [[]] * (len(ids) - 1)) for ids in prompts]
+        count = request.num_logprobs
+        scores = empty if count is None else self.engine.score_top(prompts, count)
         found = []
         for given, ids, score in zip(request.prompts, prompts, scores, strict=True):
             begun = isinstance(given, str) and request.add_special_tokens
             hidden = len(self.tokenizer.begin) if begun else 0
             entries = entries_of(self.tokenizer, ids, *score, hidden)
-            joined = "".join(entry.text for entry in entries)
-            text = given if isinstance(given, str) else joined
-            found.append(Echo(text, entries if request.num_logprobs is not None else ()))
+            # Some tokenizers drop white space of a text; tokens must join to what is given back.
+            whole = isinstance(given, str) and count is None
+            text = given if whole else "".join(entry.text for entry in entries)
+            found.append(Echo(text, () if count is None else entries))
         return found
 
     def _chat_prompt(self, request: ChatRequest) -> tuple[Ids, Mode | None]:
-        messages = tidy([message.model_dump(exclude_none=True) for message in request.messages])
+        messages = _messages(request)
         variables, effort = dict(request.chat_template_kwargs or {}), request.reasoning_effort
         own = variables.get(self.encoder.switch)
         asked = variables.get("enable_thinking", own if isinstance(own, bool) else None)
@@ -215,3 +216,10 @@ class ServedModel:
             mode = said = mode or self.encoder.default
         ids = self.encoder.prompt(messages, said, tools, variables, ending=request.ending)
         return ids, mode
+
+
+def _messages(request: ChatRequest) -> list[Message]:
+    found = tidy([message.model_dump(exclude_none=True) for message in request.messages])
+    if not found:
+        raise SchemaError("messages hold no text to answer")
+    return found

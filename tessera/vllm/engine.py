@@ -187,9 +187,9 @@ class VLLMEngine:
             for line in self._lines("generate", lambda: _question(left)) if left else ():
                 if "number" in line:
                     request, number = left.pop(line["number"])
-                    yield request, number, self._completion(line["completion"], request.params)
                     if working is not None:
                         working(0, min(self.batch, len(left)))
+                    yield request, number, self._completion(line["completion"], request.params)
         except (GeneratorExit, KeyboardInterrupt):  # it would go on, and answer the next question
             self._end_process()
             raise

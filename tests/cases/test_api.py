@@ -549,3 +549,36 @@ def test_a_preflight_needs_no_key(model: Path, tmp_path: Path):
         refused = httpx.get(f"{url}/models", headers={"Origin": "https://a.example"})
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "*"
+
+
+SHOWN = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{% for m in messages %}"
+    "[{{ m.role }}]{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{% endfor %}"
+)
+
+
+def test_tools_and_earlier_calls_reach_the_template_as_in_transformers(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    home = saved(tmp_path / "model", SHOWN)
+    given = [{"function": {"description": "é", "parameters": {"b": None, "a": []}, "name": "f"}}]
+    given[0]["type"] = "function"  # type: ignore[assignment]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    history = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    history.append({"role": "tool", "tool_call_id": "1", "content": "3"})
+    read = {**call, "function": {"name": "f", "arguments": {}}}
+    told = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [read]}, history[2]]
+    other = transformers.AutoTokenizer.from_pretrained(home)
+    text = other.apply_chat_template(told, tools=given, tokenize=False)
+    wanted = load_tokenizer(home).encode(text, special=True)
+    with answering(home) as url:
+        reply = ask(url, messages=history, tools=given, max_tokens=1)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["usage"]["prompt_tokens"] == len(wanted)
+
+
+def test_messages_without_a_text_are_refused(model: Path):
+    with answering(model, switch="detailed thinking") as url:
+        for more in ({}, {"continue_final_message": True}):
+            reply = ask(url, messages=[{"role": "system", "content": None}], **more)
+            assert reply.status_code == 400 and "no text" in reply.json()["error"]["message"]

@@ -37,6 +37,11 @@ def rename(directory: Path, **files: dict[str, torch.Tensor]) -> None:
         save_file(tensors, directory / f"{name}.safetensors", metadata={"format": "pt"})
 
 
+def index(directory: Path, places: dict[str, str]) -> None:
+    text = json.dumps({"metadata": {}, "weight_map": places})
+    (directory / "model.safetensors.index.json").write_text(text)
+
+
 def same(directory: Path, module: Any) -> bool:
     found = load_model(directory, frozen=True).state_dict()
     return all(torch.equal(value, found[key]) for key, value in module.state_dict().items())
@@ -192,7 +197,7 @@ def test_a_single_file_beside_an_index_is_read_and_said(
     stale = load_file(tmp_path / "old/model.safetensors")
     rename(directory, **{"model-00001-of-00001": stale})
     places = dict.fromkeys(stale, "model-00001-of-00001.safetensors")
-    write(directory, **{"model.safetensors.index": {"metadata": {}, "weight_map": places}})
+    index(directory, places)
     with caplog.at_level(logging.WARNING):
         found = load_model(directory, frozen=True)
     assert "model.safetensors is read" in caplog.text and "index of 1" in caplog.text
@@ -209,9 +214,17 @@ def test_an_index_of_the_single_file_itself_is_no_contradiction(
 ) -> None:
     directory = saved(tmp_path)
     places = dict.fromkeys(load_file(directory / "model.safetensors"), "model.safetensors")
-    write(directory, **{"model.safetensors.index": {"weight_map": places}})
+    index(directory, places)
     load_model(directory)
     assert not caplog.text
+
+
+def test_an_adapter_beside_whole_weights_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = write(saved(tmp_path), adapter_config={"base_model_name_or_path": "owner/base"})
+    load_model(directory)
+    assert "adapter" in caplog.text and "not applied" in caplog.text
 
 
 # What is written.

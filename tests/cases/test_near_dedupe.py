@@ -60,7 +60,10 @@ def test_words_and_what_counts_of_them():
         "*",
         "4",
     ]
-    assert counted(tokens("pages 10-15, -x and km/h, x/y")) == "10 - 15 - x km h x / y".split()
+    assert (
+        counted(tokens("pages 10-15, -x and km/h, x/y, covid-19, and/or"))
+        == "10 - 15 - x km / h x / y 19 or".split()
+    )
     assert counted(tokens(r"\left(x+1\right) (y) f(z)")) == ["(", "x", "+", "1", ")", "y", "f", "z"]
     assert counted(tokens("") + tokens("()") + tokens("a ) b (")) == ["b"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from typer.testing import CliRunner
 
 from tessera.cli.main import app
 from tessera.data.audit import audit
-from tessera.data.preferences import read_pairs
+from tessera.data.preferences import encode_preferences, read_pairs
 from tessera.data.readers import Bad, DataError
 from tessera.model.checkpoint import save_model
 from tessera.rl.preference import Pair, of_files
 from tessera.runs.run import Run
 from tests import tiny
 from tests.cases.chat_tokenizers import made
+from tests.data.test_schema import mutated
 from tests.toy import toy_config
 
 
@@ -104,6 +106,15 @@ def test_a_file_without_a_pair_stops_the_stage(tmp_path: Path) -> None:
     file.write_text('{"prompt": "q", "chosen": "a", "rejected": "a"}\n')
     with pytest.raises(DataError, match="pairs.jsonl:1: no pair: both answers are the same"):
         of_files([str(file)], made("chatml").encoder(), print)
+
+
+def test_rows_with_something_broken_are_pairs_or_told_why() -> None:
+    rng, encoder = random.Random(0), made("chatml").encoder()
+    seeds = [case["row"] for case in CASES if "row" in case]
+    rows = [mutated(rng, mutated(rng, rng.choice(seeds))) for _ in range(3000)]
+    found = [one for _, one in encode_preferences("rows", enumerate(rows, 2), encoder)]
+    bad = [one for one in found if isinstance(one, Bad)]
+    assert len(found) == 3000 and 300 < len(bad) < 2900 and all(one.reason for one in bad)
 
 
 def test_check_reads_the_first_pairs(tmp_path: Path) -> None:

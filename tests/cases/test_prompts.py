@@ -437,7 +437,7 @@ def test_a_server_asks_as_transformers_does(
     encoder, peer = models[name]
     served = ServedModel(None, encoder.tokenizer, 1.0)  # type: ignore[arg-type]
     asked = ChatRequest.model_validate(copy.deepcopy(request_))
-    assert served._chat_prompt(asked) == theirs(peer, given)
+    assert served._chat_prompt(asked)[0] == theirs(peer, given)
 
 
 def test_variables_of_a_request_cannot_be_messages(models: Any) -> None:

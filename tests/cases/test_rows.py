@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tessera.data.dialects import KEYS, read_row, write_row
 from tessera.data.readers import DataError
 from tessera.data.template import Template
 from tests.cases.chat_tokenizers import CHATML, made
+from tests.data.test_schema import mutated
 
 HOME = Path(__file__).parent
 CASES = [json.loads(line) for line in (HOME / "rows.jsonl").read_text("utf-8").splitlines()]
@@ -132,6 +134,19 @@ def test_a_file_of_misspelled_rows_is_told_at_its_first_row(tmp_path: Path) -> N
     file.write_text('{"mesages": []}\n' * 3)
     with pytest.raises(DataError, match='rows.jsonl:1 .*"mesages" is near "messages"'):
         audit(file, made("chatml").encoder())
+
+
+def test_rows_with_something_broken_are_read_or_told_why() -> None:
+    rng, encoder, read = random.Random(0), made("builtin").encoder(), []
+    for _ in range(4000):
+        row = mutated(rng, rng.choice(CASES)["row"])
+        try:
+            read.append(read_row(row))
+        except SchemaError as error:
+            assert str(error)
+    assert all(read_row(write_row(chat)) == chat for chat in read if "NaN" not in chat.to_json())
+    found = encoder.encode_batch(read)
+    assert len(read) > 800 and sum(isinstance(one, list) for one in found) > 200
 
 
 def test_names_that_are_no_misspelling_are_not_told() -> None:

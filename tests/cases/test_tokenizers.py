@@ -72,6 +72,7 @@ def merges(directory: Path, name: str | None, model_type: str = "llama", **setti
         ("GPT2Tokenizer", "llama", {"add_bos_token": True}),
         ("GPT2Tokenizer", "gpt2", {"add_prefix_space": True}),
         ("GPTNeoXTokenizerFast", "llama", {"add_bos_token": True, "add_eos_token": True}),
+        ("CodeGenTokenizer", "llama", {}),
     ],
 )
 def test_vocab_and_merges_split_as_their_class_does(
@@ -128,6 +129,7 @@ CLASSES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "llama": (LLAMA, {"tokenizer_class": "LlamaTokenizer"}),
     "legacy": (LLAMA, {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
     "no prefix": (LLAMA, {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False}),
+    "code": (LLAMA, {"tokenizer_class": "CodeLlamaTokenizer"}),
     "mistral": ({"model_type": "mistral"}, {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
 }
 
@@ -186,14 +188,17 @@ def test_a_chat_with_a_sentencepiece_model(tmp_path: Path) -> None:
     assert {count, count + 1} <= set(wanted)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "class Llama", "legacy"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "LlamaTokenizer", "legacy", "CodeLlamaTokenizer"]
+)
 def test_a_tokenizer_json_of_sentencepiece(tmp_path: Path, name: str) -> None:
     made = load_tokenizer(pieces(tmp_path / "pieces", PLAIN))
     made.home = None
     made.save(tmp_path / "json")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
     if name != "tokenizer.json":
-        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": name == "legacy"}
+        kind = "LlamaTokenizer" if name == "legacy" else name
+        settings |= {"tokenizer_class": kind, "legacy": name == "legacy"}
     write(tmp_path / "json", config=LLAMA, tokenizer_config=settings)
     assert_begins_alike(*assert_equal(tmp_path / "json"))
 
@@ -246,6 +251,17 @@ def test_what_stands_before_a_raw_text_follows_from_the_post_processor(
     assert_begins_alike(ours, hugging_face(directory))
 
 
+@pytest.mark.parametrize("name", ["GPTNeoXTokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer"])
+def test_a_tokenizer_json_of_a_class_that_is_built_anew(tmp_path: Path, name: str) -> None:
+    def change(spec: dict[str, Any]) -> None:
+        digits = {"type": "Digits", "individual_digits": True}
+        steps = {"type": "Sequence", "pretokenizers": [digits, spec["pre_tokenizer"]]}
+        spec.update(pre_tokenizer=steps, post_processor=around("<bos>", "$A"))
+
+    directory = whole(tmp_path, change, tokenizer_class=name, bos_token="<bos>", eos_token="<eos>")
+    assert_begins_alike(*assert_equal(directory))
+
+
 def test_llamas_sentencepiece_begins_with_bos_unless_told_otherwise(tmp_path: Path) -> None:
     pieces(tmp_path, PLAIN)
     settings = {"tokenizer_class": "LlamaTokenizer"}
@@ -276,6 +292,16 @@ def test_both_ends_are_known_and_minus_one_is_no_token(tmp_path: Path) -> None:
     assert ours.eos_ids == (1, 7, 9) and ours.own_pad_id is None and ours.bos_id is None
     ours = load_tokenizer(write(directory, generation_config={"eos_token_id": 8}))
     assert ours.eos_ids == (1, 8), "generation_config decides, as in transformers' generate"
+
+
+def test_a_token_that_the_model_has_no_row_for_is_not_used(tmp_path: Path) -> None:
+    names = {"bos_token": "[BOS]", "eos_token": "<eos>", "pad_token": "[PAD]"}
+    directory = whole(tmp_path, dict, **names)
+    ours, theirs = assert_equal(directory)
+    assert (ours.bos_id, ours.own_pad_id) == (theirs.bos_token_id, theirs.pad_token_id)
+    write(directory, config=LLAMA | {"vocab_size": 700, "pad_token_id": 5})
+    ours = load_tokenizer(directory)
+    assert (ours.bos_id, ours.eos_ids, ours.own_pad_id) == (None, (1,), 5)
 
 
 def test_a_token_that_only_the_config_names_is_special(tmp_path: Path) -> None:

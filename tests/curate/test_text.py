@@ -15,7 +15,8 @@ from tessera.curate.steps.contamination import Decontaminate, word_grams
 from tessera.curate.steps.duplicates import bands_for, clusters, signatures
 from tests.curate.conftest import write_lines
 
-WORDS = ["".join(letters) for letters in itertools.product("bdfgklmnprtvz", repeat=4)]
+SYLLABLES = ("bdfgklmnprtvz", "aeiou", "klmnprtvz", "aeiou", "lmnr")
+WORDS = ["".join(letters) for letters in itertools.product(*SYLLABLES)]
 
 
 def plain_grams(text: str, n: int) -> list[tuple[str, ...]]:

@@ -219,7 +219,7 @@ def test_lists_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
     assert list(read_chats(tmp_path / "a.parquet")) == want
 
 
-def _mutate(rng: random.Random, value: Any) -> Any:
+def mutated(rng: random.Random, value: Any) -> Any:
     """The value with one place in it broken."""
     junk = [None, 3, True, "", "x", [], {}, [None], {"role": 1}, "\ud800", "</think>", "<think>"]
     if isinstance(value, dict) and value and rng.random() < 0.85:
@@ -228,12 +228,12 @@ def _mutate(rng: random.Random, value: Any) -> Any:
         if rng.random() < 0.2:
             del changed[key]
             return changed
-        return {**changed, key: _mutate(rng, value[key])}
+        return {**changed, key: mutated(rng, value[key])}
     if isinstance(value, list) and value and rng.random() < 0.85:
         at = rng.randrange(len(value))
         if rng.random() < 0.2:
             return value[:at] + value[at + 1 :] if rng.random() < 0.5 else value + [value[at]]
-        return [_mutate(rng, one) if i == at else one for i, one in enumerate(value)]
+        return [mutated(rng, one) if i == at else one for i, one in enumerate(value)]
     if isinstance(value, str) and value and rng.random() < 0.5:
         at = rng.randrange(len(value))
         return value[:at] + rng.choice(["<think>", "\x00", "<|eot_id|>", "\ud800", ""]) + value[at:]
@@ -247,7 +247,7 @@ def test_ten_thousand_mutated_rows_are_accepted_or_refused_with_a_reason() -> No
     for _ in range(10_000):
         row = rng.choice(seeds)
         for _ in range(rng.randint(1, 3)):
-            row = _mutate(rng, row)
+            row = mutated(rng, row)
         try:
             chat = read_row(row)
         except SchemaError as error:

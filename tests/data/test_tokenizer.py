@@ -220,6 +220,8 @@ def test_training_stops_where_there_is_nothing_to_merge() -> None:
     [
         ("tokenizer.json", b"{", "not a readable tokenizer.json"),
         ("tokenizer.model", b"no protobuf", "neither a SentencePiece model nor"),
+        ("tokenizer.model", b"", "neither a SentencePiece model nor"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("tokenizer.model", b"aGk= 0\nnot base64 1\n", "not a list of tiktoken ranks"),
         ("vocab.json", b"{}", "no merges.txt beside it"),
         ("words.txt", b"a b", "not a tokenizer file"),

@@ -98,6 +98,21 @@ def test_no_prompts_no_completions():
     assert engine.generate([], SamplingParams()) == [] and engine.score([]) == []
 
 
+def test_scores_in_chunks_are_those_of_one_pass_with_the_likeliest():
+    module = tiny.model()
+    engine = TorchEngine(module, chunk_tokens=7)
+    rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 2], [3, 3, 3, 4, 4, 4, 4], [9]]
+    for (logprobs, top), row, whole in zip(
+        engine.score_top(rows, 2), rows, engine.score(rows), strict=True
+    ):
+        assert logprobs == pytest.approx(whole, abs=1e-5)
+        with torch.no_grad():
+            wanted = module.logits(module(torch.tensor([row])))[0, :-1].log_softmax(-1).topk(2)
+        assert [[token for token, _ in pairs] for pairs in top] == wanted.indices.tolist()
+        for pairs, values in zip(top, wanted.values.tolist(), strict=True):
+            assert [value for _, value in pairs] == pytest.approx(values, abs=1e-5)
+
+
 def test_penalties_look_at_the_completion_alone_whatever_the_batch():
     """Against a loop that asks the model for the logits of each whole sequence."""
     module = tiny.model()

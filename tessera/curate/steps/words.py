@@ -31,7 +31,9 @@ TELLING = frozenset(
     descending gain loss gains loses left right up down even odd prime composite positive negative
     integer rational irrational real complex consecutive distinct inclusive exclusive equal unequal
     square squared cube cubed cubic root power factorial reciprocal inverse opposite absolute
-    area perimeter volume surface radius diameter circumference height width length diagonal
+    circle triangle rectangle pentagon hexagon octagon rhombus parallelogram trapezoid sphere
+    cylinder cone cuboid prism pyramid string strings list lists tuple tuples dictionary array
+    arrays area perimeter volume surface radius diameter circumference height width length diagonal
     derivative differentiate integral integrate antiderivative limit factor factors expand simplify
     solve prove gcd lcm multiple multiples divisor divisors numerator denominator
     sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt mod
@@ -74,8 +76,10 @@ SYMBOLS = {
     **dict.fromkeys("−–‒‐‑－", "-"), **dict.fromkeys("×·⋅∙∗", " × "), "÷": " ÷ ",
     "∕": "/", "⁄": "/",
     **dict.fromkeys("≤≦⩽", "<="), **dict.fromkeys("≥≧⩾", ">="), "≠": "!=", "√": " sqrt ",
-    **dict.fromkeys("’‘ʼ", "'"), "∣": "|", "°": " ", "㎡": " ", "•": " ",
+    **dict.fromkeys("’‘ʼ′", "'"), "∣": "|", "°": " ", "㎡": " ", "•": " ",
 }  # fmt: skip
+# Roman numbers, and names of points (ABC, PQR); a few words more do no harm.
+_NAME = re.compile("[ivxlcdm]{2,}|[a-f]{3,4}|[b-df-hj-np-tv-z]{3,4}")
 # Chinese characters, kana, Thai, Lao, Burmese, Khmer, Tibetan.
 DENSE = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff"
@@ -92,9 +96,9 @@ _SPACES = re.compile("  +")
 _LETTER = r"[a-z\x80-\U0010ffff]"
 _FUNCTION = r"(?:sin|cos|tan|log|ln|sqrt|exp)\b"
 # A hyphen and a slash are operators before a number, a name of one letter, a bracket or a function,
-# and not directly behind a longer word (covid-19).
+# and not directly behind a word (covid-19); `xy-1` is a difference.
 _OPERAND = (
-    rf"(?<![a-z][a-z].)(?=\s?[-+]?\s?(?:[\d(\[|\\]|\.\d|[b-hj-z](?![a-z'])"
+    rf"(?<![a-z][a-z][a-z].)(?=\s?[-+]?\s?(?:[\d(\[|\\]|\.\d|[b-hj-z](?![a-z'])"
     rf"|[ai](?![a-z']|\s+[a-z][a-z])|{_FUNCTION}))"
 )
 _TOKEN = re.compile(
@@ -104,7 +108,7 @@ _TOKEN = re.compile(
     r"|<=>|<=|>=|!=|=>|->|[<>^=+%|()\[\]]"
     rf"|-{_OPERAND}|/{_OPERAND}"
     r"|(?<=[\w)\]])\*\*?(?=[\w(\[-])|(?<=[\w)\]] )\*(?= [\w(\[-])"
-    r"|(?<=[\d)])!|(?<=\b[a-z])!|\\[a-z]+)"
+    r"|(?<=[\d)])!|(?<=\b[a-z])(?:!|'+(?![a-z]))|\\[a-z]+)"
 )
 
 
@@ -128,7 +132,6 @@ class _Plain(dict[int, str]):
             found = f" {char} "
         else:
             found = {"P": " ", "Z": " ", "C": " ", "S": f" {char} "}.get(kind[0], char)
-            found = " " if kind == "Sc" else found
         self[code] = found
         return found
 
@@ -175,6 +178,8 @@ def _without_latex(text: str) -> str:
 
 def _said(command: re.Match[str]) -> str:
     name = command[1]
+    if name.isdigit():
+        return name
     if name in LATEX:
         return f" {LATEX[name].strip()} " if LATEX[name] > "~" else LATEX[name]
     if name in TELLING and name not in DRESS:
@@ -185,15 +190,15 @@ def _said(command: re.Match[str]) -> str:
 def counted(found: list[str]) -> list[str]:
     """Of the tokens, those that make another problem of the same words, in order.
 
-    Numbers, operators, names of one or two letters, `TELLING` words, and brackets around two or
-    more of these and nothing else.
+    Numbers, operators, names of one or two letters or of points, `TELLING` words, and brackets
+    around two or more of these and nothing else.
     """
     return _bracketed(found) if "(" in found or "[" in found else [*filter(_counts, found)]
 
 
 @functools.lru_cache(1 << 16)
 def _counts(token: str) -> bool:
-    if token in TELLING or token[0] < "a":
+    if token in TELLING or token[0] < "a" or _NAME.fullmatch(token):
         return True
     return len(token) < 3 and token not in COMMON and not DENSE.match(token)
 

@@ -1,9 +1,10 @@
 """The final answer of a text: where it stands, and when two final answers are the same.
 
 The final answer is the last one of the most explicit form that the text has: `\\boxed{…}` (what the
-paper's prompts ask for), else a line `#### 42` (GSM8K), else the rest of the line after "answer
-is", "answer:" or "answer =", where "correct option", "correct choice" and, at the start of a line,
-"result" may stand for "answer". Boxes that only `,`, `and` or `or` part are one answer of several.
+paper's prompts ask for), else `<answer>…</answer>`, else a line `#### 42` (GSM8K), else the rest of
+the line after "answer is", "answer:" or "answer =", where "correct option", "correct choice" and,
+at the start of a line, "result" may stand for "answer". Boxes that only `,`, `and` or `or` part are
+one answer of several.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from tessera.rl.verifiers.latex import closings, undressed
-from tessera.rl.verifiers.quantity import DECIMAL, LONGEST, clock, quantity, same_quantity
+from tessera.rl.verifiers.quantity import (
+    DECIMAL,
+    LONGEST,
+    SCALES,
+    clock,
+    quantity,
+    same_quantity,
+    same_time,
+)
 
 _BOXED = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _OPENS = r"(?:[\s$~*&]|\\[\[( ,]|\\q?quad)*"
@@ -22,6 +31,8 @@ _BETWEEN = re.compile(  # two boxes of one answer: "$\boxed{1}$ and $y = \boxed{
     rf"{_OPENS}(?:[a-zA-Z]\w*\s*=\s*)?{_OPENS}",
     re.IGNORECASE,
 )
+_BEHIND = re.compile(r"_(?:\w|\{(?:[^{}]|\{[^{}]*\})*\})|\\%")  # `\boxed{52}_8`
+_TAGGED = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 _HASHES = re.compile(r"^\s*####[ \t]*(\S.*?)\s*$", re.MULTILINE)
 _STATED = re.compile(
     r"(?:\banswer|\b(?:correct|right|best) (?:option|choice|answer)|^[ \t]*(?:the[ \t]+)?result)\b"
@@ -36,6 +47,7 @@ _REASON = re.compile(
 NUMBER = re.compile(
     rf"(?<![\w.^])[-+]?(?>\d+ \d+/\d+|(?:{DECIMAL})(?:[eE][-+]?\d+)?(?:/\d+)?)"
     r"(?=(?:[ckm]?m[²³]|[ckm]m|[km]g|ml|lb|ft|mph)(?!\w)|(?![\w/]))"
+    rf"(?:\s(?:{'|'.join(SCALES)})\b)?"
 )
 _TIME = re.compile(r"(?<![\w:])\d{1,2}:\d\d(?:\s*[ap]\.?m\b\.?)?", re.IGNORECASE)
 _MATHEMATICS = re.compile(
@@ -45,6 +57,7 @@ _SIMPLE_FRACTION = re.compile(r"(?<![\w}])\\frac\{(\\?[\w.]+)\}\{(\\?[\w.]+)\}(?
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _NAMED = re.compile(r"([a-zA-Z\\|(][^=<>+*^/-]*?)\s*(?:=|\\in(?![a-z]))\s*([^=<>]+)")
 _SEPARATOR = re.compile(r"\s*(?:,|;|\\text\{,?\s*(?:and|or),?\}|\b(?:and|or)\b)\s*")
+_PLUS_MINUS = re.compile(r"\\pm\s*([\w\\{}. ]+)\Z")
 _SIDES = {"(": ")", "[": "]", "\\{": "\\}"}
 Leaf = Callable[[str, str], bool]
 
@@ -54,6 +67,8 @@ def final_answer(text: str) -> str | None:
     found = boxed(text)
     if found is not None:
         return found
+    if tagged := _TAGGED.findall(text):
+        return tagged[-1]
     if hashes := _HASHES.findall(text):
         return hashes[-1]
     stated = _STATED.findall(text)
@@ -73,7 +88,8 @@ def boxed(text: str) -> str | None:
             continue
         if after is not None and not _BETWEEN.fullmatch(text, end + 1, after):
             break
-        content = text[opening.end() : end].strip()
+        behind = _BEHIND.match(text, end + 1)
+        content = text[opening.end() : end].strip() + (behind[0] if behind else "")
         if not any(same_answer(content, other) for other in found):
             found.insert(0, content)
         after = opening.start()
@@ -126,15 +142,22 @@ def _same_value(a: str, b: str) -> bool | None:
     """Whether two numbers or two times of day are the same; None where they are not two such."""
     left, right = clock(a), clock(b)
     if left and right:
-        return all(x == y or not (x and y) for x, y in zip(left, right, strict=True))
+        return same_time(left, right)
     one, other = quantity(a), quantity(b)
     if one and other:
         return same_quantity(one, other)
-    return False if (one or other) and (left or right) else None
+    if (left or right) and not re.search("[:=]", b if left else a):
+        ratio = quantity((a if left else b).replace(":", "/"))  # `1:12` may be one twelfth
+        value = one or other
+        return bool(ratio and value and same_quantity(ratio, value))
+    return None
 
 
 def _same_list(a: str, b: str, leaf: Leaf | None) -> bool | None:
     """Whether two lists are the same, in order where brackets say so; None where neither is one."""
+    a, b = (
+        _PLUS_MINUS.sub(r"\1, -\1", text) if text.startswith(r"\pm") else text for text in (a, b)
+    )
     (open_a, parts_a, close_a), (open_b, parts_b, close_b) = _parts(a), _parts(b)
     if not all(parts_a + parts_b) or any(re.search(r"\\pm|\\mp|matrix|cases", t) for t in (a, b)):
         return None

@@ -20,13 +20,20 @@ _ONE_LETTER = re.compile(
     r"(?=$|[\s).\]}*_:`\"$,;]|'(?!\w))",
     re.IGNORECASE,
 )
+_CORRECT = r"(?:\bis (?:the )?(?:correct|right|best|answer)(?: (?:answer|option|choice|one))?\.?)?"
 _OPTION_LINE = re.compile(
-    r"[\s*_(\[]*(?:option|choice)?\s*\(?([A-Z])\)?[\s*_).:\]]*"
-    r"(?:\bis (?:the )?(?:correct|right|best)(?: (?:answer|option|choice))?\.?)?[\s*]*",
+    rf"(?:(?:so|thus|therefore|hence),? )?[\s*_(\[]*(?:(?:the )?(?:option|choice))?\s*"
+    rf"\(?([A-Z])\)?[\s*_).:\]]*{_CORRECT}[\s*]*",
     re.IGNORECASE,
 )
+_OPTION_TEXT = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[):.])\s+\S[^\n]*")  # `B) Paris`, all of it
+_CHOSEN = re.compile(
+    r".*\b(?i:answer|choose|pick|select|choice|option|answer (?:must|should|would|will|has to) be)"
+    r"\s+(?i:option |choice |letter )?[*(]*([A-Z])[*)]*\.?\s*",
+    re.DOTALL,
+)
 _ANOTHER = re.compile(
-    r"\W*(?:\b(?:and|or)\b|[,/&])\W*(?:(?:also|both|option|choice)\W+)*([A-Za-z])(?![\w'])"
+    r"\W*(?:\b(?:and|or)\b|[,/&])\W*(?:(?:also|both|option|choice)\W+)*([A-Za-z]|[IVX]+)(?![\w'])"
 )
 # "a matter of taste", "I think": a word, unless what follows only explains the letter.
 _GOES_ON = re.compile(
@@ -101,12 +108,18 @@ def verify_choice(answer: str, expected: str, *, choices: int = 26) -> Outcome:
     if stated is not None:
         given = _letter(plain_text(stated))
     else:
-        lines = [line for line in answer.splitlines() if line.strip()]
-        found = _OPTION_LINE.fullmatch(plain_text(lines[-1])) if lines else None
-        given = found[1].upper() if found else None
+        given = _unstated_letter(answer.strip())
     if given is None:
         return wrong("no letter is chosen")
     return judged(given == wanted, f"{given} is not {wanted}")
+
+
+def _unstated_letter(answer: str) -> str | None:
+    """The letter that the last line is, chooses or calls correct, or that a one-liner has."""
+    last = answer.rpartition("\n")[2]
+    found = _OPTION_LINE.fullmatch(plain_text(last)) or _CHOSEN.fullmatch(plain_text(last))
+    found = found or _OPTION_TEXT.fullmatch(answer)
+    return next(letter for letter in found.groups() if letter).upper() if found else None
 
 
 def _letter(stated: str) -> str | None:

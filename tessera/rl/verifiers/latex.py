@@ -42,6 +42,7 @@ _SYMBOLS = str.maketrans(
         "）": ")",
     }
 )
+LONGEST = 2000  # characters of an answer; what is longer is a text, and only its spaces change
 _PLAIN = re.compile(r"[A-Za-z0-9 ,./+()-]*")
 _WORD_END = r"(?![a-zA-Z])"
 _NAMED_FONTS = r"\\(?:math|text)(?:bf|it|sf|tt|sl|sc|md|up)"
@@ -51,7 +52,7 @@ _UNWRAPPED = re.compile(
 _TEXT = re.compile(
     r"\\(?:mathrm|textrm|textnormal|text|mbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
-_COLOUR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
+_COLOUR = re.compile(r"\\(?:text|math)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
 _SWITCHES = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|it|rm|sf|tt|tiny|small|normalsize"
     rf"|large|Large|huge|Huge|[bB]igg?[lrm]?|middle|mathstrut|strut){_WORD_END}"
@@ -74,7 +75,7 @@ _OVER = re.compile(rf"\{{([^{{}}]*)\\over{_WORD_END}([^{{}}]*)\}}")
 _FRACTION = re.compile(rf"\\[dtcx]?frac{_WORD_END}")
 _ROOT = re.compile(rf"\\sqrt{_WORD_END}\s*(?![\s\[{{])")
 _LETTER = re.compile(r"\\text\{([a-zA-Z]|[^{}]*\d[^{}]*)\}")  # or a number in words
-_CONSTANT = re.compile(r"(?<![\w ])\\text\{([ei])\}")
+_CONSTANT = re.compile(r"(?<![\w ])\\text\{([ei]|[-+])\}")
 _BARS = re.compile(r"(?:\d[\u0304\u0305\u0307])+")  # digits with a line or a dot above
 _RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "{:}": ":"}
 _RELATION = re.compile(r"<=|>=|(?<![\d)])!=|\{:\}")
@@ -84,6 +85,8 @@ _BRACED_COMMA = re.compile(r"\{\s*,\s*\}|(?<=\d)\{(?=,\d)|(?<=,)\}(?=\d)")
 
 def undressed(text: str) -> str:
     """The text without what changes only its look. Currency signs stand as `\\$`."""
+    if len(text) > LONGEST:
+        return " ".join(text.split())
     if _PLAIN.fullmatch(text) and "pe" not in text and "pct" not in text:  # no "percent"
         return _trimmed(text)
     text = _unicode(text)
@@ -92,7 +95,7 @@ def undressed(text: str) -> str:
     text = _unwrapped(text)
     text = _TEXT.sub(_as_text, text)
     text = _CONSTANT.sub(r"\1", text)
-    text = _THOUSANDS.sub("", _SWITCHES.sub(" ", text))
+    text = _THOUSANDS.sub("", _SWITCHES.sub(" ", text)).replace("\\!", "")
     text = _SPACES.sub(" ", _BRACED_COMMA.sub(",", text))
     text = text.replace(r"\varnothing", r"\emptyset")
     text = _OVER.sub(r"\\frac{\1}{\2}", _PERCENT.sub("%", _DEGREES.sub(r"^\\circ ", text)))

@@ -32,6 +32,8 @@ _NO_GOLD = re.compile(
     r"|are|was|tbd|todo|answer|null|nan|undetermined|missing)\b",
     re.IGNORECASE,
 )
+_TEXT_OR_COMMAND = re.compile(r"\\text\{[^{}]*\}|\\[a-zA-Z]+")
+_ENGLISH = re.compile(r"\b(?!and\b)(?:[a-z]{3,}|it|is|we|so|to|in|of|be|at|as|by)\b", re.IGNORECASE)
 _EQUALS = re.compile(r"(?<![!<>:=])=(?!=)|\\approx(?![a-z])")
 _PLACEHOLDER = re.compile(r"n\s?/?\s?a|[?._*-]+|\[?asy.*", re.IGNORECASE | re.DOTALL)
 
@@ -69,20 +71,32 @@ def verify_math(answer: str, expected: str) -> Outcome:
 def _stated(answer: str, gold: str) -> str | None:
     """The final answer: boxed, stated, the whole of a short text, or the last expression."""
     stated = final_answer(answer)
-    if stated is None and (len(answer) > LONGEST or not same_answer(answer, gold)):
-        stated = last_expression(answer[-LONGEST:])
-        return answer.strip()[:LONGEST] if stated is None else stated
     if stated is None:
-        return answer.strip()
+        whole, end = answer.strip()[: LONGEST + 1], last_expression(answer[-LONGEST:])
+        alone = quantity(whole) or _is_expression(whole) or same_answer(whole, gold)
+        return whole if alone or end is None else end
+    if quantity(stated.partition(" (")[0]):
+        return stated.partition(" (")[0]  # "The answer is 8 (eight)."
+    if stated.endswith("!") and boxed(answer) is None and same_answer(stated[:-1], gold):
+        return stated[:-1]  # "The answer is 42!" need be no factorial
     if boxed(answer) is None and not same_answer(stated, gold) and len(stated.split()) > 3:
         shorter = last_expression(stated)  # "the answer is therefore $x = 4$ metres a second"
         return stated if shorter is None else shorter
     return stated
 
 
+def _is_expression(text: str) -> bool:
+    """Whether a whole text is a formula: one line without words, `x = 5 or x = -5`."""
+    plain = _TEXT_OR_COMMAND.sub(" ", text.strip())
+    return "\n" not in plain and not _ENGLISH.search(plain)
+
+
 def same_expression(given: str, gold: str) -> bool:
     """Whether two undressed expressions are equal. Raises UnreadableError for the expected one."""
-    given, gold = without_unit(given)[0], without_unit(gold)[0]
+    (given, unit), (gold, gold_unit) = without_unit(given), without_unit(gold)
+    if unit != gold_unit and {unit, gold_unit} == {"", r"^\circ"} and r"\pi" in given + gold:
+        degrees, radians = (given, gold) if unit else (gold, given)
+        return same_expression(rf"\frac{{({degrees})\pi}}{{180}}", radians)
     if quantity(given) and quantity(gold):
         return same_answer(given, gold)
     words = _words(gold)
@@ -137,8 +151,12 @@ def _words(text: str) -> list[str]:
 
 
 def _is_prose(words: list[str]) -> bool:
+    """Whether words are a sentence, a number or a placeholder; names are none: `New York`."""
     text = " ".join(words)
-    return len(words) > 3 or bool(_NUMBER_WORDS.search(text) or _NO_GOLD.search(text))
+    names = len(words) < 4 and all(word[0].isupper() for word in words)
+    return (len(words) > 1 and not names) or bool(
+        _NUMBER_WORDS.search(text) or _NO_GOLD.search(text)
+    )
 
 
 def _read(parsed: list[Any]) -> bool:

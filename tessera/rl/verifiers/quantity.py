@@ -15,7 +15,10 @@ from tessera.rl.verifiers.latex import undressed
 LONGEST = 400  # characters of a number, and digits of its value
 PLACES = 6  # decimals, and digits, that make a rounded number the exact one
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d|[ ,]?\d)|\d{1,3}(?:'\d{3})+|\d+)"
+_DIGITS = (  # 1.234.567, 1,234, 1 234, 1'234, 1234
+    r"(?:\d{1,3}(?:\.\d{3}){2,}(?!\d)|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d|[ ,]?\d)"
+    r"|\d{1,3}(?:'\d{3})+|\d+)"
+)
 DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)"
 _DECIMAL = re.compile(rf"({DECIMAL})\.?(?:[eE]([-+]?\d+))?")
 _DECIMAL_COMMA = re.compile(r"^(0|\d{4,}),(\d+)$")  # `1,22` may be two numbers
@@ -32,12 +35,13 @@ _MIXED = re.compile(
     r"(\d+)\s*(?:(?:and\s|\\text\{and\})\s*)?(?:(\\frac\{\d+\}\{\d+\})|(?<=[\s}])(\d+\s*/\s*\d+))"
 )
 _BASED = re.compile(
-    r"\(?\s*([-+]?[0-9A-Fa-f][0-9A-Fa-f,.]*)\s*\)?(?:\s*_\s*\{?\s*\(?\s*(?:\\text\{)?(?:base)?[- ]?"
-    r"([0-9A-Za-z]+)\}?\s*\)?\s*\}?"
+    r"\(?\s*([-+]?[0-9A-Fa-f][0-9A-Fa-f,.]*)\s*\)?(?:"
+    r"\s*_\s*\{?\s*\(?\s*(?:\\text\{)?(?:base)?\}?[- ]?(?:\\text\{)?([0-9A-Za-z]+)\}?\s*\)?\s*\}?"
     r"|,?\s*\(?\s*(?:\\text\{)?\(?\s*(?:in )?base[- ]?\}?\s*(?:\\text\{)?([0-9A-Za-z]+)\)?\}?\)?)"
 )
 _TIME = re.compile(
-    r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:\\text\{)?\s*(?:([ap])\.?\s?m\.?)?\s*\}?",
+    r"(\d{1,2})(?:\s?:\s?([0-5]\d))?(?::([0-5]\d))?\s*(?:\\text\{)?\s*"
+    r"(?:([ap])\.?\s?m\.?|(noon|midday|midnight))?\s*\}?",
     re.IGNORECASE,
 )
 _APPROXIMATE = re.compile(r"\A(?:\\approx|\\sim|\\simeq|about|approximately|roughly|exactly)\s*")
@@ -55,12 +59,14 @@ _CURRENCIES = {
     **{"€": "euro", r"\euro": "euro", r"\texteuro": "euro", "EUR": "euro", "euro": "euro"},
     **{"£": "sterling", r"\pounds": "sterling", "GBP": "sterling"},
     **{"₹": "rupee", "INR": "rupee", "Rs.": "rupee", "Rs": "rupee", "rupee": "rupee"},
-    **dict.fromkeys(("¥", "JPY", "CNY", "RMB", "₩", "₽", r"\yen"), ""),
+    **dict.fromkeys(("¥", "JPY", "CNY", "RMB", "₩", "₽", r"\yen", "CHF", "kr", "zł"), ""),
+    **dict.fromkeys("AUD CAD HKD SGD NZD SEK NOK DKK KRW RUB BRL MXN ZAR PLN TRY".split(), ""),
+    **dict.fromkeys((*"₺₴฿₫₱₦₪", *(rf"{land}\$" for land in ("A", "C", "R", "S", "HK", "NZ"))), ""),
 }
 _SIGN = "|".join(re.escape(sign) for sign in sorted(_CURRENCIES, key=len, reverse=True))
 _BEFORE = re.compile(rf"([-+]?)\s*(?:\\text\{{)?({_SIGN})\}}?\s*(?=[-+]?[\d.\\{{])")
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
-_SCALES |= {"trillion": 10**12}
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
+SCALES |= {"trillion": 10**12}
 
 # What a unit measures, and its size: 1 m is 100 cm, and 460 g are not 460 kg.
 _MEASURES = {
@@ -94,7 +100,7 @@ def _sizes() -> dict[str, tuple[str, Fraction]]:
 
 
 _SIZES = _sizes()
-_JOINS = rf"\b(?:and|or|if|for|where|when|not|mod|base|to|{'|'.join(_SCALES)})\b|\d"
+_JOINS = rf"\b(?:and|or|if|for|where|when|not|mod|base|to|{'|'.join(SCALES)})\b|\d"
 _NO_UNIT = re.compile(
     rf"{_JOINS}|\b(?:plus|minus|times|over|by|of|in|is|are|was|pi|sqrt|sin|cos|tan|log|squared|cubed"
     r"|root|factorial|choose|half|halves|thirds?|quarters?|fourths?|fifths?|tenths?|than|but|from"
@@ -107,12 +113,16 @@ _TEXT_UNIT = re.compile(
     rf"\s*(?:\^\\circ\s*)?(?:\\frac\{{\\text\{{([^{{}}]*)\}}{_POWERED}\}}\{{\\text\{{([^{{}}]*)\}}{_POWERED}\}}"
     rf"|((?:\s*(?:/|\\cdot)?\s*\\text\{{[^{{}}]*\}}{_POWERED})+))\Z"
 )
-_WORD_UNIT = re.compile(
-    rf"(?P<gap>\s*)(?P<words>[A-Za-z]{{2,}}\.?{_POWERED}(?:[ /-]+[A-Za-z]+\.?{_POWERED}){{0,3}})\Z"
-)
+_WORD_UNITS = [  # of many words before few: `square feet`, but of `2 million dollars` the last
+    re.compile(
+        rf"(?P<gap>\s*)(?<![A-Za-z])(?P<words>[A-Za-z]{{2,}}\.?{_POWERED}"
+        rf"(?:[ /-]+[A-Za-z]+\.?{_POWERED}){{{count}}})\Z"
+    )
+    for count in (3, 2, 1, 0)
+]
 _LETTER_UNIT = re.compile(rf"\s([mgshLlt]{_POWERED}(?:/[a-z]{{1,3}}{_POWERED})?)\Z")
 _SIGN_BEHIND = re.compile(rf"\s*(%|\^\\circ\s*(?:\\text\{{)?[CFK]?\}}?|¢|{_SIGN})\Z")
-_SCALE = re.compile(rf"(?:\s+|\s*\\text\{{\s*)({'|'.join(_SCALES)})\}}?\Z", re.IGNORECASE)
+_SCALE = re.compile(rf"(?:\s+|\s*\\text\{{\s*)({'|'.join(SCALES)})\}}?\Z", re.IGNORECASE)
 _OTHER_UNITS = (
     "sq cu mph kmh kph rpm psi kW kWh GB MB kB Hz kHz MHz GHz dB kJ kN kPa mol deg".split()
 )
@@ -146,8 +156,8 @@ def quantity(text: str) -> Quantity | None:
     text = _APPROXIMATE.sub("", undressed(text), count=1)
     if (found := _BASED.fullmatch(text)) and (read := _based(*found.groups())):
         return read
-    if text.lower() in _WORDS:
-        return Quantity(Fraction(_NAMES[text.lower()]))
+    if (word := re.sub(r"\\text\{([a-zA-Z]+)\}", r"\1", text).lower()) in _WORDS:
+        return Quantity(Fraction(_NAMES[word]))
     if currency := _BEFORE.match(text):
         text = currency[1] + text[currency.end() :]
     text, unit, percent, scale = _stripped(text)
@@ -172,13 +182,21 @@ def same_quantity(a: Quantity, b: Quantity) -> bool:
     return _close(a, b) or (a.percent != b.percent and _close(_of_hundred(a), _of_hundred(b)))
 
 
-def clock(text: str) -> tuple[str, str, str, str] | None:
-    """Hour, minutes, seconds, and `a` or `p`, of a time of day; None where a text is none."""
+def clock(text: str) -> tuple[int, bool] | None:
+    """A time of day: its second, and whether the half of the day is known; None for other texts."""
     found = _TIME.fullmatch(text)
-    if not found:
+    if not found or not (found[2] or found[4] or found[5]) or int(found[1]) > 24:
         return None
-    hour, minutes, seconds, half = (part or "" for part in found.groups())
-    return str(int(hour)), minutes, seconds, half.lower()
+    hour, minutes, seconds = (int(part or 0) for part in found.groups()[:3])
+    half = found[4] or {"midnight": "a"}.get((found[5] or "").lower(), "p" if found[5] else "")
+    if half:
+        hour = hour % 12 + 12 * (half.lower() == "p")
+    return (hour % 24 * 60 + minutes) * 60 + seconds, bool(half) or hour > 12 or not hour
+
+
+def same_time(a: tuple[int, bool], b: tuple[int, bool]) -> bool:
+    """Whether two times are one; where a half of the day is not said, it may be either."""
+    return (a[0] - b[0]) % (12 * 3600) == 0 and (a[0] == b[0] or not (a[1] and b[1]))
 
 
 def _of_hundred(a: Quantity) -> Quantity:
@@ -230,7 +248,7 @@ def _stripped(text: str) -> tuple[str, str, bool, int]:
         if text.endswith("%"):
             percent, text = True, text[:-1]
         elif found := _SCALE.search(text):
-            scale, text = scale * _SCALES[found[1].lower()], text[: found.start()]
+            scale, text = scale * SCALES[found[1].lower()], text[: found.start()]
         elif (shorter := without_unit(text))[1]:
             text, unit = shorter[0], unit or shorter[1]
         elif found := _SIGN_BEHIND.search(text) or _plain_unit(text) or _LETTER_UNIT.search(text):
@@ -241,8 +259,9 @@ def _stripped(text: str) -> tuple[str, str, bool, int]:
 
 def _plain_unit(text: str) -> re.Match[str] | None:
     """A unit in plain letters: `5 apples`, `12cm`; not the letters of a product, `3 xy`."""
-    found = _WORD_UNIT.search(text)
-    if not found or _NO_UNIT.search(_words(found["words"])):
+    matches = (one for unit in _WORD_UNITS if (one := unit.search(text)))
+    found = next((one for one in matches if not _NO_UNIT.search(_words(one["words"]))), None)
+    if not found:
         return None
     word = re.match("[A-Za-z]+", found["words"])
     first = word[0] if word else ""
@@ -330,7 +349,7 @@ def _decimal(text: str) -> tuple[Fraction, int | None] | None:
     found = _DECIMAL.fullmatch(text)
     if not found or len(text) > LONGEST or abs(int(found[2] or 0)) > 308:
         return None
-    plain = re.sub(r"[, ']", "", found[1])
+    plain = re.sub(r"[, ']" + (r"|\." if found[1].count(".") > 1 else ""), "", found[1])
     places = len(plain.partition(".")[2]) - int(found[2] or 0)
     return Fraction(f"{plain}e{found[2] or 0}"), max(0, places)
 
