@@ -455,6 +455,14 @@ def test_a_program_is_given_its_rows_tests_and_their_setup(monkeypatch: pytest.M
     assert seen[-1] == "isolated"
 
 
+def test_instructions_are_judged_by_the_rows_own_arguments(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+    monkeypatch.setattr(rewards_of, "judge", lambda *told, **given: seen.append(given) or right())
+    row = {"instruction_id_list": ["a"], "kwargs": [{"n": 3}]}
+    check(InstructionsReward(kind="instructions", partial=True), sample("say", **row))
+    assert seen == [{**row, "loose": False, "partial": True}]
+
+
 def test_a_program_may_take_its_time_before_its_checker_is_killed():
     """Eight times its CPU seconds by the clock, and ten to start."""
     limits: Any = {"seconds": 5}

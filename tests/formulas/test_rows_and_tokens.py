@@ -192,6 +192,7 @@ def test_a_documents_rows_are_written_out():
     assert batch.weight.tolist() == [[0, 1, 2, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
     assert batch.segments.tolist() == [[0, 0, 0, 1, -1, -1], [0, -1, -1, -1, -1, -1]]
+    assert batch.positions.dtype == batch.labels.dtype == torch.int64
     assert batch.mode is not None
     assert batch.mode.tolist() == [[ON] * 3 + [OFF, TEXT, TEXT], [OFF] + [TEXT] * 5]
     assert len({TEXT, OFF, ON, PLAIN}) == 4 and TEXT == 0
