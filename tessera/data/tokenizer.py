@@ -20,7 +20,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from tessera.data import vocabulary
 from tessera.data.thought import CLOSE, OPEN
-from tessera.data.vocabulary import QWEN2_SPLIT, TokenizerError, Vocabulary, read_json
+from tessera.data.vocabulary import TokenizerError, Vocabulary, read_json
+from tessera.model.pre_tokenizers import QWEN2_SPLIT
 from tessera.runs.files import atomic_write, writing
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"

@@ -28,11 +28,8 @@ from tokenizers import (
     processors,
 )
 
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
+from tessera.model.pre_tokenizers import LLAMA3_SPLIT, QWEN2_SPLIT
+
 LLAMA3_RANKS = 128_000
 LLAMA3_NAMED = (
     "begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id end_header_id "

@@ -19,74 +19,20 @@ from gguf import GGUFWriter, TokenType
 
 from tessera.data.switch import recorded_switch
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
-from tessera.data.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, TokenizerError
+from tessera.data.vocabulary import TokenizerError
 from tessera.export.engines import ExportError
-
-# Text splits. A split is a sequence of regular expressions, each cutting what the one before left;
-# ByteLevel's own expression and Digits are written out, so that equal splits compare equal.
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGIT, _DIGITS = r"\p{N}", r"\p{N}+"
-_PUNCTUATION = "punctuation"  # a run of it, as the Punctuation step with contiguous pieces cuts
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
-    r"|%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from tessera.model.pre_tokenizers import (
+    DIGIT,
+    DIGITS,
+    ENDINGS,
+    GPT2_SPLIT,
+    MERGED,
+    NEARLY,
+    PRE_TOKENIZERS,
+    PUNCTUATION,
+    WHOLE_WORDS,
 )
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CJK = "[一-龥ࠀ-一가-퟿]+"
-_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
-_SPACE_RUNS = "|".join(rf"\s{{{2**n}}}(?!\S)" for n in range(9, 1, -1))
-# The name that llama.cpp (llama-vocab.cpp) has for a split; "…" stands for any end.
-PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2,),
-    "llama-bpe": (LLAMA3_SPLIT,),
-    "qwen2": (QWEN2_SPLIT,),
-    "smollm": (_DIGIT, _GPT2),
-    "qwen35": (
-        QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}"),
-    ),
-    "tekken": (_CASED % ("", "", r"\p{N}"),),
-    "gpt-4o": (_CASED % (_ENDINGS + "?", _ENDINGS + "?", r"\p{N}{1,3}"),),
-    "deepseek-v3": (
-        r"\p{N}{1,3}",
-        "[一-龥぀-ゟ゠-ヿ]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, _DIGIT),
-    "falcon": (_PUNCTUATION, _GPT2, _DIGITS, "[0-9][0-9][0-9]"),
-    "minicpm5": (r"\p{N}{1,3}", LLAMA3_SPLIT.replace("{1,3}", "+")),
-    "seed-coder": (
-        LLAMA3_SPLIT.replace("{1,3}", "{1}").replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+"),
-    ),
-    "ufakzeka": (QWEN2_SPLIT.removeprefix(_ENDINGS + "|"),),
-    "deepseek-llm": (
-        r"[\r\n]",
-        r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ…",
-        r"\s?[!-/:-~！-／：-～…",
-        r"\s+$",
-        _CJK,
-        _DIGIT,
-    ),
-    "bailingmoe": (QWEN2_SPLIT.replace(r"\s*[\r\n]+", r"\s*[\r\n]"),),
-    "exaone-moe": (
-        QWEN2_SPLIT.replace(r"\p{L}+|", r"(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|")
-        .replace(r"\p{N}]+[\r\n]*", r"\p{N}]+[\r\n/]?")
-        .replace(r"\s*[\r\n]+", r"\s*[\r\n]"),
-    ),
-    "jais-2": (LLAMA3_SPLIT.replace(r"\s+(?!\S)|\s+", _SPACE_RUNS + r"|\s{1,2}(?!\S)|\s{1}"),),
-    "youtu": (
-        "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
-        _CASED % (_ENDINGS + "?", _ENDINGS + "?", r"\p{N}"),
-    ),
-    "bloom": (_BLOOM,),
-    "viking": (_BLOOM, _DIGIT),
-}
-_NEARLY = ("tekken", "gpt-4o")  # llama.cpp tells cases apart in ASCII alone
-# llama.cpp takes a word that is a token whole under these names, whatever the merges say.
-_WHOLE_WORDS = ("llama-bpe", "tekken", "minicpm5", "youtu")
-_MERGED = {"llama-bpe": "smaug-bpe"}  # the same split without that rule
+
 # llama.cpp insists on merges; no text has symbols of more than one character to join by this one.
 _NO_MERGE = "[none] [none]"
 BY_IDS = (
@@ -262,13 +208,13 @@ def _name_split(
         )
         return
     whole = bool(model.get("ignore_merges"))
-    if whole != (name in _WHOLE_WORDS) and not _all_merged(tokenizer):
-        if whole or name not in _MERGED:
+    if whole != (name in WHOLE_WORDS) and not _all_merged(tokenizer):
+        if whole or name not in MERGED:
             does = "joins words by merges" if whole else "takes known words whole"
             vocabulary.faults.append(f"{does} under the split {name}, and the tokenizer does not")
-        name = _MERGED.get(name, name)
+        name = MERGED.get(name, name)
     vocabulary.pre = name
-    if name in _NEARLY:
+    if name in NEARLY:
         vocabulary.notes.append(
             f"llama.cpp's {name} reads words with marks, and with capitals outside ASCII, to "
             "other ids now and then"
@@ -290,11 +236,11 @@ def _splits(steps: list[dict[str, Any]]) -> Iterator[str]:
         match step:
             case {"type": "ByteLevel"}:
                 if step.get("use_regex", True):
-                    yield _GPT2
+                    yield GPT2_SPLIT
             case {"type": "Digits"}:
-                yield _DIGIT if step.get("individual_digits") else _DIGITS
+                yield DIGIT if step.get("individual_digits") else DIGITS
             case {"type": "Punctuation", "behavior": "Contiguous"}:
-                yield _PUNCTUATION
+                yield PUNCTUATION
             case {"type": "Split", "pattern": {"Regex": pattern}}:
                 plain = step.get("behavior") == "Isolated" and not step.get("invert")
                 kept = step.get("behavior") == "Removed" and step.get("invert")
@@ -305,8 +251,8 @@ def _splits(steps: list[dict[str, Any]]) -> Iterator[str]:
 
 
 _SPELLED = (
-    ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", _ENDINGS),
-    ("'(?i:[sdmt]|ll|ve|re)", _ENDINGS),
+    ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", ENDINGS),
+    ("'(?i:[sdmt]|ll|ve|re)", ENDINGS),
     (r"[^\r\n\p{L}\p{N}]?+", r"[^\r\n\p{L}\p{N}]?"),
     (r"[^\s\p{L}\p{N}]++", r"[^\s\p{L}\p{N}]+"),
     ("\r", r"\r"),

@@ -194,8 +194,8 @@ class ServedModel:
             hidden = len(self.tokenizer.begin) if begun else 0
             entries = entries_of(self.tokenizer, ids, *score, hidden)
             # Some tokenizers drop white space of a text; tokens must join to what is given back.
-            whole = isinstance(given, str) and count is None
-            text = given if whole else "".join(entry.text for entry in entries)
+            joined = "".join(entry.text for entry in entries)
+            text = given if isinstance(given, str) and count is None else joined
             found.append(Echo(text, () if count is None else entries))
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tessera.cli.main import app
+from tessera.data.tokenizer import load_tokenizer
 from tessera.export.engines import ExportError
 from tessera.model.checkpoint import save_model
+from tessera.model.source import resolve
 from tests import tiny
 from tests.cases.odd import (
     PLAIN,
@@ -29,8 +32,9 @@ from tests.export.interop import llama_cpp
 gguf = pytest.importorskip("gguf", reason="needs the GGUF writer: pip install gguf")
 transformers = pytest.importorskip("transformers")
 
-from tessera.export.gguf_vocabulary import PRE_TOKENIZERS, read_vocabulary  # noqa: E402
+from tessera.export.gguf_vocabulary import read_vocabulary  # noqa: E402
 from tessera.export.write import GGUF_FILE, Report, export_model  # noqa: E402
+from tessera.model.pre_tokenizers import PRE_TOKENIZERS  # noqa: E402
 
 ODD = odd_strings(150, seed=77)
 SHAPE: dict[str, Any] = {"hidden_size": 32, "head_dim": 8}
@@ -123,11 +127,19 @@ def of_split(directory: Path, name: str, whole: bool) -> Path:
 @pytest.mark.parametrize(
     "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in EVERY]
 )
-def test_a_split_that_llama_cpp_has_a_name_for(tmp_path: Path, name: str) -> None:
+def test_a_split_that_llama_cpp_has_a_name_for(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = of_split(tmp_path / "m", name, name in WHOLE)
     export(directory)
     assert fields(directory)["pre"] == name
     assert_llama_cpp_agrees(directory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    back = load_tokenizer(resolve(tmp_path / "m-out" / GGUF_FILE))
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    plain = [unicodedata.normalize("NFC", text) for text in ODD]  # read back, Qwen2's has NFC
+    found = back.encode_batch(plain, special=True)
+    assert found == theirs(plain, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
