@@ -1,6 +1,7 @@
 # make quickstart   a parent, a search and a faster child, on a CPU, from a fresh clone
 # make test         the tests that take seconds; make test-slow: those that take minutes
 # make check        ruff and pyright
+# make mutate       one-line errors put into the formulas: do the tests notice? A quarter of an hour
 # make bench        the comparisons in benchmarks/
 # make bfcl         what the tasks bfcl_* need, without the versions that it pins
 # make interop      the tests against stock vLLM, in an environment of its own
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BFCL := bfcl-eval==2026.3.23
 
-.PHONY: quickstart test test-slow check bench bfcl interop venv-vllm venv-trl clean
+.PHONY: quickstart test test-slow check mutate bench bfcl interop venv-vllm venv-trl clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -27,6 +28,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+mutate: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[dev,mutate]'
+	$(BIN)/python tests/mutate.py
 
 bench: $(VENV)/installed-dev
 	set -e; for script in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done

@@ -143,7 +143,7 @@ def tokenising(stories: Path, known: dict[str, Path | None]) -> list[Figures]:
     }
     for label, path in known.items():
         tokenizer = load_tokenizer(path) if path else byte_tokenizer()
-        encoder = Encoder(tokenizer, False, ())
+        encoder = Encoder(tokenizer)
         steps[f"tokenising, {label}"] = lambda encoder=encoder: list(encoder.portions(texts))
     rows = []
     for label, work in steps.items():

@@ -38,7 +38,7 @@ from harness import VLLM as VLLM_PYTHON
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tessera.export.write import export_model
-from tessera.generate.engine import SamplingParams
+from tessera.generate.engine import GenerationRequest, SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 
@@ -83,18 +83,24 @@ class Here:
 
 
 class Ours(Here):
-    def __init__(self, path: Path, rows: int, int8: bool = False) -> None:
+    """batches: each waits for the whole of the one before, as stages once asked."""
+
+    def __init__(self, path: Path, rows: int, int8: bool = False, batches: bool = False) -> None:
         module = load_model(path, frozen=True)
         self.engine = TorchEngine(module, max_batch_size=rows, int8=int8)
+        self.size = rows if batches else None
 
     def answer(self, work: Workload) -> list[list[int]]:
-        handles = [
-            self.engine.submit(prompt, SamplingParams(max_tokens=new, temperature=0))
-            for prompt, new in zip(work.prompts, work.new, strict=True)
+        found: list[list[int]] = [[]] * len(work.new)
+        requests = [
+            GenerationRequest(prompt, SamplingParams(max_tokens=new, temperature=0), owner=index)
+            for index, (prompt, new) in enumerate(zip(work.prompts, work.new, strict=True))
         ]
-        while self.engine.step():
-            pass
-        return [handle.completions[0].token_ids for handle in handles]
+        for begin in range(0, len(requests), self.size or len(requests)):
+            part = requests[begin : begin + (self.size or len(requests))]
+            for request, _, completion in self.engine.as_completed(part):
+                found[request.owner] = completion.token_ids
+        return found
 
 
 class Transformers(Here):
@@ -284,6 +290,7 @@ def open_sides(
 ) -> Iterator[tuple[str, Any]]:
     """Ours first: the others are compared with it."""
     yield "tessera", Ours(path, options.rows)
+    yield "tessera, batch by batch", Ours(path, options.rows, batches=True)
     if options.int8:
         yield "tessera int8", Ours(path, options.rows, int8=True)
     if "transformers" in options.peers:
@@ -320,7 +327,8 @@ def measure(sides: dict[str, Any], work: Workload, rounds: int) -> list[Figures]
     One round more comes first, to warm up.
     """
     one_batch = len(set(work.new)) == 1
-    sides = {k: side for k, side in sides.items() if not (one_batch and "oracle" in k)}
+    queue_alone = ("oracle", "batch by batch")
+    sides = {k: v for k, v in sides.items() if not (one_batch and k.endswith(queue_alone))}
     found = alternate({k: partial(side.run, work) for k, side in sides.items()}, rounds + 1)
     first = {name: figures.pop(0)["tokens"] for name, figures in found.items()}
     for tokens in first.values():

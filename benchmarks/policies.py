@@ -48,7 +48,7 @@ from harness import ROOT, Command, skip, table, tiny_model
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Mode
 from tessera.data.problems import MODES, Problem, problem
-from tessera.data.switch import obeys
+from tessera.data.switch import DETAILED, obeys, record_switch
 from tessera.data.thought import CLOSE, OPEN, split, split_message
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
@@ -82,11 +82,18 @@ def of_seeds(
     """The rows of every seed; in a smoke run, of a random model and with little training."""
     if options.smoke:
         with tempfile.TemporaryDirectory() as folder:
-            tiny_model(Path(folder) / "quickstart-0" / "sft")
+            toy(Path(folder) / "quickstart-0" / "sft")
             return run(0, Path(folder))
     if options.runs is None:
         skip("give the runs of benchmarks/quickstart.py")
     return [row for seed in options.seeds for row in run(seed, options.runs)]
+
+
+def toy(home: Path) -> Path:
+    """A random model that stands for one fine-tuned with the switch."""
+    tiny_model(home)
+    record_switch(home, DETAILED)
+    return home
 
 
 def finish(text: str, runs: Path, smoke: bool) -> None:
@@ -516,7 +523,7 @@ def switch(options: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
-            model = tiny_model(Path(folder)) if options.smoke else trained(seed, options.runs)
+            model = toy(Path(folder)) if options.smoke else trained(seed, options.runs)
             for level in range(2, 7):
                 drawn = [problem("calc", 0, i, "heldout", level) for i in range(options.problems)]
                 drawn = list({one.question: one for one in drawn}.values())

@@ -20,8 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import harness
 import torch
-from harness import DATA, Command, main, need, table, tiny_model
+from harness import DATA, Command, need, table, tiny_model
 
 TASKS = {"ifeval": 40, "humaneval": 164}
 
@@ -92,7 +93,8 @@ def tessera_texts(
             done = subprocess.run([*words, "--out", folder], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr[-2000:])
-            for line in Path(folder, "records.jsonl").read_text().splitlines():
+            (records,) = Path(folder).glob("*/records.jsonl")
+            for line in records.read_text().splitlines():
                 row = json.loads(line)
                 found[row["task"], str(row["item"])] = row["text"]
     return found
@@ -137,4 +139,4 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, Command(compare, _options, {"ifeval": 2, "humaneval": 2, "tokens": 8}, 1))
+    harness.main(__doc__, Command(compare, _options, {"ifeval": 2, "humaneval": 2, "tokens": 8}, 1))

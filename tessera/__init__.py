@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tessera.model.config import ModelConfig as ModelConfig
     from tessera.model.transformer import Transformer as Transformer
     from tessera.pipeline import run_recipe as run_recipe
+    from tessera.rl.verifiers.judge import judge as judge
     from tessera.runs.run import Run as Run
     from tessera.train.engine import Trainer as Trainer
 
@@ -36,6 +37,7 @@ _HOMES = {
     "Trainer": "train.engine",
     "Transformer": "model.transformer",
     "export_model": "export.write",
+    "judge": "rl.verifiers.judge",
     "load_model": "model.checkpoint",
     "load_tokenizer": "data.tokenizer",
     "run_recipe": "pipeline",

@@ -22,14 +22,20 @@ class Progress:
 
     with Progress("kd", 400, "tokens") as progress:
         progress.advance(1, 8192, loss=1.25)
+
+    steps: what they are called, in lines that say the amount as well (`3/40 answers  812 tokens`).
     """
 
-    def __init__(self, label: str, total: int, unit: str = "steps", *, quiet: bool = False) -> None:
-        self.label, self.total, self.unit = label, total, unit
+    def __init__(
+        self, label: str, total: int, unit: str = "steps", *, steps: str = "", quiet: bool = False
+    ) -> None:
+        self.label, self.total, self.unit, self.steps = label, total, unit, steps
         self.done = 0
-        self._last = 0  # steps of the last line printed
+        self._last = -1  # steps of the last line printed
         self._fresh = 0  # steps made here, not before a resume: only they count for the speed
         self._amount = 0.0
+        self._begun_amount, self._under_way = 0.0, 0  # of steps that are not done
+        self._seconds, self._told = 0.0, 0.0  # that steps have taken together, until when
         self._shown = not quiet and dist.is_main()
         self._bar: Bar | None = None
         self._numbers: dict[str, float] = {}
@@ -65,6 +71,16 @@ class Progress:
         self._amount += amount
         self._fresh += steps if amount else 0
         self._numbers = numbers
+        self._show(steps)
+
+    def working(self, amount: float, under_way: int) -> None:
+        """Tells the amount of steps that are under way together, and how many these are."""
+        now = time.monotonic()
+        self._seconds += (now - max(self._told, self._begun)) * max(self._under_way, under_way)
+        self._begun_amount, self._under_way, self._told = amount, under_way, now
+        self._show(0)
+
+    def _show(self, steps: int) -> None:
         if self._bar:
             self._bar.update(self._bar.task_ids[0], advance=steps, text=self.text())
         elif time.monotonic() - self._printed >= LINE_SECONDS:
@@ -73,16 +89,28 @@ class Progress:
     def text(self) -> str:
         """Rate, time left and the latest numbers: `12,345 tokens/s  0:42 left  loss 1.25`."""
         elapsed = max(time.monotonic() - self._begun, 1e-9)
-        rate = self._amount / elapsed
+        amount = self._amount + self._begun_amount
+        rate = amount / elapsed
         parts = [f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s"]
+        if self.steps:
+            parts.insert(0, f"{amount:,.0f} {self.unit}")
         if self._fresh:
-            left = (self.total - self.done) * elapsed / self._fresh
-            parts.append(f"{clock(left)} left")
+            parts.append(f"{clock(self._left(elapsed))} left")
         parts += [f"{key} {value:.4g}" for key, value in self._numbers.items()]
         return "  ".join(parts)
+
+    def _left(self, elapsed: float) -> float:
+        """Seconds left at the speed so far.
+
+        The first of many steps under way to end is the shortest: the others count as an eighth of
+        one. The last ones are the longest: what is under way needs half of a mean step's time.
+        """
+        left = (self.total - self.done) * elapsed / (self._fresh + self._under_way / 8)
+        return max(left, self._seconds / self._fresh / 2 if self._under_way else 0.0)
 
     def _print(self) -> None:
         self._printed, self._last = time.monotonic(), self.done
         if self._shown:
-            line = f"{self.label}  {self.done}/{self.total}  {self.text()}"
+            done = f"{self.done}/{self.total} {self.steps}".rstrip()
+            line = f"{self.label}  {done}  {self.text()}"
             print(line, file=sys.stderr, flush=True)

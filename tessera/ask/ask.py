@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from tessera.data.conversation import Message, Mode
 from tessera.data.thought import CLOSE, OPEN, split
+from tessera.progress import Progress
 from tessera.runs.files import fingerprint
 
 
@@ -19,15 +20,16 @@ class AskError(ValueError):
 class Request:
     """One sample of one conversation.
 
-    teacher: the name of its table. sample: numbers the samples of one conversation. mode: the
-    reasoning switch for the chat template. embed: a vector is wanted instead of an answer.
+    teacher: the name of its table. sampling: with `chat_template_kwargs`, if any. sample: numbers
+    the samples of one conversation. mode: what a model of this process is told by its own switch,
+    None: nothing. embed: a vector is wanted instead of an answer.
     """
 
     teacher: str
     messages: list[Message]
     sampling: dict[str, Any] = field(default_factory=dict)
     sample: int = 0
-    mode: Mode = "off"
+    mode: Mode | None = None
     embed: bool = False
 
     def key(self, model: str) -> str:
@@ -37,7 +39,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back. Where `error` is set, the other fields mean nothing."""
+    """What came back. Where `error` is set, the other fields mean nothing.
+
+    prompt: the text that the model was given, its template rendered; None where a server did that.
+    """
 
     text: str = ""
     thought: str | None = None
@@ -45,6 +50,7 @@ class Reply:
     tokens: int = 0
     vector: list[float] | None = None
     error: str | None = None
+    prompt: str | None = None
 
     @property
     def answer(self) -> str:
@@ -61,6 +67,8 @@ class Reply:
 
 
 Receive = Callable[[Request, Reply], None]
+# Called now and then with the tokens of the replies under way, and how many these are.
+Working = Callable[[int, int], None]
 
 
 class Answerer(Protocol):
@@ -68,8 +76,22 @@ class Answerer(Protocol):
 
     model: str
 
-    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
+    def ask(
+        self, requests: Iterable[Request], receive: Receive, working: Working | None = None
+    ) -> None:
         """Call `receive` once for each request, in any order, as replies come, to journal them.
 
         Raises AskError for what a retry cannot fix, FailureError when too many requests fail.
         """
+
+
+def ask_all(
+    teacher: Answerer, requests: Iterable[Request], receive: Receive, progress: Progress
+) -> None:
+    """`Answerer.ask` with its progress shown, by replies and tokens."""
+
+    def received(request: Request, reply: Reply) -> None:
+        receive(request, reply)
+        progress.advance(1, reply.tokens or 1)
+
+    teacher.ask(requests, received, progress.working)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from tessera.ask.ask import AskError, Receive, Reply, Request
+from tessera.ask.ask import AskError, Receive, Reply, Request, Working
+from tessera.data.thought import CLOSE, OPEN
 from tessera.runs.files import FailureError
 from tessera.runs.recipe import Config
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 REFUSED = {401: "the key is refused", 403: "access is refused", 404: "no such model or path"}
 EMBED_BATCH = 32  # texts of one request to /embeddings
 ALLOWED_FAILURES = 20  # whatever their share
+# What a template opened and a server left in the text: its end stands at the end of a line, while
+# an answer that speaks of the tag goes on behind it.
+_THOUGHT_LEFT = re.compile(rf"((?:(?!{OPEN}|{CLOSE}).)*){CLOSE}[ \t]*(?:\n\s*(.*))?\Z", re.S)
 
 
 class EndpointConfig(Config):
@@ -52,16 +57,18 @@ class Endpoint:
     def __init__(self, config: EndpointConfig, seed: int, deadline: float | None = None) -> None:
         self.config, self.model, self.seed = config, config.model, seed
         self.deadline = deadline
-        self.sent = self.failed = 0
+        self.sent = self.failed = self.under_way = 0
 
-    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
+    def ask(
+        self, requests: Iterable[Request], receive: Receive, working: Working | None = None
+    ) -> None:
         """See `Answerer.ask`; `config.concurrency` requests are under way at a time."""
         batches = _batches(requests)
 
         async def ask_all() -> None:
             async with _client(self.config) as client, asyncio.TaskGroup() as group:
                 for _ in range(self.config.concurrency):
-                    group.create_task(self._work(client, batches, receive))
+                    group.create_task(self._work(client, batches, receive, working))
 
         try:
             asyncio.run(ask_all())
@@ -69,10 +76,19 @@ class Endpoint:
             raise errors.exceptions[0] from None
 
     async def _work(
-        self, client: AsyncOpenAI, batches: Iterator[list[Request]], receive: Receive
+        self,
+        client: AsyncOpenAI,
+        batches: Iterator[list[Request]],
+        receive: Receive,
+        working: Working | None,
     ) -> None:
         for batch in batches:
-            for request, reply in zip(batch, await self._replies(client, batch), strict=True):
+            self.under_way += len(batch)
+            replies = await self._replies(client, batch)
+            self.under_way -= len(batch)
+            if working is not None:
+                working(0, self.under_way)
+            for request, reply in zip(batch, replies, strict=True):
                 self.sent += 1
                 self.failed += reply.error is not None
                 receive(request, reply)
@@ -158,6 +174,8 @@ def _parse(text: str, count: int) -> list[Reply] | None:
                 thought = message.get("reasoning_content") or message.get("reasoning")
                 if not isinstance(answer, str) or not isinstance(thought, str | None):
                     return None
+                if thought is None and (left := _THOUGHT_LEFT.match(answer)):
+                    thought, answer = left[1].strip(), left[2]
                 reason = str(choice.get("finish_reason") or "stop")
                 tokens = int((more.get("usage") or {}).get("completion_tokens") or 0)
                 return [Reply(answer, thought, reason, tokens)]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from tessera import dist
-from tessera.ask.ask import AskError, Receive, Reply, Request
+from tessera.ask.ask import AskError, Receive, Reply, Request, Working
+from tessera.data.switch import Switch
 from tessera.data.thought import Splitter
 from tessera.model.source import resolve
 from tessera.runs.files import fingerprint
@@ -23,7 +24,10 @@ from tessera.vllm.config import EngineChoice, open_engine
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from tessera.generate.engine import GenerationRequest
+
 SAMPLING = {"max_tokens", "temperature", "top_p"}
+TEMPLATE = "chat_template_kwargs"  # in a request's sampling: variables of the chat template
 SORTED_BATCHES = 64  # whose texts are sorted by length together
 DIGITS = 7  # of a vector's numbers on disk: those of a float32 below 1
 
@@ -31,13 +35,17 @@ DIGITS = 7  # of a vector's numbers on disk: those of a float32 below 1
 class EngineConfig(EngineChoice):
     """The model that the stage's `model` names, run by an engine of this process.
 
-    batch: requests generated together; replies are kept when their batch ends. asking: "text" is
-    for a base model, whose prompt is the question and a newline instead of a chat template.
+    batch: requests generated at a time; another takes the place of each that ends. asking: "text"
+    is for a base model, whose prompt is the question and a newline instead of a chat template.
+    switch: how the model is told to think (data/switch.py), its own where not given.
+    chat_template_kwargs: further variables of its template.
     """
 
     kind: Literal["engine"]
     batch: int = Field(default=64, ge=1)
     asking: Literal["chat", "text"] = "chat"
+    switch: Switch | None = None
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 class LocalAnswerer:
@@ -55,44 +63,51 @@ class LocalAnswerer:
             raise AskError('a teacher of kind "engine" needs the stage\'s model = "RUN OR PATH"')
         self.engine = open_engine(config, load_model(model, frozen=True), config.batch)
         self.tokenizer = load_tokenizer(model)
-        self.encoder = ChatEncoder.of(self.tokenizer) if config.asking == "chat" else None
+        chats = config.asking == "chat"
+        self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch) if chats else None
+        self.variables = config.chat_template_kwargs
         self.model, self.batch, self.seed = fingerprint_path(model), config.batch, seed
 
-    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
-        """See `Answerer.ask`; requests with equal sampling are generated together."""
-        for _, group in itertools.groupby(requests, key=lambda one: json.dumps(one.sampling)):
-            while batch := list(itertools.islice(group, self.batch)):
-                self._ask(batch, receive)
-
-    def _ask(self, batch: list[Request], receive: Receive) -> None:
-        from tessera.generate.engine import GenerationError, SamplingParams
+    def ask(
+        self, requests: Iterable[Request], receive: Receive, working: Working | None = None
+    ) -> None:
+        """See `Answerer.ask`."""
         from tessera.generate.text import completion_text
 
-        if any(request.embed for request in batch):
-            raise AskError('a teacher of kind "engine" gives no vectors; use kind = "embedder"')
-        sampling = {key: value for key, value in batch[0].sampling.items() if key in SAMPLING}
-        params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=self.tokenizer.eos_ids)
-        prompts = [self._prompt(one) for one in batch]
-        keys = [int(one.key(self.model)[:15], 16) for one in batch]
-        try:
-            found = self.engine.generate(prompts, params, keys=keys)
-        except GenerationError as error:
-            if len(batch) == 1:  # its prompt is too long, say
-                receive(batch[0], Reply(error=str(error)))
-                return
-            for one in batch:
-                self._ask([one], receive)
-            return
-        for request, prompt, (completion, *_) in zip(batch, prompts, found, strict=True):
-            tokens, splitter = completion.token_ids, Splitter()
-            text = splitter.push(completion_text(self.tokenizer, prompt, tokens)) + splitter.flush()
-            receive(
-                request, Reply(text.answer, text.thought, completion.finish_reason, len(tokens))
-            )
+        wanted = self._wanted(requests, receive)
+        with closing(self.engine.as_completed(wanted, working)) as completed:
+            for one, _, completion in completed:
+                tokens, splitter = completion.token_ids, Splitter()
+                text = completion_text(self.tokenizer, one.prompt, tokens)
+                said = splitter.push(text) + splitter.flush()
+                prompt = self.tokenizer.decode(one.prompt, special=True)
+                reason = completion.finish_reason
+                reply = Reply(said.answer, said.thought, reason, len(tokens), prompt=prompt)
+                receive(one.owner, reply)
+
+    def _wanted(self, requests: Iterable[Request], receive: Receive) -> Iterator[GenerationRequest]:
+        """What the engine is asked; what it refuses is received as an error."""
+        from tessera.generate.engine import GenerationError, GenerationRequest, SamplingParams
+
+        for request in requests:
+            if request.embed:
+                raise AskError('a teacher of kind "engine" gives no vectors; use kind = "embedder"')
+            sampling = {k: v for k, v in request.sampling.items() if k in SAMPLING}
+            stops = self.tokenizer.eos_ids
+            params = SamplingParams(**sampling, seed=self.seed, stop_token_ids=stops)
+            key = int(request.key(self.model)[:15], 16)
+            one = GenerationRequest(self._prompt(request), params, key, owner=request)
+            try:
+                self.engine.check([one])
+            except GenerationError as error:  # its prompt is too long, say
+                receive(request, Reply(error=str(error)))
+            else:
+                yield one
 
     def _prompt(self, request: Request) -> list[int]:
         if self.encoder is not None:
-            return self.encoder.prompt(request.messages, request.mode)
+            variables = {**self.variables, **request.sampling.get(TEMPLATE, {})}
+            return self.encoder.prompt(request.messages, request.mode, variables=variables)
         return self.tokenizer.encode(request.messages[-1]["content"] + "\n", bos=True)
 
 
@@ -121,7 +136,9 @@ class Embedder:
         settings = config.model_dump(include={"pooling", "max_tokens", "prefix"})
         self.model = fingerprint([fingerprint_path(self.directory), settings])
 
-    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
+    def ask(
+        self, requests: Iterable[Request], receive: Receive, working: Working | None = None
+    ) -> None:
         """See `Answerer.ask`. Texts of similar length are encoded together."""
         coming, size = iter(requests), self.config.batch
         while window := list(itertools.islice(coming, SORTED_BATCHES * size)):

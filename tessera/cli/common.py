@@ -17,6 +17,21 @@ MODEL = "a run directory, a Hugging Face directory or a hub id"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only results.")]
+Switch = Annotated[
+    str | None,
+    typer.Option(
+        "--switch",
+        help="How the model is told to think: none, detailed thinking (the system prompt), "
+        "/no_think, or a variable of its chat template. By default the model's own: recorded where "
+        "it was trained, or read out of the template.",
+    ),
+]
+TemplateKwargs = Annotated[
+    str,
+    typer.Option(
+        "--chat-template-kwargs", metavar="JSON", help="Further variables of the chat template."
+    ),
+]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories are.")]
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A TOML file with one table a stage.")
@@ -76,6 +91,28 @@ def choose(option: str, value: str, *allowed: str) -> None:
     """Refuses a value that an option does not take."""
     if value not in allowed:
         raise typer.BadParameter(f"{option} {value}: give {' or '.join(allowed)}")
+
+
+def checked_switch(value: str | None) -> str | None:
+    """Refuses a `--switch` that names none."""
+    from tessera.data.switch import check_switch
+
+    return None if value is None else check_switch(value)
+
+
+def template_kwargs(value: str) -> dict[str, Any]:
+    """What `--chat-template-kwargs` says."""
+    import json
+
+    try:
+        found = json.loads(value or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(
+            f'--chat-template-kwargs {value}: give a JSON object, as \'{{"date_string": "today"}}\''
+        )
+    return found
 
 
 def complain(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Commands that look at what is there: show, diff, report, data audit."""
+"""Commands that look at what is there: show, diff, report, judge, data audit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tessera.cli.common import MODEL, Json, choose, command, complain, data, print_json
+from tessera.cli.common import (
+    MODEL,
+    Json,
+    Switch,
+    checked_switch,
+    choose,
+    command,
+    complain,
+    data,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from tessera.data.chat import Document
@@ -18,11 +28,18 @@ def show(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="PATH", help="A run, a recipe's runs, a model directory or a config.json."
+            metavar="PATH",
+            help="A run, a recipe's runs, a model directory, a config.json, or the answers that "
+            "`tessera eval` keeps.",
         ),
     ],
     samples: Annotated[
-        bool, typer.Option("--samples", help="A policy's best and worst samples, with rewards.")
+        bool,
+        typer.Option(
+            "--samples",
+            help="A policy's best and worst samples, the answers of an eval or a profile, with "
+            "what was found of each.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -30,7 +47,7 @@ def show(
     from tessera.report import show as view
     from tessera.runs.files import RunError
 
-    if samples:
+    if samples or (view.answers_of(path) and not (path / "run.json").is_file()):
         rows = view.samples(path)
         print_json(rows) if as_json else print(view.render_samples(rows))
         return
@@ -99,21 +116,68 @@ def report(
     complain(f"The report is {out} ({len(text.encode()) / 1000:,.0f} kB)")
 
 
+@command()
+def judge(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines; - for stdin.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that judge.")] = 2,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON for each row, as it is judged.")
+    ] = False,
+) -> None:
+    """Say which answers of a file are right, by the checkers of rewards and evaluation, and why.
+
+    A row has `kind`, `answer` and what the kind judges by:
+
+    math, number, exact, equal, choice, format: `gold`. code: `tests`, with `entry_point` where they
+    only define check(candidate), or `inputs` and `outputs`. instructions (IFEval):
+    `instruction_id_list` and `kwargs`. `want`, a verdict, is compared with the one found.
+
+    A verdict is right, wrong or could-not-judge (an unreadable gold, tests that test nothing, a
+    machine too busy to tell). An example of a row:
+
+    {"kind": "math", "answer": "So it is \\\\boxed{8/3}.", "gold": "2 2/3"}
+    """
+    import json
+    import sys
+
+    from tessera.rl import graded
+    from tessera.table import render_table, terminal_width
+
+    stream = sys.stdin if str(file) == "-" else file.open(encoding="utf-8", errors="replace")
+    with stream:
+        rows = graded.read_rows(stream)
+    found = []
+    for row, outcome in graded.judged(rows, workers):
+        found.append((row, outcome))
+        if as_json:
+            want = {"want": row.want} if row.want else {}
+            line = {"line": row.line, "kind": row.kind, "verdict": outcome.verdict, **want}
+            print(json.dumps(line | {"score": outcome.score, "reason": outcome.reason}), flush=True)
+    if not as_json:
+        print(render_table([graded.shown(*one) for one in found], width=terminal_width()))
+        print(f"\n{graded.summary(found)}")
+
+
 @command("audit", data)
 def audit_data(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Chats: .jsonl, .json or .parquet, any dialect.")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Chats or preference rows in any dialect, JSON or Parquet.",
+        ),
     ],
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help=f"Whose to take: {MODEL}.")],
     row: Annotated[
         list[int] | None, typer.Option(min=1, help="Print this row; may be repeated.")
     ] = None,
     turns: Annotated[str, typer.Option(help="Train all answers of a chat, or the last.")] = "all",
-    switch: Annotated[
-        str,
-        typer.Option(help='"detailed thinking", "/no_think" or a variable of the template.'),
-    ] = "detailed thinking",
+    switch: Switch = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    pairs: Annotated[
+        bool | None,
+        typer.Option("--pairs/--chats", help="What the rows are; by default what their keys say."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check which tokens of a set of chats are trained, and print rows with those in colour.
@@ -127,14 +191,14 @@ def audit_data(
 
     choose("--turns", turns, "all", "last")
     home = Path(tokenizer) if Path(tokenizer).exists() else resolve(tokenizer)
-    encoder = ChatEncoder.of(load_tokenizer(home), turns, switch)  # type: ignore[arg-type]
+    encoder = ChatEncoder.of(load_tokenizer(home), turns, checked_switch(switch))  # type: ignore[arg-type]
     kept: dict[int, list[Document] | str] = {}
 
     def keep(number: int, documents: list[Document] | str) -> None:
         if number in (row or [1]):
             kept[number] = documents
 
-    found = audit.audit(file, encoder, limit, keep)
+    found = audit.audit(file, encoder, limit, keep, pairs)
     if absent := sorted(set(row or ()) - set(kept)):
         raise typer.BadParameter(f"--row {absent[0]}: {file} has no such row among those read")
     if as_json:

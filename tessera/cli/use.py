@@ -8,7 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.common import MODEL, Json, Model, Quiet, choose, command, complain, print_json
+from tessera.cli.common import (
+    MODEL,
+    Json,
+    Model,
+    Quiet,
+    Switch,
+    TemplateKwargs,
+    checked_switch,
+    choose,
+    command,
+    complain,
+    print_json,
+    template_kwargs,
+)
 
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 TASKS = (
@@ -30,14 +43,19 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
     ] = 1.0,
     seed: Seed = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask through the model's chat template, as it stands.")
+    ] = False,
     thinking: Annotated[
-        str | None,
-        typer.Option(help="on or off: ask through the model's chat template, with the switch."),
+        str | None, typer.Option(help="on or off: --chat, with the reasoning switch said.")
     ] = None,
+    switch: Switch = None,
+    chat_template_kwargs: TemplateKwargs = "",
     as_json: Json = False,
 ) -> None:
     """Print the text a model goes on with after a prompt, or its answer to a question."""
     from tessera.data.chat import ChatEncoder
+    from tessera.data.switch import require_switch
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.engine import SamplingParams
     from tessera.generate.torch_engine import TorchEngine
@@ -52,23 +70,27 @@ def generate(
         stop_token_ids=tokenizer.eos_ids,
         seed=seed,
     )
-    if thinking is None:
-        ids, before = tokenizer.encode(prompt, bos=True), prompt
+    chat = chat or bool(thinking or switch or chat_template_kwargs)
+    if not chat:
+        ids = tokenizer.encode(prompt, bos=True, special=True)
     else:
-        choose("--thinking", thinking, "on", "off")
+        encoder = ChatEncoder.of(tokenizer, switch=checked_switch(switch), today=True)
+        if thinking is not None:
+            choose("--thinking", thinking, "on", "off")
+            require_switch(encoder.switch, thinking, model)  # type: ignore[arg-type]
+        mode, variables = thinking or encoder.default, template_kwargs(chat_template_kwargs)
         messages = [{"role": "user", "content": prompt}]
-        ids = ChatEncoder.of(tokenizer).prompt(messages, thinking)  # type: ignore[arg-type]
-        before = tokenizer.decode(ids)
+        ids = encoder.prompt(messages, mode, variables=variables)  # type: ignore[arg-type]
     completion = TorchEngine(load_model(model, frozen=True)).generate([ids], params)[0][0]
     # Decoded together: a SentencePiece text's first space belongs to what stands before it.
-    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(before)
+    text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(tokenizer.decode(ids))
     if as_json:
         found: dict[str, Any] = {"prompt": prompt, "text": text}
         for key in ("finish_reason", "token_ids", "logprobs"):
             found[key] = getattr(completion, key)
         print_json(found)
     else:
-        print(prompt + text if thinking is None else text)
+        print(text if chat else prompt + text)
 
 
 @command("eval")
@@ -85,11 +107,18 @@ def evaluate(
             '(ID[:SUBSET[:SPLIT]]), or "hub" for the task\'s own; may be repeated.',
         ),
     ] = None,
-    thinking: Annotated[str, typer.Option(help="on, off or both.")] = "both",
+    thinking: Annotated[
+        str, typer.Option(help="on, off or both; a model without a switch is asked as it is.")
+    ] = "both",
+    switch: Switch = None,
+    chat_template_kwargs: TemplateKwargs = "",
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many items.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Of each item, reasoning on.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Reasoning on; off is greedy.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Reasoning on.")] = 0.95,
+    samples: Annotated[int, typer.Option(min=1, help="Of each item; off is asked once.")] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0.6 with reasoning on, 0 without a switch; off is greedy."),
+    ] = None,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where it is sampled.")] = 0.95,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an answer; 32,768 for benchmarks.")
     ] = None,
@@ -120,7 +149,6 @@ def evaluate(
     from tessera.model.source import resolve
     from tessera.runs.files import Lock
     from tessera.runs.recipe import validate
-    from tessera.table import VIEWS, render_table, terminal_width
 
     table: dict[str, Any] = {
         "tasks": [name for names in task for name in names.split(",") if name],
@@ -128,13 +156,12 @@ def evaluate(
         "thinking": thinking,
         "limit": limit,
         "max_tokens": max_tokens,
-        "on": {"temperature": temperature, "top_p": top_p, "samples": samples},
+        **_samplings(temperature, top_p, samples),
+        "switch": switch,
+        "chat_template_kwargs": template_kwargs(chat_template_kwargs),
+        "endpoint": endpoint and {"url": endpoint, "model": model, "key_file": key_file},
+        "judge": judge and _judge(judge, key_file),
     }
-    if endpoint:
-        table["endpoint"] = {"url": endpoint, "model": model, "key_file": key_file}
-    if judge:
-        name, _, url = judge.rpartition("@")
-        table["judge"] = {"url": url, "model": name, "key_file": key_file}
     config = validate(EvalConfig, table, "eval")
     folder = out / Path(model).name
     with Lock(folder):
@@ -144,11 +171,32 @@ def evaluate(
         rows, groups = evaluate(config, folder, home, seed, quiet=quiet)
     if as_json:
         print_json({"eval": rows, "groups": groups})
-        return
+    else:
+        _print_tables(rows, groups)
+        complain(f"The answers are in {folder / 'records.jsonl'}, the verdicts in verdicts.jsonl")
+
+
+def _judge(given: str, key_file: str | None) -> dict[str, Any]:
+    model, _, url = given.rpartition("@")
+    return {"url": url, "model": model, "key_file": key_file}
+
+
+def _samplings(temperature: float | None, top_p: float, samples: int) -> dict[str, Any]:
+    """How a model is sampled with reasoning on, and how one without a switch; off is greedy."""
+    drawn = {"top_p": top_p, "samples": samples}
+    on = 0.6 if temperature is None else temperature
+    return {
+        "on": {"temperature": on, **drawn},
+        "none": {"temperature": temperature or 0.0, **drawn},
+    }
+
+
+def _print_tables(rows: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    from tessera.table import VIEWS, render_table, terminal_width
+
     for name, found in (("eval", rows), ("eval_groups", groups)):
         if found:
             print(f"{render_table(found, None, VIEWS[name], terminal_width())}\n")
-    complain(f"The answers are in {folder / 'records.jsonl'}, the verdicts in verdicts.jsonl")
 
 
 def _places(given: list[str]) -> dict[str, str] | str:
@@ -185,7 +233,7 @@ def export(
         typer.Option(
             help="Refuse unless this engine can load it, instead of the one the format is for; "
             "may be repeated. vllm, vllm-cpu, vllm-plugin, llama.cpp, sglang or "
-            "transformers."
+            "transformers; none asks for no engine."
         ),
     ] = None,
     fp8: Annotated[
@@ -202,7 +250,8 @@ def export(
     from tessera.export.write import export_model
 
     quantize = "fp8" if fp8 else None
-    report = export_model(model, out, format, check=check, engines=engine, quantize=quantize)
+    engines = [] if engine == ["none"] else engine
+    report = export_model(model, out, format, check=check, engines=engines, quantize=quantize)
     print_json(report.as_json()) if as_json else print("\n".join(report.lines()))
 
 
@@ -250,12 +299,19 @@ def serve(
     ] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Weights in int8, on a CPU.")] = False,
     web: Annotated[bool, typer.Option("--web", help="A page to chat on, at /.")] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages of this site may ask; again for more, or '*'."),
+    ] = None,
+    switch: Switch = None,
 ) -> None:
     """Serve a model with the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
 
-    Reasoning is switched by the system prompt `detailed thinking on`, by reasoning_effort, by
-    chat_template_kwargs.enable_thinking or by /no_think. Loopback alone unless a key is given.
+    A request says whether to think by chat_template_kwargs.enable_thinking, by reasoning_effort, by
+    /think or /no_think at the end of its text, or in the words of the model's own switch. Where
+    none does, the model's template stands. Loopback alone unless a key is given.
     """
+    switch, allow_origin = checked_switch(switch), allow_origin or []
     settings = dict(locals())
     _serve(settings.pop("model"), settings.pop("engine"), settings)
 
@@ -273,6 +329,8 @@ def _serve(model: str, engine: str, settings: dict[str, Any]) -> None:
             f"serving needs {error.name}, which is not installed: pip install 'tessera[serve]'"
         ) from None
     config = ServeConfig(**settings)
+    if engine == "vllm" and config.switch:
+        raise typer.BadParameter("--switch: vLLM renders the template itself; leave it out")
     if engine == "torch":
         serve(model, config)
         return
@@ -288,7 +346,11 @@ def _serve(model: str, engine: str, settings: dict[str, Any]) -> None:
 @command()
 def chat(
     model: Model,
-    thinking: Annotated[str, typer.Option(help="on or off, to begin with.")] = "on",
+    thinking: Annotated[
+        str | None, typer.Option(help="on or off, to begin with; else as the model's template is.")
+    ] = None,
+    switch: Switch = None,
+    chat_template_kwargs: TemplateKwargs = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 2048,
     thinking_budget: Annotated[
         int | None, typer.Option(min=0, help="Tokens after which a thought is closed.")
@@ -298,9 +360,17 @@ def chat(
 ) -> None:
     """Talk to a model, in the terminal or with --web on a page of this machine."""
     if web:
-        _serve(model, "torch", {"port": port, "web": True})
+        _serve(model, "torch", {"port": port, "web": True, "switch": checked_switch(switch)})
         return
-    choose("--thinking", thinking, "on", "off")
+    if thinking is not None:
+        choose("--thinking", thinking, "on", "off")
     from tessera.serve import chat as terminal
 
-    terminal.chat(model, thinking, max_tokens, thinking_budget)  # type: ignore[arg-type]
+    asking = terminal.Asking(
+        thinking,  # type: ignore[arg-type]
+        checked_switch(switch),
+        template_kwargs(chat_template_kwargs),
+        max_tokens,
+        thinking_budget,
+    )
+    terminal.chat(model, asking)

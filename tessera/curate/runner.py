@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tessera import dist
 from tessera.ask import local
-from tessera.ask.ask import Answerer, Reply, Request
+from tessera.ask.ask import Answerer, Reply, Request, ask_all
 from tessera.ask.endpoint import Endpoint, EndpointConfig
 from tessera.ask.local import EmbedderConfig
 from tessera.curate.config import CurateConfig, Step
@@ -337,27 +337,26 @@ class Pipeline:
         failed: dict[str, Reply] = {}
         missing = list(_missing(requests, journal, teacher.model))
         known = len(journal)
-        with Progress(name, known + len(missing), "requests", quiet=self.run.quiet) as bar:
+        total, quiet = known + len(missing), self.run.quiet
+
+        def receive(request: Request, reply: Reply) -> None:
+            key = request.key(teacher.model)
+            if reply.error is None:
+                row = {"reply": asdict(reply)}
+                journal.add(key, row if request.embed else {"messages": request.messages, **row})
+            else:
+                failed[key] = reply
+
+        with Progress(name, total, "tokens", steps="replies", quiet=quiet) as bar:
             bar.advance(known, 0)
-
-            def receive(request: Request, reply: Reply) -> None:
-                key = request.key(teacher.model)
-                if reply.error is None:
-                    journal.add(key, asdict(reply))
-                else:
-                    failed[key] = reply
-                bar.advance()
-
             if missing:
-                teacher.ask(missing, receive)
+                ask_all(teacher, missing, receive, bar)
 
         def reply(request: Request) -> Reply:
             key = request.key(teacher.model)
             if key in failed:
                 return failed[key]
-            row = journal.get(key)
-            del row["key"]
-            return Reply(**row)
+            return Reply(**journal.get(key)["reply"])
 
         return reply
 

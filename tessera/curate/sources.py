@@ -17,7 +17,7 @@ from pydantic import model_validator
 
 from tessera.data.conversation import Chat, SchemaError, check
 from tessera.data.dialects import read_row
-from tessera.data.readers import EXCERPT, Bad, expand, format_of, read_rows
+from tessera.data.readers import EXCERPT, Bad, expand, is_lines, read_rows
 from tessera.runs.recipe import Config
 
 
@@ -63,10 +63,10 @@ def plan_shards(sources: Sequence[SourceConfig], shard_mb: float) -> list[Shard]
     found: list[Shard] = []
     for index, source in enumerate(sources):
         for path in source.files():
-            if {".json", ".gz"} & set(path.suffixes) or format_of(path) != "jsonl":
-                found.append(Shard(index, str(path)))
-            else:
+            if is_lines(path):
                 found += _cut(index, path, max(1, int(shard_mb * 1e6)))
+            else:
+                found.append(Shard(index, str(path)))
     return found
 
 

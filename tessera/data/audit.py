@@ -7,15 +7,17 @@ spoils them is found before the training is paid for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessera.data.chat import ChatEncoder, Document
-from tessera.data.conversation import Chat
-from tessera.data.dialects import read_chats
-from tessera.data.readers import Bad, DataError
+from tessera.data.chat import ChatEncoder, Document, without_old_thoughts
+from tessera.data.conversation import Chat, trained_answers
+from tessera.data.dialects import chats_of
+from tessera.data.preferences import encode_preferences, is_preference
+from tessera.data.readers import Bad, DataError, read_rows
+from tessera.data.switch import NONE
 from tessera.data.thought import CLOSE, OPEN, opens, split, split_message
 
 if TYPE_CHECKING:
@@ -71,11 +73,14 @@ class Report:
         ]
         for name, told in CHECKS.items() if total else ():
             rows = self.violations.get(name)
-            lines.append(f"FAIL  {name}: {told}{_at(rows)}" if rows else f"ok    {name}")
-        return lines + [f"refused  {reason}{_at(rows)}" for reason, rows in self.refused.items()]
+            lines.append(f"FAIL  {name}: {told}{rows_named(rows)}" if rows else f"ok    {name}")
+        return lines + [
+            f"refused  {reason}{rows_named(rows)}" for reason, rows in self.refused.items()
+        ]
 
 
-def _at(rows: list[int]) -> str:
+def rows_named(rows: list[int]) -> str:
+    """How many rows, and the numbers of the first."""
     more = ", …" if len(rows) > ROWS_NAMED else ""
     return f"  [{len(rows):,}: rows {', '.join(map(str, rows[:ROWS_NAMED]))}{more}]"
 
@@ -85,29 +90,57 @@ def audit(
     encoder: ChatEncoder,
     limit: int | None = None,
     seen: Callable[[int, list[Document] | str], None] = lambda row, found: None,
+    pairs: bool | None = None,
 ) -> Report:
-    """Checks the masks of a file; `seen` is given each row's documents or refusal."""
-    report, number = Report(), 0
-    rows = itertools.islice(read_chats(path), limit)
-    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        found = iter(encoder.encode_batch([chat for _, chat in some if isinstance(chat, Chat)]))
-        for number, chat in some:
-            documents = chat.reason if isinstance(chat, Bad) else next(found)
-            seen(number, documents)
-            if isinstance(chat, Bad) or isinstance(documents, str):
-                report.refused.setdefault(str(documents), []).append(number)
-                continue
-            report.rows[chat.mode] += 1
-            report.documents += len(documents)
-            for document in documents:
-                report.tokens += len(document.ids)
-                report.trained[document.mode] += sum(document.trained)
-                report.longest = max(report.longest, len(document.ids))
-            for name in violations(chat, documents, encoder):
-                report.violations.setdefault(name, []).append(number)
-    if not number:
+    """Checks the masks of a file; `seen` is given each row's documents or refusal.
+
+    pairs: whether its rows are preferences, by their keys where None. Of those both answers are
+    encoded, and the chosen one is checked.
+    """
+    report = Report()
+    for number, chat, documents, num_checked in _encoded(path, encoder, limit, pairs):
+        seen(number, documents)
+        if chat is None or isinstance(documents, str):
+            report.refused.setdefault(str(documents), []).append(number)
+            continue
+        report.rows[chat.mode] += 1
+        report.documents += len(documents)
+        for document in documents:
+            report.tokens += len(document.ids)
+            report.trained[document.mode] += sum(document.trained)
+            report.longest = max(report.longest, len(document.ids))
+        for name in violations(chat, documents[:num_checked], encoder):
+            report.violations.setdefault(name, []).append(number)
+    if not report.refused and not any(report.rows.values()):
         raise DataError(f"{path} holds no row")
     return report
+
+
+def _encoded(
+    path: Path, encoder: ChatEncoder, limit: int | None, pairs: bool | None
+) -> Iterator[tuple[int, Chat | None, list[Document] | str, int | None]]:
+    """(number, conversation, documents, how many of them to check) of each row.
+
+    No conversation, and the reason for documents, of one that is refused.
+    """
+    rows = itertools.islice(read_rows(path), limit)
+    first = list(itertools.islice(rows, 1))
+    rows = itertools.chain(first, rows)
+    if pairs if pairs is not None else any(is_preference(row) for _, row in first):
+        for number, found in encode_preferences(str(path), rows, encoder):
+            if isinstance(found, Bad):
+                yield number, None, found.reason, 0
+            else:
+                yield number, found[1].chosen, found[2], 1
+        return
+    chats = chats_of(str(path), rows)
+    while some := list(itertools.islice(chats, ROWS_AT_ONCE)):
+        found = iter(encoder.encode_batch([chat for _, chat in some if isinstance(chat, Chat)]))
+        for number, chat in some:
+            if isinstance(chat, Bad):
+                yield number, None, chat.reason, 0
+            else:
+                yield number, chat, next(found), None
 
 
 def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> list[str]:
@@ -117,16 +150,17 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     if not stretches:
         return ["answer"]
     last, (start, stop) = documents[-1], _stretches(documents[-1])[-1]
-    wanted = split_message(chat.messages[-1])
+    messages = chat.messages[: trained_answers(chat.messages)[-1] + 1]  # the last that is trained
+    wanted = split_message(messages[-1])
     written, before = decode(last.ids[start:stop]), decode(last.ids[:start])
-    asked = encoder.prompt(chat.messages[:-1], chat.mode, chat.tools)
+    asked = encoder.prompt(without_old_thoughts(messages[:-1]), chat.mode, chat.tools)
     opened = opens(decode(asked))
     told = split(written, opened)
     begins = opened or written.lstrip().startswith(OPEN)
     found: list[str] = []
     if chat.mode == "on" and not (begins and told.thought == wanted.thought):
         found.append("first thought")
-    if told.answer.strip() != wanted.answer.strip() and not chat.messages[-1].get("tool_calls"):
+    if told.answer.strip() != wanted.answer.strip() and not messages[-1].get("tool_calls"):
         found.append("answer")
     if not {ids[b - 1] for ids, _, b in stretches} <= set(encoder.tokenizer.eos_ids):
         found.append("stop token")
@@ -135,7 +169,8 @@ def violations(chat: Chat, documents: list[Document], encoder: ChatEncoder) -> l
     ):
         found.append("prompt")
     texts = [decode(ids[a:b]) for ids, a, b in stretches]
-    if chat.mode == "off" and any(OPEN in text or CLOSE in text for text in texts):
+    ruled = texts[-1:] if encoder.switch == NONE else texts  # the rest may think or not
+    if chat.mode == "off" and any(OPEN in text or CLOSE in text for text in ruled):
         found.append("off-row")
     asked_at = max(i for i, one in enumerate(chat.messages) if one["role"] == "user")
     history = [one for one in chat.messages[:asked_at] if one["role"] == "assistant"]

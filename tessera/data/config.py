@@ -15,6 +15,7 @@ A weight is a share of the *trained tokens*; only ratios count.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +23,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tessera.data.chat import ChatEncoder, Turns
+from tessera.data.conversation import Chat
 from tessera.data.dataset import local_dataset
+from tessera.data.dialects import read_chats
 from tessera.data.problems import family
-from tessera.data.readers import Format, expand
+from tessera.data.readers import DataError, Format, expand
+from tessera.data.switch import DETAILED, NO_THINK, NONE, Switch, switch_of_model
 from tessera.data.template import TemplateError, template_of
 from tessera.data.tokenizer import Tokenizer, TokenizerError, byte_tokenizer, load_tokenizer
 from tessera.runs.plan import Step, maker
@@ -32,6 +37,7 @@ from tessera.runs.recipe import Config
 from tessera.runs.run import is_done
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a directory of the run, too
+ROWS_LOOKED_AT = 100  # before anything is read whole
 CHAT_KEYS = ("reasoning", "turns", "switch", "hasty")
 
 
@@ -72,7 +78,8 @@ class Reading(Config):
     question, thought and answer; "completion" rows of `prompt` and `completion`, or problems and
     their solutions, of which only the completion is trained.
     reasoning, turns, switch, hasty are about chats: the rows of one mode, which answers are
-    trained, how the mode is said, and the share of problems whose thought skips results.
+    trained, how the mode is said (switch.py; the tokenizer's own where not given), and the share of
+    problems whose thought skips results.
     """
 
     paths: str | list[str] = []
@@ -90,16 +97,8 @@ class Reading(Config):
     limit: int | None = Field(None, ge=1)
     reasoning: Literal["on", "off"] | None = None
     turns: Literal["last", "all"] = "all"
-    switch: str = "detailed thinking"
+    switch: Switch | None = None
     hasty: float = Field(default=0.0, ge=0, le=1)
-
-    @field_validator("switch")
-    @classmethod
-    def _sayable(cls, value: str) -> str:
-        if value not in ("detailed thinking", "/no_think") and not value.isidentifier():
-            names = '"detailed thinking", "/no_think" or a variable of the chat template'
-            raise ValueError(f"say the mode by {names}")
-        return value
 
     @field_validator("heldout")
     @classmethod
@@ -117,7 +116,8 @@ class Reading(Config):
 
     @model_validator(mode="after")
     def _keys_that_need_another(self) -> Reading:
-        if not self.chats and (given := self._given(*CHAT_KEYS)):
+        several = getattr(self, "sources", None)  # whose own `format` it is
+        if not self.chats and not several and (given := self._given(*CHAT_KEYS)):
             raise ValueError(f'`{given[0]}` is about chats; set format = "chat"')
         if self.dataset is None and (given := self._given("subset", "heldout_split", "revision")):
             raise ValueError(f"`{given[0]}` says which part of a `dataset`, and none is named")
@@ -170,14 +170,16 @@ class SourceConfig(Reading):
 class DataConfig(Reading):
     """What to read and how to cut it: one source in the table itself, or several in `sources`.
 
+    switch: also beside `sources`, for all of them that hold chats.
     tokenizer: "byte", { bpe = N } or a path; not given where the table names a `model`.
+    bos: whether a text begins with <s>; left out, as the tokenizer's own rule says.
     end: what the last token of a document predicts; "none" lets it predict nothing.
     max_bad: share of a source's records that may be broken and is quarantined; more stop the stage.
     """
 
     sources: dict[str, SourceConfig] = {}
     tokenizer: str | BPE | None = None
-    bos: bool = True
+    bos: bool | None = None
     end: Literal["eos", "bos", "none"] = "eos"
     max_bad: float = Field(0.01, ge=0, le=1)
     cache: CacheConfig = Field(default_factory=CacheConfig, exclude=True)
@@ -192,7 +194,7 @@ class DataConfig(Reading):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> DataConfig:
-        if self.sources and (here := self._given(*Reading.model_fields)):
+        if self.sources and (here := self._given(*Reading.model_fields.keys() - {"switch"})):
             raise ValueError(f"`{here[0]}` stands beside `sources`; move it into one of them")
         if not self.sources and not self.reads:
             raise ValueError(
@@ -205,12 +207,26 @@ class DataConfig(Reading):
         return any(one.chats for one in self.readings.values())
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
-        return no_chat_template(step, steps) if self.holds_chats else []
+        from tessera.data.sources import forewarn
+
+        told = no_chat_template(step, steps) if self.holds_chats else []
+        for one in self.readings.values():
+            chats = one.chats and not told
+            told += forewarn(
+                one, encoder_for(step, steps, one.turns, one.switch) if chats else None
+            )
+        return [*told, *(_unsaid(step, steps) if self.holds_chats else [])]
 
     @property
     def readings(self) -> dict[str, Reading]:
         """The sources by name, in the order of their names; the only one of a flat table is ""."""
-        return dict(sorted(self.sources.items())) if self.sources else {"": self}
+        if not self.sources:
+            return {"": self}
+        own = {"switch": self.switch}
+        return {
+            name: one if one.switch or not one.chats else one.model_copy(update=own)
+            for name, one in sorted(self.sources.items())
+        }
 
     @property
     def shares(self) -> dict[str, float]:
@@ -236,6 +252,62 @@ def no_chat_template(step: Step, steps: Sequence[Step]) -> list[str]:
     except TemplateError as error:
         return [f"it renders chats, and {error}"]
     return []
+
+
+def encoder_for(
+    step: Step, steps: Sequence[Step], turns: Turns, switch: str | None
+) -> ChatEncoder | None:
+    """How a stage's chats will be rendered; None where its tokenizer or template is not there."""
+    try:
+        tokenizer = _tokenizer_of(step, steps)
+        return ChatEncoder.of(tokenizer, turns, switch) if tokenizer else None
+    except TemplateError:
+        return None
+
+
+def unsaid(reading: Reading) -> str | None:
+    """What is wrong with rows that say how to think, where the model has no switch to be told by.
+
+    None where no switch is wanted, or none of the first rows says anything.
+    """
+    if reading.switch == NONE or not reading.chats:
+        return None
+    rows = (row for path in expand(reading.paths) for _, row in read_chats(path))
+    chats = (one for one in itertools.islice(rows, ROWS_LOOKED_AT) if isinstance(one, Chat))
+    if not (reading.reasoning or reading.tasks or any(one.reasoning for one in chats)):
+        return None
+    return (
+        "the chats are with and without reasoning, and the model has no switch, so nothing in a "
+        f'prompt says which is wanted; to teach it one set switch = "{DETAILED}" (or "{NO_THINK}", '
+        f'or a variable of its chat template), else switch = "{NONE}"'
+    )
+
+
+def _unsaid(step: Step, steps: Sequence[Step]) -> list[str]:
+    """`unsaid` of each source, where the model's switch is known before anything is run."""
+    assert isinstance(step.config, DataConfig)
+    try:
+        known = _switch_of(step, steps)
+        found = step.config.readings.items() if known == NONE else ()
+        told = ((name, unsaid(one)) for name, one in found if one.switch is None)
+        return [f"sources.{name}: {text}" if name else text for name, text in told if text]
+    except (TemplateError, DataError):
+        return []  # said by others
+
+
+def _switch_of(step: Step, steps: Sequence[Step]) -> str | None:
+    """The switch of the model whose tokenizer a stage takes, None where it is not known yet."""
+    if isinstance(step.config, DataConfig) and isinstance(step.config.tokenizer, BPE):
+        return NONE  # the built-in template's
+    needs = ("data", "model") if step.stage.name == "sft" else ("model", "parent", "data")
+    makers = (maker(step.inputs.get(need), steps) for need in needs)
+    origin = next((one for one in makers if one is not None), None)
+    if origin is not None and not is_done(origin.path):
+        made = origin.config.readings if isinstance(origin.config, DataConfig) else {}
+        said = [one.switch for one in made.values() if one.switch not in (None, NONE)]
+        return said[0] if said else _switch_of(origin, steps)
+    tokenizer = _tokenizer_of(step, steps)
+    return None if tokenizer is None else switch_of_model(tokenizer.home, template_of(tokenizer))
 
 
 def _tokenizer_of(step: Step, steps: Sequence[Step]) -> Tokenizer | None:

@@ -1,13 +1,15 @@
 """One conversation: what every dialect of chat rows is read into and written from.
 
-Messages are OpenAI's, arguments of `tool_calls` as objects. A thought stands in `reasoning_content`
-or between `<think>` and `</think>` at the beginning of `content`; both are left as they were.
+Messages are OpenAI's, arguments of `tool_calls` as objects; ShareGPT's `from` and `value`, the
+other names of a thought and the older `function_call` are read, too. A thought stands in
+`reasoning_content` or between `<think>` and `</think>` at the beginning of `content`.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +18,17 @@ from tessera.data.thought import CLOSE, OPEN, split_message
 Mode = Literal["on", "off"]
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
-ALIASES = {"developer": "system", "ipython": "tool", "function": "tool"}
+CALL = "function_call"  # ShareGPT's speaker of a call, and OpenAI's older name of one
+ALIASES = {
+    **dict.fromkeys(("ipython", "function", "observation"), "tool"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", CALL), "assistant"),
+    **{"developer": "system", "human": "user"},
+}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+FIELDS = ("role", "from", "content", "value", *THOUGHTS, "weight", "tool_calls", CALL)
+ANSWERS = ("completion", "response", "output", "answer")  # of rows that are no list of messages
+OTHERS = ("name", "tool_call_id", "id", "label", "refusal", "audio")  # no misspelling of those
+USUAL = frozenset(FIELDS)
 SWITCH: dict[str, Mode] = {"detailed thinking on": "on", "detailed thinking off": "off"}
 
 
@@ -44,11 +56,12 @@ class Chat:
 
     @property
     def mode(self) -> Mode:
-        """`reasoning`, else what the system prompt says, else what the last answer does."""
+        """`reasoning`, else what the system prompt says, else what the last trained answer does."""
         said = self.reasoning or switch_of(self.messages)
         if said or not self.answered:
             return said or "off"
-        return "on" if split_message(self.messages[-1]).thought is not None else "off"
+        last = (trained_answers(self.messages) or [-1])[-1]
+        return "on" if split_message(self.messages[last]).thought is not None else "off"
 
     def to_json(self) -> str:
         row = {"messages": self.messages, "reasoning": self.reasoning, "tools": self.tools}
@@ -66,6 +79,31 @@ def switch_of(messages: Sequence[Mapping[str, Any]]) -> Mode | None:
     return SWITCH.get(messages[0]["content"].strip().split("\n")[0].strip())
 
 
+def trained_answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Which messages are answers to a question that OpenAI's `weight` does not leave out."""
+    first = next((i for i, one in enumerate(messages) if one["role"] == "user"), len(messages))
+    answers = (i for i, one in enumerate(messages) if one["role"] == "assistant" and i > first)
+    return [i for i in answers if messages[i].get("weight", 1)]
+
+
+def misnamed(given: Iterable[str], known: Iterable[str], *others: str) -> str:
+    """`; "mesages" is near "messages"` for each name close to a known one that is absent, or ""."""
+    given, known = list(given), list(known)
+    absent, told = [name for name in known if name not in given], ""
+    for name in given:
+        if name not in known and name not in others:
+            for near in difflib.get_close_matches(name.lower(), absent, 1, 0.82):
+                told += f'; "{name}" is near "{near}"'
+    return told
+
+
+def present(value: Any) -> Any:
+    """Without the nulls of objects: Arrow has no absent keys, and a null says no more."""
+    if isinstance(value, dict):
+        return {key: present(one) for key, one in value.items() if one is not None}
+    return [present(one) for one in value] if isinstance(value, list) else value
+
+
 def tidy(messages: Any) -> list[Message]:
     """The messages in the form of this file, each a dict of its own; nulls are left out.
 
@@ -73,7 +111,7 @@ def tidy(messages: Any) -> list[Message]:
     """
     if not isinstance(messages, list) or not messages:
         raise SchemaError("no messages")
-    found = [_tidy(index, message) for index, message in enumerate(messages)]
+    found = [one for i, message in enumerate(messages) if (one := _tidy(i, message)) is not None]
     if any("reasoning_content" in one for one in found):
         for one in found:  # thoughts have a field of their own: a lone `</think>` is text
             if one["role"] == "assistant" and not one["content"].lstrip().startswith(OPEN):
@@ -82,26 +120,75 @@ def tidy(messages: Any) -> list[Message]:
     return found
 
 
-def _tidy(index: int, message: Any) -> Message:
+def _tidy(index: int, message: Any) -> Message | None:
+    """The message in its own form; None for a system prompt that is null."""
     if not isinstance(message, dict):
         raise SchemaError(f"message {index} is a {type(message).__name__}, not an object")
-    found = {str(key): value for key, value in message.items() if value is not None}
-    role = found.get("role")
-    role = ALIASES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        raise SchemaError(f"message {index} has role {role!r}; known: {', '.join(ROLES)}")
-    content = found.get("content", "")
-    if isinstance(content, list):
-        found |= _parts(index, content)
-    found = {**found, "role": role, "content": found.get("content", "")}
-    for key in ("content", "reasoning_content"):
-        if not isinstance(found.get(key, ""), str):
-            raise SchemaError(f"message {index} has a {type(found[key]).__name__} as {key}")
-    if "tool_calls" in found:
-        found["tool_calls"] = tool_calls(index, found["tool_calls"])
-        if not found["tool_calls"]:
-            del found["tool_calls"]
+    given = {str(key): value for key, value in message.items() if value is not None}
+    if not given.keys() <= USUAL and (wrong := misnamed(given, FIELDS, *OTHERS)):
+        raise SchemaError(f"message {index} has a field of an unknown name{wrong}")
+    content = _one(index, given, "content", "value")
+    known = _role(index, given)
+    if CALL in (given.get("from"), given.get("role")):
+        given, content = {"tool_calls": content} | given, ""
+    parts = _parts(index, content) if isinstance(content, list) else {"content": content}
+    found = {k: v for k, v in given.items() if k not in ("from", "value")} | {"role": known}
+    if known == "assistant":
+        _tidy_answer(index, found, parts)
+    elif any(parsed(one.pop(key, None)) for one in (found, parts) for key in ("tool_calls", CALL)):
+        raise SchemaError(f"message {index} calls a tool and is of role {known}")
+    elif parts["content"] is None and known == "system":
+        return None
+    elif parts["content"] is None and known == "user":
+        raise SchemaError(f"message {index} has no content; it has {', '.join(given)}")
+    found |= parts | {"content": parts["content"] or ""}
+    if not isinstance(found["content"], str):
+        raise SchemaError(f"message {index} has a {type(found['content']).__name__} as content")
     return found
+
+
+def _role(index: int, given: Message) -> str:
+    """Who speaks, by OpenAI's name or by ShareGPT's."""
+    said = [given[name] for name in ("role", "from") if name in given] or [None]
+    roles = {ALIASES.get(str(one).lower(), str(one).lower()) for one in said}
+    if len(roles) > 1 or not roles <= set(ROLES):
+        told, allowed = " and ".join(map(repr, said)), ", ".join((*ROLES, *ALIASES))
+        raise SchemaError(f"message {index} has role {told}; known: {allowed}")
+    return roles.pop()
+
+
+def _one(index: int, given: Message, *names: str) -> Any:
+    """The value that stands under one of some names; several must be equal."""
+    values = [given[name] for name in names if name in given]
+    if any(value != values[0] for value in values):
+        raise SchemaError(f"message {index} has different values as {' and '.join(names)}")
+    return values[0] if values else None
+
+
+def _tidy_answer(index: int, found: Message, parts: Message) -> None:
+    """The thought, the calls and the weight of an answer, each under its one name."""
+    thoughts = [found.pop(name) for name in THOUGHTS if name in found]
+    thoughts.append(parts.pop("reasoning_content", ""))
+    for one in thoughts:
+        if not isinstance(one, str):
+            raise SchemaError(f"message {index} has a {type(one).__name__} as its thought")
+    said = [one for one in thoughts if one.strip()]
+    if len({one.strip() for one in said}) > 1:
+        raise SchemaError(f"message {index} has several thoughts, which differ")
+    if said:
+        found["reasoning_content"] = said[0]
+    calls = [found.pop(name) for name in ("tool_calls", CALL) if name in found]
+    calls = [tool_calls(index, one) for one in (*calls, parts.pop("tool_calls", [])) if one]
+    if any(one != calls[0] for one in calls):
+        raise SchemaError(f"message {index} has several lists of tool calls, which differ")
+    if calls and calls[0]:
+        found["tool_calls"] = calls[0]
+    if (weight := found.get("weight")) is not None:
+        if not isinstance(weight, int | float) or weight not in (0, 1):
+            raise SchemaError(
+                f"message {index} has weight {weight!r}; known: 0 (not trained) and 1"
+            )
+        found["weight"] = int(weight)
 
 
 def _parts(index: int, parts: list[Any]) -> Message:
@@ -109,9 +196,11 @@ def _parts(index: int, parts: list[Any]) -> Message:
     texts, thoughts, calls = [], [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
-        value = part.get(kind, part.get("text", part.get("value"))) if kind else None
-        if kind == "text" and isinstance(value, str):
-            texts.append(value)
+        value = (
+            part.get(kind, part.get("text", part.get("value"))) if isinstance(kind, str) else None
+        )
+        if kind == "text" and isinstance(value, str | None):
+            texts += [] if value is None else [value]
         elif kind in ("reasoning", "thinking") and isinstance(value, str):
             thoughts.append(value)
         elif kind == "tool_call":
@@ -119,22 +208,25 @@ def _parts(index: int, parts: list[Any]) -> Message:
         else:
             raise SchemaError(f"message {index} has a part of type {kind!r}, which is no text")
     thought = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
-    return {"content": "".join(texts), **thought, **({"tool_calls": calls} if calls else {})}
+    return {"content": "\n".join(texts), **thought, **({"tool_calls": calls} if calls else {})}
 
 
 def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
     """Calls as `{type: function, function: {name, arguments: {...}}}`; strings of JSON are read."""
     found = []
+    calls = parsed(calls)
     calls = [calls] if isinstance(calls, dict | str) else calls or []
     if not isinstance(calls, list):
         raise SchemaError(f"message {index} has a {type(calls).__name__} as tool_calls")
     for call in calls:
-        call = _parsed(call)
-        function = _parsed(call.get("function", call)) if isinstance(call, dict) else None
+        call = parsed(call)
+        function = parsed(call.get("function", call)) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise SchemaError(f"message {index} calls a tool without a name")
         name = function["name"]
-        arguments = _parsed(function.get("arguments", function.get("parameters", {})))
+        arguments = parsed(function.get("arguments", function.get("parameters")))
+        if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+            arguments = {}
         if not isinstance(arguments, dict):
             raise SchemaError(f"message {index} calls {name} with arguments that are no object")
         own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
@@ -145,13 +237,14 @@ def tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
 
 def tool_list(tools: Any) -> list[dict[str, Any]]:
     """The schemas of the tools of a row, which may be a string of JSON or absent."""
-    tools = _parsed(tools) or []
+    tools = present(parsed(tools)) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise SchemaError("tools is no list of objects")
     return tools
 
 
-def _parsed(value: Any) -> Any:
+def parsed(value: Any) -> Any:
+    """The value of a string of JSON; what is none as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -191,11 +284,18 @@ def fault(chat: Chat) -> str | None:
     ContainsThinkOpenTag, EmptyThinkTags): a row that contradicts its switch unteaches it.
     """
     if not chat.answered:
-        return "no answer to train on"
+        if "chosen" in chat.extra:
+            return "no answer to train on, but a pair of them: [rpo] takes preference rows"
+        told = chat.extra.get("answer", "")
+        odd = "" if isinstance(told, str) else f": answer is a {type(told).__name__}, not text"
+        return f"no answer to train on{odd or misnamed(chat.extra, ANSWERS)}"
     said = switch_of(chat.messages)
     if said and chat.reasoning and said != chat.reasoning:
         return f'reasoning is "{chat.reasoning}" and the system prompt says "{said}"'
-    return answer_fault(chat.messages[-1], chat.mode)
+    answers = trained_answers(chat.messages)
+    if not answers:
+        return "every answer has weight 0: nothing is left to train on"
+    return answer_fault(chat.messages[answers[-1]], chat.mode)
 
 
 def answer_fault(message: Message, mode: Mode) -> str | None:

@@ -4,9 +4,12 @@
     sharegpt   {"conversations": [{"from": "human", "value": "…"} …], "system": …, "tools": …}
     alpaca     {"instruction": "…", "input": "…", "output": "…", "system": …, "history": […]}
     nemotron   {"input": [{role, content} …], "output": "…", "reasoning": "on", "system_prompt": …}
+    pairs      {"prompt" or "question": …, "completion", "response", "output" or "answer": …}
 
 A dialect is known by a row's keys; `read_row(write_row(chat, dialect)) = chat`. Other keys of a row
-are the chat's `extra`.
+are the chat's `extra`; nulls of objects, which Arrow pads rows with, are no keys. The messages of
+every dialect may be OpenAI's or ShareGPT's. Pairs are read and never written; both sides may be
+messages, as TRL has them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from tessera.data.conversation import Chat, Message, SchemaError, check, tidy, tool_calls, tool_list
+from tessera.data.conversation import (
+    ANSWERS,
+    CALL,
+    THOUGHTS,
+    Chat,
+    Message,
+    SchemaError,
+    check,
+    misnamed,
+    parsed,
+    present,
+    tidy,
+    tool_list,
+)
 from tessera.data.readers import EXCERPT, Bad, DataError, read_rows
 from tessera.runs.files import writing
 
@@ -29,11 +45,15 @@ def read_row(row: Any) -> Chat:
     """The chat of a row. Raises SchemaError with the reason where it is no conversation."""
     if not isinstance(row, dict):
         raise SchemaError(f"a {type(row).__name__}, not an object")
+    row = {str(key): value for key, value in present(row).items()}
     for key, read in _READ.items():
         if key in row:
             return check(read(row))
-    keys = ", ".join(map(str, row)) or "no keys"
-    raise SchemaError(f"no row of a known dialect: it has {keys}, and none of {', '.join(_READ)}")
+    keys = ", ".join(row) or "no keys"
+    raise SchemaError(
+        f"no row of a known dialect: it has {keys}, and none of {', '.join(_READ)}"
+        f"{misnamed(row, (*_READ, *ANSWERS))}"
+    )
 
 
 def write_row(chat: Chat, dialect: Dialect = "openai") -> Row:
@@ -80,11 +100,28 @@ def chats_of(label: str, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int,
 def _chat(row: Row, messages: Any, *own: str) -> Chat:
     """A chat; a `reasoning` that is neither on nor off is not about the switch, but an extra."""
     said = row.get("reasoning")
-    if said in ("on", "off", None):
+    if said in ("on", "off"):
         own = (*own, "reasoning")
+    own = (*own, "tools", "functions")
     extra = {key: value for key, value in row.items() if key not in own}
-    tools = tool_list(row.get("tools") if "tools" in own else None)
-    return Chat(tidy(messages), said if said in ("on", "off") else None, tools, extra)
+    return Chat(tidy(messages), said if said in ("on", "off") else None, _tools(row), extra)
+
+
+def _tools(row: Row) -> list[dict[str, Any]]:
+    """The tools of a row, also by OpenAI's older name, which lists bare functions."""
+    functions = tool_list(row.get("functions"))
+    return tool_list(row.get("tools")) or [{"type": "function", "function": f} for f in functions]
+
+
+def _with_system(row: Row, messages: list[Any]) -> list[Any]:
+    """The messages behind the system prompt that stands beside them, if one does."""
+    for key in ("system", "system_prompt"):
+        if (system := row.get(key)) not in (None, ""):
+            first = messages[0] if messages else None
+            if isinstance(first, dict) and system in (first.get("content"), first.get("value")):
+                return messages
+            return [{"role": "system", "content": system}, *messages]
+    return messages
 
 
 def _apart(chat: Chat, system: str, answer: str | None = None) -> tuple[list[Message], Row]:
@@ -105,15 +142,20 @@ def _check_plain(chat: Chat) -> None:
             raise SchemaError(f"message {index} has {more[0]}, which this dialect cannot say")
 
 
-def _read_openai(row: Row) -> Chat:
-    """Content may be a list of parts; `tools`, calls and arguments may be strings of JSON."""
-    if not isinstance(row["messages"], list):
-        raise SchemaError(f"messages is a {type(row['messages']).__name__}, not a list")
-    return _chat(row, row["messages"], "messages", "tools")
+def _read_messages(row: Row) -> Chat:
+    """Content may be a list of parts; `tools`, calls and arguments may be strings of JSON.
+
+    ShareGPT's `function_call` holds one or several calls as JSON, `observation` what came back.
+    """
+    key = "messages" if "messages" in row else "conversations"
+    messages = parsed(row[key])
+    if not isinstance(messages, list):
+        raise SchemaError(f"{key} is a {type(messages).__name__}, not a list")
+    return _chat(row, _with_system(row, messages), key, "system", "system_prompt")
 
 
 def _write_openai(chat: Chat) -> Row:
-    row: Row = {"messages": chat.messages}
+    row: Row = {"messages": [_saying_nulls(one) for one in chat.messages]}
     if chat.tools:
         row["tools"] = chat.tools
     if chat.reasoning is not None:
@@ -121,35 +163,18 @@ def _write_openai(chat: Chat) -> Row:
     return {**row, **chat.extra}
 
 
-_SPEAKERS = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
-    **{"function_call": "call", "observation": "tool", "tool": "tool", "system": "system"},
-}
+def _saying_nulls(message: Message) -> Message:
+    """Arguments with a null of the model's own as a string, so that it is not read as absent."""
+    calls = message.get("tool_calls", [])
+    if all(present(call) == call for call in calls):
+        return message
+    functions = [one["function"] for one in calls]
+    told = [one | {"arguments": json.dumps(one["arguments"])} for one in functions]
+    pairs = zip(calls, told, strict=True)
+    return message | {"tool_calls": [call | {"function": one} for call, one in pairs]}
+
+
 _NAMES = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system"}
-
-
-def _read_sharegpt(row: Row) -> Chat:
-    """`function_call` holds one or several calls as JSON, `observation` what a tool gave back."""
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise SchemaError("no conversations")
-    messages: list[Message] = []
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise SchemaError(f"turn {index} is no object with a text as `value`")
-        said, value = turn.get("from"), turn["value"]
-        role = _SPEAKERS.get(str(said).lower())
-        if role is None:
-            raise SchemaError(f"turn {index} is from {said!r}; known: {', '.join(_SPEAKERS)}")
-        if role == "call":
-            calls = tool_calls(index, value)
-            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
-        else:
-            messages.append({"role": role, "content": value})
-    if (system := row.get("system")) not in (None, ""):
-        messages.insert(0, {"role": "system", "content": system})
-    return _chat(row, messages, "conversations", "system", "tools")
 
 
 def _write_sharegpt(chat: Chat) -> Row:
@@ -160,37 +185,106 @@ def _write_sharegpt(chat: Chat) -> Row:
     return {"conversations": [_turn(i, message) for i, message in enumerate(messages)], **row}
 
 
-def _turn(index: int, message: Message) -> dict[str, str]:
+def _turn(index: int, message: Message) -> dict[str, Any]:
     calls = message.get("tool_calls")
-    more = sorted(set(message) - {"role", "content", "tool_calls"})
+    weight = {"weight": message["weight"]} if "weight" in message else {}
+    more = sorted(set(message) - {"role", "content", "tool_calls", "weight"})
     if more or (calls and message["content"]):
         found = more[0] if more else "content beside tool_calls"
         raise SchemaError(f"message {index} has {found}, which this dialect cannot say")
     if calls:
         functions = [call["function"] for call in calls]
         value = json.dumps(functions if len(functions) > 1 else functions[0], ensure_ascii=False)
-        return {"from": "function_call", "value": value}
-    return {"from": _NAMES[message["role"]], "value": message["content"]}
+        return {"from": CALL, "value": value, **weight}
+    return {"from": _NAMES[message["role"]], "value": message["content"], **weight}
 
 
-def _read_alpaca(row: Row) -> Chat:
-    """`input` follows the instruction on a line of its own; `history` holds earlier pairs."""
-    for key in ("instruction", "input", "output", "system"):
-        if not isinstance(row.get(key) or "", str):
-            raise SchemaError(f"{key} is a {type(row[key]).__name__}, not text")
-    question, about = row["instruction"] or "", row.get("input")
-    pairs = row.get("history") or []
+def _read_pair(row: Row) -> Chat:
+    """A question and its answer, each a text or messages.
+
+    `input` or `context` follows a question of text on a line of its own; `history` holds earlier
+    pairs. `answer` stays among the extras, because reinforcement learning judges by it.
+    """
+    key = next(key for key in QUESTIONS if key in row)
+    question, about, used = row[key], row.get("input", row.get("context")), [key]
+    if isinstance(question, str) and isinstance(about, str):
+        used.append("input" if "input" in row else "context")
+        question = f"{question}\n{about}" if about else question
+    elif "input" in row or not isinstance(question, str | list):
+        wrong = "input" if "input" in row else key
+        raise SchemaError(f"{wrong} is a {type(row[wrong]).__name__}, not text")
+    messages = messages_of(question, "user")
+    answer = next((name for name in ANSWERS if name in row), None)
+    if answer and (answer != "answer" or _says(row[answer])):
+        messages += _answer_messages(row, answer, used)
+        used += [answer] if answer != "answer" else []
+    messages = [*_earlier(row.get("history") or []), *messages]
+    own = ("system", "system_prompt", "history", *used)
+    return _chat(row, _with_system(row, messages), *own)
+
+
+def _says(value: Any) -> bool:
+    """Whether it is a text, a message or messages; else it is the solution of a problem."""
+    found = value if isinstance(value, list) and value else [value]
+    return isinstance(value, str) or all(isinstance(one, dict) for one in found)
+
+
+def _answer_messages(row: Row, name: str, used: list[str]) -> list[Any]:
+    """The answer's messages; thought and weight may stand beside a text. `used`: grows by those."""
+    if not _says(row[name]):
+        raise SchemaError(f"{name} is a {type(row[name]).__name__}, not a text or messages")
+    messages = messages_of(row[name], "assistant")
+    if not isinstance(row[name], str):
+        return messages
+    for key in THOUGHTS:
+        if isinstance(row.get(key), str) and row[key] not in ("on", "off"):
+            messages[0][key] = row[key]
+            used.append(key)
+    if row.get("weight") in (0, 1):
+        messages[0]["weight"] = row["weight"]
+        used.append("weight")
+    return messages
+
+
+def messages_of(value: Any, role: str) -> list[Any]:
+    """Messages of a text, of one message or of several; one without a speaker is of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    found = value if isinstance(value, list) else [value]
+    return [{"role": role} | one if _no_role(one) else one for one in found]
+
+
+def _no_role(message: Any) -> bool:
+    return isinstance(message, dict) and not {"role", "from"} & message.keys()
+
+
+def _earlier(pairs: Any) -> list[Message]:
+    if isinstance(pairs, list) and all(isinstance(one, dict) for one in pairs):
+        return pairs
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        raise SchemaError("history is no list of pairs of question and answer")
-    texts = [text for pair in pairs for text in pair]
-    texts.append(f"{question}\n{about}" if about else question)
-    if row.get("output") is not None:
-        texts.append(row["output"])
+        raise SchemaError("history is no list of pairs of question and answer, nor of messages")
     roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return _chat(row, messages, "instruction", "input", "output", "system", "history")
+    return [{"role": r, "content": t} for p in pairs for r, t in zip(roles, p, strict=True)]
+
+
+def read_texts(row: Any) -> tuple[str, str]:
+    """(prompt, completion) of a row of texts, for what is trained without a chat template.
+
+    Raises SchemaError with the reason where the row has none.
+    """
+    if not isinstance(row, dict) or not any(key in row for key in QUESTIONS):
+        keys = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
+        wrong = misnamed(row, (*QUESTIONS, *ANSWERS)) if isinstance(row, dict) else ""
+        raise SchemaError(f"no texts `prompt` and `completion`: it has {keys}{wrong}")
+    prompt = row[next(key for key in QUESTIONS if key in row)]
+    answer = next((row[name] for name in ANSWERS if name in row), None)
+    if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
+        more = ' (messages are trained with format = "chat")' if isinstance(prompt, list) else ""
+        raise SchemaError(
+            f"no texts `prompt` and `completion`{more}{misnamed(row, (*QUESTIONS, *ANSWERS))}"
+        )
+    about = row.get("input", row.get("context"))
+    return (f"{prompt}\n{about}" if about and isinstance(about, str) else prompt), answer
 
 
 def _write_alpaca(chat: Chat) -> Row:
@@ -206,6 +300,7 @@ def _write_alpaca(chat: Chat) -> Row:
     return {"instruction": texts[-1], "input": "", **row}
 
 
+QUESTIONS = ("instruction", "prompt", "question", "query")
 _BEGIN, _END = "<|begin_of_text|>", "<|eot_id|>"
 _TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", re.DOTALL)
 _ASK = "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -217,17 +312,19 @@ def _read_nemotron(row: Row) -> Chat:
     In an early revision `input` is one string, Llama 3's template already applied, and `output`
     ends with <|eot_id|>; the system prompt stands apart in later ones.
     """
-    given, prompt, output = row["input"], row.get("system_prompt"), row.get("output")
-    messages = tidy(_turns(given) if isinstance(given, str) else given)
-    for key in ("system_prompt", "output"):
-        if not isinstance(row.get(key), str | None):
-            raise SchemaError(f"{key} is a {type(row[key]).__name__}, not text")
-    if prompt is not None:
-        if messages[0]["role"] == "system":
-            raise SchemaError("a system message in `input` beside system_prompt")
-        messages.insert(0, {"role": "system", "content": prompt})
-    if output is not None:
-        messages.append({"role": "assistant", "content": output.removesuffix(_END)})
+    given = row["input"]
+    name = next((one for one in ANSWERS if one in row and one != "answer"), "output")
+    if isinstance(given, str):
+        given = _turns(given) if _ASK[:21] in given else messages_of(given, "user")
+    if not isinstance(row.get(name), str | None):
+        raise SchemaError(f"{name} is a {type(row[name]).__name__}, not text")
+    if not isinstance(given, list) or not given:
+        raise SchemaError("no messages")
+    messages = _with_system(row, given)
+    own = ["input", name, "reasoning", "system", "system_prompt", "tools", "functions"]
+    if name in row:
+        told = row | {name: row[name].removesuffix(_END), "reasoning": None}
+        messages = [*messages, *_answer_messages(told, name, own)]
     elif "args" in row:
         match row["args"]:
             case {"instruction_id_list": list(ids), "instruction_kwargs": list(kwargs)}:
@@ -239,9 +336,8 @@ def _read_nemotron(row: Row) -> Chat:
                 pass
             case _:
                 raise SchemaError("args are no lists of instructions and their settings")
-    own = ("input", "output", "reasoning", "system_prompt")
     extra = {key: value for key, value in row.items() if key not in own}
-    return Chat(messages, row.get("reasoning"), [], extra)
+    return Chat(tidy(messages), row.get("reasoning"), _tools(row), extra)
 
 
 def _turns(text: str) -> list[Message]:
@@ -280,13 +376,14 @@ def _rendered(turn: Message) -> str:
     return f"<|start_header_id|>{turn['role']}<|end_header_id|>\n\n{turn['content']}{_END}"
 
 
-# By the key that tells a dialect; "input" is alpaca's, too, beside "instruction".
+# By the key that tells a dialect; "input" stands in rows of pairs, too.
 _READ: dict[str, Callable[[Row], Chat]] = {
-    "messages": _read_openai,
-    "conversations": _read_sharegpt,
-    "instruction": _read_alpaca,
+    **dict.fromkeys(("messages", "conversations"), _read_messages),
+    **dict.fromkeys(QUESTIONS, _read_pair),
     "input": _read_nemotron,
 }
+# The keys of rows that mean something here.
+KEYS = (*_READ, *ANSWERS, *THOUGHTS, "tools", "functions", "system", "system_prompt", "history")
 _WRITE: dict[str, Callable[[Chat], Row]] = {
     "openai": _write_openai,
     "sharegpt": _write_sharegpt,

@@ -54,13 +54,12 @@ class Portion:
 class Encoder:
     """How the records of a source become documents.
 
-    bos: whether texts begin with the tokenizer's <s>. end: the ids that end them, 0 or 1. chats: of
-    conversations, whose template decides their first and last ids. masked: whether a part of each
-    document is not trained.
+    begin, end: the ids that texts begin and end with. chats: of conversations, whose template
+    decides their first and last ids. masked: whether a part of each document is not trained.
     """
 
     tokenizer: Tokenizer
-    bos: bool = True
+    begin: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
     chats: ChatEncoder | None = None
     masked: bool = False
@@ -70,7 +69,7 @@ class Encoder:
         """What the ids of a document follow from, beside its record."""
         if self.chats is not None:
             return self.chats.identity
-        return [self.tokenizer.fingerprint(), self.tokenizer.bos_id if self.bos else None, self.end]
+        return [self.tokenizer.fingerprint(), self.begin, self.end]
 
     def portions(self, contents: Iterable[Any]) -> Iterator[Portion]:
         """The documents of records of one kind, some at a time."""
@@ -98,14 +97,14 @@ class Encoder:
             first += len(some)
 
     def _texts(self, texts: list[str]) -> list[_Made]:
-        tail = list(self.end)
-        return [[(one + tail, None)] for one in self.tokenizer.encode_batch(texts, bos=self.bos)]
+        head, tail = list(self.begin), list(self.end)
+        return [[(head + one + tail, None)] for one in self.tokenizer.encode_batch(texts)]
 
     def _pairs(self, pairs: list[tuple[str, str]]) -> list[_Made]:
         """Prompt and completion are encoded apart, as an engine does."""
-        asked = self.tokenizer.encode_batch([prompt for prompt, _ in pairs], bos=self.bos)
+        head, tail = list(self.begin), list(self.end)
+        asked = [head + ids for ids in self.tokenizer.encode_batch([prompt for prompt, _ in pairs])]
         told = self.tokenizer.encode_batch([completion for _, completion in pairs])
-        tail = list(self.end)
         marks = [
             np.repeat(np.array([0, PLAIN], np.uint8), [len(a), len(b) + len(tail)])
             for a, b in zip(asked, told, strict=True)

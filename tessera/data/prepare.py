@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tessera import dist
 from tessera.data.batch import chunks, fill
 from tessera.data.chat import ChatEncoder
-from tessera.data.config import BPE, DataConfig, Reading
+from tessera.data.config import BPE, DataConfig, Reading, unsaid
 from tessera.data.dataset import local_dataset
 from tessera.data.documents import WINDOW
 from tessera.data.encode import Encoder, Portion
@@ -29,11 +29,11 @@ from tessera.data.problems import SPLITS, Split
 from tessera.data.readers import Bad, DataError
 from tessera.data.sources import Source
 from tessera.data.store import TokenCache, TokenWriter
-from tessera.data.template import FILE as TEMPLATE_FILE
-from tessera.data.template import template_of
+from tessera.data.switch import NONE, record_switch, switches_of
+from tessera.data.template import RUN_DATE, template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from tessera.progress import Progress
-from tessera.runs.files import atomic_write, writing
+from tessera.runs.files import writing
 from tessera.runs.run import Run
 
 CACHE = ".tokens"
@@ -101,10 +101,10 @@ def encoder_of(config: DataConfig, reading: Reading, tokenizer: Tokenizer) -> En
     if missing or (config.bos and bos is None):
         key = f'end = "{config.end}"' if missing else "bos = true"
         raise DataError(
-            f"{key}: the tokenizer names no such token (beginning: {bos}, ends: {ends}); set "
-            'bos = false or end = "none", or name the tokens in its tokenizer_config.json'
+            f"{key}: the tokenizer names no such token (beginning: {bos}, ends: {ends}); leave bos "
+            'out or set end = "none", or name the tokens in its tokenizer_config.json'
         )
-    return Encoder(tokenizer, config.bos, end, masked=reading.masked)
+    return Encoder(tokenizer, tokenizer.beginning(config.bos), end, masked=reading.masked)
 
 
 class SplitWriter:
@@ -121,7 +121,7 @@ class SplitWriter:
         lengths, ids, trained = portion.lengths, portion.ids, portion.trained
         chosen = np.ones(len(lengths), bool) if chosen is None else chosen
         self.bytes += int(portion.sizes[chosen].sum())
-        specials = self.encoder.bos + len(self.encoder.end)  # ids that are not of a text
+        specials = len(self.encoder.begin) + len(self.encoder.end)  # ids that are not of a text
         self.own_ids += int((lengths[chosen] - specials).sum())
         kept = chosen & (lengths > 1)
         if not kept.all():
@@ -207,6 +207,12 @@ def say_beginning(run: Run, readings: Mapping[str, Reading]) -> None:
     run.say(" and ".join(what))
 
 
+def say_unsaid(run: Run, where: str, reading: Reading, chats: ChatEncoder | None) -> None:
+    """A warning where rows say how to think and nothing tells the model."""
+    if chats is not None and chats.switch == NONE and (lacking := unsaid(reading)):
+        run.say(f"{where}warning: {lacking}")
+
+
 def say_rows(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each source and split."""
     for row in rows:
@@ -241,6 +247,10 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
             quarantine(run, sources, config.max_bad)
         tokenizer = choose_tokenizer(config, inputs.get("model"), sources)
         encoders = [encoder_of(config, source.reading, tokenizer) for source in sources]
+        chats = {source.name: one.chats for source, one in zip(sources, encoders, strict=True)}
+        switch = switches_of({name: one.switch for name, one in chats.items() if one})
+        for source in sources:
+            say_unsaid(run, source.where, source.reading, chats[source.name])
         before = cache.hits
         steps = sum(len(one.units) + len(one.heldout_units) + len(one.tasks) for one in sources)
         with Progress("tokenising", steps, "tokens", quiet=run.quiet) as bar:
@@ -254,8 +264,9 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
             units = sum(len(source.entries) for source in sources)
             run.say(f"{known} of {units} inputs were tokenised before ({cache.directory})")
         tokenizer.save(run.path / "tokenizer")
-        if any(source.reading.chats for source in sources):
-            atomic_write(run.path / "tokenizer" / TEMPLATE_FILE, template_of(tokenizer).source)
+        if any(source.reading.chats for source in sources):  # what a model of it is asked with
+            template_of(tokenizer).save(run.path / "tokenizer")
+            record_switch(run.path / "tokenizer", switch)
         run.write_table("summary", rows)
         named = {
             source.name: {"weight": config.shares[source.name], "quarantined": source.num_bad}
@@ -266,10 +277,12 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
             "splits": list(SPLITS),
             "vocab_size": tokenizer.vocab_size,
             "pad_id": tokenizer.pad_id,
-            "bos": config.bos,
+            "bos": bool(tokenizer.beginning(config.bos)),
             "end": config.end,
             "quarantined": sum(source.num_bad for source in sources),
             "heldout_seen_in_train": seen_in_train(sources),
         }
+        if any(one and one.template.reads_date for one in chats.values()):
+            described["template_date"] = str(RUN_DATE.date())
         run.write_json("data", {**described, **({"sources": named} if named else {})})
     say_rows(run, rows)

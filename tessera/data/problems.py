@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tessera.data.conversation import Chat, Mode
-from tessera.data.switch import set_switch
+from tessera.data.switch import DETAILED, set_switch
 from tessera.data.thought import CLOSE, OPEN
 from tessera.table import nearest
 
@@ -246,7 +246,7 @@ def problem_rows(
         drawn = problem(name, seed, index, split, level)
         for mode in MODES if drawn.work else MODES[1:]:
             chat = drawn.chat(mode)
-            yield replace(chat, messages=set_switch(chat.messages, mode)[0])
+            yield replace(chat, messages=set_switch(chat.messages, mode, DETAILED)[0])
 
 
 def _generator(name: str, seed: int, index: int, split: Split) -> np.random.Generator:

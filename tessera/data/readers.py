@@ -1,31 +1,40 @@
-"""Documents out of files: .txt, .jsonl and .parquet, each also as .gz (Parquet compresses itself).
+"""Documents out of files: .txt, .jsonl, .json and .parquet, all but the last packed as well.
 
 A reader streams `Record` and `Bad`; what concerns a whole file is a DataError. Documents of a text
 file are stripped of the white space around them; those of JSONL and Parquet are taken as they are.
+The first bytes say whether a file is packed by gzip, bzip2, xz, zstd or lz4, and whether its JSON
+is one list or lines: names promise the wrong thing too often.
 """
 
 from __future__ import annotations
 
+import bz2
 import difflib
+import functools
 import glob
 import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
-from tessera.data.conversation import Chat
+from tessera.data.conversation import Chat, present
 
+Kind = TypeVar("Kind")
 Content = TypeVar("Content", bound=str | tuple[str, str] | Chat, covariant=True)
 Format = Literal["auto", "text", "jsonl", "parquet", "chat", "completion"]
 SUFFIXES: dict[str, Format] = {".txt": "text", ".text": "text"}
-SUFFIXES |= {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+SUFFIXES |= {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+TABLE = b"PAR1"  # how a Parquet file begins
+ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z"}  # by their first bytes
 BLOCK = 1 << 20
 EXCERPT = 200
 
@@ -88,11 +97,12 @@ def _why_nothing(path: Path) -> str:
 
 def format_of(path: Path) -> Format:
     """The format a file's name tells."""
-    suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in PACKED]
     if not suffixes or suffixes[-1] not in SUFFIXES:
         raise DataError(
-            f"{path}: the name does not tell the format (known: {', '.join(SUFFIXES)}, and .gz of "
-            'the first four); set format = "text", "jsonl" or "parquet"'
+            f"{path}: the name does not tell the format (known: {', '.join(SUFFIXES)}, and behind "
+            f"all but .parquet {', '.join(PACKED)}); rename it, unpack what is packed otherwise, "
+            'or set format = "text", "jsonl" or "parquet"'
         )
     return SUFFIXES[suffixes[-1]]
 
@@ -115,12 +125,44 @@ def read(
 
 @contextmanager
 def _opened(path: Path, packed: bool = True) -> Iterator[BufferedReader]:
-    """The bytes of a file, unpacked; whatever the system or gzip says against it is a DataError."""
+    """The bytes of a file, unpacked; whatever is said against it is a DataError."""
     try:
-        with gzip.open(path) if packed and path.suffix == ".gz" else path.open("rb") as file:
+        with path.open("rb") as file:
+            head = file.peek(8)
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"{path} is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8")
+        tar = "tar" if {".tar", ".tgz"} & {one.lower() for one in path.suffixes} else None
+        if archive := _by_magic(head, ARCHIVES) or tar:
+            raise DataError(f"{path} is a {archive} archive; unpack it and name its files")
+        unpack = _by_magic(head, _UNPACKERS) if packed else None
+        with (unpack or _plain)(path) as file:
             yield cast(BufferedReader, file)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _by_magic(head: bytes, known: Mapping[bytes, Kind]) -> Kind | None:
+    """What the first bytes of a file stand for."""
+    return next((what for magic, what in known.items() if head.startswith(magic)), None)
+
+
+def _plain(path: Path) -> Any:
+    return path.open("rb")
+
+
+def _by_arrow(codec: str, path: Path) -> Any:
+    import pyarrow
+
+    return BufferedReader(pyarrow.input_stream(str(path), compression=codec))
+
+
+_UNPACKERS: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": functools.partial(_by_arrow, "zstd"),
+    b"\x04\x22\x4d\x18": functools.partial(_by_arrow, "lz4"),
+}
 
 
 def read_text(path: Path, separator: str) -> Iterator[Record[str] | Bad]:
@@ -175,11 +217,19 @@ def read_jsonl(path: Path, field: str) -> Iterator[Record[str] | Bad]:
 def _json_lines(
     path: Path, start: int = 0, stop: int | None = None, first: int = 1
 ) -> Iterator[tuple[int, bytes, Any]]:
-    """(number, line, value) of each line that is not blank; `Bad` for one that is no JSON."""
+    """(number, line, value) of each line that is not blank, or of each value of one list.
+
+    `Bad` for a line that is no JSON.
+    """
+    if start == 0 and stop is None and (rows := _json_list(path)) is not None:
+        for number, row in enumerate(rows, 1):
+            yield number, json.dumps(row).encode(), row
+        return
     with _opened(path) as file:
-        file.seek(start)
+        if start:
+            file.seek(start)
         for number, line in enumerate(file, first):
-            if line.strip():
+            if _stripped(line):
                 try:
                     yield number, line, json.loads(_text(line))
                 except (ValueError, RecursionError) as error:
@@ -187,6 +237,46 @@ def _json_lines(
             start += len(line)
             if stop is not None and start >= stop:
                 return
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file of rows can be cut between two lines."""
+    with _opened(path, packed=False) as file:
+        head = file.peek(8)
+    other = head.startswith(TABLE) or _by_magic(head, _UNPACKERS)
+    return not other and _json_list(path) is None
+
+
+def _json_list(path: Path) -> list[Any] | None:
+    """The values of a file that is one JSON list; None for lines."""
+    with _opened(path) as file:
+        begin = next(filter(None, map(_stripped, file)), b"")
+    if not begin.startswith(b"[") and begin != b"{":
+        return None
+    with _opened(path) as file:
+        try:
+            found = json.loads(_text(file.read()))
+        except (ValueError, RecursionError) as error:
+            if _is_json(begin):
+                return None  # each line is a list, or should be
+            line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataError(f"{path}{line} is {_reason(error)}") from None
+    if not isinstance(found, list):
+        keys = ", ".join(map(str, found))
+        raise DataError(f"{path} holds one object, not a list or lines of rows; it has: {keys}")
+    return found
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _stripped(line: bytes) -> bytes:
+    return line.removeprefix(b"\xef\xbb\xbf").strip()
 
 
 def _no_text(row: Any, field: str) -> str | None:
@@ -243,33 +333,19 @@ def read_parquet(path: Path, field: str) -> Iterator[Record[str] | Bad]:
 def read_rows(
     path: Path, start: int = 0, stop: int | None = None, first: int = 1
 ) -> Iterator[tuple[int, Any]]:
-    """The values of JSON lines, of a .json list or of Parquet rows, numbered from 1.
+    """The values of JSON lines, of one JSON list or of Parquet rows, numbered from 1.
 
     start, stop: of JSON lines, those from byte to byte, numbered from `first`. A line that is no
     JSON is `Bad`. Raises DataError for a file that cannot be read.
     """
-    if ".json" in map(str.lower, path.suffixes):
-        with _opened(path) as file:
-            try:
-                rows = json.loads(_text(file.read()))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} is {_reason(error)}") from None
-        if not isinstance(rows, list):
-            raise DataError(f"{path} holds a {type(rows).__name__}, not a list of rows")
-        yield from enumerate(rows, 1)
-    elif format_of(path) == "parquet":
+    with _opened(path, packed=False) as file:
+        table = file.peek(4).startswith(TABLE)
+    if table:
         with _parquet(path) as file:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
-            yield from enumerate(map(_present, itertools.chain.from_iterable(batches)), 1)
+            yield from enumerate(map(present, itertools.chain.from_iterable(batches)), 1)
     else:
         yield from ((number, row) for number, _, row in _json_lines(path, start, stop, first))
-
-
-def _present(value: Any) -> Any:
-    """Without the nulls of objects: Parquet has no absent keys, and a null says no more."""
-    if isinstance(value, dict):
-        return {key: _present(one) for key, one in value.items() if one is not None}
-    return [_present(one) for one in value] if isinstance(value, list) else value
 
 
 def _excerpt(data: bytes) -> str:

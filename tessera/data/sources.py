@@ -18,14 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera.data import dataset, readers
+from tessera.data.audit import rows_named
+from tessera.data.chat import ChatEncoder
 from tessera.data.config import Reading
-from tessera.data.conversation import Chat, fault
-from tessera.data.dialects import chats_of
+from tessera.data.conversation import Chat, SchemaError, fault, misnamed
+from tessera.data.dialects import KEYS, chats_of, read_texts
 from tessera.data.encode import Encoder, Entry, Unit, read_unit
 from tessera.data.problems import SPLITS, Split, completion, document, problem_chat
 from tessera.data.readers import EXCERPT, Bad, DataError, Record
 from tessera.data.store import TokenCache
 from tessera.progress import Progress
+
+LOOKED_AT = 100  # rows of each file that `tessera check` reads
 
 
 def _of_rows(
@@ -51,14 +55,15 @@ def _of_rows(
                     yield Record(chat, key=question.strip(), line=number)
         return
     for number, row in rows:
-        match row:
-            case Bad():
-                yield row
-            case {"prompt": str(prompt), "completion": str(completion)} if completion:
-                yield Record((prompt, completion), key=prompt, line=number)
-            case _:
-                told = json.dumps(row, default=str)[:EXCERPT]
-                yield Bad(label, number, "no texts `prompt` and `completion`", told)
+        if isinstance(row, Bad):
+            yield row
+            continue
+        try:
+            prompt, completion = read_texts(row)
+            yield Record((prompt, completion), key=prompt, line=number)
+        except SchemaError as error:
+            told = json.dumps(row, default=str)[:EXCERPT]
+            yield Bad(label, number, str(error), told)
 
 
 def _kind(reading: Reading) -> list[Any]:
@@ -79,12 +84,53 @@ def _file_unit(reading: Reading, path: Path) -> Unit:
         if not how:
             format = readers.format_of(path) if reading.format == "auto" else reading.format
             how = [format, reading.separator if format == "text" else reading.field]
-        return ["file", how, path.suffix == ".gz", readers.content_hash(path)]
+        return ["file", how, readers.content_hash(path)]
 
     def stamp() -> tuple[int, int]:
         return path.stat().st_size, path.stat().st_mtime_ns
 
     return Unit(str(path), records, identity, stamp)
+
+
+def forewarn(reading: Reading, encoder: ChatEncoder | None) -> list[str]:
+    """What the first rows of a source's files will be refused for, before a run finds it.
+
+    encoder: of chats, to know what the template refuses.
+    """
+    told: list[str] = []
+    for path in readers.expand([*_listed(reading.paths), *_listed(reading.heldout_paths)]):
+        units = iter([_file_unit(reading, path)])
+        told += first_refusals(path, (one for unit in units for one in unit.records()), encoder)
+    return told
+
+
+def _listed(paths: str | list[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths
+
+
+def first_refusals(
+    path: Path, records: Iterable[Any], encoder: ChatEncoder | None = None
+) -> list[str]:
+    """Warnings about the first records of a file, of which some are `Bad`."""
+    refused: dict[str, list[int]] = {}
+    try:
+        found = list(itertools.islice(records, LOOKED_AT))
+    except DataError as error:
+        return [str(error)]
+    for record in found:
+        if isinstance(record, Bad):
+            refused.setdefault(record.reason, []).append(record.line)
+    chats = [one for one in found if isinstance(one, Record) and isinstance(one.content, Chat)]
+    encoded = encoder.encode_batch([one.content for one in chats]) if encoder else ()
+    for record, documents in zip(chats, encoded, strict=False):
+        if isinstance(documents, str):
+            refused.setdefault(documents, []).append(record.line)
+    told = [
+        f"{path}: {reason}; refused among the first {len(found)} rows{rows_named(numbers)}"
+        for reason, numbers in refused.items()
+    ]
+    names = {name for one in chats for name in one.content.extra}
+    return told + ([f"{path}: unknown fields{odd}"] if (odd := misnamed(names, KEYS)) else [])
 
 
 def _units(reading: Reading, patterns: str | list[str], split: str | None) -> list[Unit]:

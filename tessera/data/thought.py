@@ -1,10 +1,10 @@
 """What of an assistant's text is thought and what is answer: one rule for training, rewards,
 evaluation and serving.
 
-A text has a thought if it begins with `<think>` (after white space), if its prompt ended with the
-tag (`opened`), or if `</think>` comes before any `<think>`: then a template opened the thought. The
-thought ends at the first `</think>`; without one all of it is thought and the answer is "". Tags
-further on are the answer's text. White space around the thought, and before the answer, is dropped.
+A text has a thought if it begins with `<think>` (after white space), or if its prompt ended with
+the tag (`opened`). The thought ends at the first `</think>`; without one all of it is thought and
+the answer is "". Tags elsewhere are the answer's text: an answer may speak of `</think>`. White
+space around the thought, and before the answer behind it, is dropped.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class Thought:
 
 def split(text: str, opened: bool = False) -> Thought:
     """Thought and answer of a whole text. opened: its prompt ended with `<think>`."""
-    head, close, _ = text.partition(CLOSE)
-    splitter = Splitter(opened or bool(close and OPEN not in head))
+    splitter = Splitter(opened)
     return splitter.push(text) + splitter.flush()
 
 
@@ -54,12 +53,7 @@ def opens(prompt: str) -> bool:
 
 
 class Splitter:
-    """Splits a text that comes in pieces; the results add up to `split` of the whole text.
-
-    One case differs, because a stream cannot take back what it gave out as answer: it knows from
-    the prompt whether a thought is open, and if none is, a `</think>` without a `<think>` before it
-    is answer text. `split` of that answer is `split` of the whole.
-    """
+    """Splits a text that comes in pieces; the results add up to `split` of the whole text."""
 
     def __init__(self, opened: bool = False) -> None:
         self.thinking, self.answering = opened, False  # neither: nothing but white space came yet

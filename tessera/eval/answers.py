@@ -6,15 +6,16 @@ sampling, sample), so a stopped evaluation asks only what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
 
-from tessera.ask.ask import Answerer, Reply, Request
+from tessera.ask.ask import Answerer, Reply, Request, ask_all
+from tessera.data.chat import without_old_thoughts
 from tessera.data.conversation import Message, Mode
-from tessera.data.switch import DETAILED, set_switch
+from tessera.data.switch import NONE, set_switch
 from tessera.data.thought import CLOSE, OPEN
 from tessera.eval.task import Item, Task
 from tessera.progress import Progress
@@ -36,31 +37,42 @@ class Sampling(Config):
 class Asker:
     """Who answers, and how it is told to think.
 
-    says_switch: the messages carry the switch (an endpoint); else the model's own template does.
+    says_switch: the messages carry the switch (an endpoint); else a model of this process is told
+    by its own encoder. variables: further ones of its chat template.
     """
 
     teacher: Answerer
     says_switch: bool
-    switch: str = DETAILED
+    switch: str = NONE
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     def request(
-        self, task: Task, messages: Sequence[Message], mode: Mode, sampling: dict[str, Any], n: int
+        self,
+        task: Task,
+        messages: Sequence[Message],
+        mode: Mode | None,
+        sampling: dict[str, Any],
+        n: int,
     ) -> Request:
-        said = list(messages)
+        said, variables = without_old_thoughts(messages), dict(self.variables)
         if self.says_switch:
-            said, variables = set_switch(messages, mode, self.switch)
-            if variables:
-                sampling = {**sampling, "chat_template_kwargs": variables}
+            said, own = set_switch(said, mode, self.switch)
+            variables = own | variables
+        if variables:
+            sampling = {**sampling, "chat_template_kwargs": variables}
         return Request(task.name, said, sampling, n, mode)
 
 
 @dataclass(slots=True)
 class Conversation:
-    """One item, mode and sample, with its answers; failed: why the last one is missing."""
+    """One item, mode and sample, with its answers; failed: why the last one is missing.
+
+    mode: None where the model has no switch and is asked as it is.
+    """
 
     task: Task
     item: Item
-    mode: Mode
+    mode: Mode | None
     sample: int
     sampling: dict[str, Any]
     messages: list[Message] = field(default_factory=list)
@@ -90,8 +102,8 @@ class Conversation:
 def conversations(
     task: Task,
     items: Sequence[Item],
-    modes: Iterable[Mode],
-    samplings: dict[Mode, Sampling],
+    modes: Iterable[Mode | None],
+    samplings: Mapping[Mode | None, Sampling],
     max_tokens: int | None,
 ) -> Iterator[Conversation]:
     """Every item in every mode, `samples` times; samples of one item stand together."""
@@ -133,31 +145,18 @@ def _one_turn(
         if key not in records
     }
     failed: dict[str, str] = {}
-    with Progress(label, len(chats), "answers", quiet=quiet) as progress:
+
+    def receive(request: Request, reply: Reply) -> None:
+        key = request.key(asker.teacher.model)
+        if reply.error is None:
+            records.add(key, _record(missing[key][0], request, reply))
+        else:
+            failed[key] = reply.error
+
+    with Progress(label, len(chats), "tokens", steps="answers", quiet=quiet) as progress:
         progress.advance(len(chats) - len(missing), 0)
-
-        def receive(request: Request, reply: Reply) -> None:
-            key = request.key(asker.teacher.model)
-            if reply.error is None:
-                chat = missing[key][0]
-                row = {
-                    "task": chat.task.name,
-                    "item": chat.item.id,
-                    "mode": chat.mode,
-                    "sample": chat.sample,
-                    "turn": chat.turns,
-                    "thought": reply.thought,
-                    "text": reply.text,
-                    "tokens": reply.tokens,
-                    "finish_reason": reply.finish_reason,
-                }
-                records.add(key, row)
-            else:
-                failed[key] = reply.error
-            progress.advance(1)
-
         if missing:
-            asker.teacher.ask((request for _, request in missing.values()), receive)
+            ask_all(asker.teacher, (one for _, one in missing.values()), receive, progress)
     for key, chat in zip(keys, chats, strict=True):
         if key in failed:
             chat.failed = failed[key]
@@ -166,3 +165,20 @@ def _one_turn(
         if said is not None:
             chat.messages.append({"role": "user", "content": said})
             yield chat
+
+
+def _record(chat: Conversation, request: Request, reply: Reply) -> dict[str, Any]:
+    """What is kept of an answer."""
+    return {
+        "task": chat.task.name,
+        "item": chat.item.id,
+        "mode": chat.mode or NONE,
+        "sample": chat.sample,
+        "turn": chat.turns,
+        "messages": request.messages,
+        "prompt": reply.prompt,
+        "thought": reply.thought,
+        "text": reply.text,
+        "tokens": reply.tokens,
+        "finish_reason": reply.finish_reason,
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from tessera.ask.endpoint import Endpoint, EndpointConfig
 from tessera.ask.local import EngineConfig, LocalAnswerer
 from tessera.data.config import no_chat_template
 from tessera.data.conversation import Mode
-from tessera.data.switch import DETAILED
+from tessera.data.switch import NONE, Switch, require_switch
 from tessera.eval import scores
 from tessera.eval.answers import Asker, Conversation, Sampling, Thinking, answer, conversations
 from tessera.eval.task import Data, EvalError, Item, Task
@@ -58,7 +59,7 @@ def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict
         for one in itertools.islice(readable, None if limit is None else limit - documents):
             documents += 1
             ids = tokenizer.encode(one.content, bos=True)
-            logprobs = _logprobs(engine, ids, window)
+            logprobs = _logprobs(engine, ids, window) if len(ids) > 1 else []
             total, tokens = total + math.fsum(logprobs), tokens + len(logprobs)
             size += len(one.content.encode())
     if not tokens:
@@ -90,9 +91,11 @@ class EvalConfig(EngineChoice):
     """Which tasks, and how they are asked.
 
     data: a directory with the tasks' files, or a place for each task by name. limit: the first so
-    many items of each. on, off: how each mode samples. endpoint: answers instead of the stage's
-    model. judge: who judges mt_bench and arena_hard. switch: how the mode is said to an endpoint.
-    asking: "text" gives a base model each question without a chat template, in one mode.
+    many items of each. switch: how a mode is said (data/switch.py); where not given, the model's
+    own, "none" of an endpoint. A model with "none" is asked once, as it is, in a mode named "none".
+    on, off, none: how each mode samples. endpoint: answers instead of the stage's model.
+    chat_template_kwargs: further variables of the chat template. judge: who judges mt_bench and
+    arena_hard. asking: "text" gives a base model each question without a chat template, once.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -102,7 +105,9 @@ class EvalConfig(EngineChoice):
     max_tokens: int | None = Field(default=None, ge=1)
     on: Sampling = Sampling(temperature=0.6, top_p=0.95)
     off: Sampling = Sampling()
-    switch: str = DETAILED
+    none: Sampling = Sampling()
+    switch: Switch | None = None
+    chat_template_kwargs: dict[str, Any] = {}
     asking: Literal["chat", "text"] = "chat"
     batch: int = Field(default=64, ge=1)
     endpoint: EndpointConfig | None = None
@@ -113,10 +118,14 @@ class EvalConfig(EngineChoice):
         chats = self.asking == "chat" and not self.endpoint and set(self.tasks) != {PERPLEXITY}
         return no_chat_template(step, steps) if chats else []
 
-    @property
-    def modes(self) -> tuple[Mode, ...]:
+    def modes(self, switch: str) -> tuple[Mode | None, ...]:
+        """The modes a model of this switch is asked in. Raises SwitchError for "on" of "none"."""
         if self.asking == "text":
             return ("off",)
+        if switch == NONE:
+            asked = None if self.thinking == "both" else self.thinking
+            require_switch(switch, asked, "the endpoint" if self.endpoint else "the model")
+            return (None,)
         return ("on", "off") if self.thinking == "both" else (self.thinking,)
 
     def place(self, task: str) -> str:
@@ -151,10 +160,11 @@ def evaluate(
         table.append(perplexity(model, config.place(PERPLEXITY), config.limit))
     with Journal(folder / "records.jsonl") as records, Journal(folder / "verdicts.jsonl") as kept:
         asker = None
-        samplings: dict[Mode, Sampling] = {"on": config.on, "off": config.off}
+        samplings = {"on": config.on, "off": config.off, None: config.none}
         for task, items in plan:
-            asker = asker or _asker(config, model, seed)
-            chats = list(conversations(task, items, config.modes, samplings, config.max_tokens))
+            asker = asker or _asker(config, model, seed, quiet)
+            modes = config.modes(asker.switch)
+            chats = list(conversations(task, items, modes, samplings, config.max_tokens))
             answer(chats, asker, records, label=task.name, quiet=quiet)
             rows, parts = _judged(config, task, chats, kept, quiet)
             table += rows
@@ -162,17 +172,29 @@ def evaluate(
     return table, by_group
 
 
-def _asker(config: EvalConfig, model: Path | None, seed: int) -> Asker:
+def _asker(config: EvalConfig, model: Path | None, seed: int, quiet: bool) -> Asker:
+    asker = _teacher(config, model, seed)
+    if config.modes(asker.switch) == (None,) and not quiet:
+        what = "no switch was given for the endpoint" if config.endpoint else "the model has none"
+        print(f"no reasoning switch ({what}): each item is asked once, as it is", file=sys.stderr)
+    return asker
+
+
+def _teacher(config: EvalConfig, model: Path | None, seed: int) -> Asker:
     if config.endpoint:
-        return Asker(Endpoint(config.endpoint, seed), True, config.switch)
+        teacher = Endpoint(config.endpoint, seed)
+        return Asker(teacher, True, config.switch or NONE, config.chat_template_kwargs)
     own = EngineConfig(
         kind="engine",
         batch=config.batch,
         asking=config.asking,
         engine=config.engine,
         vllm=config.vllm,
+        switch=config.switch,
     )
-    return Asker(LocalAnswerer(own, model, seed), False)
+    local = LocalAnswerer(own, model, seed)
+    switch = local.encoder.switch if local.encoder else NONE
+    return Asker(local, False, switch, config.chat_template_kwargs)
 
 
 def _judged(
@@ -188,12 +210,12 @@ def _judged(
     else:
         found = scores.score(whole, task, kept, config.workers, quiet=quiet)
     rows, parts = [], []
-    for mode in config.modes:
+    for mode in dict.fromkeys(chat.mode for chat in chats):
         of_mode = [one for one in found if one.chat.mode == mode]
         failed = [chat.failed for chat in chats if chat.mode == mode and chat.failed]
-        name = "text" if config.asking == "text" else mode
+        name = "text" if config.asking == "text" else mode or NONE
         rows.append(scores.summary(task, name, of_mode, failed))
-        parts += [{**row, "mode": name} for row in scores.groups(task, mode, of_mode)]
+        parts += scores.groups(task, name, of_mode)
     return rows, parts
 
 

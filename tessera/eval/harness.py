@@ -9,24 +9,26 @@ of `Arguments`. Needs `tessera[harness]`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt
 
+from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode
-from tessera.data.switch import DETAILED, set_switch
+from tessera.data.switch import Switch, SwitchError, require_switch, set_switch
 from tessera.data.template import TemplateError, template_of
 from tessera.data.thought import Thought, split
 from tessera.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from tessera.generate.engine import GenerationError, SamplingParams
-from tessera.generate.requests import Handle
+from tessera.generate.engine import GenerationError, GenerationRequest, SamplingParams
 from tessera.generate.text import StopStrings, TextStream, opens_thought
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
@@ -83,37 +85,28 @@ def complete(
     tokenizer: Tokenizer,
     wanted: Sequence[Wanted],
     *,
-    batch: int,
     room: int,
 ) -> Iterator[tuple[int, str]]:
     """(its index, its text) of each completion, as they end; what is unfinished is cancelled.
 
-    room: tokens of a prompt and its completion. The longest prompts go first, and beside `batch`
-    that decode as many wait, so that rows are never empty.
+    room: tokens of a prompt and its completion. The longest prompts go first.
     """
-    left = iter(sorted(range(len(wanted)), key=lambda i: -len(wanted[i].prompt)))
-    flying: dict[int, Handle] = {}
-    try:
-        while True:
-            while len(flying) < 2 * batch and (i := next(left, None)) is not None:
-                one = wanted[i]
-                most = min(one.params.max_tokens, room - len(one.prompt))
-                params = dataclasses.replace(one.params, max_tokens=most)
-                stopping = (lambda one=one: Answer(tokenizer, one).push) if one.stops else None
-                flying[i] = engine.submit(one.prompt, params, key=one.key, stopping=stopping)
-            if not flying:
-                return
-            engine.step()
-            for i in [i for i, handle in flying.items() if handle.done]:
-                (completion,) = flying.pop(i).result()
-                tokens, answer = completion.token_ids, Answer(tokenizer, wanted[i])
-                ended = bool(tokens) and tokens[-1] in wanted[i].params.stop_token_ids
-                for token in tokens[: len(tokens) - ended]:
-                    answer.push(token)
-                yield i, answer.finish()
-    finally:
-        for handle in flying.values():
-            handle.cancel()
+
+    def requests() -> Iterator[GenerationRequest]:
+        for i in sorted(range(len(wanted)), key=lambda i: -len(wanted[i].prompt)):
+            one = wanted[i]
+            most = min(one.params.max_tokens, room - len(one.prompt))
+            params = dataclasses.replace(one.params, max_tokens=most)
+            stopping = (lambda one=one: Answer(tokenizer, one).push) if one.stops else None
+            yield GenerationRequest(one.prompt, params, one.key, stopping=stopping, owner=i)
+
+    with closing(engine.as_completed(requests())) as completed:
+        for request, _, completion in completed:
+            tokens, answer = completion.token_ids, Answer(tokenizer, wanted[request.owner])
+            ended = bool(tokens) and tokens[-1] in request.params.stop_token_ids
+            for token in tokens[: len(tokens) - ended]:
+                answer.push(token)
+            yield request.owner, answer.finish()
 
 
 try:
@@ -144,19 +137,22 @@ class HarnessError(ValueError):
 class Arguments(Config):
     """The words of `--model_args`.
 
-    pretrained: a run, a model directory or a hub id. thinking: says the mode in the system prompt
-    of `--apply_chat_template`, `switch` how; left out, prompts stand as the task wrote them.
+    pretrained: a run, a model directory or a hub id. thinking: says the mode in the prompts of
+    `--apply_chat_template`, `switch` how (data/switch.py), the model's own where not given; without
+    thinking, prompts are rendered as the task wrote them. chat_template_kwargs: further variables
+    of the chat template.
     keep_thought: show thoughts to the task's filters; else it sees the answer, "" where none came,
-    and stop strings count in the answer alone. add_bos_token: left out, where the tokenizer names
-    one. max_length: of prompt and completion, at most the model's. max_gen_toks: of a completion
-    whose task does not say. rolling_context: tokens that a window of a rolling text shares with
-    the one before, at the least; lm-eval's models have 1. batch_size: samples decoded together;
-    "auto" is max_batch_size. No figure follows from it.
+    and stop strings count in the answer alone. add_bos_token: left out, as the tokenizer's own rule
+    says. max_length: of prompt and completion, at most the model's. max_gen_toks: of a completion
+    whose task does not say. rolling_context: tokens that a window of a rolling text shares with the
+    one before, at the least; lm-eval's models have 1. batch_size: samples decoded together; "auto"
+    is max_batch_size. No figure follows from it.
     """
 
     pretrained: str
     thinking: Mode | None = None
-    switch: str = DETAILED
+    switch: Switch | None = None
+    chat_template_kwargs: dict[str, Any] = {}
     keep_thought: bool = False
     add_bos_token: bool | None = None
     max_length: int | None = Field(default=None, ge=2)
@@ -197,10 +193,7 @@ class TesseraLM(TemplateLM):
             )
         if config.rolling_context > self.max_length:
             raise HarnessError(f"give a rolling_context of at most {self.max_length}, a window")
-        named = self.codec.bos_id is not None
-        self.add_bos = named if config.add_bos_token is None else config.add_bos_token
-        if self.add_bos and not named:
-            raise TokenizerError("this tokenizer names no BOS token; leave add_bos_token out")
+        self.begin = list(self.codec.beginning(config.add_bos_token))
         self._info = {
             "model_num_parameters": module.config.num_params(),
             "model_dtype": "float32",
@@ -229,11 +222,10 @@ class TesseraLM(TemplateLM):
     ) -> list[int]:
         """Ids; special tokens in the text are read as such, for a chat prompt is made of them."""
         ids = self.codec.encode(string, special=True)
-        wanted = self.add_bos if add_special_tokens is None else add_special_tokens
-        first = self.codec.bos_id
-        if not wanted or first is None or (add_special_tokens is None and ids[:1] == [first]):
-            return ids
-        return [first, *ids]
+        if add_special_tokens is None:
+            held = self.begin and ids[: len(self.begin)] == self.begin
+            return ids if held else self.begin + ids
+        return [*self.codec.begin, *ids] if add_special_tokens else ids
 
     @property
     def tokenizer_name(self) -> str:
@@ -242,16 +234,22 @@ class TesseraLM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str:
         return template_of(self.codec).source if chat_template else ""
 
+    @functools.cached_property
+    def encoder(self) -> ChatEncoder:
+        """Raises SwitchError where a mode is to be said and the model has no switch."""
+        found = ChatEncoder.of(self.codec, switch=self.asked.switch)
+        require_switch(found.switch, self.asked.thinking, self.asked.pretrained)
+        return found
+
     def apply_chat_template(
         self, chat_history: list[Message], add_generation_prompt: bool = True
     ) -> str:
         """The prompt of a conversation. Without a generation prompt it ends within the last answer,
         which the model is to continue. Raises TemplateError.
         """
-        history, variables = list(chat_history), {}
-        if self.asked.thinking is not None:
-            history, variables = set_switch(history, self.asked.thinking, self.asked.switch)
-        template = template_of(self.codec)
+        encoder = self.encoder
+        history, variables = set_switch(chat_history, self.asked.thinking, encoder.switch)
+        template, variables = encoder.template, variables | self.asked.chat_template_kwargs
         if add_generation_prompt:
             return template.render(history, add_generation_prompt=True, **variables)
         text, begun = template.render(history, **variables), history[-1]["content"].strip()
@@ -328,9 +326,7 @@ class TesseraLM(TemplateLM):
             seen[context] += 1
         _tell_cuts("prompts", cuts)
         texts = [""] * len(wanted)
-        answers = complete(
-            self.engine, self.codec, wanted, batch=self.batch_size, room=self.max_length
-        )
+        answers = complete(self.engine, self.codec, wanted, room=self.max_length)
         with Progress("lm-eval: answering", len(wanted), "answers", quiet=disable_tqdm) as progress:
             for i, text in answers:
                 texts[i] = text
@@ -383,7 +379,7 @@ def main() -> None:
     ours = (CheckpointError, GenerationError, HarnessError, RecipeError)
     try:
         cli_evaluate()
-    except (*ours, TemplateError, TokenizerError) as error:
+    except (*ours, SwitchError, TemplateError, TokenizerError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tessera.ask import judge
-from tessera.ask.ask import Answerer, Reply, Request
-from tessera.data.switch import obeys
+from tessera.ask.ask import Answerer, Reply, Request, ask_all
+from tessera.data.switch import NONE, obedience
 from tessera.data.thought import split
 from tessera.eval.answers import Conversation
 from tessera.eval.task import Measure, Task
@@ -35,7 +35,7 @@ class Scored:
 
     chat: Conversation
     scores: Mapping[str, float | None]
-    obedient: bool
+    obedient: bool | None
 
 
 def score(
@@ -61,7 +61,7 @@ def score(
                 row = {
                     "task": task.name,
                     "item": chat.item.id,
-                    "mode": chat.mode,
+                    "mode": chat.mode or NONE,
                     "sample": chat.sample,
                     "outcomes": {one.name: asdict(next(found)) for one in task.measures},
                 }
@@ -85,16 +85,17 @@ def ask_judge(
     keys = [[f"judge-{one.key(teacher.model)}" for one in plan] for plan in plans]
     flat = zip(itertools.chain(*keys), itertools.chain(*plans), strict=True)
     wanted = {key: one for key, one in flat if key not in verdicts}
-    with Progress(f"{task.name}: judge", len(wanted), "replies", quiet=quiet) as progress:
+    with Progress(
+        f"{task.name}: judge", len(wanted), "tokens", steps="replies", quiet=quiet
+    ) as progress:
 
         def receive(request: Request, reply: Reply) -> None:
             if reply.error is None:
                 key = f"judge-{request.key(teacher.model)}"
                 verdicts.add(key, {"task": task.name, "text": reply.answer})
-            progress.advance(1)
 
         if wanted:
-            teacher.ask(wanted.values(), receive)
+            ask_all(teacher, wanted.values(), receive, progress)
     scored = []
     for chat, names in zip(chats, keys, strict=True):
         whole = all(name in verdicts for name in names)
@@ -105,7 +106,7 @@ def ask_judge(
 
 
 def _scored(chat: Conversation, scores: Mapping[str, float | None]) -> Scored:
-    return Scored(chat, scores, obeys(chat.completion, chat.mode))
+    return Scored(chat, scores, obedience(chat.completion, chat.mode))
 
 
 def summary(
@@ -127,7 +128,7 @@ def summary(
         rates = [pass_at(len(values), sum(v >= 1 for v in values), k) for values in by_item]
         row[f"pass@{k}"] = sum(rates) / len(rates)
         k *= 2
-    row["obedience"] = _share([one.obedient for one in found])
+    row["obedience"] = _share([one.obedient for one in found if one.obedient is not None])
     row["tokens"] = _share([one.chat.tokens for one in found])
     row["truncated"] = sum(one.chat.truncated for one in found)
     row["unjudged"] = sum(None in one.scores.values() for one in found)
@@ -156,7 +157,7 @@ def groups(task: Task, mode: str, found: Sequence[Scored]) -> list[dict[str, Any
                     "stderr": error,
                     "items": len(_by_item(part, task.metric)),
                     "tokens": _share([one.chat.tokens for one in part]),
-                    "obedience": _share([one.obedient for one in part]),
+                    "obedience": _share([o.obedient for o in part if o.obedient is not None]),
                 }
             )
     return rows

@@ -39,13 +39,14 @@ def follow_up(item: Item, chat: Sequence[Message]) -> str | None:
 class Measure:
     """A column: the mean of a reward's score over items, weighted by their field `weight`.
 
-    modes: where it is shown; "text" is a base model that was asked without a template.
+    modes: where it is shown; "text" is a base model that was asked without a template, "none" a
+    model without a switch.
     """
 
     name: str
     reward: CheckedReward
     weight: str = ""
-    modes: tuple[Mode | Literal["text"], ...] = ("on", "off", "text")
+    modes: tuple[Mode | Literal["text", "none"], ...] = ("on", "off", "text", "none")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from tessera.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from tessera.export import decilm, padding
 from tessera.export.engines import (
     ENGINES,
@@ -130,7 +131,7 @@ def export_model(
         parity = None
         if check:
             if form == "gguf":
-                copy = _gguf().read(partial / GGUF_FILE, config)
+                copy = _gguf()[0].read(partial / GGUF_FILE, config)
             else:
                 copy = load_model(partial, frozen=True)
             parity = _check(module, form, copy, fp8)
@@ -160,13 +161,13 @@ def export_model(
 
 def _refuse(config: ModelConfig, form: Format, engines: Sequence[str]) -> None:
     if reasons := format_refusals(config, form):
-        hint = _search_hint(config, TARGETS.get(form, ()))
+        hint = _search_hint(config, TARGETS.get(form, ()), form)
         raise ExportError(f"format {form} cannot hold this model: {'; '.join(reasons)}{hint}")
     for engine in engines:
         if reasons := refusals(config, known(engine, ENGINES, "engine"), form):
             others = [e for e in READERS.get(form, ()) if not refusals(config, e, form)]
             hint = f". For {others[0]} alone: --engine {others[0]}" if others else ""
-            hint += _search_hint(config, (engine,))
+            hint += _search_hint(config, (engine,), form)
             raise ExportError(f"{ENGINES[engine]} cannot load it: {'; '.join(reasons)}{hint}")
     shape = padding.uniform(config) if form == "padded" else config
     if form in ("hf", "padded") and config_dict(shape)["model_type"] not in FAMILIES:
@@ -176,11 +177,13 @@ def _refuse(config: ModelConfig, form: Format, engines: Sequence[str]) -> None:
         )
 
 
-def _search_hint(config: ModelConfig, engines: Sequence[str]) -> str:
-    """What to do where it is the mixture of layers that is refused, and not the family."""
+def _search_hint(config: ModelConfig, engines: Sequence[str], form: Format) -> str:
+    """What to do: search anew where the mixture of layers is refused, else another format."""
     equal = config.with_words([("gqa-1", "swiglu-1")] * len(config.words))
-    if not engines or any(refusals(equal, engine) for engine in engines):
-        return ""
+    if not engines or any(refusals(equal, engine, form) for engine in engines):
+        others: tuple[Format, ...] = ("hf", "padded")
+        fits = [other for other in others if other != form and not format_refusals(config, other)]
+        return f". --format {fits[0]} holds it" if engines and fits else ""
     names = ", ".join(f'"{engine}"' for engine in engines)
     return f". A search keeps to what loads with servable = [{names}]"
 
@@ -194,13 +197,13 @@ def _write(
         if (source / name).is_file():
             shutil.copyfile(source / name, partial / name)
     if form == "gguf":
-        gguf = _gguf()
-        vocabulary = gguf.read_vocabulary(source, strict=strict)
+        gguf, gguf_vocabulary = _gguf()
+        vocabulary = gguf_vocabulary.read_vocabulary(source, strict=strict)
         gguf.write(module, partial / GGUF_FILE, vocabulary, _title(source))
         return vocabulary.notes
     notes: list[str] = []
-    has_tokenizer = any((source / f"tokenizer.{end}").is_file() for end in ("json", "model"))
-    if not has_tokenizer:
+    tokenizer = _tokenizer(source)
+    if tokenizer is None:
         notes.append("the source has no tokenizer, so the export has none: prompt it by token ids")
     if form == "decilm":
         module = padding.widen(module)
@@ -212,7 +215,9 @@ def _write(
             f"{module.config.num_params():,} parameters instead of {config.num_params():,}, the "
             "same outputs, none of the speed"
         )
-    write_model(module, partial, tokenizer_from=source if has_tokenizer else None, fp8=fp8)
+    write_model(module, partial, tokenizer_from=source if tokenizer else None, fp8=fp8)
+    if tokenizer is not None:  # its class may follow from the source's model_type, which changes
+        tokenizer.save(partial)
     if form == "decilm":
         decilm.write_config(module.config, partial, fp8=fp8)
     elif form == "per_layer":
@@ -224,12 +229,19 @@ def _write(
     return notes
 
 
-def _gguf() -> Any:
+def _tokenizer(source: Path) -> Tokenizer | None:
+    """The source's tokenizer; None where it has no file of one."""
+    if not any((source / name).is_file() for name in VOCABULARY_FILES):
+        return None
+    return load_tokenizer(source)
+
+
+def _gguf() -> tuple[Any, Any]:
     try:
-        from tessera.export import gguf
+        from tessera.export import gguf, gguf_vocabulary
     except ImportError as error:
         raise ExportError("GGUF needs the gguf package: pip install 'tessera[gguf]'") from error
-    return gguf
+    return gguf, gguf_vocabulary
 
 
 # Does the exported copy compute the same? The source decodes greedily from fixed prompts; the copy

@@ -75,8 +75,6 @@ class Prefill:
         """Read about `budget` tokens more, padding included; how many prompt tokens that were."""
         rows, longest = self.tokens.shape
         width = min(longest - self.done, max(1, budget // rows))
-        if width < longest and not self.layers:
-            self._allocate()
         hidden = self.forward(width)
         if self.last is None:
             self.last = hidden.new_empty(rows, hidden.shape[-1])
@@ -88,6 +86,8 @@ class Prefill:
 
     def forward(self, width: int) -> Tensor:
         """Hidden states `(N,width,C)` of the next `width` columns."""
+        if width < self.tokens.shape[1] and not self.layers:
+            self._allocate()
         start = self.start = self.done
         self.done += width
         positions = torch.arange(start, self.done, device=self.packed.device)

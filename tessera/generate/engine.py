@@ -1,6 +1,7 @@
 """What an engine is: tokens in, tokens out.
 
-    generate(prompts, params) -> completions      score(sequences) -> log-probs      sync(module)
+    as_completed(requests) -> completions as they end      generate(prompts, params) -> all of them
+    score(sequences) -> log-probs      sync(module)
 
 Text belongs to the callers (`text.py` helps them). No torch here.
 """
@@ -8,14 +9,16 @@ Text belongs to the callers (`text.py` helps them). No torch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from tessera.model.transformer import Transformer
 
-Progress = Callable[[int, int], None]
+# Called about once a second with the tokens of the completions under way, and how many these are.
+Working = Callable[[int, int], None]
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 
@@ -62,10 +65,12 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch the filters off; top_k is applied
     first, top_p to what it leaves, and min_p drops what is less likely than that share of the
     likeliest. repetition_penalty divides the positive logits of tokens that prompt or completion
-    hold, and multiplies the negative ones (Keskar et al. 2019); 1 is none. n is the number of
-    samples a prompt. A token of stop_token_ids ends the completion and is its last token; with
-    none, every completion has max_tokens. logprobs is how many of the likeliest tokens are
-    reported at each position, beside the chosen one.
+    hold, and multiplies the negative ones (Keskar et al. 2019); 1 is none. OpenAI's penalties look
+    at the completion alone: frequency_penalty is taken off a token's logit for each time that it
+    holds the token, presence_penalty once. logit_bias holds (token, what is added to its logit),
+    before any penalty. n is the number of samples a prompt. A token of stop_token_ids ends the
+    completion and is its last token; with none, every completion has max_tokens. logprobs is how
+    many of the likeliest tokens are reported at each position, beside the chosen one.
     """
 
     max_tokens: int = 128
@@ -79,6 +84,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logprobs: int = 0
     thinking: Thinking | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         positive = self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)
@@ -93,6 +101,9 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1], 0 for no limit"),
             ("repetition_penalty", positive, "1 for none or a positive number"),
             ("seed", 0 <= self.seed < 2**64, "in [0, 2**64)"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "0 for none or a number"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "0 for none or a number"),
+            ("logit_bias", all(math.isfinite(b) for _, b in self.logit_bias), "of finite numbers"),
         ):
             if not valid:
                 raise GenerationError(f"{name} is {getattr(self, name)}; it must be {wanted}")
@@ -115,8 +126,47 @@ class Completion:
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerationRequest:
+    """A prompt for `Engine.as_completed`.
+
+    samples: the numbers of those to make, 0 to params.n - 1 where not given. stopping: makes a
+    criterion for each sample, which gets its tokens and ends it with True; tessera's engine alone.
+    owner: the caller's, who finds it in what comes back.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    key: int = 0
+    samples: Sequence[int] | None = None
+    stopping: Callable[[], Callable[[int], bool]] | None = None
+    owner: Any = None
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        return range(self.params.n) if self.samples is None else self.samples
+
+
+# A request, the number of the sample, and the sample.
+Completed = tuple[GenerationRequest, int, Completion]
+
+
 class Engine(Protocol):
     """The contract of every engine."""
+
+    def as_completed(
+        self, requests: Iterable[GenerationRequest], working: Working | None = None
+    ) -> Generator[Completed, None, None]:
+        """Every sample of every request as it ends; requests are read as there is room for them.
+
+        A sample's randomness is a function of (seed, key, sample, position), whatever else is under
+        way. Prompts of similar length are read together where they follow each other. Closed before
+        its end, the generator cancels what is under way. Raises GenerationError.
+        """
+        ...
+
+    def check(self, requests: Sequence[GenerationRequest]) -> None:
+        """Raise GenerationError where one of them cannot be served."""
 
     def generate(
         self,
@@ -124,13 +174,10 @@ class Engine(Protocol):
         params: SamplingParams,
         *,
         keys: Sequence[int] | None = None,
-        progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """`params.n` completions of each prompt, in the prompts' order.
 
-        A sample's randomness is a function of (seed, key, sample, position), whatever else is in
-        the batch; `keys`, one integer a prompt, default to 0, 1, 2, … `progress(done, total)` is
-        called as completions finish. Raises GenerationError.
+        `keys`, one integer a prompt, default to 0, 1, 2, … Raises GenerationError.
         """
         ...
 
@@ -151,13 +198,25 @@ class Engine(Protocol):
         """Give back the memory. The engine cannot be used afterwards."""
 
 
-def keys_of(prompts: Sequence[Sequence[int]], keys: Sequence[int] | None) -> Sequence[int]:
-    """The key of each prompt, its number where none are given. Raises GenerationError."""
-    if keys is None:
-        return range(len(prompts))
+def generate(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    keys: Sequence[int] | None,
+) -> list[list[Completion]]:
+    """`Engine.generate` by way of `as_completed`, the longest prompts first."""
+    keys = range(len(prompts)) if keys is None else keys
     if len(keys) != len(prompts):
         raise GenerationError(f"{len(prompts)} prompts, but {len(keys)} keys: give one each")
-    return keys
+    pairs = enumerate(zip(prompts, keys, strict=True))
+    requests = [GenerationRequest(prompt, params, key, owner=i) for i, (prompt, key) in pairs]
+    engine.check(requests)
+    found = [[Completion()] * params.n for _ in prompts]
+    requests.sort(key=lambda one: -len(one.prompt))
+    with closing(engine.as_completed(requests)) as completed:
+        for request, number, completion in completed:
+            found[request.owner][number] = completion
+    return found
 
 
 def check_sequences(

@@ -13,9 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from tessera.generate.engine import (
     ClosedError,
@@ -27,8 +27,23 @@ from tessera.generate.engine import (
     Thinking,
 )
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 # Gets each token of a sample in the engine's thread; True ends the sample with it.
 StoppingCriterion = Callable[[int], bool]
+
+
+class Grammar(Protocol):
+    """Which tokens may come next in one sample."""
+
+    def fill(self, bits: NDArray[np.int32], row: int) -> None:
+        """Write them to bits `(B, V/32)`, 1 for those that may come, the lowest bit first."""
+
+    def push(self, token: int) -> bool:
+        """Take the token that came; whether nothing may follow it."""
+        ...
 
 
 class EngineError(RuntimeError):
@@ -115,6 +130,7 @@ class Sample:
     noise: list[float] = field(default_factory=list)
     thought: ThoughtBudget | None = None
     stopping: StoppingCriterion | None = None
+    grammar: Grammar | None = None
     cancelled: bool = False
     done: bool = False
 
@@ -132,7 +148,7 @@ class Sample:
     def finish(self, reason: FinishReason) -> None:
         self.completion.finish_reason = reason
         self.done = True
-        self.handle.sample_finished()
+        self.handle.sample_finished(self)
 
 
 def end_expired(samples: Iterable[Sample], now: float) -> list[Sample]:
@@ -159,9 +175,11 @@ class Handle:
         *,
         key: int = 0,
         room: int,
+        samples: Sequence[int] | None = None,
         timeout: float | None = None,
         stopping: Callable[[], StoppingCriterion] | None = None,
-        on_finish: Callable[[], None] = lambda: None,
+        grammar: Callable[[], Grammar] | None = None,
+        on_finish: Callable[[Sample], None] = lambda sample: None,
     ) -> None:
         self.prompt, self.key = list(prompt), key
         self.deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -176,8 +194,9 @@ class Handle:
                 min(params.max_tokens, room - len(prompt)),
                 thought=None if params.thinking is None else ThoughtBudget(params.thinking),
                 stopping=None if stopping is None else stopping(),
+                grammar=None if grammar is None else grammar(),
             )
-            for index in range(params.n)
+            for index in (range(params.n) if samples is None else samples)
         ]
         self.wakers: list[Callable[[], None]] = []  # of readers, called for every token
         self._on_finish = on_finish
@@ -207,7 +226,7 @@ class Handle:
         """
         if not self._finished.wait(timeout):
             raise TimeoutError(f"the request was not done after {timeout} s")
-        self._check()
+        self.check()
         return self.completions
 
     def __enter__(self) -> Handle:
@@ -219,40 +238,26 @@ class Handle:
 
     def __iter__(self) -> Iterator[Delta]:
         changed, seen = threading.Event(), dict.fromkeys(self.samples, 0)
-        with self._waking(changed.set):
+        with self.waking(changed.set):
             while seen:
                 changed.clear()
-                yield from self._deltas(seen)
+                yield from self.deltas(seen)
                 if seen:
                     changed.wait()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-        seen = dict.fromkeys(self.samples, 0)
-
-        def wake() -> None:
-            try:
-                loop.call_soon_threadsafe(changed.set)
-            except RuntimeError:  # the loop was closed under its reader: nobody is left to read
-                self.cancel()
-
-        with self._waking(wake):
-            while seen:
-                changed.clear()
-                for delta in self._deltas(seen):
-                    yield delta
-                if seen:
-                    await changed.wait()
+        async for _, delta in read_all([self]):
+            yield delta
 
     @contextmanager
-    def _waking(self, wake: Callable[[], None]) -> Iterator[None]:
+    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
         self.wakers.append(wake)
         try:
             yield
         finally:
             self.wakers.remove(wake)
 
-    def _deltas(self, seen: dict[Sample, int]) -> Iterator[Delta]:
+    def deltas(self, seen: dict[Sample, int]) -> Iterator[Delta]:
         """What is new since `seen` tokens of each sample; those that ended are removed from it."""
         for sample, start in tuple(seen.items()):
             done, completion = sample.done, sample.completion
@@ -269,11 +274,11 @@ class Handle:
                     completion.top_logprobs[start:end],
                     completion.finish_reason if done else None,
                 )
-        self._check()
+        self.check()
 
-    def sample_finished(self) -> None:
+    def sample_finished(self, sample: Sample) -> None:
         self._unfinished -= 1
-        self._on_finish()
+        self._on_finish(sample)
         if not self._unfinished:
             self._finished.set()
         self.wake()
@@ -290,9 +295,36 @@ class Handle:
             if not sample.done:
                 sample.finish("cancelled")
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise EngineError where a step failed."""
         if self.error is not None:
             raise EngineError(f"the request failed in the engine: {self.error!r}") from self.error
+
+
+async def read_all(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, Delta]]:
+    """What the requests gain, each with the place of its request, until all have ended."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+    unread = {place: dict.fromkeys(handle.samples, 0) for place, handle in enumerate(handles)}
+
+    def wake() -> None:
+        try:
+            loop.call_soon_threadsafe(changed.set)
+        except RuntimeError:  # the loop was closed under its reader: nobody is left to read
+            for handle in handles:
+                handle.cancel()
+
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle.waking(wake))
+        while unread:
+            changed.clear()
+            for place, seen in tuple(unread.items()):
+                for delta in handles[place].deltas(seen):
+                    yield place, delta
+                if not seen:
+                    del unread[place]
+            if unread:
+                await changed.wait()
 
 
 class Waiting:
@@ -319,7 +351,8 @@ class Waiting:
             have, count, limit = len(self._queue), len(samples), self.limit
             if bounded and limit is not None and count > limit:
                 raise GenerationError(
-                    f"{count} samples were asked for, but the queue holds {limit} in all: lower n"
+                    f"{count} samples were asked for, but the queue holds {limit} in all: "
+                    "lower n, or send fewer prompts at once"
                 )
             if bounded and limit is not None and have + count > limit:
                 raise QueueFullError(

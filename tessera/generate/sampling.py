@@ -1,6 +1,6 @@
 """From logits to tokens, each row by parameters of its own.
 
-    l = penalise(logits);   p = softmax(min_p(top_p(top_k(l / temperature))))
+    l = allowed(penalise(logits + bias));   p = softmax(min_p(top_p(top_k(l / temperature))))
     token = min {i : cdf(i) > u}
 
 The uniform u is a function of (seed, prompt key, sample, position), and a row is drawn in the order
@@ -82,8 +82,21 @@ class Sampler:
                     column(min_p) if max(min_p) > 0 else None,
                 )
             )
-        penalties = [p.repetition_penalty for p in rows]
-        self.penalty = column(penalties) if set(penalties) - {1.0} else None
+
+        def used(name: str, none: float) -> Tensor | None:
+            values = [getattr(params, name) for params in rows]
+            return column(values) if set(values) - {none} else None
+
+        self.penalty = used("repetition_penalty", 1.0)
+        self.frequency, self.presence = (
+            used("frequency_penalty", 0.0),
+            used("presence_penalty", 0.0),
+        )
+        self.bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows, tokens, what is added
+        if biased := [(row, *one) for row, params in enumerate(rows) for one in params.logit_bias]:
+            where, ids, values = zip(*biased, strict=True)
+            places = torch.tensor([where, ids], device=device)
+            self.bias = places[0], places[1], torch.tensor(values, device=device)
         self.top = max((p.logprobs for p in rows), default=0)
 
     def choose(
@@ -92,18 +105,21 @@ class Sampler:
         noise: Tensor | None = None,
         *,
         seen: Tensor | None = None,
+        counts: Tensor | None = None,
         forced: Tensor | None = None,
+        allowed: Tensor | None = None,
     ) -> Chosen:
         """The next token of each row of logits `(B,V)`.
 
         noise `(B,)`: one uniform a row, needed where rows are sampled. seen `(B,V)`: the tokens
-        that are penalised. forced `(B,)`: tokens that must come, -1 where the row chooses.
+        that repetition_penalty looks at. counts `(B,V)`: how often the completion holds each.
+        forced `(B,)`: tokens that must come, -1 where the row chooses. allowed `(B,V)`: those that
+        may come.
         """
-        logits = shaped = logits.float()
-        if self.penalty is not None:
-            assert seen is not None, "a penalty needs to know what was seen"
-            penalised = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
-            shaped = torch.where(seen, penalised, logits)
+        logits = logits.float()
+        shaped = self._penalised(logits, seen, counts)
+        if allowed is not None:
+            shaped = shaped.masked_fill(~allowed, float("-inf"))
         if len(self.groups) == 1 and self.groups[0].rows is None:
             tokens = sample(shaped, self.groups[0], noise)  # type: ignore[arg-type]
         else:
@@ -118,6 +134,22 @@ class Sampler:
             values, ids = logprobs.topk(min(self.top, logits.shape[-1]), dim=-1)
             top = (ids, values)
         return Chosen(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top)
+
+    def _penalised(self, logits: Tensor, seen: Tensor | None, counts: Tensor | None) -> Tensor:
+        if self.bias is not None:
+            rows, ids, values = self.bias
+            logits = logits.index_put((rows, ids), values, accumulate=True)
+        if self.penalty is not None:
+            assert seen is not None, "a penalty needs to know what was seen"
+            penalised = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+            logits = torch.where(seen, penalised, logits)
+        if self.frequency is not None:
+            assert counts is not None, "a penalty needs to know what was said"
+            logits = logits - self.frequency * counts
+        if self.presence is not None:
+            assert counts is not None, "a penalty needs to know what was said"
+            logits = logits - self.presence * (counts > 0)
+        return logits
 
 
 def sample(logits: Tensor, filters: Filters, noise: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,7 @@ class _Rows:
         self.samples, self.device = tuple(samples), device
         self.sampler = Sampler([sample.params for sample in samples], device)
         self.thoughts = any(sample.thought is not None for sample in samples)
+        self.grammars = any(sample.grammar is not None for sample in samples)
         self.seen: Tensor | None = None
         if self.sampler.penalty is not None:
             self.seen = torch.zeros(len(samples), vocab_size, dtype=torch.bool, device=device)
@@ -67,6 +69,12 @@ class _Rows:
                 if sample.params.repetition_penalty != 1:
                     held = [*sample.tokens, *sample.completion.token_ids]
                     row[torch.tensor(held, device=device)] = True
+        self.counts: Tensor | None = None
+        if self.sampler.frequency is not None or self.sampler.presence is not None:
+            self.counts = torch.zeros(len(samples), vocab_size, device=device)
+            for row, sample in zip(self.counts, samples, strict=True):
+                said = torch.tensor(sample.completion.token_ids, dtype=torch.long, device=device)
+                row += torch.bincount(said, minlength=vocab_size)
 
     def choose(self, logits: Tensor) -> Chosen:
         noise = forced = None
@@ -78,10 +86,34 @@ class _Rows:
             if any(token is not None for token in wanted):
                 ids = [-1 if token is None else token for token in wanted]
                 forced = torch.tensor(ids, device=self.device)
-        chosen = self.sampler.choose(logits, noise, seen=self.seen, forced=forced)
+        chosen = self.sampler.choose(
+            logits,
+            noise,
+            seen=self.seen,
+            counts=self.counts,
+            forced=forced,
+            allowed=self._allowed(logits.shape[-1]),
+        )
         if self.seen is not None:
             self.seen.scatter_(1, chosen.tokens[:, None], True)
+        if self.counts is not None:
+            self.counts[torch.arange(len(self.samples)), chosen.tokens] += 1
         return chosen
+
+    def _allowed(self, vocab_size: int) -> Tensor | None:
+        """Which tokens the grammars of the samples allow; None where no sample has one."""
+        if not self.grammars:
+            return None
+        bits = np.full((len(self.samples), -(-vocab_size // 32)), -1, dtype=np.int32)
+        for row, sample in enumerate(self.samples):
+            if sample.grammar is not None:
+                try:
+                    sample.grammar.fill(bits, row)
+                except Exception as error:  # noqa: BLE001 - harms no other sample
+                    bits[row] = -1
+                    sample.handle.error, sample.cancelled = error, True
+        flags = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :vocab_size]
+        return torch.from_numpy(flags).bool().to(self.device)
 
 
 class Scheduler:
@@ -321,11 +353,11 @@ class Scheduler:
 
 
 def _stops(sample: Sample, token: int) -> bool:
-    """Whether the sample's stopping criterion ends it. One that fails harms no other sample."""
-    if sample.stopping is None:
-        return False
+    """Whether the sample's grammar or criterion ends it. One that fails harms no other sample."""
     try:
-        return sample.stopping(token)
+        if sample.grammar is not None and sample.grammar.push(token):
+            return True
+        return sample.stopping is not None and sample.stopping(token)
     except Exception as error:  # noqa: BLE001 - the caller's code; its handle raises the error
         sample.handle.error = error
         return True

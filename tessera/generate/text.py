@@ -7,7 +7,7 @@ beginning of a stop string or of a tag. Pieces are final; they join to the text 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from tessera.data.thought import CLOSE, OPEN, Splitter, Thought, begun, opens
 from tessera.data.tokenizer import Tokenizer
@@ -24,21 +24,33 @@ BEHIND = ("", "\n", "\n\n", " ", "The", "\n\n**")
 
 
 class Detokenizer:
-    """Text of tokens as they come. context: what stands before them (the prompt's last tokens)."""
+    """Text of tokens as they come. context: what stands before them (the prompt's last tokens).
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    marks: special tokens whose names are part of the text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int] = (), marks: Collection[str] = ()
+    ) -> None:
         self.tokenizer = tokenizer
+        self._marks = {tokenizer.token_id(mark): mark for mark in specials(tokenizer, marks)}
         self._window = list(context[-CONTEXT:])
         self._read = len(self._window)  # of the window, tokens whose text was given out
         self._shown = len(self.tokenizer.decode(self._window))
+        self.unfinished = False  # whether the last token begins a character
 
     def push(self, token: int) -> str:
         """The text that became final with this token."""
+        if token in self._marks:
+            rest, self._window = self.flush(), [token]
+            self._read, self._shown = 1, len(self.tokenizer.decode([token]))
+            return rest + self._marks[token]
         self._window.append(token)
         text = self.tokenizer.decode(self._window)
         final = text.rstrip(UNFINISHED)
         if len(self._window) - self._read > MAX_HELD:
             final = text
+        self.unfinished = len(final) < len(text)
         fresh, self._shown = final[self._shown :], max(self._shown, len(final))
         if fresh and len(final) == len(text):  # forget all but what came since the last whole text
             self._window = self._window[self._read :]
@@ -47,8 +59,18 @@ class Detokenizer:
         return fresh
 
     def flush(self) -> str:
-        """The rest, where no more tokens come."""
-        return self.tokenizer.decode(self._window)[self._shown :]
+        """The rest of the text before what comes next."""
+        text = self.tokenizer.decode(self._window)
+        rest, self._shown = text[self._shown :], max(self._shown, len(text))
+        self.unfinished = False
+        return rest
+
+
+def specials(tokenizer: Tokenizer, marks: Collection[str]) -> list[str]:
+    """Those of the marks that are special tokens, which decoding leaves out."""
+    known = [mark for mark in marks if tokenizer.token_id(mark) is not None]
+    named = tokenizer.special_tokens if known else ()
+    return [mark for mark in known if mark in named]
 
 
 class StopStrings:
@@ -100,7 +122,11 @@ class TextStream:
 
     prompt: its tokens, for the first space. stops: strings the text ends before; once `stopped`,
     later tokens add nothing. opened: whether the prompt ended with `<think>`; None: all the text
-    is answer, whatever tags stand in it.
+    is answer, whatever tags stand in it. marks: special tokens that are part of the text, beside
+    the tags of thoughts. ends: tokens that have no text.
+
+    pieces: the text of each token, thought and answer alike; given: how many of its characters
+    are final, and before any stop string.
     """
 
     def __init__(
@@ -109,37 +135,56 @@ class TextStream:
         prompt: Sequence[int] = (),
         stops: Sequence[str] = (),
         opened: bool | None = False,
+        marks: Collection[str] = (),
+        ends: Collection[int] = (),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._ends = ends
+        marks = marks if opened is None else (*marks, OPEN, CLOSE)
+        self._detokenizer = Detokenizer(tokenizer, prompt, marks)
+        self.pieces: list[str] = []
+        self.given = 0
         self._stops = StopStrings(stops)
         self._splitter = None if opened is None else Splitter(opened)
         self.thought_tokens = 0  # those that came before the answer, the tags' among them
-        self._tokens = 0
 
     @property
     def stopped(self) -> bool:
         return self._stops.stopped
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last token begins a character, and may be given more text."""
+        return self._detokenizer.unfinished
+
     def push(self, tokens: Sequence[int]) -> Thought:
         """What these tokens make final."""
         piece = Thought()
         for token in tokens:
-            self._tokens += 1
-            piece += self._split(self._stops.push(self._detokenizer.push(token)))
+            text = self._flush() if token in self._ends else self._detokenizer.push(token)
+            self.pieces.append("" if token in self._ends else text)
+            piece += self._split(self._stops.push(text))
         return piece
 
     def finish(self) -> Thought:
         """The rest, where no more tokens come."""
-        piece = self._split(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
+        piece = self._split(self._stops.push(self._flush()) + self._stops.flush())
         return piece if self._splitter is None else piece + self._splitter.flush()
 
+    def _flush(self) -> str:
+        """The rest of the text so far, which belongs to the last token."""
+        rest = self._detokenizer.flush()
+        if self.pieces:
+            self.pieces[-1] += rest
+        return rest
+
     def _split(self, text: str) -> Thought:
+        self.given += len(text)
         if self._splitter is None:
             return Thought(answer=text)
         thinking = self._splitter.thinking
         piece = self._splitter.push(text)
         if thinking or self._splitter.thinking:
-            self.thought_tokens = self._tokens
+            self.thought_tokens = len(self.pieces)
         return piece
 
 

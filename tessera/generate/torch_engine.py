@@ -1,35 +1,42 @@
 """The built-in engine: continuous batching over a per-layer KV cache, on any torch device.
 
-`submit` from any thread, and `step` until idle, which `EngineThread` does; `generate` is a queue
-filled at once.
+`submit` from any thread, and `step` until idle, which `EngineThread` does; `as_completed` fills the
+queue as it empties.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 
 from tessera.generate.cache import Prefill, Slots
 from tessera.generate.engine import (
     ClosedError,
+    Completed,
     Completion,
     GenerationError,
-    Progress,
+    GenerationRequest,
     SamplingParams,
+    Working,
     check_sequences,
-    keys_of,
+    generate,
 )
 from tessera.generate.packed import Packed
-from tessera.generate.requests import Handle, StoppingCriterion, Waiting
+from tessera.generate.requests import Grammar, Handle, Sample, StoppingCriterion, Waiting
 from tessera.generate.scheduler import Scheduler, Stats, similar
 from tessera.model.config import ModelConfig
 from tessera.model.transformer import Transformer
 
 SCORE_LOGITS = 2**24  # held at once while scoring
+AHEAD = 16  # batches of requests that are sorted by length together
+WORKING_SECONDS = 1.0  # between two calls of `working`
 IDLE_SECONDS = 0.5  # between two looks at the clock when nothing waits
 MAX_FAILURES = 5  # steps in a row that may fail before an engine counts as broken
 
@@ -101,7 +108,7 @@ class TorchEngine:
         """Whether nothing waits, is read or decodes."""
         return self._open is None or self._open.idle
 
-    def submit(
+    def request(
         self,
         prompt: Sequence[int],
         params: SamplingParams,
@@ -109,17 +116,36 @@ class TorchEngine:
         key: int = 0,
         timeout: float | None = None,
         stopping: Callable[[], StoppingCriterion] | None = None,
+        grammar: Callable[[], Grammar] | None = None,
     ) -> Handle:
-        """Queue a prompt; its completions grow while some thread calls `step`.
+        """A request that waits for `queue`.
 
         key: as in `generate`. timeout: seconds from now after which it ends, wherever it is.
-        stopping: makes a criterion for each sample, which runs in the stepping thread; it must be
-        quick, and must not call the engine.
-        Raises GenerationError, QueueFullError, and ClosedError after `close`.
+        stopping, grammar: make those of each sample. They run in the stepping thread; they must be
+        quick, and must not call the engine. Raises GenerationError.
         """
         room = self._check([prompt], params)
-        handle = Handle(prompt, params, key=key, room=room, timeout=timeout, stopping=stopping)
-        self.waiting.put([handle])
+        return Handle(
+            prompt,
+            params,
+            key=key,
+            room=room,
+            timeout=timeout,
+            stopping=stopping,
+            grammar=grammar,
+        )
+
+    def queue(self, handles: Sequence[Handle]) -> None:
+        """Queue requests, all or none; their completions grow while some thread calls `step`.
+
+        Raises GenerationError, QueueFullError, and ClosedError after `close`.
+        """
+        self.waiting.put(handles)
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, **how: Any) -> Handle:
+        """`request` with a `queue` of its own, and what both raise."""
+        handle = self.request(prompt, params, **how)
+        self.queue([handle])
         return handle
 
     @torch.inference_mode()
@@ -138,41 +164,76 @@ class TorchEngine:
                 raise
             return not self.idle
 
+    def as_completed(
+        self, requests: Iterable[GenerationRequest], working: Working | None = None
+    ) -> Generator[Completed, None, None]:
+        """See `Engine.as_completed`. A completion also ends at max_position_embeddings."""
+        batch, flying = self._scheduler.max_batch_size, set[Handle]()
+        ended: deque[tuple[GenerationRequest, Sample]] = deque()
+        coming = _by_length(requests, AHEAD * batch)
+        told, unfinished = time.monotonic(), 0
+        try:
+            while True:
+                while unfinished < 2 * batch:  # as many wait as decode: no row stays empty
+                    if (request := next(coming, None)) is None:
+                        break
+                    handle = self._handle(request, ended)
+                    flying.add(handle)
+                    self.waiting.put([handle], bounded=False)
+                    unfinished += len(handle.samples)
+                if not unfinished:
+                    return
+                self.step()
+                if working and (ended or time.monotonic() - told >= WORKING_SECONDS):
+                    told = time.monotonic()
+                    working(*self._under_way())
+                while ended:
+                    request, sample = ended.popleft()
+                    unfinished -= 1
+                    if sample.handle.done:
+                        flying.discard(sample.handle)
+                    sample.handle.check()
+                    yield request, sample.index, sample.completion
+        finally:
+            for handle in flying:
+                handle.cancel()
+            if flying:
+                with self._turn():
+                    self._scheduler.end_expired()
+
+    def check(self, requests: Sequence[GenerationRequest]) -> None:
+        """See `Engine.check`."""
+        prompts = [request.prompt for request in requests]
+        for params in dict.fromkeys(request.params for request in requests):
+            self._check(prompts, params)
+
+    def _handle(
+        self, request: GenerationRequest, ended: deque[tuple[GenerationRequest, Sample]]
+    ) -> Handle:
+        return Handle(
+            request.prompt,
+            request.params,
+            key=request.key,
+            room=self._check([request.prompt], request.params),
+            samples=request.samples,
+            stopping=request.stopping,
+            on_finish=lambda sample: ended.append((request, sample)),
+        )
+
+    def _under_way(self) -> tuple[int, int]:
+        """Tokens of the samples that decode, and how many these are."""
+        live = tuple(self._scheduler.live)
+        return sum(len(sample.completion.token_ids) for sample in live), len(live)
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         *,
         keys: Sequence[int] | None = None,
-        progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        """See `Engine.generate`. A completion also ends at max_position_embeddings."""
-        room = self._check(prompts, params)
-        total, finished, reported = len(prompts) * params.n, 0, 0
-
-        def count() -> None:
-            nonlocal finished
-            finished += 1
-
-        handles = [
-            Handle(prompt, params, key=key, room=room, on_finish=count)
-            for prompt, key in zip(prompts, keys_of(prompts, keys), strict=True)
-        ]
-        # Prompts of similar length are read together, and a later one always fits in the cache.
-        self.waiting.put(sorted(handles, key=lambda one: -len(one.prompt)), bounded=False)
-        try:
-            while finished < total:
-                self.step()
-                if progress is not None and finished > reported:
-                    reported = finished
-                    progress(reported, total)
-        finally:
-            if unfinished := [handle for handle in handles if not handle.done]:
-                for handle in unfinished:
-                    handle.cancel()
-                with self._turn():
-                    self._scheduler.end_expired()
-        return [handle.result() for handle in handles]
+        """See `Engine.generate`."""
+        return generate(self, prompts, params, keys)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
@@ -180,7 +241,6 @@ class TorchEngine:
         check_sequences(sequences, "sequence", config.vocab_size, config.max_position_embeddings)
         return [logprobs for logprobs, _ in self.score_greedy(sequences)]
 
-    @torch.inference_mode()
     def score_greedy(
         self, sequences: Sequence[Sequence[int]]
     ) -> list[tuple[list[float], list[bool]]]:
@@ -188,18 +248,35 @@ class TorchEngine:
 
         A sequence may have max_position_embeddings + 1 tokens: its last one is not read.
         """
+        return [(logprobs, greedy) for logprobs, greedy, _ in self._scored(sequences, 0)]
+
+    def score_top(self, sequences: Sequence[Sequence[int]], count: int) -> list[tuple[list, list]]:
+        """(`score`, the likeliest tokens there), as `Completion` has both.
+
+        In chunks, as prompts are read, between which other requests go on.
+        """
+        return [(logprobs, top) for logprobs, _, top in self._scored(sequences, count, True)]
+
+    @torch.inference_mode()
+    def _scored(
+        self, sequences: Sequence[Sequence[int]], top: int, chunks: bool = False
+    ) -> list[Scored]:
         longest = self.config.max_position_embeddings + 1
         check_sequences(sequences, "sequence", self.config.vocab_size, longest)
-        scores: list[tuple[list[float], list[bool]]] = [([], []) for _ in sequences]
+        scores = [Scored([], [], []) for _ in sequences]
         scored = (i for i, tokens in enumerate(sequences) if len(tokens) > 1)
         order = sorted(scored, key=lambda i: -len(sequences[i]))
         while order:
             count = similar([len(sequences[i]) for i in order])
             group, order = order[:count], order[count:]
-            with self._turn():
-                found = _score(self._scheduler.packed, [sequences[i] for i in group])
-            for i, values in zip(group, found, strict=True):
-                scores[i] = values
+            rows = [sequences[i] for i in group]
+            width = max(map(len, rows)) - 1
+            if chunks:
+                width = min(width, max(1, self._scheduler.chunk_tokens // len(rows)))
+            prefill = Prefill(self._scheduler.packed, [row[:-1] for row in rows], keep=False)
+            while not prefill.finished:
+                with self._turn():
+                    _score(prefill, rows, [scores[i] for i in group], width, top)
         return scores
 
     def sync(self, module: Transformer, version: int) -> None:
@@ -255,25 +332,53 @@ class TorchEngine:
         check_sequences(prompts, "prompt", vocab_size, room - 1)
         if params.thinking is not None:
             check_sequences(params.thinking.ends, "end of thought", vocab_size, room)
+        if bad := [token for token, _ in params.logit_bias if not 0 <= token < vocab_size]:
+            raise GenerationError(f"logit_bias names token {bad[0]} of {vocab_size}")
         return room
 
 
-def _score(packed: Packed, rows: list[Sequence[int]]) -> list[tuple[list[float], list[bool]]]:
-    """Of one pass; each row has two tokens or more, the last of which is not read."""
-    lengths, width = [len(row) - 1 for row in rows], max(map(len, rows)) - 1
-    prefill = Prefill(packed, [row[:-1] for row in rows], keep=False)
+def _by_length(requests: Iterable[GenerationRequest], ahead: int) -> Iterator[GenerationRequest]:
+    """The longest prompts first, as far as one reads ahead: similar ones are read together."""
+    coming = iter(requests)
+    while window := list(itertools.islice(coming, ahead)):
+        yield from sorted(window, key=lambda one: -len(one.prompt))
+
+
+class Scored(NamedTuple):
+    """Of one sequence: log-probs, whether each was the largest, the likeliest tokens there."""
+
+    logprobs: list[float]
+    greedy: list[bool]
+    top: list[list[tuple[int, float]]]
+
+
+def _score(
+    prefill: Prefill, rows: list[Sequence[int]], scores: list[Scored], width: int, top: int
+) -> None:
+    """Read `width` columns more, and add what they say to the scores of the rows."""
+    packed, start = prefill.packed, prefill.done
+    width = min(width, prefill.tokens.shape[1] - start)
     hidden = prefill.forward(width).flatten(0, 1)
-    inside = [i * width + t for i, n in enumerate(lengths) for t in range(n)]
-    flat = torch.tensor(inside, dtype=torch.long, device=packed.device)
-    targets = torch.tensor([i for row in rows for i in row[1:]], device=packed.device)
-    chunk = max(1, SCORE_LOGITS // packed.config.vocab_size)
-    logprobs, greedy = [], []
+    inside = [
+        (row, column)
+        for row, length in enumerate(prefill.lengths)
+        for column in range(start, min(length, prefill.done))
+    ]
+    flat = torch.tensor([row * width + t - start for row, t in inside], device=packed.device)
+    targets = torch.tensor([rows[row][t + 1] for row, t in inside], device=packed.device)
+    owners, chunk = iter(inside), max(1, SCORE_LOGITS // packed.config.vocab_size)
     for where, target in zip(flat.split(chunk), targets.split(chunk), strict=True):
         logits = packed.logits(hidden[where]).float()
-        logprobs += logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1).tolist()
-        greedy += (logits.argmax(-1) == target).tolist()
-    values, flags = iter(logprobs), iter(greedy)
-    return [(list(islice(values, n)), list(islice(flags, n))) for n in lengths]
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, target[:, None]).squeeze(-1).tolist()
+        greedy = (logits.argmax(-1) == target).tolist()
+        values, ids = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
+        likeliest = zip(ids.tolist(), values.tolist(), strict=True)
+        for logprob, flag, pair in zip(chosen, greedy, likeliest, strict=True):
+            score = scores[next(owners)[0]]
+            score.logprobs.append(logprob)
+            score.greedy.append(flag)
+            score.top.append(list(zip(*pair, strict=True)))
 
 
 class EngineThread:

@@ -8,6 +8,7 @@ processes, each reads its own rows and writes some of the files.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,9 +27,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from tessera import dist
 from tessera.model import gguf
 from tessera.model.families import config_dict, config_json, read_config
-from tessera.model.source import PICKLES, CheckpointError, pickle_error, resolve
+from tessera.model.source import CheckpointError, no_weights, resolve
 from tessera.model.transformer import Transformer, holding
-from tessera.runs.files import replacing
+from tessera.runs.files import replacing, with_usual_mode
+
+log = logging.getLogger(__name__)
 
 # Importing a checkpoint renames tensors and never permutes numbers; the first prefix that fits
 # decides. The two linear replacements have the names of the released Puzzle models (DeciLM).
@@ -67,6 +70,8 @@ def hf_name(key: str) -> str:
 # weights are plain again.
 
 SCALE = "_scale"  # behind a weight's name
+# Of activations and of the KV cache: for an engine that rounds them too. Computed here in full.
+_ENGINE_SCALES = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
 FP8_LARGEST = 448.0
 _ROUNDING = {"num_bits": 8, "type": "float", "symmetric": True}
 FP8_CONFIG: dict[str, Any] = {
@@ -144,6 +149,7 @@ TOKENIZER_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
     "chat_template.jinja",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # a directory of chat templates by name
 MAX_SHARD_BYTES = 5_000_000_000
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py", ".md")
 
@@ -166,7 +172,8 @@ def save_model(
         return
     directory = Path(directory)
     found = sorted(directory.iterdir()) if directory.exists() else []
-    foreign = [e.name for e in found if e.is_dir() or e.suffix not in _MODEL_SUFFIXES]
+    own = [e for e in found if e.name != TEMPLATES]
+    foreign = [e.name for e in own if e.is_dir() or e.suffix not in _MODEL_SUFFIXES]
     if foreign or (found and not (directory / "config.json").is_file()):
         raise CheckpointError(
             f"{directory} is no model's and would be replaced; choose another directory. It holds "
@@ -212,8 +219,10 @@ def write_model(
         source = Path(tokenizer_from)
         if not source.is_dir():
             raise CheckpointError(f"{source} is no directory to copy a tokenizer from")
-        for name in TOKENIZER_FILES:
+        names = [Path(TEMPLATES) / one.name for one in source.glob(f"{TEMPLATES}/*.jinja")]
+        for name in (*TOKENIZER_FILES, *names):
             if (source / name).is_file():
+                (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, directory / name)
 
 
@@ -242,6 +251,7 @@ def _write_tensors(
             if (code := re.search(r"os error (\d+)", str(error))) is None:
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+        with_usual_mode(directory / file)
     if count > 1 and rank == 0:
         places = {key: file for file, keys in zip(names, files, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -265,8 +275,11 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 class Stored(NamedTuple):
+    """Where a tensor is. name: the file's own, where that is another."""
+
     file: Path
     shape: tuple[int, ...]
+    name: str = ""
 
 
 def load_model(
@@ -327,18 +340,34 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
     if (directory / gguf.INDEX).is_file():
         found = gguf.tensors(directory).items()
         return {name: Stored(directory / one.file, one.shape) for name, one in found}
-    if (directory / INDEX).is_file():
-        return _find_sharded(directory)
-    if (directory / SINGLE).is_file():
-        return _read_header(directory / SINGLE)
-    for file in sorted(directory.iterdir()):
-        if file.suffix in PICKLES:
-            raise pickle_error(file)
-    raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    if (directory / "adapter_config.json").is_file():
+        log.warning("%s also holds an adapter (LoRA), which is not applied", directory)
+    index, single = (directory / name for name in (INDEX, SINGLE))
+    if single.is_file():  # which transformers looks for first
+        if index.is_file() and (others := set(_read_index(index).values()) - {SINGLE}):
+            log.warning(
+                "%s holds %s and an index of %d other files; %s is read, as transformers does. "
+                "Delete what is out of date",
+                directory, SINGLE, len(others), SINGLE,
+            )  # fmt: skip
+        return _prefixed(_read_header(single))
+    if index.is_file():
+        return _prefixed(_find_sharded(directory))
+    raise no_weights(directory)
 
 
-def _find_sharded(directory: Path) -> dict[str, Stored]:
-    index = directory / INDEX
+def _prefixed(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """A language model's names of the weights, also where the bare model was saved."""
+    if "embed_tokens.weight" not in stored or any(name.startswith("model.") for name in stored):
+        return stored
+    return {
+        name if name == "lm_head.weight" else f"model.{name}": where._replace(name=name)
+        for name, where in stored.items()
+    }
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of every tensor."""
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
         assert all(Path(shard).name == shard for shard in places.values())
@@ -346,6 +375,12 @@ def _find_sharded(directory: Path) -> dict[str, Stored]:
         raise CheckpointError(
             f"{index} is not an index of shards: its weight_map names a file for every tensor"
         ) from None
+    return places
+
+
+def _find_sharded(directory: Path) -> dict[str, Stored]:
+    index = directory / INDEX
+    places = _read_index(index)
     shards = sorted(set(places.values()))
     if missing := [shard for shard in shards if not (directory / shard).is_file()]:
         raise CheckpointError(
@@ -392,7 +427,7 @@ def _read(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
             continue
         with _opened(file) as shard:
             for name in (name for name, where in stored.items() if where.file == file):
-                tensor = shard.get_tensor(name)
+                tensor = shard.get_tensor(stored[name].name or name)
                 if not tensor.is_floating_point():
                     raise CheckpointError(
                         f"{name} in {file} is {tensor.dtype}; quantized checkpoints are not "
@@ -415,8 +450,9 @@ def _check(expected: Mapping[str, Tensor], stored: Mapping[str, Stored], directo
                 f"{name} in {stored[name].file} is {list(stored[name].shape)}; config.json asks "
                 f"for {list(tensor.shape)}"
             )
+    passed_over = ("rotary_emb.inv_freq", *_ENGINE_SCALES)
     unexpected = [  # old transformers stored a buffer that is computed here
-        n for n in stored if n not in expected and not n.endswith("rotary_emb.inv_freq")
+        n for n in stored if n not in expected and not n.endswith(passed_over)
     ]
     if unexpected and unexpected != ["lm_head.weight"]:
         raise CheckpointError(

@@ -131,14 +131,20 @@ def _refuse_unsupported(values: JSON) -> None:
         raise ConfigError("names no model_type, so it is not the config.json of a model")
     if model_type not in {*FAMILIES, "nemotron-nas", "tessera"}:
         raise ConfigError(f"unsupported architecture {named}; supported are {SUPPORTED}")
-    if not architecture.endswith("ForCausalLM") and architecture != "?":
+    if not architecture.endswith(("ForCausalLM", "Model")) and architecture != "?":
         raise ConfigError(f"{architecture} is no language model (…ForCausalLM) of {SUPPORTED}")
     if (act := values.get("hidden_act") or "silu") not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {act!r} is not supported; only 'silu' is")
     if rounding := values.get("quantization_config"):
         groups = (rounding.get("config_groups") or {}).values()
-        strategies = {(group.get("weights") or {}).get("strategy") for group in groups}
-        if rounding.get("format") != "float-quantized" or not strategies <= {"channel", "tensor"}:
+        weights = [group.get("weights") or {} for group in groups]
+        known = rounding.get("format") in ("float-quantized", "naive-quantized") and all(
+            one.get("type") == "float"
+            and one.get("num_bits") == 8
+            and one.get("strategy") in ("channel", "tensor")
+            for one in weights
+        )
+        if not known:
             raise ConfigError(
                 f"quantization_config of {rounding.get('quant_method', 'an unknown method')!r} is "
                 "not supported, only compressed-tensors' FP8 with a scale a tensor or a channel; "

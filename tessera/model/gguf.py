@@ -29,12 +29,21 @@ from tessera.model.config import (
     SwiGLU,
 )
 from tessera.model.families import config_dict, config_json
+from tessera.model.pre_tokenizers import (
+    DIGIT,
+    DIGITS,
+    GPT2_SPLIT,
+    MERGED,
+    PRE_TOKENIZERS,
+    PUNCTUATION,
+    WHOLE_WORDS,
+)
 from tessera.runs.files import WriteError, replacing
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-VERSION = 1  # of the directories in the cache; raised whenever one is written otherwise
+VERSION = 2  # of the directories in the cache; raised whenever one is written otherwise
 INDEX = "gguf.json"
 FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 FAMILIES["deci"] = "llama"  # layers that differ, as `tessera export --format gguf` writes them
@@ -353,16 +362,8 @@ def _rope_scaling(header: Header, theta: float, head_dim: int) -> RopeScaling | 
 
 # The tokenizer, as the JSON of `tokenizers`.
 
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-PRE_TOKENIZERS = {
-    "gpt-2": "",  # ByteLevel's own
-    "smollm": "",  # the same behind single digits
-    "llama-bpe": _CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,
-    "qwen2": _CONTRACTIONS + _WORDS + r"\p{N}" + _REST,
-}
 _SAME = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "mistral": "gpt-2"}
+_SAME |= dict.fromkeys(MERGED.values(), "llama-bpe")
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
 
 
@@ -391,6 +392,8 @@ def _tokenizer_files(header: Header) -> dict[str, str]:
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     settings |= {"add_bos_token": bool(first), "clean_up_tokenization_spaces": False}
+    if switch := header.get("tessera.reasoning_switch"):
+        settings["reasoning_switch"] = switch
     found = {
         "tokenizer.json": json.dumps({"version": "1.0", **spec}, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
@@ -442,33 +445,40 @@ def _pre(header: Header) -> str:
 
 def _byte_level(header: Header, tokens: Sequence[str]) -> dict[str, Any]:
     name = _pre(header)
-    if name not in PRE_TOKENIZERS:
-        raise GGUFError(
-            f"{header.path} splits text by {name!r}; read are {', '.join(PRE_TOKENIZERS)}"
-        )
-    pattern = PRE_TOKENIZERS[name]
+    known = [
+        one for one, splits in PRE_TOKENIZERS.items() if not any(s.endswith("…") for s in splits)
+    ]
+    if name not in known:
+        raise GGUFError(f"{header.path} splits text by {name!r}; read are {', '.join(known)}")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    steps: list[dict[str, Any]] = []
-    if name == "smollm":
-        steps = [{"type": "Digits", "individual_digits": True}]
-    elif pattern:
-        split = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        steps = [{"type": "Split", **split}]
-    steps.append({**byte_level, "use_regex": not pattern})
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [pair.split(" ", 1) for pair in header.get("tokenizer.ggml.merges", ())]
     model = {
         "type": "BPE",
         "vocab": vocab,  # a file without merges holds one that joins nothing: llama.cpp wants one
         "merges": [pair for pair in merges if {*pair, "".join(pair)} <= vocab.keys()],
-        "ignore_merges": name == "llama-bpe",
+        "ignore_merges": name in WHOLE_WORDS
+        and header.get("tokenizer.ggml.pre") not in MERGED.values(),
     }
+    own = {**byte_level, "use_regex": True}
+    steps = [own if one == GPT2_SPLIT else _split(one) for one in PRE_TOKENIZERS[name]]
+    if own not in steps:
+        steps.append({**byte_level, "use_regex": False})
     return {
         "normalizer": {"type": "NFC"} if name == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
         "model": model,
     }
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    if pattern == PUNCTUATION:
+        return {"type": "Punctuation", "behavior": "Contiguous"}
+    if pattern in (DIGIT, DIGITS):
+        return {"type": "Digits", "individual_digits": pattern == DIGIT}
+    found = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Split", **found}
 
 
 def _sentencepiece(header: Header, tokens: Sequence[str]) -> dict[str, Any]:

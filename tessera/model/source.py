@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,13 +41,15 @@ def resolve(source: str | Path) -> Path:
     if path.is_dir():
         return _model_in(path)
     if path.is_file():
-        if path.name == "config.json" or path.suffix == ".safetensors":
+        if path.name == "config.json":
+            return path.parent
+        if path.suffix == ".safetensors" and not path.name.startswith("adapter_"):
             return path.parent
         if path.suffix == ".gguf" or gguf.is_gguf(path):
             return gguf.directory_of(path)
-        if path.suffix in PICKLES:
-            raise pickle_error(path)
-        raise CheckpointError(f"{path} is a file; give the directory that holds its config.json")
+        raise CheckpointError(
+            _what_is(path) or f"{path} is a file; give the directory that holds its config.json"
+        )
     if is_hub_id(source):
         return _download(str(source))
     raise CheckpointError(
@@ -69,9 +72,15 @@ def _model_in(directory: Path) -> Path:
             raise CheckpointError(f"{directory}: stage {run.stage!r} gives no model")
         return directory / "model"
     if (directory / "config.json").is_file():
+        if (directory / "adapter_config.json").is_file() and not any(directory.glob("model*")):
+            raise CheckpointError(_adapter(directory))
         return directory
     if files := sorted(directory.glob("*.gguf")):
         return _one_of(files)
+    if snapshot := _snapshot(directory):
+        return _model_in(snapshot)
+    if told := _what_is(directory):
+        raise CheckpointError(told)
     runs = [run.name for run in runs_in(directory)]
     hint = f"; it holds the runs {', '.join(runs)}: name one" if runs else ""
     raise CheckpointError(f"{directory} holds no config.json, so it is no model directory{hint}")
@@ -84,6 +93,73 @@ def _one_of(files: Sequence[Path]) -> Path:
         return gguf.directory_of(first[0])
     names = ", ".join(one.name for one in first[:5])
     raise CheckpointError(f"{files[0].parent} holds several GGUF models: name one of {names}")
+
+
+# What people have in the place of a model, and what to give instead.
+
+
+def _snapshot(directory: Path) -> Path | None:
+    """The snapshot that a hub cache's directory of one model (`models--owner--name`) is at."""
+    root = directory.parent if directory.name == "snapshots" else directory
+    if not (root / "snapshots").is_dir():
+        return None
+    found = sorted(one for one in (root / "snapshots").iterdir() if one.is_dir())
+    main = root / "refs" / "main"
+    if main.is_file() and (at := root / "snapshots" / main.read_text().strip()).is_dir():
+        return at
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(str(one) for one in found) or "none: download the model again"
+    raise CheckpointError(
+        f"{directory} is a model's directory in the Hugging Face cache; give one of its snapshots "
+        f"({listed})"
+    )
+
+
+def _what_is(path: Path) -> str | None:
+    """What a file or a directory is, where it is not a model that can be read."""
+    here = sorted(path.iterdir()) if path.is_dir() else [path]
+    names = {file.name for file in here}
+    if names & {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}:
+        return _adapter(path if path.is_dir() else path.parent)
+    if models := [name for name in sorted(names) if name.startswith("models--")]:
+        listed = ", ".join(models[:3]) + (f" and {len(models) - 3} more" if models[3:] else "")
+        return f"{path} is the Hugging Face cache; give one model of it ({listed})"
+    if "params.json" in names:
+        return (
+            f"{path} is a checkpoint in Meta's or Mistral's own format (params.json); give the one "
+            "in transformers' format (config.json, model*.safetensors), or convert it"
+        )
+    if pickles := [file for file in here if file.suffix in PICKLES]:
+        return str(pickle_error(pickles[0]))
+    if "model_index.json" in names:
+        return f"{path} holds an image model of diffusers (model_index.json), no language model"
+    if path.suffix in (".zip", ".tar", ".gz", ".tgz", ".zst", ".xz", ".bz2", ".7z"):
+        return f"{path} is an archive; unpack it and give the directory that holds its config.json"
+    return None
+
+
+def _adapter(directory: Path) -> str:
+    """What to do with a LoRA adapter."""
+    try:
+        told = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        base = f" of {told['base_model_name_or_path']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        base = ""
+    return (
+        f"{directory} holds an adapter (LoRA){base}, which is no whole model. Merge it with peft "
+        f"and give the result: AutoPeftModelForCausalLM.from_pretrained({str(directory)!r})"
+        ".merge_and_unload().save_pretrained(OUT), and its tokenizer into OUT too"
+    )
+
+
+def no_weights(directory: Path) -> CheckpointError:
+    """Why a directory with a config.json holds no weights that can be read."""
+    return CheckpointError(
+        _what_is(directory)
+        or f"{directory} holds neither model.safetensors nor model.safetensors.index.json beside "
+        "its config.json; download it again"
+    )
 
 
 def _download(name: str) -> Path:
@@ -124,7 +200,9 @@ def model_config(path: str | Path) -> ModelConfig:
     if not path.exists():
         siblings = sorted(p.name for p in path.parent.glob("*") if not p.name.startswith("."))
         raise RunError(f"there is no {path}; {nearest(path.name, siblings)}")
-    raise RunError(f"{path} is no run, no model directory and no config.json")
+    if path.is_dir() and (snapshot := _snapshot(path)):
+        return model_config(snapshot)
+    raise RunError(_what_is(path) or f"{path} is no run, no model directory and no config.json")
 
 
 def ancestors(

@@ -17,11 +17,13 @@ from tessera import dist
 from tessera.data.batch import OFF, ON, Batch
 from tessera.data.config import no_chat_template
 from tessera.data.documents import Documents
-from tessera.data.template import FILE as TEMPLATE_FILE
+from tessera.data.switch import record_switch, recorded_switch
+from tessera.data.template import template_of
+from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
-from tessera.runs.files import RunError, atomic_write
+from tessera.runs.files import RunError
 from tessera.runs.plan import Step
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run
@@ -195,6 +197,6 @@ def sft(config: SFTConfig, run: Run, inputs: dict[str, Path]) -> None:
     heldout = Heldout(SFT(), module, data, config.train, run.seed)
     Trainer(module, SFT(), source, config.train, run, heldout, config.evaluate_every).fit()
     save_model(module, run.model_path, tokenizer_from=resolve(model))
-    if dist.is_main():  # later stages have to ask with the template that was trained
-        template = (data / "tokenizer" / TEMPLATE_FILE).read_text(encoding="utf-8")
-        atomic_write(run.model_path / TEMPLATE_FILE, template)
+    if dist.is_main():  # later stages have to ask with the template and the switch that was trained
+        template_of(load_tokenizer(data)).save(run.model_path)
+        record_switch(run.model_path, recorded_switch(data / "tokenizer"))

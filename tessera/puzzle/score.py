@@ -155,8 +155,9 @@ def read_problems(file: Path, limit: int) -> list[Text]:
 
 def encode(tokenizer: Tokenizer, text: Text, bos: bool) -> tuple[list[int], int]:
     """(ids of the whole document, as in training; where the prompt's own ids end)."""
-    prompt = tokenizer.encode(text[0], bos)
-    whole = tokenizer.encode(text[0] + text[1], bos)
+    begin = list(tokenizer.beginning(bos))
+    prompt = begin + tokenizer.encode(text[0])
+    whole = begin + tokenizer.encode(text[0] + text[1])
     pairs = zip(prompt, whole, strict=False)
     return whole, next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt))
 

@@ -436,11 +436,11 @@ def _speeds(runs: Runs) -> Iterator[Row]:
 
 
 def _answer_findings(runs: Runs) -> Iterator[Row]:
-    """What the last model that was asked with the switch said, with the error of each share."""
+    """What the last model that was asked in chats said, with the error of each share."""
     evaluations = [
         run
         for run in runs.having("eval")
-        if any(row.get("mode") in ("on", "off") for row in run.tables["eval"])
+        if any(row.get("mode") in ("on", "off", "none") for row in run.tables["eval"])
     ]
     for run in evaluations[-1:]:
         for row in run.tables["eval"]:
@@ -452,8 +452,8 @@ def _answer_findings(runs: Runs) -> Iterator[Row]:
                 value += f", {row['tokens']:.1f} tokens"
             if row.get("obedience") is not None:
                 value += f", the switch obeyed by {row['obedience']:.1%}"
-            finding = f"{row['task']}, thinking {row['mode']}"
-            yield {"finding": finding, "value": value, "of": run.name}
+            mode = f", thinking {row['mode']}" if row["mode"] in ("on", "off") else ""
+            yield {"finding": f"{row['task']}{mode}", "value": value, "of": run.name}
 
 
 def _exports(runs: Runs) -> Iterator[Row]:

@@ -30,6 +30,7 @@ from tessera.table import VIEWS, clock, render_table, terminal_width
 
 ATTENTION_BAR, FFN_BAR = 8, 24
 TABLE_ROWS = 12
+ANSWERS = ("records.jsonl", "samples.jsonl")
 WHOLE = ("compare", "race", "frontier")  # tables shown to their last row
 STOPPED = "stopped: no process works on it; the tessera run that began it, given again, goes on"
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -211,26 +212,65 @@ def _solid(variant: Attention | FFN, full: int, width: int) -> str:
             return "·"
 
 
+def answers_of(path: Path) -> Path | None:
+    """The file of answers that `eval` or `profile` keeps in a directory, or that a path names."""
+    names = [path] if path.name in ANSWERS else [path / name for name in ANSWERS]
+    return next((name for name in names if name.is_file()), None)
+
+
 def samples(path: Path) -> list[dict[str, Any]]:
-    """The kept samples of a run's first rollout and of its last. Raises RunError for none."""
+    """The answers that a run keeps, with what was found of them. Raises RunError for none.
+
+    Of a policy those of its first rollout and of its last, of `eval` and `profile` all.
+    """
+    if file := answers_of(path):
+        return _judged(file)
     files = sorted((path / "samples").glob("*.jsonl"))
     if not files:
-        raise RunError(f"{path} keeps no samples; grpo, rloo and rpo runs do, in samples/")
+        raise RunError(f"{path} keeps no samples; runs of grpo, rloo, rpo, eval and profile do")
     ends = [files[0], *files[-1:]] if len(files) > 1 else files
-    return [
-        json.loads(line) for file in ends for line in file.read_text("utf-8").split("\n") if line
-    ]
+    return [row for file in ends for row in _lines(file)]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file that may still be written: half a line at its end is left out."""
+    return [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]]
+
+
+def _judged(file: Path) -> list[dict[str, Any]]:
+    """Answers with their `outcomes`, a verdict and its reason by the name of what found it."""
+    verdicts = file.with_name("verdicts.jsonl")
+    found = {}
+    for row in _lines(verdicts) if verdicts.is_file() else ():
+        own = {"verdict": {key: row.get(key) for key in ("verdict", "reason")}}
+        found[row["key"].split("-")[0]] = row.get("outcomes", own)
+    return [row | {"outcomes": found.get(row["key"], {})} for row in _lines(file)]
 
 
 def render_samples(rows: Sequence[Mapping[str, Any]]) -> str:
     """What was asked, what was said, what it was worth and why."""
-    shown = []
-    for row in rows:
-        parts = ", ".join(
-            f"{name} {'could not be judged' if score is None else format(score, '.3g')}"
-            for name, score in row["parts"].items()
-        )
-        worth = "left out" if row["reward"] is None else f"reward {row['reward']:.3g}"
-        head = f"rollout {row['rollout']}, {row['kind']}: {worth} ({parts}), {row['tokens']} tokens"
-        shown.append(f"{head}, thinking {row['mode']}\n> {row['prompt']}\n{row['text']}")
-    return "\n\n".join(shown)
+    return "\n\n".join(_answer(row) if "outcomes" in row else _sample(row) for row in rows)
+
+
+def _sample(row: Mapping[str, Any]) -> str:
+    parts = ", ".join(
+        f"{name} {'could not be judged' if score is None else format(score, '.3g')}"
+        for name, score in row["parts"].items()
+    )
+    worth = "left out" if row["reward"] is None else f"reward {row['reward']:.3g}"
+    head = f"rollout {row['rollout']}, {row['kind']}: {worth} ({parts}), {row['tokens']} tokens"
+    mode = f", thinking {row['mode']}" if row["mode"] else ""
+    return f"{head}{mode}\n> {row['prompt']}\n{row['text']}"
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    name = row.get("prompt_id") or f"{row['task']} {row['item']}"
+    said = [
+        f"{key} {one['verdict']}" + (f" ({one['reason']})" if one["reason"] else "")
+        for key, one in row["outcomes"].items()
+    ]
+    cut = ", cut at max_tokens" if row["finish_reason"] == "length" else ""
+    head = f"{name}, sample {row['sample']}: {', '.join(said) or 'not judged yet'}"
+    asked = row["prompt"] or row["messages"][-1]["content"]
+    thought = f"<think>{row['thought']}</think>" if row.get("thought") else ""
+    return f"{head}, {row['tokens']} tokens{cut}\n> {asked}\n{thought}{row['text']}"

@@ -35,7 +35,7 @@ class Answer:
     text: str
     reward: float | None
     parts: dict[str, float | None]
-    obedient: bool
+    obedient: bool | None
     advantage: float | None = None
     old: list[float] | None = None
     version: int = 0
@@ -55,7 +55,7 @@ class Group:
     """A prompt and its answers. number: of the prompt among all. mode: of the switch."""
 
     number: int
-    mode: str
+    mode: str | None
     ids: list[int]
     answers: list[Answer]
 

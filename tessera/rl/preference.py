@@ -1,27 +1,26 @@
 """Stage `rpo`: preference optimisation on pairs of answers, one better by a margin of reward.
 
-Pairs come from rows of files (`prompt` or `messages`, `chosen`, `rejected`, and where known
-`chosen_reward` and `rejected_reward`, as NeMo-Aligner's sets have them), or online from the best
-and the worst of what the policy answers. Both answers of a pair share its prompt in one row.
+Pairs come from rows of files (data/preferences.py says of which), or online from the best and the
+worst of what the policy answers. Both answers of a pair share its prompt in one row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from tessera import dist
+from tessera.data.audit import rows_named
 from tessera.data.batch import Batch, best_fit
 from tessera.data.chat import ChatEncoder
-from tessera.data.conversation import Message, SchemaError, tidy
-from tessera.data.readers import Bad, DataError, expand, read_rows
-from tessera.data.thought import split
+from tessera.data.config import encoder_for
+from tessera.data.preferences import Pair, read_pairs
+from tessera.data.readers import Bad, DataError, expand
+from tessera.data.sources import first_refusals
 from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
@@ -30,6 +29,7 @@ from tessera.rl.advantages import rloo
 from tessera.rl.experience import Answer, Group, row, spans
 from tessera.rl.rollouts import Rollout, RolloutConfig, Rollouts, keep_samples, padded, unsharded
 from tessera.runs.files import FailureError
+from tessera.runs.plan import Step
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import Run
 from tessera.train.engine import Trainer
@@ -45,18 +45,14 @@ class RPOConfig(RolloutConfig, RPOLossConfig):
     paths: tuple[str, ...] = ()
     pairs_per_step: int = Field(default=64, ge=1)
 
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Ids of a prompt and of both answers; margin: by how much reward the chosen one is better."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    margin: float
-
-    def __len__(self) -> int:
-        return len(self.prompt) - 1 + len(self.chosen) + len(self.rejected)
+    def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
+        told = super().warnings(step, steps)
+        encoder = None if told else encoder_for(step, steps, "last", self.switch)
+        if encoder is None or not self.paths:
+            return told
+        for path in expand(self.paths):
+            told += first_refusals(path, (one for _, one in read_pairs(path, encoder)))
+        return told
 
 
 def of_group(group: Group) -> Pair | None:
@@ -68,46 +64,26 @@ def of_group(group: Group) -> Pair | None:
     return Pair(group.ids, best, worst, most - least) if most > least else None
 
 
-def of_files(paths: Sequence[str], encoder: ChatEncoder) -> list[Pair]:
-    """The pairs of files of rows. Raises DataError naming a row that is none."""
-    found, stop = [], list(encoder.tokenizer.eos_ids[:1])
+def of_files(
+    paths: Sequence[str], encoder: ChatEncoder, say: Callable[[str], None] = print
+) -> list[Pair]:
+    """The pairs of files of rows; `say` is told which rows are left out, and why.
+
+    Raises DataError for a file of something else, and where no row is a pair.
+    """
+    found: list[Pair] = []
     for path in expand(paths):
-        for number, value in read_rows(path):
-            if isinstance(value, Bad):
-                raise DataError(str(value))
-            try:
-                messages, chosen, rejected, margin = _read(value)
-            except (SchemaError, KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{path}:{number}: no pair: {error}") from None
-            mode = "off" if split(chosen).thought is None else "on"
-            better, worse = (encoder.tokenizer.encode(text) + stop for text in (chosen, rejected))
-            found.append(Pair(encoder.prompt(messages, mode), better, worse, margin))
-    return found
-
-
-def _read(value: Any) -> tuple[list[Message], str, str, float]:
-    """(conversation, chosen, rejected, margin) of one row; chosen may hold messages, too."""
-    if not isinstance(value, dict):
-        raise SchemaError(f"a {type(value).__name__} and not an object")
-    prompt = value.get("messages") or value.get("prompt")
-    messages = tidy([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-    chosen, rejected = _text(value, "chosen"), _text(value, "rejected")
-    given = value.get("chosen_reward"), value.get("rejected_reward")
-    # NeMo-Aligner's defaults, for a null too.
-    better, worse = (d if g is None else float(g) for g, d in zip(given, (1.0, 0.0), strict=True))
-    if better <= worse:
-        raise SchemaError(f"the chosen answer's reward {better} is not above {worse}")
-    return messages, chosen, rejected, better - worse
-
-
-def _text(value: dict[str, Any], name: str) -> str:
-    found = value.get(name) or value.get(f"{name}_response")
-    if isinstance(found, list):
-        found = found[-1]
-    if isinstance(found, dict):
-        found = found.get("content")
-    if not isinstance(found, str):
-        raise SchemaError(f"no {name} or {name}_response")
+        refused: dict[str, list[int]] = {}
+        for number, one in read_pairs(path, encoder):
+            if isinstance(one, Bad):
+                refused.setdefault(one.reason, []).append(number)
+            else:
+                found.append(one)
+        for reason, numbers in refused.items():
+            say(f"{path}: {reason}: left out{rows_named(numbers)}")
+        if refused and not found:
+            reason, numbers = next(iter(refused.items()))
+            raise DataError(f"{path}:{numbers[0]}: no pair: {reason}; nor is any other row one")
     return found
 
 
@@ -212,7 +188,7 @@ def rpo(config: RPOConfig, run: Run, inputs: Mapping[str, Path | None]) -> None:
     objective = RPO(config, spread.load(model, frozen=True))
     if config.paths:
         encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
-        source = PairSource(of_files(config.paths, encoder), config, run.seed)
+        source = PairSource(of_files(config.paths, encoder, run.say), config, run.seed)
         Trainer(module, objective, source, config.train, run).fit()
     elif inputs["prompts"] is None or not config.rewards:
         raise RecipeError(

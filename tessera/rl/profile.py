@@ -3,7 +3,8 @@
     pass rate of a prompt = share of its judged samples that are right     (Llama-Nemotron §5.1)
 
 Prompts come from procedural tasks, or from rows of chats without their last answer. Stage `profile`
-keeps verdicts in a journal, so a stopped one goes on where it was, and writes `prompts.jsonl`.
+keeps samples and verdicts in journals as they come, so a stopped one goes on where it was, and
+writes `prompts.jsonl`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from tessera.data.conversation import Message, Mode
 from tessera.data.dialects import read_chats
 from tessera.data.problems import problem
 from tessera.data.readers import Bad, DataError, expand
-from tessera.data.switch import DETAILED, set_switch
+from tessera.data.sources import first_refusals
+from tessera.data.switch import NONE, Switch, set_switch
 from tessera.data.tokenizer import load_tokenizer
-from tessera.generate.engine import Completion, Engine, SamplingParams
+from tessera.generate.engine import Completion, Engine, GenerationRequest, SamplingParams
 from tessera.generate.text import completion_text
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
@@ -40,7 +42,7 @@ from tessera.runs.run import Run
 from tessera.vllm.config import EngineChoice, open_engine
 
 FILE = "prompts.jsonl"
-PORTION = 256  # samples at a time
+PORTION = 256  # samples judged at a time
 BINS = 10
 # The names under which rows of other sets keep what a checker needs.
 ANSWERS = ("answer", "expected_answer", "ground_truth")
@@ -48,12 +50,13 @@ ANSWERS = ("answer", "expected_answer", "ground_truth")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """messages: with the switch of `mode`. fields: what rewards judge by. pass_rate: the share of
-    `samples` judged answers that were right; None, it was not measured."""
+    """messages: with the switch of `mode`, None for a model without a switch. fields: what rewards
+    judge by. pass_rate: the share of `samples` judged answers that were right; None, it was not
+    measured."""
 
     id: str
     messages: list[Message]
-    mode: Mode
+    mode: Mode | None
     fields: Mapping[str, Any] = field(default_factory=dict)
     pass_rate: float | None = None
     samples: int = 0
@@ -62,21 +65,25 @@ class Prompt:
 class PromptsConfig(Config):
     """tasks: number of problems by name (`"calc@6" = 400`). paths: files of chats. off: the share
     of prompts with reasoning off, so that the switch is trained on both sides. switch: how the mode
-    is said, "detailed thinking", "/no_think" or a variable of the template."""
+    is said (data/switch.py), the model's own where not given; "none" says no mode."""
 
     tasks: dict[str, int] = {}
     paths: tuple[str, ...] = ()
     reasoning: Literal["on", "off"] = "on"
     off: float = Field(default=0.0, ge=0, le=1)
-    switch: str = DETAILED
+    switch: Switch | None = None
     limit: int | None = Field(default=None, ge=1)
 
 
-def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
-    """All prompts, each question once, reasoning off spread evenly. Raises DataError."""
+def collect(config: PromptsConfig, seed: int, switch: str | None = None) -> list[Prompt]:
+    """All prompts, each question once, reasoning off spread evenly. Raises DataError.
+
+    switch: the model's, which the config's goes before.
+    """
+    switch = config.switch or switch or NONE
     found: dict[str, Prompt] = {}
     for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
-        question, _ = set_switch(one.messages, "on", config.switch)  # the same in either mode
+        question, _ = set_switch(one.messages, "on", switch)  # the same in either mode
         found.setdefault(json.dumps(question), one)
     if not found:
         raise DataError(
@@ -85,8 +92,9 @@ def collect(config: PromptsConfig, seed: int) -> list[Prompt]:
     prompts = []
     for number, prompt in enumerate(list(found.values())[: config.limit]):
         off = int((number + 1) * config.off) > int(number * config.off)
-        mode: Mode = "off" if off or config.reasoning == "off" else "on"
-        messages, _ = set_switch(prompt.messages, mode, config.switch)
+        mode: Mode | None = "off" if off or config.reasoning == "off" else "on"
+        mode = None if switch == NONE else mode
+        messages, _ = set_switch(prompt.messages, mode, switch)
         prompts.append(replace(prompt, messages=messages, mode=mode))
     return prompts
 
@@ -141,16 +149,15 @@ def sample_answers(
     params = SamplingParams(stop_token_ids=encoder.tokenizer.eos_ids, **sampling)  # type: ignore[arg-type]
     completions = engine.generate(ids, params, keys=keys)
     samples = [
-        Sample(
-            prompt.messages,
-            completion_text(encoder.tokenizer, own, one.token_ids),
-            dict(prompt.fields),
-            one.finish_reason == "length",
-        )
+        _sample(prompt, completion_text(encoder.tokenizer, own, one.token_ids), one.finish_reason)
         for prompt, own, of_prompt in zip(prompts, ids, completions, strict=True)
         for one in of_prompt
     ]
     return ids, completions, samples
+
+
+def _sample(prompt: Prompt, text: str, reason: str) -> Sample:
+    return Sample(prompt.messages, text, dict(prompt.fields), reason == "length", prompt.mode)
 
 
 def write(prompts: Sequence[Prompt]) -> str:
@@ -178,7 +185,71 @@ class ProfileConfig(PromptsConfig, EngineChoice):
     workers: int = Field(default=2, ge=1)
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
-        return no_chat_template(step, steps)
+        told = no_chat_template(step, steps)
+        for path in expand(self.paths) if self.paths else ():
+            told += first_refusals(path, (one for _, one in read_chats(path)))
+        return told
+
+
+def answer(
+    prompts: Sequence[Prompt],
+    config: ProfileConfig,
+    engine: Engine,
+    encoder: ChatEncoder,
+    kept: Journal,
+    run: Run,
+) -> None:
+    """Writes every sample that `kept` lacks into it, as it ends; its key is `PROMPT/SAMPLE`."""
+    stops = encoder.tokenizer.eos_ids
+    params = SamplingParams(
+        config.max_tokens, n=config.samples, seed=run.seed, stop_token_ids=stops
+    )
+
+    def missing() -> Iterator[GenerationRequest]:
+        for number, prompt in enumerate(prompts):
+            left = [n for n in range(config.samples) if f"{number}/{n}" not in kept]
+            if left:
+                ids = encoder.prompt(prompt.messages, prompt.mode)
+                yield GenerationRequest(ids, params, number, left, owner=prompt)
+
+    total = len(prompts) * config.samples
+    with (
+        Progress(run.name, total, "tokens", steps="samples", quiet=run.quiet) as progress,
+        closing(engine.as_completed(missing(), progress.working)) as completed,
+    ):
+        progress.advance(len(kept), 0)
+        for request, sample, completion in completed:
+            row = {
+                "prompt_id": request.owner.id,
+                "sample": sample,
+                "mode": request.owner.mode,
+                "messages": request.owner.messages,
+                "prompt": encoder.tokenizer.decode(request.prompt, special=True),
+                "text": completion_text(encoder.tokenizer, request.prompt, completion.token_ids),
+                "tokens": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+            }
+            kept.add(f"{request.key}/{sample}", row)
+            progress.advance(1, row["tokens"])
+
+
+def judge(
+    prompts: Sequence[Prompt], config: ProfileConfig, kept: Journal, verdicts: Journal, run: Run
+) -> None:
+    """Writes the verdict on every sample that `verdicts` lacks into it, under the same key."""
+    missing = [key for key in kept if key not in verdicts]
+    with (
+        Rubric(config.rewards, config.workers) as rubric,
+        Progress(f"{run.name}: judging", len(missing), "samples", quiet=run.quiet) as progress,
+    ):
+        for start in range(0, len(missing), PORTION):
+            part = missing[start : start + PORTION]
+            rows = [(prompts[int(key.split("/")[0])], kept.get(key)) for key in part]
+            samples = [_sample(one, row["text"], row["finish_reason"]) for one, row in rows]
+            for key, judged in zip(part, rubric(samples), strict=True):
+                first = judged.parts[rubric.names[0]]
+                verdicts.add(key, {"verdict": first.verdict, "reason": first.reason})
+            progress.advance(len(part))
 
 
 def measure(
@@ -186,39 +257,27 @@ def measure(
     config: ProfileConfig,
     engine: Engine,
     encoder: ChatEncoder,
-    kept: Journal,
     run: Run,
 ) -> list[Prompt]:
     """The prompts with their pass rates; those that could not be judged at all have none."""
-    missing = [n for n in range(len(prompts)) if str(n) not in kept]
-    portion = max(1, PORTION // config.samples)
-    sampling = {"max_tokens": config.max_tokens, "n": config.samples, "seed": run.seed}
-    with (
-        Rubric(config.rewards, config.workers) as rubric,
-        Progress(run.name, len(prompts), "prompts", quiet=run.quiet) as progress,
-    ):
-        progress.advance(len(prompts) - len(missing), 0)
-        for start in range(0, len(missing), portion):
-            part = missing[start : start + portion]
-            asked = [prompts[n] for n in part]
-            _, _, samples = sample_answers(engine, encoder, asked, part, **sampling)
-            verdicts = (judged.parts[rubric.names[0]].verdict for judged in rubric(samples))
-            right = [None if v == "could-not-judge" else v == "right" for v in verdicts]
-            for place, number in enumerate(part):
-                own = slice(place * config.samples, (place + 1) * config.samples)
-                kept.add(str(number), {"right": right[own]})
-            progress.advance(len(part))
+    samples, verdicts = Journal(run.path / "samples.jsonl"), Journal(run.path / "verdicts.jsonl")
     found = []
-    for number, prompt in enumerate(prompts):
-        known = [one for one in kept.get(str(number))["right"] if one is not None]
-        rate = sum(known) / len(known) if known else None
-        found.append(replace(prompt, pass_rate=rate, samples=len(known)))
+    with samples, verdicts:
+        answer(prompts, config, engine, encoder, samples, run)
+        judge(prompts, config, samples, verdicts, run)
+        for number, prompt in enumerate(prompts):
+            own = [verdicts.get(f"{number}/{n}")["verdict"] for n in range(config.samples)]
+            known = [one == "right" for one in own if one != "could-not-judge"]
+            rate = sum(known) / len(known) if known else None
+            found.append(replace(prompt, pass_rate=rate, samples=len(known)))
     return found
 
 
 def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `profile`: write `prompts.jsonl` and `tables/pass_rates.jsonl`."""
-    prompts = collect(config, run.seed)
+    model = inputs["model"]
+    encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
+    prompts = collect(config, run.seed, encoder.switch)
     if not config.samples:
         run.write_file(FILE, write(prompts))
         return
@@ -226,11 +285,9 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
         raise RecipeError(f"{run.name}: give rewards, the first of which says what is right")
     for prompt in prompts:
         require_fields(config.rewards, prompt.fields)
-    model = inputs["model"]
-    encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
     engine = open_engine(config, load_model(model, frozen=True), config.batch)
-    with Journal(run.path / "samples.jsonl") as kept, closing(engine):
-        found = measure(prompts, config, engine, encoder, kept, run)
+    with closing(engine):
+        found = measure(prompts, config, engine, encoder, run)
     low, high = config.drop_to, config.drop_from
     chosen = [p for p in found if p.pass_rate is not None and low < p.pass_rate < high]
     total, left = (

@@ -15,15 +15,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tessera.ask.endpoint import EndpointConfig
-from tessera.data.conversation import switch_of
+from tessera.data.conversation import Mode, switch_of
 from tessera.data.thought import split
 from tessera.rl.jail.run import Isolation, JailError, Limits, require_isolation
-from tessera.rl.verifiers import language, mathematics
-from tessera.rl.verifiers.code import CASES_TOGETHER, verify_asserts, verify_outputs
-from tessera.rl.verifiers.exact import verify_choice, verify_exact, verify_format, verify_number
-from tessera.rl.verifiers.instructions import read_instructions, verify_instructions
-from tessera.rl.verifiers.mathematics import verify_math
-from tessera.rl.verifiers.outcome import Outcome, unjudged, wrong
+from tessera.rl.verifiers import english, language, mathematics
+from tessera.rl.verifiers.code import CLOCK_TIMES
+from tessera.rl.verifiers.instructions import read_instructions
+from tessera.rl.verifiers.judge import judge
+from tessera.rl.verifiers.outcome import Outcome, unjudged
 from tessera.runs.files import RunError
 from tessera.runs.recipe import Config
 from tessera.table import nearest
@@ -40,13 +39,15 @@ class Sample:
     """One completion to be judged: its prompt's messages, its text, and its row's own fields.
 
     completion: the assistant's text, thoughts included, and the `<think>` that its prompt opened.
-    truncated: cut at the length limit.
+    truncated: cut at the length limit. mode: what the prompt asked for, where its messages do not
+    say it.
     """
 
     messages: Sequence[Mapping[str, str]]
     completion: str
     fields: Row
     truncated: bool = False
+    mode: Mode | None = None
 
     @property
     def answer(self) -> str:
@@ -77,50 +78,46 @@ class AnswerReward(RewardConfig):
     def fields(self, row: Row) -> list[str]:
         return [self.answer]
 
-    def expected(self, sample: Sample) -> str:
-        return str(sample.fields[self.answer])
+
+class KnownAnswer(AnswerReward):
+    """What `judge` says of an answer, by the expected one and the options of its kind."""
+
+    kind: str
+
+    def check(self, sample: Sample) -> Outcome:
+        known = RewardConfig.model_fields.keys() | {"kind", "answer"}
+        options = {key: value for key, value in self if key not in known}
+        return judge(self.kind, sample.completion, sample.fields[self.answer], **options)
 
 
-class MathReward(AnswerReward):
+class MathReward(KnownAnswer):
     kind: Literal["math"]
 
     def prepare(self) -> None:
         mathematics.require_library()
 
-    def check(self, sample: Sample) -> Outcome:
-        return verify_math(sample.answer, self.expected(sample))
 
-
-class NumberReward(AnswerReward):
+class NumberReward(KnownAnswer):
     kind: Literal["number"]
     tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
-    def check(self, sample: Sample) -> Outcome:
-        return verify_number(sample.answer, self.expected(sample), tolerance=self.tolerance)
 
-
-class ExactReward(AnswerReward):
+class ExactReward(KnownAnswer):
     kind: Literal["exact"]
     ignore_case: bool = True
 
-    def check(self, sample: Sample) -> Outcome:
-        return verify_exact(sample.answer, self.expected(sample), ignore_case=self.ignore_case)
 
-
-class ChoiceReward(AnswerReward):
+class ChoiceReward(KnownAnswer):
     kind: Literal["choice"]
     choices: int = Field(default=26, ge=2, le=26)
-
-    def check(self, sample: Sample) -> Outcome:
-        return verify_choice(sample.answer, self.expected(sample), choices=self.choices)
 
 
 class FormatReward(RewardConfig):
     kind: Literal["format"]
 
     def check(self, sample: Sample) -> Outcome:
-        switch = switch_of(sample.messages)
-        return verify_format(sample.completion, switch, truncated=sample.truncated)
+        switch = sample.mode or switch_of(sample.messages)
+        return judge(self.kind, sample.completion, switch=switch, truncated=sample.truncated)
 
 
 class InstructionsReward(RewardConfig):
@@ -137,26 +134,38 @@ class InstructionsReward(RewardConfig):
 
     def prepare(self) -> None:
         language.require_library()
+        english.require_library()
 
     def check(self, sample: Sample) -> Outcome:
-        given = sample.fields[self.instructions], sample.fields[self.arguments]
-        return verify_instructions(sample.answer, *given, loose=self.loose, partial=self.partial)
+        return judge(
+            self.kind,
+            sample.completion,
+            instruction_id_list=sample.fields[self.instructions],
+            kwargs=sample.fields[self.arguments],
+            loose=self.loose,
+            partial=self.partial,
+        )
 
 
 class CodeReward(RewardConfig):
-    """Asserts where a row has `tests`; else its `inputs` and `outputs`. isolation: see `jail`."""
+    """Asserts where a row has `tests`; else its `inputs` and `outputs`. isolation: see `jail`.
+
+    limits.seconds: CPU time of a program, and of one input; by the clock it may take eight
+    times as long, and what has not ended then could not be judged.
+    """
 
     kind: Literal["code"]
     tests: str = "tests"
     setup: str = "setup"
+    entry_point: str = "entry_point"
     inputs: str = "inputs"
     outputs: str = "outputs"
     limits: Limits = Limits()
     isolation: Isolation = "namespaces"
-    deadline: float = Field(default=60.0, gt=0)
+    deadline: float = Field(default=100.0, gt=0)
 
     def model_post_init(self, _: Any) -> None:
-        least = self.limits.seconds * CASES_TOGETHER + 10
+        least = self.limits.seconds * CLOCK_TIMES + 10
         if self.deadline < least:
             raise ValueError(
                 f"deadline = {self.deadline:g} cuts limits.seconds short; give {least:g}"
@@ -172,13 +181,11 @@ class CodeReward(RewardConfig):
             require_isolation()
 
     def check(self, sample: Sample) -> Outcome:
-        row = sample.fields
-        jail: dict[str, Any] = {"limits": self.limits, "isolation": self.isolation}
-        given = [row[key] for key in self.fields(row)]
-        if len(given) == 1:
-            setup = row.get(self.setup) or ""
-            return verify_asserts(sample.answer, *given, setup=setup, **jail)
-        return verify_outputs(sample.answer, *given, **jail)
+        keys = ("tests", "setup", "entry_point", "inputs", "outputs")
+        given = {key: sample.fields.get(getattr(self, key)) for key in keys}
+        return judge(
+            self.kind, sample.completion, limits=self.limits, isolation=self.isolation, **given
+        )
 
 
 class FunctionReward(RewardConfig):
@@ -257,12 +264,7 @@ def require_fields(rewards: Sequence[Reward], row: Row) -> None:
 
 
 def check(reward: CheckedReward, sample: Sample) -> Outcome:
-    """A reward's verdict on a sample; could-not-judge, with the reason, if the checker fails.
-
-    Without an answer (the thoughts did not end) all but `format` and `function` say wrong.
-    """
-    if not isinstance(reward, FormatReward | FunctionReward) and not sample.answer:
-        return wrong("no answer")
+    """A reward's verdict on a sample; could-not-judge, with the reason, if the checker fails."""
     try:
         outcome = reward.check(sample)
     except Exception as error:

@@ -31,7 +31,7 @@ from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.chat import ChatEncoder
 from tessera.data.config import no_chat_template
-from tessera.data.switch import DETAILED, obeys
+from tessera.data.switch import Switch, obedience
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine
 from tessera.model.source import resolve
@@ -60,7 +60,8 @@ class RolloutConfig(EngineChoice):
 
     train: `steps` are optimizer steps, `microbatch_tokens` is the length of a packed row, and
     `tokens_per_step` is not used. prompts_per_rollout, samples: the report has 72 and 16.
-    switch: how the mode is said, as in the stage that made the prompts.
+    switch: how the mode is said, as in the stage that made the prompts; the model's own where not
+    given.
     overlong: "mask" leaves out answers that were cut at max_tokens. overlong_buffer: over so many
     tokens before max_tokens the reward falls by up to 1 (DAPO, arXiv 2503.14476, §3.4).
     dynamic_sampling: how many further sets of prompts may replace groups whose answers are all
@@ -74,7 +75,7 @@ class RolloutConfig(EngineChoice):
     max_tokens: int = Field(default=1024, ge=1)
     rewards: tuple[Reward, ...] = ()
     curriculum: CurriculumConfig = CurriculumConfig()
-    switch: str = DETAILED
+    switch: Switch | None = None
     level: Level = "token"
     overlong: Literal["keep", "mask"] = "keep"
     overlong_buffer: int = Field(default=0, ge=0)
@@ -313,7 +314,7 @@ class Rollouts:
             sample.completion,
             reward,
             {name: outcome.score for name, outcome in judged.parts.items()},
-            obeys(sample.completion, prompt.mode),
+            obedience(sample.completion, prompt.mode),
             version=one.version,
             unjudged="; ".join(unjudged),
         )

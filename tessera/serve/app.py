@@ -27,26 +27,29 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from prometheus_client import Counter, Gauge
 from pydantic import Field
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera.data.conversation import SchemaError
-from tessera.data.switch import SwitchError
+from tessera.data.switch import Switch, SwitchError
 from tessera.data.template import TemplateError
-from tessera.data.tokenizer import load_tokenizer
+from tessera.data.tokenizer import TokenizerError, load_tokenizer
 from tessera.generate.engine import ClosedError, GenerationError, QueueFullError
 from tessera.generate.requests import EngineError
 from tessera.generate.torch_engine import EngineThread, TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 from tessera.runs.recipe import Config
+from tessera.serve.fields import ChatRequest, CompletionRequest
 from tessera.serve.replies import Session
-from tessera.serve.session import ChatRequest, CompletionRequest, ServedModel
+from tessera.serve.session import ServedModel
 
 KEY_VARIABLE = "TESSERA_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
 PUBLIC_PATHS = ("/health", "/metrics", "/")  # for load balancers and browsers, without a key
+WRONG = (GenerationError, SchemaError, SwitchError, TemplateError, TokenizerError)
 STATUSES: dict[type[Exception], int] = {
-    **dict.fromkeys((GenerationError, SchemaError, SwitchError, TemplateError), 400),
+    **dict.fromkeys(WRONG, 400),
     QueueFullError: 429,
     ClosedError: 503,
     EngineError: 503,
@@ -86,6 +89,8 @@ class ServeConfig(Config):
     prefix_cache: int = Field(default=0, ge=0)
     int8: bool = False
     web: bool = False
+    allow_origin: list[str] = Field(default_factory=list)
+    switch: Switch | None = None
 
 
 def api_keys(config: ServeConfig) -> tuple[str, ...]:
@@ -131,10 +136,10 @@ class Metrics:
 
     def count(self, session: Session) -> None:
         """Count a request that has ended, or that its client has left."""
-        handle, usage = session.handle, session.usage
-        for choice, completion in zip(session.choices, handle.completions, strict=True):
-            reason = "stop" if choice.stream.stopped else completion.finish_reason
-            self.finished.labels(reason if handle.done else "cancelled").inc()
+        usage, samples = session.usage, [s for h in session.handles for s in h.samples]
+        for choice, sample in zip(session.choices, samples, strict=False):
+            reason = "stop" if choice.stream.stopped else sample.completion.finish_reason
+            self.finished.labels(reason if sample.handle.done else "cancelled").inc()
         details = usage["completion_tokens_details"]
         self.tokens.labels("prompt").inc(usage["prompt_tokens"])
         self.tokens.labels("generation").inc(usage["completion_tokens"])
@@ -164,7 +169,8 @@ def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
         prefix_cache_tokens=config.prefix_cache,
         int8=config.int8,
     )
-    served = ServedModel(engine, load_tokenizer(directory), config.timeout)
+    served = ServedModel(engine, load_tokenizer(directory), config.timeout, config.switch)
+    served.prepare()
     name = config.name or (path.resolve().name if path.exists() else model)
 
     def report(error: Exception) -> None:
@@ -178,6 +184,14 @@ def build(serving: Serving) -> FastAPI:
     """The application of a served model."""
     app = FastAPI(title="tessera", version="1", docs_url=None, redoc_url=None)
     app.add_middleware(RequestGuard, serving=serving)
+    if origins := serving.config.allow_origin:  # outside of the guard: preflights carry no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
 
     async def refuse(_: Request, error: Exception) -> JSONResponse:
         return _refusal(*_status(error))
@@ -199,9 +213,13 @@ def build(serving: Serving) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The model that is served."""
-        room = serving.model.engine.config.max_position_embeddings
-        one = {"id": serving.name, "object": "model", "created": 0, "owned_by": "tessera"}
-        return {"object": "list", "data": [{**one, "max_model_len": room}]}
+        return {"object": "list", "data": [_model(serving)]}
+
+    @app.get("/v1/models/{name:path}", responses={404: RESPONSES[404]})
+    async def model(name: str) -> dict[str, Any]:
+        """One model."""
+        _check_name(serving, name)
+        return _model(serving)
 
     @app.post("/v1/chat/completions", response_model=None, responses=RESPONSES)
     async def chat(request: ChatRequest, http: Request) -> JSONResponse | StreamingResponse:
@@ -213,8 +231,7 @@ def build(serving: Serving) -> FastAPI:
         request: CompletionRequest, http: Request
     ) -> JSONResponse | StreamingResponse:
         """Continue a text."""
-        echo = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-        return await _answer(serving, request, http, echo)
+        return await _answer(serving, request, http)
 
     if serving.config.web:
 
@@ -225,40 +242,51 @@ def build(serving: Serving) -> FastAPI:
     return app
 
 
-async def _answer(
-    serving: Serving, request: ChatRequest | CompletionRequest, http: Request, echo: str = ""
-) -> JSONResponse | StreamingResponse:
-    if request.model not in ("", serving.name):
-        text = f"this server serves {serving.name!r} and not {request.model!r}; see /v1/models"
+def _model(serving: Serving) -> dict[str, Any]:
+    room = serving.model.engine.config.max_position_embeddings
+    one = {"id": serving.name, "object": "model", "created": 0, "owned_by": "tessera"}
+    return {**one, "max_model_len": room}
+
+
+def _check_name(serving: Serving, name: str) -> None:
+    if name not in ("", serving.name):
+        text = f"this server serves {serving.name!r} and not {name!r}; see /v1/models"
         raise HTTPException(404, text)
-    session = serving.model.submit(request)
+
+
+async def _answer(
+    serving: Serving, request: ChatRequest | CompletionRequest, http: Request
+) -> JSONResponse | StreamingResponse:
+    _check_name(serving, request.model)
+    # Templates, tokenizers, grammars and prompts' log-probs take time that others must not wait.
+    session = await asyncio.to_thread(serving.model.submit, request)
 
     async def stream() -> AsyncIterator[str]:
         """A client that hangs up ends this generator, which ends the request."""
         usage = bool((request.stream_options or {}).get("include_usage"))
         try:
-            async for event in session.events(serving.name, usage, echo):
+            async for event in session.events(serving.name, usage):
                 yield _event(event)
             yield "data: [DONE]\n\n"
         except EngineError as error:
             yield _event(_error(503, str(error)))
         finally:
-            session.handle.cancel()
+            session.cancel()
             serving.metrics.count(session)
 
     async def cancel_on_disconnect() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
-        session.handle.cancel()
+        session.cancel()
 
     if request.stream:
         return StreamingResponse(stream(), media_type="text/event-stream")
     watcher = asyncio.create_task(cancel_on_disconnect())
     try:
-        return JSONResponse(await session.whole(serving.name, echo))
+        return JSONResponse(await session.whole(serving.name))
     finally:
         watcher.cancel()
-        session.handle.cancel()
+        session.cancel()
         serving.metrics.count(session)
 
 
@@ -266,31 +294,33 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def _error(status: int, text: str) -> dict[str, Any]:
+def _error(status: int, text: str, param: str | None = None) -> dict[str, Any]:
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": text, "type": kind, "param": None, "code": status}}
+    return {"error": {"message": text, "type": kind, "param": param, "code": status}}
 
 
-def _refusal(status: int, text: str) -> JSONResponse:
+def _refusal(status: int, text: str, param: str | None = None) -> JSONResponse:
     headers = {"Retry-After": "1"} if status in (429, 503) else None  # seconds
-    return JSONResponse(_error(status, text), status, headers)
+    return JSONResponse(_error(status, text, param), status, headers)
 
 
-def _status(error: Exception) -> tuple[int, str]:
-    """The status of a request that raised `error`, and what is said of it."""
+def _status(error: Exception) -> tuple[int, str, str | None]:
+    """The status of a request that raised `error`, what is said of it, and of which field."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         if first["loc"] == ("body",) or first["type"] == "json_invalid":
-            return 400, "the body is no JSON object; send one with Content-Type: application/json"
+            text = "the body is no JSON object; send one with Content-Type: application/json"
+            own = first["type"] == "value_error"
+            return 400, str(first["ctx"]["error"]) if own else text, None
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return 400, f"{where}: {first['msg']}"
+        return 400, f"{where}: {first['msg'].removeprefix('Value error, ')}", where
     if isinstance(error, HTTPException):
-        return error.status_code, str(error.detail)
+        return error.status_code, str(error.detail), None
     for kind, status in STATUSES.items():
         if isinstance(error, kind):
-            return status, str(error)
-    return 500, f"a mistake in the server: {type(error).__name__}"
+            return status, str(error), None
+    return 500, f"a mistake in the server: {type(error).__name__}", None
 
 
 class RequestGuard:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode
+from tessera.data.switch import NONE, require_switch
 from tessera.data.thought import Thought
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
@@ -20,26 +24,45 @@ from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 
 HELP = "/on  /off  /clear  /help  (Ctrl-C stops an answer, Ctrl-D leaves)"
-SAMPLING: dict[Mode, dict[str, float]] = {
+COMMAND = re.compile(r"/[a-z]+")  # a line of its own; others are the user's text
+SAMPLING: dict[Mode | None, dict[str, float]] = {
     "on": {"temperature": 0.6, "top_p": 0.95},
     "off": {"temperature": 0.0},
+    None: {"temperature": 0.6, "top_p": 0.95},
 }
 
 
-class Conversation:
-    """A model and the messages so far. budget: tokens after which a thought is closed."""
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked. mode: None, as it stands. budget: tokens until a thought is closed.
 
-    def __init__(self, model: Path, mode: Mode, max_tokens: int, budget: int | None = None) -> None:
-        self.mode: Mode = mode
-        self.max_tokens, self.budget = max_tokens, budget
-        self.messages: list[Message] = []
+    switch: the model's own where not given. variables: further ones of its chat template.
+    """
+
+    mode: Mode | None = None
+    switch: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int = 2048
+    budget: int | None = None
+
+
+class Conversation:
+    """A model and the messages so far. Raises SwitchError for "on" of a model without a switch."""
+
+    def __init__(self, model: Path, asking: Asking) -> None:
+        self.max_tokens, self.budget = asking.max_tokens, asking.budget
+        self.variables, self.messages = asking.variables, list[Message]()
         self.tokenizer = load_tokenizer(model)
-        self.encoder = ChatEncoder.of(self.tokenizer)
+        self.encoder = ChatEncoder.of(self.tokenizer, switch=asking.switch, today=True)
+        require_switch(self.encoder.switch, asking.mode, "the model")
+        self.mode: Mode | None = asking.mode or self.encoder.default
         self.engine = TorchEngine(load_model(model, frozen=True))
 
     def command(self, name: str) -> str:
         """Run a command that begins with /; returns the text to show."""
         if name in ("/on", "/off"):
+            if self.encoder.switch == NONE:
+                return "the model has no reasoning switch; --switch says how it is told"
             self.mode = "on" if name == "/on" else "off"
             return f"thinking {self.mode}"
         if name == "/clear":
@@ -50,7 +73,7 @@ class Conversation:
     def answer(self, question: str, show: Callable[[Thought], None]) -> str:
         """Tokens and seconds as text; `show` gets each piece. Keeps what came before Ctrl-C."""
         self.messages.append({"role": "user", "content": question})
-        prompt = self.encoder.prompt(self.messages, self.mode)
+        prompt = self.encoder.prompt(self.messages, self.mode, variables=self.variables)
         opened = opens_thought(self.tokenizer, prompt)
         stream, thinking = TextStream(self.tokenizer, prompt, opened=opened), None
         if self.budget is not None:
@@ -82,11 +105,12 @@ class Conversation:
         return f"{count} tokens{thought}, {seconds:.1f} s, {count / seconds:,.0f} tokens/s"
 
 
-def chat(model: str, mode: Mode, max_tokens: int, budget: int | None) -> None:
+def chat(model: str, asking: Asking) -> None:
     """Answer questions until the end of the input."""
     console = Console(highlight=False)
-    conversation = Conversation(resolve(model), mode, max_tokens, budget)
-    console.print(f"thinking {mode}. {HELP}", style="dim")
+    conversation = Conversation(resolve(model), asking)
+    said = f"thinking {conversation.mode}. " if conversation.mode else ""
+    console.print(f"{said}{HELP}", style="dim")
     in_thought = False
 
     def show(piece: Thought) -> None:
@@ -106,8 +130,8 @@ def chat(model: str, mode: Mode, max_tokens: int, budget: int | None) -> None:
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
-        if question.startswith("/"):
-            console.print(conversation.command(question.split()[0]), style="dim")
+        if COMMAND.fullmatch(question):
+            console.print(conversation.command(question), style="dim")
         elif question:
             in_thought = False
             summary = conversation.answer(question, show)

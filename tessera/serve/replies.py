@@ -1,105 +1,161 @@
-"""Samples as the API's JSON: whole replies, the events of a stream, tool calls in the text.
-
-A tool call is `<TOOLCALL>[{"name": …, "arguments": {…}}]</TOOLCALL>` (arXiv 2505.00949).
-"""
+"""Samples as the API's JSON: whole replies, and the events of a stream."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
-from tessera.data.thought import begun
+from tessera.data.calls import Call, CallReader
 from tessera.data.tokenizer import Tokenizer
-from tessera.generate.requests import Delta, Handle
-from tessera.generate.text import TextStream
+from tessera.generate.requests import Delta, Handle, read_all
+from tessera.generate.text import Detokenizer, TextStream
+from tessera.generate.token_bytes import TokenBytes
 
-OPEN, CLOSE = "<TOOLCALL>", "</TOOLCALL>"
 REASONS = {"stop": "stop", "length": "length", "timeout": "length", "cancelled": "stop"}
+LEAST = -9999.0  # a log-prob of minus infinity, which JSON cannot say, in OpenAI's API
 
 
-class ToolCalls:
-    """Text in, text without tool calls out; `calls` holds the complete ones."""
+@dataclass(slots=True)
+class Entry:
+    """A token of a text. logprob, top: None for the first token of a prompt."""
 
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """The text that cannot be part of a call; the rest is held back."""
-        self._held += text
-        plain = ""
-        while OPEN in self._held:
-            before, _, rest = self._held.partition(OPEN)
-            inside, closed, after = rest.partition(CLOSE)
-            if not closed:
-                self._held = OPEN + rest
-                return plain + before
-            plain, self._held = plain + before + self._parse(inside), after
-        sure = len(self._held) - begun(self._held, [OPEN])
-        plain, self._held = plain + self._held[:sure], self._held[sure:]
-        return plain
-
-    def flush(self) -> str:
-        """The held text, at the end of the completion. A call without its closing tag counts."""
-        held, self._held = self._held, ""
-        return self._parse(held.removeprefix(OPEN)) if held.startswith(OPEN) else held
-
-    def _parse(self, inside: str) -> str:
-        """Add the calls; text that is no call is returned."""
-        try:
-            rows = json.loads(inside)
-            rows = rows if isinstance(rows, list) else [rows]
-            self.calls += [_call(row["name"], row.get("arguments") or {}) for row in rows]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return f"{OPEN}{inside}{CLOSE}"
-        return ""
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]] | None
+    text: str = ""
+    offset: int = 0
+    cut: int | None = 0  # bytes off its end, by a stop string; None: all of them
 
 
-def _call(name: str, arguments: Any) -> dict[str, Any]:
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    function = {"name": str(name), "arguments": text}
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+@dataclass(frozen=True)
+class Echo:
+    """What a reply repeats of its prompt."""
+
+    text: str = ""
+    entries: Sequence[Entry] = ()
+
+
+@dataclass
+class Piece:
+    """What became final of one choice."""
+
+    thought: str = ""
+    answer: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+
+
+def entries_of(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    logprobs: Sequence[float],
+    tops: Sequence[list[tuple[int, float]]],
+    hidden: int = 0,
+) -> list[Entry]:
+    """The tokens of a prompt, special ones by their names but for the first `hidden`.
+
+    Nothing is said of the first one's log-prob.
+    """
+    stream, found, offset = Detokenizer(tokenizer, (), tokenizer.special_tokens), [], 0
+    texts = ["" if i < hidden else stream.push(token) for i, token in enumerate(prompt)]
+    texts[-1] += stream.flush()
+    for token, logprob, top, text in zip(
+        prompt, [None, *logprobs], [None, *tops], texts, strict=True
+    ):
+        found.append(Entry(token, logprob, top, text, offset))
+        offset += len(text)
+    return found
 
 
 class Choice:
-    """One sample of a reply so far. Thoughts and tool calls are looked for in chats."""
+    """One sample of a reply so far.
 
-    def __init__(self, stream: TextStream, chat: bool) -> None:
-        self.stream, self.tools = stream, ToolCalls() if chat else None
+    names: how tokens are written, None where no log-probs are asked for. reader: of calls, None
+    where none may be made. single: only the first call counts.
+    """
+
+    def __init__(
+        self,
+        stream: TextStream,
+        names: TokenBytes | None = None,
+        echo: Echo | None = None,
+        *,
+        reader: CallReader | None = None,
+        single: bool = False,
+    ) -> None:
+        self.stream, self.names, self.echo = stream, names, echo or Echo()
+        self.reader, self.single = reader, single
         self.thought = self.answer = ""
-        self.tokens: list[dict[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
+        self.entries: list[Entry] = []
         self.finish_reason: str | None = None
+        self._held: list[Entry] = []  # those whose text is not final
+        self._offset = len(self.echo.text)
 
-    def add(self, delta: Delta, tokens: list[dict[str, Any]]) -> tuple[str, str]:
-        """The parts of thought and answer that are final with these tokens."""
-        piece, reason = self.stream.push(delta.token_ids), delta.finish_reason
+    def add(self, delta: Delta) -> Piece:
+        """The parts that are final with these tokens."""
+        read, reason = self.stream.push(delta.token_ids), delta.finish_reason
         if reason is not None:
-            piece += self.stream.finish()
+            read += self.stream.finish()
             self.finish_reason = "stop" if self.stream.stopped else REASONS[reason]
-        thought, answer = piece.thought or "", piece.answer
-        if self.tools is not None:
-            answer = self.tools.push(answer)
+        piece = Piece(read.thought or "", read.answer)
+        if self.reader is not None:
+            piece.answer = self.reader.push(read.answer)
             if reason is not None:
-                answer += self.tools.flush()
-                self.finish_reason = "tool_calls" if self.calls else self.finish_reason
-        self.thought, self.answer = self.thought + thought, self.answer + answer
-        self.tokens += tokens
-        return thought, answer
+                piece.answer += self.reader.flush()
+            made = self.reader.calls[: 1 if self.single else None]
+            piece.calls = [
+                {"index": i, **_call(made[i])} for i in range(len(self.calls), len(made))
+            ]
+            if self.finish_reason == "stop" and made:
+                self.finish_reason = "tool_calls"
+        if self.names is not None:
+            piece.entries = self._final_entries(delta)
+        self.thought, self.answer = self.thought + piece.thought, self.answer + piece.answer
+        self.calls, self.entries = self.calls + piece.calls, self.entries + piece.entries
+        return piece
 
-    @property
-    def calls(self) -> list[dict[str, Any]]:
-        return [] if self.tools is None else self.tools.calls
+    def _final_entries(self, delta: Delta) -> list[Entry]:
+        tops = delta.top_logprobs or [[] for _ in delta.token_ids]
+        for token, logprob, top in zip(delta.token_ids, delta.logprobs, tops, strict=True):
+            self._held.append(Entry(token, logprob, top))
+        final, pieces = delta.finish_reason is not None, self.stream.pieces
+        texts = pieces[len(pieces) - len(self._held) :]
+        end = len(self.echo.text) + self.stream.given  # of the text that is final
+        sure, offset, last = 0, self._offset, len(texts) if self.stream.unfinished else -1
+        for place, (entry, text) in enumerate(zip(self._held, texts, strict=True), 1):
+            kept = max(0, end - offset) if final else len(text)
+            entry.text, entry.offset = text[:kept], min(offset, end)
+            behind = final and self.stream.stopped and offset >= end
+            entry.cut = None if behind else len(text[kept:].encode())
+            offset += len(text)
+            if final or (text and offset <= end and place != last):
+                sure, self._offset = place, offset
+        found, self._held = self._held[:sure], self._held[sure:]
+        return found
 
     def message(self) -> dict[str, Any]:
         message = {"role": "assistant", "content": self.answer, **_reasoning(self.thought)}
         if self.calls:
-            message |= {"content": self.answer or None, "tool_calls": self.calls}
+            calls = [{k: v for k, v in call.items() if k != "index"} for call in self.calls]
+            message |= {"content": self.answer or None, "tool_calls": calls}
         return message
+
+
+def _call(call: Call) -> dict[str, Any]:
+    name, arguments = call
+    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which the model wrote as \ud800
+        text = json.dumps(arguments)
+    function = {"name": name.encode("utf-8", "replace").decode(), "arguments": text}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def _reasoning(thought: str) -> dict[str, Any]:
@@ -109,19 +165,21 @@ def _reasoning(thought: str) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Session:
-    """A submitted request. logprobs: whether they are asked for."""
+    """A submitted request: `choices` of the prompts in turn, as many of each.
 
-    handle: Handle
+    handles: one a prompt; none where no token is asked for.
+    """
+
+    handles: list[Handle]
     choices: list[Choice]
-    tokenizer: Tokenizer
+    prompts: list[list[int]]
     chat: bool
-    logprobs: bool
 
     @property
     def usage(self) -> dict[str, Any]:
         """The tokens used so far, in the API's form."""
-        prompt = len(self.handle.prompt)
-        completion = sum(len(one.token_ids) for one in self.handle.completions)
+        prompt = sum(map(len, self.prompts))
+        completion = sum(len(one.token_ids) for h in self.handles for one in h.completions)
         thought = sum(choice.stream.thought_tokens for choice in self.choices)
         return {
             "prompt_tokens": prompt,
@@ -130,85 +188,116 @@ class Session:
             "completion_tokens_details": {"reasoning_tokens": thought},
         }
 
-    async def whole(self, model: str, echo: str = "") -> dict[str, Any]:
+    def cancel(self) -> None:
+        for handle in self.handles:
+            handle.cancel()
+
+    async def whole(self, model: str) -> dict[str, Any]:
         """The reply that is not streamed. A reader that leaves cancels the request."""
-        with self.handle:
-            async for delta in self.handle:
-                self.choices[delta.sample].add(delta, self._tokens(delta))
-        rows = [
-            {
-                "index": index,
-                **({"message": one.message()} if self.chat else {"text": echo + one.answer}),
-                "logprobs": self._logprobs(one.tokens) if self.logprobs else None,
-                "finish_reason": one.finish_reason,
-            }
-            for index, one in enumerate(self.choices)
-        ]
+        async for _ in self._pieces():
+            pass
+        rows = []
+        for index, one in enumerate(self.choices):
+            said = {"message": one.message()} if self.chat else {"text": one.echo.text + one.answer}
+            entries = [*one.echo.entries, *one.entries]
+            logprobs, reason = self._logprobs(one, entries), one.finish_reason or "length"
+            rows.append({"index": index, **said, "logprobs": logprobs, "finish_reason": reason})
         head = self._head("chat.completion", model)
         return {**head, "choices": rows, "usage": self.usage}
 
-    async def events(
-        self, model: str, usage: bool, echo: str = ""
-    ) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, model: str, usage: bool) -> AsyncIterator[dict[str, Any]]:
         """The events of a stream. usage: whether the last one holds the token counts."""
-        head = self._head("chat.completion.chunk", model)
+        head = self._head("chat.completion.chunk", model) | ({"usage": None} if usage else {})
 
         def event(index: int, content: Any, **more: Any) -> dict[str, Any]:
             content = {"delta" if self.chat else "text": content}
             row = {"index": index, **content, "logprobs": None, "finish_reason": None, **more}
             return {**head, "choices": [row]}
 
-        for index in range(len(self.choices) if self.chat or echo else 0):
-            yield event(index, {"role": "assistant", "content": ""} if self.chat else echo)
-        with self.handle:
-            async for delta in self.handle:
-                index, choice = delta.sample, self.choices[delta.sample]
-                tokens = self._tokens(delta)
-                thought, answer = choice.add(delta, tokens)
-                reason = choice.finish_reason
-                more = {"logprobs": self._logprobs(tokens)} if tokens else {}
-                if not self.chat:
-                    if answer or more or reason:
-                        yield event(index, answer, **more, finish_reason=reason)
-                    continue
-                if thought:
-                    yield event(index, _reasoning(thought), **more)
-                    more = {}
-                if answer or more:
-                    yield event(index, {"content": answer}, **more)
-                if reason:
-                    calls = [{"index": i, **call} for i, call in enumerate(choice.calls)]
-                    yield event(index, {"tool_calls": calls} if calls else {}, finish_reason=reason)
+        for index, choice in enumerate(self.choices):
+            logprobs = self._logprobs(choice, choice.echo.entries) if choice.echo.entries else None
+            if self.chat:
+                yield event(index, {"role": "assistant", "content": ""})
+            elif choice.echo.text or logprobs:
+                yield event(index, choice.echo.text, logprobs=logprobs)
+            if not self.handles:
+                yield event(index, "", finish_reason="length")
+        async for index, piece in self._pieces():
+            choice = self.choices[index]
+            reason = choice.finish_reason
+            more = {"logprobs": self._logprobs(choice, piece.entries)} if piece.entries else {}
+            if not self.chat:
+                if piece.answer or more or reason:
+                    yield event(index, piece.answer, **more, finish_reason=reason)
+                continue
+            if piece.thought:
+                yield event(index, _reasoning(piece.thought), **more)
+                more = {}
+            if piece.answer or more:
+                yield event(index, {"content": piece.answer}, **more)
+            if piece.calls:
+                yield event(index, {"tool_calls": piece.calls})
+            if reason:
+                yield event(index, {}, finish_reason=reason)
         if usage:
             yield {**head, "choices": [], "usage": self.usage}
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """What becomes final, with the index of its choice."""
+        each = len(self.choices) // len(self.prompts)
+        with ExitStack() as stack:
+            for handle in self.handles:
+                stack.enter_context(handle)
+            async for place, delta in read_all(self.handles):
+                index = place * each + delta.sample
+                yield index, self.choices[index].add(delta)
 
     def _head(self, kind: str, model: str) -> dict[str, Any]:
         prefix, kind = ("chatcmpl", kind) if self.chat else ("cmpl", "text_completion")
         name = f"{prefix}-{secrets.token_hex(12)}"
         return {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
-    def _tokens(self, delta: Delta) -> list[dict[str, Any]]:
-        """The tokens with their log-probs as chats have them; none unless they are asked for."""
-
-        def one(token: int, logprob: float) -> dict[str, Any]:
-            text = self.tokenizer.decode([token], special=True)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-        if not self.logprobs:
-            return []
-        tops = delta.top_logprobs or [[] for _ in delta.token_ids]
-        return [
-            {**one(token, logprob), "top_logprobs": [one(*pair) for pair in top]}
-            for token, logprob, top in zip(delta.token_ids, delta.logprobs, tops, strict=True)
-        ]
-
-    def _logprobs(self, tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    def _logprobs(self, choice: Choice, entries: Sequence[Entry]) -> dict[str, Any] | None:
+        if choice.names is None:
+            return None
         if self.chat:
-            return {"content": tokens, "refusal": None}
-        texts = [one["token"] for one in tokens]
+            rows = [_chat_entry(choice.names, entry) for entry in entries]
+            return {"content": rows, "refusal": None}
         return {
-            "tokens": texts,
-            "token_logprobs": [one["logprob"] for one in tokens],
-            "top_logprobs": [{t["token"]: t["logprob"] for t in o["top_logprobs"]} for o in tokens],
-            "text_offset": [0, *itertools.accumulate(map(len, texts))][:-1],
+            "tokens": [entry.text for entry in entries],
+            "token_logprobs": [_finite(entry.logprob) for entry in entries],
+            "top_logprobs": [_by_text(choice.names, entry) for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
         }
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST)
+
+
+def _chat_entry(names: TokenBytes, entry: Entry) -> dict[str, Any]:
+    own, text = names.of(entry.token), entry.text
+    own = own[: 0 if entry.cut is None else max(0, len(own) - entry.cut)]
+    # A character that several tokens share belongs to the last one; their bytes tell them apart.
+    shared = "\ufffd" in text or names.name(entry.token).startswith("bytes:")
+    first = {
+        "token": text or names.name(entry.token),
+        "logprob": _finite(entry.logprob),
+        "bytes": list(own if shared else text.encode()),
+    }
+    top = [
+        {"token": names.name(i), "logprob": _finite(value), "bytes": list(names.of(i))}
+        for i, value in entry.top or ()
+    ]
+    return {**first, "top_logprobs": top}
+
+
+def _by_text(names: TokenBytes, entry: Entry) -> dict[str, float | None] | None:
+    """The chosen token and the likeliest ones; of two with one text, the likelier."""
+    if entry.top is None:
+        return None
+    found = {entry.text: _finite(entry.logprob)}
+    for token, logprob in entry.top:
+        if token != entry.token:
+            found.setdefault(names.name(token), _finite(logprob))
+    return found

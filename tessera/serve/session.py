@@ -1,175 +1,225 @@
-"""A request to the server: its fields, and its prompt.
-
-The fields are the OpenAI API's, and vLLM's names for what that lacks. Unknown fields are ignored,
-as other servers do.
-"""
+"""A model that is served: from the fields of a request to what the engine is asked."""
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-
+from tessera.data.calls import MARKED, CallReader, Dialect, template_dialects
 from tessera.data.chat import ChatEncoder
-from tessera.data.conversation import Message, tidy
-from tessera.data.switch import requested
+from tessera.data.conversation import Message, Mode, SchemaError, tidy
+from tessera.data.switch import NONE, is_variable, requested
+from tessera.data.thought import CLOSE, OPEN, Splitter
 from tessera.data.tokenizer import Tokenizer
-from tessera.generate.engine import SamplingParams
+from tessera.generate.engine import SamplingParams, check_sequences
+from tessera.generate.grammar import Grammars, calls_rule
+from tessera.generate.requests import Grammar, Handle
 from tessera.generate.text import TextStream, opens_thought, stop_criterion, thinking_budget
+from tessera.generate.token_bytes import TokenBytes
 from tessera.generate.torch_engine import TorchEngine
-from tessera.serve.replies import Choice, Session
-
-MAX_STOPS = 16
-
-
-class SamplingRequest(BaseModel):
-    """How to sample, in either kind of request. thinking_budget: tokens of thought at most."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str = ""
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100, allow_inf_nan=False)
-    n: int = Field(default=1, ge=1, le=128)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: dict[str, Any] | None = None
-    thinking_budget: int | None = Field(default=None, ge=0)
-
-    @field_validator("stop")
-    @classmethod
-    def _check_stop(cls, value: str | list[str] | None) -> list[str]:
-        stops = [value] if isinstance(value, str) else value or []
-        if len(stops) > MAX_STOPS or not all(stops):
-            raise ValueError(f"give at most {MAX_STOPS} stop strings, none of them empty")
-        return stops
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
-
-
-class ChatRequest(SamplingRequest):
-    """`/v1/chat/completions`. The reasoning switch is set by the system prompt, `/no_think`,
-    reasoning_effort or chat_template_kwargs.enable_thinking; the last of these wins."""
-
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=20)
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """How many alternatives are reported beside each token; None: no log-probs at all."""
-        return self.top_logprobs if self.logprobs else None
-
-
-class CompletionRequest(SamplingRequest):
-    """`/v1/completions`: continue a text or tokens."""
-
-    prompt: str | list[int]
-    logprobs: int | None = Field(default=None, ge=0, le=20)
-    echo: bool = False
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_tokens if self.max_tokens is not None else 16
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
+from tessera.serve.fields import ChatRequest, CompletionRequest, Ids, SamplingRequest
+from tessera.serve.replies import Choice, Echo, Session, entries_of
 
 
 @dataclass
 class ServedModel:
-    """An engine with the tokenizer of its model. timeout: seconds that a request may take."""
+    """An engine with the tokenizer of its model.
+
+    timeout: seconds that a request may take. switch: the model's own where not given (switch.py).
+    """
 
     engine: TorchEngine
     tokenizer: Tokenizer
     timeout: float
+    switch: str | None = None
 
     @cached_property
     def encoder(self) -> ChatEncoder:
         """Raises TemplateError for a model without a chat template."""
-        return ChatEncoder.of(self.tokenizer)
+        return ChatEncoder.of(self.tokenizer, switch=self.switch, today=True)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
+
+    @cached_property
+    def dialects(self) -> tuple[Dialect, ...]:
+        """How the model writes calls of tools; the first is the one it must use."""
+        return template_dialects(self.encoder.template)
+
+    @cached_property
+    def marks(self) -> list[str]:
+        """What announces calls: special tokens of some models, and part of the text."""
+        return [dialect.mark for dialect in self.dialects if dialect.mark]
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        marks = (OPEN, CLOSE, *(dialect.mark for dialect in MARKED))
+        return Grammars(self.tokenizer, self.engine.config.vocab_size, marks)
+
+    def prepare(self) -> None:
+        """Do what takes long with a large vocabulary, before there is anybody to wait for it."""
+        _ = self.token_bytes
+        self._grammars.prepare()
 
     def submit(self, request: ChatRequest | CompletionRequest) -> Session:
-        """Raises what the template, the sampling and the queue raise."""
-        tokenizer, num_logprobs = self.tokenizer, request.num_logprobs
-        thinking = opened = None
-        if isinstance(request, ChatRequest):
-            prompt = self._chat_prompt(request)
-            opened = opens_thought(tokenizer, prompt)
-            if request.thinking_budget is not None:
-                thinking = thinking_budget(tokenizer, request.thinking_budget, opened)
-        elif isinstance(request.prompt, str):
-            prompt = tokenizer.encode(request.prompt, bos=True)
-        else:
-            prompt = request.prompt
-        params = SamplingParams(
+        """Queue a request. May take long: it is called outside of the event loop.
+
+        Raises what the template, the sampling and the queue raise.
+        """
+        found = self._chat(request) if isinstance(request, ChatRequest) else self._texts(request)
+        self.engine.queue(found.handles)
+        return found
+
+    def _chat(self, request: ChatRequest) -> Session:
+        prompt, mode = self._chat_prompt(request)
+        opened, params = self._opened(request, prompt), self._params(request)
+        if request.thinking_budget is not None:
+            budget = thinking_budget(self.tokenizer, request.thinking_budget, bool(opened))
+            params = replace(params, thinking=budget)
+        may_think = mode != "off" and self.encoder.switch != NONE
+        grammar = self._grammar(request, "opened" if opened else "may" if may_think else "none")
+        dialects, marks = (self.dialects, self.marks) if request.functions else ((), ())
+        stop, ends = request.stop or (), params.stop_token_ids
+        choices = [
+            Choice(
+                TextStream(self.tokenizer, prompt, stop, opened, marks, ends),
+                self._names(request),
+                reader=CallReader(dialects) if dialects else None,
+                single=not request.parallel_tool_calls,
+            )
+            for _ in range(request.n)
+        ]
+        return Session([self._handle(request, prompt, params, grammar)], choices, [prompt], True)
+
+    def _texts(self, request: CompletionRequest) -> Session:
+        prompts = [self._ids(prompt, request) for prompt in request.prompts]
+        config = self.engine.config
+        check_sequences(prompts, "prompt", config.vocab_size, config.max_position_embeddings)
+        echoes = self._echoes(request, prompts) if request.echo else [Echo() for _ in prompts]
+        stop, handles = request.stop or (), []
+        if request.limit:
+            params, grammar = self._params(request), self._grammar(request, "none")
+            handles = [
+                self._handle(request, prompt, params, grammar, key)
+                for key, prompt in enumerate(prompts)
+            ]
+        ends = handles[0].samples[0].params.stop_token_ids if handles else ()
+        choices = [
+            Choice(
+                TextStream(self.tokenizer, prompt, stop, None, (), ends),
+                self._names(request),
+                echo,
+            )
+            for prompt, echo in zip(prompts, echoes, strict=True)
+            for _ in range(request.n)
+        ]
+        return Session(handles, choices, prompts, False)
+
+    def _names(self, request: ChatRequest | CompletionRequest) -> TokenBytes | None:
+        """How tokens are written beside their log-probs; None where nobody asks for them."""
+        return None if request.num_logprobs is None else self.token_bytes
+
+    def _params(self, request: ChatRequest | CompletionRequest) -> SamplingParams:
+        ends = () if request.ignore_eos else self.tokenizer.eos_ids
+        return SamplingParams(
             max_tokens=request.limit or self.engine.config.max_position_embeddings,
             temperature=request.temperature,
             top_k=max(0, request.top_k),
             top_p=request.top_p,
             min_p=request.min_p,
             repetition_penalty=request.repetition_penalty,
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
+            logit_bias=tuple(sorted(request.logit_bias.items())),
             n=request.n,
-            stop_token_ids=tokenizer.eos_ids,
+            stop_token_ids=(*ends, *request.stop_token_ids),
             seed=secrets.randbits(63) if request.seed is None else request.seed % 2**64,
-            logprobs=num_logprobs or 0,
-            thinking=thinking,
+            logprobs=request.num_logprobs or 0,
         )
-        stops = request.stop or ()
-        stopping = stop_criterion(tokenizer, stops, prompt) if stops else None
-        handle = self.engine.submit(prompt, params, timeout=self.timeout, stopping=stopping)
-        chat = opened is not None
-        choices = [
-            Choice(TextStream(tokenizer, prompt, stops, opened), chat) for _ in range(request.n)
-        ]
-        return Session(handle, choices, tokenizer, chat, num_logprobs is not None)
 
-    def _chat_prompt(self, request: ChatRequest) -> list[int]:
-        mode, messages = requested(
-            tidy([message.model_dump(exclude_none=True) for message in request.messages]),
-            enable_thinking=(request.chat_template_kwargs or {}).get("enable_thinking"),
-            reasoning_effort=request.reasoning_effort,
+    def _handle(
+        self,
+        request: SamplingRequest,
+        prompt: Ids,
+        params: SamplingParams,
+        grammar: Callable[[], Grammar] | None,
+        key: int = 0,
+    ) -> Handle:
+        stop = request.stop
+        stopping = stop_criterion(self.tokenizer, stop, prompt) if stop else None
+        return self.engine.request(
+            prompt, params, key=key, timeout=self.timeout, stopping=stopping, grammar=grammar
         )
-        # The API wraps a tool: {"type": "function", "function": {…}}.
-        tools = [] if request.tool_choice == "none" else request.tools or []
-        tools = [one["function"] if isinstance(one.get("function"), dict) else one for one in tools]
-        return self.encoder.prompt(self._without_specials(messages), mode or "off", tools)
 
-    def _without_specials(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages whose special tokens are broken up, so that nobody can end another's turn."""
-        specials = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+    def _grammar(
+        self, request: SamplingRequest, thought: Literal["none", "may", "opened"]
+    ) -> Callable[[], Grammar] | None:
+        """What the answer must obey: a form, calls of tools, or either."""
+        form, calls, must = request.form, None, False
+        if isinstance(request, ChatRequest) and request.functions:
+            named = isinstance(request.tool_choice, dict)
+            must = named or request.tool_choice == "required"
+            if form or must:
+                several = request.parallel_tool_calls and not named
+                calls = calls_rule(request.functions, self.dialects[0], several)
+        rules = [rule for rule in (None if must else form, calls) if rule]
+        return self._grammars.compile(rules, thought) if rules else None
 
-        def safe(message: Message) -> Message:
-            text = message.get("content")
-            if message["role"] == "assistant" or not isinstance(text, str):
-                return message
-            broken = pattern.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
-            return {**message, "content": broken}
+    def _opened(self, request: ChatRequest, prompt: Ids) -> bool | None:
+        """Whether the answer begins inside of a thought; None: it can hold none any more."""
+        if request.ending == "open":
+            splitter = Splitter()
+            splitter.push(_messages(request)[-1]["content"])
+            if splitter.thinking or splitter.answering:
+                return True if splitter.thinking else None
+        return opens_thought(self.tokenizer, prompt)
 
-        return [safe(message) for message in messages]
+    def _ids(self, prompt: str | Ids, request: CompletionRequest) -> Ids:
+        if not isinstance(prompt, str):
+            return prompt
+        return self.tokenizer.encode(prompt, request.add_special_tokens, special=True)
+
+    def _echoes(self, request: CompletionRequest, prompts: Sequence[Ids]) -> list[Echo]:
+        """What is repeated of each prompt, with its log-probs where they are asked for."""
+        empty = [([0.0] * (len(ids) - 1), [[]] * (len(ids) - 1)) for ids in prompts]
+        count = request.num_logprobs
+        scores = empty if count is None else self.engine.score_top(prompts, count)
+        found = []
+        for given, ids, score in zip(request.prompts, prompts, scores, strict=True):
+            begun = isinstance(given, str) and request.add_special_tokens
+            hidden = len(self.tokenizer.begin) if begun else 0
+            entries = entries_of(self.tokenizer, ids, *score, hidden)
+            # Some tokenizers drop white space of a text; tokens must join to what is given back.
+            joined = "".join(entry.text for entry in entries)
+            text = given if isinstance(given, str) and count is None else joined
+            found.append(Echo(text, () if count is None else entries))
+        return found
+
+    def _chat_prompt(self, request: ChatRequest) -> tuple[Ids, Mode | None]:
+        messages = _messages(request)
+        variables, effort = dict(request.chat_template_kwargs or {}), request.reasoning_effort
+        own = variables.get(self.encoder.switch)
+        asked = variables.get("enable_thinking", own if isinstance(own, bool) else None)
+        mode = requested(
+            messages, self.encoder.switch, enable_thinking=asked, reasoning_effort=effort
+        )
+        if effort is not None:
+            variables.setdefault("reasoning_effort", effort)
+        tools = request.shown_tools
+        if mode and is_variable(self.encoder.switch):  # the text stays, whatever it says
+            variables, said = {self.encoder.switch: mode == "on", **variables}, None
+        else:
+            mode = said = mode or self.encoder.default
+        ids = self.encoder.prompt(messages, said, tools, variables, ending=request.ending)
+        return ids, mode
+
+
+def _messages(request: ChatRequest) -> list[Message]:
+    found = tidy([message.model_dump(exclude_none=True) for message in request.messages])
+    if not found:
+        raise SchemaError("messages hold no text to answer")
+    return found

@@ -7,13 +7,17 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from tessera.data.calls import MARKED, template_dialects
+from tessera.data.template import TemplateError, template_of
 from tessera.data.thought import CLOSE, OPEN
-from tessera.data.tokenizer import load_tokenizer
+from tessera.data.tokenizer import Tokenizer, load_tokenizer
 from tessera.export import decilm
 from tessera.runs.files import RunError
 from tessera.serve.app import ServeConfig, ServeError, api_keys
 from tessera.vllm import worker
 from tessera.vllm.engine import find_python
+
+PARSERS = {"hermes": "hermes", "llama3": "llama3_json", "mistral": "mistral"}  # vLLM's names
 
 
 class Command(NamedTuple):
@@ -46,6 +50,8 @@ def command(model: str, config: ServeConfig, python: str | None = None) -> Comma
     arguments += ["--max-num-seqs", str(config.batch)]
     if room := values.get("max_position_embeddings"):
         arguments += ["--max-model-len", str(room)]
+    if config.allow_origin:
+        arguments += ["--allowed-origins", json.dumps(config.allow_origin)]
     if "auto_map" in values:
         if not decilm.is_own_code(home):
             raise ServeError(f"{model} brings Python that is not tessera's: export it again")
@@ -59,8 +65,19 @@ def command(model: str, config: ServeConfig, python: str | None = None) -> Comma
         )
     else:
         arguments += ["--reasoning-parser", "deepseek_r1"]
+    arguments += _calls(tokenizer)
     keys = api_keys(config)
     return Command(arguments, {worker.KEYS: "\n".join(keys)} if keys else {}, note)
+
+
+def _calls(tokenizer: Tokenizer) -> list[str]:
+    """Have vLLM read the calls of tools, where the template's dialect is one that it knows."""
+    try:
+        dialects = template_dialects(template_of(tokenizer))
+    except TemplateError:
+        return []
+    parser = PARSERS.get(dialects[0].name) if dialects != MARKED else None
+    return ["--enable-auto-tool-choice", "--tool-call-parser", parser] if parser else []
 
 
 def _python() -> str:

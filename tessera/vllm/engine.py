@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from tessera.export.engines import Format, refusals
 from tessera.export.padding import widen
 from tessera.generate.engine import (
     ClosedError,
+    Completed,
     Completion,
     GenerationError,
-    Progress,
+    GenerationRequest,
     SamplingParams,
+    Working,
     check_sequences,
-    keys_of,
+    generate,
 )
 from tessera.model.checkpoint import write_model
 from tessera.model.config import ModelConfig
@@ -57,8 +59,8 @@ PLUGIN = Path(__file__).with_name("plugin.py")
 PREFIX = "tessera-vllm-"
 BATCHED_TOKENS = 8192  # of prompts, that vLLM reads at once on a CPU
 SAMPLING = (
-    "n", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-    "stop_token_ids", "logprobs",
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "stop_token_ids", "logprobs", "frequency_penalty", "presence_penalty", "logit_bias",
 )  # fmt: skip
 
 
@@ -98,8 +100,13 @@ class Process:
             encoding="utf-8",
         )
 
-    def ask(self, do: str, progress: Callable[[int], None] | None = None, **keys: Any) -> dict:
-        """The worker's answer to one question; `progress` is called with the samples done so far.
+    def ask(self, do: str, **keys: Any) -> dict:
+        """The worker's answer to one question; raises as `lines` does."""
+        *_, answer = self.lines(do, **keys)
+        return answer
+
+    def lines(self, do: str, **keys: Any) -> Iterator[dict]:
+        """The lines that answer one question: any that have a `number`, then one without.
 
         Raises GenerationError with what the worker refused, DiedError where it has ended.
         """
@@ -111,12 +118,11 @@ class Process:
             if not line.endswith("\n"):
                 break  # killed while it wrote
             answer = json.loads(line)
-            if answer.keys() != {"done"}:
-                if "error" in answer:
-                    raise GenerationError(f"vLLM: {answer['error']}")
-                return answer
-            if progress:
-                progress(answer["done"])
+            if "error" in answer:
+                raise GenerationError(f"vLLM: {answer['error']}")
+            yield answer
+            if "number" not in answer:
+                return
         code = self.child.wait()
         self.log.seek(0)
         lines = self.log.read().decode("utf-8", "replace").splitlines()
@@ -166,36 +172,55 @@ class VLLMEngine:
         self._closed = self._asleep = False
         self.sync(module, 0)
 
+    def as_completed(
+        self, requests: Iterable[GenerationRequest], working: Working | None = None
+    ) -> Generator[Completed, None, None]:
+        """See `Engine.as_completed`. Seeds are vLLM's: samples are not those of another engine.
+
+        All requests are read at the beginning: vLLM has a queue of its own.
+        """
+        left: dict[int, tuple[GenerationRequest, int]] = {}
+        for request in requests:
+            self.check([request])
+            left |= {len(left) + place: (request, n) for place, n in enumerate(request.numbers)}
+        try:
+            for line in self._lines("generate", lambda: _question(left)) if left else ():
+                if "number" in line:
+                    request, number = left.pop(line["number"])
+                    if working is not None:
+                        working(0, min(self.batch, len(left)))
+                    yield request, number, self._completion(line["completion"], request.params)
+        except (GeneratorExit, KeyboardInterrupt):  # it would go on, and answer the next question
+            self._end_process()
+            raise
+
+    def check(self, requests: Sequence[GenerationRequest]) -> None:
+        """See `Engine.check`."""
+        prompts = [request.prompt for request in requests]
+        check_sequences(prompts, "prompt", self.config.vocab_size, self.room - 1)
+        for what, refused in (
+            ("thinking budget", any(one.params.thinking is not None for one in requests)),
+            ("stopping criterion", any(one.stopping is not None for one in requests)),
+        ):
+            if refused:
+                raise GenerationError(f"vLLM takes no {what}; use tessera's engine")
+
+    def _completion(self, sample: list, params: SamplingParams) -> Completion:
+        ids, logprobs, reason, rows = sample
+        top = [[(int(i), p) for i, p in row] for row in rows] if params.logprobs else []
+        top = [sorted(row, key=lambda pair: -pair[1])[: params.logprobs] for row in top]
+        ended = "stop" if reason == "stop" else "length"
+        return Completion(ids, logprobs, ended, self.version, top)
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         *,
         keys: Sequence[int] | None = None,
-        progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        """See `Engine.generate`. Seeds are vLLM's: the samples are not those of another engine."""
-        check_sequences(prompts, "prompt", self.config.vocab_size, self.room - 1)
-        if params.thinking is not None:
-            raise GenerationError("vLLM takes no thinking budget; use tessera's engine")
-        total = len(prompts) * params.n
-        answer = self._ask(
-            "generate",
-            (lambda done: progress(done, total)) if progress else None,
-            prompts=[list(prompt) for prompt in prompts],
-            seeds=[seed_of(params.seed, key) for key in keys_of(prompts, keys)],
-            sampling={name: getattr(params, name) for name in SAMPLING},
-        )
-
-        def completion(
-            ids: list[int], logprobs: list[float], reason: str, rows: list
-        ) -> Completion:
-            top = [[(int(i), p) for i, p in row] for row in rows] if params.logprobs else []
-            top = [sorted(row, key=lambda pair: -pair[1])[: params.logprobs] for row in top]
-            ended = "stop" if reason == "stop" else "length"
-            return Completion(ids, logprobs, ended, self.version, top)
-
-        return [[completion(*sample) for sample in samples] for samples in answer["completions"]]
+        """See `Engine.generate`."""
+        return generate(self, prompts, params, keys)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
@@ -240,19 +265,30 @@ class VLLMEngine:
             raise
         return process
 
-    def _ask(self, do: str, progress: Callable[[int], None] | None = None, **keys: Any) -> dict:
-        """An answer, from a second process where the first dies over it."""
-        for last in (False, True):
-            if self._closed:
-                raise ClosedError("the engine is closed: make another")
+    def _ask(self, do: str, **keys: Any) -> dict:
+        *_, answer = self._lines(do, lambda: keys)
+        return answer
+
+    def _lines(self, do: str, question: Callable[[], Mapping[str, Any]]) -> Iterator[dict]:
+        """The lines of an answer, from another process where one dies over the question.
+
+        question: asks for what is missing by then. Raises DiedError where a second process dies
+        without a line.
+        """
+        failures = 0
+        while not self._closed:
             try:
                 process = self._process or self._start()
-                return process.ask(do, progress, **keys)
+                for line in process.lines(do, **question()):
+                    failures = 0
+                    yield line
+                return
             except DiedError:
                 self._end_process()
-                if last and not self._closed:
+                failures += 1
+                if failures == 2 and not self._closed:
                     raise
-        raise ClosedError("another thread closed the engine before it answered")
+        raise ClosedError("the engine is closed: make another")
 
     def _end_process(self) -> None:
         if self._process is not None:
@@ -295,8 +331,26 @@ class VLLMEngine:
         }
 
 
+def _question(left: Mapping[int, tuple[GenerationRequest, int]]) -> dict[str, Any]:
+    """What `Worker.generate` takes, prompts and sampling said once each."""
+    prompts: dict[int, Sequence[int]] = {}  # by the identity of their lists
+    samplings: dict[SamplingParams, int] = {}
+    rows = []
+    for number, (request, sample) in left.items():
+        prompts.setdefault(id(request.prompt), request.prompt)
+        sampling = samplings.setdefault(replace(request.params, n=1, seed=0), len(samplings))
+        seed = seed_of(request.params.seed, request.key) + sample  # what vLLM does with n samples
+        rows.append([number, id(request.prompt), seed, sampling])
+    place = {one: index for index, one in enumerate(prompts)}
+    return {
+        "prompts": [list(prompt) for prompt in prompts.values()],
+        "samplings": [{name: getattr(one, name) for name in SAMPLING} for one in samplings],
+        "requests": [[number, place[prompt], *rest] for number, prompt, *rest in rows],
+    }
+
+
 def seed_of(seed: int, key: int) -> int:
-    """vLLM's seed of a prompt: a hash, because vLLM adds the sample's number to it."""
+    """The seed of a prompt's first sample: a hash, because the next one's is one more."""
     digest = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
 

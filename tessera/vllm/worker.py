@@ -4,7 +4,7 @@
     python worker.py serve --model DIRECTORY …      vLLM's own API server
 
 A question is a line of JSON whose `do` names a method of `Worker`; its answer is another, with
-`{"error": …}` where it went wrong. While a queue is worked off, `{"done": N}` lines come first.
+`{"error": …}` where it went wrong. Completions come first, in lines with a `number`, as they end.
 """
 
 # vllm is not installed here, and pyright takes this package for it.
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,29 @@ class Worker:
         self.llm.reset_prefix_cache()  # the keys and values of other weights
         return {}
 
-    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: dict) -> dict:
-        """`[ids, log-probs, finish reason, likeliest]` of every sample of every prompt."""
-        params = [self._params(seed=seed, **sampling) for seed in seeds]
-        outputs = self._run(prompts, params, sampling["n"])
-        return {"completions": [[_sample(one) for one in output.outputs] for output in outputs]}
+    def generate(
+        self, prompts: list[list[int]], samplings: list[dict], requests: list[list[int]]
+    ) -> dict:
+        """Tells `[ids, log-probs, finish reason, likeliest]` of each request as it ends.
+
+        requests: (number, prompt, seed, sampling) of each; the latter two are places in the lists.
+        """
+        told = [number for number, *_ in requests]
+        asked = [
+            (prompts[prompt], self._params(seed=seed, **samplings[sampling]))
+            for _, prompt, seed, sampling in requests
+        ]
+        for place, output in self._run(asked):
+            self.tell(number=told[place], completion=_sample(output.outputs[0]))
+        return {}
 
     def score(self, sequences: list[list[int]]) -> dict:
         """The log-prob of each token but the first."""
         params = self._params(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        outputs = self._run(sequences, [params] * len(sequences), 1)
-        pairs = zip(sequences, outputs, strict=True)
-        return {"scores": [_logprobs(ids[1:], one.prompt_logprobs[1:]) for ids, one in pairs]}
+        outputs = dict(self._run([(ids, params) for ids in sequences]))
+        found = [outputs[place].prompt_logprobs[1:] for place in range(len(sequences))]
+        pairs = zip(sequences, found, strict=True)
+        return {"scores": [_logprobs(ids[1:], rows) for ids, rows in pairs]}
 
     def sleep(self) -> dict:
         """Give the memory of weights and cache back."""
@@ -129,24 +141,23 @@ class Worker:
     def _params(self, **keys: Any) -> Any:
         from vllm import sampling_params  # pyright: ignore[reportMissingImports]
 
+        keys["logit_bias"] = dict(keys.get("logit_bias") or ()) or None
         keys["output_kind"] = sampling_params.RequestOutputKind.FINAL_ONLY
         return sampling_params.SamplingParams(ignore_eos=True, detokenize=False, **keys)
 
-    def _run(self, prompts: list[list[int]], params: list, samples: int) -> list:
-        """The outputs in the order of the prompts; tells how many samples are done."""
-        engine, found = self.llm.llm_engine, {}
-        for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            engine.add_request(str(number), {"prompt_token_ids": prompt}, one)
+    def _run(self, asked: list[tuple[list[int], Any]]) -> Iterator[tuple[int, Any]]:
+        """The place and the output of each prompt with its sampling, as they end."""
+        engine = self.llm.llm_engine
+        for place, (prompt, params) in enumerate(asked):
+            engine.add_request(str(place), {"prompt_token_ids": prompt}, params)
         try:
             while engine.has_unfinished_requests():
-                finished = [output for output in engine.step() if output.finished]
-                found |= {output.request_id.split("-")[0]: output for output in finished}
-                if finished:
-                    self.tell(done=len(found) * samples)
+                for output in engine.step():
+                    if output.finished:
+                        yield int(output.request_id.split("-")[0]), output
         except BaseException:
-            engine.abort_request([str(number) for number in range(len(prompts))])
+            engine.abort_request([str(place) for place in range(len(asked))])
             raise
-        return [found[str(number)] for number in range(len(prompts))]
 
 
 def _sample(output: Any) -> list:

@@ -94,3 +94,26 @@ def test_a_space_without_any_noop_cannot_lose_attention_either():
 def test_the_quickstart_has_no_warnings():
     found = {path.name: of(load(path, ())) for path in (ROOT / "recipes").glob("quick*.toml")}
     assert found == {"quickstart.toml": {}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], True),
+        (['data-chat.switch="detailed thinking"'], False),
+        (['data-chat.switch="none"'], False),
+        (['data.tokenizer={ bpe = 300, chat = true, tokens = ["a"] }'], True),
+    ],
+)
+def test_chats_with_and_without_reasoning_for_a_model_without_a_switch(
+    overrides: list[str], said: bool
+):
+    found = told("data.tokenizer={ bpe = 300, chat = true }", *overrides).get("data-chat", "")
+    assert ('set switch = "detailed thinking"' in found) == said
+
+
+def test_a_model_that_was_taught_the_switch_keeps_it():
+    taught = RECIPE.replace('format = "chat"', 'format = "chat"\nswitch = "/no_think"')
+    more = '[data-more]\nmodel = "sft"\ntasks = { calc = 40 }\nformat = "chat"\n'
+    recipe = loads(taught + more, ["data.tokenizer={ bpe = 300, chat = true }"])
+    assert "data-more" not in of(recipe)

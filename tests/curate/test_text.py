@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from pathlib import Path
@@ -9,28 +10,26 @@ from pathlib import Path
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from tessera.curate.steps.contamination import Decontaminate
-from tessera.curate.steps.duplicates import bands_for, clusters, signatures, word_grams
+from tessera.curate.steps.contamination import Decontaminate, word_grams
+from tessera.curate.steps.duplicates import bands_for, clusters, signatures
 from tests.curate.conftest import write_lines
 
-
-def signed(texts: list[str], n: int) -> NDArray[np.uint16]:
-    return signatures(word_grams(one, n) for one in texts)
+SYLLABLES = ("bdfgklmnprtvz", "aeiou", "klmnprtvz", "aeiou", "lmnr")
+WORDS = ["".join(letters) for letters in itertools.product(*SYLLABLES)]
 
 
 def plain_grams(text: str, n: int) -> list[tuple[str, ...]]:
-    found = [w for w in re.findall(r"[a-z0-9é]+", text.lower())]
+    found = [w for w in re.findall(r"[a-zé]+", text.lower())]
     if len(found) < n:
         return [tuple(found)] if found else []
     return [tuple(found[i : i + n]) for i in range(len(found) - n + 1)]
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text("aAbB c1.é\n", max_size=20), st.integers(1, 4))
+@given(st.text("aAbB c.é\n", max_size=20), st.integers(1, 4))
 def test_grams_are_runs_of_words(text: str, n: int):
-    assert word_grams(text, n) == {" ".join(one) for one in plain_grams(text, n)}
+    assert word_grams(text, n) == {hash(one) for one in plain_grams(text, n)}
 
 
 def test_numbers_count_as_one_word_when_masked():
@@ -40,12 +39,12 @@ def test_numbers_count_as_one_word_when_masked():
 
 def test_signatures_estimate_the_jaccard_index():
     rng = random.Random(0)
-    vocabulary = [f"w{n}" for n in range(5000)]
+    vocabulary = WORDS[:5000]
     errors = []
     for _ in range(40):
         left = rng.sample(vocabulary, 120)
         right = left[: rng.randrange(20, 120)] + rng.sample(vocabulary, 60)
-        a, b = signed([" ".join(left), " ".join(right)], 1)
+        a, b = signatures([" ".join(left), " ".join(right)], 1)[:, :128]
         both = len(set(left) & set(right)) / len(set(left) | set(right))
         errors.append((a == b).mean() - both)
     assert abs(np.mean(errors)) < 0.01
@@ -54,18 +53,18 @@ def test_signatures_estimate_the_jaccard_index():
 
 def test_near_copies_fall_into_the_first_one_s_cluster():
     rng = random.Random(1)
-    vocabulary = [f"w{n}" for n in range(3000)]
+    vocabulary = WORDS[:3000]
     firsts = [rng.choices(vocabulary, k=60) for _ in range(300)]
     copies = [[*one[:59], "other"] for one in firsts]
-    found = signed([" ".join(one) for one in firsts + copies], 2)
+    found = signatures([" ".join(one) for one in firsts + copies], 2)
     labels = clusters(found, 0.8)
     assert np.array_equal(labels[:300], np.arange(300))
     assert (labels[300:] == np.arange(300)).mean() > 0.99
 
 
 def test_texts_without_words_are_nobody_s_copies():
-    assert clusters(signed(["!", "?", ""], 2), 0.8).tolist() == [0, 1, 2]
-    assert clusters(signed([], 2), 0.8).tolist() == []
+    assert clusters(signatures(["!", "?", ""], 2), 0.8).tolist() == [0, 1, 2]
+    assert clusters(signatures([], 2), 0.8).tolist() == []
 
 
 def test_bands_catch_the_pairs_at_the_threshold():

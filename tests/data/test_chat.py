@@ -13,7 +13,7 @@ import pytest
 from tessera.data.chat import ChatEncoder, ChatError, Document
 from tessera.data.conversation import Chat
 from tessera.data.dialects import read_row
-from tessera.data.switch import SwitchError, obeys, requested, set_switch
+from tessera.data.switch import DETAILED, obeys, set_switch
 from tessera.data.template import LLAMA3, Template, TemplateError, template_of
 from tessera.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
@@ -75,11 +75,11 @@ def chat(*turns: str, mode: str | None = None, **more: Any) -> Chat:
 
 
 def encoder(template: str | None = None, tokenizer: Tokenizer = BPE, **options: Any) -> ChatEncoder:
-    made = ChatEncoder.of(tokenizer, **options)
+    """Of a model that was trained with `detailed thinking`, unless the options say another."""
+    options = {"switch": DETAILED} | options
     if template is None:
-        return made
-    own = Template(template, tokenizer.special_names())
-    return ChatEncoder(tokenizer, own, made.turns, made.switch)
+        return ChatEncoder.of(tokenizer, **options)
+    return ChatEncoder(tokenizer, Template(template, tokenizer.special_names()), **options)
 
 
 def prompt_and_trained(document: Document, tokenizer: Tokenizer = BPE) -> tuple[str, list[str]]:
@@ -306,8 +306,11 @@ def _peer(tokenizer: Tokenizer, directory: Path) -> Any:
 
 TALKS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": " Hi é {{x}} "}]},
-    {"messages": set_switch(ON.messages, "on")[0]},
-    {"messages": set_switch(chat(*THREE).messages, "off")[0], "add_generation_prompt": True},
+    {"messages": set_switch(ON.messages, "on", DETAILED)[0]},
+    {
+        "messages": set_switch(chat(*THREE).messages, "off", DETAILED)[0],
+        "add_generation_prompt": True,
+    },
     {
         "messages": [{"role": "system", "content": "Be brief."}, *OFF.messages],
         "tools": [{"type": "function", "function": {"name": "f", "description": '<é> & "q"'}}],
@@ -360,44 +363,11 @@ def test_the_builtin_template_on_the_tokens_of_llama_3(shared: Path) -> None:
     assert prompt == "<|begin_of_text|>" + SYSTEM.format("on") + USER.format("Two?") + ASK
 
 
-@pytest.mark.parametrize(
-    ("given", "mode", "texts"),
-    [
-        ({"enable_thinking": False}, "off", ["Hi"]),
-        ({"enable_thinking": True, "reasoning_effort": "none"}, "on", ["Hi"]),
-        ({"reasoning_effort": "none"}, "off", ["Hi"]),
-        ({"reasoning_effort": "high"}, "on", ["Hi"]),
-        ({}, None, ["Hi"]),
-        ({"text": "Hi /no_think"}, "off", ["Hi"]),
-        ({"text": "Hi /no_think or /think"}, "on", ["Hi  or"]),
-        ({"text": "Hi /no_think", "enable_thinking": True}, "on", ["Hi"]),
-        ({"text": "/usr/think is a path"}, None, ["/usr/think is a path"]),
-        ({"system": "detailed thinking on"}, "on", ["detailed thinking on", "Hi"]),
-        ({"system": "/no_think"}, "off", ["Hi"]),
-        ({"system": "detailed thinking on", "text": "Hi /no_think"}, "off", None),
-    ],
-)
-def test_who_may_say_the_switch(
-    given: dict[str, Any], mode: str | None, texts: list[str] | None
-) -> None:
-    messages = [{"role": "user", "content": given.pop("text", "Hi")}]
-    if "system" in given:
-        messages.insert(0, {"role": "system", "content": given.pop("system")})
-    found, cleaned = requested(messages, **given)
-    assert found == mode
-    assert texts is None or [message["content"] for message in cleaned] == texts
-
-
-def test_an_unknown_effort_is_refused() -> None:
-    with pytest.raises(SwitchError, match="'huge' is not one of none, minimal, low"):
-        requested(ON.messages, reasoning_effort="huge")
-
-
 def test_the_switch_replaces_what_was_said_and_keeps_instructions() -> None:
     system = {"role": "system", "content": "detailed thinking off\n\nBe brief."}
-    messages, variables = set_switch([system, *OFF.messages], "on")
+    messages, variables = set_switch([system, *OFF.messages], "on", DETAILED)
     assert messages[0]["content"] == "detailed thinking on\n\nBe brief." and not variables
-    assert set_switch(messages, "on")[0] == messages
+    assert set_switch(messages, "on", DETAILED)[0] == messages
     messages, _ = set_switch(messages, "off", "/no_think")
     assert messages[0]["content"] == "/no_think\n\nBe brief."
     messages, variables = set_switch(messages, "off", "enable_thinking")

@@ -243,7 +243,7 @@ def test_the_cache_serves_chats_and_forgets_nothing(prepare: Prepare, tmp_path: 
     [
         ({"reasoning": "on"}, '`reasoning` is about chats; set format = "chat"'),
         ({"turns": "last"}, "`turns` is about chats"),
-        ({"format": "chat", "switch": "two words"}, "say the mode by"),
+        ({"format": "chat", "switch": "two words"}, "'two words' names no switch"),
         ({"format": "chat", "reasoning": "yes"}, "data.reasoning"),
         ({"tokenizer": {"bpe": 300, "tokens": [""]}}, "tokens"),
     ],

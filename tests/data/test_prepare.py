@@ -163,7 +163,10 @@ def test_errors(
 
 def test_an_end_the_tokenizer_does_not_know(prepare: Any, stories: Path, shared: Path) -> None:
     nameless = str(shared / "data/tokenizers/torchtune_2k")
-    for key, table in (("bos = true", {"end": "none"}), ('end = "eos"', {"bos": False})):
+    for key, table in (
+        ("bos = true", {"bos": True, "end": "none"}),
+        ('end = "eos"', {"bos": False}),
+    ):
         with pytest.raises(DataError, match=f"{key}: the tokenizer names no such token"):
             prepare(key[:3], paths=str(stories), tokenizer=nameless, **table)
     prepare("fine", paths=str(stories), tokenizer=nameless, bos=False, end="none")

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import bz2
+import functools
 import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -86,6 +90,68 @@ def test_rows_of_a_file_from_windows(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + rows)
         assert list(readers.read_rows(tmp_path / name)) == [(1, {"a": 1}), (2, {"a": 2})]
+
+
+def _by_arrow(codec: str, data: bytes) -> bytes:
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, codec) as stream:
+        stream.write(data)
+    return buffer.getvalue().to_pybytes()
+
+
+ROWS = [{"text": f"{n} é"} for n in range(500)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    **{".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress},
+    **{f".{one[:3]}": functools.partial(_by_arrow, one) for one in ("zstd", "lz4")},
+}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_packed_files_are_known_by_their_first_bytes(tmp_path: Path, suffix: str) -> None:
+    pack, listed = PACKERS[suffix], json.dumps(ROWS, indent=1).encode()
+    files = {
+        f"a.jsonl{suffix}": pack(LINES),
+        f"b.jsonl{suffix}": pack(LINES[:900]) + pack(LINES[900:]),  # as `cat` joins two
+        f"c.jsonl{suffix}": LINES,
+        "d.jsonl": pack(LINES),
+        f"e.json{suffix}": pack(listed),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert texts(tmp_path / name) == [row["text"] for row in ROWS], name
+        assert [row for _, row in readers.read_rows(tmp_path / name)] == ROWS, name
+        assert readers.is_lines(tmp_path / name) is (data == LINES)
+    (tmp_path / f"cut.jsonl{suffix}").write_bytes(pack(LINES)[:-40])
+    with pytest.raises(DataError, match="cannot read .*cut.jsonl"):
+        texts(tmp_path / f"cut.jsonl{suffix}")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_list_is_a_list_and_lines_are_lines_whatever_the_name(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    mark, windows = b"\xef\xbb\xbf", LINES.replace(b"\n", b"\r\n\r\n")
+    for data in (json.dumps(ROWS).encode(), json.dumps(ROWS, indent=2).encode(), LINES, windows):
+        for whole in (data, mark + data, mark + b"\r\n" + data):
+            file.write_bytes(whole)
+            assert texts(file) == [row["text"] for row in ROWS]
+            assert [row for _, row in readers.read_rows(file)] == ROWS
+    file.write_bytes(b"[1]\n[2]\n")
+    assert [row for _, row in readers.read_rows(file)] == [[1], [2]]
+    (tmp_path / "rows.tar.gz").write_bytes(gzip.compress(LINES))
+    with pytest.raises(DataError, match="is a tar archive; unpack it"):
+        list(readers.read_rows(tmp_path / "rows.tar.gz"))
+    file.write_bytes(b"[]")
+    assert list(readers.read_rows(file)) == []
+    for data, says in (
+        (json.dumps(ROWS, indent=1).encode()[:-2], ":1501 is not JSON"),
+        (json.dumps({"version": 1, "data": ROWS}, indent=1).encode(), "it has: version, data"),
+        (LINES.decode().encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (b"PK\x03\x04", "is a zip archive; unpack it"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(DataError, match=says):
+            list(readers.read_rows(file))
 
 
 def test_a_missing_field_names_those_there_are(tmp_path: Path) -> None:

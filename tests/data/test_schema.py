@@ -150,7 +150,7 @@ def test_parts_of_content_and_calls_as_text_are_read() -> None:
         ({**RL, "args": {**RL["args"], "instruction_kwargs": []}}, "1 instructions and 0"),
         ({**RENDERED, "input": RENDERED["input"][:-2]}, "does not end where the assistant speaks"),
         ({**RENDERED, "input": "x" + RENDERED["input"]}, "something else stands"),
-        ({"conversations": [{"from": "me", "value": "x"}]}, "turn 0 is from 'me'"),
+        ({"conversations": [{"from": "me", "value": "x"}]}, "message 0 has role 'me'"),
         ({"instruction": "x", "history": ["y"]}, "history is no list of pairs"),
         ({**OPENAI, "tools": "[1]"}, "tools is no list of objects"),
     ],
@@ -219,7 +219,7 @@ def test_lists_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
     assert list(read_chats(tmp_path / "a.parquet")) == want
 
 
-def _mutate(rng: random.Random, value: Any) -> Any:
+def mutated(rng: random.Random, value: Any) -> Any:
     """The value with one place in it broken."""
     junk = [None, 3, True, "", "x", [], {}, [None], {"role": 1}, "\ud800", "</think>", "<think>"]
     if isinstance(value, dict) and value and rng.random() < 0.85:
@@ -228,12 +228,12 @@ def _mutate(rng: random.Random, value: Any) -> Any:
         if rng.random() < 0.2:
             del changed[key]
             return changed
-        return {**changed, key: _mutate(rng, value[key])}
+        return {**changed, key: mutated(rng, value[key])}
     if isinstance(value, list) and value and rng.random() < 0.85:
         at = rng.randrange(len(value))
         if rng.random() < 0.2:
             return value[:at] + value[at + 1 :] if rng.random() < 0.5 else value + [value[at]]
-        return [_mutate(rng, one) if i == at else one for i, one in enumerate(value)]
+        return [mutated(rng, one) if i == at else one for i, one in enumerate(value)]
     if isinstance(value, str) and value and rng.random() < 0.5:
         at = rng.randrange(len(value))
         return value[:at] + rng.choice(["<think>", "\x00", "<|eot_id|>", "\ud800", ""]) + value[at:]
@@ -247,7 +247,7 @@ def test_ten_thousand_mutated_rows_are_accepted_or_refused_with_a_reason() -> No
     for _ in range(10_000):
         row = rng.choice(seeds)
         for _ in range(rng.randint(1, 3)):
-            row = _mutate(rng, row)
+            row = mutated(rng, row)
         try:
             chat = read_row(row)
         except SchemaError as error:

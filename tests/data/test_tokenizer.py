@@ -123,10 +123,9 @@ def test_a_sentencepiece_file_alone_knows_its_specials(shared: Path, tmp_path: P
     (tmp_path / "tokenizer.model").write_bytes((home / "tokenizer.model").read_bytes())
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
-    assert tokenizer.decode([1, 403, 2], special=True) == "<s>Once</s>"
+    assert tokenizer.decode([1, 403, 2], special=True) == "<s> Once</s>", "as transformers says"
     assert tokenizer.decode([1, 403, 999_999]) == "Once", "ids of a padded head say nothing"
-    with pytest.raises(TokenizerError, match=r"use a tokenizer\.json"):
-        tokenizer.encode("<s>", special=True)
+    assert tokenizer.encode("<s>Once</s>", special=True) == [1, 403, 2]
 
 
 def same(a: Tokenizer, b: Tokenizer) -> bool:
@@ -221,6 +220,8 @@ def test_training_stops_where_there_is_nothing_to_merge() -> None:
     [
         ("tokenizer.json", b"{", "not a readable tokenizer.json"),
         ("tokenizer.model", b"no protobuf", "neither a SentencePiece model nor"),
+        ("tokenizer.model", b"", "neither a SentencePiece model nor"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("tokenizer.model", b"aGk= 0\nnot base64 1\n", "not a list of tiktoken ranks"),
         ("vocab.json", b"{}", "no merges.txt beside it"),
         ("words.txt", b"a b", "not a tokenizer file"),
@@ -243,5 +244,6 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def test_no_bos(shared: Path) -> None:
     tokenizer = load_tokenizer(shared / "data/tokenizers/torchtune_2k")
     assert tokenizer.bos_id is None and tokenizer.eos_ids == () and tokenizer.pad_id == 0
+    assert tokenizer.encode("a", bos=True) == tokenizer.encode("a")
     with pytest.raises(TokenizerError, match="set bos = false"):
-        tokenizer.encode("a", bos=True)
+        tokenizer.beginning(True)

@@ -7,11 +7,13 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tessera.ask.ask import Receive, Reply, Request
 from tessera.data.conversation import Mode
+from tessera.data.switch import DETAILED, SwitchError
 from tessera.data.thought import CLOSE, OPEN
 from tessera.eval import scores
 from tessera.eval.answers import Asker, Conversation, Sampling, answer, conversations
@@ -29,7 +31,7 @@ class Answerer:
         self.model, self.stop, self.broken = model, stop, broken
         self.asked: list[Request] = []
 
-    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
+    def ask(self, requests: Iterable[Request], receive: Receive, working: Any = None) -> None:
         for request in requests:
             if len(self.asked) == self.stop:
                 raise KeyboardInterrupt
@@ -131,11 +133,36 @@ def test_the_mean_is_over_items_and_its_error_that_of_the_items():
 
 def test_an_endpoint_is_told_the_mode_in_the_messages_or_in_its_templates_variable():
     teacher, item = Answerer(), ITEMS[0]
-    said = Asker(teacher, True).request(TASK, item.messages, "on", {}, 0)
+    said = Asker(teacher, True).request(TASK, item.messages, None, {}, 0)
+    assert said.messages == item.messages and said.sampling == {}
+    said = Asker(teacher, True, DETAILED).request(TASK, item.messages, "on", {}, 0)
     assert said.messages[0] == {"role": "system", "content": "detailed thinking on"}
     said = Asker(teacher, True, "enable_thinking").request(TASK, item.messages, "off", {}, 0)
     assert said.messages == item.messages
     assert said.sampling == {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+@pytest.mark.parametrize(
+    ("table", "switch", "modes"),
+    [
+        ({}, "enable_thinking", ("on", "off")),
+        ({"thinking": "on"}, DETAILED, ("on",)),
+        ({}, "none", (None,)),
+        ({"thinking": "off"}, "none", (None,)),
+        ({"asking": "text", "thinking": "on"}, "none", ("off",)),
+    ],
+)
+def test_a_model_without_a_switch_is_asked_once(table: dict, switch: str, modes: tuple):
+    assert EvalConfig(tasks=("calc@2",), **table).modes(switch) == modes
+
+
+def test_thinking_asked_of_a_model_without_a_switch_is_an_error():
+    with pytest.raises(SwitchError, match="the model has no reasoning switch.*--switch"):
+        EvalConfig(tasks=("calc@2",), thinking="on").modes("none")
+    endpoint = {"url": "http://127.0.0.1:1/v1", "model": "m"}
+    asking = EvalConfig(tasks=("calc@2",), thinking="on", endpoint=endpoint)
+    with pytest.raises(SwitchError, match="the endpoint"):
+        asking.modes("none")
 
 
 def test_windows_of_a_long_text_give_each_token_once():

@@ -14,7 +14,7 @@ import torch
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Mode
-from tessera.data.switch import set_switch
+from tessera.data.switch import DETAILED, record_switch, set_switch
 from tessera.data.thought import CLOSE, OPEN
 from tessera.data.tokenizer import train_bpe
 from tessera.eval.evaluate import EvalConfig, evaluate, perplexity
@@ -48,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("harness") / "model"
     texts = [question + BOX for question in QUESTIONS] + [taught(i, "on") for i in range(6)]
     tokenizer = train_bpe(texts * 3, 420, chat=True)
-    encoder = ChatEncoder.of(tokenizer)
+    encoder = ChatEncoder.of(tokenizer, switch=DETAILED)
     rows = []
     for mode in MODES:
         for i, question in enumerate(QUESTIONS):
@@ -68,6 +68,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     learn(module, rows)
     save_model(module, path)
     tokenizer.save(path)
+    record_switch(path, DETAILED)
     return path
 
 
@@ -237,7 +238,9 @@ def test_a_chat_is_asked_as_an_engine_is_and_begins_once(home: Path):
         expected = ChatEncoder.of(lm.codec).prompt(said, mode)
         assert lm.tok_encode(lm.apply_chat_template(said)) == expected
         plain = TesseraLM(pretrained=str(home))
-        assert plain.apply_chat_template(set_switch(said, mode)[0]) == lm.apply_chat_template(said)
+        assert plain.apply_chat_template(
+            set_switch(said, mode, DETAILED)[0]
+        ) == lm.apply_chat_template(said)
     begun = [*said, {"role": "assistant", "content": "So \\boxed{"}]
     text = plain.apply_chat_template(begun, add_generation_prompt=False)
     assert text == plain.apply_chat_template(said) + "So \\boxed{"
@@ -303,4 +306,5 @@ def test_gsm8k_is_the_same_number_in_lm_eval_and_in_tessera_eval(home: Path, tmp
         value = theirs["results"]["gsm8k_boxed"]["exact_match,boxed"]
         assert (row["mode"], row["value"], value) == (mode, 4 / 6, 4 / 6)
         texts = [one["resps"][0][0] for one in theirs["samples"]["gsm8k_boxed"]]
-        assert texts == [one["text"] for one in records if one["mode"] == mode]
+        ours = [one for one in records if one["mode"] == mode]
+        assert texts == [one["text"] for one in sorted(ours, key=lambda one: int(one["item"]))]

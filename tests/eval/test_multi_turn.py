@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,7 +107,7 @@ class Knowing:
         self.items = {one.messages[-1]["content"]: one for one in items}
         self.asked = 0
 
-    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
+    def ask(self, requests: Iterable[Request], receive: Receive, working: Any = None) -> None:
         for request in requests:
             self.asked += 1
             item = self.items[request.messages[1]["content"]]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ class Oracle:
         self.said = {item.messages[-1]["content"]: say(item) for item in items}
         self.thinks, self.asked = thinks, 0
 
-    def ask(self, requests: Iterable[Request], receive: Receive) -> None:
+    def ask(self, requests: Iterable[Request], receive: Receive, working: Any = None) -> None:
         for request in requests:
             self.asked += 1
             text = self.said[request.messages[-1]["content"]]

@@ -17,8 +17,8 @@ PARAMS = SamplingParams(max_tokens=24, temperature=0, stop_token_ids=TOKENIZER.e
 PROMPTS = [TOKENIZER.encode(text, bos=True) for text in ("one", "another", "a third of them")]
 
 
-def engine() -> TorchEngine:
-    return TorchEngine(tiny.model(vocab_size=TOKENIZER.vocab_size))
+def engine(batch: int = 64) -> TorchEngine:
+    return TorchEngine(tiny.model(vocab_size=TOKENIZER.vocab_size), max_batch_size=batch)
 
 
 def read(text: str, stops: tuple[str, ...] = (), prompt: str = "", keep: bool = False) -> str:
@@ -39,7 +39,7 @@ def read(text: str, stops: tuple[str, ...] = (), prompt: str = "", keep: bool = 
         (("<think>a\n\nb</think>\n\nc\n\nd", ("\n\n",), "", True), "<think>a"),
         (("a\n\nb</think>\n\nc\n\nd", ("\n\n",), "x<think>\n"), "c"),
         (("<think>a\n\nb", ()), ""),
-        (("a</think>\n\nb</think>", ()), "b</think>"),
+        (("a</think>\n\nb</think>", ()), "a</think>\n\nb</think>"),
         (("caf\u00e9 \u20ac", ("\u20ac",)), "caf\u00e9 "),
     ],
 )
@@ -51,28 +51,28 @@ def test_texts_are_those_of_the_engine_and_a_stop_string_saves_the_rest():
     expected = [TOKENIZER.decode(c.token_ids) for (c,) in engine().generate(PROMPTS, PARAMS)]
     wanted = [Wanted(prompt, PARAMS) for prompt in PROMPTS]
     for batch in (1, 2, 64):
-        found = dict(complete(engine(), TOKENIZER, wanted, batch=batch, room=64))
+        found = dict(complete(engine(batch), TOKENIZER, wanted, room=64))
         assert [found[i] for i in range(3)] == expected
     stops = tuple(text[4] for text in expected)
     cut = [min(text.find(stop) for stop in stops if stop in text) for text in expected]
     stopped = [dataclasses.replace(one, stops=stops) for one in wanted]
     saving, whole = engine(), engine()
-    found = dict(complete(saving, TOKENIZER, stopped, batch=64, room=64))
+    found = dict(complete(saving, TOKENIZER, stopped, room=64))
     assert [found[i] for i in range(3)] == [t[:n] for t, n in zip(expected, cut, strict=True)]
-    list(complete(whole, TOKENIZER, wanted, batch=64, room=64))
+    list(complete(whole, TOKENIZER, wanted, room=64))
     assert saving.stats.decode_tokens < whole.stats.decode_tokens
 
 
 def test_a_completion_ends_with_its_room_and_one_that_is_left_is_cancelled():
     wanted = [Wanted(prompt, PARAMS) for prompt in PROMPTS]
     room = len(PROMPTS[2]) + 3
-    found = dict(complete(engine(), TOKENIZER, wanted[2:], batch=1, room=room))
+    found = dict(complete(engine(1), TOKENIZER, wanted[2:], room=room))
     (whole,) = engine().generate(PROMPTS[2:], PARAMS)[0]
     assert found == {0: TOKENIZER.decode(whole.token_ids[:3])}
-    left = engine()
-    for _ in complete(left, TOKENIZER, wanted, batch=1, room=64):
+    left = engine(1)
+    for _ in complete(left, TOKENIZER, wanted, room=64):
         break
     left.step()
     assert left.idle
     with pytest.raises(GenerationError, match="max_tokens is 0"):
-        list(complete(engine(), TOKENIZER, wanted, batch=1, room=len(PROMPTS[2])))
+        list(complete(engine(), TOKENIZER, wanted, room=len(PROMPTS[2])))

@@ -68,11 +68,15 @@ def test_a_failed_call_leaves_the_engine_usable(monkeypatch):
     engine = TorchEngine(tiny.model())
     expected = engine.generate([[1, 2, 3]], GREEDY)
 
-    def broken(done: int, total: int) -> None:
+    def broken() -> None:
         raise KeyboardInterrupt
 
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: step() and broken())
     with pytest.raises(KeyboardInterrupt):
-        engine.generate([[4, 5]], GREEDY, progress=broken)
+        engine.generate([[4, 5]], GREEDY)
+    monkeypatch.undo()
+    assert engine.idle
     assert engine.generate([[1, 2, 3]], GREEDY) == expected
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from tessera.generate.engine import GenerationError, SamplingParams, Thinking
 from tessera.generate.torch_engine import TorchEngine
@@ -95,3 +96,45 @@ def test_an_engine_without_rows_is_refused():
 def test_no_prompts_no_completions():
     engine = TorchEngine(tiny.model())
     assert engine.generate([], SamplingParams()) == [] and engine.score([]) == []
+
+
+def test_scores_in_chunks_are_those_of_one_pass_with_the_likeliest():
+    module = tiny.model()
+    engine = TorchEngine(module, chunk_tokens=7)
+    rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 2], [3, 3, 3, 4, 4, 4, 4], [9]]
+    for (logprobs, top), row, whole in zip(
+        engine.score_top(rows, 2), rows, engine.score(rows), strict=True
+    ):
+        assert logprobs == pytest.approx(whole, abs=1e-5)
+        with torch.no_grad():
+            wanted = module.logits(module(torch.tensor([row])))[0, :-1].log_softmax(-1).topk(2)
+        assert [[token for token, _ in pairs] for pairs in top] == wanted.indices.tolist()
+        for pairs, values in zip(top, wanted.values.tolist(), strict=True):
+            assert [value for _, value in pairs] == pytest.approx(values, abs=1e-5)
+
+
+def test_penalties_look_at_the_completion_alone_whatever_the_batch():
+    """Against a loop that asks the model for the logits of each whole sequence."""
+    module = tiny.model()
+    given = [
+        SamplingParams(max_tokens=12, temperature=0, frequency_penalty=1.3),
+        SamplingParams(max_tokens=9, temperature=0, presence_penalty=2.0, logit_bias=((3, 1.0),)),
+        SamplingParams(max_tokens=12, temperature=0),
+    ]
+    prompts, engine = [[5, 6, 6, 6], [7, 8], [5, 6, 6, 6]], TorchEngine(module)
+    handles = [engine.submit(*pair) for pair in zip(prompts, given, strict=True)]
+    while engine.step():
+        pass
+    for prompt, params, handle in zip(prompts, given, handles, strict=True):
+        said: list[int] = []
+        for _ in range(params.max_tokens):
+            tokens = torch.tensor([[*prompt, *said]])
+            with torch.no_grad():
+                logits = module.logits(module(tokens))[0, -1]
+            for token, bias in params.logit_bias:
+                logits[token] += bias
+            for token in set(said):
+                logits[token] -= params.frequency_penalty * said.count(token)
+                logits[token] -= params.presence_penalty
+            said.append(int(logits.argmax()))
+        assert handle.completions[0].token_ids == said

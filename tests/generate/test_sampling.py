@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tessera.generate.engine import SamplingParams
+from tessera.generate.engine import GenerationError, SamplingParams
 from tessera.generate.sampling import Sampler, draw, nucleus, uniforms
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -4.0])
@@ -151,3 +151,56 @@ def test_a_temperature_near_zero_is_greedy():
             sampler = Sampler([SamplingParams(temperature=temperature, **more)] * 4)
             found = sampler.choose(logits, torch.full((4,), 0.5, dtype=torch.float64))
             assert torch.equal(found.tokens, logits.argmax(-1))
+
+
+def test_penalties_and_bias_are_openais_formula_row_by_row():
+    """mu[j] += bias[j], then c[j] * frequency and (c[j] > 0) * presence are taken off."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 11, generator=generator)
+    said = [[1, 1, 4], [2], [], [7, 7, 7, 7], [0, 3]]
+    rows = [
+        SamplingParams(temperature=0, frequency_penalty=0.7, presence_penalty=-0.4),
+        SamplingParams(temperature=0, presence_penalty=1.5, logit_bias=((2, 4.0), (10, -3.0))),
+        SamplingParams(temperature=0, logit_bias=((0, 100.0),)),
+        SamplingParams(temperature=0, frequency_penalty=-2.0),
+        SamplingParams(temperature=0),
+    ]
+    counts = torch.stack([torch.bincount(torch.tensor(s).long(), minlength=11) for s in said])
+    expected = logits.clone()
+    for row, (params, tokens) in enumerate(zip(rows, said, strict=True)):
+        for token, bias in params.logit_bias:
+            expected[row, token] += bias
+        for token in set(tokens):
+            expected[row, token] -= params.frequency_penalty * tokens.count(token)
+            expected[row, token] -= params.presence_penalty
+    sampler = Sampler(rows)
+    assert torch.allclose(sampler._penalised(logits, None, counts.float()), expected)
+    chosen = sampler.choose(logits, counts=counts.float())
+    assert torch.equal(chosen.tokens, expected.argmax(-1))
+    raw = logits.log_softmax(-1).gather(-1, chosen.tokens[:, None])[:, 0]
+    assert torch.allclose(chosen.logprobs, raw)
+
+
+def test_repetition_penalty_and_bias_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
+    held = torch.tensor([[1, 5, 5], [0, 8, 2]])
+    params = SamplingParams(temperature=0, repetition_penalty=1.7, logit_bias=((4, 2.5), (8, -1.0)))
+    seen = torch.zeros(2, 9, dtype=torch.bool).scatter(1, held, True)
+    biased = transformers.SequenceBiasLogitsProcessor({(4,): 2.5, (8,): -1.0})(held, logits)
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.7)(held, biased)
+    assert torch.allclose(Sampler([params] * 2)._penalised(logits, seen, None), expected)
+
+
+def test_what_is_not_allowed_is_never_drawn():
+    allowed = torch.tensor([False, True, False, False, True, False]).expand(DRAWS, -1)
+    noise = torch.tensor(uniforms(1, 0, 0, DRAWS), dtype=torch.float64)
+    for params in (SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_p=0.999)):
+        drawn = Sampler([params] * DRAWS).choose(LOGITS.expand(DRAWS, -1), noise, allowed=allowed)
+        assert drawn.tokens.unique().tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
+def test_a_penalty_that_is_no_number_is_refused(name: str):
+    with pytest.raises(GenerationError, match=name):
+        SamplingParams(**{name: float("nan")})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tessera.generate.engine import SamplingParams
+from tessera.generate import torch_engine
+from tessera.generate.engine import GenerationError, GenerationRequest, SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.transformer import Transformer
@@ -178,13 +180,52 @@ def test_generation_ends_at_the_last_position():
     assert [len(samples[0].token_ids) for samples in found] == [4, 1, 63]
 
 
-def test_progress_counts_every_completion():
-    seen = []
-    params = SamplingParams(max_tokens=5, n=2, stop_token_ids=(3,))
-    TorchEngine(tiny.model(), max_batch_size=3).generate(
-        prompts(), params, progress=lambda *state: seen.append(state)
-    )
-    assert seen[-1] == (16, 16) and sorted(seen) == seen
+def test_completions_come_as_they_end_and_are_those_of_generate():
+    given, params = prompts(), replace(SAMPLED, n=3, max_tokens=40, stop_token_ids=(3, 5, 7))
+    expected = tokens_of(TorchEngine(tiny.model()).generate(given, params))
+    for batch in (2, 64):
+        read: list[int] = []
+
+        def requests() -> Iterator[GenerationRequest]:
+            for key, prompt in enumerate(given):
+                read.append(key)  # noqa: B023
+                yield GenerationRequest(prompt, params, key, owner=key)
+
+        engine = TorchEngine(tiny.model(), max_batch_size=batch)
+        found, lengths = {}, []
+        for request, sample, completion in engine.as_completed(requests()):
+            found[request.owner, sample] = completion.token_ids
+            lengths.append(len(completion.token_ids))
+        assert found == {(i, n): ids for i, row in enumerate(expected) for n, ids in enumerate(row)}
+        assert batch == 2 or lengths == sorted(lengths)  # one that is done waits for no other
+        assert read == list(range(len(given)))
+
+
+def test_some_samples_of_a_prompt_are_those_of_all():
+    params = replace(SAMPLED, n=5)
+    (expected,) = tokens_of(TorchEngine(tiny.model()).generate([[1, 2, 3]], params, keys=[9]))
+    request = GenerationRequest([1, 2, 3], params, 9, samples=(4, 1))
+    made = TorchEngine(tiny.model()).as_completed([request])
+    found = {number: completion.token_ids for _, number, completion in made}
+    assert found == {4: expected[4], 1: expected[1]}
+
+
+def test_what_is_left_unread_is_cancelled(monkeypatch):
+    engine = TorchEngine(tiny.model(), max_batch_size=2)
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch_engine, "WORKING_SECONDS", 0.0)
+    long = GenerationRequest([1, 2], replace(GREEDY, max_tokens=30))
+    short = GenerationRequest([1, 2], replace(GREEDY, max_tokens=2))
+    completed = engine.as_completed([long, short], lambda *state: told.append(state))
+    assert next(completed)[0] is short
+    completed.close()
+    assert engine.idle and not engine.running
+    with pytest.raises(GenerationError, match="99999"):
+        list(engine.as_completed([GenerationRequest([99999], GREEDY)]))
+    with pytest.raises(GenerationError, match="99999"):
+        engine.check([GenerationRequest([99999], GREEDY)])
+    list(engine.as_completed([long, long], lambda *state: told.append(state)))
+    assert max(told)[1] == 2 and all(tokens <= 60 for tokens, _ in told)
 
 
 def test_stats_count_prompts_once_and_tokens_as_decoded():

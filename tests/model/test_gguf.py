@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tessera.data.switch import record_switch, recorded_switch
 from tessera.data.template import template_of
 from tessera.data.tokenizer import byte_tokenizer, load_tokenizer
 from tessera.generate.engine import SamplingParams
@@ -180,8 +181,11 @@ def test_an_exported_file_comes_back_whole(scaling, tmp_path):
         module = random_model(words, rope_scaling=scaling)
         save_model(module, tmp_path / f"{number}")
         write_byte_tokenizer(tmp_path / f"{number}")
+        record_switch(tmp_path / f"{number}", "detailed thinking")
         export_model(tmp_path / f"{number}", tmp_path / f"out{number}", "gguf")
         found = load_model(tmp_path / f"out{number}" / GGUF_FILE)
+        home = resolve(str(tmp_path / f"out{number}" / GGUF_FILE))
+        assert recorded_switch(home) == "detailed thinking"
         assert found.config.words == module.config.words
         assert found.config.rope_scaling == scaling
         state = module.state_dict()

@@ -42,6 +42,7 @@ train = {TRAIN}
 NANO = f"""
 [data-1]
 model = "parent"
+switch = "detailed thinking"
 tasks = {{ calc = 60 }}
 format = "chat"
 reasoning = "on"
@@ -127,6 +128,8 @@ def test_the_model_asks_in_the_words_it_was_trained_with(runs: Path) -> None:
     messages = [{"role": "user", "content": "start 1 a+1 mod 10"}]
     asked = [ChatEncoder.of(one).prompt(messages, "on") for one in (trained, made)]
     assert asked[0] == asked[1] and made.eos_ids == trained.eos_ids
+    parent = load_tokenizer(runs / "parent")  # the switch is a fact of the model that was trained
+    assert [ChatEncoder.of(one).switch for one in (parent, made)] == ["none", "detailed thinking"]
     assert load_model(runs / "sft-3").config.vocab_size == made.vocab_size
 
 

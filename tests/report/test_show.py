@@ -8,7 +8,14 @@ import pytest
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.families import config_dict, config_json
 from tessera.model.source import ancestors, model_config
-from tessera.report.show import dependency_map, describe, mosaic, render
+from tessera.report.show import (
+    dependency_map,
+    describe,
+    mosaic,
+    render,
+    render_samples,
+    samples,
+)
 from tessera.runs.files import RunError
 from tessera.runs.run import Run
 from tessera.table import VIEWS, Column, cell, count, render_table, seconds
@@ -135,6 +142,28 @@ def test_what_is_not_ours_is_refused(tmp_path: Path):
         describe(tmp_path / "kdd")
     with pytest.raises(RunError, match="is no run, no model directory"):
         describe(tmp_path / "kd")
+
+
+def test_answers_are_shown_with_what_was_found_of_them(tmp_path: Path):
+    answer = {"task": "gsm8k", "item": "7", "mode": "none", "sample": 0, "turn": 0}
+    answer |= {"messages": [{"role": "user", "content": "1+1?"}], "prompt": "<user>1+1?"}
+    answer |= {"thought": "easy", "text": "It is 3.", "tokens": 5, "finish_reason": "stop"}
+    cut = answer | {"key": "b", "item": "8", "prompt": None, "thought": None, "text": "It"}
+    lines = [{"key": "a", **answer}, cut | {"finish_reason": "length"}]
+    said = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "records.jsonl").write_text(said + '{"key": "half of a li')
+    outcome = {"verdict": "wrong", "score": 0.0, "reason": "3, not 2"}
+    verdict = {"key": "a-0f-1e", "outcomes": {"accuracy": outcome}}
+    (tmp_path / "verdicts.jsonl").write_text(json.dumps(verdict) + "\n")
+    for path in (tmp_path, tmp_path / "records.jsonl"):
+        assert render_samples(samples(path)) == (
+            "gsm8k 7, sample 0: accuracy wrong (3, not 2), 5 tokens\n"
+            "> <user>1+1?\n<think>easy</think>It is 3.\n\n"
+            "gsm8k 8, sample 0: not judged yet, 5 tokens, cut at max_tokens\n> 1+1?\nIt"
+        )
+    (tmp_path / "records.jsonl").unlink()
+    with pytest.raises(RunError, match="eval and profile"):
+        samples(tmp_path)
 
 
 def test_table_aligns_numbers_right_and_words_left():

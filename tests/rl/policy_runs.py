@@ -26,6 +26,7 @@ tasks = { calc = 60 }
 architecture = { hidden_size = 16, num_hidden_layers = 2, intermediate_size = 16 }
 train = { steps = 3, tokens_per_step = 480, microbatch_tokens = 160, sequence_length = 160 }
 [profile]
+switch = "detailed thinking"
 tasks = { "calc@2" = 9 }
 off = 0.4
 samples = 0

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tessera.rl.jail.run import JailError, Limits, require_isolation
-from tessera.rl.verifiers.code import extract_code, verify_asserts, verify_outputs
+from tessera.rl.verifiers.blocks import extract_code
+from tessera.rl.verifiers.code import verify_asserts, verify_outputs
 
 try:
     require_isolation()
@@ -24,7 +25,7 @@ def fenced(code: str) -> str:
     return f"Here it is:\n```python\n{code}\n```\nIt doubles."
 
 
-def test_the_last_fence_is_the_code():
+def test_without_names_the_last_fence_is_the_code():
     assert extract_code("```python\na\n```\n```py\nb\n```\n```text\nc\n```") == "b\n"
     assert extract_code("```\na = 1\n```") == "a = 1\n"
     assert extract_code("def f(): pass") == "def f(): pass"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ import pytest
 from tessera.data.chat import ChatEncoder
 from tessera.data.template import Template
 from tessera.data.tokenizer import byte_tokenizer
-from tessera.generate.engine import Completion
+from tessera.generate.engine import Completed, Completion, GenerationRequest
 from tessera.rl.advantages import rloo
 from tessera.rl.experience import Answer
 from tessera.rl.pool import Rubric
 from tessera.rl.profile import ProfileConfig, Prompt, measure
 from tessera.rl.rewards import ExactReward, FormatReward
 from tessera.rl.rollouts import RolloutConfig, Rollouts
-from tessera.runs.files import Journal
 from tessera.runs.run import Run
 
 TOKENIZER = byte_tokenizer()
@@ -33,6 +32,13 @@ class Parrot:
 
     def generate(self, prompts: Sequence[list[int]], *_: Any, **__: Any) -> list[list[Completion]]:
         return [list(self._said()) for _ in prompts]
+
+    def as_completed(
+        self, requests: Iterable[GenerationRequest], *_: Any
+    ) -> Generator[Completed, None, None]:
+        for request in requests:
+            for number, completion in enumerate(self._said()):
+                yield request, number, completion
 
     def sync(self, *_: Any) -> None:
         pass
@@ -78,8 +84,8 @@ def answers(where: Path, template: str, mode: str) -> list[Answer]:
     [
         (OPENING, "on", [1, 1, 0, 0], [True, False, False, False]),
         (OPENING, "off", [1, 1, 0, 0], [False] * 4),
-        (PLAIN, "on", [1, 1, 0, 1], [False, True, False, False]),
-        (PLAIN, "off", [1, 1, 0, 1], [False, False, True, True]),
+        (PLAIN, "on", [0, 1, 0, 1], [False, True, False, False]),  # the first closes nothing
+        (PLAIN, "off", [0, 1, 0, 1], [False, False, True, True]),
     ],
 )
 def test_a_thought_that_the_prompt_opens_is_judged_as_one(
@@ -93,11 +99,11 @@ def test_a_thought_that_the_prompt_opens_is_judged_as_one(
         assert one.parts["format"] == float(obedient[number] or exempt)
 
 
-@pytest.mark.parametrize(("template", "right"), [(OPENING, 2), (PLAIN, 3)])
+@pytest.mark.parametrize(("template", "right"), [(OPENING, 2), (PLAIN, 2)])
 def test_a_profile_reads_answers_as_the_training_does(tmp_path: Path, template: str, right: int):
     engine: Any = Parrot()
     config = ProfileConfig(samples=len(SAID), rewards=REWARDS, workers=1)
     opened: Any = {"stage": "profile", "config": {}, "inputs": {}, "seed": 0, "quiet": True}
-    with Run.open(tmp_path / "run", **opened) as run, Journal(tmp_path / "kept.jsonl") as kept:
-        (found,) = measure([prompt("on")], config, engine, encoder(template), kept, run)
+    with Run.open(tmp_path / "run", **opened) as run:
+        (found,) = measure([prompt("on")], config, engine, encoder(template), run)
     assert found.pass_rate == right / len(SAID) and found.samples == len(SAID)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -41,6 +42,12 @@ def group(prompt: int, lengths: list[int], seed: int = 0) -> Group:
 
 
 GROUPS = [group(5, [3, 7, 1], 1), group(1, [4, 2], 2), group(8, [6, 6, 5], 3)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests change what answers hold; none of them sees another's."""
+    monkeypatch.setitem(globals(), "GROUPS", copy.deepcopy(GROUPS))
 
 
 def alone(groups: list[Group]) -> list[Batch]:

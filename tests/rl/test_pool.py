@@ -25,6 +25,7 @@ from tessera.rl.rewards import (
     names,
     require_fields,
 )
+from tessera.rl.verifiers import code
 from tessera.rl.verifiers.outcome import Outcome, right
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +194,7 @@ def test_code_is_judged_by_asserts_where_a_row_has_tests(
     monkeypatch: pytest.MonkeyPatch, row: dict, judged_by: str
 ):
     for name in ("asserts", "outputs"):
-        monkeypatch.setattr(checks, f"verify_{name}", lambda *_, name=name, **__: right(name))
+        monkeypatch.setattr(code, f"verify_{name}", lambda *_, name=name, **__: right(name))
     reward = CodeReward(kind="code")
     require_fields([reward], row)
     assert checks.check(reward, sample("x = 1", **row)).reason == judged_by

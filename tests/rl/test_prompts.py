@@ -15,7 +15,9 @@ from tessera.rl.rewards import InstructionsReward, require_fields
 def test_problems_are_asked_once_and_never_held_out_ones():
     from tessera.data.problems import split_of
 
-    found = collect(PromptsConfig(tasks={"calc@2": 200, "calc@3": 100}, off=0.25), 0)
+    found = collect(
+        PromptsConfig(tasks={"calc@2": 200, "calc@3": 100}, off=0.25), 0, "detailed thinking"
+    )
     questions = [one.messages[-1]["content"] for one in found]
     assert len(set(questions)) == len(questions)
     assert {split_of(question) for question in questions} == {"train"}
@@ -56,6 +58,11 @@ def test_instructions_of_the_nemotron_rl_part_are_what_the_checker_reads(tmp_pat
     (one,) = collect(PromptsConfig(paths=(str(path),)), 0)
     require_fields([InstructionsReward(kind="instructions")], one.fields)
     assert one.fields["kwargs"] == [{}, {"end_phrase": "bye"}]
+
+
+def test_a_model_without_a_switch_is_given_none():
+    found = collect(PromptsConfig(tasks={"calc@2": 3}, off=0.5), 0)
+    assert all(one.mode is None and len(one.messages) == 1 for one in found)
 
 
 def test_a_variable_of_the_template_leaves_the_messages_as_they_are():

@@ -122,7 +122,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ROWS = [
-    {"prompt": f"say {n}", "chosen": f"{n} it is", "rejected": "no", "chosen_reward": 1 + n}
+    {"prompt": f"say {n}", "chosen": f"{n} it is", "rejected": "no"}
+    | {"chosen_reward": 1 + n, "rejected_reward": 0}
     for n in range(12)
 ]
 
@@ -137,10 +138,14 @@ def train(home: Path, name: str, **table: Any) -> list[dict[str, Any]]:
 
 def test_pairs_of_files_teach_their_preference(home: Path, tmp_path: Path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    same, nan = {**ROWS[0], "chosen": "no"}, {**ROWS[0], "chosen_reward": float("nan")}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, same, nan]))
     found = train(home, "offline", paths=[str(path)], pairs_per_step=6, beta=0.1)
     assert found[0]["gap_mean"] == pytest.approx(0.0, abs=1e-6)
     assert found[-1]["loss"] < 0.7 * found[0]["loss"] and found[-1]["accuracy"] == 1.0
+    log = (home / "offline" / "log.txt").read_text()
+    assert "both answers are the same: left out  [1: rows 13]" in log
+    assert "chosen_reward is nan, which is no finite number: left out  [1: rows 14]" in log
 
 
 def test_pairs_come_in_the_order_of_each_epoch_which_is_drawn_once(
@@ -231,17 +236,26 @@ def test_a_run_whose_rollouts_stay_barren_ends_and_keeps_what_was_answered(
     ("row", "says"),
     [
         ({"prompt": "a", "chosen": "b"}, "no rejected"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "chosen_reward": -1}, "is not above"),
-        ({"chosen": "b", "rejected": "c"}, "no messages"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_reward": -1},
+            "no rejected_reward",
+        ),
+        ({"chosen": "b", "rejected": "c"}, "no prompt"),
         ([1], "not an object"),
     ],
 )
-def test_a_row_that_is_no_pair_is_named(home: Path, tmp_path: Path, row: Any, says: str):
-    path = tmp_path / "pairs.jsonl"
+def test_a_row_that_is_no_pair_is_named_and_left_out(
+    home: Path, tmp_path: Path, row: Any, says: str
+):
+    path, told = tmp_path / "pairs.jsonl", []
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
     encoder = ChatEncoder.of(load_tokenizer(home / "parent"))
-    with pytest.raises(DataError, match=f"pairs.jsonl:2: .*{says}"):
-        of_files([str(path)], encoder)
+    assert len(of_files([str(path)], encoder, told.append)) == 1
+    (line,) = told
+    assert says in line and line.endswith("[1: rows 2]")
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f"pairs.jsonl:1.*{says}"):
+        of_files([str(path)], encoder, told.append)
 
 
 def test_a_reward_that_is_null_is_not_known(home: Path, tmp_path: Path):

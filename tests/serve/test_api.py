@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tessera.data.chat import ChatEncoder
+from tessera.data.switch import DETAILED, record_switch
 from tessera.data.tokenizer import load_tokenizer, train_bpe
 from tessera.export import decilm
 from tessera.generate.engine import SamplingParams
@@ -43,7 +44,9 @@ ASKED: list[Any] = [{"role": "user", "content": "start 6 m+3 n*3 mod 10"}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("served")) / "parent"
+    home = made(tmp_path_factory.mktemp("served")) / "parent"
+    record_switch(home / "model", DETAILED)  # as if it were trained with it
+    return home
 
 
 @contextlib.contextmanager
@@ -318,6 +321,22 @@ def test_the_command_for_vllm(tmp_path: Path):
     (tmp_path / "modeling_decilm.py").write_text("import os\n")
     with pytest.raises(ServeError, match="not tessera's"):
         command(str(tmp_path), config, python="/bin/python")
+
+
+def test_vllm_reads_calls_in_the_dialect_of_the_template(tmp_path: Path):
+    home = exported(tmp_path)
+    for source, parser in (
+        ("<tool_call>", "hermes"),
+        ("[TOOL_CALLS]", "mistral"),
+        ("<|python_tag|>", "llama3_json"),
+        ("<TOOLCALL>", None),
+        ("{{ messages }}", None),
+    ):
+        (home / "chat_template.jinja").write_text(source)
+        words = command(str(home), ServeConfig(allow_origin=["https://a.example"]), "python")[0]
+        assert ("--enable-auto-tool-choice" in words) == (parser is not None)
+        assert parser is None or words[words.index("--tool-call-parser") + 1] == parser
+        assert words[words.index("--allowed-origins") + 1] == '["https://a.example"]'
 
 
 def test_vllm_parses_thoughts_only_where_their_marks_are_tokens(tmp_path: Path):

@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tessera.generate.engine import ClosedError, GenerationError, SamplingParams, Thinking
+from tessera.generate.engine import (
+    ClosedError,
+    GenerationError,
+    GenerationRequest,
+    SamplingParams,
+    Thinking,
+)
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError
@@ -41,14 +47,17 @@ for line in sys.stdin:
             assert zlib.crc32(data) == told
         answer = {"engine": "stand-in"}
     elif asked["do"] == "generate":
-        first = asked["prompts"][0][0]
-        if first == 13 or (first == 12 and not os.path.exists(os.environ["STAND_IN_LOG"] + ".12")):
-            open(os.environ["STAND_IN_LOG"] + ".12", "w").close()
-            if len(asked["prompts"][0]) > 1:
-                print('{"completions": [[[[1, ', end="", flush=True)
-            sys.exit("out of memory, say")
-        print(json.dumps({"done": 1}), flush=True)
-        answer = {"completions": [[[[1, 2], [-0.5, -0.25], "stop", []]] for _ in asked["prompts"]]}
+        for number, prompt, seed, sampling in asked["requests"]:
+            ids, flag = asked["prompts"][prompt], os.environ["STAND_IN_LOG"] + ".12"
+            print(number, file=log, flush=True)
+            if ids[0] == 13 or (ids[0] == 12 and not os.path.exists(flag)):
+                open(flag, "w").close()
+                if len(ids) > 1:
+                    print('{"number": 0, "completion": [[[[1, ', end="", flush=True)
+                sys.exit("out of memory, say")
+            said = [[ids[0], 2], [-0.5, -0.25], "stop", []]
+            print(json.dumps({"number": number, "completion": said}), flush=True)
+        answer = {}
     else:
         answer = {"error": "ValueError: no"}
     print(json.dumps(answer), flush=True)
@@ -72,25 +81,51 @@ def engine(words=HETEROGENEOUS) -> VLLMEngine:
 def test_a_process_that_dies_is_started_again_with_the_last_weights(stand_in: Path):
     asked = engine()
     asked.sync(random_model(), 3)
-    told: list[tuple[int, int]] = []
-    ((one,),) = asked.generate(
-        [[12, 1]], SamplingParams(), progress=lambda done, total: told.append((done, total))
-    )
+    ((one,),) = asked.generate([[12, 1]], SamplingParams())
     assert (one.token_ids, one.logprobs, one.finish_reason, one.version) == (
-        [1, 2],
+        [12, 2],
         [-0.5, -0.25],
         "stop",
         3,
     )
-    assert told == [(1, 1)]
-    assert stand_in.read_text().split() == ["open", "load", "generate", "open", "generate"]
+    assert stand_in.read_text().split() == [
+        "open",
+        "load",
+        "generate",
+        "0",
+        "open",
+        "generate",
+        "0",
+    ]
     asked.close()
+
+
+def test_only_what_is_missing_is_asked_again(stand_in: Path):
+    requests = [GenerationRequest([n], SamplingParams(n=2), key=n, owner=n) for n in (1, 12, 3)]
+    told: list[tuple[int, int]] = []
+    with closing(engine()) as asked:
+        found = list(asked.as_completed(requests, lambda *state: told.append(state)))
+        assert [(one.owner, n, c.token_ids[0]) for one, n, c in found] == [
+            (owner, n, owner) for owner in (1, 12, 3) for n in (0, 1)
+        ]
+        assert told == [(0, left) for left in (5, 4, 3, 2, 1, 0)]
+    asked_for = stand_in.read_text().split("generate\n")[1:]
+    assert asked_for == ["0\n1\n2\nopen\n", "2\n3\n4\n5\n"]
+
+
+def test_what_is_left_unread_does_not_answer_the_next_question(stand_in: Path):
+    with closing(engine()) as asked:
+        completed = asked.as_completed([GenerationRequest([n], SamplingParams()) for n in (1, 2)])
+        assert next(completed)[2].token_ids == [1, 2]
+        completed.close()
+        ((one,),) = asked.generate([[5]], SamplingParams())
+        assert one.token_ids == [5, 2]
 
 
 def test_a_process_that_dies_within_its_answer_has_died(stand_in: Path):
     with closing(engine()) as asked:
         ((one,),) = asked.generate([[12, 1]], SamplingParams())
-        assert one.token_ids == [1, 2]
+        assert one.token_ids == [12, 2]
         with pytest.raises(DiedError, match="out of memory, say"):
             asked.generate([[13, 1]], SamplingParams())
     assert stand_in.read_text().split().count("open") == 3
@@ -110,7 +145,7 @@ def test_what_kills_it_twice_ends_the_run_with_its_last_words(stand_in: Path):
 def test_a_process_that_opens_no_model_is_ended(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
     started: list[Process] = []
 
-    def refused(self: Process, do: str, progress: object = None, **keys: object) -> dict:
+    def refused(self: Process, do: str, **keys: object) -> dict:
         started.append(self)
         raise GenerationError("vLLM: ValueError: no such head size")
 

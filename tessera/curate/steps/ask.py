@@ -18,8 +18,8 @@ from tessera.ask.ask import Reply, Request
 from tessera.ask.judge import fill
 from tessera.curate.steps import rows
 from tessera.curate.steps.rows import AskStep, Drop, Result
-from tessera.data.conversation import Chat, Message, Mode
-from tessera.data.switch import set_switch
+from tessera.data.conversation import Chat, Message, Mode, switch_of
+from tessera.data.switch import DETAILED, Switch, set_switch
 
 EXTRACT = """\
 Below is the beginning of a discussion in a forum about mathematics. If it poses one or more \
@@ -78,7 +78,7 @@ class ChatStep(AskStep):
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
 
-    def ask(self, messages: list[Message], sample: int = 0, mode: Mode = "off") -> Request:
+    def ask(self, messages: list[Message], sample: int = 0, mode: Mode | None = None) -> Request:
         sampling = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         return Request(self.teacher, messages, {**sampling, "top_p": self.top_p}, sample, mode)
 
@@ -98,16 +98,16 @@ class ChatStep(AskStep):
 class Generate(ChatStep):
     """Samples `n` answers a row, each a row of its own; the paper took 16 of R1 a problem (§3.1).
 
-    mode: the switch that the row is trained under. "on" leaves out answers without a thought, "off"
-    removes the thought. say_switch: puts the switch into the teacher's system prompt, in
-    Llama-Nemotron's words; R1 thinks without it. instruction: added to the question for the teacher
-    only. Answers cut at max_tokens are left out.
+    mode: what the row is to teach, its `reasoning`. "on" leaves out answers without a thought,
+    "off" removes the thought. switch: how the teacher is told (data/switch.py); without one, a
+    teacher of this process is told by its own, and an endpoint is not told: R1 thinks without it.
+    instruction: added to the question for the teacher only. Answers cut at max_tokens are left out.
     """
 
     step: Literal["generate"]
     n: int = Field(default=1, ge=1)
     mode: Mode = "on"
-    say_switch: bool = False
+    switch: Switch | None = None
     instruction: str = ""
     max_tokens: int = Field(default=16384, ge=1)
     temperature: float = Field(default=0.6, ge=0)
@@ -118,9 +118,13 @@ class Generate(ChatStep):
         messages = [dict(one) for one in rows.prompt_of(chat)]
         if self.instruction:
             messages[-1]["content"] += f"\n\n{self.instruction}"
-        if self.say_switch:
-            messages, _ = set_switch(messages, self.mode)
-        return [self.ask(messages, sample, self.mode) for sample in range(self.n)]
+        if self.switch is None:
+            return [self.ask(messages, sample, self.mode) for sample in range(self.n)]
+        messages, variables = set_switch(messages, self.mode, self.switch)
+        asked = [self.ask(messages, sample) for sample in range(self.n)]
+        for one in asked if variables else ():
+            one.sampling["chat_template_kwargs"] = variables
+        return asked
 
     def receive(self, chat: Chat, replies: Sequence[Reply]) -> list[Chat | Drop]:
         return [self._row(chat, reply, sample) for sample, reply in enumerate(replies)]
@@ -136,7 +140,9 @@ class Generate(ChatStep):
             return Drop("an empty answer" if not answer.strip() else "no thought")
         if self.mode == "off":
             row = rows.answered(chat, {"role": "assistant", "content": answer})
-        messages, _ = set_switch(row.messages, self.mode)
+        messages = row.messages
+        if switch_of(messages) is not None:  # it must not contradict the mode
+            messages, _ = set_switch(messages, self.mode, DETAILED)
         tags = {"generator": self.generator} if self.generator else {}
         row = Chat(messages, self.mode, row.tools, row.extra)
         return rows.tagged(row, f"{self.step} {self.generator or self.teacher} {sample}", **tags)

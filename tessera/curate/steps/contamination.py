@@ -20,8 +20,8 @@ from tessera.ask import judge
 from tessera.ask.ask import Reply, Request
 from tessera.curate.steps import rows
 from tessera.curate.steps.ask import ChatStep
-from tessera.curate.steps.duplicates import word_grams
 from tessera.curate.steps.rows import AskStep, Drop, Result, RowStep
+from tessera.curate.steps.words import BRACKETS, tokens
 from tessera.data.conversation import Chat
 from tessera.data.readers import Bad, DataError, expand, read_rows
 from tessera.runs.files import FailureError
@@ -37,6 +37,20 @@ First:
 
 Second:
 {nearest}"""
+
+
+def word_grams(text: str, n: int, *, mask_digits: bool = False) -> set[int]:
+    """The distinct n-grams of words; a text shorter than n words is one gram, an empty one none.
+
+    Each is a hash, which holds in this process alone and takes a third less time than a text.
+    mask_digits: every number is the same word.
+    """
+    words = [one for one in tokens(text) if one not in BRACKETS]
+    if mask_digits:
+        words = ["0" if word[0].isdigit() else word for word in words]
+    if len(words) < n:
+        return {hash(tuple(words))} if words else set()
+    return {*map(hash, zip(*(words[k:] for k in range(n)), strict=False))}
 
 
 class EvalSet(Config):
@@ -98,9 +112,9 @@ class Decontaminate(RowStep):
         return best
 
     @functools.cached_property
-    def _index(self) -> tuple[dict[str, list[int]], list[int]]:
+    def _index(self) -> tuple[dict[int, list[int]], list[int]]:
         """The problems that have each n-gram, and the distinct n-grams of each problem."""
-        having: dict[str, list[int]] = defaultdict(list)
+        having: dict[int, list[int]] = defaultdict(list)
         sizes = []
         for number, (_, text) in enumerate(self._problems):
             grams = word_grams(text, self.n, mask_digits=self.mask_digits)

@@ -19,11 +19,10 @@ from pydantic import Field, model_validator
 from tessera.curate.steps import rows
 from tessera.curate.steps.rows import Drop, Result, RowStep
 from tessera.data.conversation import Chat, fault
-from tessera.rl.verifiers.answer import boxed, final_answer, same_answer
-from tessera.rl.verifiers.code import PYTHON, fenced
-from tessera.rl.verifiers.exact import verify_exact, verify_number
+from tessera.rl.verifiers.answer import boxed, final_answer
+from tessera.rl.verifiers.blocks import PYTHON, fenced
+from tessera.rl.verifiers.judge import judge
 from tessera.rl.verifiers.language import language_of
-from tessera.rl.verifiers.mathematics import verify_math
 from tessera.rl.verifiers.outcome import Outcome
 from tessera.runs.files import RunError
 
@@ -227,8 +226,8 @@ class Verify(RowStep):
     """Compares `predicted_answer` with `expected_answer`, where there is one; writes `correct`.
 
     verifier: "equal" (the same number, or the same text up to spelling), "exact", "number" and
-    "math" as the rewards have them, or `package.module:function`, a function of the two texts that
-    gives True, False, None or an Outcome. keep: "all" keeps what is wrong or not judged.
+    "math" as `tessera judge` has them, or `package.module:function`, a function of the two texts
+    that gives True, False, None or an Outcome. keep: "all" keeps what is wrong or not judged.
     """
 
     step: Literal["verify"]
@@ -267,8 +266,8 @@ class Verify(RowStep):
 
 
 VERIFIERS: dict[str, Callable[[str, str], Any]] = {
-    "equal": same_answer,
-    "exact": functools.partial(verify_exact, ignore_case=False),
-    "number": verify_number,
-    "math": verify_math,
+    "equal": functools.partial(judge, "equal"),
+    "exact": functools.partial(judge, "exact", ignore_case=False),
+    "number": functools.partial(judge, "number"),
+    "math": functools.partial(judge, "math"),
 }

@@ -25,7 +25,7 @@ from tessera.rl.verifiers.outcome import Outcome, judged
 DRAWN = 400  # items, where no limit says otherwise
 NEEDLE_WORDS = 1024
 SAME_WORK = FunctionReward(kind="function", function=f"{__name__}:same_work")
-WORK = Measure("work", SAME_WORK, modes=("on", "text"))
+WORK = Measure("work", SAME_WORK, modes=("on", "text", "none"))
 
 
 def same_work(sample: Judged) -> Outcome:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from tessera.data.calls import BUILT_IN, LLAMA3, MARKED, read
 from tessera.eval import bfcl
 from tessera.eval.bfcl import Call
 from tessera.eval.task import Data, EvalError, Item, Measure, Task, ask
@@ -39,7 +40,7 @@ SYSTEM = (
     'user asks, answer with nothing but <TOOLCALL>[{{"name": NAME, "arguments": {{...}}}}, ...]'
     "</TOOLCALL>. If none does, say so and call nothing."
 )
-_CALL = re.compile(r"<TOOLCALL>(.*?)(?:</TOOLCALL>|\Z)", re.DOTALL)
+_CALL = re.compile(rf"{BUILT_IN.mark}(.*?)(?:{BUILT_IN.close}|\Z)", re.DOTALL)
 
 
 def single_turn(kind: str, data: Data) -> Iterator[Item]:
@@ -83,16 +84,12 @@ def verify_calls(sample: Sample) -> Outcome:
 
 def read_calls(answer: str) -> list[Call] | None:
     """The calls in an answer: none where nothing looks like one, None where one cannot be read."""
+    _, calls = read(answer, (*MARKED, LLAMA3))
+    if calls:
+        return calls
     found = _CALL.search(answer)
     text = (found[1] if found else answer).strip()
-    if not found and not text.startswith("["):
-        return []
-    try:
-        rows = json.loads(text)
-        rows = rows if isinstance(rows, list) else [rows]
-        return [(str(row["name"]), dict(row.get("arguments") or {})) for row in rows]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return _python_calls(text)
+    return _python_calls(text) if found or text.startswith("[") else []
 
 
 def _python_calls(text: str) -> list[Call] | None:

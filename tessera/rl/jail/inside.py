@@ -201,6 +201,29 @@ def use_of_memory() -> tuple[int, int]:
     return processes, total
 
 
+def use_of_cpu() -> float:
+    """CPU seconds of the processes of the namespace but this one, also of those that ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ticks = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit() and name != "1":
+            try:
+                with open(f"/proc/{name}/stat") as file:
+                    ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
+            except OSError:
+                continue  # it has ended
+    return ended.ru_utime + ended.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def how_it_exited(setup: dict[str, Any], status: int) -> dict[str, Any]:
+    """By itself, or killed by the kernel when its CPU time was used up."""
+    code = os.waitstatus_to_exitcode(status)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = used.ru_utime + used.ru_stime >= setup["cpu_seconds"] - 0.1
+    killed = code in (-signal.SIGKILL, -signal.SIGXCPU)
+    return {"reason": "cpu"} if killed and spent else {"reason": "exited", "code": code}
+
+
 def watch(setup: dict[str, Any], program: int) -> dict[str, Any]:
     """Waits for the program, or for the first limit that it breaks, and reaps what it leaves."""
     deadline = time.monotonic() + setup["seconds"]
@@ -211,9 +234,10 @@ def watch(setup: dict[str, Any], program: int) -> dict[str, Any]:
             if not pid:
                 break
             if pid == program and not os.WIFSTOPPED(status):
-                return {"reason": "exited", "code": os.waitstatus_to_exitcode(status)}
+                return how_it_exited(setup, status)
         if time.monotonic() > deadline:
-            return {"reason": "time"}
+            spent = use_of_cpu() >= setup["cpu_seconds"]
+            return {"reason": "cpu" if spent else "time"}
         processes, memory = use_of_memory()
         if memory > setup["memory_bytes"]:
             return {"reason": "memory"}
@@ -265,7 +289,7 @@ def run_without_isolation(setup: dict[str, Any]) -> NoReturn:
         os.close(setup["status"])
         os.execve(setup["argv"][0], setup["argv"], setup["environment"])
     _, status = os.waitpid(program, 0)
-    report = {"reason": "exited", "code": os.waitstatus_to_exitcode(status)}
+    report = how_it_exited(setup, status)
     os.write(setup["status"], json.dumps(report).encode())
     os._exit(0)
 

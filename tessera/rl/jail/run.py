@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import selectors
 import signal
@@ -44,7 +45,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-Reason = Literal["exited", "time", "memory", "processes", "output"]
+Reason = Literal["exited", "time", "cpu", "memory", "processes", "output"]
 
 
 # How code is judged; the second is a sentence so that nobody sets it by accident.
@@ -58,12 +59,14 @@ class JailError(ValueError):
 class Limits(Config):
     """What a jailed program may use before it is killed.
 
-    seconds: wall time; as much CPU time is allowed to each process, and one second more.
+    seconds: wall time. cpu_seconds: CPU time of each process, rounded up to whole seconds; by
+    default as much as the wall time and one second more.
     memory_mib: of all its processes together, and of address space for each of them.
     processes: at once, threads included. output_kib: of stdout and of stderr each.
     """
 
     seconds: float = Field(default=10.0, gt=0)
+    cpu_seconds: float | None = Field(default=None, gt=0)
     memory_mib: int = Field(default=1024, ge=64)
     processes: int = Field(default=16, ge=1)
     output_kib: int = Field(default=1024, ge=1)
@@ -194,7 +197,7 @@ def _setup(argv: Sequence[str], limits: Limits, status: int) -> dict[str, Any]:
         "parent": os.getpid(),
         "status": status,
         "seconds": limits.seconds,
-        "cpu_seconds": int(limits.seconds) + 1,
+        "cpu_seconds": math.ceil(limits.cpu_seconds or int(limits.seconds) + 1),
         "memory_bytes": limits.memory_mib * MEBIBYTE,
         "tmp_bytes": limits.tmp_mib * MEBIBYTE,
         "processes": limits.processes,

@@ -1,40 +1,26 @@
 """Whether a program passes its tests, in the jail: asserts (HumanEval, MBPP), or stdin to stdout.
 
-The code is the answer's last fenced block. A program that fails, crashes, or breaks a limit is
-wrong; a jail that cannot be built is an error (`JailError`), and never a verdict.
+The program is what `blocks.py` finds in the answer. One that fails, crashes, or uses up its CPU
+time is wrong; one that has not ended when the clock has run for much longer could not be judged: a
+busy machine is no fault of its own. A jail that cannot be built is an error (`JailError`), and
+never a verdict.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from tessera.rl.jail.run import Ended, Isolation, Limits, python, run
-from tessera.rl.verifiers.outcome import Outcome, judged, unjudged, wrong
+from tessera.rl.verifiers.blocks import extract_code, used_names
+from tessera.rl.verifiers.outcome import Outcome, right, unjudged, wrong
 
-CASES_TOGETHER = 4  # times the seconds of one case that all of them may take
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-PYTHON = ("python", "py", "python3")
-
-
-def fenced(text: str, languages: Sequence[str]) -> list[str]:
-    """The contents of the fenced blocks of a language, which may have several names."""
-    return [code for name, code in _FENCE.findall(text) if name.lower() in languages]
-
-
-def extract_code(answer: str) -> str | None:
-    """The last fenced block of Python, or the whole answer where it is a program, or None."""
-    blocks = fenced(answer, ("", *PYTHON))
-    if blocks:
-        return blocks[-1]
-    try:
-        return answer if ast.parse(answer).body else None
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+CASES_TOGETHER = 4  # times the CPU seconds of one case that all of them may use
+CLOCK_TIMES = 8  # times its CPU seconds that a program, all its cases together, may take
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def verify_asserts(
@@ -42,28 +28,87 @@ def verify_asserts(
     tests: str | Sequence[str],
     *,
     setup: str = "",
+    entry_point: str = "",
     limits: Limits | None = None,
     isolation: Isolation = "namespaces",
 ) -> Outcome:
     """Whether every test holds: Python statements that raise where something is wrong.
 
-    setup: run after the solution and before the tests. Raises JailError.
+    setup: run after the solution and before the tests. entry_point: the function that tests which
+    only define `check(candidate)` are called with. limits.seconds: CPU time. Raises JailError.
     """
-    code = extract_code(answer)
     text = tests if isinstance(tests, str) else "\n".join(tests)
     if not text.strip():
         return unjudged("there are no tests")
-    if code is None:
-        return wrong("no code in the answer")
     try:
-        ast.parse(text)
+        tree = ast.parse(text)
         ast.parse(setup)
     except (SyntaxError, ValueError) as error:
         return unjudged(f"the tests are no Python: {error}")
+    if not _tests_something(tree) and entry_point.isidentifier() and _defines_check(tree):
+        text = f"{text}\ncheck({entry_point})\n"
+    if not _tests_something(ast.parse(text)):
+        return unjudged(_untested(tree))
+    code = extract_code(answer, used_names(f"{setup}\n{text}") | {entry_point})
+    if code is None:
+        return wrong("no code in the answer")
     token = secrets.token_hex(16)
     job = {"solution": code, "setup": setup, "tests": text, "token": token}
-    ended = _drive(job, limits or Limits(), isolation)
-    return judged(ended.succeeded and ended.stdout.decode("ascii", "replace") == token, _why(ended))
+    limits = limits or Limits()
+    ended = _drive(job, _timed(limits), isolation)
+    if ended.succeeded and ended.stdout.decode("ascii", "replace") == token:
+        return right()
+    return _failed(ended, limits.seconds)
+
+
+def _timed(limits: Limits, cases: int = 1) -> Limits:
+    """seconds of CPU time for each of so many cases, and several times as much by the clock."""
+    cpu, clock = limits.seconds * cases, limits.seconds * CLOCK_TIMES
+    return limits.model_copy(update={"cpu_seconds": cpu, "seconds": clock})
+
+
+def _tests_something(tree: ast.Module) -> bool:
+    """Whether running the tests can fail by them: an assertion is reached, not only defined."""
+    testing = {
+        node.name
+        for node in tree.body
+        if isinstance(node, _DEFINITIONS) and any(map(_asserts, ast.walk(node)))
+    }
+    for statement in tree.body:
+        if isinstance(statement, _DEFINITIONS):
+            continue
+        for node in ast.walk(statement):
+            called = isinstance(node, ast.Name) and node.id in testing
+            if called or _asserts(node) or (testing and _runs_cases(node)):
+                return True
+    return False
+
+
+def _asserts(node: ast.AST) -> bool:
+    """An assertion about something, a `raise`, or a call of a function like `assertEqual`."""
+    if isinstance(node, ast.Assert):
+        return any(isinstance(part, ast.Name) for part in ast.walk(node.test))
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        return str(name).lower().startswith("assert")
+    return isinstance(node, ast.Raise)
+
+
+def _runs_cases(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr in ("main", "run", "TextTestRunner")
+
+
+def _defines_check(tree: ast.Module) -> bool:
+    return any(
+        isinstance(node, ast.FunctionDef) and node.name == "check" and len(node.args.args) == 1
+        for node in tree.body
+    )
+
+
+def _untested(tree: ast.Module) -> str:
+    if _defines_check(tree):
+        return "the tests only define check(candidate); name the function to call in `entry_point`"
+    return "the tests assert nothing"
 
 
 def verify_outputs(
@@ -76,7 +121,8 @@ def verify_outputs(
 ) -> Outcome:
     """Whether the program prints, for each input, the expected output up to space at line ends.
 
-    limits.seconds is for one input; all together may take four times as long. Raises JailError.
+    limits.seconds is CPU time for one input; all together may use four times as much. Raises
+    JailError.
     """
     if not inputs or len(inputs) != len(outputs):
         return unjudged(f"there are {len(inputs)} inputs and {len(outputs)} outputs to test with")
@@ -85,28 +131,33 @@ def verify_outputs(
         return wrong("no code in the answer")
     limits = limits or Limits()
     length = 2 * max(len(output.encode()) for output in outputs) + 1024
-    whole = limits.model_copy(
-        update={
-            "seconds": limits.seconds * CASES_TOGETHER,
-            "output_kib": limits.output_kib + len(inputs) * length * 6 // 1024,
-        }
-    )
+    room = limits.output_kib + len(inputs) * length * 6 // 1024
+    whole = _timed(limits, CASES_TOGETHER)
     job = {"solution": code, "inputs": list(inputs), "seconds": limits.seconds}
-    ended = _drive(job | {"output_bytes": length}, whole, isolation)
+    job |= {"together": whole.cpu_seconds, "clock": whole.seconds, "output_bytes": length}
+    grace = {"seconds": whole.seconds + 2, "output_kib": room}  # what was judged is told first
+    ended = _drive(job, whole.model_copy(update=grace), isolation)
     try:
         results = json.loads(ended.stdout) if ended.succeeded else []
     except ValueError:
         results = []
     if not results:
-        return wrong(_why(ended))
+        return _failed(ended, limits.seconds * CASES_TOGETHER)
+    return _compared(results, outputs, limits.seconds)
+
+
+def _compared(results: Sequence[dict], outputs: Sequence[str], seconds: float) -> Outcome:
     for number, (result, expected) in enumerate(zip(results, outputs, strict=False), 1):
-        if result["code"] is None:
-            return wrong(f"test {number} of {len(inputs)} took over {limits.seconds:g} s")
+        test = f"test {number} of {len(outputs)}"
+        if result["ended"] == "clock":
+            return unjudged(f"{test} had not ended after {seconds * CLOCK_TIMES:g} s by the clock")
+        if result["ended"]:
+            return wrong(f"{test} used up its {seconds:g} s of CPU time")
         if result["code"]:
-            return wrong(f"test {number} of {len(inputs)} ended with {result['code']}")
+            return wrong(f"{test} ended with {result['code']}")
         if _lines(result["output"]) != _lines(expected):
-            return wrong(f"test {number} of {len(inputs)} printed something else")
-    return judged(len(results) == len(inputs), "not every test was run")
+            return wrong(f"{test} printed something else")
+    return right() if len(results) == len(outputs) else wrong("not every test was run")
 
 
 def _lines(text: str) -> list[str]:
@@ -120,8 +171,14 @@ def _drive(job: dict, limits: Limits, isolation: Isolation) -> Ended:
     return run(argv, stdin=stdin, limits=limits, isolation=isolation)
 
 
-def _why(ended: Ended) -> str:
+def _failed(ended: Ended, seconds: float) -> Outcome:
+    if ended.reason == "time":
+        return unjudged(f"it had not ended after {ended.seconds:.0f} s by the clock")
+    if ended.reason == "cpu":
+        return wrong(f"it used up its {seconds:g} s of CPU time")
     if ended.reason != "exited":
-        return f"ended by its limit of {ended.reason}"
+        return wrong(f"ended by its limit of {ended.reason}")
     lines = ended.stderr.decode(errors="replace").strip().splitlines()
-    return (lines[-1] if lines else f"left with {ended.code} before the tests were through")[:200]
+    return wrong(
+        (lines[-1] if lines else f"left with {ended.code} before the tests were through")[:200]
+    )

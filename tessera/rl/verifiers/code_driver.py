@@ -1,10 +1,11 @@
 """Runs a solution against its tests; `code.py` starts the source of this file in the jail.
 
 stdin holds one JSON object: {"solution", "setup", "tests", "token"} for tests that assert, or
-{"solution", "inputs", "seconds", "output_bytes"} for programs that read and print. It prints the
-token once every test has passed, or the outputs, which `code.py` compares. Solutions that exit
-before the tests print no token; tests get the built-ins from before the solution ran; `honest`
-refuses values with an `__eq__` of their own. Code written against this file can find the token.
+{"solution", "inputs", "seconds", "together", "clock", "output_bytes"} for programs that read and
+print. It prints the token once every test has passed, or the outputs, which `code.py` compares.
+Solutions that exit before the tests print no token; tests get the built-ins from before the
+solution ran; `honest` refuses values with an `__eq__` of their own. Code written against this file
+can find the token.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -76,45 +79,58 @@ def run_tests(job: dict[str, Any]) -> NoReturn:
     namespace: dict[str, Any] = {"__name__": "__solution__"}
     exec_(compile(job["solution"], SOLUTION, "exec"), namespace)
     exec_(compile(job["setup"], "<setup>", "exec"), namespace)
-    namespace |= {"__builtins__": before, "_honest": honest}
+    namespace |= {"__builtins__": before, "_honest": honest, "__name__": "__main__"}
     exec_(tests, namespace)
     write(answer, job["token"].encode())
     exit_(0)
 
 
 def run_cases(job: dict[str, Any]) -> None:
-    """The solution once for each input, in a process each; stops at the first that is too slow."""
+    """The solution once for each input, in a process each; stops at the first that is too slow.
+
+    Each may use `seconds` of CPU time, all `together` of CPU time and `clock` of the clock's.
+    """
     program = compile(job["solution"], SOLUTION, "exec")
+    deadline = time.monotonic() + job["clock"]
     results = []
     for text in job["inputs"]:
         with open("/tmp/in", "w") as file:
             file.write(text)
-        results.append(run_case(program, job["seconds"]))
+        results.append(run_case(program, job["seconds"], deadline))
         with open("/tmp/out", "rb") as file:
             results[-1]["output"] = file.read(job["output_bytes"]).decode(errors="replace")
-        if results[-1]["code"] is None:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if used.ru_utime + used.ru_stime > job["together"]:
+            results[-1]["ended"] = "cpu"
+        if results[-1]["ended"]:
             break
     print(json.dumps(results), flush=True)
 
 
-def run_case(program: types.CodeType, seconds: float) -> dict[str, Any]:
+def run_case(program: types.CodeType, seconds: float, deadline: float) -> dict[str, Any]:
+    """The exit code of the program, and the limit that ended it: `cpu`, `clock` or none."""
     child = os.fork()
     if not child:
         os.dup2(os.open("/tmp/in", os.O_RDONLY), 0)
         os.dup2(os.open("/tmp/out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
+        most = math.ceil(seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most))
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # to the tenth; the limit stands behind it
         exec(program, {"__name__": "__main__"})
         sys.stdout.flush()
         os._exit(0)
-    deadline = time.monotonic() + seconds
     pause = 0.0005
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, used = os.wait4(child, os.WNOHANG)
         if done:
-            return {"code": os.waitstatus_to_exitcode(status)}
+            code = os.waitstatus_to_exitcode(status)
+            spent = used.ru_utime + used.ru_stime >= 0.9 * seconds
+            killed = code in (-signal.SIGPROF, -signal.SIGXCPU, -signal.SIGKILL)
+            return {"code": code, "ended": "cpu" if killed and spent else ""}
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return {"code": None}
+            return {"code": -signal.SIGKILL, "ended": "clock"}
         time.sleep(pause)
         pause = min(0.01, pause * 2)
 

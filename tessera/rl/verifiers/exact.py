@@ -12,18 +12,33 @@ from fractions import Fraction
 from tessera.data.conversation import Mode
 from tessera.data.switch import obeys
 from tessera.data.thought import CLOSE, OPEN
-from tessera.rl.verifiers.answer import NUMBER, final_answer, fraction, number, plain_text
+from tessera.rl.verifiers.answer import NUMBER, final_answer, number, plain_text, same_answer
 from tessera.rl.verifiers.outcome import Outcome, judged, right, unjudged, wrong
 
-# A letter, alone or in the brackets and emphasis that models put around it.
 _ONE_LETTER = re.compile(
-    r"(?:option|choice)?[\s*_`\"'$([{]*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\(?([A-Za-z])\)?"
-    r"(?=$|[\s).\]}*_:`\"'$,;])",
+    r"(?:(?:the )?(?:option|choice|letter)\b)?[\s*_`\"'$(\[{]*([A-Za-z])"
+    r"(?=$|[\s).\]}*_:`\"$,;]|'(?!\w))",
     re.IGNORECASE,
 )
-_OPTION_LINE = re.compile(r"^[\s*_(]*(?:option|choice)?\s*\(?([A-Z])\)?[\s*_).:]*$", re.IGNORECASE)
-_ANOTHER = re.compile(r"\b(?:and|or)\b|[,/&]")
-_GOES_ON = re.compile(r"\s+(?!(?:is|and|or)\b)[a-z]")  # "a matter of taste", "I think": a word
+_CORRECT = r"(?:\bis (?:the )?(?:correct|right|best|answer)(?: (?:answer|option|choice|one))?\.?)?"
+_OPTION_LINE = re.compile(
+    rf"(?:(?:so|thus|therefore|hence),? )?[\s*_(\[]*(?:(?:the )?(?:option|choice))?\s*"
+    rf"\(?([A-Z])\)?[\s*_).:\]]*{_CORRECT}[\s*]*",
+    re.IGNORECASE,
+)
+_OPTION_TEXT = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[):.])\s+\S[^\n]*")  # `B) Paris`, all of it
+_CHOSEN = re.compile(
+    r".*\b(?i:answer|choose|pick|select|choice|option|answer (?:must|should|would|will|has to) be)"
+    r"\s+(?i:option |choice |letter )?[*(]*([A-Z])[*)]*\.?\s*",
+    re.DOTALL,
+)
+_ANOTHER = re.compile(
+    r"\W*(?:\b(?:and|or)\b|[,/&])\W*(?:(?:also|both|option|choice)\W+)*([A-Za-z]|[IVX]+)(?![\w'])"
+)
+# "a matter of taste", "I think": a word, unless what follows only explains the letter.
+_GOES_ON = re.compile(
+    r"\s+(?!(?:is|and|or|as|for|due|given|rather|instead|over|with|which|from|by|but)\b)[a-z]"
+)
 
 
 def verify_exact(answer: str, expected: str, *, ignore_case: bool = True) -> Outcome:
@@ -41,6 +56,15 @@ def verify_exact(answer: str, expected: str, *, ignore_case: bool = True) -> Out
     return judged(same, f"{_short(given)} is not {_short(expected)}")
 
 
+def verify_equal(answer: str, expected: str) -> Outcome:
+    """Whether the final answer, or else the whole text, is the same number or text."""
+    if not expected.strip():
+        return unjudged("the expected answer is empty")
+    stated = final_answer(answer)
+    given = answer.strip() if stated is None else stated
+    return judged(same_answer(given, expected), f"{_short(given)} is not {_short(expected)}")
+
+
 def verify_number(answer: str, expected: str | float, *, tolerance: float = 0.0) -> Outcome:
     """Whether the final answer's number, or else the text's last, is the expected one.
 
@@ -51,22 +75,27 @@ def verify_number(answer: str, expected: str | float, *, tolerance: float = 0.0)
     if wanted is None:
         return unjudged(f"the expected answer {_short(str(expected))} is not a number")
     stated = final_answer(answer)
-    given = None if stated is None else number(stated)
-    if given is None:
-        numbers = _numbers(answer if stated is None else stated)
-        if not numbers:
-            return wrong("no number in the answer")
-        if stated is not None and len(set(numbers)) > 1 and "=" not in stated:
-            return wrong(f"several numbers are stated: {_short(stated)}")
-        given = numbers[-1]
+    numbers = _numbers(answer) if stated is None else _stated_numbers(stated)
+    if not numbers:
+        return wrong("no number in the answer")
+    if stated is not None and len(set(numbers)) > 1:
+        return wrong(f"several numbers are stated: {_short(stated)}")
+    given = numbers[-1]
     close = abs(given - wanted) <= Fraction(tolerance) * abs(wanted)
     return judged(close, f"{_short(str(float(given)))} is not {_short(str(expected))}")
+
+
+def _stated_numbers(stated: str) -> list[Fraction]:
+    """The numbers of a final answer: of `3 + 4 = 7 (seven)` 7 alone."""
+    sides = [number(side.partition(" (")[0]) for side in stated.split("=")]
+    known = [value for value in sides if value is not None]
+    return known or _numbers(stated.rpartition("=")[2])
 
 
 def _numbers(text: str) -> list[Fraction]:
     text = text.replace("\\,", "").replace("{,}", ",").replace("\N{MINUS SIGN}", "-")
     text = text.replace("\\!", "").replace("\\$", "").replace("$", "")
-    found = (fraction(match.group()) for match in NUMBER.finditer(text))
+    found = (number(match.group()) for match in NUMBER.finditer(text))
     return [value for value in found if value is not None]
 
 
@@ -77,14 +106,20 @@ def verify_choice(answer: str, expected: str, *, choices: int = 26) -> Outcome:
         return unjudged(f"the expected answer {expected!r} is not one of the {choices} letters")
     stated = final_answer(answer)
     if stated is not None:
-        given = _letter(stated)
+        given = _letter(plain_text(stated))
     else:
-        lines = [line for line in answer.splitlines() if line.strip()]
-        found = _OPTION_LINE.match(lines[-1]) if lines else None
-        given = found[1].upper() if found else None
+        given = _unstated_letter(answer.strip())
     if given is None:
         return wrong("no letter is chosen")
     return judged(given == wanted, f"{given} is not {wanted}")
+
+
+def _unstated_letter(answer: str) -> str | None:
+    """The letter that the last line is, chooses or calls correct, or that a one-liner has."""
+    last = answer.rpartition("\n")[2]
+    found = _OPTION_LINE.fullmatch(plain_text(last)) or _CHOSEN.fullmatch(plain_text(last))
+    found = found or _OPTION_TEXT.fullmatch(answer)
+    return next(letter for letter in found.groups() if letter).upper() if found else None
 
 
 def _letter(stated: str) -> str | None:
@@ -92,10 +127,17 @@ def _letter(stated: str) -> str | None:
     if not found:
         return None
     letter, rest = found[1], stated[found.end() :]
-    if (letter in "AI" or letter.islower()) and _GOES_ON.match(rest):
+    if _is_word(letter, rest):
         return None
-    another = _ANOTHER.match(rest.lstrip(" )}]*.$"))
-    return None if another and _ONE_LETTER.search(rest) else letter.upper()
+    another = _ANOTHER.match(rest)
+    if another and not _is_word(another[1], rest[another.end() :]):
+        return None
+    return letter.upper()
+
+
+def _is_word(letter: str, rest: str) -> bool:
+    """Whether a letter is the English word: `a matter of taste`, `I think`."""
+    return (letter in "AI" or letter.islower()) and bool(_GOES_ON.match(rest))
 
 
 def _short(text: str) -> str:
