@@ -1,19 +1,21 @@
 """A device that computes on the CPU and, like a GPU, refuses tensors that are not its own.
 
-`with pretend():` moves whatever asks for `DEVICE` there. Its numbers are the CPU's to the bit. It
-sees tensors left on the CPU, numpy views and writes into the wrong memory; it cannot see kernels,
-streams, or how much memory a device has.
+It sees tensors left on the CPU and numpy views of the device's. It cannot see kernels, streams,
+memory, or what happens in threads that tessera starts. A process that uses it must not have run a
+backward before, so tests run `python -m tests.pretend RECIPE RUNS` in one of its own.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
+OPERATIONS = [0]  # on the device, so far
 # Moves between devices, and places that a GPU takes from the CPU.
 _TO_CPU = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense"}
 _TO_CPU |= {"aten::index.Tensor", "aten::index_put_", "aten::index", "aten::_index_put_impl_"}
@@ -129,24 +132,54 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = tree_unflatten(held, shape)
     out = function(*plain_args, **plain_kwargs)
     there = asked if target is not None else bool(ours)
+    OPERATIONS[0] += bool(ours)
     if name == "aten::copy_":
         return args[0]
     if not there:
         return out
     known = {id(one.held): one for one in ours}
     return tree_map(
-        lambda one: known.get(id(one), PretendTensor(one))
-        if isinstance(one, torch.Tensor) and not isinstance(one, PretendTensor)
-        else one,
+        lambda one: (
+            known.get(id(one), PretendTensor(one))
+            if isinstance(one, torch.Tensor) and not isinstance(one, PretendTensor)
+            else one
+        ),
         out,
     )
 
 
 @contextmanager
-def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """The device, for the block; `tessera.dist.device()` is it."""
+def pretended() -> Iterator[None]:
+    """The device, for the block: `tessera.dist.device()` is it."""
     from tessera import dist
 
-    monkeypatch.setattr(dist, "device", device)
-    with sdpa_kernel(SDPBackend.MATH), _FromData(), _Mode():
-        yield device()
+    real, dist.device = dist.device, device
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _FromData(), _Mode():
+            yield
+    finally:
+        dist.device = real
+
+
+def main(recipe: str, runs: str) -> None:
+    """Run a recipe there; the last line is JSON: operations on the device by stage."""
+    from tessera import pipeline
+    from tessera.runs.recipe import load
+
+    device()  # before the first backward, which counts the devices there are
+    work, counts = pipeline._bring_about, {}
+
+    def counted(step: Any, *rest: Any) -> Any:
+        before = OPERATIONS[0]
+        found = work(step, *rest)
+        counts[step.name] = OPERATIONS[0] - before
+        return found
+
+    pipeline._bring_about = counted
+    with pretended():
+        pipeline.run_recipe(load(Path(recipe), ()), Path(runs), quiet=True)
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -122,7 +122,7 @@ def export_model(
     if fp8 and form not in FP8_FORMATS:
         raise ExportError(f"{form} is written in float32; FP8 goes with {', '.join(FP8_FORMATS)}")
     directory = resolve(source)
-    module = load_model(source, frozen=True)
+    module = load_model(source, frozen=True, device="cpu")
     config = module.config
     _refuse(config, form, TARGETS.get(form, ()) if engines is None else engines)
     with replacing(place) as partial:
@@ -133,7 +133,7 @@ def export_model(
             if form == "gguf":
                 copy = _gguf()[0].read(partial / GGUF_FILE, config)
             else:
-                copy = load_model(partial, frozen=True)
+                copy = load_model(partial, frozen=True, device="cpu")
             parity = _check(module, form, copy, fp8)
             if fp8:
                 moved = _difference(probe(module), copy)[1]

@@ -293,8 +293,9 @@ def load_model(
     """A model of its own from a finished run, a Hugging Face directory or a hub id.
 
     frozen: no gradients, evaluation mode (teachers and references). dtype: None keeps what is
-    stored. prepare: called with the module while it has no memory yet; it may spread parameters
-    over processes. Raises CheckpointError (files, tensors) or ConfigError (`config.json`).
+    stored. device: where this process computes, unless given. prepare: called with the module while
+    it has no memory yet; it may spread parameters over processes. Raises CheckpointError (files,
+    tensors) or ConfigError (`config.json`).
     """
     directory = resolve(source)
     config = read_config(directory)
@@ -316,7 +317,7 @@ def load_model(
     if config.tie_word_embeddings:
         _check_tied(stored)
     factors = dict(_read(scales))
-    tensors = {}
+    tensors, where = {}, torch.device(device or dist.device())
     for name, tensor in _read({name: stored[name] for name in likes}):
         if tensor.dtype == torch.float8_e4m3fn:
             scale = factors.get(name + SCALE)
@@ -326,7 +327,7 @@ def load_model(
                     f"or one for each of its {len(tensor)} rows"
                 )
             tensor = dequantize(tensor, scale)
-        tensors[keys[name]] = place(tensor, likes[name], dtype, torch.device(device or dist.device()))
+        tensors[keys[name]] = place(tensor, likes[name], dtype, where)
     module.load_state_dict(tensors, assign=True)
     return module
 

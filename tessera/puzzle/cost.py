@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveInt, model_validator
 
+from tessera import dist
 from tessera.devices import CPU, DTYPES, Device, DeviceError, find_device
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
@@ -160,8 +161,11 @@ def least_seconds(
 ) -> dict[Hashable, np.ndarray]:
     """The least (prefill, decode step) of each model, `(2,)`, which take turns round by round; each
     decode step keeps its least time over all rounds, as other load only ever adds."""
+    device = dist.device()
     engines = {
-        key: TorchEngine(Transformer(config).init_weights(0).eval().requires_grad_(False))
+        key: TorchEngine(
+            Transformer(config).init_weights(0).to(device).requires_grad_(False).eval()
+        )
         for key, config in models.items()
     }
     prefill = dict.fromkeys(engines, math.inf)

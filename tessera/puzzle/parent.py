@@ -74,7 +74,11 @@ def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> Non
     """Stage `parent`: import a checkpoint, or train one from scratch."""
     if config.path is not None:
         if dist.is_main():
-            save_model(load_model(config.path), run.model_path, tokenizer_from=resolve(config.path))
+            save_model(
+                load_model(config.path, device="cpu"),
+                run.model_path,
+                tokenizer_from=resolve(config.path),
+            )
         return
     assert config.architecture is not None and config.train is not None
     data = inputs["data"]
