@@ -62,8 +62,8 @@ class RPO(Objective):
         streams = {name: one.flatten()[trained] for name, one in batch.streams.items()}
         with torch.no_grad():
             theirs = self.reference(batch.tokens, context_of(batch)).flatten(0, 1)[trained]
-            log_ratio = token_log_probs(hidden, module.head, labels)
-            log_ratio -= token_log_probs(theirs, self.reference.head, labels)
+            own = token_log_probs(hidden, module.head, labels)
+            log_ratio = own - token_log_probs(theirs, self.reference.head, labels)
         sign, index = streams["pair"].sign(), streams["pair"].abs().long() - 1
         count = int(streams["first"].sum())
         gap = self.config.beta * _sums(log_ratio * sign, index, count)
@@ -74,11 +74,12 @@ class RPO(Objective):
             (slope,) = torch.autograd.grad(each.sum(), gap) if count else (gap,)
         # D is linear in log-probs: the slope of a pair's loss is the weight of its tokens' CE.
         weight = -self.config.beta * slope.detach()[index] * sign
+        gap, value = gap.detach(), each.detach().sum()
         if self.config.sft:
             length = _sums((sign > 0).float(), index, count)[index]
-            weight = weight + self.config.sft * (sign > 0) / length
+            sft = self.config.sft * (sign > 0) / length
+            weight, value = weight + sft, value - (sft * own).sum()
         loss = cross_entropy(hidden, module.head, labels, weight)
-        gap, value = gap.detach(), each.detach().sum()
         stats = {"accuracy": (gap > 0).float().sum(), "gap_mean": gap.sum(), "margin": margin.sum()}
         yield loss - loss.detach() + value, stats
 

@@ -241,11 +241,11 @@ def test_preferences_are_learnt_as_gaps_of_log_ratios():
         )
         gaps.append(beta * (up - down))
         expected += kl_of_coins(sigma(eta * pair.margin), sigma(gaps[-1]))
+        expected -= sft * log_prob(module, pair, pair.chosen) / len(pair.chosen)
     (batch,) = preference.rows(PAIRS, 64)
     objective = RPO(config, reference)
     ((loss, told),) = objective.losses(module, batch)
     assert objective.weight(batch) == 2.0
-    # The value logged is the distance; the cross entropy of chosen answers is in the slope alone.
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert told["gap_mean"].item() == pytest.approx(sum(gaps), rel=1e-4)
     assert told["margin"].item() == pytest.approx(1.25)
