@@ -104,7 +104,7 @@ def compare(options: argparse.Namespace) -> None:
     counts = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
     need(options.data / "ifeval" / "input_data.jsonl", hint="IFEval and HumanEval")
     with TemporaryDirectory() as folder:
-        model = options.model or tiny_model(Path(folder) / "model")
+        model = options.model or _toy(Path(folder) / "model")
         kept = options.reference or Path(folder) / "texts.jsonl"
         asked = list(questions(options.data, counts))
         right = transformers_texts(model, asked, options.tokens, kept)
@@ -118,6 +118,15 @@ def compare(options: argparse.Namespace) -> None:
         table(rows, "Greedy texts, tessera eval against transformers")
         if parted:
             table(parted, "Where they part")
+
+
+def _toy(directory: Path) -> Path:
+    """A random model with a template that transformers finds."""
+    from tessera.data.template import FILE, LLAMA3
+
+    tiny_model(directory)
+    (directory / FILE).write_text(LLAMA3)
+    return directory
 
 
 def _parting(key: tuple[str, str], ours: str | None, right: dict[str, Any]) -> dict[str, Any]:
