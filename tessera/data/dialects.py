@@ -31,14 +31,17 @@ from tessera.data.conversation import (
     misnamed,
     parsed,
     present,
+    switch_of,
     tidy,
     tool_list,
 )
 from tessera.data.readers import EXCERPT, Bad, DataError, read_rows
+from tessera.data.thought import CLOSE, OPEN
 from tessera.runs.files import writing
 
 Dialect = Literal["nemotron", "nemotron-rendered", "openai", "sharegpt", "alpaca"]
 Row = dict[str, Any]
+_NO_THOUGHT = re.compile(rf"\A\s*{OPEN}\s*{CLOSE}\s*")
 
 
 def read_row(row: Any) -> Chat:
@@ -48,12 +51,22 @@ def read_row(row: Any) -> Chat:
     row = {str(key): value for key, value in present(row).items()}
     for key, read in _READ.items():
         if key in row:
-            return check(read(row))
+            return check(_without_empty_thoughts(read(row)))
     keys = ", ".join(row) or "no keys"
     raise SchemaError(
         f"no row of a known dialect: it has {keys}, and none of {', '.join(_READ)}"
         f"{misnamed(row, (*_READ, *ANSWERS))}"
     )
+
+
+def _without_empty_thoughts(chat: Chat) -> Chat:
+    """A chat whose row says no mode, without tags around nothing: Qwen3's answers that do not
+    think begin with them."""
+    if chat.reasoning is None and switch_of(chat.messages) is None:
+        for message in chat.messages:
+            if message["role"] == "assistant" and "reasoning_content" not in message:
+                message["content"] = _NO_THOUGHT.sub("", message["content"])
+    return chat
 
 
 def write_row(chat: Chat, dialect: Dialect = "openai") -> Row:
