@@ -21,6 +21,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tessera.data import vocabulary
 from tessera.data.thought import CLOSE, OPEN
 from tessera.data.vocabulary import TokenizerError, Vocabulary, read_json
+from tessera.model.gguf import directory_of, is_gguf
 from tessera.model.pre_tokenizers import QWEN2_SPLIT
 from tessera.runs.files import atomic_write, writing
 
@@ -259,8 +260,10 @@ def copy_templates(source: Path | None, target: Path) -> None:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a model, run or tokenizer directory, or of one tokenizer file."""
+    """The tokenizer of a model, run or tokenizer directory, of a GGUF file or a tokenizer's."""
     path = Path(path)
+    if path.is_file() and is_gguf(path):
+        path = directory_of(path)
     if path.is_file():
         return _from_file(path)
     if not path.is_dir():

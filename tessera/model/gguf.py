@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 VERSION = 2  # of the directories in the cache; raised whenever one is written otherwise
 INDEX = "gguf.json"
-FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # Mistral's are llama
 FAMILIES["deci"] = "llama"  # layers that differ, as `tessera export --format gguf` writes them
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 # llama.cpp turns neighbouring pairs of q and k in these architectures, Hugging Face halves.
-_PAIRED = ("llama", "mistral", "deci")
+_PAIRED = ("llama", "deci")
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -171,7 +171,7 @@ class Header:
     def __init__(self, files: Sequence[Path]) -> None:
         self.path = files[0]
         readers = [_opened(file) for file in files]
-        self.fields = {key: field for key, field in readers[0].fields.items()}
+        self.fields = readers[0].fields
         count = self.get("split.count", 1)
         if count != len(files):
             raise GGUFError(f"{self.path} is one of {count} files; name them as llama.cpp does")
@@ -362,7 +362,7 @@ def _rope_scaling(header: Header, theta: float, head_dim: int) -> RopeScaling | 
 
 # The tokenizer, as the JSON of `tokenizers`.
 
-_SAME = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "mistral": "gpt-2"}
+_SAME = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 _SAME |= dict.fromkeys(MERGED.values(), "llama-bpe")
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
 

@@ -163,6 +163,8 @@ def test_tokens_ends_and_template_are_the_files(tmp_path):
     assert tokenizer.eos_ids == (2,) and config.eos_token_id == (2,)
     stock_tokenizer = transformers.AutoTokenizer.from_pretrained(resolve(tmp_path / "model.gguf"))
     assert stock_tokenizer("a 12").input_ids == tokenizer.encode("a 12")
+    named = load_tokenizer(tmp_path / "model.gguf")  # as `data audit --tokenizer` may
+    assert named.fingerprint() == tokenizer.fingerprint()
 
 
 @pytest.mark.parametrize(
