@@ -98,7 +98,7 @@ SPOKEN: list[tuple[str, dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("name", "arguments", "follows", "breaks"), CASES + SPOKEN)
 def test_each_instruction(name: str, arguments: dict[str, Any], follows: str, breaks: str):
     if (name, arguments, follows, breaks) in SPOKEN:
-        pytest.importorskip("langdetect", reason="needs the extra `ifeval`")
+        pytest.importorskip("langdetect", reason="needs the extra `rl`")
     assert verify_instructions(follows, [name], [arguments]).verdict == "right"
     assert verify_instructions(breaks, [name], [arguments]).verdict == "wrong"
     assert verify_instructions("  \n", [name], [arguments]).verdict == "wrong"
@@ -148,7 +148,7 @@ def test_loose_forgives_a_polite_line_and_asterisks():
 
 
 def test_a_language_that_cannot_be_told_is_not_judged():
-    pytest.importorskip("langdetect", reason="needs the extra `ifeval`")
+    pytest.importorskip("langdetect", reason="needs the extra `rl`")
     outcome = verify_instructions("123 456", ["language:response_language"], [{"language": "de"}])
     assert outcome.verdict == "could-not-judge"
 
@@ -163,7 +163,7 @@ def test_a_part_followed_scores_its_share_and_is_wrong_all_the_same():
 @pytest.mark.parametrize(("mode", "differing"), [("strict", 2), ("loose", 0)])
 def test_verdicts_on_gpt4_are_the_published_ones(shared: Path, mode: str, differing: int):
     """The two that differ: the carrier's checker replaces a letter `#` or `!` by a random one."""
-    pytest.importorskip("langdetect", reason="needs the extra `ifeval`")
+    pytest.importorskip("langdetect", reason="needs the extra `rl`")
     rows = {r["prompt"]: r for r in read(shared / "data/ifeval/input_data.jsonl")}
     texts = {r["prompt"]: r["response"] for r in read(shared / "data/ifeval/gpt4_responses.jsonl")}
     different = []
