@@ -51,15 +51,15 @@ def side(size: str, objective: str) -> None:
             ids = draw(config.vocab_size, 5 * STEP_TOKENS)
             write_data(folder / "data", ids, config.vocab_size)
         dist.barrier()
-        layout = train.spread.layout
+        layout = train.placement.layout
         shard = (layout.data_rank, layout.data_world)
         source = packed(folder / "data", train, PACKED, shard)
         before = memory_mb("VmRSS")
-        module = train.spread.transformer(Transformer(config).init_weights(0))
+        module = train.placement.transformer(Transformer(config).init_weights(0))
         chosen = LM()
         if objective == "kd":
             teacher = Transformer(config).init_weights(1).requires_grad_(False)
-            chosen = KD(train.spread.transformer(teacher), KDConfig(train=train, cosine=0.0))
+            chosen = KD(train.placement.transformer(teacher), KDConfig(train=train, cosine=0.0))
         with open_run(folder / f"run-{dist.rank()}", "cpt") as run:
             Trainer(module, chosen, source, train, run).fit()
         grown = max(dist.gather(memory_mb() - before))

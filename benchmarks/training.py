@@ -546,10 +546,10 @@ def trained(size: str, steps: int, folder: Path) -> tuple[Trainer, Measured]:
     if dist.is_main():
         write_data(data, draw(config.vocab_size, (steps + 2) * STEP_TOKENS), config.vocab_size)
     dist.barrier()
-    layout = train.spread.layout
+    layout = train.placement.layout
     shard = (layout.data_rank, layout.data_world)
     source = Measured(packed(data, train, PACKED, shard), config)
-    module = train.spread.transformer(Transformer(config).init_weights(0))
+    module = train.placement.transformer(Transformer(config).init_weights(0))
     with open_run(folder / f"run-{dist.rank()}", "cpt") as run:
         trainer = Trainer(module, LM(), source, train, run)
         trainer.fit()

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tessera.devices import DeviceError
+from tessera.table import nearest
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -40,11 +43,57 @@ def is_main() -> bool:
     return rank() == 0
 
 
+KINDS = ("cuda", "xpu", "mps", "cpu")  # ROCm's torch says cuda, too
+_chosen: list[str] = []  # the kind of device said for the job, then for the stage
+
+
 def device() -> torch.device:
-    """Where this process computes: its own GPU, or the CPU."""
+    """Where this process computes: its own accelerator, or the CPU.
+
+    What `computing_on` or the environment variable TESSERA_DEVICE says; else the accelerator that
+    torch finds. No other code names a device.
+    """
     import torch
 
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    kind = _chosen[-1] if _chosen else os.environ.get("TESSERA_DEVICE") or _accelerator()
+    if kind not in KINDS:
+        raise DeviceError(f"unknown device {kind!r}; {nearest(kind, KINDS)}")
+    if kind not in ("cpu", _accelerator()):
+        raise DeviceError(f"there is no device {kind!r} here; torch {torch.__version__} sees none")
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank())
+
+
+def _accelerator() -> str:
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
+
+
+@contextmanager
+def computing_on(kind: str | None) -> Iterator[None]:
+    """`device()` is of this kind (of `KINDS`) while the body runs; None leaves it as it is.
+
+    Raises DeviceError where this machine has none.
+    """
+    if kind is None:
+        yield
+        return
+    _chosen.append(kind)
+    try:
+        device()
+        yield
+    finally:
+        _chosen.pop()
+
+
+def device_memory() -> int | None:
+    """Bytes that this process's accelerator has; None on a CPU, or where it does not say."""
+    import torch
+
+    if device().type in ("cuda", "xpu"):
+        return getattr(torch, device().type).get_device_properties(device()).total_memory
+    return torch.mps.recommended_max_memory() if device().type == "mps" else None
 
 
 @contextmanager
@@ -55,21 +104,26 @@ def processes() -> Iterator[None]:
         return
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+    if device().type != "cpu":
+        torch.accelerator.set_device_index(local_rank())
     torch.distributed.init_process_group(_backend())
     for make in (waiting_group, saving_group):  # in every process, in the same order
         make()
     try:
         yield
     finally:
-        for made in (waiting_group, saving_group, mesh):  # they end with the job
+        for made in (waiting_group, saving_group, _mesh):  # they end with the job
             made.cache_clear()
         torch.distributed.destroy_process_group()
 
 
 def _backend() -> str:
-    return "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+    own = {"cuda": "nccl", "xpu": "xccl"}.get(device().type)
+    if world() > 1 and own is None and device().type != "cpu":
+        raise DeviceError(
+            f"{device().type} computes in one process; start one, or set TESSERA_DEVICE=cpu"
+        )
+    return f"cpu:gloo,{device().type}:{own}" if own else "gloo"
 
 
 @functools.cache
@@ -148,13 +202,17 @@ def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:
         torch.distributed.barrier(group or waiting_group())
 
 
-@functools.cache
 def mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
     """A grid of all processes, for `fully_shard` and DTensor; one process is a grid, too."""
+    return _mesh(device().type, shape, names)
+
+
+@functools.cache
+def _mesh(kind: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
     import torch.distributed
     from torch.distributed.device_mesh import init_device_mesh
 
     if world() == 1 and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(_backend(), store=store, rank=0, world_size=1)
-    return init_device_mesh(device().type, shape, mesh_dim_names=names)
+    return init_device_mesh(kind, shape, mesh_dim_names=names)

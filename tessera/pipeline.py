@@ -158,7 +158,7 @@ def _bring_about(step: Step, title: str, quiet: bool) -> None:
         ) as run,
     ):
         run.write_file("recipe.toml", table_text(step))
-        with _peers_alive(step.name):
+        with dist.computing_on(step.device), _peers_alive(step.name):
             if step.stage.together or main:
                 function(step.config, run, step.inputs)
             dist.barrier()

@@ -17,6 +17,7 @@ from typing import Any
 
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
+from tessera.model.parallel import splits
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
@@ -46,7 +47,6 @@ from tessera.runs.run import is_done, read_json
 from tessera.train.flops import Work, block_cost, kept, model_cost, subblock_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig
-from tessera.train.parallel import splits
 
 
 def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:

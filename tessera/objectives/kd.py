@@ -98,8 +98,8 @@ def stage(config: KDConfig, run: Run, inputs: dict[str, Path]) -> None:
     own, config = config.train.lr, raced(config, inputs["model"])
     if config.lr_from:
         run.say(f"lr {config.train.lr:g}, from {config.lr_from}; train.lr = {own:g} is not used")
-    child = config.train.spread.load(inputs["model"])
-    parent = config.train.spread.load(inputs["teacher"], frozen=True)
+    child = config.train.placement.load(inputs["model"])
+    parent = config.train.placement.load(inputs["teacher"], frozen=True)
     source = training_documents(inputs["data"], config.train, run)
     heldout = Heldout(LM(), child, inputs["data"], config.train, run.seed)
     Trainer(child, KD(parent, config), source, config.train, run, heldout).fit()

@@ -21,6 +21,7 @@ from tessera.data.switch import record_switch, recorded_switch
 from tessera.data.template import template_of
 from tessera.data.tokenizer import load_tokenizer
 from tessera.model.checkpoint import save_model
+from tessera.model.parallel import gathered
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError
@@ -31,7 +32,6 @@ from tessera.train.engine import Objective, Stats, Trainer, context_of
 from tessera.train.flops import Cost, Work, model_cost
 from tessera.train.losses import cross_entropy
 from tessera.train.optim import DocumentTrainConfig, TrainConfig
-from tessera.train.parallel import gathered
 
 MODES = {"on": ON, "off": OFF}
 
@@ -84,7 +84,7 @@ def documents(
     data: Path, config: TrainConfig, seed: int, split: str = "train", *, alike: bool = False
 ) -> Documents:
     """Prepared documents, cut to a stage's settings. alike: every process reads all rows."""
-    layout = config.spread.layout
+    layout = config.placement.layout
     return Documents(
         data,
         split=split,
@@ -112,7 +112,7 @@ class Heldout:
     def __init__(
         self, objective: Objective, module: Transformer, data: Path, config: TrainConfig, seed: int
     ) -> None:
-        self.objective, self.module, self.layout = objective, module, config.spread.layout
+        self.objective, self.module, self.layout = objective, module, config.placement.layout
         source = documents(data, config, seed, "heldout")
         self.batches = {p.name: source.heldout_batches(source=p.name) for p in source.parts}
 
@@ -170,14 +170,14 @@ def pretrain(
 
 def cpt(config: CPTConfig, run: Run, inputs: dict[str, Path]) -> None:
     model = inputs["model"]
-    pretrain(config.train.spread.load(model), config.train, run, inputs["data"], resolve(model))
+    pretrain(config.train.placement.load(model), config.train, run, inputs["data"], resolve(model))
 
 
 def sft(config: SFTConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `sft`: train `model` on the chats of `data`. Raises RunError for data without chats, or
     of another tokenizer."""
     data, model = inputs["data"], inputs["model"]
-    module = config.train.spread.load(model)
+    module = config.train.placement.load(model)
     source = training_documents(data, config.train, run)
     if all(part.trained is None for part in source.parts):
         raise RunError(

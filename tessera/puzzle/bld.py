@@ -155,7 +155,7 @@ def train_units(
         if all(unit_file(run.path / "library", unit).exists() for unit in group):
             continue
         library = make(group)
-        config.train.spread.units(library.values())
+        config.train.placement.units(library.values())
         source = documents(data, config.train, run.seed)
         trainer = Trainer(library, objective, source, config.train, run)
         trainer.as_part(number, len(groups)).fit()
@@ -244,7 +244,7 @@ def _bytes(count: float) -> str:
 
 def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `bld`: prune and pool the parent into every word, then train them all at once."""
-    parent = config.train.spread.load(inputs["parent"], frozen=True)
+    parent = config.train.placement.load(inputs["parent"], frozen=True)
     space, units = units_of(config, parent.config, run.name)
     layers = {unit.layer for unit in units}
     batches = calibration(config, inputs["data"], run.seed, parent.device)
@@ -311,7 +311,7 @@ def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: 
 
 def couple(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     """Stage `couple`: a library with the searches' pairs trained jointly, all else linked."""
-    parent = config.train.spread.load(inputs["parent"], frozen=True)
+    parent = config.train.placement.load(inputs["parent"], frozen=True)
     source = inputs["library"] / "library"
     space = read_space(inputs["library"])
     layers = layers_of(config.layers, parent.config, f"{run.name}.layers")

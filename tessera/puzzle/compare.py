@@ -20,6 +20,7 @@ from tessera.data.config import DataConfig
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
 from tessera.model.context import Context
+from tessera.model.parallel import gathered
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.puzzle.cost import Seconds, generation_seconds
@@ -28,7 +29,6 @@ from tessera.puzzle.score import HeldoutConfig
 from tessera.runs.plan import Step
 from tessera.runs.run import Run, read_json
 from tessera.train.losses import token_statistics
-from tessera.train.parallel import gathered
 
 PROMISE_TOLERANCE = 0.10  # beyond it the run says so
 

@@ -21,6 +21,7 @@ from tessera import dist
 from tessera.model.checkpoint import load_model, save_model, whole
 from tessera.model.config import BlockConfig, ModelConfig, name, parse_kind
 from tessera.model.layers import Subblock
+from tessera.model.parallel import gathered
 from tessera.model.source import resolve
 from tessera.model.transformer import Block, Transformer
 from tessera.puzzle.space import Space, Unit, read_space, write_space
@@ -28,7 +29,6 @@ from tessera.puzzle.surgery import ParentStatistics, copy_parameters, cut
 from tessera.runs.files import atomic_write
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json, read_manifest
-from tessera.train.parallel import gathered
 
 T = TypeVar("T")
 

@@ -87,4 +87,6 @@ def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> Non
     tokenizer = load_tokenizer(data)
     shape = config.architecture.model(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids)
     module = Transformer(shape).init_weights(run.seed).to(dist.device())
-    pretrain(config.train.spread.transformer(module), config.train, run, data, data / "tokenizer")
+    pretrain(
+        config.train.placement.transformer(module), config.train, run, data, data / "tokenizer"
+    )

@@ -106,10 +106,10 @@ def heat(path: Path, words: Sequence, config: HeatConfig, run: Run, inputs: dict
 def _distil(
     words: Sequence, config: HeatConfig, run: Run, inputs: dict[str, Any]
 ) -> dict[str, float]:
-    spread = config.train.spread
-    parent = spread.load(inputs["parent"], frozen=True)
+    placement = config.train.placement
+    parent = placement.load(inputs["parent"], frozen=True)
     whole = load_model(inputs["parent"], device=dist.device())
-    child = spread.transformer(assemble(whole, inputs["library"] / "library", words))
+    child = placement.transformer(assemble(whole, inputs["library"] / "library", words))
     heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
     batches = [batch.to(dist.device()) for batch in heldout.heldout_batches(config.tokens)]
     before = quality(parent, child, batches)

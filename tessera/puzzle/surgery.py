@@ -21,9 +21,9 @@ from tessera.data.batch import Batch
 from tessera.model.config import GQA, KINDS, Chain, ModelConfig, NoOp, SwiGLU, Variant, name
 from tessera.model.context import Context
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
+from tessera.model.parallel import gathered
 from tessera.model.transformer import Block, Transformer
 from tessera.train.losses import chunks
-from tessera.train.parallel import gathered
 
 Importance = Literal["iterative", "independent"]
 ROUNDS = 16  # passes over the calibration tokens a layer

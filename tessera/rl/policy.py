@@ -98,9 +98,9 @@ class RLOOConfig(PolicyConfig):
 
 def train(config: PolicyConfig, rule: Advantages, run: Run, inputs: Mapping[str, Path]) -> None:
     """Trains `model` on `prompts` with the advantages of `rule`."""
-    model, spread = inputs["model"], config.train.spread
-    module = spread.load(model)
-    objective = PolicyGradient(config, spread.load(model, frozen=True) if config.kl else None)
+    model, placement = inputs["model"], config.train.placement
+    module = placement.load(model)
+    objective = PolicyGradient(config, placement.load(model, frozen=True) if config.kl else None)
     with Rollouts.open(module, config, rule, run, inputs) as source:
         if config.curriculum.order == "curriculum":
             eighth = max(1, len(source.order.batches) // 8)

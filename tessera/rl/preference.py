@@ -130,7 +130,7 @@ class PairSource:
 
     def batches(self, step: int) -> list[Batch]:
         """This process's rows of one step; see `Source`."""
-        first, layout = step * self.config.pairs_per_step, self.config.train.spread.layout
+        first, layout = step * self.config.pairs_per_step, self.config.train.placement.layout
         numbers = [self._at(first + i) for i in range(self.config.pairs_per_step)]
         own = [self.pairs[i] for i in numbers[layout.data_rank :: layout.data_world]]
         return padded(rows(own, self.config.train.microbatch_tokens), _row([]))
@@ -182,10 +182,10 @@ def _pairs(groups: Sequence[Group]) -> list[Pair]:
 
 def rpo(config: RPOConfig, run: Run, inputs: Mapping[str, Path | None]) -> None:
     """Stage `rpo`: train `model` on pairs of files, or on those it makes of `prompts`."""
-    model, spread = inputs["model"], config.train.spread
+    model, placement = inputs["model"], config.train.placement
     assert model is not None
-    module = spread.load(model)
-    objective = RPO(config, spread.load(model, frozen=True))
+    module = placement.load(model)
+    objective = RPO(config, placement.load(model, frozen=True))
     if config.paths:
         encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
         source = PairSource(of_files(config.paths, encoder, run.say), config, run.seed)

@@ -34,6 +34,7 @@ from tessera.data.config import no_chat_template
 from tessera.data.switch import Switch, obedience
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine
+from tessera.model.placement import Layout
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer, holding
 from tessera.rl.advantages import Advantages, of_group
@@ -48,7 +49,6 @@ from tessera.runs.run import Run
 from tessera.train.engine import context_of
 from tessera.train.losses import token_log_probs
 from tessera.train.optim import TrainConfig
-from tessera.train.parallel import Layout
 from tessera.vllm.config import EngineChoice, open_engine
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ class Rollouts:
 
     def __post_init__(self) -> None:
         self.row_length = self.config.train.microbatch_tokens
-        self.layout = self.config.train.spread.layout
+        self.layout = self.config.train.placement.layout
         self.order = self._order(0)
         self._thread = DaemonThread()
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from tessera import dist
 from tessera.runs.recipe import (
     Recipe,
     RecipeError,
@@ -71,12 +72,16 @@ class Stage:
         return getattr(importlib.import_module(self.module, "tessera"), name)
 
     def keys(self) -> set[str]:
-        """The needs' names: keys of a table that name inputs and are not the config's."""
-        return {need.rstrip("?=*") for need in self.needs.split()}
+        """Keys of a table that are not the config's: the needs' names, and where it computes."""
+        own = set() if "device" in self.load(self.config).model_fields else {"device"}
+        return own | {need.rstrip("?=*") for need in self.needs.split()}
 
     def validate(self, spec: StageSpec) -> BaseModel:
         """The config of a table without its inputs. Raises RecipeError."""
         table = {k: value for k, value in spec.table.items() if k not in self.keys()}
+        device = spec.table.get("device", "cpu")
+        if "device" in self.keys() and device not in dist.KINDS:
+            raise RecipeError(f"{spec.name}.device: {device!r}; {nearest(str(device), dist.KINDS)}")
         return validate(self.load(self.config), table, spec.name)
 
 
@@ -98,6 +103,11 @@ class Step:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def device(self) -> str | None:
+        """The kind of device that the table says it computes on (`dist.KINDS`)."""
+        return self.spec.table.get("device") if "device" in self.stage.keys() else None
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -374,7 +384,8 @@ def table_text(step: Step) -> str:
         return value.name if value.parent == step.path.parent else str(value)
 
     inputs = {need: shown(value) for need, value in step.inputs.items() if value is not None}
-    return dumps({"stage": step.stage.name, **inputs, **step.resolved}, step.name)
+    first = {"stage": step.stage.name, **({"device": step.device} if step.device else {})}
+    return dumps({**first, **inputs, **step.resolved}, step.name)
 
 
 def explain_change(step: Step) -> str:

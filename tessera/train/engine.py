@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from tessera import dist
 from tessera.data.batch import Batch, MeasuredSource, Source
 from tessera.model.context import Context
+from tessera.model.parallel import clip
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.runs.files import FailureError
@@ -30,7 +31,6 @@ from tessera.runs.run import Run
 from tessera.train.checkpoint import Saver, load_state
 from tessera.train.flops import Work, model_cost, peak
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
-from tessera.train.parallel import clip
 from tessera.train.sinks import Sinks
 from tessera.train.watch import Watch
 
@@ -94,7 +94,7 @@ class Trainer:
         self.config, self.run = config, run
         self.evaluate, self.evaluate_every, self.check = evaluate, evaluate_every, check
         self.before, self.steps_of_run, self.state_path = 0, config.steps, run.state_path
-        self.layout = config.spread.layout
+        self.layout = config.placement.layout
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
         plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
         assert dist.world() == 1 or not plain, f"not spread over the processes: {plain[:3]}"
@@ -160,7 +160,7 @@ class Trainer:
     def _timing(self, tokens: int, flops: float, seconds: float) -> dict[str, float]:
         """Seconds, tokens a second, and the share of what all devices could do, if known."""
         timing = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-        if best := peak(self.config.spread.dtype):
+        if best := peak(self.config.placement.dtype):
             timing["mfu"] = flops / seconds / (best * dist.world())
         return timing | (self.source.timings() if isinstance(self.source, MeasuredSource) else {})
 

@@ -20,7 +20,7 @@ from tessera import devices, dist
 from tessera.data.batch import Batch
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.cpu import multiply
-from tessera.train.parallel import splits
+from tessera.model.parallel import splits
 
 # Of the chips in `devices.py`, with less than the peaks there: a share of those would mislead.
 SLOWER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL", "RTX 4090 D", "RTX 4090 Laptop")

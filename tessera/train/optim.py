@@ -14,8 +14,9 @@ from pydantic import AfterValidator, Field, field_validator
 from torch import nn
 
 from tessera.data.documents import check_sizes
+from tessera.model.parallel import mesh_of
+from tessera.model.placement import DTYPES, ParallelConfig, Placement
 from tessera.runs.recipe import Config
-from tessera.train.parallel import DTYPES, ParallelConfig, Spread, mesh_of
 from tessera.train.sinks import SinkName, check_installed
 
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -54,9 +55,9 @@ class TrainConfig(Config):
         return value
 
     @property
-    def spread(self) -> Spread:
+    def placement(self) -> Placement:
         """How modules are spread over the processes, and in what they compute."""
-        return Spread(self.parallel, DTYPES[self.dtype])
+        return Placement(self.parallel, DTYPES[self.dtype])
 
 
 def _check_rows(config: TrainConfig) -> TrainConfig:

@@ -38,7 +38,7 @@ class Ranks(ToySource):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
-        layout = config.spread.layout
+        layout = config.placement.layout
         self.rank, self.world = layout.data_rank, layout.data_world
 
     def batches(self, step: int) -> list[Batch]:
@@ -51,7 +51,7 @@ class Ranks(ToySource):
 def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
     child = tiny.randomise(toy_model(4)).config
     module = tiny.model(child.with_words(WORDS))
-    return config.spread.transformer(module), LM()
+    return config.placement.transformer(module), LM()
 
 
 def sft(config: TrainConfig) -> tuple[nn.Module, Objective]:
@@ -62,15 +62,15 @@ def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
     child, _ = lm(config)
     teacher = tiny.model(toy_config(4), seed=1).requires_grad_(False)
     settings = KDConfig(train=config, cosine=0.5, lm=0.1)
-    return child, KD(config.spread.transformer(teacher), settings)
+    return child, KD(config.placement.transformer(teacher), settings)
 
 
 def bld(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    parent = config.spread.transformer(tiny.model(toy_config(3)).requires_grad_(False))
+    parent = config.placement.transformer(tiny.model(toy_config(3)).requires_grad_(False))
     statistics = collect_statistics(parent, [toy_batch(99)])
     space = build_space(SpaceConfig(ffn=("50%", "25%", "linear")), parent.config)
     library = BlockLibrary.from_parent(parent, space, statistics)
-    config.spread.units(library.values())
+    config.placement.units(library.values())
     return library, BLD(parent, statistics)
 
 

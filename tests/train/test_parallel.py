@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tessera.model.placement import Layout, LayoutError, ParallelConfig
 from tessera.puzzle.bld import BLDConfig
 from tessera.runs.run import read_metrics
 from tessera.train.optim import TrainConfig
-from tessera.train.parallel import Layout, LayoutError, ParallelConfig
 from tests.test_dist import run_ranks
 from tests.train.ranks import train
 

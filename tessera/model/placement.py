@@ -1,24 +1,22 @@
-"""How a model is spread over processes: FSDP2 shards, tensor parallelism, recomputation.
+"""Where a model lives, in what precision it computes, how it is spread: decided here alone.
 
-    world = replicate · shard · tensor       rank = (r · shard + s) · tensor + t
+device   of the job, or of the stage (`device` in its table): `dist.device()`
+dtype    a stage's `dtype`; "auto" is bfloat16 on an accelerator and float32 on a CPU
+spread   world = replicate · shard · tensor       rank = (r · shard + s) · tensor + t
 
 Ranks that differ in r or s read different rows (data parallelism); those that differ in s hold
-different parts of every parameter, gradient and moment; those that differ in t hold different
-heads and channels of the same rows. Parameters are gathered a block at a time, and the embedding,
-the last norm and the head from the forward pass to the end of the backward. Blocks of any word
-shard alike: FSDP splits dimension 0 of whatever parameters there are, `noop` has none.
+different parts of every parameter, gradient and moment of what is trained; those that differ in t
+hold different heads and channels of the same rows.
 
-A layout changes no result beyond rounding, so it is no part of a run's fingerprint. Losses are
-sums and so are the gradients over ranks; dividing by the global weight is the trainer's work.
+A layout changes no result beyond rounding, so it is no part of a run's fingerprint; a dtype is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,24 +24,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import share_comm_ctx as share_streams
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 from tessera import dist
-from tessera.model.checkpoint import load_model, whole
-from tessera.model.config import GQA, ModelConfig, SwiGLU, Variant
-from tessera.model.transformer import Block, Transformer
+from tessera.model.checkpoint import load_model
+from tessera.model.config import ModelConfig
+from tessera.model.parallel import split_heads_and_channels
+from tessera.model.source import load_config
+from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError
+from tessera.runs.recipe import Config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LayoutError(RunError):
     """A layout that these processes or this model cannot have; the text says which can."""
+
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
 
 
 class ParallelConfig(BaseModel):
@@ -120,15 +118,17 @@ def _divisors(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A layout and the arithmetic that is wanted of it: all that spreading a module takes.
+class Placement:
+    """A layout and the arithmetic that is wanted of it: all that placing a module takes.
 
     dtype: of the arithmetic. Parameters that are trained stay float32 between steps, and their
-    gradients are reduced in float32, whatever it is; frozen ones are kept in it.
+    gradients are reduced in float32, whatever it is; frozen ones are kept in it. shards: False
+    keeps a whole model in every tensor group, which then computes without the others.
     """
 
     config: ParallelConfig = ParallelConfig()
     dtype: torch.dtype = torch.float32
+    shards: bool = True
 
     @property
     def layout(self) -> Layout:
@@ -136,11 +136,11 @@ class Spread:
 
     @property
     def needed(self) -> bool:
-        """False where a plain module will do: one process that computes in float32."""
-        return dist.world() > 1 or self.dtype != torch.float32
+        """Whether FSDP is: not in one process that computes in float32."""
+        return self.shards and (dist.world() > 1 or self.dtype != torch.float32)
 
     def load(self, source: str | Path, *, frozen: bool = False) -> Transformer:
-        """A model from disk, spread; each process reads the parts that are its own."""
+        """A model from disk, placed; each process reads the parts that are its own."""
         dtype = self.dtype if frozen else torch.float32
         return load_model(
             source, frozen=frozen, dtype=dtype, device=dist.device(), prepare=self.transformer
@@ -188,65 +188,59 @@ class Spread:
         return sharded
 
 
-def split_heads_and_channels(block: Block, config: ModelConfig, mesh: DeviceMesh) -> None:
-    """Tensor parallelism of one block (Megatron): columns in, rows out, one sum a subblock.
+class PlacedConfig(Config):
+    """Of a stage that runs models and trains none.
 
-    What does not divide (`splits`) stays whole on every process.
+    dtype: "auto" is bfloat16 on an accelerator and float32 on a CPU. tensor: processes that hold
+    one model together, each some of its heads and channels: the fewest whose memory it fits,
+    unless given. The groups share the stage's work.
     """
-    plan: dict[str, Any] = {}
-    if splits(config, block.attention.variant, mesh.size()):
-        plan |= {f"attention.op.{p}_proj": ColwiseParallel() for p in "qkv"}
-        plan["attention.op.o_proj"] = RowwiseParallel()
-    if splits(config, block.ffn.variant, mesh.size()):
-        plan |= {f"ffn.op.{p}_proj": ColwiseParallel() for p in ("gate", "up")}
-        plan["ffn.op.down_proj"] = RowwiseParallel()
-    if plan:
-        parallelize_module(block, mesh, plan)
+
+    EXECUTION: ClassVar = frozenset({"tensor"})
+
+    dtype: DtypeName = "auto"
+    tensor: int | None = Field(default=None, ge=1)
+
+    def placement(self, *models: str | Path) -> Placement:
+        """For running these models, all of them in memory at once. Raises LayoutError."""
+        return for_inference(*models, dtype=self.dtype, tensor=self.tensor)
 
 
-def splits(config: ModelConfig, variant: Variant, ways: int) -> bool:
-    """Whether a subblock's KV heads or channels divide, and no norm stands inside each head."""
-    match variant:
-        case GQA(num_key_value_heads=heads):
-            return heads % ways == 0 and not config.qk_norm
-        case SwiGLU(intermediate_size=width):
-            return width % ways == 0
-        case _:
-            return False
+def inference_dtype(name: DtypeName = "auto") -> torch.dtype:
+    """What a model computes in that is not trained; "auto" follows the device."""
+    auto = "float32" if dist.device().type == "cpu" else "bfloat16"
+    return DTYPES[auto if name == "auto" else name]
 
 
-@contextmanager
-def gathered(*modules: nn.Module) -> Iterator[None]:
-    """While the body runs, the modules' own sharded parameters are whole; others are as they are.
+def for_inference(
+    *models: str | Path, dtype: DtypeName = "auto", tensor: int | None = None
+) -> Placement:
+    """Where models that are run together live: whole in each tensor group.
 
-    What FSDP does around a call, for code that reads weights or calls a part of a module.
+    tensor: processes of a group; the fewest whose memory holds the models, unless given. Raises
+    LayoutError where they fit none.
     """
-    sharded = [module for module in modules if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.reshard()
+    number = inference_dtype(dtype)
+    ways = tensor or _fewest([load_config(model) for model in models], number)
+    return Placement(ParallelConfig(tensor=ways), number, shards=False)
 
 
-def mesh_of(tensor: Tensor) -> DeviceMesh | None:
-    """The grid that a tensor is spread over, None for a plain one."""
-    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+# Share of a device's memory that weights may take: the rest is for caches and activations.
+ROOM = 0.7
 
 
-def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients to a norm of at most `limit` together; returns the norm they had."""
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_mesh.setdefault(mesh_of(parameter.grad), []).append(parameter)
-    norms = [
-        whole(nn.utils.get_total_norm([p.grad for p in of_mesh if p.grad is not None]))
-        for of_mesh in by_mesh.values()
-    ]
-    total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    for of_mesh in by_mesh.values():
-        nn.utils.clip_grads_with_norm_(of_mesh, limit, total)
-    return total
+def _fewest(configs: Sequence[ModelConfig], dtype: torch.dtype) -> int:
+    room = dist.device_memory()
+    if room is None:
+        return 1
+    needed = dtype.itemsize * sum(config.num_params() for config in configs)
+    ways = [n for n in range(1, dist.world() + 1) if dist.world() % n == 0]
+    fits = [n for n in ways if all(config.num_attention_heads % n == 0 for config in configs)]
+    for count in fits:
+        if needed / count <= ROOM * room:
+            return count
+    raise LayoutError(
+        f"{needed / 1e9:.0f} GB of weights do not fit {dist.world()} devices of "
+        f"{room / 1e9:.0f} GB, of which {ROOM:.0%} are for weights; start more processes"
+        + ("" if dtype == torch.bfloat16 else ' or set dtype = "bfloat16"')
+    )
