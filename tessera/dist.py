@@ -194,6 +194,23 @@ def gather(value: Any) -> list[Any]:
     return everyone
 
 
+def send(value: Tensor, to: int) -> torch.distributed.Work:
+    """Begins to send a tensor, which must stay as it is until the answer's `wait` returns."""
+    import torch.distributed
+
+    work = torch.distributed.isend(value, to)
+    assert work is not None
+    return work
+
+
+def receive(value: Tensor, source: int) -> Tensor:
+    """`value`, filled with what another process sends."""
+    import torch.distributed
+
+    torch.distributed.recv(value, source)
+    return value
+
+
 def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:
     """Returns when every process has called it; group: `saving_group` in the thread that saves."""
     if world() > 1:

@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tessera import dist
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
 from tessera.model.parallel import splits
+from tessera.model.placement import ParallelConfig
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
@@ -26,16 +28,16 @@ from tessera.puzzle.bld import (
     CoupleConfig,
     LocalConfig,
     Memory,
-    kept_numbers,
     largest_pairs,
     training_memory,
     unit_params,
     units_of,
 )
 from tessera.puzzle.frontier import FrontierConfig
-from tessera.puzzle.library import layer_groups, union
+from tessera.puzzle.library import union
 from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
 from tessera.puzzle.race import RaceConfig
+from tessera.puzzle.ranges import split_layers, units_cost
 from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Space, Unit, read_space
 from tessera.rl.policy import PolicyConfig
@@ -44,7 +46,7 @@ from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Input, Stage, Step, maker, stage_of
 from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
 from tessera.runs.run import is_done, read_json
-from tessera.train.flops import Work, block_cost, kept, model_cost, subblock_cost, working
+from tessera.train.flops import Work, block_cost, kept, model_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig
 
@@ -65,7 +67,7 @@ def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:
         if (space := _library_space(step.inputs["library"], steps)) is None:
             return None
         keys = largest_pairs(config, space, parent, step.name)
-    return training_memory(parent, keys, config.layers_at_once, config.train.microbatch_tokens)
+    return training_memory(parent, keys, config, dist.world())
 
 
 def _parent(step: Step, steps: Sequence[Step]) -> ModelConfig | None:
@@ -363,20 +365,28 @@ def loss_bytes(config: ModelConfig, tokens: int, size: int, two: bool, accelerat
 
 
 def _units(job: Job, layout: Layout) -> Parts:
-    """Block-wise distillation: float32, units of the largest group of layers, sharded parent."""
-    parent, sharded = job.config, layout.data > 1
-    layers = len({layer for layer, _, _ in job.units})
-    groups = layer_groups(job.units, -(-layers // job.passes))
-    units = max(sum(unit_params(parent, kind, word) for _, kind, word in g) for g in groups)
-    teacher = 4 * parent.num_params() / layout.shard
+    """Block-wise distillation, as `training_memory` counts it."""
+    found = _library(job, layout)
     return Parts(
-        weights=4 * units / layout.shard,
-        gradients=4 * units / layout.shard,
-        moments=8 * units / layout.shard,
-        teacher=teacher + (_gathered(parent, 1, 4) if sharded else 0.0),
-        activations=4 * job.train.microbatch_tokens * kept_numbers(parent, job.units),
-        units_whole=4 * units if sharded else 0.0,
+        weights=found.states / 4,
+        gradients=found.states / 4,
+        moments=found.states / 2,
+        teacher=found.parent,
+        activations=found.activations,
+        units_whole=found.gathered,
     )
+
+
+def _library(job: Job, layout: Layout) -> Memory:
+    return training_memory(job.config, job.units, _library_config(job, layout), layout.data)
+
+
+def _library_config(job: Job, layout: Layout) -> LocalConfig:
+    """`layout.shard` processes hold the layers between them."""
+    assert job.local is not None
+    parallel = ParallelConfig(shard=layout.shard)
+    train = job.train.model_copy(update={"parallel": parallel})
+    return job.local.model_copy(update={"train": train})
 
 
 NAMES = {"bfloat16": "bf16", "float32": "fp32"}  # torch's, and the data sheets'
@@ -397,10 +407,12 @@ class StepTime:
     update: float
     flops: float
     peak: float
+    fill: float = 0.0
 
     @property
     def total(self) -> float:
-        return max(self.products + self.passes, self.sharding) + self.tensor + self.update
+        beside = max(self.products + self.passes, self.sharding)
+        return beside + self.tensor + self.update + self.fill
 
     @property
     def mfu(self) -> float:
@@ -410,11 +422,14 @@ class StepTime:
 def microbatches(job: Job, layout: Layout) -> int:
     """Microbatches that each process runs a step: the last may be short on some."""
     train = job.train
-    return math.ceil(train.tokens_per_step / train.microbatch_tokens / layout.data)
+    readers = layout.replicate if job.units else layout.data
+    return math.ceil(train.tokens_per_step / train.microbatch_tokens / readers)
 
 
 def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     """The roofline of one optimizer step."""
+    if job.units:
+        return _library_time(job, layout, cluster)
     device, train = cluster.device, job.train
     best = device.peak[NAMES[train.dtype]] * cluster.world
     flops = done = job.flops()
@@ -435,11 +450,42 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     )
 
 
+def _library_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
+    """Of the process whose layers take longest; its first microbatch has passed through the layers
+    of all others before."""
+    device, train, parent = cluster.device, job.train, job.config
+    size, rounds = BYTES[train.dtype], microbatches(job, layout)
+    local = _library_config(job, layout)
+    ranges = split_layers(parent, job.units, local.train.parallel, layout.data)
+    work = replace(job, train=train.model_copy(update={"tokens_per_step": train.microbatch_tokens}))
+    blocks = [block_cost(parent, layer).forward(work.work()) for layer in range(len(parent.blocks))]
+    own = [[unit for unit in job.units if unit.layer in layers] for layers in ranges]
+    flops = [
+        sum(blocks[i] for i in layers) + units_cost(parent, units).forward(work.work()) / job.passes
+        for layers, units in zip(ranges, own, strict=True)
+    ]
+    most = max(range(len(ranges)), key=lambda number: flops[number])
+    words = [parse(word) for unit in own[most] for _, word in unit.parts]
+    numbers = sum(_numbers(parent, word) for word in words) / job.passes
+    trained = sum(unit_params(parent, *unit[1:]) for unit in own[most]) / job.passes
+    share, peak = 1 / layout.replicate, device.peak[NAMES[train.dtype]]
+    rate, link = peak * device.compute, cluster.link(cluster.world)
+    return StepTime(
+        products=rounds * flops[most] / rate,
+        passes=rounds * 3 * numbers * size * train.microbatch_tokens / device.rate(),
+        sharding=rounds * (1 - share) * (size + 4) * trained / link,
+        tensor=0.0,
+        update=UPDATE * trained * share / device.rate(),
+        flops=job.flops(),
+        peak=peak * cluster.world,
+        fill=(sum(blocks) - sum(blocks[i] for i in ranges[most])) / rate,
+    )
+
+
 def _trained(job: Job, layout: Layout) -> float:
     """Parameters trained on one tensor-parallel process, before shards."""
-    if job.student is not None:
-        return held_params(job.student, layout.tensor)
-    return sum(unit_params(job.config, kind, word) for _, kind, word in job.units) / job.passes
+    assert job.student is not None
+    return held_params(job.student, layout.tensor)
 
 
 def _passed(job: Job, layout: Layout) -> float:
@@ -452,9 +498,7 @@ def _passed(job: Job, layout: Layout) -> float:
             blocks = model.blocks
             numbers = sum(_numbers(model, b.attention) + _numbers(model, b.ffn) for b in blocks)
             total += times * numbers * size
-            total += 4 * HEAD_PASSES * model.vocab_size if job.student is not None else 0
-    for _, _, word in job.units:
-        total += 3 * _numbers(job.config, parse(word)) * size / job.passes
+            total += 4 * HEAD_PASSES * model.vocab_size
     return total * tokens
 
 
@@ -477,8 +521,7 @@ def _sharding(job: Job, layout: Layout, cluster: Cluster) -> float:
     size, rounds = BYTES[job.train.dtype], microbatches(job, layout)
     trained, shard = _trained(job, layout), layout.shard
     share, link = (shard - 1) / shard, cluster.link(shard * layout.tensor)
-    again = 2 if job.student is not None else 0  # forward and backward; units stay gathered
-    moved = (again * size + 4) * trained * share / link
+    moved = (2 * size + 4) * trained * share / link
     if job.teacher is not None:
         moved += size * held_params(job.teacher, layout.tensor) * share / link
     if layout.replicate > 1:
@@ -509,9 +552,9 @@ def _tensor(job: Job, layout: Layout, cluster: Cluster) -> float:
 class Job:
     """A training of `student` (with a frozen `teacher`, perhaps), or of units of the teacher.
 
-    passes: how often the data is gone through, a group of layers each. states: the teacher's
-    residual streams are kept for a loss on them. heats: steps of each training of a race.
-    experience: what a policy writes itself; `teacher` is its reference.
+    states: the teacher's residual streams are kept for a loss on them. heats: steps of each
+    training of a race. experience: what a policy writes itself; `teacher` is its reference. local:
+    the settings of `units`; passes: how often their data is gone through, some layers each.
     """
 
     name: str
@@ -520,6 +563,7 @@ class Job:
     teacher: ModelConfig | None = None
     states: bool = False
     units: tuple[Unit, ...] = ()
+    local: LocalConfig | None = None
     passes: int = 1
     heats: tuple[int, ...] = ()
     experience: Experience | None = None
@@ -556,13 +600,8 @@ class Job:
             read = model_cost(self.teacher).forward(work) if self.teacher else 0
             return model_cost(self.student).training(work) + read
         # Of one pass: the parent's blocks, and a share of the units.
-        total = sum(block_cost(parent, layer).forward(work) for layer in range(len(parent.blocks)))
-        for layer, kind, word in self.units:
-            own = subblock_cost(parent, parse(word)).training(work)
-            if kind == "attention":  # its loss is behind the FFN
-                own += 2 * subblock_cost(parent, parent.blocks[layer].ffn).forward(work)
-            total += own / self.passes
-        return total
+        blocks = model_cost(parent, head=False).forward(work)
+        return blocks + units_cost(parent, self.units).forward(work) / self.passes
 
 
 def jobs(
@@ -592,8 +631,7 @@ def _job(
             return Job(spec.name, train, student=parent)
         case BLDConfig():
             keys = tuple(units_of(config, parent, spec.name)[1])
-            groups = layer_groups(keys, config.layers_at_once)
-            return Job(spec.name, config.train, None, parent, units=keys, passes=len(groups))
+            return Job(spec.name, config.train, None, parent, units=keys, local=config)
         case RaceConfig():
             names = spec.table.get("searches", [])
             candidates = sum(_found(str(name), recipe, stages) for name in names) or 1
@@ -681,27 +719,27 @@ def layouts(job: Job, cluster: Cluster) -> Iterator[Layout]:
             continue
         data = cluster.world // tensor
         for shard in _divisors(data):
+            if job.units and shard > len(job.config.blocks):
+                continue
             for again in (False, True) if whole else (False,):
                 yield Layout(data // shard, shard, tensor, again)
 
 
 def best(job: Job, cluster: Cluster) -> Plan:
     """The fastest plan that fits; else the smallest, with what would make it fit."""
-    found = [
-        Plan(
-            job,
-            cluster,
-            layout,
-            memory(job, layout, cluster.device.memory),
-            step_time(job, layout, cluster),
-        )
-        for layout in layouts(job, cluster)
-    ]
+    found = [_planned(job, cluster, layout) for layout in layouts(job, cluster)]
     fitting = [plan for plan in found if plan.fits]
     if fitting:
         return min(fitting, key=lambda plan: (plan.time.total, plan.layout.tensor))
     nearest = min(found, key=lambda plan: plan.parts.total)
     return replace(nearest, advice=_advice(nearest))
+
+
+def _planned(job: Job, cluster: Cluster, layout: Layout) -> Plan:
+    if job.units:
+        job = replace(job, passes=_library(job, layout).passes)
+    parts = memory(job, layout, cluster.device.memory)
+    return Plan(job, cluster, layout, parts, step_time(job, layout, cluster))
 
 
 def _fitting(job: Job, cluster: Cluster) -> bool:
@@ -730,12 +768,12 @@ def _advice(plan: Plan) -> str:
         if _fitting(job, replace(cluster, nodes=nodes)):
             found.append(f"{nodes}x{cluster.gpus}x{cluster.device.name} fits")
             break
-    if job.units:
-        layers = len({layer for layer, _, _ in job.units})
-        at_once = -(-layers // job.passes)
+    if job.local is not None:
+        at_once = len({layer for layer, _, _ in job.units})
         while at_once > 1:
             at_once //= 2
-            if _fitting(replace(job, passes=-(-layers // at_once)), cluster):
+            local = job.local.model_copy(update={"layers_at_once": at_once})
+            if _fitting(replace(job, local=local), cluster):
                 found.append(f"layers_at_once = {at_once} fits")
                 break
     return "; ".join(found)
@@ -749,7 +787,7 @@ def render_plan(plan: Plan, price: float | None = None) -> str:
     """A paragraph: layout, memory by part, a step, the whole training. price: of a GPU-hour."""
     job, layout, time = plan.job, plan.layout, plan.time
     parts = {name.replace("_", " "): value for name, value in asdict(plan.parts).items() if value}
-    names = ("products", "passes", "sharding", "tensor", "update")
+    names = ("products", "passes", "sharding", "tensor", "update", "fill")
     step = [f"{name} {value:.2g}" for name in names if (value := getattr(time, name))]
     capacity = plan.cluster.device.memory
     verdict = "fits" if plan.fits else "does not fit"

@@ -289,13 +289,15 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str | None = None,
     prepare: Callable[[Transformer], object] | None = None,
+    only: Callable[[str], bool] | None = None,
 ) -> Transformer:
     """A model of its own from a finished run, a Hugging Face directory or a hub id.
 
     frozen: no gradients, evaluation mode (teachers and references). dtype: None keeps what is
     stored. device: where this process computes, unless given. prepare: called with the module while
-    it has no memory yet; it may spread parameters over processes. Raises CheckpointError (files,
-    tensors) or ConfigError (`config.json`).
+    it has no memory yet; it may spread parameters over processes. only: parameters to read, by
+    name; the others stay without memory. Raises CheckpointError (files, tensors) or ConfigError
+    (`config.json`).
     """
     directory = resolve(source)
     config = read_config(directory)
@@ -318,7 +320,8 @@ def load_model(
         _check_tied(stored)
     factors = dict(_read(scales))
     tensors, where = {}, torch.device(device or dist.device())
-    for name, tensor in _read({name: stored[name] for name in likes}):
+    wanted = [name for name in likes if only is None or only(keys[name])]
+    for name, tensor in _read({name: stored[name] for name in wanted}):
         if tensor.dtype == torch.float8_e4m3fn:
             scale = factors.get(name + SCALE)
             if scale is None or scale.numel() not in (1, len(tensor)):
@@ -328,7 +331,7 @@ def load_model(
                 )
             tensor = dequantize(tensor, scale)
         tensors[keys[name]] = place(tensor, likes[name], dtype, where)
-    module.load_state_dict(tensors, assign=True)
+    module.load_state_dict(tensors, assign=True, strict=only is None)
     return module
 
 

@@ -163,16 +163,9 @@ class Placement:
         return module
 
     def units(self, units: Iterable[nn.Module]) -> None:
-        """Independent modules, each called on its own, spread over the processes.
-
-        Raises LayoutError for tensor parallelism: they are split over the data alone.
-        """
-        if self.config.tensor > 1:
-            raise LayoutError(
-                "parallel.tensor does not apply to block-wise distillation, whose units are small; "
-                "leave it at 1"
-            )
-        if self.needed:
+        """Independent modules, each called on its own, spread over the data; processes of a tensor
+        group have modules of their own."""
+        if self.layout.data_world > 1 or self.dtype != torch.float32:
             sharded = [self._shard(unit) for unit in units if any(True for _ in unit.parameters())]
             share_streams(sharded)
 
