@@ -37,7 +37,7 @@ from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.library import union
 from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
 from tessera.puzzle.race import RaceConfig
-from tessera.puzzle.ranges import split_layers, units_cost
+from tessera.puzzle.ranges import by_range, split_layers, units_cost
 from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Space, Unit, read_space
 from tessera.rl.policy import PolicyConfig
@@ -459,7 +459,7 @@ def _library_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     ranges = split_layers(parent, job.units, local.train.parallel, layout.data)
     work = replace(job, train=train.model_copy(update={"tokens_per_step": train.microbatch_tokens}))
     blocks = [block_cost(parent, layer).forward(work.work()) for layer in range(len(parent.blocks))]
-    own = [[unit for unit in job.units if unit.layer in layers] for layers in ranges]
+    own = by_range(job.units, ranges)
     flops = [
         sum(blocks[i] for i in layers) + units_cost(parent, units).forward(work.work()) / job.passes
         for layers, units in zip(ranges, own, strict=True)

@@ -39,7 +39,15 @@ from tessera.puzzle.library import (
     trainable_units,
     unit_file,
 )
-from tessera.puzzle.ranges import Held, held_here, passes, split_layers, units_cost
+from tessera.puzzle.ranges import (
+    Held,
+    by_range,
+    held_here,
+    layer_groups,
+    passes,
+    split_layers,
+    units_cost,
+)
 from tessera.puzzle.space import (
     Space,
     SpaceConfig,
@@ -263,15 +271,13 @@ def training_memory(
     ranges = split_layers(parent, units, train.parallel, processes)
     size, replicas = DTYPES[train.dtype].itemsize, processes // len(ranges)
     counted = {word: unit_params(parent, *word) for word in {unit[1:] for unit in units}}
-    groups = passes(units, ranges, config.layers_at_once)
 
-    def of(layers: range) -> Memory:
-        own = [[unit for unit in group if unit.layer in layers] for group in groups]
-        sizes = [sum(counted[unit[1:]] for unit in group) for group in own]
-        flat = list(itertools.chain(*own))
-        largest = max((counted[unit[1:]] for unit in flat), default=0)
+    def of(layers: range, own: list[Unit]) -> Memory:
+        groups = layer_groups(own, config.layers_at_once)
+        sizes = [sum(counted[unit[1:]] for unit in group) for group in groups]
+        largest = max((counted[unit[1:]] for unit in own), default=0)
         sharded = replicas > 1 or size < WEIGHT
-        numbers = kept_numbers(parent, flat) if flat else 0
+        numbers = kept_numbers(parent, own) if own else 0
         if layers.stop < len(parent.blocks):  # what each layer adds and gives is kept to be sent on
             numbers += 4 * parent.hidden_size * len(layers)
         return Memory(
@@ -280,14 +286,16 @@ def training_memory(
             # In the arithmetic's type, and its gradient in that and in float32.
             gathered=(2 * size + WEIGHT) * largest if sharded else 0,
             activations=size * train.microbatch_tokens * numbers,
-            layers=len({unit.layer for unit in flat}),
-            layers_at_once=max((len({u.layer for u in group}) for group in own), default=0),
+            layers=len({unit.layer for unit in own}),
+            layers_at_once=max((len({u.layer for u in group}) for group in groups), default=0),
             ranges=len(ranges),
             replicas=replicas,
             passes=len(groups),
         )
 
-    return max((of(layers) for layers in ranges), key=lambda memory: memory.total)
+    found = [of(*held) for held in zip(ranges, by_range(units, ranges), strict=True)]
+    most = max(one.passes for one in found)
+    return replace(max(found, key=lambda memory: memory.total), passes=most)
 
 
 def held_params(parent: ModelConfig, layers: range) -> int:

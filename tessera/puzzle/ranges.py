@@ -56,7 +56,7 @@ def split_layers(
 ) -> list[range]:
     """The ranges of layers that processes hold, of about equal work.
 
-    As many as `parallel.shard` says; else the number that is done first, of equal ones the most.
+    As many as `parallel.shard` says; else the most that take hardly longer than the fastest number.
     Raises LayoutError for a number that does not divide the processes, or for tensor parallelism.
     """
     if parallel.tensor > 1:
@@ -75,10 +75,12 @@ def split_layers(
             f"in {', '.join(map(str, possible))} parts"
         )
     chosen = possible if parallel.shard is None else [parallel.shard]
-    return min(
-        (_ranges(work, n) for n in reversed(chosen)),
-        key=lambda ranges: max(sum(work[r.start : r.stop]) for r in ranges) * len(ranges),
-    )
+    found = [_ranges(work, number) for number in chosen]
+    seconds = [max(sum(work[r.start : r.stop]) for r in one) * len(one) for one in found]
+    return [one for one, s in zip(found, seconds, strict=True) if s <= SLOWER * min(seconds)][-1]
+
+
+SLOWER = 1.25  # than the fastest number of ranges: what less memory may cost
 
 
 def _ranges(work: Sequence[float], count: int) -> list[range]:
@@ -108,13 +110,25 @@ def passes(
     units: Sequence[Unit], ranges: Sequence[range], layers_at_once: int | None
 ) -> list[list[Unit]]:
     """The units of each pass over the data: `layers_at_once` layers of every range, or all."""
-    found: list[list[Unit]] = []
-    for layers in ranges:
-        own = [unit for unit in units if unit.layer in layers]
-        with_units = sorted({unit.layer for unit in own})
-        step = layers_at_once or max(1, len(with_units))
-        for number, first in enumerate(range(0, len(with_units), step)):
-            chosen = with_units[first : first + step]
-            found += [[]] * (number == len(found))
-            found[number] = found[number] + [unit for unit in own if unit.layer in chosen]
+    groups = [layer_groups(own, layers_at_once) for own in by_range(units, ranges)]
+    return [list(itertools.chain(*one)) for one in itertools.zip_longest(*groups, fillvalue=())]
+
+
+def by_range(units: Iterable[Unit], ranges: Sequence[range]) -> list[list[Unit]]:
+    """The units of each range."""
+    number = {layer: i for i, layers in enumerate(ranges) for layer in layers}
+    found: list[list[Unit]] = [[] for _ in ranges]
+    for unit in units:
+        found[number[unit.layer]].append(unit)
     return found
+
+
+def layer_groups(units: Sequence[Unit], layers_at_once: int | None) -> list[list[Unit]]:
+    """Units by layer, `layers_at_once` layers that have any together; all of them for None."""
+    layers = sorted({unit.layer for unit in units})
+    step = layers_at_once or max(1, len(layers))
+    number = {layer: place // step for place, layer in enumerate(layers)}
+    groups: list[list[Unit]] = [[] for _ in range(-(-len(layers) // step))]
+    for unit in units:
+        groups[number[unit.layer]].append(unit)
+    return groups

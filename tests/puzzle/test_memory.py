@@ -67,8 +67,8 @@ def test_layers_are_held_in_ranges_of_about_equal_work():
     split = partial(split_layers, config, units, ParallelConfig())
     assert split(1) == [range(6)]
     assert split(2) == [range(4), range(4, 6)]
-    assert [len(layers) for layers in split(3)] == [3, 2, 1]
-    assert len(split(7)) == 1 and len(split(12)) == 6
+    assert [len(layers) for layers in split(4)] == [3, 1, 1, 1]
+    assert len(split(7)) == 1 and len(split(12)) == 4  # half of six would hold no unit
     assert len(split_layers(config, units, ParallelConfig(shard=2), 12)) == 2
     with pytest.raises(LayoutError, match="shard = 5: 12 processes can hold the 6 layers in 1, 2"):
         split_layers(config, units, ParallelConfig(shard=5), 12)
