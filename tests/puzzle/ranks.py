@@ -9,11 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tessera.puzzle import bld
+from tessera.runs.files import RunError
 from tests.objectives.recipes import run
 
 
-def bring(runs: str, text: str, stop: tuple[int, int] | None = None) -> None:
+def bring(
+    runs: str, text: str, stop: tuple[int, int] | None = None, refused: str | None = None
+) -> None:
     """Runs a recipe; `stop`: it is interrupted before that step (from 0) of that part of it."""
     plain = bld.Trainer
 
@@ -26,7 +31,8 @@ def bring(runs: str, text: str, stop: tuple[int, int] | None = None) -> None:
     bld.Trainer = Stopping  # type: ignore[misc]
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            run(Path(runs), text)
+            with pytest.raises(RunError, match=refused) if refused else contextlib.nullcontext():
+                run(Path(runs), text)
     finally:
         bld.Trainer = plain  # type: ignore[misc]
 

@@ -20,10 +20,6 @@ from tessera.data.batch import Batch
 from tessera.model.checkpoint import whole
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM, SFT
-from tessera.puzzle.bld import BLD
-from tessera.puzzle.library import BlockLibrary
-from tessera.puzzle.space import SpaceConfig, build_space
-from tessera.puzzle.surgery import collect_statistics
 from tessera.runs.run import Run
 from tessera.train.engine import Objective, Trainer
 from tessera.train.optim import TrainConfig
@@ -65,22 +61,13 @@ def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
     return child, KD(config.placement.transformer(teacher), settings)
 
 
-def bld(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    parent = config.placement.transformer(tiny.model(toy_config(3)).requires_grad_(False))
-    statistics = collect_statistics(parent, [toy_batch(99)])
-    space = build_space(SpaceConfig(ffn=("50%", "25%", "linear")), parent.config)
-    library = BlockLibrary.from_parent(parent, space, statistics)
-    config.placement.units(library.values())
-    return library, BLD(parent, statistics)
-
-
 def train(objective: str, run: str, out: str, stop: int | None = None, **settings: Any) -> None:
     """Train in run directory `run` and write the final weights, whole, to `out`.
 
     settings: those of TrainConfig; `stop`: the run is interrupted before that step (from 0).
     """
     config = TrainConfig(**{"steps": 6, "lr": 3e-3, "save_seconds": 1e-9, **settings})
-    module, loss = {"lm": lm, "sft": sft, "kd": kd, "bld": bld}[objective](config)
+    module, loss = {"lm": lm, "sft": sft, "kd": kd}[objective](config)
     source = Ranks(config)
     plain = source.batches
 
