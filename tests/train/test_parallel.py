@@ -123,3 +123,15 @@ def test_a_layout_that_does_not_divide_is_told_with_those_that_do(monkeypatch):
         Layout.of(ParallelConfig(tensor=4))
     with pytest.raises(LayoutError, match="parallel.shard = 2 .* 3 processes .* 1, 3"):
         Layout.of(ParallelConfig(tensor=2, shard=2))
+    with pytest.raises(LayoutError, match="parallel.context = 2 .* 3 processes .* 1, 3"):
+        Layout.of(ParallelConfig(tensor=2, context=2))
+
+
+def test_neighbours_of_a_context_group_read_the_same_rows(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    ranks = []
+    for rank in range(12):
+        monkeypatch.setenv("RANK", str(rank))
+        layout = Layout.of(ParallelConfig(tensor=2, context=3, shard=2))
+        ranks.append((layout.data_rank, layout.data_world))
+    assert ranks == [(rank // 6, 2) for rank in range(12)]
