@@ -185,10 +185,11 @@ def _runs(context: Context) -> list[_Run]:
         key = first
         while key < last:
             start, stop = starts[document], min(ends[document], last)
-            before = (range(start, key),)
-            if prefixes[document] >= 0:
-                before = (known[start // length, prefixes[document]], *before)
-            before = before if numbers[document] >= 0 else ()  # what padding sees, nobody reads
+            before: list[range] = []
+            if numbers[document] >= 0:  # what padding sees, nobody reads
+                if prefixes[document] >= 0:
+                    before.append(known[start // length, prefixes[document]])
+                before.append(range(start, key))
             found.append(_Run(at, at + stop - key, key, _last(before, context.sliding_window)))
             at, key, document = at + stop - key, stop, document + 1
     return found

@@ -25,6 +25,11 @@ CODE = "from tests.train.ranks import main; main()"
 NAMES = ("lm", "sft", "kd", "bld")
 OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
 TENSOR, REPLICAS = {"parallel": {"tensor": 2}}, {"parallel": {"shard": 2}}
+# Rows that two processes share: of documents that cross the cut, under a window and QK norms, and
+# of objectives whose losses are of whole answers.
+CONTEXT = {"parallel": {"context": 2}}
+SHARED = {"kd-window": ("kd", {"sliding_window": 5, "qk_norm": True}), "rpo": ("rpo", {})}
+SHARED["grpo"] = ("grpo", {"sliding_window": 5})
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -54,8 +59,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         two += [_job(home, f"2-{name}-resumed", name, stop=stop) for stop in (3, None)]
         two.append(_job(home, f"21-{name}", name, stop=3))
         two.append(_job(home, f"12-{name}", name))
+    for name, (objective, changes) in SHARED.items():
+        train(**_job(home, f"1-{name}-alone", objective, changes=changes))
+        two.append(_job(home, f"2-{name}-context", objective, changes=changes, **CONTEXT))
     run_ranks(CODE, json.dumps(two))
     four = [_job(home, "4-kd-tensor", "kd", **TENSOR), _job(home, "4-kd-shard", "kd", **REPLICAS)]
+    four.append(_job(home, "4-kd-context", "kd", **CONTEXT))
     run_ranks(CODE, json.dumps(four), world=4)
     for name in NAMES:
         train(**_job(home, f"21-{name}", name))
@@ -80,9 +89,16 @@ def test_two_processes_are_one(objective: str, home: Path):
     _assert_close(home, f"2-{objective}", f"1-{objective}")
 
 
-@pytest.mark.parametrize("name", ["2-lm-tensor", "2-kd-tensor", "4-kd-tensor", "4-kd-shard"])
+@pytest.mark.parametrize(
+    "name", ["2-lm-tensor", "2-kd-tensor", "4-kd-tensor", "4-kd-shard", "4-kd-context"]
+)
 def test_every_layout_is_one_process(name: str, home: Path):
     _assert_close(home, name, "1-" + name.split("-")[1])
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_rows_that_processes_share_are_one_process(name: str, home: Path):
+    _assert_close(home, f"2-{name}-context", f"1-{name}-alone")
 
 
 @OBJECTIVES
