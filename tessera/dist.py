@@ -8,9 +8,9 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tessera.devices import DeviceError
 from tessera.table import nearest
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 PATIENCE = dt.timedelta(days=30)  # how long the others wait for work that one process does
 
 
@@ -205,6 +206,23 @@ def gather(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * world()
     torch.distributed.all_gather_object(everyone, value)
     return everyone
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """What the main process computes, in every process; what it raises is raised in all of them."""
+    if world() == 1:
+        return compute()
+    found: tuple[T | None, Exception | None] = (None, None)
+    if is_main():
+        try:
+            found = compute(), None
+        except Exception as error:
+            found = None, error
+    barrier()  # which waits longer than a broadcast does
+    value, error = broadcast(found)
+    if error is not None:
+        raise error
+    return value
 
 
 def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:

@@ -24,23 +24,22 @@ from torch.distributed.tensor.parallel import (
 
 from tessera.model.checkpoint import whole
 from tessera.model.config import GQA, ModelConfig, SwiGLU, Variant
-from tessera.model.transformer import Block
+from tessera.model.layers import Subblock
+
+PROJECTIONS = {GQA: ("qkv", "o"), SwiGLU: (("gate", "up"), "down")}  # columns; rows
 
 
-def split_heads_and_channels(block: Block, config: ModelConfig, mesh: DeviceMesh) -> None:
-    """Tensor parallelism of one block (Megatron): columns in, rows out, one sum a subblock.
+def split_heads_and_channels(subblock: Subblock, config: ModelConfig, mesh: DeviceMesh) -> None:
+    """Tensor parallelism of one subblock (Megatron): columns in, rows out, one sum.
 
     What does not divide (`splits`) stays whole on every process.
     """
-    plan: dict[str, Any] = {}
-    if splits(config, block.attention.variant, mesh.size()):
-        plan |= {f"attention.op.{p}_proj": ColwiseParallel() for p in "qkv"}
-        plan["attention.op.o_proj"] = RowwiseParallel()
-    if splits(config, block.ffn.variant, mesh.size()):
-        plan |= {f"ffn.op.{p}_proj": ColwiseParallel() for p in ("gate", "up")}
-        plan["ffn.op.down_proj"] = RowwiseParallel()
-    if plan:
-        parallelize_module(block, mesh, plan)
+    split = any(isinstance(one, DTensor) for one in subblock.parameters())
+    if not split and splits(config, subblock.variant, mesh.size()):
+        columns, rows = PROJECTIONS[type(subblock.variant)]
+        plan: dict[str, Any] = {f"{name}_proj": ColwiseParallel() for name in columns}
+        plan[f"{rows}_proj"] = RowwiseParallel()
+        parallelize_module(subblock.op, mesh, plan, src_data_rank=None)  # each has all of it
 
 
 def splits(config: ModelConfig, variant: Variant, ways: int) -> bool:

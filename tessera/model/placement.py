@@ -14,10 +14,10 @@ A layout changes no result beyond rounding, so it is no part of a run's fingerpr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +29,7 @@ from torch.distributed.fsdp import share_comm_ctx as share_streams
 from tessera import dist
 from tessera.model.checkpoint import load_model
 from tessera.model.config import ModelConfig
+from tessera.model.layers import Subblock
 from tessera.model.parallel import split_heads_and_channels
 from tessera.model.placed import DtypeName
 from tessera.model.placed import PlacedConfig as PlacedConfig
@@ -36,6 +37,7 @@ from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError
 
+K, T = TypeVar("K"), TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -101,6 +103,27 @@ class Layout:
         """Which of them this one is."""
         return self.rank // (self.tensor * self.context)
 
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share of work that any process may do; all of a tensor group have it."""
+        return items[self.data_rank :: self.data_world]
+
+    def title(self, label: str) -> str:
+        """A label of the progress of this process's share."""
+        return label if self.data_world == 1 else f"{label}, 1 of {self.data_world} shares"
+
+    def share(self, count: int, compute: Callable[[int], T]) -> list[T]:
+        """What `compute` returns of each index below `count`, in every process; each is computed by
+        one tensor group."""
+        found = self.joined({index: compute(index) for index in self.mine(range(count))})
+        return [found[index] for index in range(count)]
+
+    def joined(self, rows: dict[K, T]) -> dict[K, T]:
+        """The entries of every process's dictionary, in every process."""
+        if self.data_world == 1:
+            return rows
+        dist.barrier()  # which waits longer than a gathering does
+        return {key: row for one in dist.gather(rows) for key, row in one.items()}
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the data of all processes; those of a tensor group say the same thing."""
         total = dist.sum(value)
@@ -120,6 +143,9 @@ class Layout:
         """The part of the grid that FSDP shards over; two-dimensional where there are replicas."""
         mesh = self.mesh()
         return mesh["shard"] if self.replicate == 1 else mesh["replicate", "shard"]
+
+
+ALONE = Layout(1, 1, 1, 0)
 
 
 def _divisors(number: int) -> str:
@@ -159,9 +185,7 @@ class Placement:
         """The same module with its parameters spread over the processes."""
         for block in module.blocks:
             block.gradient_checkpointing = self.config.gradient_checkpointing
-        if self.config.tensor > 1:
-            for block in module.blocks:
-                split_heads_and_channels(block, module.config, self.layout.mesh()["tensor"])
+        self.split(module, module.config)
         if self.config.compile:
             for block in module.blocks:
                 block.compile()
@@ -170,6 +194,14 @@ class Placement:
                 self._shard(block)
             self._shard(module, reshard_after_forward=False)
         return module
+
+    def split(self, module: nn.Module, config: ModelConfig) -> None:
+        """Gives each process of a tensor group its heads and channels of every subblock there."""
+        if self.config.tensor > 1:
+            mesh = self.layout.mesh()["tensor"]
+            for part in module.modules():
+                if isinstance(part, Subblock):
+                    split_heads_and_channels(part, config, mesh)
 
     def units(self, units: Iterable[nn.Module]) -> None:
         """Independent modules, each called on its own, spread over the processes.
@@ -195,6 +227,9 @@ class Placement:
         sharded.set_gradient_divide_factor(1.0)  # sums: the trainer divides
         sharded.set_force_sum_reduction_for_comms(True)
         return sharded
+
+
+HERE = Placement()  # in one process, in float32
 
 
 def inference_dtype(name: DtypeName = "auto") -> torch.dtype:
