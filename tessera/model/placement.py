@@ -135,6 +135,11 @@ class Placement:
         return Layout.of(self.config)
 
     @property
+    def tensor_mesh(self) -> DeviceMesh | None:
+        """The processes that split heads and channels with this one, if there are others."""
+        return self.layout.mesh()["tensor"] if self.config.tensor > 1 else None
+
+    @property
     def needed(self) -> bool:
         """Whether FSDP is: not in one process that computes in float32."""
         return self.shards and (dist.world() > 1 or self.dtype != torch.float32)
@@ -150,9 +155,9 @@ class Placement:
         """The same module with its parameters spread over the processes."""
         for block in module.blocks:
             block.gradient_checkpointing = self.config.gradient_checkpointing
-        if self.config.tensor > 1:
+        if (mesh := self.tensor_mesh) is not None:
             for block in module.blocks:
-                split_heads_and_channels(block, module.config, self.layout.mesh()["tensor"])
+                split_heads_and_channels(block, module.config, mesh)
         if self.config.compile:
             for block in module.blocks:
                 block.compile()
