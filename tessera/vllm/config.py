@@ -10,6 +10,7 @@ from tessera.runs.recipe import Config
 
 if TYPE_CHECKING:
     from tessera.generate.engine import Engine
+    from tessera.model.placement import Placement
     from tessera.model.transformer import Transformer
 
 # Arguments of vllm.LLM that the engine sets itself.
@@ -45,10 +46,13 @@ class EngineChoice(Config):
     vllm: VLLMConfig = VLLMConfig()
 
 
-def open_engine(config: EngineChoice, module: Transformer, batch: int) -> Engine:
+def open_engine(
+    config: EngineChoice, module: Transformer, batch: int, placement: Placement | None = None
+) -> Engine:
     """The engine on these weights, `batch` samples at a time; `close` it.
 
-    Raises GenerationError and RunError where vLLM is chosen and cannot be had.
+    placement: of a copy for generation; that of the module unless given. Raises GenerationError
+    and RunError where vLLM is chosen and cannot be had.
     """
     if config.engine == "vllm":
         from tessera.vllm.engine import VLLMEngine
@@ -56,4 +60,4 @@ def open_engine(config: EngineChoice, module: Transformer, batch: int) -> Engine
         return VLLMEngine(module, config.vllm, batch=batch)
     from tessera.generate.torch_engine import TorchEngine
 
-    return TorchEngine(module, max_batch_size=batch)
+    return TorchEngine(module, max_batch_size=batch, placement=placement)
