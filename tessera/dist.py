@@ -197,14 +197,14 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every process's picklable object, in the order of ranks, in every process."""
+def gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:
+    """The picklable object of every process, or of a group's, in each, in the order of ranks."""
     if world() == 1:
         return [value]
     import torch.distributed
 
-    everyone: list[Any] = [None] * world()
-    torch.distributed.all_gather_object(everyone, value)
+    everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyone, value, group)
     return everyone
 
 

@@ -170,6 +170,11 @@ class Placement:
         return Layout.of(self.config)
 
     @property
+    def tensor_mesh(self) -> DeviceMesh | None:
+        """The processes that split heads and channels with this one, if there are others."""
+        return self.layout.mesh()["tensor"] if self.config.tensor > 1 else None
+
+    @property
     def needed(self) -> bool:
         """Whether FSDP is: not in one process that computes in float32."""
         return self.shards and (dist.world() > 1 or self.dtype != torch.float32)
@@ -197,8 +202,7 @@ class Placement:
 
     def split(self, module: nn.Module, config: ModelConfig) -> None:
         """Gives each process of a tensor group its heads and channels of every subblock there."""
-        if self.config.tensor > 1:
-            mesh = self.layout.mesh()["tensor"]
+        if (mesh := self.tensor_mesh) is not None:
             for part in module.modules():
                 if isinstance(part, Subblock):
                     split_heads_and_channels(part, config, mesh)
@@ -251,19 +255,44 @@ def for_inference(
     return Placement(ParallelConfig(tensor=ways), number, shards=False)
 
 
+def beside_training(
+    model: str | Path, training: Placement, dtype: DtypeName = "auto", tensor: int | None = None
+) -> Placement:
+    """Where a copy for generation lives of a model that these processes train.
+
+    dtype: "auto" is what the training computes in. tensor: as in `for_inference`, a multiple or a
+    divisor of the training's; the fewest that have room for it beside the state of training, and
+    no fewer than the training's, unless given. Raises LayoutError.
+    """
+    number = training.dtype if dtype == "auto" else DTYPES[dtype]
+    config, layout = load_config(model), training.layout
+    held = TRAINED_BYTES * config.num_params() / (layout.shard * layout.tensor)
+    ways = tensor or _fewest([config], number, layout.tensor, held)
+    if ways % layout.tensor and layout.tensor % ways:
+        raise LayoutError(
+            f"tensor = {ways} is neither a multiple nor a divisor of parallel.tensor = "
+            f"{layout.tensor}; leave it out, or give one of them"
+        )
+    return Placement(ParallelConfig(tensor=ways), number, shards=False)
+
+
 # Share of a device's memory that weights may take: the rest is for caches and activations.
 ROOM = 0.7
+TRAINED_BYTES = 16  # of a parameter, its gradient and two moments
 
 
-def _fewest(configs: Sequence[ModelConfig], dtype: torch.dtype) -> int:
+def _fewest(
+    configs: Sequence[ModelConfig], dtype: torch.dtype, least: int = 1, held: float = 0
+) -> int:
+    """least: of them, a divisor. held: bytes that each process needs for other things."""
     room = dist.device_memory()
     if room is None:
-        return 1
+        return least
     needed = dtype.itemsize * sum(config.num_params() for config in configs)
-    ways = [n for n in range(1, dist.world() + 1) if dist.world() % n == 0]
+    ways = [n for n in range(least, dist.world() + 1, least) if dist.world() % n == 0]
     fits = [n for n in ways if all(config.num_attention_heads % n == 0 for config in configs)]
     for count in fits:
-        if needed / count <= ROOM * room:
+        if needed / count + held <= ROOM * room:
             return count
     raise LayoutError(
         f"{needed / 1e9:.0f} GB of weights do not fit {dist.world()} devices of "
