@@ -6,7 +6,7 @@ spread   world = replicate · shard · tensor       rank = (r · shard + s) · t
 
 Ranks that differ in r or s read different rows (data parallelism); those that differ in s hold
 different parts of every parameter, gradient and moment of what is trained; those that differ in t
-hold different heads and channels of the same rows.
+hold different heads and channels of the same rows, and between subblocks different tokens.
 
 A layout changes no result beyond rounding, so it is no part of a run's fingerprint; a dtype is.
 """
@@ -28,7 +28,7 @@ from torch.distributed.fsdp import share_comm_ctx as share_streams
 from tessera import dist
 from tessera.model.checkpoint import load_model
 from tessera.model.config import ModelConfig
-from tessera.model.parallel import split_heads_and_channels
+from tessera.model.parallel import split_model
 from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError
@@ -151,8 +151,7 @@ class Placement:
         for block in module.blocks:
             block.gradient_checkpointing = self.config.gradient_checkpointing
         if self.config.tensor > 1:
-            for block in module.blocks:
-                split_heads_and_channels(block, module.config, self.layout.mesh()["tensor"])
+            split_model(module, self.layout.mesh()["tensor"])
         if self.config.compile:
             for block in module.blocks:
                 block.compile()

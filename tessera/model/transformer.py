@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from tessera.model.config import BlockConfig, ModelConfig, NoOp
 from tessera.model.context import Context
 from tessera.model.cpu import linear
 from tessera.model.layers import RMSNorm, Subblock, rope_frequencies
+from tessera.model.sequence import all_tokens, own_tokens
 
 
 class Block(nn.Module):
@@ -50,7 +52,11 @@ class Transformer(nn.Module):
     """A decoder of the Llama class whose blocks may all differ.
 
     h = embed(tokens);  h += attention(h);  h += ffn(h)  for every block;  norm(h)
+
+    tokens_mesh: of the processes that hold the residual stream together, some tokens each.
     """
+
+    tokens_mesh: DeviceMesh | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -102,21 +108,31 @@ class Transformer(nn.Module):
         A module whose parameters are sharded is to be called, so that they are gathered: its
         `head` holds afterwards until the backward pass is over.
         """
-        states = self.hidden_states(tokens, context)
+        states, length = self.hidden_states(tokens, context), tokens.shape[1]
         if output_hidden_states:
             kept = list(states)
-            return self.norm(kept[-1]), kept
+            return self._whole(self.norm(kept[-1]), length), [self._whole(x, length) for x in kept]
         *_, last = states
-        return self.norm(last)
+        return self._whole(self.norm(last), length)
 
     def hidden_states(self, tokens: Tensor, context: Context | None = None) -> Iterator[Tensor]:
-        """The residual stream `(B,T,C)` entering layer 0, 1, …, L-1, and leaving the last."""
+        """The residual stream entering layer 0, 1, …, L-1, and leaving the last: `(B,T,C)`, or this
+        process's tokens of it."""
         context = self.prepare(Context.rows(tokens) if context is None else context)
         x = self.embed_tokens(tokens)
+        if self.tokens_mesh is not None:
+            x = own_tokens(x, self.tokens_mesh)
         yield x
         for block in self.blocks:
             x = block(x, context)
             yield x
+
+    def _whole(self, x: Tensor, length: int) -> Tensor:
+        """The residual stream of all tokens."""
+        if self.tokens_mesh is None:
+            return x
+        x = all_tokens(x, length, self.tokens_mesh).to_local()
+        return torch.ops.aten._unsafe_view(x, x.shape)  # FSDP warns of a module that returns a view
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(…, V)` of normalised hidden states `(…, C)`."""

@@ -19,7 +19,7 @@ from tessera.puzzle.bld import BLDConfig
 from tessera.runs.run import read_metrics
 from tessera.train.optim import TrainConfig
 from tests.test_dist import run_ranks
-from tests.train.ranks import train
+from tests.train.ranks import gradients, train
 
 CODE = "from tests.train.ranks import main; main()"
 NAMES = ("lm", "sft", "kd", "bld")
@@ -48,7 +48,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in NAMES:
         train(**_job(home, f"1-{name}", name))
         train(**_job(home, f"12-{name}", name, stop=3))
-    two = [_job(home, f"2-{name}-tensor", name, **TENSOR) for name in ("lm", "kd")]
+    gradients(str(home / "1.safetensors"))
+    two = [{"out": str(home / "2.safetensors"), **TENSOR}]
+    two += [_job(home, f"2-{name}-tensor", name, **TENSOR) for name in ("lm", "kd")]
     for name in NAMES:
         two.append(_job(home, f"2-{name}", name))
         two += [_job(home, f"2-{name}-resumed", name, stop=stop) for stop in (3, None)]
@@ -83,6 +85,14 @@ def test_two_processes_are_one(objective: str, home: Path):
 @pytest.mark.parametrize("name", ["2-lm-tensor", "2-kd-tensor", "4-kd-tensor", "4-kd-shard"])
 def test_every_layout_is_one_process(name: str, home: Path):
     _assert_close(home, name, "1-" + name.split("-")[1])
+
+
+def test_gradients_of_split_layers_are_those_of_one_process(home: Path):
+    one, two = (load_file(home / f"{world}.safetensors") for world in (1, 2))
+    assert {"layers.0.attention.op.q_norm.weight", "layers.0.attention.op.k_norm.weight"} <= set(
+        two
+    )
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
 
 
 @OBJECTIVES
