@@ -63,6 +63,7 @@ def is_main() -> bool:
 
 
 KINDS = ("cuda", "xpu", "mps", "cpu")  # ROCm's torch says cuda, too
+HOST = "cpu"  # the machine's memory, where an accelerator's parameters may wait
 _chosen: list[str] = []  # the kind of device said for the job, then for the stage
 
 

@@ -22,7 +22,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp import share_comm_ctx as share_streams
 
 from tessera import dist
@@ -30,7 +35,7 @@ from tessera.model.checkpoint import load_model
 from tessera.model.config import ModelConfig
 from tessera.model.parallel import split_model
 from tessera.model.source import load_config
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Checkpointing, Transformer
 from tessera.runs.files import RunError
 from tessera.runs.recipe import Config
 
@@ -50,13 +55,18 @@ class ParallelConfig(BaseModel):
     tensor: processes that split each layer's heads and channels; neighbours on one machine.
     shard: processes that split the state; all that are left, unless given. Fewer of them (the
         GPUs of one machine) gather faster and hold copies of it.
+    gradient_checkpointing: blocks run again in the backward pass, for less memory; "selective"
+        keeps what attention and every second product gave.
+    offload: parameters, gradients and moments stay in the machine's memory; the accelerator holds
+        what is gathered for a block, and the CPU makes the update.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tensor: int = Field(default=1, ge=1)
     shard: int | None = Field(default=None, ge=1)
-    gradient_checkpointing: bool = False  # blocks run again in the backward: less memory, 4/3 time
+    gradient_checkpointing: Checkpointing = False
+    offload: bool = False
     compile: bool = False  # torch.compile each block; for GPUs, a minute of compilation here
 
 
@@ -136,14 +146,16 @@ class Placement:
 
     @property
     def needed(self) -> bool:
-        """Whether FSDP is: not in one process that computes in float32."""
-        return self.shards and (dist.world() > 1 or self.dtype != torch.float32)
+        """Whether FSDP is: not in one process that computes in float32 with what it holds."""
+        plain = self.dtype == torch.float32 and not self.config.offload
+        return self.shards and (dist.world() > 1 or not plain)
 
     def load(self, source: str | Path, *, frozen: bool = False) -> Transformer:
         """A model from disk, placed; each process reads the parts that are its own."""
         dtype = self.dtype if frozen else torch.float32
+        device = dist.HOST if self.config.offload else dist.device()
         return load_model(
-            source, frozen=frozen, dtype=dtype, device=dist.device(), prepare=self.transformer
+            source, frozen=frozen, dtype=dtype, device=device, prepare=self.transformer
         )
 
     def transformer(self, module: Transformer) -> Transformer:
@@ -181,6 +193,10 @@ class Placement:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # RoPE's frequencies stay float32
         )
+        if self.config.offload:
+            settings["offload_policy"] = CPUOffloadPolicy(
+                pin_memory=dist.device().type != dist.HOST
+            )
         sharded = fully_shard(module, mesh=self.layout.data_mesh(), mp_policy=policy, **settings)
         sharded.set_gradient_divide_factor(1.0)  # sums: the trainer divides
         sharded.set_force_sum_reduction_for_comms(True)

@@ -7,12 +7,21 @@ head in chunks of tokens and never hold `(B, T, V)`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from tessera.model.config import BlockConfig, ModelConfig, NoOp
 from tessera.model.context import Context
@@ -20,11 +29,33 @@ from tessera.model.cpu import linear
 from tessera.model.layers import RMSNorm, Subblock, rope_frequencies
 from tessera.model.sequence import all_tokens, own_tokens
 
+Checkpointing = bool | Literal["selective"]
+
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise)
+
+
+def _selective() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """A checkpoint that keeps what attention and every second product gave."""
+    products = itertools.count()
+
+    def policy(_: object, operation: torch._ops.OpOverload, *args: Any, **kw: Any) -> Any:
+        if getattr(operation, "overloadpacket", None) in _PRODUCTS:
+            kept = next(products) % 2 == 1  # of q k v o gate up down: k o up
+        else:
+            kept = any(word in str(operation) for word in ("attention", "attn"))
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
 
 class Block(nn.Module):
-    """One layer: two subblocks, each adding its delta to the residual stream."""
+    """One layer: two subblocks, each adding its delta to the residual stream.
 
-    gradient_checkpointing = False  # keep the input alone and run again in the backward pass
+    gradient_checkpointing: keep the input alone, or besides it what is slow to make again, and run
+    again in the backward pass.
+    """
+
+    gradient_checkpointing: Checkpointing = False
 
     def __init__(self, config: ModelConfig, block: BlockConfig) -> None:
         super().__init__()
@@ -33,7 +64,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._run, x, context, use_reentrant=False)  # type: ignore[return-value]
+            kept = _selective if self.gradient_checkpointing == "selective" else noop_context_fn
+            return checkpoint(self._run, x, context, use_reentrant=False, context_fn=kept)  # type: ignore[return-value]
         return self._run(x, context)
 
     def _run(self, x: Tensor, context: Context) -> Tensor:
@@ -75,8 +107,10 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.embed_tokens.weight.device
+        """Where it computes; parameters that are spread may wait elsewhere."""
+        weight = self.embed_tokens.weight
+        spread = isinstance(weight, DTensor)
+        return torch.device(weight.device_mesh.device_type) if spread else weight.device
 
     @property
     def head(self) -> Tensor:
