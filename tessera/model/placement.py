@@ -7,7 +7,8 @@ spread   world = replicate · shard · tensor       rank = (r · shard + s) · t
 Ranks that differ in r or s read different rows (data parallelism), or with `context` different
 parts of a row: each `context` neighbours among them share their rows (context parallelism). Ranks
 that differ in s hold different parts of every parameter, gradient and moment of what is trained;
-those that differ in t hold different heads and channels of the same tokens.
+those that differ in t hold different heads and channels of the same tokens, and between subblocks
+different ones of these.
 
 A layout changes no result beyond rounding, so it is no part of a run's fingerprint; a dtype is.
 """
@@ -23,18 +24,22 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp import share_comm_ctx as share_streams
 
 from tessera import dist
 from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import ModelConfig
-from tessera.model.layers import Subblock
-from tessera.model.parallel import split_heads_and_channels
+from tessera.model.parallel import split_model
 from tessera.model.placed import DtypeName
 from tessera.model.placed import PlacedConfig as PlacedConfig
 from tessera.model.source import load_config
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Checkpointing, Transformer
 from tessera.runs.files import RunError
 
 K, T = TypeVar("K"), TypeVar("T")
@@ -53,6 +58,10 @@ class ParallelConfig(BaseModel):
         GPUs of one machine) gather faster and hold copies of it.
     context: processes that share each row, a part of its tokens each, for rows whose activations
         do not fit one; every layer gathers the keys and values of the whole row.
+    gradient_checkpointing: blocks run again in the backward pass, for less memory; "selective"
+        keeps what attention and every second product gave.
+    offload: parameters, gradients and moments stay in the machine's memory; the accelerator holds
+        what is gathered for a block, and the CPU makes the update.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,7 +69,8 @@ class ParallelConfig(BaseModel):
     tensor: int = Field(default=1, ge=1)
     shard: int | None = Field(default=None, ge=1)
     context: int = Field(default=1, ge=1)
-    gradient_checkpointing: bool = False  # blocks run again in the backward: less memory, 4/3 time
+    gradient_checkpointing: Checkpointing = False
+    offload: bool = False
     compile: bool = False  # torch.compile each block; for GPUs, a minute of compilation here
 
 
@@ -176,14 +186,16 @@ class Placement:
 
     @property
     def needed(self) -> bool:
-        """Whether FSDP is: not in one process that computes in float32."""
-        return self.shards and (dist.world() > 1 or self.dtype != torch.float32)
+        """Whether FSDP is: not in one process that computes in float32 with what it holds."""
+        plain = self.dtype == torch.float32 and not self.config.offload
+        return self.shards and (dist.world() > 1 or not plain)
 
     def load(self, source: str | Path | Checkpoint, *, frozen: bool = False) -> Transformer:
         """A model from disk, placed; each process reads the parts that are its own."""
         dtype = self.dtype if frozen else torch.float32
+        device = dist.HOST if self.config.offload else dist.device()
         return load_model(
-            source, frozen=frozen, dtype=dtype, device=dist.device(), prepare=self.transformer
+            source, frozen=frozen, dtype=dtype, device=device, prepare=self.transformer
         )
 
     def transformer(self, module: Transformer) -> Transformer:
@@ -203,9 +215,7 @@ class Placement:
     def split(self, module: nn.Module, config: ModelConfig) -> None:
         """Gives each process of a tensor group its heads and channels of every subblock there."""
         if (mesh := self.tensor_mesh) is not None:
-            for part in module.modules():
-                if isinstance(part, Subblock):
-                    split_heads_and_channels(part, config, mesh)
+            split_model(module, config, mesh)
 
     def units(self, units: Iterable[nn.Module]) -> None:
         """Independent modules, each called on its own, spread over the processes.
@@ -227,6 +237,10 @@ class Placement:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # RoPE's frequencies stay float32
         )
+        if self.config.offload:
+            settings["offload_policy"] = CPUOffloadPolicy(
+                pin_memory=dist.device().type != dist.HOST
+            )
         sharded = fully_shard(module, mesh=self.layout.data_mesh(), mp_policy=policy, **settings)
         sharded.set_gradient_divide_factor(1.0)  # sums: the trainer divides
         sharded.set_force_sum_reduction_for_comms(True)
