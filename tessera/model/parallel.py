@@ -31,19 +31,19 @@ from tessera.model.transformer import Transformer
 
 
 def split_model(module: nn.Module, config: ModelConfig, mesh: DeviceMesh) -> None:
-    """Tensor parallelism (Megatron) of a model, or of a frozen part of one: columns in, rows out, an
-    exchange before and after each subblock; one that is split already stays as it is.
+    """Tensor parallelism (Megatron) of a model, or of parts that are put into one: columns in,
+    rows out, an exchange before and after each subblock. What is split already stays as it is.
 
     A model that is trained is sequence-parallel too: between subblocks, a process holds the
     residual stream of its own part of the tokens, and norms see that part alone.
     """
-    trained = any(parameter.requires_grad for parameter in module.parameters())
+    model = module if isinstance(module, Transformer) else None
+    trained = model is not None and any(one.requires_grad for one in model.parameters())
     for part in module.modules():
         if isinstance(part, Subblock) and not isinstance(part.variant, NoOp):
             _split_heads_and_channels(part, config, mesh, trained)
-    if trained:
-        assert isinstance(module, Transformer)
-        module.tokens_mesh = module.norm.mesh = mesh
+    if model is not None and trained:
+        model.tokens_mesh = model.norm.mesh = mesh
 
 
 def _split_heads_and_channels(
