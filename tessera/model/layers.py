@@ -12,15 +12,22 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from tessera.model.attention import attend
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
 from tessera.model.cpu import Projection, gated_down, linear, rms_norm
+from tessera.model.sequence import summed_gradient
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` over the last dimension."""
+    """`x / rms(x) * weight` over the last dimension.
+
+    mesh: of the processes that share the weight and norm other tokens or heads each.
+    """
+
+    mesh: DeviceMesh | None = None
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -28,7 +35,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        weight = self.weight if self.mesh is None else summed_gradient(self.weight, self.mesh)
+        return rms_norm(x, weight, self.eps)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from tessera import dist
 from tessera.data.batch import Batch
@@ -35,9 +34,11 @@ from tessera.runs.run import Run
 from tessera.train.engine import Objective, Trainer
 from tessera.train.optim import TrainConfig
 from tests import tiny
-from tests.toy import ToySource, split_rows, toy_batch, toy_config, toy_model
+from tests.toy import ToySource, split_rows, toy_batch, toy_config
 
-WORDS = (("gqa-4", "swiglu-48"), ("noop", "swiglu-10"), ("gqa-2", "noop"), ("linear", "linear"))
+# With what two processes cannot split: one KV head, a width of 9, and rows of 15 tokens.
+WORDS = (("gqa-4", "swiglu-48"), ("noop", "swiglu-9"), ("gqa-2", "noop"), ("linear", "linear"))
+WORDS += (("gqa-1", "swiglu-10"),)
 
 
 class Ranks(ToySource):
@@ -54,7 +55,7 @@ class Ranks(ToySource):
 
 
 def documents(step: int) -> list[Batch]:
-    rows = split_rows(toy_batch(step, rows=4, length=18))
+    rows = split_rows(toy_batch(step, rows=4, length=15))
     for mode, row in enumerate(rows):
         row.mode = torch.full_like(row.tokens, mode % 3)
     return rows
@@ -79,12 +80,8 @@ def answers(step: int) -> list[Batch]:
     return made
 
 
-CHANGES: dict[str, Any] = {}  # of the models' config, for the job that runs
-
-
 def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    child = tiny.randomise(toy_model(4)).config
-    module = tiny.model(replace(child.with_words(WORDS), **CHANGES))
+    module = tiny.model(toy_config(5, qk_norm=True, sliding_window=5).with_words(WORDS))
     return config.placement.transformer(module), LM()
 
 
@@ -99,7 +96,7 @@ def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
 
 
 def frozen(config: TrainConfig) -> Transformer:
-    teacher = tiny.model(toy_config(4, **CHANGES), seed=1).requires_grad_(False)
+    teacher = tiny.model(toy_config(5), seed=1).requires_grad_(False)
     return config.placement.transformer(teacher)
 
 
@@ -123,21 +120,11 @@ def bld(config: TrainConfig) -> tuple[nn.Module, Objective]:
 MAKE = {"lm": lm, "sft": sft, "kd": kd, "bld": bld, "rpo": rpo, "grpo": grpo}
 
 
-def train(
-    objective: str,
-    run: str,
-    out: str,
-    stop: int | None = None,
-    changes: dict[str, Any] | None = None,
-    **settings: Any,
-) -> None:
+def train(objective: str, run: str, out: str, stop: int | None = None, **settings: Any) -> None:
     """Train in run directory `run` and write the final weights, whole, to `out`.
 
     settings: those of TrainConfig; `stop`: the run is interrupted before that step (from 0).
-    changes: of the models' config.
     """
-    CHANGES.clear()
-    CHANGES.update(changes or {})
     config = TrainConfig(**{"steps": 6, "lr": 3e-3, "save_seconds": 1e-9, **settings})
     module, loss = MAKE[objective](config)
     source = Ranks(config, objective)
@@ -155,7 +142,22 @@ def train(
     opened = Run.open(Path(run), stage="kd", config={}, inputs={}, seed=0, quiet=True)
     with contextlib.suppress(KeyboardInterrupt), opened:
         Trainer(module, loss, source, config, opened).fit()
-    tensors = {k: whole(v.detach()).contiguous() for k, v in module.named_parameters()}
+    _save({k: v.detach() for k, v in module.named_parameters()}, out)
+
+
+def gradients(out: str, **settings: Any) -> None:
+    """Write the gradients of one step of `lm` to `out`, whole."""
+    config = TrainConfig(steps=1, **settings)
+    module, objective = lm(config)
+    for batch in Ranks(config, "lm").batches(0):
+        batch = batch.shared(config.placement.layout)
+        for loss, _ in objective.losses(module, batch):
+            loss.backward()
+    _save({k: v.grad for k, v in module.named_parameters() if v.grad is not None}, out)
+
+
+def _save(tensors: dict[str, Tensor], out: str) -> None:
+    tensors = {key: whole(tensor).contiguous() for key, tensor in tensors.items()}
     if dist.is_main():
         save_file(tensors, out)
     dist.barrier()
@@ -164,7 +166,7 @@ def train(
 def main() -> None:
     with dist.processes():
         for job in json.loads(sys.argv[1]):
-            train(**job)
+            (train if "run" in job else gradients)(**job)
 
 
 if __name__ == "__main__":
