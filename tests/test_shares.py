@@ -6,20 +6,18 @@ which two hold a model together.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tessera.model.checkpoint import load_model
 from tessera.pipeline import run_recipe
 from tessera.runs.recipe import loads
 from tessera.runs.run import read_json, read_table
 from tests.test_dist import run_ranks
 
-TRAIN = "{ steps = 2, tokens_per_step = 96, microbatch_tokens = 96, sequence_length = 32, lr = 3e-3 }"
+TRAIN = "{ steps = 2, tokens_per_step = 96, microbatch_tokens = 96, sequence_length = 32 }"
 RECIPE = f"""
 name = "r"
 [data]
@@ -51,7 +49,12 @@ constraints = {{ kv_bytes_per_token = "0.4x" }}
 [child]
 [search]
 constraints = {{ parameters = "0.8x" }}
-conditional = {{ rounds = 2, polish = 1, tokens = 128, microbatch_tokens = 64, sequence_length = 32 }}
+[search.conditional]
+rounds = 2
+polish = 1
+tokens = 128
+microbatch_tokens = 64
+sequence_length = 32
 [frontier]
 constraint = "parameters"
 points = [0.9, 0.7]
