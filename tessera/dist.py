@@ -58,9 +58,13 @@ def device() -> torch.device:
 
     kind = _chosen[-1] if _chosen else os.environ.get("TESSERA_DEVICE") or _accelerator()
     if kind not in KINDS:
-        raise DeviceError(f"unknown device {kind!r}; {nearest(kind, KINDS)}")
+        hint = "; CUDA_VISIBLE_DEVICES says which of several" if kind.startswith("cuda:") else ""
+        raise DeviceError(f"unknown device {kind!r}; {nearest(kind, KINDS)}{hint}")
     if kind not in ("cpu", _accelerator()):
-        raise DeviceError(f"there is no device {kind!r} here; torch {torch.__version__} sees none")
+        raise DeviceError(
+            f"there is no device {kind!r} here: torch {torch.__version__} computes on "
+            f"{' or '.join(dict.fromkeys((_accelerator(), 'cpu')))}; say that, or leave it out"
+        )
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank())
 
 
@@ -95,6 +99,15 @@ def device_memory() -> int | None:
     if device().type in ("cuda", "xpu"):
         return getattr(torch, device().type).get_device_properties(device()).total_memory
     return torch.mps.recommended_max_memory() if device().type == "mps" else None
+
+
+def widest_float(of: torch.device | None = None) -> torch.dtype:
+    """float64, or float32 where the device (this process's, unless given) has none, as MPS."""
+    import torch
+
+    where = of or device()
+    known = where.type != "xpu" or torch.xpu.get_device_properties(where).has_fp64
+    return torch.float64 if known and where.type != "mps" else torch.float32
 
 
 @contextmanager

@@ -110,8 +110,8 @@ def check_int8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise GenerationError where int8 weights cannot be used."""
     if device.type != "cpu" or dtype != torch.float32:
         raise GenerationError(
-            f"int8 weights are for float32 on a CPU, and this model is {dtype} on {device}: leave "
-            "int8 off"
+            f"int8 weights are for float32 on a CPU, and this model is {dtype} on {device.type}: "
+            "say device cpu and dtype float32, or leave int8 off"
         )
     if not _exact():
         raise GenerationError(
@@ -146,7 +146,7 @@ class PackedAttention:
         normed = hasattr(op, "q_norm")
         scale = 1.0 if normed else self.dim**-0.5
         q, k = (_interleave(p.weight, self.dim) for p in (op.q_proj, op.k_proj))
-        weight = torch.cat((q * scale, k, op.v_proj.weight)) * gain
+        weight = torch.cat((q.float() * scale, k, op.v_proj.weight)) * gain
         self.qkv = make(weight, _qkv_bias(op, scale))
         self.out = make(op.o_proj.weight.clone(), _copy(op.o_proj.bias))
         self.norm_gain: Tensor | None = None  # of Qwen3's norms of q and k, (H + K, D)
@@ -198,23 +198,27 @@ class PackedLinear:
 class Packed:
     """A snapshot of `module`, laid out for generation. Absent subblocks leave no trace.
 
-    int8: whether large weights are rounded to int8. Raises GenerationError.
+    int8: whether large weights are rounded to int8. dtype: what it computes in, the module's own
+    unless given; gains are folded in float32. Raises GenerationError.
     """
 
     @torch.inference_mode()
-    def __init__(self, module: Transformer, int8: bool = False) -> None:
+    def __init__(
+        self, module: Transformer, int8: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
         self.config = config = module.config
         table = module.embed_tokens.weight
-        self.device, self.dtype = table.device, table.dtype
+        self.device, self.dtype = table.device, dtype or table.dtype
         if int8:
             check_int8(self.device, self.dtype)
 
         def make(weight: Tensor, bias: Tensor | None) -> Matrix | Int8Matrix:
             large = int8 and weight.numel() >= INT8_FROM
-            return (Int8Matrix if large else Matrix)(weight, bias)
+            bias = None if bias is None else bias.to(self.dtype)
+            return (Int8Matrix if large else Matrix)(weight.to(self.dtype), bias)
 
         epsilon = (config.hidden_size * config.rms_norm_eps) ** 0.5
-        self.embedding = F.pad(table, (0, 1), value=epsilon)
+        self.embedding = F.pad(table.to(self.dtype), (0, 1), value=epsilon)
         self.root = config.hidden_size**0.5
         self.kv_heads = {
             layer: block.attention.num_key_value_heads
@@ -227,14 +231,14 @@ class Packed:
             for subblock in (block.attention, block.ffn):
                 if isinstance(subblock.variant, NoOp):
                     continue
-                op, gain = subblock.op, subblock.norm.weight * self.root
+                op, gain = subblock.op, subblock.norm.weight.float() * self.root
                 if isinstance(op, Attention):
                     self.ops.append(PackedAttention(op, gain, layer, make))
                 elif isinstance(op, FeedForward):
                     self.ops.append(PackedFFN(op, gain, make))
                 else:
                     self.ops.append(PackedLinear(op, gain, make))
-        self.head = make(module.head * (module.norm.weight * self.root), None)
+        self.head = make(module.head * (module.norm.weight.float() * self.root), None)
         self.frequencies = module.inverse_frequencies(self.device)
 
     def rotation(self, positions: Tensor) -> dict[int, Tensor]:

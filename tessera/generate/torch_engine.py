@@ -48,7 +48,8 @@ class TorchEngine:
     length, to bound the cache; None for no cap. max_queue: samples that may wait for a row before
     `submit` raises QueueFullError. chunk_tokens: of prompts, read between two decode steps.
     prefix_cache_tokens: of prompts, whose KV is kept for later ones that begin alike. int8: large
-    weights rounded to int8, on a CPU: a quarter of the memory, and faster.
+    weights rounded to int8, on a CPU: a quarter of the memory, and faster. dtype: what it computes
+    in, the module's own unless given.
 
     The engine holds a snapshot of the weights: after a training step, `sync`. The cache is kept
     between calls and freed by `close`. Any thread may submit, cancel and read completions; calls
@@ -65,12 +66,13 @@ class TorchEngine:
         chunk_tokens: int = 512,
         prefix_cache_tokens: int = 0,
         int8: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise GenerationError(f"{name} is {value}; it must be at least 1")
-        packed, self.waiting = Packed(module, int8), Waiting(max_queue)
-        self.int8 = int8
+        packed, self.waiting = Packed(module, int8, dtype), Waiting(max_queue)
+        self.int8, self.dtype = int8, dtype
         self._lock, self._next = threading.Lock(), threading.Lock()
         self._open: Scheduler | None = Scheduler(
             packed, self.waiting, max_batch_size, max_tokens, chunk_tokens, prefix_cache_tokens
@@ -286,7 +288,7 @@ class TorchEngine:
         the prompt: the new weights read both anew, so that each next token is the new model's.
         Raises GenerationError where such a request need not fit the new model.
         """
-        packed = Packed(module, self.int8)
+        packed = Packed(module, self.int8, self.dtype)
         with self._turn():
             for name in () if self.idle else ("vocab_size", "max_position_embeddings"):
                 have, given = getattr(self.config, name), getattr(packed.config, name)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,10 +30,11 @@ from tessera.model.checkpoint import load_model
 from tessera.model.config import ModelConfig
 from tessera.model.layers import Subblock
 from tessera.model.parallel import split_heads_and_channels
+from tessera.model.placed import DtypeName
+from tessera.model.placed import PlacedConfig as PlacedConfig
 from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError
-from tessera.runs.recipe import Config
 
 K, T = TypeVar("K"), TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,9 +42,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class LayoutError(RunError):
     """A layout that these processes or this model cannot have; the text says which can."""
-
-
-DtypeName = Literal["auto", "float32", "bfloat16"]
 
 
 class ParallelConfig(BaseModel):
@@ -221,24 +219,6 @@ class Placement:
 
 
 HERE = Placement()  # in one process, in float32
-
-
-class PlacedConfig(Config):
-    """Of a stage that runs models and trains none.
-
-    dtype: "auto" is bfloat16 on an accelerator and float32 on a CPU. tensor: processes that hold
-    one model together, each some of its heads and channels: the fewest whose memory it fits,
-    unless given. The groups share the stage's work.
-    """
-
-    EXECUTION: ClassVar = frozenset({"tensor"})
-
-    dtype: DtypeName = "auto"
-    tensor: int | None = Field(default=None, ge=1)
-
-    def placement(self, *models: str | Path) -> Placement:
-        """For running these models, all of them in memory at once. Raises LayoutError."""
-        return for_inference(*models, dtype=self.dtype, tensor=self.tensor)
 
 
 def inference_dtype(name: DtypeName = "auto") -> torch.dtype:

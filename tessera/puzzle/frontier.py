@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from tessera import dist
-from tessera.model.placement import PlacedConfig, Placement
+from tessera.model.placed import PlacedConfig
+from tessera.model.placement import Placement
 from tessera.model.transformer import Transformer
 from tessera.puzzle.compare import CompareConfig, quality, speeds
 from tessera.puzzle.constraints import NAMES

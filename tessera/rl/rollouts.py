@@ -159,7 +159,8 @@ class Rollouts:
         for prompt in questions:
             require_fields(config.rewards, prompt.fields)
         encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
-        engine = open_engine(config, unsharded(module), config.engine_batch)
+        dtype = config.train.placement.dtype  # of the trainer: both say the same log-probs
+        engine = open_engine(config, unsharded(module), config.engine_batch, dtype)
         with closing(engine), Rubric(config.rewards, config.workers) as rubric:
             yield cls(module, engine, encoder, questions, config, rule, run, rubric)
 
@@ -325,7 +326,7 @@ class Rollouts:
         answers = [one for group in groups for one in group.answers if one.advantage is not None]
         trained = sum(one.weight(self.config.level) for one in answers)
         nonzero = sum(one.weight(self.config.level) for one in answers if one.advantage)
-        sums = torch.tensor([trained, nonzero], dtype=torch.float64, device=dist.device())
+        sums = torch.tensor([trained, nonzero], dtype=dist.widest_float(), device=dist.device())
         trained, nonzero = self.layout.sum(sums).tolist()
         if not trained:
             raise self._nothing_counts()
@@ -409,7 +410,7 @@ def measured(groups: Sequence[Group], names: Sequence[str], layout: Layout) -> d
     values["obedience"] = [one.obedient for one in answers]
     known = [[one for one in column if one is not None] for column in values.values()]
     own = [(sum(column), len(column)) for column in known]
-    sums = torch.tensor(own, dtype=torch.float64, device=dist.device())
+    sums = torch.tensor(own, dtype=dist.widest_float(), device=dist.device())
     totals = zip(values, layout.sum(sums).tolist(), strict=True)
     return {name: total / count for name, (total, count) in totals if count}
 
