@@ -34,8 +34,7 @@ def split_heads_and_channels(subblock: Subblock, config: ModelConfig, mesh: Devi
 
     What does not divide (`splits`) stays whole on every process.
     """
-    split = any(isinstance(one, DTensor) for one in subblock.parameters())
-    if not split and splits(config, subblock.variant, mesh.size()):
+    if splits(config, subblock.variant, mesh.size()):
         columns, rows = PROJECTIONS[type(subblock.variant)]
         plan: dict[str, Any] = {f"{name}_proj": ColwiseParallel() for name in columns}
         plan[f"{rows}_proj"] = RowwiseParallel()

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import share_comm_ctx as share_streams
 
 from tessera import dist
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import ModelConfig
 from tessera.model.layers import Subblock
 from tessera.model.parallel import split_heads_and_channels
@@ -163,7 +163,7 @@ class Placement:
         """Whether FSDP is: not in one process that computes in float32."""
         return self.shards and (dist.world() > 1 or self.dtype != torch.float32)
 
-    def load(self, source: str | Path, *, frozen: bool = False) -> Transformer:
+    def load(self, source: str | Path | Checkpoint, *, frozen: bool = False) -> Transformer:
         """A model from disk, placed; each process reads the parts that are its own."""
         dtype = self.dtype if frozen else torch.float32
         return load_model(

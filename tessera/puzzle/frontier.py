@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from tessera import dist
+from tessera.model.checkpoint import open_model
 from tessera.model.placed import PlacedConfig
 from tessera.model.placement import Placement
 from tessera.model.transformer import Transformer
@@ -113,10 +114,10 @@ def _together(file: Path, compute: Callable[[], Row]) -> Row:
 
 def _pair(row: Row, placement: Placement, inputs: dict) -> dict[str, Transformer]:
     """The parent, and an architecture of its library."""
-    parent, child = (placement.load(inputs["parent"], frozen=True) for _ in range(2))
-    assemble(child, inputs["library"] / "library", row["words"]).requires_grad_(False)
-    placement.split(child, child.config)
-    return {"parent": parent, "child": child.eval()}
+    parent = open_model(inputs["parent"])
+    child = assemble(parent, inputs["library"] / "library", row["words"])
+    both = {"parent": parent, "child": child}
+    return {name: placement.load(one, frozen=True) for name, one in both.items()}
 
 
 def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:

@@ -28,6 +28,7 @@ from tessera.data.batch import Batch, best_fit, collate, shift
 from tessera.data.documents import heldout
 from tessera.data.problems import family, problem
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
+from tessera.model.checkpoint import open_model
 from tessera.model.config import name as word_of
 from tessera.model.cpu import multiply
 from tessera.model.layers import Subblock
@@ -394,9 +395,8 @@ class Rescorer:
 
     def measure(self, words: Words) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(the assembled architecture's own metrics, the change each word makes to them)."""
-        module = self.placement.load(self.path, frozen=True)
-        current = assemble(module, self.library, words).requires_grad_(False)
-        self.placement.split(current, current.config)
+        there = assemble(open_model(self.path), self.library, words)
+        current = self.placement.load(there, frozen=True)
         held = self.space.units(words)
         units = LibraryUnits.of(self.library, self.parent, self.space, self.placement)
         others = replace(units, units=[one for one in (*units, *self.own) if one not in held])
