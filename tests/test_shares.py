@@ -6,6 +6,7 @@ which two hold a model together.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ TRAIN = "{ steps = 2, tokens_per_step = 96, microbatch_tokens = 96, sequence_len
 RECIPE = f"""
 name = "r"
 [data]
-tokenizer = "byte"
+tokenizer = {{ bpe = 259, chat = true }}
 tasks = {{ calc = 60 }}
 heldout = 0.2
 [parent]
@@ -32,6 +33,7 @@ num_hidden_layers = 3
 num_attention_heads = 2
 num_key_value_heads = 2
 intermediate_size = 16
+max_position_embeddings = 256
 [bld]
 train = {TRAIN}
 calibration_tokens = 64
@@ -75,8 +77,24 @@ microbatch_tokens = 64
 sequence_length = 32
 scenario = {{ batch = 1, prompt = 4, new = 2 }}
 rounds = 3
+[profile]
+model = "parent"
+tasks = {{ "calc@2" = 5 }}
+samples = 2
+max_tokens = 6
+rewards = [{{ kind = "format" }}]
+drop_from = 1.01
+[eval]
+model = "parent"
+tasks = ["calc@2", "perplexity"]
+data = {{ perplexity = "TEXTS" }}
+limit = 3
+max_tokens = 6
+none = {{ temperature = 1.0, samples = 2 }}
+workers = 1
 """
-SHARED = ("score", "search", "frontier", "fuse", "compare")
+SHARED = ("score", "search", "frontier", "fuse", "compare", "profile", "eval")
+KEPT = ("samples.jsonl", "records.jsonl", "verdicts.jsonl")
 CODE = """
 import sys
 from tessera.pipeline import run_recipe
@@ -88,13 +106,16 @@ run_recipe(loads(sys.argv[2], sys.argv[3:]), sys.argv[1], quiet=True)
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("shares")
-    run_recipe(loads(RECIPE), home / "1", quiet=True)
+    texts = home / "texts.txt"
+    texts.write_text("\n\n".join(f"text {n} of some length" for n in range(5)))
+    recipe = RECIPE.replace("TEXTS", str(texts))
+    run_recipe(loads(recipe), home / "1", quiet=True)
     for world, overrides in ((2, []), (4, ["score.tensor=2"])):
         again = home / str(world)
         shutil.copytree(home / "1", again)
         for stage in SHARED:
             shutil.rmtree(again / "r" / stage)
-        run_ranks(CODE, str(again), RECIPE, *overrides, world=world)
+        run_ranks(CODE, str(again), recipe, *overrides, world=world)
     return home
 
 
@@ -124,3 +145,13 @@ def test_any_number_of_processes_gives_the_same(stage: str, world: str, home: Pa
     for name in tables:
         read = read_table if name.endswith(".jsonl") else read_json
         _assert_same(*(read(path, name.partition(".")[0]) for path in (own, one)))
+    for name in KEPT:
+        assert _rows(own / name) == _rows(one / name)
+    assert not list(own.rglob(".*.jsonl"))
+
+
+def _rows(file: Path) -> dict[str, Any]:
+    lines = file.read_text().splitlines() if file.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    assert len({row["key"] for row in rows}) == len(rows)
+    return {row["key"]: row for row in rows}
