@@ -1,20 +1,23 @@
 """Stages that train nothing share their work over processes, and give what one process gives.
 
-One recipe is run in this process; its shared stages are run again in two processes, and in four, of
-which two hold a model together.
+One recipe is run in this process. Its shared stages are run again in two processes, and in four, of
+which two and two hold a model together.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tessera.pipeline import run_recipe
-from tessera.runs.recipe import loads
+from tessera.puzzle import score
+from tessera.runs.recipe import load
 from tessera.runs.run import read_json, read_table
 from tests.test_dist import run_ranks
 
@@ -98,25 +101,61 @@ KEPT = ("samples.jsonl", "records.jsonl", "verdicts.jsonl")
 CODE = """
 import sys
 from tessera.pipeline import run_recipe
-from tessera.runs.recipe import loads
-run_recipe(loads(sys.argv[2], sys.argv[3:]), sys.argv[1], quiet=True)
+from tessera.runs.recipe import load
+run_recipe(load(sys.argv[2], sys.argv[3:]), sys.argv[1], quiet=True)
+"""
+
+
+TENSOR = """
+[score-tensor]
+library = "bld"
+tokens = 300
+microbatch_tokens = 128
+sequence_length = 32
+tasks = { calc = 3 }
+tensor = 2
 """
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("shares")
-    texts = home / "texts.txt"
-    texts.write_text("\n\n".join(f"text {n} of some length" for n in range(5)))
-    recipe = RECIPE.replace("TEXTS", str(texts))
-    run_recipe(loads(recipe), home / "1", quiet=True)
-    for world, overrides in ((2, []), (4, ["score.tensor=2"])):
-        again = home / str(world)
-        shutil.copytree(home / "1", again)
-        for stage in SHARED:
-            shutil.rmtree(again / "r" / stage)
-        run_ranks(CODE, str(again), recipe, *overrides, world=world)
+    texts = [{"text": f"text {n} of some length"} for n in range(5)]
+    (home / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    (home / "r.toml").write_text(RECIPE.replace("TEXTS", str(home / "texts.jsonl")))
+    run_recipe(load(home / "r.toml"), home / "1", quiet=True)
     return home
+
+
+def _run_again(home: Path, world: int, more: str, *overrides: str) -> None:
+    """The shared stages in some processes, where one was stopped in the middle of scoring."""
+    shutil.copytree(home / "1", again := home / str(world))
+    for stage in SHARED:
+        shutil.rmtree(again / "r" / stage)
+    plain = score.score_cells
+
+    def dying(*arguments: Any) -> Iterator[Any]:
+        yield from itertools.islice(plain(*arguments), 5)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(score, "score_cells", dying)
+        run_recipe(load(home / "r.toml"), again, only=["score"], quiet=True)
+    assert len((again / "r/score/state/scores.jsonl").read_text().splitlines()) == 5
+    (home / "more.toml").write_text((home / "r.toml").read_text() + more)
+    run_ranks(CODE, str(again), str(home / "more.toml"), *overrides, world=world)
+
+
+@pytest.fixture(scope="module")
+def two(home: Path) -> Path:
+    _run_again(home, 2, TENSOR)
+    return home / "2" / "r"
+
+
+@pytest.fixture(scope="module")
+def four(home: Path) -> Path:
+    _run_again(home, 4, "", "score.tensor=2", "frontier.tensor=2")
+    return home / "4" / "r"
 
 
 def _assert_same(found: Any, expected: Any) -> None:
@@ -136,10 +175,7 @@ def _assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-@pytest.mark.parametrize("world", ["2", "4"])
-@pytest.mark.parametrize("stage", SHARED)
-def test_any_number_of_processes_gives_the_same(stage: str, world: str, home: Path):
-    own, one = (home / n / "r" / stage for n in (world, "1"))
+def _assert_same_run(own: Path, one: Path) -> None:
     tables = sorted(file.name for file in (one / "tables").iterdir())
     assert sorted(file.name for file in (own / "tables").iterdir()) == tables
     for name in tables:
@@ -155,3 +191,18 @@ def _rows(file: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in lines]
     assert len({row["key"] for row in rows}) == len(rows)
     return {row["key"]: row for row in rows}
+
+
+@pytest.mark.parametrize("stage", SHARED)
+def test_two_processes_give_what_one_gives(stage: str, two: Path, home: Path):
+    _assert_same_run(two / stage, home / "1" / "r" / stage)
+
+
+def test_a_parent_held_by_two_processes_scores_the_same(two: Path, home: Path):
+    _assert_same_run(two / "score-tensor", home / "1" / "r" / "score")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", SHARED)
+def test_two_groups_of_two_give_what_one_gives(stage: str, four: Path, home: Path):
+    _assert_same_run(four / stage, home / "1" / "r" / stage)
