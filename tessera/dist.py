@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATIENCE = dt.timedelta(days=30)  # how long the others wait for work that one process does
+TIMEOUT = 120  # minutes, unless the environment variable TESSERA_TIMEOUT says
+
+
+def timeout() -> dt.timedelta:
+    """How long a collective waits for the slowest process: its rollouts and its judging, too.
+
+    The end of a process ends the job at once under torchrun; this is for one that hangs.
+    """
+    given = os.environ.get("TESSERA_TIMEOUT", str(TIMEOUT))
+    try:
+        minutes = float(given)
+        if not 0 < minutes < math.inf:
+            raise ValueError
+    except ValueError:
+        raise DeviceError(
+            f"TESSERA_TIMEOUT = {given!r} is no number of minutes above 0; the default is {TIMEOUT}"
+        ) from None
+    return dt.timedelta(minutes=minutes)
 
 
 def rank() -> int:
@@ -51,6 +70,7 @@ def is_main() -> bool:
 
 
 KINDS = ("cuda", "xpu", "mps", "cpu")  # ROCm's torch says cuda, too
+HOST = "cpu"  # the machine's memory, where an accelerator's parameters may wait
 _chosen: list[str] = []  # the kind of device said for the job, then for the stage
 
 
@@ -126,7 +146,7 @@ def processes() -> Iterator[None]:
 
     if device().type != "cpu":
         torch.accelerator.set_device_index(local_rank())
-    torch.distributed.init_process_group(_backend())
+    torch.distributed.init_process_group(_backend(), timeout=timeout())
     for make in (waiting_group, saving_group):  # in every process, in the same order
         make()
     try:
@@ -203,14 +223,14 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every process's picklable object, in the order of ranks, in every process."""
+def gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:
+    """The picklable object of every process, or of a group's, in each, in the order of ranks."""
     if world() == 1:
         return [value]
     import torch.distributed
 
-    everyone: list[Any] = [None] * world()
-    torch.distributed.all_gather_object(everyone, value)
+    everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyone, value, group)
     return everyone
 
 
@@ -252,4 +272,7 @@ def _mesh(kind: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMe
     if world() == 1 and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(_backend(), store=store, rank=0, world_size=1)
-    return init_device_mesh(kind, shape, mesh_dim_names=names)
+    made = init_device_mesh(kind, shape, mesh_dim_names=names)
+    for group in made.get_all_groups():  # they do not take after the job's
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout(), group)
+    return made

@@ -154,7 +154,7 @@ def two(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def four(home: Path) -> Path:
-    _run_again(home, 4, "", "score.tensor=2", "frontier.tensor=2")
+    _run_again(home, 4, "", *(f"{stage}.tensor=2" for stage in SHARED if stage != "search"))
     return home / "4" / "r"
 
 

@@ -122,9 +122,10 @@ def place(tensor: Tensor, like: Tensor, dtype: torch.dtype | None, device: torch
     local = tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
     dense = torch.contiguous_format
     local = local.to(device=device, dtype=dtype, copy=True, memory_format=dense)
-    return DTensor.from_local(
+    spread = DTensor.from_local(
         local, mesh, placements, run_check=False, shape=tensor.shape, stride=like.stride()
     )
+    return spread.to(device)  # back, where it waits in the machine's memory
 
 
 # Saving.

@@ -395,8 +395,8 @@ class Rescorer:
 
     def measure(self, words: Words) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(the assembled architecture's own metrics, the change each word makes to them)."""
-        there = assemble(open_model(self.path), self.library, words)
-        current = self.placement.load(there, frozen=True)
+        assembled = assemble(open_model(self.path), self.library, words)
+        current = self.placement.load(assembled, frozen=True)
         held = self.space.units(words)
         units = LibraryUnits.of(self.library, self.parent, self.space, self.placement)
         others = replace(units, units=[one for one in (*units, *self.own) if one not in held])
