@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -60,6 +61,7 @@ from tessera.puzzle.space import (
     write_space,
 )
 from tessera.puzzle.surgery import Importance, ParentStatistics, collect_statistics, walk
+from tessera.runs.files import RunError
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json
 from tessera.train.engine import Objective, Stats, Trainer
@@ -167,7 +169,9 @@ class Local:
         self.held = held_here(ranges)
         self.passes = passes(units, ranges, config.layers_at_once)
         # To the trainer, processes of one tensor-parallel group are those that read the same rows.
-        parallel = ParallelConfig(tensor=len(ranges))
+        offload = config.train.parallel.offload
+        parallel = ParallelConfig(tensor=len(ranges), offload=offload)
+        self.device = dist.HOST if offload else dist.device()  # of the units
         self.train = config.train.model_copy(update={"parallel": parallel})
         self.parent = load_layers(inputs["parent"], self.held, self.train.placement.dtype)
         source = documents(self.data, self.train, run.seed, alike=True)
@@ -192,7 +196,9 @@ class Local:
         self, make: Callable[[Sequence[Unit]], BlockLibrary], statistics: ParentStatistics
     ) -> None:
         """Train all units, each pass written to the run's library when it is done and skipped when
-        it is there. make: units of this process, untrained."""
+        it is there. make: units of this process, untrained. Raises RunError where the run was begun
+        with other passes."""
+        self._check_passes()
         for number, group in enumerate(self.passes):
             directory = self.run.path / "library"
             if dist.broadcast(all(unit_file(directory, unit).exists() for unit in group)):
@@ -205,6 +211,18 @@ class Local:
             trainer.as_part(number, len(self.passes)).fit()
             save_library(library, directory, writes=self.train.placement.layout.data_rank == 0)
             shutil.rmtree(trainer.state_path, ignore_errors=True)
+
+    def _check_passes(self) -> None:
+        """A state of one pass is none of another."""
+        mine = [sorted({unit.layer for unit in group}) for group in self.passes]
+        file = self.run.state_path / "passes.json"
+        if dist.broadcast(file.exists() and json.loads(file.read_text()) != mine):
+            raise RunError(
+                f"{self.run.path} was begun in another number of processes, which trained other "
+                f"layers together; start as many as then, or delete {file.parent} to begin the "
+                "unfinished layers again"
+            )
+        self.run.write_file("state/passes.json", json.dumps(mine))
 
 
 def load_layers(source: Path, held: Held, dtype: torch.dtype) -> Transformer:
@@ -337,7 +355,9 @@ def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     local = Local(config, run, inputs, units)
     statistics = local.statistics(config.importance, layers)
     run.say(f"{len(units)} units in {len(layers)} layers")
-    make = functools.partial(BlockLibrary.from_parent, local.parent, space, statistics)
+    make = functools.partial(
+        BlockLibrary.from_parent, local.parent, space, statistics, device=local.device
+    )
     local.fit(make, statistics)
     write_space(space, run)
     run.write_json("block_influence", statistics.block_influence)
@@ -412,7 +432,7 @@ def couple(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     run.say(f"{len(pairs)} pairs in {len({pair.layer for pair in pairs})} layers")
     local = Local(config, run, inputs, pairs)
     statistics = local.statistics("independent", layers)
-    apart = functools.partial(BlockLibrary.from_pairs, local.parent, source)
+    apart = functools.partial(BlockLibrary.from_pairs, local.parent, source, device=local.device)
     local.fit(apart, statistics)
     if dist.is_main():
         link_library(source, run.path / "library")
@@ -437,9 +457,11 @@ def _gains(
     for group in local.passes:
         own = local.own(group)
         units = {str(u): load_unit(local.run.path / "library", config, u) for u in own}
-        libraries = (apart(own), BlockLibrary(units).to(dist.device()))
+        libraries = (apart(own), BlockLibrary(units))
         objective = local.objective(statistics, group)
-        before, after = (objective.measure(one.to(dtype), local.batches) for one in libraries)
+        before, after = (
+            objective.measure(one.to(dist.device(), dtype), local.batches) for one in libraries
+        )
         rows |= {
             unit: {"layer": unit.layer, "word": unit.word, "apart": loss, "joint": after[unit]}
             for unit, loss in before.items()

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from tessera import dist
-from tessera.model.checkpoint import load_model, save_model, whole
+from tessera.model.checkpoint import Checkpoint, open_model, save_model, whole
 from tessera.model.config import BlockConfig, ModelConfig, name, parse_kind
 from tessera.model.layers import Subblock
 from tessera.model.source import resolve
+from tessera.model.tensors import LazyTensor, in_safetensors
 from tessera.model.transformer import Block, Transformer
 from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import ParentStatistics, copy_parameters, cut
@@ -46,6 +47,7 @@ class BlockLibrary(nn.ModuleDict):
         space: Space,
         statistics: ParentStatistics,
         only: Collection[Unit] | None = None,
+        device: torch.device | str | None = None,
     ) -> BlockLibrary:
         """All units (or `only` these) with weights cut from the parent; `noop` has none."""
         library = cls()
@@ -54,12 +56,16 @@ class BlockLibrary(nn.ModuleDict):
             importance = statistics.channel_importance[layer] if kind == "ffn" else None
             scale = statistics.linear_scale[kind][layer]
             unit = cut(source, parent.config, parse_kind(kind, word), importance, scale)
-            library[str(Unit(layer, kind, word))] = unit.to(dist.device())
+            library[str(Unit(layer, kind, word))] = unit.to(device or dist.device())
         return library.requires_grad_()
 
     @classmethod
     def from_pairs(
-        cls, parent: Transformer, directory: Path, pairs: Iterable[Unit]
+        cls,
+        parent: Transformer,
+        directory: Path,
+        pairs: Iterable[Unit],
+        device: torch.device | str | None = None,
     ) -> BlockLibrary:
         """A block a pair, with the weights that a library trained apart."""
         library = cls()
@@ -70,7 +76,7 @@ class BlockLibrary(nn.ModuleDict):
                 if word != name(source.variant):
                     source = load_unit(directory, parent.config, Unit(pair.layer, kind, word))
                 copy_parameters(source, getattr(block, kind))
-            library[str(pair)] = block.to(dist.device())
+            library[str(pair)] = block.to(device or dist.device())
         return library.requires_grad_()
 
     def units(self, layer: int) -> Iterator[tuple[Unit, nn.Module]]:
@@ -101,11 +107,19 @@ def save_library(library: BlockLibrary, directory: Path, writes: bool = True) ->
 
 
 def load_unit(directory: Path, config: ModelConfig, unit: Unit) -> Subblock | Block:
-    """One unit from a library directory: a Subblock, or a Block for kind `block`. A `noop` needs no
-    file. Raises LibraryError naming what the library holds there."""
+    """One unit from a library directory: a Subblock, or a Block for kind `block`. Raises
+    LibraryError where `open_unit` does."""
     module = _empty(config, unit)
+    found = open_unit(directory, config, unit)
+    module.load_state_dict({key: one.read() for key, one in found.items()})
+    return module
+
+
+def open_unit(directory: Path, config: ModelConfig, unit: Unit) -> dict[str, LazyTensor]:
+    """The tensors of a unit in a library directory; a `noop` has none and needs no file. Raises
+    LibraryError naming what the library holds there."""
     if unit.word == "noop":
-        return module
+        return {}
     path = unit_file(directory, unit)
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
@@ -114,8 +128,12 @@ def load_unit(directory: Path, config: ModelConfig, unit: Unit) -> Subblock | Bl
             f"holds {', '.join(known) or 'nothing there'}. Add the word to bld.space, or [merge] "
             "the library that holds it"
         )
-    module.load_state_dict(load_file(path))
-    return module
+    found = in_safetensors(path)
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in _empty(config, unit).state_dict().items()}
+    if expected != {key: found[key].shape for key in expected if key in found}:
+        raise LibraryError(f"{path} holds no {unit.word} of this parent: its shapes are others")
+    return found
 
 
 def _empty(config: ModelConfig, unit: Unit) -> Subblock | Block:
@@ -124,25 +142,32 @@ def _empty(config: ModelConfig, unit: Unit) -> Subblock | Block:
     return Subblock(config, parse_kind(unit.kind, unit.word))
 
 
-@torch.no_grad()
-def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]]) -> Transformer:
-    """`parent` itself, changed in place to `words` (one (attention, ffn) pair a layer).
+def assemble(parent: Checkpoint, directory: Path, words: Sequence[Sequence[str]]) -> Checkpoint:
+    """`parent` with other words, one (attention, ffn) pair a layer: says where each tensor is.
 
     Where the library holds a pair, its two words mean that pair's weights; parent words elsewhere
-    are the parent, bit for bit.
+    are the parent, bit for bit. Nothing is read before the result is loaded or saved.
     """
-    if len(words) != len(parent.blocks):
-        raise LibraryError(f"{len(words)} layers of words, and the parent has {len(parent.blocks)}")
+    config = parent.config
+    if len(words) != len(config.blocks):
+        raise LibraryError(f"{len(words)} layers of words, and the parent has {len(config.blocks)}")
+    tensors = dict(parent.tensors)
+
+    def put(prefix: str, unit: Unit) -> None:
+        for key in [key for key in tensors if key.startswith(prefix)]:
+            del tensors[key]
+        found = open_unit(directory, config, unit)
+        tensors.update({prefix + key: one for key, one in found.items()})
+
     for layer, both in enumerate(words):
         pair = Unit.pair(layer, *both)
-        block = unit_file(directory, pair).exists() and load_unit(directory, parent.config, pair)
-        for kind, word in pair.parts:
-            if block:
-                parent.replace(layer, kind, getattr(block, kind))
-            elif word != name(getattr(parent.blocks[layer], kind).variant):
-                unit = load_unit(directory, parent.config, Unit(layer, kind, word))
-                parent.replace(layer, kind, unit)  # type: ignore[arg-type]
-    return parent
+        if unit_file(directory, pair).exists():
+            put(f"layers.{layer}.", pair)
+            continue
+        for (kind, word), own in zip(pair.parts, config.words[layer], strict=True):
+            if word != own:
+                put(f"layers.{layer}.{kind}.", Unit(layer, kind, word))
+    return Checkpoint(config.with_words(words), tensors)
 
 
 class ChildConfig(Config):
@@ -161,8 +186,8 @@ def stage(config: ChildConfig, run: Run, inputs: dict[str, Path]) -> None:
             names = "none, for it is no frontier" if single else ", ".join(map(str, found))
             raise LibraryError(f"child.point = {point!r}: the points of {directory} are {names}")
         architecture = found[point]
-    parent = load_model(inputs["parent"])
-    child = assemble(parent, inputs["library"] / "library", architecture["words"])
+    parent, library = open_model(inputs["parent"]), inputs["library"] / "library"
+    child = assemble(parent, library, architecture["words"])
     save_model(child, run.model_path, tokenizer_from=resolve(inputs["parent"]))
     run.write_json("architecture", architecture)
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from tessera import dist
-from tessera.runs.files import FailureError, RunError, atomic_write, sync, writing
+from tessera.runs.files import FailureError, atomic_write, sync, writing
 
 if TYPE_CHECKING:
     from tessera.train.engine import Trainer
@@ -111,11 +111,6 @@ def load_state(directory: Path, trainer: Trainer) -> int:
     meta = json.loads((path / META).read_text())
     reader = FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
-    if any(dist.gather(any(f"model.{key}" not in saved for key in trainer.trainable))):
-        raise RunError(
-            f"{path} was saved where other parameters are trained together: go on with as many "
-            f"processes and the settings that it was begun with, or delete {directory}"
-        )
     tensors = {key: value for key, value in _tensors(trainer, empty=True).items() if key in saved}
     with _plain_errors():  # each process reads what is its own
         load(tensors, storage_reader=reader, no_dist=True)

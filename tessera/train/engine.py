@@ -75,7 +75,7 @@ class Objective:
 
 def context_of(batch: Batch) -> Context:
     """The context in which a model reads a batch."""
-    return Context(batch.positions, batch.segments, prefix=batch.prefix)
+    return Context(batch.positions, batch.segments, prefix=batch.prefix, part=batch.part)
 
 
 class Trainer:
@@ -175,15 +175,16 @@ class Trainer:
         here = f"step {step + 1}"
         self.watch.at(f"{here}: reading data")
         batches = self.source.batches(step)
-        flops = sum(self.objective.flops(self.module, batch) for batch in batches)
-        batches = [batch.to(dist.device()) for batch in batches]
+        flops = sum(self.objective.flops(self.module, b) for b in batches) / self.layout.context
+        batches = [batch.shared(self.layout).to(dist.device()) for batch in batches]
         self.watch.at(f"{here}: summing weights")
-        weights = [self.objective.weight(batch).double() for batch in batches]
+        wide = dist.widest_float()
+        weights = [self.objective.weight(batch).to(wide) for batch in batches]
         weight = float(self.layout.sum(torch.stack(weights).sum()))
         if weight <= 0:
             raise FailureError(f"{here} has no trained token; check the data's weights")
         totals = {
-            key: torch.tensor(value, dtype=torch.float64, device=dist.device())
+            key: torch.tensor(value, dtype=wide, device=dist.device())
             for key, value in (("flops", flops), ("tokens", 0), ("loss", 0.0))
         }
         for number, batch in enumerate(batches, 1):
@@ -200,8 +201,8 @@ class Trainer:
         self.watch.at(f"{here}: clipping")
         norms = [clip(parameters, self.config.clip) for parameters in self.groups.values()]
         if norms:  # the same in all processes of the data
-            square = torch.stack(norms).norm().double().square()
-            totals["grad_norm"] = square / self.layout.data_world
+            _add(totals, "grad_norm", torch.stack(norms).norm())
+            totals["grad_norm"] = totals["grad_norm"].square() * (self.layout.tensor / dist.world())
         self.watch.at(f"{here}: summing losses")
         sums = self.objective.summed(totals, self.layout)
         tokens, flops = round(sums.pop("tokens")), sums.pop("flops")
@@ -238,8 +239,8 @@ class Trainer:
 
 
 def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
-    """Sums in float64, where the value is: reading it here would wait for the device."""
-    value = value.detach().double()
+    """Sums in the widest float, where the value is: reading it here would wait for the device."""
+    value = value.detach().to(dist.widest_float(value.device))
     totals[key] = totals[key] + value if key in totals else value
 
 

@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("2-rows", _with(WHOLE, parallel="{ shard = 1 }")),
         job("2-resumed", PARTS, stop=(4, 2)),
         job("2-resumed", PARTS),
-        job("12-parts", PARTS, refused="was saved where other parameters are trained together"),
+        job("12-parts", PARTS, refused="begun in another number of processes"),
         job("21-whole", WHOLE, stop=(0, 2)),
         job("12-whole", WHOLE),
     ]
