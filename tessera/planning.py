@@ -411,8 +411,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        beside = max(self.products + self.passes, self.sharding)
-        return beside + self.tensor + self.update + self.fill
+        own = max(self.products + self.passes, self.sharding) + self.tensor + self.update
+        return own + self.fill
 
     @property
     def mfu(self) -> float:
