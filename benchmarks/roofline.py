@@ -35,7 +35,7 @@ from tessera.model.config import (
 )
 from tessera.model.families import read_config
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.roofline import Serving, base_seconds, word_seconds
+from tessera.puzzle.roofline import Serving, model_seconds
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "data" / "nas_configs"
 CACHE_SHARE = 0.9  # of the memory that weights leave, what TensorRT-LLM gives the KV cache
@@ -80,13 +80,7 @@ def predict(
     """
     found = find_device(device) if isinstance(device, str) else device
     serving = Serving(found, dtype, tensor_parallel)
-    pairs = [base_seconds(config, scenario, serving)]
-    pairs += [
-        word_seconds(config, getattr(block, kind), scenario, serving)
-        for block in config.blocks
-        for kind in KINDS
-    ]
-    prefill, decode = (math.fsum(column) for column in zip(*pairs, strict=True))
+    prefill, decode = model_seconds(config, scenario, serving)
     seconds = prefill + (scenario.new - 1) * decode
     return {
         "prefill_seconds": prefill,

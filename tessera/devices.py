@@ -19,6 +19,11 @@ COMPUTE = 0.73
 # Llama-3.2-1B decoded in bf16 by one persistent kernel on an H100: 78 % of the bandwidth (Spector
 # et al., "Look Ma, No Bubbles!", 2025).
 MEMORY = 0.78
+# What torch's trainings reach, everything that is not counted included: launches, exchanges that
+# nothing hides, clocks under load. Llama 3.1 8B at 8,192 tokens on 8 H100, FSDP and selective
+# checkpointing: 5,762 tokens/s a GPU, 6,667 compiled, "33% to 39% MFU" by a count that does not
+# halve attention (torchtitan, benchmarks/llama3_h100_202412); `benchmarks/plan.py` has more.
+TRAINING = 0.40
 # Seconds from one kernel's start to its dependent's, beyond its work. Engines that launch kernel by
 # kernel reach "at most 50 %" there: 0.53 ms more for the 148 kernels that we count. That includes
 # the gaps of their hosts; a lean engine has less.
@@ -43,8 +48,8 @@ class DeviceError(ValueError):
 class Device:
     """One accelerator: bytes, bytes a second, and operations a second by data type.
 
-    link: sent to its peers in one direction. compute, memory_share: what software reaches of peak
-    and bandwidth. kernel, hop: seconds.
+    link: sent to its peers in one direction. compute, memory_share: what engines reach of peak and
+    bandwidth; training: of the peak, trainings. kernel, hop: seconds.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Device:
     link: float
     compute: float = COMPUTE
     memory_share: float = MEMORY
+    training: float = TRAINING
     kernel: float = KERNEL
     hop: float = HOP
 

@@ -18,6 +18,7 @@ from typing import Any
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
 from tessera.model.parallel import splits
+from tessera.model.placement import ParallelConfig
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
@@ -145,30 +146,6 @@ def parse_cluster(text: str, network: float = NETWORK) -> Cluster:
         raise ClusterError(str(error)) from None
 
 
-def parent_of(recipe: Recipe, config: Path | None) -> ModelConfig:
-    """The parent's config: given, read from its checkpoint, or built. Raises RecipeError."""
-    if config is not None:
-        return model_config(config)
-    table = next((spec.table for spec in recipe.stages if spec.stage == "parent"), None)
-    if table is None:
-        raise RecipeError("this recipe has no [parent]; give --config CONFIG.JSON")
-    if isinstance(path := table.get("path"), str):
-        if is_hub_id(path):
-            raise RecipeError(
-                f"the checkpoint {path} is not on this machine; give --config its config.json"
-            )
-        return load_config(path)
-    if not isinstance(table.get("architecture"), dict):
-        raise RecipeError("[parent] names no path; say parent.path=MODEL, or give --config")
-    shape = validate(ArchitectureConfig, table["architecture"], "parent.architecture")
-    data = next((spec.table for spec in recipe.stages if spec.stage == "data"), {})
-    wanted: Any = data.get("tokenizer")
-    size = 259 if wanted == "byte" else wanted.get("bpe") if isinstance(wanted, dict) else None
-    if not isinstance(size, int):
-        raise RecipeError("the vocabulary is not known before the data; give --config CONFIG.JSON")
-    return shape.model(size, None, ())
-
-
 # Our own assumption: a question in its template. It counts once a group, so little hangs on it.
 PROMPT = 256
 
@@ -177,14 +154,15 @@ PROMPT = 256
 class Experience:
     """groups of a step, answers of a group that are learnt from, tokens of an answer and a prompt.
 
-    engine: weights to generate with are held too. written: answers of a rollout, 0 from files.
+    engine: processes that hold weights to answer with together, 0 where vLLM or files do. written:
+    answers of a rollout, 0 from files.
     """
 
     groups: int
     answers: int
     length: int
     prompt: int
-    engine: bool
+    engine: int
     written: int
 
     @property
@@ -220,7 +198,7 @@ def experience(config: RolloutConfig) -> Experience:
     row = config.train.microbatch_tokens
     length = min(config.max_tokens, row)
     prompt = max(1, min(PROMPT, row - length + 1))
-    engine = bool(written) and config.engine == "tessera"
+    engine = int(bool(written) and config.engine == "tessera")
     return Experience(groups, answers, length, prompt, engine, written)
 
 
@@ -245,10 +223,9 @@ class Layout:
 
     def __str__(self) -> str:
         """As a recipe's `train.parallel` says it."""
-        again = str(self.gradient_checkpointing).lower()
-        return (
-            f"{{ tensor = {self.tensor}, shard = {self.shard}, gradient_checkpointing = {again} }}"
-        )
+        said = {"tensor": self.tensor, "shard": self.shard}
+        said["gradient_checkpointing"] = self.gradient_checkpointing
+        return f"{{ {', '.join(f'{key} = {str(n).lower()}' for key, n in said.items())} }}"
 
 
 @dataclass(frozen=True)
@@ -263,6 +240,8 @@ class Parts:
     activations: float = 0.0
     loss: float = 0.0
     engine: float = 0.0
+    cache: float = 0.0
+    states: float = 0.0
     units_whole: float = 0.0
     reserve: float = 0.0
 
@@ -316,6 +295,7 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     numbers += working(student, variants, ways) + (states if job.states else 0)
     sharded = layout.data > 1 or train.dtype != "float32"
     teacher = gathered = 0.0
+    engine = job.experience.engine if job.experience else 0
     if job.teacher:
         teacher = size * held_params(job.teacher, ways) / layout.shard
         teacher += _gathered(job.teacher, ways, size) if sharded else 0.0
@@ -331,7 +311,7 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
         activations=size * n * numbers,
         # A reference's log-probs are taken before the policy's: its logits are gone by then.
         loss=loss_bytes(student, n, size, bool(job.teacher and not job.experience), accelerator),
-        engine=4 * student.num_params() if job.experience and job.experience.engine else 0.0,
+        engine=size * held_params(student, engine) if engine else 0.0,
     )
 
 
@@ -425,7 +405,7 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     waiting = microbatches(job, layout) * layout.data / rows
     rate = device.rate() * layout.data * layout.tensor
     return StepTime(
-        products=waiting * done / (best * device.compute),
+        products=waiting * done / (best * device.training),
         passes=waiting * _passed(job, layout) / rate,
         sharding=_sharding(job, layout, cluster),
         tensor=_tensor(job, layout, cluster),
@@ -565,111 +545,38 @@ class Job:
         return total
 
 
-def jobs(
-    recipe: Recipe,
-    stages: Mapping[str, Stage],
-    parent: ModelConfig,
-    child: ModelConfig | None = None,
-) -> list[Job]:
-    """The trainings of a recipe, in order; child: what the search finds, where that is known."""
-    found = []
-    for spec in recipe.stages:
-        imported = spec.stage == "parent" and "train" not in spec.table
-        if stage_of(spec, stages).name in TRAINS and not imported:
-            found.append(_job(spec, recipe, stages, parent, child or parent))
-    return found
-
-
-def _job(
-    spec: StageSpec,
-    recipe: Recipe,
-    stages: Mapping[str, Stage],
-    parent: ModelConfig,
-    child: ModelConfig,
-) -> Job:
-    match config := stages[spec.stage].validate(spec):
-        case ParentConfig(train=TrainConfig() as train):
-            return Job(spec.name, train, student=parent)
-        case BLDConfig():
-            keys = tuple(units_of(config, parent, spec.name)[1])
-            groups = layer_groups(keys, config.layers_at_once)
-            return Job(spec.name, config.train, None, parent, units=keys, passes=len(groups))
-        case RaceConfig():
-            names = spec.table.get("searches", [])
-            candidates = sum(_found(str(name), recipe, stages) for name in names) or 1
-            heats = tuple(config.heats(candidates))
-            return Job(spec.name, config.train, child, parent, config.cosine > 0, heats=heats)
-        case KDConfig():
-            return Job(spec.name, config.train, child, parent, config.cosine > 0)
-        case CPTConfig() | SFTConfig():
-            return Job(spec.name, config.train, student=child)
-        case PolicyConfig() | RPOConfig():
-            own = experience(config)
-            reference = child if isinstance(config, RPOConfig) or config.kl else None
-            return Job(spec.name, own.train(config.train), child, reference, experience=own)
-    raise AssertionError(f"{spec.stage} is no training")
-
-
-TRAINS = ("parent", "bld", "race", "kd", "cpt", "sft", "grpo", "rloo", "rpo")
-
-
-def _found(name: str, recipe: Recipe, stages: Mapping[str, Stage]) -> int:
-    """How many architectures a search has at most: what it is asked for, or has found."""
-    search = next((one for one in recipe.stages if one.name == name), None)
-    if search is None:
-        return len(read_json(Path(name), "architectures")) if is_done(Path(name)) else 1
-    match stages[search.stage].validate(search):
-        case SearchConfig(method="mip") as config:
-            return config.solutions + (config.conditional is not None)
-        case FrontierConfig() as config:
-            return len(config.methods) * len(config.points)
-        case _:
-            return 1
-
-
-DAY = 86_400
-
-
 @dataclass(frozen=True)
 class Plan:
-    """One training on one cluster. `fits` is False for the layout that comes nearest."""
+    """One training in one layout."""
 
     job: Job
     cluster: Cluster
     layout: Layout
     parts: Parts
     time: StepTime
-    advice: str = ""
 
     @property
     def fits(self) -> bool:
         return self.parts.total <= self.cluster.device.memory
 
     @property
-    def tokens_a_day(self) -> float:
-        return self.job.train.tokens_per_step / self.time.total * DAY
+    def seconds(self) -> float:
+        """Of all steps."""
+        return self.job.steps * self.time.total
 
-    @property
-    def gpu_hours(self) -> float:
-        return self.job.steps * self.time.total * self.cluster.world / 3600
 
-    def as_json(self) -> dict[str, Any]:
-        """Bytes, seconds, counts."""
-        return {
-            "name": self.job.name,
-            "cluster": str(self.cluster),
-            "fits": self.fits,
-            "layout": asdict(self.layout),
-            "microbatches": microbatches(self.job, self.layout),
-            "memory": {**asdict(self.parts), "total": self.parts.total},
-            "device_memory": self.cluster.device.memory,
-            "step_seconds": {**asdict(self.time), "total": self.time.total},
-            "mfu": self.time.mfu,
-            "tokens": self.job.tokens,
-            "tokens_a_day": self.tokens_a_day,
-            "gpu_hours": self.gpu_hours,
-            "advice": self.advice,
-        }
+def planned(job: Job, cluster: Cluster, layout: Layout) -> Plan:
+    parts = memory(job, layout, cluster.device.memory)
+    return Plan(job, cluster, layout, parts, step_time(job, layout, cluster))
+
+
+def layout_of(config: ParallelConfig, cluster: Cluster) -> Layout | None:
+    """A recipe's layout; None where it does not divide the cluster's devices."""
+    data, rest = divmod(cluster.world, config.tensor)
+    shard = config.shard or data
+    if rest or not data or data % shard:
+        return None
+    return Layout(data // shard, shard, config.tensor, config.gradient_checkpointing)
 
 
 def layouts(job: Job, cluster: Cluster) -> Iterator[Layout]:
@@ -686,103 +593,48 @@ def layouts(job: Job, cluster: Cluster) -> Iterator[Layout]:
 
 
 def best(job: Job, cluster: Cluster) -> Plan:
-    """The fastest plan that fits; else the smallest, with what would make it fit."""
-    found = [
-        Plan(
-            job,
-            cluster,
-            layout,
-            memory(job, layout, cluster.device.memory),
-            step_time(job, layout, cluster),
-        )
-        for layout in layouts(job, cluster)
-    ]
+    """The fastest plan that fits; the smallest where none does."""
+    found = [planned(job, cluster, layout) for layout in layouts(job, cluster)]
     fitting = [plan for plan in found if plan.fits]
     if fitting:
         return min(fitting, key=lambda plan: (plan.time.total, plan.layout.tensor))
-    nearest = min(found, key=lambda plan: plan.parts.total)
-    return replace(nearest, advice=_advice(nearest))
+    return min(found, key=lambda plan: plan.parts.total)
 
 
-def _fitting(job: Job, cluster: Cluster) -> bool:
-    return any(
-        memory(job, layout, cluster.device.memory).total <= cluster.device.memory
-        for layout in layouts(job, cluster)
-    )
-
-
-def _advice(plan: Plan) -> str:
-    """Shorter microbatches, more machines, fewer layers at once: the first of each that fits."""
-    job, cluster = plan.job, plan.cluster
-    parts = asdict(plan.parts)
-    largest = max(parts, key=lambda part: parts[part])
-    found = [f"the largest part is {largest.replace('_', ' ')}"]
-    train, tokens = job.train, job.train.microbatch_tokens // 2
-    while tokens >= train.sequence_length:
-        shorter = replace(job, train=train.model_copy(update={"microbatch_tokens": tokens}))
-        if _fitting(shorter, cluster):
-            found.append(f"train.microbatch_tokens = {tokens} fits")
-            break
-        tokens //= 2
-    if job.states and _fitting(replace(job, states=False), cluster):
-        found.append("cosine = 0 fits")
+def advice(job: Job, cluster: Cluster) -> list[str]:
+    """What would make a job fit: each setting that does it alone, or with the best layout."""
+    if (plan := best(job, cluster)).fits:
+        return [f"train.parallel = {plan.layout} fits"]
+    found = [f"{what} fits" for what, one in _smaller(job) if best(one, cluster).fits]
     for nodes in (cluster.nodes * 2**i for i in range(1, 9)):
-        if _fitting(job, replace(cluster, nodes=nodes)):
-            found.append(f"{nodes}x{cluster.gpus}x{cluster.device.name} fits")
-            break
-    if job.units:
-        layers = len({layer for layer, _, _ in job.units})
-        at_once = -(-layers // job.passes)
-        while at_once > 1:
-            at_once //= 2
-            if _fitting(replace(job, passes=-(-layers // at_once)), cluster):
-                found.append(f"layers_at_once = {at_once} fits")
-                break
-    return "; ".join(found)
+        larger = replace(cluster, nodes=nodes)
+        if (plan := best(job, larger)).fits:
+            return [*found, f"{larger} fits with train.parallel = {plan.layout}"]
+    return found
+
+
+def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
+    """Jobs of the same kind that take less memory, and the setting that makes each."""
+    train = job.train
+    if train.dtype == "float32" and job.student is not None:
+        yield 'train.dtype = "bfloat16"', replace(job, train=_changed(train, dtype="bfloat16"))
+    tokens = train.microbatch_tokens // 2
+    while tokens >= train.sequence_length:
+        shorter = _changed(train, microbatch_tokens=tokens)
+        yield f"train.microbatch_tokens = {tokens}", replace(job, train=shorter)
+        tokens //= 2
+    if job.states:
+        yield "cosine = 0", replace(job, states=False)
+    layers = len({layer for layer, _, _ in job.units})
+    at_once = -(-layers // job.passes)
+    while at_once > 1:
+        at_once //= 2
+        yield f"layers_at_once = {at_once}", replace(job, passes=-(-layers // at_once))
+
+
+def _changed(train: TrainConfig, **values: Any) -> TrainConfig:
+    return train.model_copy(update=values)
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def render_plan(plan: Plan, price: float | None = None) -> str:
-    """A paragraph: layout, memory by part, a step, the whole training. price: of a GPU-hour."""
-    job, layout, time = plan.job, plan.layout, plan.time
-    parts = {name.replace("_", " "): value for name, value in asdict(plan.parts).items() if value}
-    names = ("products", "passes", "sharding", "tensor", "update")
-    step = [f"{name} {value:.2g}" for name in names if (value := getattr(time, name))]
-    capacity = plan.cluster.device.memory
-    verdict = "fits" if plan.fits else "does not fit"
-    lines = [
-        f"[{job.name}]  {verdict} {plan.cluster}: {plan.parts.total / GB:.1f} of "
-        f"{capacity / GB:.0f} GB a GPU",
-        f"  memory    {', '.join(f'{name} {value / GB:.2g}' for name, value in parts.items())}",
-    ]
-    if plan.advice:
-        lines.append(f"  advice    {plan.advice}")
-    lines += [
-        f"  layout    {job.name}.train.parallel = {layout}"
-        + (f", {layout.replicate} replicas" if layout.replicate > 1 else "")
-        + f", {microbatches(job, layout)} microbatches a process and step",
-        f"  step      {time.total:.3g} s ({', '.join(step)}; sharding runs beside products and "
-        f"passes), MFU {time.mfu:.0%}",
-        f"  training  {_count(job.tokens)} tokens, {_count(plan.tokens_a_day)} a day: "
-        f"{job.steps * time.total / DAY:.2g} days, {plan.gpu_hours:,.0f} GPU-hours"
-        + (f", {price * plan.gpu_hours:,.0f} at {price:g} a GPU-hour" if price else ""),
-    ]
-    if job.heats:
-        lines.append(f"  heats     {len(job.heats)}, of {job.heats[0]} to {job.heats[-1]} steps")
-    if job.experience is not None and job.experience.written:
-        own = job.experience
-        lines.append(
-            f"  left out  generating and judging {own.written:,} answers a rollout, "
-            f"each of at most {own.length:,} tokens"
-        )
-    return "\n".join(lines)
-
-
-def _count(number: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,.0f}"
