@@ -30,7 +30,11 @@ def _asked(category: str, number: int) -> tuple[str, str, str]:
     a, b = number % 3, number % 2
     match category:
         case "math":
-            return f"{number}: what is {a} + {b}?", f"{a} + {b}", f"The answer is \\boxed{{{a + b}}}."
+            return (
+                f"{number}: what is {a} + {b}?",
+                f"{a} + {b}",
+                f"The answer is \\boxed{{{a + b}}}.",
+            )
         case "code":
             return f"{number}: return {a}.", "One line.", f"```python\nreturn {a}\n```"
         case "science":

@@ -13,7 +13,7 @@ import pytest
 from tessera.pipeline import run_recipe
 from tessera.runs.recipe import loads
 from tessera.runs.run import read_manifest
-from tests import nemotron, tiny
+from tests import nemotron
 from tests.cases.answering import saved
 from tests.rl.test_asked import judge
 
@@ -46,9 +46,17 @@ tokenizer = {{ bpe = 300, chat = true }}
 format = "chat"
 paths = ["{home}/SFT/*/*.jsonl"]
 switch = "detailed thinking"
-[parent]
-architecture = {{ hidden_size = 32, num_hidden_layers = 4, num_attention_heads = 8, num_key_value_heads = 8, intermediate_size = 1024 }}
-train = {{ steps = 150, tokens_per_step = 1024, microbatch_tokens = 1024, sequence_length = 256, lr = 5e-3 }}
+[parent.architecture]
+hidden_size = 32
+num_hidden_layers = 4
+num_attention_heads = 8
+num_key_value_heads = 8
+intermediate_size = 1024
+[parent.train]
+steps = 150
+tokens_per_step = 1024
+microbatch_tokens = 1024
+lr = 5e-3
 """
 QWEN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

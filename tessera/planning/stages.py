@@ -1,14 +1,15 @@
 """What every stage of a recipe takes on a cluster: a line each, of phases that follow each other.
 
-    training     planning/training.py, in the layout that the recipe says
-    reading      forward passes: scores, tables, calibration
-    answering    prefill and decode of an engine's batches, by the roofline of puzzle/roofline.py
-    judging      checkers on the machines' CPUs; what an endpoint takes is not known
-    copying      a model's bytes, read and written
+training     planning/training.py, in the layout that the recipe says
+reading      forward passes: scores, tables, calibration
+answering    prefill and decode of an engine's batches, by the roofline of puzzle/roofline.py
+judging      checkers on the machines' CPUs; what an endpoint takes is not known
+copying      a model's bytes, read and written
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,8 @@ from tessera.data.config import DataConfig
 from tessera.devices import GB
 from tessera.eval.evaluate import EvalConfig
 from tessera.export.write import ExportConfig
-from tessera.model.config import ModelConfig
+from tessera.model.config import GQA, ModelConfig
+from tessera.model.parallel import splits
 from tessera.model.placement import ROOM
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
@@ -34,9 +36,9 @@ from tessera.planning.training import (
     SPLIT,
     Cluster,
     Job,
+    Layout,
     Parts,
     Plan,
-    advice,
     best,
     experience,
     held_params,
@@ -92,7 +94,8 @@ class Phase:
 class Line:
     """One stage on a cluster. layout: of its training. disk: bytes that it leaves.
 
-    unknown: what takes time that is not counted. advice: what would make it fit.
+    unknown: what takes time that is not counted. undivided: why its layout cannot be had. advice:
+    what would make it fit.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Line:
     training: Plan | None = None
     disk: float = 0.0
     unknown: str = ""
+    undivided: str = ""
     advice: tuple[str, ...] = ()
 
     @property
@@ -111,7 +115,7 @@ class Line:
 
     @property
     def fits(self) -> bool:
-        return self.parts.total <= self.cluster.device.memory and not self.advice
+        return self.parts.total <= self.cluster.device.memory and not self.undivided
 
     @property
     def seconds(self) -> float:
@@ -144,6 +148,7 @@ class Line:
             "gpu_hours": self.gpu_hours,
             "disk": self.disk,
             "unknown": self.unknown,
+            "undivided": self.undivided,
             "advice": list(self.advice),
         }
         if (plan := self.training) is not None:
@@ -186,18 +191,22 @@ class Planner:
         return self._configs[spec.name]
 
     def line(self, spec: StageSpec) -> Line:
+        """A stage as the recipe says it, and what would make it fit where it does not."""
         config = self.config(spec)
-        line = Line(spec.name, spec.stage, self.cluster, disk=self._disk(config))
-        if (job := self.job(spec)) is not None:
-            return self._trained(line, spec, config, job)
-        phases, unknown = self._phases(spec, config)
-        found = replace(line, phases=tuple(phases), unknown=unknown)
-        return found if found.fits else replace(found, advice=tuple(self._remedies(spec, config)))
+        line = self._line(spec, config)
+        return line if line.fits else replace(line, advice=tuple(self._remedies(spec, config)))
 
-    def job(self, spec: StageSpec) -> Job | None:
+    def _line(self, spec: StageSpec, config: Any) -> Line:
+        line = Line(spec.name, spec.stage, self.cluster, disk=self._disk(config))
+        if (job := self.job(spec, config)) is not None:
+            return self._trained(line, config, job)
+        phases, unknown = self._phases(spec, config)
+        return replace(line, phases=tuple(phases), unknown=unknown)
+
+    def job(self, spec: StageSpec, config: Any) -> Job | None:
         """The training of a stage; None for one that trains nothing."""
         child, parent = self.child or self.parent, self.parent
-        match config := self.config(spec):
+        match config:
             case ParentConfig(train=TrainConfig() as train):
                 return Job(spec.name, train, student=parent)
             case BLDConfig() | CoupleConfig():
@@ -255,27 +264,19 @@ class Planner:
 
     # Trainings
 
-    def _trained(self, line: Line, spec: StageSpec, config: Any, job: Job) -> Line:
+    def _trained(self, line: Line, config: Any, job: Job) -> Line:
         layout = layout_of(config.train.parallel, self.cluster)
         if layout is None:
-            plan = best(job, self.cluster)
-            given = config.train.parallel
-            told = (
-                f"train.parallel: tensor = {given.tensor}, shard = {given.shard} do not divide the "
-                f"{self.cluster.world} devices; {plan.layout} does"
-            )
-            return replace(line, training=plan, phases=(_phase(plan),), advice=(told,))
+            given = f"train.parallel: {config.train.parallel!r}"
+            return replace(line, undivided=f"{given} does not divide {self.cluster.world} devices")
         plan = planned(job, self.cluster, layout)
         phases, unknown = [_phase(plan)], ""
         if isinstance(config, BLDConfig | CoupleConfig):
             phases.insert(0, self._calibration(config, plan))
-        if isinstance(config, RolloutConfig) and plan.job.experience.written:
+        if isinstance(config, RolloutConfig) and job.experience and job.experience.written:
             more, unknown = self._rollouts(config, plan)
             phases = [*more, *phases]
-        found = replace(line, phases=tuple(phases), training=plan, unknown=unknown)
-        if found.fits:
-            return found
-        return replace(found, advice=tuple(advice(job, self.cluster)) or ("nothing tried fits",))
+        return replace(line, phases=tuple(phases), training=plan, unknown=unknown)
 
     def _calibration(self, config: BLDConfig | CoupleConfig, plan: Plan) -> Phase:
         """The parent's passes over the calibration; every process has all of them."""
@@ -390,8 +391,9 @@ class Planner:
         prefill, step = model_seconds(model, scenario, serving)
         size = BYTES[dtype]
         heads = sum(
-            serving.share(getattr(block.attention, "num_key_value_heads", 0))
+            kept.num_key_value_heads / (ways if splits(model, kept, ways) else 1)
             for block in model.blocks
+            if isinstance(kept := block.attention, GQA)
         )
         variants = [variant for block in model.blocks for variant in (block.attention, block.ffn)]
         parts = self._reserved(
@@ -449,7 +451,9 @@ class Planner:
                 ways, modes = self._ways([child], config), 2
                 asked = len(config.tasks) * (config.limit or ITEMS) * modes
                 length = config.max_tokens or 4096
-                phase = self._answering(child, asked, length, config.batch, ways, self._dtype(config))
+                phase = self._answering(
+                    child, asked, length, config.batch, ways, self._dtype(config)
+                )
                 return [phase], ""
             case ExportConfig():
                 return [self._copying(child, 2 if config.check else 1)], ""
@@ -501,32 +505,82 @@ class Planner:
                 return (12 * (1 + train.save_total_limit) + 4) * float(child.num_params())
         return 0.0
 
-    def _remedies(self, spec: StageSpec, config: Any) -> Iterator[str]:
-        """What would make a stage fit that trains nothing: the first value of each setting."""
-        for key in ("tensor", "batch", "tokens", "microbatch_tokens"):
-            for value in self._values(key, config):
-                phases, _ = self._phases(spec, config.model_copy(update={key: value}))
-                if all(one.parts.total <= self.cluster.device.memory for one in phases):
-                    yield f"{spec.name}.{key} = {value} fits"
+    def _remedies(self, spec: StageSpec, config: Any) -> list[str]:
+        """Each setting that makes a stage fit alone; else with the layout that suits, or a larger
+        cluster."""
+        if found := [f"{key} = {value} fits" for key, value in self._fitting(spec, config)]:
+            return found
+        for nodes in (self.cluster.nodes * 2**i for i in range(6)):
+            more = replace(self, cluster=replace(self.cluster, nodes=nodes))
+            where = "" if nodes == self.cluster.nodes else f" on {more.cluster}"
+            for layout in more._layouts(spec, config):
+                spread = _changed(config, "train.parallel", layout.config)
+                if where and more._line(spec, spread).fits:
+                    return [f"train.parallel = {layout} fits{where}"]
+                for key, value in more._fitting(spec, spread):
+                    return [f"{key} = {value} with train.parallel = {layout} fits{where}"]
+            if where and more._line(spec, config).fits:
+                return [f"it fits{where}"]
+        return ["no setting tried makes it fit"]
+
+    def _fitting(self, spec: StageSpec, config: Any) -> Iterator[tuple[str, Any]]:
+        """Of each setting the first value with which a stage fits."""
+        for key, values in self._settings(spec, config).items():
+            for value in values:
+                plain = value.config if isinstance(value, Layout) else value
+                if self._line(spec, _changed(config, key, plain)).fits:
+                    yield key, json.dumps(value) if isinstance(value, str) else value
                     break
 
-    def _values(self, key: str, config: Any) -> Iterator[int]:
-        """Other values of a setting that take less memory, the nearest first."""
-        if key not in type(config).model_fields:
-            return
-        if key == "tensor":
-            least = self._ways([self.parent], config)
-            yield from (n for n in (2, 4, 8, 16) if n > least and self.cluster.world % n == 0)
-            return
-        value = getattr(config, key)
-        while (value := value // 2) > 1:
-            yield value
+    def _settings(self, spec: StageSpec, config: Any) -> dict[str, list[Any]]:
+        """Values that take less memory, the nearest first, of the settings that a stage has."""
+        train, found = getattr(config, "train", None), {}
+        if train is not None:
+            found["train.parallel"] = self._layouts(spec, config)
+            least = 1 if isinstance(config, RolloutConfig) else train.sequence_length
+            found["train.microbatch_tokens"] = _halves(train.microbatch_tokens, least)
+            if train.dtype == "float32" and not isinstance(config, BLDConfig | CoupleConfig):
+                found["train.dtype"] = ["bfloat16"]
+        if getattr(config, "cosine", 0):
+            found["cosine"] = [0]
+        if isinstance(config, BLDConfig | CoupleConfig):
+            layers = config.layers_at_once or len(self.parent.blocks)
+            found["layers_at_once"] = _halves(layers, 1)
+        if "tensor" in type(config).model_fields:
+            least = self._ways([self.child or self.parent], config)
+            found["tensor"] = [n for n in (2, 4, 8, 16) if n > least]
+        for key in ("batch", "engine_batch", *([] if train else ["tokens", "microbatch_tokens"])):
+            if key in type(config).model_fields:
+                found[key] = _halves(getattr(config, key), 1)
+        return found
+
+    def _layouts(self, spec: StageSpec, config: Any) -> list[Layout]:
+        """The fastest that fits, beside what an engine holds, too."""
+        job = self.job(spec, config)
+        if job is None:
+            return []
+        held = [0.0]
+        if isinstance(config, RolloutConfig) and job.experience and job.experience.engine:
+            phases, _ = self._rollouts(config, best(job, self.cluster))
+            held.append(phases[0].parts.cache)
+        return [best(job, self.cluster, one).layout for one in held]
+
+
+def _halves(value: int, least: int) -> list[int]:
+    return [value >> i for i in range(1, 24) if value >> i >= least]
+
+
+def _changed(config: Any, key: str, value: Any) -> Any:
+    """A config with one key changed, or one key of its `train`."""
+    table, _, inner = key.rpartition(".")
+    if table:
+        value = getattr(config, table).model_copy(update={inner: value})
+    return config.model_copy(update={table or inner: value})
 
 
 def _phase(plan: Plan) -> Phase:
     told = (
-        f"{count(plan.job.tokens)} tokens, {plan.time.total:.3g} s a step, "
-        f"MFU {plan.time.mfu:.0%}"
+        f"{count(plan.job.tokens)} tokens, {plan.time.total:.3g} s a step, MFU {plan.time.mfu:.0%}"
     )
     return Phase("training", plan.seconds, plan.parts, told)
 
@@ -561,7 +615,8 @@ def render(lines: Sequence[Line], price: float | None = None) -> str:
     hours = sum(line.gpu_hours for line in lines)
     worst = [line.name for line in lines if not line.fits]
     verdict = f"{', '.join(worst)} do not fit" if worst else "all stages fit"
-    total = f"{verdict}: {sum(line.seconds for line in lines) / 86_400:.3g} days, {hours:,.0f} GPU-hours"
+    days = sum(line.seconds for line in lines) / 86_400
+    total = f"{verdict}: {days:.3g} days, {hours:,.0f} GPU-hours"
     money = f", {price * hours:,.0f} at {price:g} a GPU-hour" if price else ""
     return "\n".join([*parts, total + money])
 
@@ -574,6 +629,7 @@ def _rendered(line: Line) -> str:
     if parts.total:
         named = {k.replace("_", " "): v for k, v in asdict(parts).items() if v}
         told.append(f"  memory    {', '.join(f'{k} {v / GB:.2g}' for k, v in named.items())}")
+    told += [f"  layout    {line.undivided}"] if line.undivided else []
     told += [f"  advice    {one}" for one in line.advice]
     if line.training is not None:
         told.append(f"  layout    train.parallel = {line.training.layout}")

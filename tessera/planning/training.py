@@ -8,20 +8,18 @@ seconds  max(operations / achieved peak + elementwise bytes / bandwidth, shardin
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
 from tessera.model.parallel import splits
 from tessera.model.placement import ParallelConfig
-from tessera.model.source import is_hub_id, load_config, model_config
-from tessera.objectives.kd import KDConfig
-from tessera.objectives.lm import CPTConfig, SFTConfig
+from tessera.model.source import load_config
 from tessera.puzzle.bld import (
     BLDConfig,
     CoupleConfig,
@@ -33,18 +31,12 @@ from tessera.puzzle.bld import (
     unit_params,
     units_of,
 )
-from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.library import layer_groups, union
-from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
-from tessera.puzzle.race import RaceConfig
-from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Space, Unit, read_space
-from tessera.rl.policy import PolicyConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
-from tessera.runs.plan import Input, Stage, Step, maker, stage_of
-from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
-from tessera.runs.run import is_done, read_json
+from tessera.runs.plan import Input, Step, maker
+from tessera.runs.run import is_done
 from tessera.train.flops import Work, block_cost, kept, model_cost, subblock_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig
@@ -210,22 +202,38 @@ CONTEXT, SPLIT = 2 * GB, 0.05
 
 @dataclass(frozen=True)
 class Layout:
-    """A point of the search: `ParallelConfig` on a cluster."""
+    """`ParallelConfig` on a cluster."""
 
     replicate: int
     shard: int
     tensor: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str
+    context: int = 1
+    offload: bool = False
+
+    @property
+    def config(self) -> ParallelConfig:
+        """As a recipe's `train.parallel` says it."""
+        own = asdict(self)
+        return ParallelConfig(
+            **{key: own[key] for key in ParallelConfig.model_fields if key in own}
+        )
 
     @property
     def data(self) -> int:
         return self.replicate * self.shard
 
+    @property
+    def rows(self) -> int:
+        """Groups of processes that read different rows."""
+        return self.data // self.context
+
     def __str__(self) -> str:
-        """As a recipe's `train.parallel` says it."""
-        said = {"tensor": self.tensor, "shard": self.shard}
-        said["gradient_checkpointing"] = self.gradient_checkpointing
-        return f"{{ {', '.join(f'{key} = {str(n).lower()}' for key, n in said.items())} }}"
+        said = {
+            key: n for key, n in asdict(self).items() if key != "replicate" and n not in (1, False)
+        }
+        shown = (f"{key} = {str(n).lower() if n is True else repr(n)}" for key, n in said.items())
+        return f"{{ {', '.join(shown)} }}".replace("'", '"').replace("{  }", "{}")
 
 
 @dataclass(frozen=True)
@@ -267,6 +275,7 @@ def split_params(config: ModelConfig, block: BlockConfig, ways: int) -> int:
     return total
 
 
+@functools.cache
 def root_params(config: ModelConfig) -> int:
     """Embedding, last norm and head."""
     return config.num_params() - sum(
@@ -276,6 +285,7 @@ def root_params(config: ModelConfig) -> int:
     )
 
 
+@functools.cache
 def held_params(config: ModelConfig, tensor: int) -> int:
     """Parameters of a model on one tensor-parallel process, before shards."""
     return root_params(config) + sum(split_params(config, b, tensor) for b in config.blocks)
@@ -284,13 +294,19 @@ def held_params(config: ModelConfig, tensor: int) -> int:
 def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     student, train = job.student, job.train
     assert student is not None
-    size, n = BYTES[train.dtype], train.microbatch_tokens
+    size, n = BYTES[train.dtype], train.microbatch_tokens // layout.context
     held = held_params(student, layout.tensor) / layout.shard
     ways = layout.tensor
     blocks = [kept(student, b.attention, ways) + kept(student, b.ffn, ways) for b in student.blocks]
-    inputs = student.hidden_size * sum(1 for numbers in blocks if numbers)
-    numbers = inputs + max(blocks) if layout.gradient_checkpointing else sum(blocks)
-    states = job.teacher.hidden_size * (len(job.teacher.blocks) + 1) if job.teacher else 0
+    stays = {
+        False: blocks,
+        True: [student.hidden_size / ways * (numbers > 0) for numbers in blocks],
+    }
+    stays["selective"] = [_selective(student, block, ways) for block in student.blocks]
+    numbers = sum(stays[layout.gradient_checkpointing])
+    numbers += max(blocks) if layout.gradient_checkpointing else 0
+    # The cosine compares the teacher's residual streams with the student's, whole tokens of both.
+    states = student.hidden_size * (len(student.blocks) + 1) * (1 if ways == 1 else 2)
     variants = [variant for block in student.blocks for variant in (block.attention, block.ffn)]
     numbers += working(student, variants, ways) + (states if job.states else 0)
     sharded = layout.data > 1 or train.dtype != "float32"
@@ -302,11 +318,12 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     if sharded:  # with gradients, and a group that is reduced in float32
         block, root = _groups(student, ways)
         gathered = size * (3 * block + 2 * root) + 4 * max(block, root)
+    here = 0.0 if layout.offload else held
     return Parts(
-        weights=4 * held,
-        gradients=4 * held,
-        moments=8 * held,
-        teacher=teacher,
+        weights=4 * here,
+        gradients=4 * here,
+        moments=8 * here,
+        teacher=0.0 if layout.offload else teacher,
         gathered=gathered,
         activations=size * n * numbers,
         # A reference's log-probs are taken before the policy's: its logits are gone by then.
@@ -315,6 +332,19 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     )
 
 
+def _selective(config: ModelConfig, block: BlockConfig, ways: int) -> float:
+    """Numbers a token that a selective checkpoint keeps: of q k v o gate up down what k, o and up
+    gave, what attention gave, and the input."""
+    found = config.hidden_size / ways
+    if isinstance(block.attention, GQA):
+        heads = config.num_attention_heads + block.attention.num_key_value_heads
+        found += (heads * config.head_dim + config.hidden_size) / ways
+    if isinstance(block.ffn, SwiGLU):
+        found += block.ffn.intermediate_size / ways
+    return found
+
+
+@functools.cache
 def _groups(config: ModelConfig, tensor: int) -> tuple[int, int]:
     """Parameters of the two groups that FSDP gathers: the largest block, and the root."""
     largest = max(split_params(config, block, tensor) for block in config.blocks)
@@ -363,6 +393,9 @@ NAMES = {"bfloat16": "bf16", "float32": "fp32"}  # torch's, and the data sheets'
 # Bytes a parameter: AdamW reads weight, gradient and two moments and writes three; clipping reads
 # the gradient and writes it.
 UPDATE = 4 * (4 + 3 + 2)
+AGAIN = {False: 0.0, True: 1.0, "selective": 0.4}  # share of the forward that is run again
+# Our own assumptions: bytes a second of a machine's memory, and of one device's bus to it.
+HOST_MEMORY, BUS = 300 * GB, 50 * GB
 HEAD_PASSES = 6  # float32 passes over a model's logits: written, maximum, exponential, loss, slope
 
 
@@ -374,13 +407,15 @@ class StepTime:
     passes: float
     sharding: float
     tensor: float
+    context: float
     update: float
     flops: float
     peak: float
 
     @property
     def total(self) -> float:
-        return max(self.products + self.passes, self.sharding) + self.tensor + self.update
+        here = max(self.products + self.passes, self.sharding)
+        return here + self.tensor + self.context + self.update
 
     @property
     def mfu(self) -> float:
@@ -390,7 +425,7 @@ class StepTime:
 def microbatches(job: Job, layout: Layout) -> int:
     """Microbatches that each process runs a step: the last may be short on some."""
     train = job.train
-    return math.ceil(train.tokens_per_step / train.microbatch_tokens / layout.data)
+    return math.ceil(train.tokens_per_step / train.microbatch_tokens / layout.rows)
 
 
 def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
@@ -398,21 +433,43 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     device, train = cluster.device, job.train
     best = device.peak[NAMES[train.dtype]] * cluster.world
     flops = done = job.flops()
-    if layout.gradient_checkpointing and job.student is not None:
-        done += model_cost(job.student, head=False).forward(job.work())
+    if job.student is not None and (again := AGAIN[layout.gradient_checkpointing]):
+        layers, work = model_cost(job.student, head=False), job.work()
+        done += again * layers.forward(replace(work, pairs=work.pairs if again == 1 else 0))
     # Processes that get a microbatch less than the fullest wait for it.
     rows = train.tokens_per_step / train.microbatch_tokens
-    waiting = microbatches(job, layout) * layout.data / rows
+    waiting = microbatches(job, layout) * layout.rows / rows
     rate = device.rate() * layout.data * layout.tensor
     return StepTime(
         products=waiting * done / (best * device.training),
         passes=waiting * _passed(job, layout) / rate,
         sharding=_sharding(job, layout, cluster),
         tensor=_tensor(job, layout, cluster),
-        update=UPDATE * _trained(job, layout) / layout.shard / device.rate(),
+        context=_context(job, layout, cluster),
+        update=_update(job, layout, cluster),
         flops=flops,
         peak=best,
     )
+
+
+def _context(job: Job, layout: Layout, cluster: Cluster) -> float:
+    """Seconds of the keys and values that processes of a row exchange: once forward, twice back."""
+    if layout.context == 1 or job.student is None:
+        return 0.0
+    size, ways = BYTES[job.train.dtype], layout.tensor
+    others = job.train.microbatch_tokens * (1 - 1 / layout.context)
+    heads = sum(getattr(b.attention, "num_key_value_heads", 0) for b in job.student.blocks)
+    times = 3 if layout.gradient_checkpointing is not True else 4
+    moved = times * size * others * 2 * heads * job.student.head_dim / ways
+    return microbatches(job, layout) * moved / cluster.link(layout.context * ways)
+
+
+def _update(job: Job, layout: Layout, cluster: Cluster) -> float:
+    """Seconds of AdamW; offloaded, of the CPUs of a machine and the bus to its devices."""
+    trained = _trained(job, layout) / layout.shard
+    if not layout.offload:
+        return UPDATE * trained / cluster.device.rate()
+    return UPDATE * trained * cluster.gpus / HOST_MEMORY + 8 * trained / BUS
 
 
 def _trained(job: Job, layout: Layout) -> float:
@@ -425,7 +482,7 @@ def _trained(job: Job, layout: Layout) -> float:
 def _passed(job: Job, layout: Layout) -> float:
     """Bytes that elementwise kernels of a step read and write, on all devices together."""
     size, tokens = BYTES[job.train.dtype], job.train.tokens_per_step
-    passes = 4 if layout.gradient_checkpointing else 3  # forward, and twice that backward
+    passes = 3 + (layout.gradient_checkpointing is not False)  # forward, and twice that backward
     total = 0.0
     for model, times in ((job.student, passes), (job.teacher, 1)):
         if model is not None:
@@ -472,13 +529,13 @@ def _tensor(job: Job, layout: Layout, cluster: Cluster) -> float:
     ways = layout.tensor
     if ways == 1 or job.student is None:
         return 0.0
-    size, rows = BYTES[job.train.dtype], job.train.microbatch_tokens
+    size, rows = BYTES[job.train.dtype], job.train.microbatch_tokens // layout.context
     link, hop = cluster.link(ways), cluster.device.hop
 
     def exchange(config: ModelConfig) -> float:
         return 2 * hop + 2 * (ways - 1) / ways * rows * config.hidden_size * size / link
 
-    times = 4 + (2 if layout.gradient_checkpointing else 0)
+    times = 4 + (2 if layout.gradient_checkpointing is True else 0)
     total = times * len(job.student.blocks) * exchange(job.student)
     if job.teacher is not None:
         total += 2 * len(job.teacher.blocks) * exchange(job.teacher)
@@ -573,67 +630,37 @@ def planned(job: Job, cluster: Cluster, layout: Layout) -> Plan:
 def layout_of(config: ParallelConfig, cluster: Cluster) -> Layout | None:
     """A recipe's layout; None where it does not divide the cluster's devices."""
     data, rest = divmod(cluster.world, config.tensor)
-    shard = config.shard or data
-    if rest or not data or data % shard:
+    shard, context = config.shard or data, config.context
+    if rest or not data or data % shard or shard % context:
         return None
-    return Layout(data // shard, shard, config.tensor, config.gradient_checkpointing)
+    own = config.gradient_checkpointing, context, getattr(config, "offload", False)
+    return Layout(data // shard, shard, config.tensor, *own)
 
 
 def layouts(job: Job, cluster: Cluster) -> Iterator[Layout]:
-    """All ways to spread a job; units are not split by tensor parallelism nor run again."""
+    """Ways to spread a job, the state over all devices or over those of a machine. Units are not
+    split by tensor or context parallelism, nor run again."""
     whole = job.student is not None
     heads = job.config.num_attention_heads
     for tensor in _divisors(cluster.gpus) if whole else [1]:
         if heads % tensor:
             continue
         data = cluster.world // tensor
-        for shard in _divisors(data):
-            for again in (False, True) if whole else (False,):
-                yield Layout(data // shard, shard, tensor, again)
+        for shard in {data, cluster.gpus // tensor}:
+            for again in AGAIN if whole else (False,):
+                for context in (1, 2, 4, 8) if whole else (1,):
+                    if shard % context == 0:
+                        yield Layout(data // shard, shard, tensor, again, context)
 
 
-def best(job: Job, cluster: Cluster) -> Plan:
-    """The fastest plan that fits; the smallest where none does."""
-    found = [planned(job, cluster, layout) for layout in layouts(job, cluster)]
-    fitting = [plan for plan in found if plan.fits]
-    if fitting:
-        return min(fitting, key=lambda plan: (plan.time.total, plan.layout.tensor))
-    return min(found, key=lambda plan: plan.parts.total)
-
-
-def advice(job: Job, cluster: Cluster) -> list[str]:
-    """What would make a job fit: each setting that does it alone, or with the best layout."""
-    if (plan := best(job, cluster)).fits:
-        return [f"train.parallel = {plan.layout} fits"]
-    found = [f"{what} fits" for what, one in _smaller(job) if best(one, cluster).fits]
-    for nodes in (cluster.nodes * 2**i for i in range(1, 9)):
-        larger = replace(cluster, nodes=nodes)
-        if (plan := best(job, larger)).fits:
-            return [*found, f"{larger} fits with train.parallel = {plan.layout}"]
-    return found
-
-
-def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
-    """Jobs of the same kind that take less memory, and the setting that makes each."""
-    train = job.train
-    if train.dtype == "float32" and job.student is not None:
-        yield 'train.dtype = "bfloat16"', replace(job, train=_changed(train, dtype="bfloat16"))
-    tokens = train.microbatch_tokens // 2
-    while tokens >= train.sequence_length:
-        shorter = _changed(train, microbatch_tokens=tokens)
-        yield f"train.microbatch_tokens = {tokens}", replace(job, train=shorter)
-        tokens //= 2
-    if job.states:
-        yield "cosine = 0", replace(job, states=False)
-    layers = len({layer for layer, _, _ in job.units})
-    at_once = -(-layers // job.passes)
-    while at_once > 1:
-        at_once //= 2
-        yield f"layers_at_once = {at_once}", replace(job, passes=-(-layers // at_once))
-
-
-def _changed(train: TrainConfig, **values: Any) -> TrainConfig:
-    return train.model_copy(update=values)
+def best(job: Job, cluster: Cluster, held: float = 0.0) -> Plan:
+    """The fastest plan that leaves room for `held` bytes more; the smallest where none does."""
+    room = cluster.device.memory
+    totals = {layout: memory(job, layout, room).total for layout in layouts(job, cluster)}
+    if min(totals.values()) + held > room:
+        return planned(job, cluster, min(totals, key=totals.__getitem__))
+    found = [planned(job, cluster, layout) for layout, n in totals.items() if n + held <= room]
+    return min(found, key=lambda plan: (plan.time.total, plan.layout.tensor))
 
 
 def _divisors(number: int) -> list[int]:
