@@ -24,7 +24,7 @@ from tessera.eval.evaluate import EvalConfig
 from tessera.export.write import ExportConfig
 from tessera.model.config import GQA, ModelConfig
 from tessera.model.parallel import splits
-from tessera.model.placement import ROOM
+from tessera.model.placement import ROOM, TRAINED_BYTES
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
@@ -314,14 +314,21 @@ class Planner:
         return Serving(replace(device, link=link, compute=share), NAMES[dtype], ways)
 
     def _ways(self, models: Sequence[ModelConfig], config: BaseModel) -> int:
-        """Processes that hold models together: as the stage says, or the fewest (placement.py)."""
+        """Processes that hold models together: as the stage says, or by the rule of placement.py,
+        the fewest with room for the weights, beside a training no fewer than its own."""
         if given := getattr(config, "tensor", None):
             return given
         needed = BYTES[self._dtype(config)] * sum(model.num_params() for model in models)
-        for ways in range(1, self.cluster.world + 1):
+        least, held = 1, 0.0
+        if isinstance(config, RolloutConfig):
+            layout = layout_of(config.train.parallel, self.cluster)
+            if layout is not None:
+                least = layout.tensor
+                held = TRAINED_BYTES * models[0].num_params() / (layout.shard * layout.tensor)
+        for ways in range(least, self.cluster.world + 1, least):
             divides = self.cluster.world % ways == 0
             if divides and all(model.num_attention_heads % ways == 0 for model in models):
-                if needed / ways <= ROOM * self.cluster.device.memory:
+                if needed / ways + held <= ROOM * self.cluster.device.memory:
                     return ways
         return self.cluster.world
 

@@ -9,6 +9,7 @@ seconds  max(operations / achieved peak + elementwise bytes / bandwidth, shardin
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -213,11 +214,8 @@ class Layout:
 
     @property
     def config(self) -> ParallelConfig:
-        """As a recipe's `train.parallel` says it."""
-        own = asdict(self)
-        return ParallelConfig(
-            **{key: own[key] for key in ParallelConfig.model_fields if key in own}
-        )
+        own = {k: n for k, n in asdict(self).items() if k in ParallelConfig.model_fields}
+        return ParallelConfig.model_construct(**own)
 
     @property
     def data(self) -> int:
@@ -229,11 +227,11 @@ class Layout:
         return self.data // self.context
 
     def __str__(self) -> str:
-        said = {
-            key: n for key, n in asdict(self).items() if key != "replicate" and n not in (1, False)
-        }
-        shown = (f"{key} = {str(n).lower() if n is True else repr(n)}" for key, n in said.items())
-        return f"{{ {', '.join(shown)} }}".replace("'", '"').replace("{  }", "{}")
+        """As a recipe's `train.parallel` says it."""
+        plain = asdict(Layout(1, self.data, 1, False)) | {"replicate": self.replicate}
+        said = {key: n for key, n in asdict(self).items() if n != plain[key]}
+        inside = ", ".join(f"{key} = {json.dumps(n)}" for key, n in said.items())
+        return f"{{ {inside} }}" if inside else "{}"
 
 
 @dataclass(frozen=True)
@@ -298,12 +296,11 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     held = held_params(student, layout.tensor) / layout.shard
     ways = layout.tensor
     blocks = [kept(student, b.attention, ways) + kept(student, b.ffn, ways) for b in student.blocks]
-    stays = {
-        False: blocks,
-        True: [student.hidden_size / ways * (numbers > 0) for numbers in blocks],
-    }
-    stays["selective"] = [_selective(student, block, ways) for block in student.blocks]
-    numbers = sum(stays[layout.gradient_checkpointing])
+    numbers = sum(blocks)
+    if layout.gradient_checkpointing == "selective":
+        numbers = sum(_selective(student, block, ways) for block in student.blocks)
+    elif layout.gradient_checkpointing:
+        numbers = student.hidden_size / ways * sum(1 for own in blocks if own)
     numbers += max(blocks) if layout.gradient_checkpointing else 0
     # The cosine compares the teacher's residual streams with the student's, whole tokens of both.
     states = student.hidden_size * (len(student.blocks) + 1) * (1 if ways == 1 else 2)
