@@ -23,8 +23,8 @@ from tessera.devices import GB
 from tessera.eval.evaluate import EvalConfig
 from tessera.export.write import ExportConfig
 from tessera.model.config import GQA, ModelConfig
-from tessera.model.parallel import splits
-from tessera.model.placement import ROOM, TRAINED_BYTES
+from tessera.model.parallel import held_params, splits
+from tessera.model.placement import ROOM, TRAINED_BYTES, fewest
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
@@ -41,7 +41,6 @@ from tessera.planning.training import (
     Plan,
     best,
     experience,
-    held_params,
     layout_of,
     loss_bytes,
     planned,
@@ -318,19 +317,15 @@ class Planner:
         the fewest with room for the weights, beside a training no fewer than its own."""
         if given := getattr(config, "tensor", None):
             return given
-        needed = BYTES[self._dtype(config)] * sum(model.num_params() for model in models)
-        least, held = 1, 0.0
+        least, room = 1, ROOM * self.cluster.device.memory
         if isinstance(config, RolloutConfig):
             layout = layout_of(config.train.parallel, self.cluster)
             if layout is not None:
                 least = layout.tensor
-                held = TRAINED_BYTES * models[0].num_params() / (layout.shard * layout.tensor)
-        for ways in range(least, self.cluster.world + 1, least):
-            divides = self.cluster.world % ways == 0
-            if divides and all(model.num_attention_heads % ways == 0 for model in models):
-                if needed / ways + held <= ROOM * self.cluster.device.memory:
-                    return ways
-        return self.cluster.world
+                room -= TRAINED_BYTES * models[0].num_params() / (layout.shard * layout.tensor)
+        size, world = BYTES[self._dtype(config)], self.cluster.world
+        # Where no number of processes will do, the stage ends; of one machine's its memory is told.
+        return fewest(models, size, world, room, least) or self.cluster.gpus
 
     def _dtype(self, config: BaseModel) -> str:
         """Of a stage that trains nothing: bfloat16 on an accelerator unless it says another."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
-from tessera.model.parallel import splits
+from tessera.model.parallel import held_params, root_params, split_params
 from tessera.model.placement import ParallelConfig
 from tessera.model.source import load_config
 from tessera.puzzle.bld import (
@@ -261,32 +261,6 @@ def memory(job: Job, layout: Layout, device_memory: float, accelerator: bool = T
     parts = _units(job, layout) if job.student is None else _model(job, layout, accelerator)
     reserve = CONTEXT + SPLIT * device_memory if accelerator else 0.0
     return Parts(**{**asdict(parts), "reserve": reserve})
-
-
-def split_params(config: ModelConfig, block: BlockConfig, ways: int) -> int:
-    """Parameters of a block on one of `ways` tensor-parallel processes (`parallel.py`)."""
-    total, norm = 0, config.hidden_size
-    for kind, variant in (("attention", block.attention), ("ffn", block.ffn)):
-        whole = config.subblock_params(kind, variant)
-        split = splits(config, variant, ways)
-        total += norm + -(-(whole - norm) // ways) if split else whole
-    return total
-
-
-@functools.cache
-def root_params(config: ModelConfig) -> int:
-    """Embedding, last norm and head."""
-    return config.num_params() - sum(
-        config.subblock_params(kind, variant)
-        for block in config.blocks
-        for kind, variant in (("attention", block.attention), ("ffn", block.ffn))
-    )
-
-
-@functools.cache
-def held_params(config: ModelConfig, tensor: int) -> int:
-    """Parameters of a model on one tensor-parallel process, before shards."""
-    return root_params(config) + sum(split_params(config, b, tensor) for b in config.blocks)
 
 
 def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
@@ -630,7 +604,7 @@ def layout_of(config: ParallelConfig, cluster: Cluster) -> Layout | None:
     shard, context = config.shard or data, config.context
     if rest or not data or data % shard or shard % context:
         return None
-    own = config.gradient_checkpointing, context, getattr(config, "offload", False)
+    own = config.gradient_checkpointing, context, config.offload
     return Layout(data // shard, shard, config.tensor, *own)
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tessera.cli.main import app
 from tessera.data.batch import Batch
 from tessera.model.config import ModelConfig, uniform
+from tessera.model.parallel import held_params, root_params
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
 from tessera.pipeline import STAGES
@@ -23,11 +24,9 @@ from tessera.planning.training import (
     Layout,
     best,
     experience,
-    held_params,
     layouts,
     memory,
     parse_cluster,
-    root_params,
     step_time,
 )
 from tessera.puzzle.race import RaceConfig
