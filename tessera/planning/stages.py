@@ -24,7 +24,7 @@ from tessera.eval.evaluate import EvalConfig
 from tessera.export.write import ExportConfig
 from tessera.model.config import GQA, ModelConfig
 from tessera.model.parallel import held_params, splits
-from tessera.model.placement import ROOM, TRAINED_BYTES, fewest
+from tessera.model.placement import ROOM, TRAINED_BYTES, LayoutError, fewest
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
@@ -50,7 +50,7 @@ from tessera.puzzle.compare import CompareConfig
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.fuse import FuseConfig
-from tessera.puzzle.library import ChildConfig, layer_groups
+from tessera.puzzle.library import ChildConfig
 from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
 from tessera.puzzle.race import RaceConfig
 from tessera.puzzle.roofline import Serving, layer_seconds, model_seconds
@@ -210,8 +210,7 @@ class Planner:
                 return Job(spec.name, train, student=parent)
             case BLDConfig() | CoupleConfig():
                 keys = tuple(self._units(spec, config))
-                groups = layer_groups(keys, config.layers_at_once)
-                return Job(spec.name, config.train, None, parent, units=keys, passes=len(groups))
+                return Job(spec.name, config.train, None, parent, units=keys, local=config)
             case RaceConfig():
                 names = spec.table.get("searches", [])
                 candidates = sum(self._found(str(name)) for name in names) or 1
@@ -264,10 +263,10 @@ class Planner:
     # Trainings
 
     def _trained(self, line: Line, config: Any, job: Job) -> Line:
-        layout = layout_of(config.train.parallel, self.cluster)
-        if layout is None:
-            given = f"train.parallel: {config.train.parallel!r}"
-            return replace(line, undivided=f"{given} does not divide {self.cluster.world} devices")
+        try:
+            layout = layout_of(job, self.cluster)
+        except LayoutError as error:
+            return replace(line, undivided=str(error))
         plan = planned(job, self.cluster, layout)
         phases, unknown = [_phase(plan)], ""
         if isinstance(config, BLDConfig | CoupleConfig):
@@ -278,11 +277,12 @@ class Planner:
         return replace(line, phases=tuple(phases), training=plan, unknown=unknown)
 
     def _calibration(self, config: BLDConfig | CoupleConfig, plan: Plan) -> Phase:
-        """The parent's passes over the calibration; every process has all of them."""
+        """Batches pass through the ranges of layers one behind the other, twice; every group of
+        processes has all of them."""
         train, tokens = config.train, config.calibration_tokens
-        ways = plan.layout.tensor
-        one = self._pass(self.parent, train.microbatch_tokens, train.sequence_length, ways)
-        seconds = math.ceil(tokens / train.microbatch_tokens) * 2 * one
+        one = self._pass(self.parent, train.microbatch_tokens, train.sequence_length, 1)
+        batches = math.ceil(tokens / train.microbatch_tokens)
+        seconds = 2 * one * (1 + (batches - 1) / plan.layout.shard)
         parts = replace(plan.parts, gradients=0.0, moments=0.0, units_whole=0.0, weights=0.0)
         return Phase("calibration", seconds, parts, f"{count(tokens)} tokens")
 
@@ -319,10 +319,10 @@ class Planner:
             return given
         least, room = 1, ROOM * self.cluster.device.memory
         if isinstance(config, RolloutConfig):
-            layout = layout_of(config.train.parallel, self.cluster)
-            if layout is not None:
-                least = layout.tensor
-                room -= TRAINED_BYTES * models[0].num_params() / (layout.shard * layout.tensor)
+            parallel = config.train.parallel
+            least = parallel.tensor
+            shard = parallel.shard or self.cluster.world // least
+            room -= TRAINED_BYTES * models[0].num_params() / (shard * least)
         size, world = BYTES[self._dtype(config)], self.cluster.world
         # Where no number of processes will do, the stage ends; of one machine's its memory is told.
         return fewest(models, size, world, room, least) or self.cluster.gpus
@@ -539,9 +539,11 @@ class Planner:
         train, found = getattr(config, "train", None), {}
         if train is not None:
             found["train.parallel"] = self._layouts(spec, config)
-            least = 1 if isinstance(config, RolloutConfig) else train.sequence_length
+            least = train.sequence_length
+            if isinstance(config, RolloutConfig):  # a row holds an answer, or a pair of them
+                least = PROMPT + config.max_tokens * (2 if isinstance(config, RPOConfig) else 1)
             found["train.microbatch_tokens"] = _halves(train.microbatch_tokens, least)
-            if train.dtype == "float32" and not isinstance(config, BLDConfig | CoupleConfig):
+            if train.dtype == "float32":
                 found["train.dtype"] = ["bfloat16"]
         if getattr(config, "cosine", 0):
             found["cosine"] = [0]

@@ -112,8 +112,8 @@ def load_state(directory: Path, trainer: Trainer) -> int:
     reader = FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
     tensors = {key: value for key, value in _tensors(trainer, empty=True).items() if key in saved}
-    with _plain_errors():
-        load(tensors, storage_reader=reader, no_dist=dist.world() == 1)
+    with _plain_errors():  # each process reads what is its own
+        load(tensors, storage_reader=reader, no_dist=True)
     for key, value in tensors.items():  # parameters were read in place
         kind, _, rest = key.partition(".")
         if kind == "optimizer":

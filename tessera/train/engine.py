@@ -24,6 +24,7 @@ from tessera import dist
 from tessera.data.batch import Batch, MeasuredSource, Source
 from tessera.model.context import Context
 from tessera.model.parallel import clip
+from tessera.model.placement import Layout
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.runs.files import FailureError
@@ -54,6 +55,11 @@ class Objective:
     def weight(self, batch: Batch) -> Tensor:
         """Σ w of a microbatch."""
         return batch.weight.sum()
+
+    def summed(self, totals: Mapping[str, Tensor], layout: Layout) -> dict[str, float]:
+        """Sums over the data of all processes, which have the same names of them."""
+        summed = layout.sum(torch.stack(list(totals.values()))).tolist()
+        return dict(zip(totals, summed, strict=True))
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         """Parameters that are clipped together, by the name of their group."""
@@ -97,7 +103,7 @@ class Trainer:
         self.layout = config.placement.layout
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
         plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
-        assert dist.world() == 1 or not plain, f"not spread over the processes: {plain[:3]}"
+        assert self.layout.data_world == 1 or not plain, f"not spread over the data: {plain[:3]}"
         self.groups = objective.groups(module)
         self.optimizer = build_optimizer(self.trainable.values(), config)
         self.watch = Watch(run, config.quiet_seconds)
@@ -177,7 +183,10 @@ class Trainer:
         weight = float(self.layout.sum(torch.stack(weights).sum()))
         if weight <= 0:
             raise FailureError(f"{here} has no trained token; check the data's weights")
-        totals = {"flops": torch.tensor(flops, dtype=wide, device=dist.device())}
+        totals = {
+            key: torch.tensor(value, dtype=wide, device=dist.device())
+            for key, value in (("flops", flops), ("tokens", 0), ("loss", 0.0))
+        }
         for number, batch in enumerate(batches, 1):
             _add(totals, "tokens", (batch.segments >= 0).sum())
             part = f"{here}, microbatch {number} of {len(batches)}"
@@ -189,17 +198,21 @@ class Trainer:
                 _add(totals, "loss", loss.detach())
                 for key, value in stats.items():
                     _add(totals, key, value)
+        self.watch.at(f"{here}: clipping")
+        norms = [clip(parameters, self.config.clip) for parameters in self.groups.values()]
+        if norms:  # the same in all processes of the data
+            _add(totals, "grad_norm", torch.stack(norms).norm())
+            totals["grad_norm"] = totals["grad_norm"].square() * (self.layout.tensor / dist.world())
         self.watch.at(f"{here}: summing losses")
-        summed = self.layout.sum(torch.stack(list(totals.values()))).tolist()
-        sums = dict(zip(totals, summed, strict=True))
+        sums = self.objective.summed(totals, self.layout)
         tokens, flops = round(sums.pop("tokens")), sums.pop("flops")
+        norm = math.sqrt(sums.pop("grad_norm"))
         own = {k: sums.pop(f"{k}/weight") for k in list(sums) if f"{k}/weight" in sums}
         # A part of a step may have no trained token: then its mean is not a number.
         shares = {key: own.get(key, weight) for key in sums}
         metrics = {k: sums[k] / share if share else math.nan for k, share in shares.items()}
-        self.watch.at(f"{here}: clipping and updating")
-        norms = [clip(parameters, self.config.clip) for parameters in self.groups.values()]
-        metrics["grad_norm"] = float(torch.stack(norms).norm())
+        metrics["grad_norm"] = norm
+        self.watch.at(f"{here}: updating")
         if isinstance(self.source, MeasuredSource):
             metrics |= self.source.metrics()
         self._check_finite(step, metrics)

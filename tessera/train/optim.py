@@ -97,4 +97,5 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
             # One kernel takes the tensors of one grid of processes.
             groups.setdefault((mesh_of(parameter), decay), []).append(parameter)
     listed = [{"params": params, "weight_decay": decay} for (_, decay), params in groups.items()]
+    listed = listed or [{"params": []}]  # a process may hold nothing that is trained
     return torch.optim.AdamW(listed, lr=config.lr, betas=config.betas, fused=True)

@@ -222,7 +222,8 @@ def test_a_policy_is_planned_with_its_reference_and_its_engine():
     plain, kl = policy(train), policy(train + "kl = 0.1")
     assert plain.tokens == 7 * 64 * (255 + 16 * 1000)
     assert plain.teacher is None and kl.teacher == kl.student
-    held = memory(plain, Layout(1, 8, 1, False), 80e9)
+    assert memory(plain, Layout(1, 8, 1, False), 80e9).engine == 0  # it sleeps
+    held = memory(policy(train + "staleness = 1"), Layout(1, 8, 1, False), 80e9)
     assert held.engine == 4 * plain.config.num_params() == 8 * held.weights
     assert policy(train + "updates_per_rollout = 4").tokens == plain.tokens // 4
     pairs = policy(train + "paths = ['P']\npairs_per_step = 10", "rpo")

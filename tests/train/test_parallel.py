@@ -15,14 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from tessera.model.placement import Layout, LayoutError, ParallelConfig
-from tessera.puzzle.bld import BLDConfig
 from tessera.runs.run import read_metrics
-from tessera.train.optim import TrainConfig
 from tests.test_dist import run_ranks
 from tests.train.ranks import gradients, train
 
 CODE = "from tests.train.ranks import main; main()"
-NAMES = ("lm", "sft", "kd", "bld")
+NAMES = ("lm", "sft", "kd")
 OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
 TENSOR = {"parallel": {"tensor": 2, "gradient_checkpointing": "selective"}}
 REPLICAS, OFFLOAD = {"parallel": {"shard": 2}}, {"parallel": {"offload": True}}
@@ -132,12 +130,6 @@ def test_bfloat16_is_near_and_its_weights_are_float32(objective: str, home: Path
     losses = [row["loss"] for row in metrics]
     assert losses == pytest.approx([row["loss"] for row in rows], rel=1e-2)
     assert losses != [row["loss"] for row in rows]
-
-
-def test_a_library_is_trained_in_float32():
-    settings = TrainConfig(steps=1, dtype="bfloat16")
-    with pytest.raises(ValueError, match='dtype = "bfloat16" trains whole models only'):
-        BLDConfig(train=settings)
 
 
 def test_a_layout_that_does_not_divide_is_told_with_those_that_do(monkeypatch):
