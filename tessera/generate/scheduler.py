@@ -154,14 +154,19 @@ class Scheduler:
         pack: makes them once the old ones are gone, so that both are never in memory.
         """
         self.version = version
-        before = self._cached_shape()
-        del self.packed
+        self.rest()
         self.packed = pack()
         self.config = self.packed.config
-        if before != self._cached_shape():
+        if self._shape != self._cached_shape():
             self.slots = Slots(self.packed, self.max_tokens)
         if self.prefixes is not None:
             self.prefixes = PrefixCache(self.prefixes.max_tokens)
+
+    def rest(self) -> None:
+        """Give the weights' memory back, until `load`."""
+        if hasattr(self, "packed"):
+            self._shape, self._rows = self._cached_shape(), None
+            del self.packed
 
     def _cached_shape(self) -> tuple[object, ...]:
         packed = self.packed
