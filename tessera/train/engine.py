@@ -30,7 +30,7 @@ from tessera.runs.files import FailureError
 from tessera.runs.run import Run
 from tessera.train.checkpoint import Saver, load_state
 from tessera.train.flops import Work, model_cost, peak
-from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
+from tessera.train.optim import TrainConfig, build_optimizer, lr_factor, update
 from tessera.train.sinks import Sinks
 from tessera.train.watch import Watch
 
@@ -217,10 +217,7 @@ class Trainer:
 
     def _update(self, step: int) -> float:
         lr = self.config.lr * lr_factor(self.config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, lr)
         return lr
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tessera import dist
 from tessera.data.batch import Batch
 from tessera.model.checkpoint import whole
+from tessera.model.config import uniform
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM, SFT
 from tessera.puzzle.bld import BLD
@@ -55,6 +56,12 @@ def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
     return config.placement.transformer(module), LM()
 
 
+def wide(config: TrainConfig) -> tuple[nn.Module, Objective]:
+    """Of matrices whose halves are large enough for moments of 8 bits."""
+    shape = toy_config(1, hidden_size=64, blocks=uniform("gqa-4", "swiglu-128", 1))
+    return config.placement.transformer(tiny.model(shape)), LM()
+
+
 def sft(config: TrainConfig) -> tuple[nn.Module, Objective]:
     return lm(config)[0], SFT()
 
@@ -81,7 +88,7 @@ def train(objective: str, run: str, out: str, stop: int | None = None, **setting
     settings: those of TrainConfig; `stop`: the run is interrupted before that step (from 0).
     """
     config = TrainConfig(**{"steps": 6, "lr": 3e-3, "save_seconds": 1e-9, **settings})
-    module, loss = {"lm": lm, "sft": sft, "kd": kd, "bld": bld}[objective](config)
+    module, loss = {"lm": lm, "wide": wide, "sft": sft, "kd": kd, "bld": bld}[objective](config)
     source = Ranks(config)
     plain = source.batches
 
