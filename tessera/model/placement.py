@@ -4,9 +4,11 @@ device   of the job, or of the stage (`device` in its table): `dist.device()`
 dtype    a stage's `dtype`; "auto" is bfloat16 on an accelerator and float32 on a CPU
 spread   world = replicate · shard · tensor       rank = (r · shard + s) · tensor + t
 
-Ranks that differ in r or s read different rows (data parallelism); those that differ in s hold
-different parts of every parameter, gradient and moment of what is trained; those that differ in t
-hold different heads and channels of the same rows, and between subblocks different tokens.
+Ranks that differ in r or s read different rows (data parallelism), or with `context` different
+parts of a row: each `context` neighbours among them share their rows (context parallelism). Ranks
+that differ in s hold different parts of every parameter, gradient and moment of what is trained;
+those that differ in t hold different heads and channels of the same tokens, and between subblocks
+different tokens.
 
 A layout changes no result beyond rounding, so it is no part of a run's fingerprint; a dtype is.
 """
@@ -55,6 +57,8 @@ class ParallelConfig(BaseModel):
     tensor: processes that split each layer's heads and channels; neighbours on one machine.
     shard: processes that split the state; all that are left, unless given. Fewer of them (the
         GPUs of one machine) gather faster and hold copies of it.
+    context: processes that share each row, a part of its tokens each, for rows whose activations
+        do not fit one; every layer gathers the keys and values of the whole row.
     gradient_checkpointing: blocks run again in the backward pass, for less memory; "selective"
         keeps what attention and every second product gave.
     offload: parameters, gradients and moments stay in the machine's memory; the accelerator holds
@@ -65,6 +69,7 @@ class ParallelConfig(BaseModel):
 
     tensor: int = Field(default=1, ge=1)
     shard: int | None = Field(default=None, ge=1)
+    context: int = Field(default=1, ge=1)
     gradient_checkpointing: Checkpointing = False
     offload: bool = False
     compile: bool = False  # torch.compile each block; for GPUs, a minute of compilation here
@@ -72,12 +77,13 @@ class ParallelConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the three dimensions, and where this process stands."""
+    """Sizes of the dimensions, and where this process stands. context: see `ParallelConfig`."""
 
     replicate: int
     shard: int
     tensor: int
     rank: int
+    context: int = 1
 
     @classmethod
     def of(cls, config: ParallelConfig) -> Layout:
@@ -90,22 +96,23 @@ class Layout:
             )
         data = world // config.tensor
         shard = config.shard or data
-        if data % shard:
-            raise LayoutError(
-                f"parallel.shard = {shard} does not divide the {data} processes that are left with "
-                f"tensor = {config.tensor}; it may be {_divisors(data)}"
-            )
-        return cls(data // shard, shard, config.tensor, dist.rank())
+        for name, size in (("shard", shard), ("context", config.context)):
+            if data % size:
+                raise LayoutError(
+                    f"parallel.{name} = {size} does not divide the {data} processes that are left "
+                    f"with tensor = {config.tensor}; it may be {_divisors(data)}"
+                )
+        return cls(data // shard, shard, config.tensor, dist.rank(), config.context)
 
     @property
     def data_world(self) -> int:
         """How many processes read different rows."""
-        return self.replicate * self.shard
+        return self.replicate * self.shard // self.context
 
     @property
     def data_rank(self) -> int:
         """Which of them this one is."""
-        return self.rank // self.tensor
+        return self.rank // (self.tensor * self.context)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the data of all processes; those of a tensor group say the same thing."""
@@ -116,6 +123,11 @@ class Layout:
         """The processes as a grid."""
         shape = self.replicate, self.shard, self.tensor
         return dist.mesh(shape, ("replicate", "shard", "tensor"))
+
+    def context_mesh(self) -> DeviceMesh:
+        """The processes that share this one's rows."""
+        shape = dist.world() // (self.context * self.tensor), self.context, self.tensor
+        return dist.mesh(shape, ("rows", "context", "tensor"))["context"]
 
     def data_mesh(self) -> DeviceMesh:
         """The part of the grid that FSDP shards over; two-dimensional where there are replicas."""
@@ -178,10 +190,10 @@ class Placement:
 
         Raises LayoutError for tensor parallelism: they are split over the data alone.
         """
-        if self.config.tensor > 1:
+        if self.config.tensor > 1 or self.config.context > 1:
             raise LayoutError(
-                "parallel.tensor does not apply to block-wise distillation, whose units are small; "
-                "leave it at 1"
+                "parallel.tensor and parallel.context do not apply to block-wise distillation, "
+                "whose units are small; leave them at 1"
             )
         if self.needed:
             sharded = [self._shard(unit) for unit in units if any(True for _ in unit.parameters())]

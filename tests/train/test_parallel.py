@@ -26,7 +26,19 @@ NAMES = ("lm", "sft", "kd", "bld")
 OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
 TENSOR = {"parallel": {"tensor": 2, "gradient_checkpointing": "selective"}}
 REPLICAS, OFFLOAD = {"parallel": {"shard": 2}}, {"parallel": {"offload": True}}
-LAYOUTS = ("2-lm-tensor", "2-kd-tensor", "2-kd-offload", "4-kd-tensor", "4-kd-shard")
+LAYOUTS = (
+    "2-lm-tensor",
+    "2-kd-tensor",
+    "2-kd-offload",
+    "4-kd-tensor",
+    "4-kd-shard",
+    "4-kd-context",
+)
+# Rows that two processes share: of documents that cross the cut, under a window and QK norms, and
+# of objectives whose losses are of whole answers.
+CONTEXT = {"parallel": {"context": 2}}
+SHARED = {"kd-window": ("kd", {"sliding_window": 5, "qk_norm": True}), "rpo": ("rpo", {})}
+SHARED["grpo"] = ("grpo", {"sliding_window": 5})
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -63,8 +75,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         two += [_job(home, f"2-{name}-resumed", name, stop=stop) for stop in (3, None)]
         two.append(_job(home, f"21-{name}", name, stop=3))
         two.append(_job(home, f"12-{name}", name))
+    for name, (objective, changes) in SHARED.items():
+        train(**_job(home, f"1-{name}-alone", objective, changes=changes))
+        two.append(_job(home, f"2-{name}-context", objective, changes=changes, **CONTEXT))
     run_ranks(CODE, json.dumps(two))
     four = [_job(home, "4-kd-tensor", "kd", **TENSOR), _job(home, "4-kd-shard", "kd", **REPLICAS)]
+    four.append(_job(home, "4-kd-context", "kd", **CONTEXT))
     run_ranks(CODE, json.dumps(four), world=4)
     for name in NAMES:
         train(**_job(home, f"21-{name}", name))
@@ -113,6 +129,11 @@ def test_moments_of_8_bits_are_near_and_resume_bit_for_bit(home: Path):
     )
 
 
+@pytest.mark.parametrize("name", SHARED)
+def test_rows_that_processes_share_are_one_process(name: str, home: Path):
+    _assert_close(home, f"2-{name}-context", f"1-{name}-alone")
+
+
 @OBJECTIVES
 def test_resuming_on_the_same_processes_is_bit_for_bit(objective: str, home: Path):
     _assert_equal(home, f"2-{objective}-resumed", f"2-{objective}")
@@ -152,3 +173,15 @@ def test_a_layout_that_does_not_divide_is_told_with_those_that_do(monkeypatch):
         Layout.of(ParallelConfig(tensor=4))
     with pytest.raises(LayoutError, match="parallel.shard = 2 .* 3 processes .* 1, 3"):
         Layout.of(ParallelConfig(tensor=2, shard=2))
+    with pytest.raises(LayoutError, match="parallel.context = 2 .* 3 processes .* 1, 3"):
+        Layout.of(ParallelConfig(tensor=2, context=2))
+
+
+def test_neighbours_of_a_context_group_read_the_same_rows(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    ranks = []
+    for rank in range(12):
+        monkeypatch.setenv("RANK", str(rank))
+        layout = Layout.of(ParallelConfig(tensor=2, context=3, shard=2))
+        ranks.append((layout.data_rank, layout.data_world))
+    assert ranks == [(rank // 6, 2) for rank in range(12)]
