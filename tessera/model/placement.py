@@ -33,7 +33,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp import share_comm_ctx as share_streams
 
 from tessera import dist
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import ModelConfig
 from tessera.model.parallel import split_model
 from tessera.model.source import load_config
@@ -162,7 +162,7 @@ class Placement:
         plain = self.dtype == torch.float32 and not self.config.offload
         return self.shards and (dist.world() > 1 or not plain)
 
-    def load(self, source: str | Path, *, frozen: bool = False) -> Transformer:
+    def load(self, source: str | Path | Checkpoint, *, frozen: bool = False) -> Transformer:
         """A model from disk, placed; each process reads the parts that are its own."""
         dtype = self.dtype if frozen else torch.float32
         device = dist.HOST if self.config.offload else dist.device()

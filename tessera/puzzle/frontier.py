@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import load_model, open_model
 from tessera.model.transformer import Transformer
 from tessera.puzzle.compare import CompareConfig, quality, speeds
 from tessera.puzzle.constraints import NAMES
@@ -102,7 +102,8 @@ def sweep(
 
 
 def _child(row: Row, inputs: dict) -> Transformer:
-    return assemble(load_model(inputs["parent"]), inputs["library"] / "library", row["words"])
+    parent, library = open_model(inputs["parent"]), inputs["library"] / "library"
+    return load_model(assemble(parent, library, row["words"]))
 
 
 def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:

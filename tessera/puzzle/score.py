@@ -25,7 +25,7 @@ from tessera.data.batch import Batch, best_fit, collate, shift
 from tessera.data.documents import heldout
 from tessera.data.problems import family, problem
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import load_model, open_model
 from tessera.model.config import name as word_of
 from tessera.model.cpu import multiply
 from tessera.model.layers import Subblock
@@ -349,8 +349,7 @@ class Rescorer:
 
     def measure(self, words: Words) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(the assembled architecture's own metrics, the change each word makes to them)."""
-        module = load_model(self.path, frozen=True)
-        current = assemble(module, self.library, words).requires_grad_(False)
+        current = load_model(assemble(open_model(self.path), self.library, words), frozen=True)
         held = self.space.units(words)
         others = {unit: module for unit, module in self.units.items() if unit not in held}
         own, rows = score_given(self.parent, current, others, self.batches)

@@ -69,17 +69,6 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def with_usual_mode(path: Path) -> None:
-    """Gives a file the permissions that the umask gives, where a library wrote it as private."""
-    probe = path.with_name(f".{path.name}.mode")
-    with writing(path):
-        try:
-            probe.touch()
-            os.chmod(path, probe.stat().st_mode)
-        finally:
-            probe.unlink(missing_ok=True)
-
-
 def resumable(file: Path, compute: Callable[[], Any]) -> Any:
     """What `compute` returns, as JSON values, from `file` where it was finished before."""
     if not file.exists():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import KINDS
 from tessera.model.context import Context
 from tessera.puzzle.library import BlockLibrary, assemble, load_unit, save_library, unit_file
@@ -60,13 +61,13 @@ def test_scores_given_an_architecture_are_changes_to_it(tmp_path):
     parent, space, library = _library(tmp_path)
     units, batches = load_units(library, parent, space), [toy_batch(2), toy_batch(3)]
     words = [("gqa-2", "noop"), ("noop", "swiglu-24"), parent.config.words[2]]
-    current = assemble(toy_model(), library, words).requires_grad_(False)
+    current = load_model(assemble(Checkpoint.of(toy_model()), library, words), frozen=True)
     own, rows = score_given(parent, current, units, batches)
     assert own["kl"] > 0
     table = {(row["layer"], row["kind"], row["word"]): row for row in rows}
     assert abs(table[1, "ffn", "swiglu-24"]["kl"]) < 1e-6  # it stands there already
     words[2] = ("linear", words[2][1])
-    after = assemble(toy_model(), library, words).requires_grad_(False)
+    after = load_model(assemble(Checkpoint.of(toy_model()), library, words), frozen=True)
     change = score_given(parent, after, {}, batches)[0]["kl"] - own["kl"]
     assert abs(table[2, "attention", "linear"]["kl"] - change) < 1e-5
 
@@ -99,7 +100,7 @@ def test_a_pair_stands_for_both_words(tmp_path):
     found = score_batch(parent, load_units(library, parent, paired), Target.of(parent, batch))
     architecture = list(parent.config.words)
     architecture[1] = words
-    child = assemble(toy_model(), library, architecture).requires_grad_(False)
+    child = load_model(assemble(Checkpoint.of(parent), library, architecture), frozen=True)
     whole = score_batch(child, {}, Target.of(parent, batch))[()]
     for metric, (value, _) in whole.items():
         assert abs(found[pair][metric][0] - value) < 1e-3
@@ -107,7 +108,7 @@ def test_a_pair_stands_for_both_words(tmp_path):
 
 def test_an_architecture_of_parent_words_is_the_parent_bit_for_bit(tmp_path):
     parent, _, library = _library(tmp_path)
-    built = assemble(toy_model(), library, parent.config.words)
+    built = load_model(assemble(Checkpoint.of(parent), library, parent.config.words))
     for a, b in zip(parent.parameters(), built.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -115,7 +116,7 @@ def test_an_architecture_of_parent_words_is_the_parent_bit_for_bit(tmp_path):
 def test_an_assembled_model_is_what_its_words_say(tmp_path):
     parent, space, library = _library(tmp_path)
     words = [(space.words(i, "attention")[-1 - i], space.words(i, "ffn")[i]) for i in range(3)]
-    child = assemble(toy_model(), library, words)
+    child = load_model(assemble(Checkpoint.of(parent), library, words))
     assert list(child.config.words) == words
     assert sum(p.numel() for p in child.parameters()) == child.config.num_params()
     for layer, pair in enumerate(words):
