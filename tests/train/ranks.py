@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.preferences import Pair
-from tessera.model.checkpoint import whole
+from tessera.model.checkpoint import save_model, whole
 from tessera.model.config import uniform
 from tessera.model.transformer import Transformer
 from tessera.objectives.grpo import PolicyGradient, PolicyLossConfig
@@ -37,7 +37,7 @@ from tessera.train.optim import TrainConfig
 from tests import tiny
 from tests.toy import ToySource, split_rows, toy_batch, toy_config
 
-# With what two processes cannot split: one KV head, a width of 9, and rows of 15 tokens.
+# With what two processes cannot split: one KV head, a width of 9, and rows of 17 tokens.
 WORDS = (("gqa-4", "swiglu-48"), ("noop", "swiglu-9"), ("gqa-2", "noop"), ("linear", "linear"))
 WORDS += (("gqa-1", "swiglu-10"),)
 
@@ -56,7 +56,7 @@ class Ranks(ToySource):
 
 
 def documents(step: int) -> list[Batch]:
-    rows = split_rows(toy_batch(step, rows=4, length=15))
+    rows = split_rows(toy_batch(step, rows=4, length=17))
     for mode, row in enumerate(rows):
         row.mode = torch.full_like(row.tokens, mode % 3)
     return rows
@@ -163,6 +163,9 @@ def train(
     with contextlib.suppress(KeyboardInterrupt), opened:
         Trainer(module, loss, source, config, opened).fit()
     _save({k: v.detach() for k, v in module.named_parameters()}, out)
+    if config.parallel.pipeline > 1:
+        assert isinstance(module, Transformer)
+        save_model(module, opened.model_path)
 
 
 def gradients(out: str, **settings: Any) -> None:
@@ -177,6 +180,8 @@ def gradients(out: str, **settings: Any) -> None:
 
 def _save(tensors: dict[str, Tensor], out: str) -> None:
     tensors = {key: whole(tensor).contiguous() for key, tensor in tensors.items()}
+    for of_a_stage in dist.gather(tensors):
+        tensors |= of_a_stage
     if dist.is_main():
         save_file(tensors, out)
     dist.barrier()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tessera.model.checkpoint import load_model
 from tessera.model.placement import Layout, LayoutError, ParallelConfig
 from tessera.puzzle.bld import BLDConfig
 from tessera.runs.run import read_metrics
@@ -26,14 +27,9 @@ NAMES = ("lm", "sft", "kd", "bld")
 OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
 TENSOR = {"parallel": {"tensor": 2, "gradient_checkpointing": "selective"}}
 REPLICAS, OFFLOAD = {"parallel": {"shard": 2}}, {"parallel": {"offload": True}}
-LAYOUTS = (
-    "2-lm-tensor",
-    "2-kd-tensor",
-    "2-kd-offload",
-    "4-kd-tensor",
-    "4-kd-shard",
-    "4-kd-context",
-)
+PIPELINE = {"parallel": {"pipeline": 2}}
+LAYOUTS = ("2-lm-tensor", "2-kd-tensor", "2-kd-offload", "2-lm-pipeline", "2-sft-pipeline")
+LAYOUTS += ("4-kd-tensor", "4-kd-shard", "4-kd-context", "4-lm-pipeline")
 # Rows that two processes share: of documents that cross the cut, under a window and QK norms, and
 # of objectives whose losses are of whole answers.
 CONTEXT = {"parallel": {"context": 2}}
@@ -66,6 +62,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two = [{"out": str(home / "2.safetensors"), **TENSOR}]
     two += [_job(home, f"2-{name}-tensor", name, **TENSOR) for name in ("lm", "kd")]
     two.append(_job(home, "2-kd-offload", "kd", **OFFLOAD))
+    two += [_job(home, f"2-{name}-pipeline", name, **PIPELINE) for name in ("lm", "sft")]
+    two += [_job(home, "2-lm-piped-again", "lm", stop=stop, **PIPELINE) for stop in (3, None)]
+    two.append(_job(home, "21-lm-pipeline", "lm", stop=3, **PIPELINE))
     train(**_job(home, "1-wide", "wide"))
     eight = {"optimizer": "adamw-8bit", "parallel": {"tensor": 2, "offload": True}}
     two.append(_job(home, "2-wide", "wide", **eight))
@@ -81,7 +80,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(CODE, json.dumps(two))
     four = [_job(home, "4-kd-tensor", "kd", **TENSOR), _job(home, "4-kd-shard", "kd", **REPLICAS)]
     four.append(_job(home, "4-kd-context", "kd", **CONTEXT))
+    both = {"parallel": {"pipeline": 2, "tensor": 2, "gradient_checkpointing": True}}
+    four.append(_job(home, "4-lm-pipeline", "lm", **both))
     run_ranks(CODE, json.dumps(four), world=4)
+    train(**_job(home, "21-lm-pipeline", "lm"))
     for name in NAMES:
         train(**_job(home, f"21-{name}", name))
     return home
@@ -126,6 +128,13 @@ def test_moments_of_8_bits_are_near_and_resume_bit_for_bit(home: Path):
     assert losses == pytest.approx([row["loss"] for row in plain], rel=1e-3)
     assert losses[0] == pytest.approx(plain[0]["loss"], rel=1e-6)
     assert losses[-1] != plain[-1]["loss"]
+
+
+def test_a_pipeline_resumes_and_is_saved(home: Path):
+    _assert_equal(home, "2-lm-piped-again", "2-lm-pipeline")
+    _assert_close(home, "21-lm-pipeline", "1-lm")
+    weights, saved = _result(home, "2-lm-pipeline")[0], load_model(home / "2-lm-pipeline" / "model")
+    assert all(torch.equal(value, weights[key]) for key, value in saved.state_dict().items())
 
 
 @pytest.mark.parametrize("name", SHARED)
