@@ -9,9 +9,9 @@ import datetime as dt
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tessera.devices import DeviceError
 from tessera.table import nearest
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 PATIENCE = dt.timedelta(days=30)  # how long the others wait for work that one process does
 TIMEOUT = 120  # minutes, unless the environment variable TESSERA_TIMEOUT says
 
@@ -77,9 +78,13 @@ def device() -> torch.device:
 
     kind = _chosen[-1] if _chosen else os.environ.get("TESSERA_DEVICE") or _accelerator()
     if kind not in KINDS:
-        raise DeviceError(f"unknown device {kind!r}; {nearest(kind, KINDS)}")
+        hint = "; CUDA_VISIBLE_DEVICES says which of several" if kind.startswith("cuda:") else ""
+        raise DeviceError(f"unknown device {kind!r}; {nearest(kind, KINDS)}{hint}")
     if kind not in ("cpu", _accelerator()):
-        raise DeviceError(f"there is no device {kind!r} here; torch {torch.__version__} sees none")
+        raise DeviceError(
+            f"there is no device {kind!r} here: torch {torch.__version__} computes on "
+            f"{' or '.join(dict.fromkeys((_accelerator(), 'cpu')))}; say that, or leave it out"
+        )
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank())
 
 
@@ -114,6 +119,15 @@ def device_memory() -> int | None:
     if device().type in ("cuda", "xpu"):
         return getattr(torch, device().type).get_device_properties(device()).total_memory
     return torch.mps.recommended_max_memory() if device().type == "mps" else None
+
+
+def widest_float(of: torch.device | None = None) -> torch.dtype:
+    """float64, or float32 where the device (this process's, unless given) has none, as MPS."""
+    import torch
+
+    where = of or device()
+    known = where.type != "xpu" or torch.xpu.get_device_properties(where).has_fp64
+    return torch.float64 if known and where.type != "mps" else torch.float32
 
 
 @contextmanager
@@ -203,15 +217,32 @@ def broadcast(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every process's picklable object, in the order of ranks, in every process."""
+def gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:
+    """The picklable object of every process, or of a group's, in each, in the order of ranks."""
     if world() == 1:
         return [value]
     import torch.distributed
 
-    everyone: list[Any] = [None] * world()
-    torch.distributed.all_gather_object(everyone, value)
+    everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyone, value, group)
     return everyone
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """What the main process computes, in every process; what it raises is raised in all of them."""
+    if world() == 1:
+        return compute()
+    found: tuple[T | None, Exception | None] = (None, None)
+    if is_main():
+        try:
+            found = compute(), None
+        except Exception as error:
+            found = None, error
+    barrier()  # which waits longer than a broadcast does
+    value, error = broadcast(found)
+    if error is not None:
+        raise error
+    return value
 
 
 def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:

@@ -31,21 +31,22 @@ from tessera.model.sequence import all_tokens, own_tokens
 from tessera.model.transformer import Transformer
 
 
-def split_model(module: Transformer, mesh: DeviceMesh) -> None:
-    """Tensor parallelism (Megatron): columns in, rows out, an exchange before and after each.
+def split_model(module: nn.Module, config: ModelConfig, mesh: DeviceMesh) -> None:
+    """Tensor parallelism (Megatron) of a model, or of parts that are put into one: columns in,
+    rows out, an exchange before and after each subblock. What is split already stays as it is.
 
     A model that is trained is sequence-parallel too: between subblocks, a process holds the
     residual stream of its own part of the tokens, and norms see that part alone.
     """
-    trained = any(parameter.requires_grad for parameter in module.parameters())
-    for block in module.blocks:
-        for subblock in (block.attention, block.ffn):
-            if not isinstance(subblock.variant, NoOp):
-                _split_heads_and_channels(subblock, module.config, mesh, trained)
-    if trained:
-        module.tokens_mesh = mesh
-        if module.stage is None or module.stage.last:
-            module.norm.mesh = mesh
+    model = module if isinstance(module, Transformer) else None
+    trained = model is not None and any(one.requires_grad for one in model.parameters())
+    for part in module.modules():
+        if isinstance(part, Subblock) and not isinstance(part.variant, NoOp):
+            _split_heads_and_channels(part, config, mesh, trained)
+    if model is not None and trained:
+        model.tokens_mesh = mesh
+        if model.stage is None or model.stage.last:
+            model.norm.mesh = mesh
 
 
 def _split_heads_and_channels(
@@ -53,11 +54,14 @@ def _split_heads_and_channels(
 ) -> None:
     """What does not divide (`splits`) stays whole on every process, which then sees all tokens."""
     op, split = subblock.op, splits(config, subblock.variant, mesh.size())
+    if any(isinstance(one, DTensor) for one in op.parameters()):
+        return  # before, when it was part of another model
     if split:
         columns, row = ("qkv", "o") if isinstance(op, Attention) else (("gate", "up"), "down")
         plan: dict[str, ParallelStyle] = {f"{name}_proj": ColwiseParallel() for name in columns}
         out = Shard(1) if by_tokens else Replicate()
-        parallelize_module(op, mesh, plan | {f"{row}_proj": RowwiseParallel(output_layouts=out)})
+        plan[f"{row}_proj"] = RowwiseParallel(output_layouts=out)
+        parallelize_module(op, mesh, plan, src_data_rank=None)  # each process has all of it
         if config.qk_norm and isinstance(op, Attention):  # every process has some of the heads
             op.q_norm.mesh = op.k_norm.mesh = mesh
     if by_tokens:

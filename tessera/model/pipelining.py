@@ -97,23 +97,24 @@ def one_forward_one_backward(
     into = _room(module, tokens[0])
     _trade(_receiving(into, module))
     for number in range(len(tokens) + ahead):
-        behind, slope = number - ahead, None
         upwards: list[P2POp] = []
         downwards: list[P2POp] = []
+        slope = None
         if number < len(tokens):
             out = forward(number)
             held.append((into, out))
             if out is not None:
                 upwards.append(P2POp(isend, out.detach().contiguous(), stage.after))
-        if behind >= 0 and not stage.last:
-            slope = torch.empty_like(held[0][1], memory_format=torch.contiguous_format)
+        if number >= ahead and (out := held[0][1]) is not None:
+            slope = torch.empty_like(out, memory_format=torch.contiguous_format)
             upwards.append(P2POp(irecv, slope, stage.after))
         _trade(upwards)
-        if behind >= 0:
+        if number >= ahead:
             before, after = held.popleft()
             if after is not None:
                 after.backward(slope)
             if before is not None:
+                assert before.grad is not None
                 downwards.append(P2POp(isend, before.grad.contiguous(), stage.before))
         if number + 1 < len(tokens):
             into = _room(module, tokens[number + 1])

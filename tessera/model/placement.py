@@ -16,10 +16,10 @@ A layout changes no result beyond rounding, so it is no part of a run's fingerpr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,11 +38,14 @@ from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import ModelConfig
 from tessera.model.parallel import split_model
 from tessera.model.pipelining import Stage, keep_stage
+from tessera.model.placed import DtypeName
+from tessera.model.placed import PlacedConfig as PlacedConfig
 from tessera.model.source import load_config
 from tessera.model.transformer import Checkpointing, Transformer
 from tessera.runs.files import RunError
-from tessera.runs.recipe import Config
 
+K = TypeVar("K")
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,7 +57,6 @@ PIPELINED = (
     "parallel.pipeline applies to stages that train one model on documents (parent, cpt, sft); "
     "leave it at 1 here"
 )
-DtypeName = Literal["auto", "float32", "bfloat16"]
 
 
 class ParallelConfig(BaseModel):
@@ -139,6 +141,27 @@ class Layout:
         around = self.rank - self.stage_world, self.rank + self.stage_world
         return Stage(number, self.pipeline, *around, dtype)
 
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share of work that any process may do; all of a tensor group have it."""
+        return items[self.data_rank :: self.data_world]
+
+    def title(self, label: str) -> str:
+        """A label of the progress of this process's share."""
+        return label if self.data_world == 1 else f"{label}, 1 of {self.data_world} shares"
+
+    def share(self, count: int, compute: Callable[[int], T]) -> list[T]:
+        """What `compute` returns of each index below `count`, in every process; each is computed by
+        one tensor group."""
+        found = self.joined({index: compute(index) for index in self.mine(range(count))})
+        return [found[index] for index in range(count)]
+
+    def joined(self, rows: dict[K, T]) -> dict[K, T]:
+        """The entries of every process's dictionary, in every process."""
+        if self.data_world == 1:
+            return rows
+        dist.barrier()  # which waits longer than a gathering does
+        return {key: row for one in dist.gather(rows) for key, row in one.items()}
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the data of all processes; those of a tensor group say the same thing, and
         of a pipeline the last stage is asked."""
@@ -160,6 +183,9 @@ class Layout:
         """The part of the grid that FSDP shards over; two-dimensional where there are replicas."""
         mesh = self.mesh()
         return mesh["shard"] if self.replicate == 1 else mesh["replicate", "shard"]
+
+
+ALONE = Layout(1, 1, 1, 0)
 
 
 def _divisors(number: int) -> str:
@@ -184,6 +210,11 @@ class Placement:
         return Layout.of(self.config)
 
     @property
+    def tensor_mesh(self) -> DeviceMesh | None:
+        """The processes that split heads and channels with this one, if there are others."""
+        return self.layout.mesh()["tensor"] if self.config.tensor > 1 else None
+
+    @property
     def needed(self) -> bool:
         """Whether FSDP is: not in one process that computes in float32 with what it holds."""
         plain = self.dtype == torch.float32 and not self.config.offload
@@ -205,8 +236,7 @@ class Placement:
             self._keep_stage(module)
         for block in module.blocks:
             block.gradient_checkpointing = self.config.gradient_checkpointing
-        if self.config.tensor > 1:
-            split_model(module, self.layout.mesh()["tensor"])
+        self.split(module, module.config)
         if self.config.compile:
             for block in module.blocks:
                 block.compile()
@@ -224,15 +254,20 @@ class Placement:
             raise LayoutError(f"parallel.pipeline = {count} is more than the {layers} layers")
         keep_stage(module, self.layout.stage(self.dtype))
 
+    def split(self, module: nn.Module, config: ModelConfig) -> None:
+        """Gives each process of a tensor group its heads and channels of every subblock there."""
+        if (mesh := self.tensor_mesh) is not None:
+            split_model(module, config, mesh)
+
     def units(self, units: Iterable[nn.Module]) -> None:
         """Independent modules, each called on its own, spread over the processes.
 
-        Raises LayoutError for tensor parallelism: they are split over the data alone.
+        Raises LayoutError for another layout: they are split over the data alone.
         """
-        if self.config.tensor > 1 or self.config.context > 1:
+        if max(self.config.tensor, self.config.context, self.config.pipeline) > 1:
             raise LayoutError(
-                "parallel.tensor and parallel.context do not apply to block-wise distillation, "
-                "whose units are small; leave them at 1"
+                "parallel.tensor, parallel.context and parallel.pipeline do not apply to "
+                "block-wise distillation, whose units are small; leave them at 1"
             )
         if self.needed:
             sharded = [self._shard(unit) for unit in units if any(True for _ in unit.parameters())]
@@ -254,22 +289,7 @@ class Placement:
         return sharded
 
 
-class PlacedConfig(Config):
-    """Of a stage that runs models and trains none.
-
-    dtype: "auto" is bfloat16 on an accelerator and float32 on a CPU. tensor: processes that hold
-    one model together, each some of its heads and channels: the fewest whose memory it fits,
-    unless given. The groups share the stage's work.
-    """
-
-    EXECUTION: ClassVar = frozenset({"tensor"})
-
-    dtype: DtypeName = "auto"
-    tensor: int | None = Field(default=None, ge=1)
-
-    def placement(self, *models: str | Path) -> Placement:
-        """For running these models, all of them in memory at once. Raises LayoutError."""
-        return for_inference(*models, dtype=self.dtype, tensor=self.tensor)
+HERE = Placement()  # in one process, in float32
 
 
 def inference_dtype(name: DtypeName = "auto") -> torch.dtype:
@@ -291,19 +311,44 @@ def for_inference(
     return Placement(ParallelConfig(tensor=ways), number, shards=False)
 
 
+def beside_training(
+    model: str | Path, training: Placement, dtype: DtypeName = "auto", tensor: int | None = None
+) -> Placement:
+    """Where a copy for generation lives of a model that these processes train.
+
+    dtype: "auto" is what the training computes in. tensor: as in `for_inference`, a multiple or a
+    divisor of the training's; the fewest that have room for it beside the state of training, and
+    no fewer than the training's, unless given. Raises LayoutError.
+    """
+    number = training.dtype if dtype == "auto" else DTYPES[dtype]
+    config, layout = load_config(model), training.layout
+    held = TRAINED_BYTES * config.num_params() / (layout.shard * layout.tensor)
+    ways = tensor or _fewest([config], number, layout.tensor, held)
+    if ways % layout.tensor and layout.tensor % ways:
+        raise LayoutError(
+            f"tensor = {ways} is neither a multiple nor a divisor of parallel.tensor = "
+            f"{layout.tensor}; leave it out, or give one of them"
+        )
+    return Placement(ParallelConfig(tensor=ways), number, shards=False)
+
+
 # Share of a device's memory that weights may take: the rest is for caches and activations.
 ROOM = 0.7
+TRAINED_BYTES = 16  # of a parameter, its gradient and two moments
 
 
-def _fewest(configs: Sequence[ModelConfig], dtype: torch.dtype) -> int:
+def _fewest(
+    configs: Sequence[ModelConfig], dtype: torch.dtype, least: int = 1, held: float = 0
+) -> int:
+    """least: of them, a divisor. held: bytes that each process needs for other things."""
     room = dist.device_memory()
     if room is None:
-        return 1
+        return least
     needed = dtype.itemsize * sum(config.num_params() for config in configs)
-    ways = [n for n in range(1, dist.world() + 1) if dist.world() % n == 0]
+    ways = [n for n in range(least, dist.world() + 1, least) if dist.world() % n == 0]
     fits = [n for n in ways if all(config.num_attention_heads % n == 0 for config in configs)]
     for count in fits:
-        if needed / count <= ROOM * room:
+        if needed / count + held <= ROOM * room:
             return count
     raise LayoutError(
         f"{needed / 1e9:.0f} GB of weights do not fit {dist.world()} devices of "

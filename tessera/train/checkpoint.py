@@ -143,7 +143,7 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     for key, parameter in trainer.trainable.items():
         tensors[f"model.{key}"] = parameter.detach()
         for field, value in trainer.optimizer.state.get(parameter, {}).items():
-            local = value.to_local() if isinstance(value, DTensor) else value
+            local: Any = value.to_local() if isinstance(value, DTensor) else value
             if hasattr(local, "codes"):  # torchao's; its blocks are of this process's part
                 tensors[f"optimizer.{field}.codes.{place}.{key}"] = local.codes
                 tensors[f"optimizer.{field}.scale.{place}.{key}"] = local.scale

@@ -194,11 +194,12 @@ class Trainer:
         flops = sum(self.objective.flops(self.module, b) for b in batches) / self.layout.context
         batches = [batch.shared(self.layout).to(dist.device()) for batch in batches]
         self.watch.at(f"{here}: summing weights")
-        weights = [self.objective.weight(batch).double() for batch in batches]
+        wide = dist.widest_float()
+        weights = [self.objective.weight(batch).to(wide) for batch in batches]
         weight = float(self.layout.sum(torch.stack(weights).sum()))
         if weight <= 0:
             raise FailureError(f"{here} has no trained token; check the data's weights")
-        totals = {"flops": torch.tensor(flops, dtype=torch.float64, device=dist.device())}
+        totals = {"flops": torch.tensor(flops, dtype=wide, device=dist.device())}
         for batch in batches:
             _add(totals, "tokens", (batch.segments >= 0).sum())
         self._backward(here, batches, weight, totals)
@@ -248,7 +249,7 @@ class Trainer:
     def _sums(self, totals: dict[str, Tensor]) -> dict[str, float]:
         """The totals of all processes; of a pipeline the last stage knows them all."""
         names = list(totals) if self.stage is None else dist.broadcast(list(totals), -1)
-        zero = torch.zeros((), dtype=torch.float64, device=dist.device())
+        zero = torch.zeros((), dtype=dist.widest_float(), device=dist.device())
         summed = self.layout.sum(torch.stack([totals.get(name, zero) for name in names]))
         return dict(zip(names, summed.tolist(), strict=True))
 
@@ -267,8 +268,8 @@ class Trainer:
 
 
 def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
-    """Sums in float64, where the value is: reading it here would wait for the device."""
-    value = value.detach().double()
+    """Sums in the widest float, where the value is: reading it here would wait for the device."""
+    value = value.detach().to(dist.widest_float(value.device))
     totals[key] = totals[key] + value if key in totals else value
 
 

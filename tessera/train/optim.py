@@ -112,7 +112,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
     if config.optimizer == "adamw-8bit":
         from torchao.optim import AdamW8bit
 
-        return AdamW8bit(listed, lr=torch.tensor(config.lr), betas=config.betas)
+        return AdamW8bit(listed, lr=torch.tensor(config.lr), betas=config.betas)  # type: ignore[arg-type]
     return torch.optim.AdamW(listed, lr=config.lr, betas=config.betas, fused=True)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tessera import dist
 from tessera.export import decilm
 from tessera.export.engines import Format, refusals
 from tessera.export.padding import widen
@@ -154,14 +155,21 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, module: Transformer, config: VLLMConfig | None = None, *, batch: int = 256
+        self,
+        module: Transformer,
+        config: VLLMConfig | None = None,
+        *,
+        batch: int = 256,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.settings = config = config or VLLMConfig()
         self.config, self.batch, self.version = module.config, batch, 0
         self.python = find_python(config.python)
-        self.cuda = torch.cuda.is_available()
-        default = torch.bfloat16 if self.cuda else torch.float32
-        self.dtype = default if config.dtype == "auto" else getattr(torch, config.dtype)
+        kind = dist.device().type
+        if kind not in ("cuda", "cpu"):
+            raise GenerationError(f'vLLM is not run on {kind} here; say engine = "tessera"')
+        self.cuda = kind == "cuda"
+        self.dtype = dtype or module.head.dtype
         stock = "vllm" if self.cuda else "vllm-cpu"
         self.form: Format = _form(module.config, "vllm-plugin" if config.plugin else stock)
         self.room = config.max_model_len or module.config.max_position_embeddings

@@ -13,10 +13,17 @@ from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import KINDS
 from tessera.model.context import Context
 from tessera.puzzle.library import BlockLibrary, assemble, load_unit, save_library, unit_file
-from tessera.puzzle.score import Target, load_units, score_batch, score_given
+from tessera.puzzle.score import LibraryUnits, score_cells, score_given
 from tessera.puzzle.space import SpaceConfig, Unit, build_space
 from tessera.puzzle.surgery import collect_statistics
 from tests.toy import toy_batch, toy_model
+
+
+def added_up(current, one, units=None, parent=None) -> dict:
+    """What is added up of one batch, by unit."""
+    cells = {(layer, 0) for layer in range(len(current.blocks) + 1)}
+    found = score_cells(parent or current, current, units or {}, [one], cells)
+    return {unit: own for _, of_layer in found for unit, own in of_layer.items()}
 
 
 def _library(tmp_path):
@@ -30,7 +37,7 @@ def _library(tmp_path):
 def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
     parent, space, library = _library(tmp_path)
     batch = toy_batch(2)
-    found = score_batch(parent, load_units(library, parent, space), Target.of(parent, batch))
+    found = added_up(parent, batch, LibraryUnits.of(library, parent, space))
     context = lambda: Context(batch.positions, batch.segments)  # noqa: E731
     log_p = F.log_softmax(parent.logits(parent(batch.tokens, context())), -1)
     for layer, kind, word in space.replacements():
@@ -59,7 +66,7 @@ def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
 
 def test_scores_given_an_architecture_are_changes_to_it(tmp_path):
     parent, space, library = _library(tmp_path)
-    units, batches = load_units(library, parent, space), [toy_batch(2), toy_batch(3)]
+    units, batches = LibraryUnits.of(library, parent, space), [toy_batch(2), toy_batch(3)]
     words = [("gqa-2", "noop"), ("noop", "swiglu-24"), parent.config.words[2]]
     current = load_model(assemble(Checkpoint.of(toy_model()), library, words), frozen=True)
     own, rows = score_given(parent, current, units, batches)
@@ -74,9 +81,9 @@ def test_scores_given_an_architecture_are_changes_to_it(tmp_path):
 
 def test_scores_given_the_parent_are_replace_one_scores(tmp_path):
     parent, space, library = _library(tmp_path)
-    units, batch = load_units(library, parent, space), toy_batch(2)
+    units, batch = LibraryUnits.of(library, parent, space), toy_batch(2)
     _, rows = score_given(parent, parent, units, [batch])
-    found = score_batch(parent, units, Target.of(parent, batch))
+    found = added_up(parent, batch, units)
     for row in rows:
         sums = found[row["layer"], row["kind"], row["word"]]
         kl, weight = sums["kl"]
@@ -97,11 +104,11 @@ def test_a_pair_stands_for_both_words(tmp_path):
     save_file(block.state_dict(), path)
     paired = replace(space, pairs=(pair,))
     batch = toy_batch(2)
-    found = score_batch(parent, load_units(library, parent, paired), Target.of(parent, batch))
+    found = added_up(parent, batch, LibraryUnits.of(library, parent, paired))
     architecture = list(parent.config.words)
     architecture[1] = words
     child = load_model(assemble(Checkpoint.of(parent), library, architecture), frozen=True)
-    whole = score_batch(child, {}, Target.of(parent, batch))[()]
+    whole = added_up(child, batch, parent=parent)[()]
     for metric, (value, _) in whole.items():
         assert abs(found[pair][metric][0] - value) < 1e-3
 
