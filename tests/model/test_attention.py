@@ -146,8 +146,8 @@ def test_parts_of_rows_are_the_whole(
         mesh: Any = SimpleNamespace(size=lambda: world, get_local_rank=lambda r=rank: r)
         part = Part(mesh, context.positions, context.segments, context.prefix)
         positions, segments = context.positions[:, own], context.segments[:, own]
-        gathered = (x[:, order].transpose(0, 1).flatten(0, 1) for x in (k, v))
-        monkeypatch.setattr(attention, "_all_parts", lambda *_: next(gathered))  # noqa: B023
+        gathered = [x[:, order].transpose(0, 1).flatten(0, 1) for x in (k, v)]
+        monkeypatch.setattr(attention, "_all_parts", lambda *_, found=gathered: found)
         here = Context(positions, segments, sliding_window=window, part=part)
         out = out.index_copy(1, own, attend(q[:, own], k[:, own], v[:, own], here))
     expected = by_sdpa(*inputs, dense(context)[:, None])
@@ -158,8 +158,8 @@ def test_parts_of_rows_are_the_whole(
 def test_no_mask_grows_with_the_square_of_a_row(what: str, monkeypatch: pytest.MonkeyPatch):
     length, sizes, sdpa = 8192, [], F.scaled_dot_product_attention
 
-    def noted(*inputs: Tensor, attn_mask: Tensor, **settings: Any) -> Tensor:
-        sizes.append(attn_mask.numel())
+    def noted(*inputs: Tensor, attn_mask: Tensor | None, **settings: Any) -> Tensor:
+        sizes.append(0 if attn_mask is None else attn_mask.numel())
         return sdpa(*inputs, attn_mask=attn_mask, **settings)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)

@@ -37,7 +37,7 @@ from tessera.train.optim import TrainConfig
 from tests import tiny
 from tests.toy import ToySource, split_rows, toy_batch, toy_config
 
-# With what two processes cannot split: one KV head, a width of 9, and rows of 17 tokens.
+# With what two processes cannot split: one KV head, a width of 9, and rows of 15 tokens.
 WORDS = (("gqa-4", "swiglu-48"), ("noop", "swiglu-9"), ("gqa-2", "noop"), ("linear", "linear"))
 WORDS += (("gqa-1", "swiglu-10"),)
 
@@ -56,7 +56,7 @@ class Ranks(ToySource):
 
 
 def documents(step: int) -> list[Batch]:
-    rows = split_rows(toy_batch(step, rows=4, length=17))
+    rows = split_rows(toy_batch(step, rows=4, length=15))
     for mode, row in enumerate(rows):
         row.mode = torch.full_like(row.tokens, mode % 3)
     return rows
@@ -81,11 +81,8 @@ def answers(step: int) -> list[Batch]:
     return made
 
 
-CHANGES: dict[str, Any] = {}  # of the models' config, for the job that runs
-
-
 def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    module = tiny.model(toy_config(5, **{"qk_norm": True, **CHANGES}).with_words(WORDS))
+    module = tiny.model(toy_config(5, qk_norm=True, sliding_window=5).with_words(WORDS))
     return config.placement.transformer(module), LM()
 
 
@@ -106,7 +103,7 @@ def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
 
 
 def frozen(config: TrainConfig) -> Transformer:
-    teacher = tiny.model(toy_config(5, **CHANGES), seed=1).requires_grad_(False)
+    teacher = tiny.model(toy_config(5), seed=1).requires_grad_(False)
     return config.placement.transformer(teacher)
 
 
@@ -130,21 +127,11 @@ def bld(config: TrainConfig) -> tuple[nn.Module, Objective]:
 MAKE = {"lm": lm, "wide": wide, "sft": sft, "kd": kd, "bld": bld, "rpo": rpo, "grpo": grpo}
 
 
-def train(
-    objective: str,
-    run: str,
-    out: str,
-    stop: int | None = None,
-    changes: dict[str, Any] | None = None,
-    **settings: Any,
-) -> None:
+def train(objective: str, run: str, out: str, stop: int | None = None, **settings: Any) -> None:
     """Train in run directory `run` and write the final weights, whole, to `out`.
 
     settings: those of TrainConfig; `stop`: the run is interrupted before that step (from 0).
-    changes: of the models' config.
     """
-    CHANGES.clear()
-    CHANGES.update(changes or {})
     config = TrainConfig(**{"steps": 6, "lr": 3e-3, "save_seconds": 1e-9, **settings})
     module, loss = MAKE[objective](config)
     source = Ranks(config, objective)
@@ -173,6 +160,7 @@ def gradients(out: str, **settings: Any) -> None:
     config = TrainConfig(steps=1, **settings)
     module, objective = lm(config)
     for batch in Ranks(config, "lm").batches(0):
+        batch = batch.shared(config.placement.layout)
         for loss, _ in objective.losses(module, batch):
             loss.backward()
     _save({k: v.grad for k, v in module.named_parameters() if v.grad is not None}, out)
