@@ -111,7 +111,12 @@ class Layout:
     @property
     def data_rank(self) -> int:
         """Which of them this one is."""
-        return self.rank // (self.tensor * self.context)
+        return self.rank // self.sharing
+
+    @property
+    def sharing(self) -> int:
+        """How many processes have the same rows, one behind the other."""
+        return self.tensor * self.context
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of work that any process may do; all of a tensor group have it."""
@@ -146,7 +151,7 @@ class Layout:
 
     def context_mesh(self) -> DeviceMesh:
         """The processes that share this one's rows."""
-        shape = dist.world() // (self.context * self.tensor), self.context, self.tensor
+        shape = dist.world() // self.sharing, self.context, self.tensor
         return dist.mesh(shape, ("rows", "context", "tensor"))["context"]
 
     def data_mesh(self) -> DeviceMesh:
