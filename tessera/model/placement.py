@@ -128,7 +128,7 @@ class Layout:
     @property
     def data_rank(self) -> int:
         """Which of them this one is."""
-        return self.rank // (self.tensor * self.context) % self.data_world
+        return self.rank // self.sharing % self.data_world
 
     @property
     def stage_world(self) -> int:
@@ -143,8 +143,13 @@ class Layout:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the first of its tensor group, which judges and writes for all of it."""
-        return self.rank % self.tensor == 0
+        """Whether it is the first of those with its rows, which judges and writes for all of them."""
+        return self.rank % self.sharing == 0
+
+    @property
+    def sharing(self) -> int:
+        """How many processes have the same rows, one behind the other."""
+        return self.tensor * self.context
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of work that any process may do; all of a tensor group have it."""
@@ -181,7 +186,7 @@ class Layout:
 
     def context_mesh(self) -> DeviceMesh:
         """The processes that share this one's rows."""
-        shape = dist.world() // (self.context * self.tensor), self.context, self.tensor
+        shape = dist.world() // self.sharing, self.context, self.tensor
         return dist.mesh(shape, ("rows", "context", "tensor"))["context"]
 
     def data_mesh(self) -> DeviceMesh:
