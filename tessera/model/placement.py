@@ -42,7 +42,8 @@ from tessera.model.source import load_config
 from tessera.model.transformer import Checkpointing, Transformer
 from tessera.runs.files import RunError
 
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
