@@ -143,7 +143,7 @@ class Layout:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the first of those with its rows, which judges and writes for all of them."""
+        """Whether it is the first of those with its rows, which writes for all of them."""
         return self.rank % self.sharing == 0
 
     @property
