@@ -49,7 +49,7 @@ class Matrix:
             self.blocked = reordered(weight)
             # Left for few rows, if any; for those, (I, O) order streams faster than (O, I).
             few = self.transposed[:, : weight.shape[0] if self.onednn_rows > 1 else 0]
-            self.transposed = few.contiguous()
+            self.transposed = few.clone(memory_format=torch.contiguous_format)  # never a view
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] >= self.onednn_rows:
