@@ -360,5 +360,5 @@ def _interleave(rows: Tensor, dim: int) -> Tensor:
 
 def tensor_group(module: Transformer) -> DeviceMesh | None:
     """The processes that hold a module together, as `Placement` splits it with `shards` off."""
-    meshes = {mesh_of(parameter) for parameter in module.parameters()} - {None}
+    meshes = {mesh for one in module.parameters() if (mesh := mesh_of(one)) is not None}
     return next((mesh for mesh in meshes if mesh.mesh_dim_names == ("tensor",)), None)
