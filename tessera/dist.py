@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tessera.devices import DeviceError
 from tessera.table import nearest
@@ -20,7 +21,26 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 PATIENCE = dt.timedelta(days=30)  # how long the others wait for work that one process does
+TIMEOUT = 120  # minutes, unless the environment variable TESSERA_TIMEOUT says
+
+
+def timeout() -> dt.timedelta:
+    """How long a collective waits for the slowest process: its rollouts and its judging, too.
+
+    The end of a process ends the job at once under torchrun; this is for one that hangs.
+    """
+    given = os.environ.get("TESSERA_TIMEOUT", str(TIMEOUT))
+    try:
+        minutes = float(given)
+        if not 0 < minutes < math.inf:
+            raise ValueError
+    except ValueError:
+        raise DeviceError(
+            f"TESSERA_TIMEOUT = {given!r} is no number of minutes above 0; the default is {TIMEOUT}"
+        ) from None
+    return dt.timedelta(minutes=minutes)
 
 
 def rank() -> int:
@@ -44,6 +64,7 @@ def is_main() -> bool:
 
 
 KINDS = ("cuda", "xpu", "mps", "cpu")  # ROCm's torch says cuda, too
+HOST = "cpu"  # the machine's memory, where an accelerator's parameters may wait
 _chosen: list[str] = []  # the kind of device said for the job, then for the stage
 
 
@@ -57,9 +78,13 @@ def device() -> torch.device:
 
     kind = _chosen[-1] if _chosen else os.environ.get("TESSERA_DEVICE") or _accelerator()
     if kind not in KINDS:
-        raise DeviceError(f"unknown device {kind!r}; {nearest(kind, KINDS)}")
+        hint = "; CUDA_VISIBLE_DEVICES says which of several" if kind.startswith("cuda:") else ""
+        raise DeviceError(f"unknown device {kind!r}; {nearest(kind, KINDS)}{hint}")
     if kind not in ("cpu", _accelerator()):
-        raise DeviceError(f"there is no device {kind!r} here; torch {torch.__version__} sees none")
+        raise DeviceError(
+            f"there is no device {kind!r} here: torch {torch.__version__} computes on "
+            f"{' or '.join(dict.fromkeys((_accelerator(), 'cpu')))}; say that, or leave it out"
+        )
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank())
 
 
@@ -96,6 +121,15 @@ def device_memory() -> int | None:
     return torch.mps.recommended_max_memory() if device().type == "mps" else None
 
 
+def widest_float(of: torch.device | None = None) -> torch.dtype:
+    """float64, or float32 where the device (this process's, unless given) has none, as MPS."""
+    import torch
+
+    where = of or device()
+    known = where.type != "xpu" or torch.xpu.get_device_properties(where).has_fp64
+    return torch.float64 if known and where.type != "mps" else torch.float32
+
+
 @contextmanager
 def processes() -> Iterator[None]:
     """The process group of this job while the body runs: NCCL with GPUs, gloo without."""
@@ -106,7 +140,7 @@ def processes() -> Iterator[None]:
 
     if device().type != "cpu":
         torch.accelerator.set_device_index(local_rank())
-    torch.distributed.init_process_group(_backend())
+    torch.distributed.init_process_group(_backend(), timeout=timeout())
     for make in (waiting_group, saving_group):  # in every process, in the same order
         make()
     try:
@@ -194,6 +228,23 @@ def gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> l
     return everyone
 
 
+def on_main(compute: Callable[[], T]) -> T:
+    """What the main process computes, in every process; what it raises is raised in all of them."""
+    if world() == 1:
+        return compute()
+    found: tuple[T | None, Exception | None] = (None, None)
+    if is_main():
+        try:
+            found = compute(), None
+        except Exception as error:
+            found = None, error
+    barrier()  # which waits longer than a broadcast does
+    value, error = broadcast(found)
+    if error is not None:
+        raise error
+    return value
+
+
 def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:
     """Returns when every process has called it; group: `saving_group` in the thread that saves."""
     if world() > 1:
@@ -215,4 +266,7 @@ def _mesh(kind: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMe
     if world() == 1 and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(_backend(), store=store, rank=0, world_size=1)
-    return init_device_mesh(kind, shape, mesh_dim_names=names)
+    made = init_device_mesh(kind, shape, mesh_dim_names=names)
+    for group in made.get_all_groups():  # they do not take after the job's
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout(), group)
+    return made

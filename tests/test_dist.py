@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tessera import dist
+from tessera.devices import DeviceError
 from tessera.runs.run import is_done, read_json
 
 ROOT = Path(__file__).parents[1]
@@ -43,17 +45,25 @@ def test_one_process_is_a_no_op():
     assert (dist.rank(), dist.world(), dist.is_main()) == (0, 1, True)
 
 
-def test_sums_are_the_same_everywhere():
+def test_sums_are_the_same_everywhere_and_have_one_timeout(monkeypatch: pytest.MonkeyPatch):
     code = (
         "import torch; from tessera import dist\n"
         "with dist.processes():\n"
         "    mine = torch.tensor([dist.rank() + 1.0, -dist.rank()])\n"
         "    print(dist.sum(mine).tolist(), dist.max(mine).tolist(), mine.tolist()[0],\n"
         "          dist.broadcast(dist.rank()), dist.gather(dist.rank()))\n"
+        "    groups = [None, *dist.mesh((1, 2), ('shard', 'tensor')).get_all_groups()]\n"
+        "    groups[0] = torch.distributed.group.WORLD\n"
+        "    every = (g._get_backend(torch.device('cpu')).options._timeout for g in groups)\n"
+        "    print(*(int(one.total_seconds()) for one in every))\n"
     )
+    monkeypatch.setenv("TESSERA_TIMEOUT", "3")
     first, second = run_ranks(code)
-    assert first == "[3.0, -1.0] [2.0, 0.0] 1.0 0 [0, 1]\n"
-    assert second == "[3.0, -1.0] [2.0, 0.0] 2.0 0 [0, 1]\n"
+    assert first == "[3.0, -1.0] [2.0, 0.0] 1.0 0 [0, 1]\n180 180 180\n"
+    assert second == "[3.0, -1.0] [2.0, 0.0] 2.0 0 [0, 1]\n180 180 180\n"
+    monkeypatch.setenv("TESSERA_TIMEOUT", "soon")
+    with pytest.raises(DeviceError, match="no number of minutes above 0; the default is 120"):
+        dist.timeout()
 
 
 def test_a_recipe_in_two_processes_is_written_once(tmp_path: Path):

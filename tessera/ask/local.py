@@ -19,7 +19,7 @@ from tessera.model.source import resolve
 from tessera.runs.files import fingerprint
 from tessera.runs.recipe import Config
 from tessera.runs.run import fingerprint_path
-from tessera.vllm.config import EngineChoice, open_engine
+from tessera.vllm.config import InferenceConfig
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,7 +32,7 @@ SORTED_BATCHES = 64  # whose texts are sorted by length together
 DIGITS = 7  # of a vector's numbers on disk: those of a float32 below 1
 
 
-class EngineConfig(EngineChoice):
+class EngineConfig(InferenceConfig):
     """The model that the stage's `model` names, run by an engine of this process.
 
     batch: requests generated at a time; another takes the place of each that ends. asking: "text"
@@ -57,16 +57,18 @@ class LocalAnswerer:
     def __init__(self, config: EngineConfig, model: Path | None, seed: int) -> None:
         from tessera.data.chat import ChatEncoder
         from tessera.data.tokenizer import load_tokenizer
-        from tessera.model.checkpoint import load_model
+        from tessera.model.placement import inference_dtype
 
         if model is None:
             raise AskError('a teacher of kind "engine" needs the stage\'s model = "RUN OR PATH"')
-        self.engine = open_engine(config, load_model(model, frozen=True), config.batch)
+        self.engine = config.open_engine(model, config.batch)
         self.tokenizer = load_tokenizer(model)
         chats = config.asking == "chat"
         self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch) if chats else None
         self.variables = config.chat_template_kwargs
         self.model, self.batch, self.seed = fingerprint_path(model), config.batch, seed
+        if (number := str(inference_dtype(config.dtype))) != "torch.float32":
+            self.model = fingerprint([self.model, number])  # answers in another precision
 
     def ask(
         self, requests: Iterable[Request], receive: Receive, working: Working | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,20 @@ TemplateKwargs = Annotated[
     str,
     typer.Option(
         "--chat-template-kwargs", metavar="JSON", help="Further variables of the chat template."
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cuda (ROCm's too), xpu, mps or cpu; without it the accelerator that torch finds.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="bfloat16 or float32; auto: bfloat16 on an accelerator, float32 on a CPU.",
     ),
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories are.")]
@@ -91,6 +106,16 @@ def choose(option: str, value: str, *allowed: str) -> None:
     """Refuses a value that an option does not take."""
     if value not in allowed:
         raise typer.BadParameter(f"{option} {value}: give {' or '.join(allowed)}")
+
+
+@contextmanager
+def computing(device: str | None, dtype: str = "auto") -> Iterator[None]:
+    """`dist.computing_on` what `--device` says. Refuses it, or a `--dtype`, where there is none."""
+    from tessera import dist
+
+    choose("--dtype", dtype, "auto", "float32", "bfloat16")
+    with dist.computing_on(device):
+        yield
 
 
 def checked_switch(value: str | None) -> str | None:

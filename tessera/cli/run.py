@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tessera.cli.common import (
+    Device,
     Json,
     Overrides,
     Quiet,
@@ -16,6 +17,7 @@ from tessera.cli.common import (
     choose,
     command,
     complain,
+    computing,
     data,
     print_json,
 )
@@ -42,6 +44,7 @@ def run(
         list[str] | None, typer.Option(help="Run this stage alone; may be repeated.")
     ] = None,
     redo: Redo = None,
+    device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -49,7 +52,7 @@ def run(
 
     A recipe that changed under a finished run is refused with a diff; --redo says which to redo.
     Its table `defaults` holds what stages share: train = { lr = 3e-4 } there is a default of every
-    stage that has a table `train`.
+    stage that has a table `train`. --device is of all stages whose tables do not say another.
     """
     from tessera import dist, pipeline
     from tessera.report import show
@@ -57,7 +60,8 @@ def run(
     from tessera.runs.run import is_done
 
     plan = load(recipe, overrides or ())
-    steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
+    with computing(device):
+        steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
     if not dist.is_main():
         return
     shown = ("table", "frontier")

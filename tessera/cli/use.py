@@ -10,6 +10,8 @@ import typer
 
 from tessera.cli.common import (
     MODEL,
+    Device,
+    Dtype,
     Json,
     Model,
     Quiet,
@@ -19,11 +21,20 @@ from tessera.cli.common import (
     choose,
     command,
     complain,
+    computing,
     print_json,
     template_kwargs,
 )
 
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
+Places = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[TASK=]PLACE",
+        help="A directory of the tasks' files, a file, a dataset of the hub "
+        '(ID[:SUBSET[:SPLIT]]), or "hub" for the task\'s own; may be repeated.',
+    ),
+]
 TASKS = (
     "gsm8k, math500, aime24, gpqa, ifeval, humaneval, mbpp, bfcl_live, bfcl_multi_turn, mt_bench, "
     "arena_hard, judgebench, perplexity, needle@4096, calc@6, gym/NAME and more; several with "
@@ -51,6 +62,8 @@ def generate(
     ] = None,
     switch: Switch = None,
     chat_template_kwargs: TemplateKwargs = "",
+    device: Device = None,
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Print the text a model goes on with after a prompt, or its answer to a question."""
@@ -59,7 +72,7 @@ def generate(
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.engine import SamplingParams
     from tessera.generate.torch_engine import TorchEngine
-    from tessera.model.checkpoint import load_model
+    from tessera.model.placement import for_inference
     from tessera.model.source import resolve
 
     tokenizer = load_tokenizer(resolve(model))
@@ -81,7 +94,10 @@ def generate(
         mode, variables = thinking or encoder.default, template_kwargs(chat_template_kwargs)
         messages = [{"role": "user", "content": prompt}]
         ids = encoder.prompt(messages, mode, variables=variables)  # type: ignore[arg-type]
-    completion = TorchEngine(load_model(model, frozen=True)).generate([ids], params)[0][0]
+    with computing(device, dtype):
+        placement = for_inference(model, dtype=dtype)  # type: ignore[arg-type]
+        engine = TorchEngine(placement.load(model, frozen=True))
+        completion = engine.generate([ids], params)[0][0]
     # Decoded together: a SentencePiece text's first space belongs to what stands before it.
     text = tokenizer.decode([*ids, *completion.token_ids]).removeprefix(tokenizer.decode(ids))
     if as_json:
@@ -99,14 +115,7 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help=f"{MODEL}; with --endpoint, its name there.")
     ],
     task: Annotated[list[str], typer.Option(help=TASKS)],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[TASK=]PLACE",
-            help="A directory of the tasks' files, a file, a dataset of the hub "
-            '(ID[:SUBSET[:SPLIT]]), or "hub" for the task\'s own; may be repeated.',
-        ),
-    ] = None,
+    data: Places = None,
     thinking: Annotated[
         str, typer.Option(help="on, off or both; a model without a switch is asked as it is.")
     ] = "both",
@@ -138,6 +147,8 @@ def evaluate(
         bool, typer.Option("--rescore", help="Judge the kept answers anew.")
     ] = False,
     seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -161,10 +172,11 @@ def evaluate(
         "chat_template_kwargs": template_kwargs(chat_template_kwargs),
         "endpoint": endpoint and {"url": endpoint, "model": model, "key_file": key_file},
         "judge": judge and _judge(judge, key_file),
+        "dtype": dtype,
     }
     config = validate(EvalConfig, table, "eval")
     folder = out / Path(model).name
-    with Lock(folder):
+    with computing(device, dtype), Lock(folder):
         if rescore:
             (folder / "verdicts.jsonl").unlink(missing_ok=True)
         home = None if endpoint else resolve(model)
@@ -240,6 +252,9 @@ def export(
         bool,
         typer.Option("--fp8", help="Round the projections to FP8 (decilm, hf and padded)."),
     ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, instead of the model's own.")
+    ] = "",
     check: Annotated[bool, typer.Option(help="Read it back and compare with the source.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -249,9 +264,18 @@ def export(
         return
     from tessera.export.write import export_model
 
-    quantize = "fp8" if fp8 else None
+    if dtype:
+        choose("--dtype", dtype, "float32", "bfloat16", "float16")
     engines = [] if engine == ["none"] else engine
-    report = export_model(model, out, format, check=check, engines=engines, quantize=quantize)
+    report = export_model(
+        model,
+        out,
+        format,
+        check=check,
+        engines=engines,
+        quantize="fp8" if fp8 else None,
+        dtype=dtype or None,  # type: ignore[arg-type]
+    )
     print_json(report.as_json()) if as_json else print("\n".join(report.lines()))
 
 
@@ -304,6 +328,8 @@ def serve(
         typer.Option(metavar="ORIGIN", help="Pages of this site may ask; again for more, or '*'."),
     ] = None,
     switch: Switch = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Serve a model with the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
 
@@ -313,10 +339,11 @@ def serve(
     """
     switch, allow_origin = checked_switch(switch), allow_origin or []
     settings = dict(locals())
-    _serve(settings.pop("model"), settings.pop("engine"), settings)
+    del settings["model"], settings["engine"], settings["device"]
+    _serve(model, engine, device, settings)
 
 
-def _serve(model: str, engine: str, settings: dict[str, Any]) -> None:
+def _serve(model: str, engine: str, device: str | None, settings: dict[str, Any]) -> None:
     choose("--engine", engine, "torch", "vllm")
     try:
         from tessera.serve.app import ServeConfig, serve
@@ -328,12 +355,17 @@ def _serve(model: str, engine: str, settings: dict[str, Any]) -> None:
         raise typer.BadParameter(
             f"serving needs {error.name}, which is not installed: pip install 'tessera[serve]'"
         ) from None
-    config = ServeConfig(**settings)
-    if engine == "vllm" and config.switch:
-        raise typer.BadParameter("--switch: vLLM renders the template itself; leave it out")
-    if engine == "torch":
-        serve(model, config)
-        return
+    with computing(device, settings["dtype"]):
+        config = ServeConfig(**settings)
+        if engine == "torch":
+            serve(model, config)
+            return
+    for given, why in (
+        (config.switch and "--switch", "renders the template itself"),
+        (device and "--device", "computes on the kind of device that it was built for"),
+    ):
+        if given:
+            raise typer.BadParameter(f"{given}: vLLM {why}; leave it out")
     from tessera.serve.vllm import command
 
     found = command(model, config)
@@ -357,10 +389,13 @@ def chat(
     ] = None,
     web: Annotated[bool, typer.Option("--web", help="A page, on and off side by side.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page.")] = 8000,
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Talk to a model, in the terminal or with --web on a page of this machine."""
     if web:
-        _serve(model, "torch", {"port": port, "web": True, "switch": checked_switch(switch)})
+        own = {"port": port, "web": True, "switch": checked_switch(switch), "dtype": dtype}
+        _serve(model, "torch", device, own)
         return
     if thinking is not None:
         choose("--thinking", thinking, "on", "off")
@@ -372,5 +407,7 @@ def chat(
         template_kwargs(chat_template_kwargs),
         max_tokens,
         thinking_budget,
+        dtype,  # type: ignore[arg-type]
     )
-    terminal.chat(model, asking)
+    with computing(device, dtype):
+        terminal.chat(model, asking)

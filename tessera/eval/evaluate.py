@@ -25,17 +25,23 @@ from tessera.eval import scores
 from tessera.eval.answers import Asker, Conversation, Sampling, Thinking, answer, conversations
 from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
+from tessera.model.placed import PlacedConfig
 from tessera.rl.rewards import require_fields
 from tessera.runs.files import FailureError, Journal
 from tessera.runs.plan import Step
 from tessera.runs.run import Run
-from tessera.vllm.config import EngineChoice
+from tessera.vllm.config import InferenceConfig
 
 WINDOW = 4096
 PERPLEXITY = "perplexity"
 
 
-def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict[str, Any]:
+def perplexity(
+    model: Path | None,
+    place: str,
+    limit: int | None = None,
+    placed: PlacedConfig = PlacedConfig(),  # noqa: B008
+) -> dict[str, Any]:
     """The row of the task `perplexity`; limit: documents. Raises EvalError without a text.
 
     ppl = exp(-1/N Σ log p(t_i | t_<i)), in windows with half of each as context;
@@ -44,13 +50,13 @@ def perplexity(model: Path | None, place: str, limit: int | None = None) -> dict
     from tessera.data.readers import Bad, expand, read
     from tessera.data.tokenizer import load_tokenizer
     from tessera.generate.torch_engine import TorchEngine
-    from tessera.model.checkpoint import load_model
 
     if model is None:
         raise EvalError("perplexity needs the model itself: an endpoint gives no log-probs")
     if not place:
         raise EvalError("perplexity: give --data perplexity=FILE (.txt, .jsonl, .parquet)")
-    tokenizer, module = load_tokenizer(model), load_model(model, frozen=True)
+    tokenizer = load_tokenizer(model)
+    module = placed.placement(model).load(model, frozen=True)
     engine = TorchEngine(module)
     window = min(WINDOW, module.config.max_position_embeddings)
     total, tokens, size, documents = 0.0, 0, 0, 0
@@ -87,7 +93,7 @@ def _logprobs(engine: Any, ids: list[int], window: int) -> list[float]:
     return found
 
 
-class EvalConfig(EngineChoice):
+class EvalConfig(InferenceConfig):
     """Which tasks, and how they are asked.
 
     data: a directory with the tasks' files, or a place for each task by name. limit: the first so
@@ -157,7 +163,7 @@ def evaluate(
         raise EvalError(f"{names}: give judge = {{ url, model }}, or --judge MODEL@URL")
     table, by_group = [], []
     if texts:
-        table.append(perplexity(model, config.place(PERPLEXITY), config.limit))
+        table.append(perplexity(model, config.place(PERPLEXITY), config.limit, config))
     with Journal(folder / "records.jsonl") as records, Journal(folder / "verdicts.jsonl") as kept:
         asker = None
         samplings = {"on": config.on, "off": config.off, None: config.none}
@@ -188,9 +194,8 @@ def _teacher(config: EvalConfig, model: Path | None, seed: int) -> Asker:
         kind="engine",
         batch=config.batch,
         asking=config.asking,
-        engine=config.engine,
-        vllm=config.vllm,
         switch=config.switch,
+        **{key: getattr(config, key) for key in InferenceConfig.model_fields},
     )
     local = LocalAnswerer(own, model, seed)
     switch = local.encoder.switch if local.encoder else NONE

@@ -19,9 +19,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, PositiveInt
 
+from tessera import dist
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode
 from tessera.data.switch import Switch, SwitchError, require_switch, set_switch
@@ -31,7 +31,8 @@ from tessera.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from tessera.generate.engine import GenerationError, GenerationRequest, SamplingParams
 from tessera.generate.text import StopStrings, TextStream, opens_thought
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.checkpoint import load_model
+from tessera.model.placed import DtypeName
+from tessera.model.placement import for_inference
 from tessera.model.source import CheckpointError, resolve
 from tessera.progress import Progress
 from tessera.runs.files import fingerprint
@@ -146,7 +147,7 @@ class Arguments(Config):
     says. max_length: of prompt and completion, at most the model's. max_gen_toks: of a completion
     whose task does not say. rolling_context: tokens that a window of a rolling text shares with the
     one before, at the least; lm-eval's models have 1. batch_size: samples decoded together; "auto"
-    is max_batch_size. No figure follows from it.
+    is max_batch_size. No figure follows from it. device, dtype: as in `tessera eval`.
     """
 
     pretrained: str
@@ -160,7 +161,8 @@ class Arguments(Config):
     rolling_context: int = Field(default=1, ge=1)
     batch_size: PositiveInt | Literal["auto"] = "auto"
     max_batch_size: int = Field(default=64, ge=1)
-    device: str = "cpu"
+    device: str | None = None
+    dtype: DtypeName = "auto"
     seed: int = Field(default=0, ge=0)
 
     @property
@@ -181,8 +183,8 @@ class TesseraLM(TemplateLM):
         home = resolve(config.pretrained)
         self.codec = load_tokenizer(home)
         # lm-eval's command line says cuda:0 where nobody said anything, also where there is none.
-        missing = config.device.startswith("cuda") and not torch.cuda.is_available()
-        module = load_model(home, frozen=True, device="cpu" if missing else config.device)
+        with dist.computing_on(None if config.device == "cuda:0" else config.device):
+            module = for_inference(home, dtype=config.dtype).load(home, frozen=True)
         self.engine = TorchEngine(module, max_batch_size=config.batch)
         self.batch_size = config.batch
         longest = module.config.max_position_embeddings
@@ -196,7 +198,7 @@ class TesseraLM(TemplateLM):
         self.begin = list(self.codec.beginning(config.add_bos_token))
         self._info = {
             "model_num_parameters": module.config.num_params(),
-            "model_dtype": "float32",
+            "model_dtype": str(module.head.dtype).removeprefix("torch."),
             "model_sha": fingerprint_path(home),
         }
 

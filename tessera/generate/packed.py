@@ -118,8 +118,8 @@ def check_int8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise GenerationError where int8 weights cannot be used."""
     if device.type != "cpu" or dtype != torch.float32:
         raise GenerationError(
-            f"int8 weights are for float32 on a CPU, and this model is {dtype} on {device}: leave "
-            "int8 off"
+            f"int8 weights are for float32 on a CPU, and this model is {dtype} on {device.type}: "
+            "say device cpu and dtype float32, or leave int8 off"
         )
     if not _exact():
         raise GenerationError(
@@ -152,20 +152,20 @@ class Summed:
 class Parts:
     """Reads this process's parts of a module's parameters, and makes matrices of them.
 
-    mesh: the tensor group, None for whole ones. dtype: what they are cast to, None for their own.
+    mesh: the tensor group, None for whole ones. dtype: of the matrices.
     """
 
-    def __init__(self, mesh: DeviceMesh | None, dtype: torch.dtype | None, int8: bool) -> None:
+    def __init__(self, mesh: DeviceMesh | None, dtype: torch.dtype, int8: bool) -> None:
         self.mesh, self.dtype, self.int8 = mesh, dtype, int8
 
     def __call__(self, tensor: Tensor, dim: int | None = None) -> Tensor:
         """All of a parameter, or its part along a dimension. Every process of the module calls."""
-        tensor = tensor.to(self.dtype or tensor.dtype)
         split = dim is not None and self.mesh is not None
         if isinstance(tensor, DTensor):
             if split and tensor.device_mesh == self.mesh:
                 return tensor.to_local()
-            tensor = tensor.full_tensor()
+            # From the machine's memory, where `offload` keeps it.
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
         if not split:
             return tensor
         return tensor.chunk(self.mesh.size(), dim)[self.mesh.get_local_rank()]  # type: ignore
@@ -176,7 +176,8 @@ class Parts:
 
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Matrix | Int8Matrix:
         large = self.int8 and weight.numel() >= INT8_FROM
-        return (Int8Matrix if large else Matrix)(weight, bias)
+        bias = None if bias is None else bias.to(self.dtype)
+        return (Int8Matrix if large else Matrix)(weight.to(self.dtype), bias)
 
     def output(self, linear: torch.nn.Linear, split: bool) -> Matrix | Int8Matrix | Summed:
         """A matrix that writes into the residual stream."""
@@ -202,7 +203,7 @@ class PackedAttention:
         scale = 1.0 if normed else dim**-0.5
         q, k = (_interleave(part(p.weight, rows), dim) for p in (op.q_proj, op.k_proj))
         self.heads, self.kv = len(q) // dim, len(k) // dim
-        weight = torch.cat((q * scale, k, part(op.v_proj.weight, rows))) * gain
+        weight = torch.cat((q.float() * scale, k, part(op.v_proj.weight, rows))) * gain
         bias = None
         if op.q_proj.bias is not None:
             q, k = (_interleave(part(p.bias, rows), dim) for p in (op.q_proj, op.k_proj))
@@ -261,8 +262,9 @@ class Packed:
     """A snapshot of `module`, laid out for generation. Absent subblocks leave no trace.
 
     int8: whether large weights are rounded to int8. placement: the tensor group that holds it
-    together, and in what dtype; as the module itself is placed unless given. Every process that
-    holds a part of the module makes one at the same time. Raises GenerationError.
+    together, and in what dtype, gains being folded in float32; as the module itself is placed
+    unless given. Every process that holds a part of the module makes one at the same time. Raises
+    GenerationError.
     """
 
     @torch.inference_mode()
@@ -271,20 +273,21 @@ class Packed:
     ) -> None:
         self.config = config = module.config
         self.mesh = tensor_group(module) if placement is None else placement.tensor_mesh
-        part = Parts(self.mesh, placement and placement.dtype, int8)
+        self.dtype = placement.dtype if placement else module.embed_tokens.weight.dtype
+        part = Parts(self.mesh, self.dtype, int8)
         table = part(module.embed_tokens.weight)
-        self.device, self.dtype = table.device, table.dtype
+        self.device = table.device
         if int8:
             check_int8(self.device, self.dtype)
         epsilon = (config.hidden_size * config.rms_norm_eps) ** 0.5
-        self.embedding = F.pad(table, (0, 1), value=epsilon)
+        self.embedding = F.pad(table.to(self.dtype), (0, 1), value=epsilon)
         self.root = config.hidden_size**0.5
         self.ops: list[PackedAttention | PackedFFN | PackedLinear] = []
         for layer, block in enumerate(module.blocks):
             for subblock in (block.attention, block.ffn):
                 if not isinstance(subblock.variant, NoOp):
                     self.ops.append(self._pack(subblock, layer, part))
-        self.head = part.matrix(part(module.head) * (part(module.norm.weight) * self.root))
+        self.head = part.matrix(part(module.head) * (part(module.norm.weight).float() * self.root))
         self.frequencies = module.inverse_frequencies(self.device)
         attention = [op for op in self.ops if isinstance(op, PackedAttention)]
         self.kv_heads = {op.layer: op.kv for op in attention}  # of this process
@@ -293,7 +296,7 @@ class Packed:
     def _pack(
         self, subblock: Subblock, layer: int, part: Parts
     ) -> PackedAttention | PackedFFN | PackedLinear:
-        op, gain = subblock.op, part(subblock.norm.weight) * self.root
+        op, gain = subblock.op, part(subblock.norm.weight).float() * self.root
         ways = 1 if self.mesh is None else self.mesh.size()
         split = ways > 1 and splits(self.config, subblock.variant, ways)
         if isinstance(op, Attention):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tessera import dist
 from tessera.generate.engine import SamplingParams
 
 MIN_TEMPERATURE = 1e-30  # dividing by less overflows float32
@@ -63,6 +64,7 @@ class Sampler:
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
+        wide = dist.widest_float(device)
         by_kind: dict[bool, list[int]] = {}
         for row, params in enumerate(rows):
             if params.temperature > 0:
@@ -78,7 +80,7 @@ class Sampler:
                     ranked,
                     column([max(p.temperature, MIN_TEMPERATURE) for p in given]),
                     torch.tensor(top_k, device=device)[:, None] if min(top_k) < 2**31 else None,
-                    column(top_p, torch.float64) if min(top_p) < 1 else None,
+                    column(top_p, wide) if min(top_p) < 1 else None,
                     column(min_p) if max(min_p) > 0 else None,
                 )
             )
@@ -175,7 +177,7 @@ def nucleus(ranked: Tensor, top_p: Tensor | float) -> Tensor:
     The token that crosses the line stays (Holtzman et al. 2020), so one is always left. A top_p
     of 1 keeps all: rounding may bring the mass before the last tokens up to 1.
     """
-    before = ranked.double().cumsum(-1) - ranked
+    before = ranked.to(dist.widest_float(ranked.device)).cumsum(-1) - ranked
     limit = torch.as_tensor(top_p)
     return ranked.masked_fill((before >= limit) & (limit < 1), 0.0)
 
@@ -190,9 +192,10 @@ def drop_unlikely(weights: Tensor, min_p: Tensor | None) -> Tensor:
 def draw(weights: Tensor, noise: Tensor) -> Tensor:
     """Index `(R,)` by inverse CDF of non-negative weights `(R,V)`, not necessarily normalised.
 
-    In float64: over a large vocabulary a float32 sum is off by more than its rare tokens weigh.
+    In the widest float: over a large vocabulary a float32 sum is off by more than its rare tokens
+    weigh.
     """
-    cdf = weights.double().cumsum(-1)
-    target = noise.double()[:, None] * cdf[:, -1:]
+    cdf = weights.to(dist.widest_float(weights.device)).cumsum(-1)
+    target = noise.to(cdf.dtype)[:, None] * cdf[:, -1:]
     found = torch.searchsorted(cdf, target, right=True)
     return found.clamp_(max=weights.shape[-1] - 1)[:, 0]

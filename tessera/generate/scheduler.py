@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tessera import dist
 from tessera.generate.cache import Prefill, Prefix, PrefixCache, Slots, common
 from tessera.generate.engine import FinishReason
 from tessera.generate.packed import Packed
@@ -81,7 +82,8 @@ class _Rows:
         noise = forced = None
         if self.sampler.groups:
             drawn = [s.noise[len(s.completion.token_ids)] if s.noise else 0.0 for s in self.samples]
-            noise = torch.tensor(drawn, dtype=torch.float64, device=self.device)
+            wide = dist.widest_float(self.device)
+            noise = torch.tensor(drawn, dtype=wide, device=self.device)
         if self.thoughts:
             wanted = [None if s.thought is None else s.thought.forced for s in self.samples]
             if any(token is not None for token in wanted):

@@ -131,16 +131,17 @@ class Heldout:
 
 @torch.no_grad()
 def loss_sums(objective: Objective, module: Transformer, batches: Sequence[Batch]) -> Tensor:
-    """(Σ w·ℓ, Σ w) over the batches, float64 `(3, 2)`: of all tokens, and by mode if known."""
-    sums = torch.zeros(1 + len(MODES), 2, dtype=torch.float64, device=module.device)
+    """(Σ w·ℓ, Σ w) over the batches, `(3, 2)`: of all tokens, and by mode if known."""
+    wide = dist.widest_float(module.device)
+    sums = torch.zeros(1 + len(MODES), 2, dtype=wide, device=module.device)
     with gathered(module):
         for batch in (batch.to(module.device) for batch in batches):
             for loss, stats in objective.losses(module, batch):
-                sums[0] += torch.stack([loss.double(), objective.weight(batch).double()])
+                sums[0] += torch.stack([loss.to(wide), objective.weight(batch).to(wide)])
                 for row, name in enumerate(MODES, 1):
                     if f"loss_{name}" in stats:
                         keys = (f"loss_{name}", f"loss_{name}/weight")
-                        sums[row] += torch.stack([stats[key].double() for key in keys])
+                        sums[row] += torch.stack([stats[key].to(wide) for key in keys])
     return sums
 
 

@@ -26,6 +26,7 @@ from tessera.devices import CPU, DTYPES, Device, DeviceError, find_device
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.config import GQA, KINDS, BlockConfig, ModelConfig, NoOp, Variant, parse_kind
+from tessera.model.placement import inference_dtype
 from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
@@ -49,27 +50,28 @@ FASTEST = 0.2  # no factor is below
 
 class CostConfig(PricedConfig):
     """Scenarios, and where seconds come from. `device` and `tensor_parallel` are the roofline's;
-    bytes follow from `dtype` unless given. Measured models are float32."""
+    bytes follow from `dtype` unless given. Measured models are fp32 or bf16, "auto" being bf16 on
+    an accelerator and fp32 on a CPU."""
 
     source: Literal["measured", "counted", "roofline"] = "measured"
     rounds: int = Field(default=8, ge=3)
     depth: PositiveInt | None = None  # layers a word is measured in; None: the parent's
     wholes: int = Field(default=8, ge=0)  # architectures beside the parent to calibrate by; 0: none
     device: str | None = None
-    dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     tensor_parallel: PositiveInt = 1
-    bytes_per_parameter: float = Field(default=4.0, gt=0)
-    bytes_per_kv: float = Field(default=4.0, gt=0)
+    bytes_per_parameter: float = Field(default=0.0, ge=0)  # 0: as many as dtype has
+    bytes_per_kv: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        device = str(given.get("device")).lower()
-        accelerator = given.get("source") == "roofline" and device != CPU
-        table = {"dtype": "bf16" if accelerator else "fp32", **given}
-        size = DTYPES.get(str(table["dtype"]), 4.0)
+        own = {"roofline": "fp32" if str(given.get("device")).lower() == CPU else "bf16"}
+        own["counted"] = "fp32"
+        table = {"dtype": own.get(str(given.get("source")), "auto"), **given}
+        size = DTYPES.get(str(table["dtype"]), 0.0)
         return {"bytes_per_parameter": size, "bytes_per_kv": size, **table}
 
     @model_validator(mode="after")
@@ -85,11 +87,22 @@ class CostConfig(PricedConfig):
             raise ValueError(
                 f"device and tensor_parallel belong to the roofline, and source is {self.source!r}"
             )
-        elif self.source == "measured" and self.dtype != "fp32":
+        elif self.source == "measured" and self.dtype == "fp8":
             raise ValueError(
-                f"dtype = {self.dtype!r}, but measured models are fp32; set another source"
+                f"dtype = {self.dtype!r}, but measured models are fp32 or bf16; set another source"
             )
+        elif self.source == "counted" and self.dtype == "auto":
+            raise ValueError('dtype = "auto" is of what is measured; say fp32, bf16 or fp8')
         return self
+
+    def here(self) -> CostConfig:
+        """The same with "auto", and the bytes that follow from it, as this device has them."""
+        if self.dtype != "auto":
+            return self
+        dtype = "bf16" if inference_dtype() == torch.bfloat16 else "fp32"
+        sizes = ("bytes_per_parameter", "bytes_per_kv")
+        found = {key: getattr(self, key) or DTYPES[dtype] for key in sizes}
+        return self.model_copy(update={"dtype": dtype, **found})
 
 
 def count(
@@ -146,7 +159,8 @@ def measure(
             probes[kind, word] = replace(config, blocks=(block,) * depth)
     models: dict[Hashable, ModelConfig] = {**probes}
     models |= {i: config.with_words(whole) for i, whole in enumerate(wholes)}
-    least = least_seconds(models, settings.scenario, settings.rounds, label, quiet)
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    least = least_seconds(models, settings.scenario, settings.rounds, label, quiet, dtype)
     prices = {key: _pair(np.maximum(0.0, (least[key] - least[BASE]) / depth)) for key in probes}
     prices[BASE] = _pair(least[BASE])
     return prices, [(whole, _pair(least[i])) for i, whole in enumerate(wholes)]
@@ -158,13 +172,14 @@ def least_seconds(
     rounds: int,
     label: str,
     quiet: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[Hashable, np.ndarray]:
     """The least (prefill, decode step) of each model, `(2,)`, which take turns round by round; each
     decode step keeps its least time over all rounds, as other load only ever adds."""
     device = dist.device()
     engines = {
         key: TorchEngine(
-            Transformer(config).init_weights(0).to(device).requires_grad_(False).eval()
+            Transformer(config).init_weights(0).to(device, dtype).requires_grad_(False).eval()
         )
         for key, config in models.items()
     }
@@ -331,7 +346,7 @@ def _device(settings: CostConfig) -> Device:
 
 def stage(config: CostConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `cost`: price every word the library offers; `calibration.jsonl` where measured."""
-    parent = load_config(inputs["parent"])
+    parent, config = load_config(inputs["parent"]), config.here()
     words = offered_words(read_space(inputs["library"]))
     torch.manual_seed(run.seed)
     rows, calibration = [], []
@@ -352,7 +367,9 @@ def stage(config: CostConfig, run: Run, inputs: dict[str, Path]) -> None:
             f"seconds promised of {len(errors)} whole models that prices were not fitted to are "
             f"off by {np.median(errors):.1%} at the median, {max(errors):.1%} at most"
         )
-    source = {"measured": CPU, "counted": None}.get(config.source, device and device.name)
+    source = {"measured": dist.device().type, "counted": None}.get(
+        config.source, device and device.name
+    )
     run.write_json(
         "scenarios",
         config.described(config.source, source, config.bytes_per_parameter, config.bytes_per_kv)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tessera import dist
 from tessera.data.batch import Batch
 from tessera.model.config import GQA, KINDS, Chain, ModelConfig, NoOp, SwiGLU, Variant, name
 from tessera.model.context import Context
@@ -247,7 +248,7 @@ def removal_order(ffn: Subblock, x: Tensor, rounds: int = ROUNDS) -> Tensor:
     left = torch.arange(weight.shape[1], device=x.device)
     taken, order = left[:0], []
     for stay in schedule(len(left), rounds):
-        harm = torch.zeros(len(left), dtype=torch.float64, device=x.device)
+        harm = torch.zeros(len(left), dtype=dist.widest_float(x.device), device=x.device)
         for part in chunks(x, weight.shape[1]):
             inner = channels(ffn, normed[part], torch.cat((taken, left)))
             lost, inner = inner.split([len(taken), len(left)], dim=1)
@@ -256,7 +257,7 @@ def removal_order(ffn: Subblock, x: Tensor, rounds: int = ROUNDS) -> Tensor:
             there, own = gone[part], weight[:, left]
             square = (there @ own).mul_(2).mul_(inner).add_(there.square().sum(-1, keepdim=True))
             square.addcmul_(inner.square(), own.square().sum(0))
-            harm += square.clamp_min_(0).sqrt_().sum(0).double()
+            harm += square.clamp_min_(0).sqrt_().sum(0).to(harm.dtype)
         least = harm.argsort(stable=True)
         taken, left = left[least[: len(left) - stay]], left[least[len(left) - stay :].sort().values]
         order.append(taken)

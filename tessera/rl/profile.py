@@ -30,7 +30,6 @@ from tessera.data.switch import NONE, Switch, set_switch
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine, GenerationRequest, SamplingParams
 from tessera.generate.text import completion_text
-from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
 from tessera.progress import Progress
 from tessera.rl.pool import Rubric
@@ -39,7 +38,7 @@ from tessera.runs.files import Journal
 from tessera.runs.plan import Step
 from tessera.runs.recipe import Config, RecipeError
 from tessera.runs.run import Run
-from tessera.vllm.config import EngineChoice, open_engine
+from tessera.vllm.config import InferenceConfig
 
 FILE = "prompts.jsonl"
 PORTION = 256  # samples judged at a time
@@ -171,7 +170,7 @@ def read(run: Path) -> list[Prompt]:
     return [Prompt(**json.loads(line)) for line in lines if line]
 
 
-class ProfileConfig(PromptsConfig, EngineChoice):
+class ProfileConfig(PromptsConfig, InferenceConfig):
     """samples: of each prompt; 0 measures nothing. rewards: the first says what is right. Prompts
     with a pass rate of `drop_from` or more (the report: 0.75 of 8 samples), or of `drop_to` or
     less, are left out."""
@@ -285,7 +284,7 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
         raise RecipeError(f"{run.name}: give rewards, the first of which says what is right")
     for prompt in prompts:
         require_fields(config.rewards, prompt.fields)
-    engine = open_engine(config, load_model(model, frozen=True), config.batch)
+    engine = config.open_engine(model, config.batch)
     with closing(engine):
         found = measure(prompts, config, engine, encoder, run)
     low, high = config.drop_to, config.drop_from

@@ -155,7 +155,8 @@ class Rollouts:
         self.layout = self.config.train.placement.layout
         here = [dist.rank()] if self.together is None else self.together.mesh.tolist()
         self._place = here.index(dist.rank()), len(here)  # this process's among `together`
-        self._served = sorted({rank // self.layout.tensor for rank in here})  # data ranks
+        same = dist.world() // self.layout.data_world  # processes that read the same rows
+        self._served = sorted({rank // same for rank in here})  # data ranks
         self.order = self._order(0)
         self._thread = DaemonThread()
 
@@ -356,7 +357,7 @@ class Rollouts:
         answers = [one for group in groups for one in group.answers if one.advantage is not None]
         trained = sum(one.weight(self.config.level) for one in answers)
         nonzero = sum(one.weight(self.config.level) for one in answers if one.advantage)
-        sums = torch.tensor([trained, nonzero], dtype=torch.float64, device=dist.device())
+        sums = torch.tensor([trained, nonzero], dtype=dist.widest_float(), device=dist.device())
         trained, nonzero = self.layout.sum(sums).tolist()
         if not trained:
             raise self._nothing_counts()
@@ -440,7 +441,7 @@ def measured(groups: Sequence[Group], names: Sequence[str], layout: Layout) -> d
     values["obedience"] = [one.obedient for one in answers]
     known = [[one for one in column if one is not None] for column in values.values()]
     own = [(sum(column), len(column)) for column in known]
-    sums = torch.tensor(own, dtype=torch.float64, device=dist.device())
+    sums = torch.tensor(own, dtype=dist.widest_float(), device=dist.device())
     totals = zip(values, layout.sum(sums).tolist(), strict=True)
     return {name: total / count for name, (total, count) in totals if count}
 

@@ -37,7 +37,8 @@ from tessera.data.tokenizer import TokenizerError, load_tokenizer
 from tessera.generate.engine import ClosedError, GenerationError, QueueFullError
 from tessera.generate.requests import EngineError
 from tessera.generate.torch_engine import EngineThread, TorchEngine
-from tessera.model.checkpoint import load_model
+from tessera.model.placed import DtypeName
+from tessera.model.placement import for_inference
 from tessera.model.source import resolve
 from tessera.runs.recipe import Config
 from tessera.serve.fields import ChatRequest, CompletionRequest
@@ -91,6 +92,7 @@ class ServeConfig(Config):
     web: bool = False
     allow_origin: list[str] = Field(default_factory=list)
     switch: Switch | None = None
+    dtype: DtypeName = "auto"
 
 
 def api_keys(config: ServeConfig) -> tuple[str, ...]:
@@ -163,7 +165,7 @@ def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
     """A model behind an engine thread, for as long as the body runs."""
     keys, path, directory = api_keys(config), Path(model), resolve(model)
     engine = TorchEngine(
-        load_model(directory, frozen=True),
+        for_inference(directory, dtype=config.dtype).load(directory, frozen=True),
         max_batch_size=config.batch,
         max_queue=config.queue,
         prefix_cache_tokens=config.prefix_cache,

@@ -20,7 +20,8 @@ from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.text import TextStream, opens_thought, thinking_budget
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.checkpoint import load_model
+from tessera.model.placed import DtypeName
+from tessera.model.placement import for_inference
 from tessera.model.source import resolve
 
 HELP = "/on  /off  /clear  /help  (Ctrl-C stops an answer, Ctrl-D leaves)"
@@ -36,7 +37,8 @@ SAMPLING: dict[Mode | None, dict[str, float]] = {
 class Asking:
     """How a model is asked. mode: None, as it stands. budget: tokens until a thought is closed.
 
-    switch: the model's own where not given. variables: further ones of its chat template.
+    switch: the model's own where not given. variables: further ones of its chat template. dtype:
+    what it computes in.
     """
 
     mode: Mode | None = None
@@ -44,6 +46,7 @@ class Asking:
     variables: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int = 2048
     budget: int | None = None
+    dtype: DtypeName = "auto"
 
 
 class Conversation:
@@ -56,7 +59,8 @@ class Conversation:
         self.encoder = ChatEncoder.of(self.tokenizer, switch=asking.switch, today=True)
         require_switch(self.encoder.switch, asking.mode, "the model")
         self.mode: Mode | None = asking.mode or self.encoder.default
-        self.engine = TorchEngine(load_model(model, frozen=True))
+        placement = for_inference(model, dtype=asking.dtype)
+        self.engine = TorchEngine(placement.load(model, frozen=True))
 
     def command(self, name: str) -> str:
         """Run a command that begins with /; returns the text to show."""

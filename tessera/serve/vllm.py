@@ -50,6 +50,8 @@ def command(model: str, config: ServeConfig, python: str | None = None) -> Comma
     arguments += ["--max-num-seqs", str(config.batch)]
     if room := values.get("max_position_embeddings"):
         arguments += ["--max-model-len", str(room)]
+    if config.dtype != "auto":
+        arguments += ["--dtype", config.dtype]
     if config.allow_origin:
         arguments += ["--allowed-origins", json.dumps(config.allow_origin)]
     if "auto_map" in values:

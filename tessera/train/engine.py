@@ -172,11 +172,12 @@ class Trainer:
         flops = sum(self.objective.flops(self.module, batch) for batch in batches)
         batches = [batch.to(dist.device()) for batch in batches]
         self.watch.at(f"{here}: summing weights")
-        weights = [self.objective.weight(batch).double() for batch in batches]
+        wide = dist.widest_float()
+        weights = [self.objective.weight(batch).to(wide) for batch in batches]
         weight = float(self.layout.sum(torch.stack(weights).sum()))
         if weight <= 0:
             raise FailureError(f"{here} has no trained token; check the data's weights")
-        totals = {"flops": torch.tensor(flops, dtype=torch.float64, device=dist.device())}
+        totals = {"flops": torch.tensor(flops, dtype=wide, device=dist.device())}
         for number, batch in enumerate(batches, 1):
             _add(totals, "tokens", (batch.segments >= 0).sum())
             part = f"{here}, microbatch {number} of {len(batches)}"
@@ -225,8 +226,8 @@ class Trainer:
 
 
 def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
-    """Sums in float64, where the value is: reading it here would wait for the device."""
-    value = value.detach().double()
+    """Sums in the widest float, where the value is: reading it here would wait for the device."""
+    value = value.detach().to(dist.widest_float(value.device))
     totals[key] = totals[key] + value if key in totals else value
 
 

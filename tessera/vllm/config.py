@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
+from tessera import dist
+from tessera.model.placed import PlacedConfig
 from tessera.runs.recipe import Config
 
 if TYPE_CHECKING:
@@ -21,7 +24,6 @@ class VLLMConfig(Config):
     """How vLLM is run."""
 
     python: str | None = None  # of an environment with vLLM; left out, this one's or .venv-vllm's
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float32 on CPUs, bfloat16
     quantization: Literal["fp8"] | None = None  # rounds weights as they are loaded, on GPUs
     enforce_eager: bool = False
     memory: float = Field(default=0.5, gt=0, le=1)  # share of a GPU for weights and cache
@@ -46,6 +48,19 @@ class EngineChoice(Config):
     vllm: VLLMConfig = VLLMConfig()
 
 
+class InferenceConfig(EngineChoice, PlacedConfig):
+    """Of a stage that answers with a model that it does not train."""
+
+    def open_engine(self, model: str | Path, batch: int) -> Engine:
+        """`open_engine` on a model from disk, where and in the precision that the stage says."""
+        placement = self.placement(model)
+        if self.engine != "vllm":
+            return open_engine(self, placement.load(model, frozen=True), batch)
+        with dist.computing_on("cpu"):  # the device's memory is vLLM's, which reads files
+            module = placement.load(model, frozen=True)
+        return open_engine(self, module, batch)
+
+
 def open_engine(
     config: EngineChoice, module: Transformer, batch: int, placement: Placement | None = None
 ) -> Engine:
@@ -57,7 +72,8 @@ def open_engine(
     if config.engine == "vllm":
         from tessera.vllm.engine import VLLMEngine
 
-        return VLLMEngine(module, config.vllm, batch=batch)
+        dtype = placement.dtype if placement else None
+        return VLLMEngine(module, config.vllm, batch=batch, dtype=dtype)
     from tessera.generate.torch_engine import TorchEngine
 
     return TorchEngine(module, max_batch_size=batch, placement=placement)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tessera import dist
 from tessera.export import decilm
 from tessera.export.engines import Format, refusals
 from tessera.export.padding import widen
@@ -37,9 +38,9 @@ from tessera.generate.engine import (
     check_sequences,
     generate,
 )
-from tessera.model.checkpoint import write_model
+from tessera.model.checkpoint import Checkpoint, write_model
 from tessera.model.config import ModelConfig
-from tessera.model.transformer import Transformer, holding
+from tessera.model.transformer import Transformer
 from tessera.runs.files import FailureError, RunError, writing
 from tessera.vllm.config import VLLMConfig
 from tessera.vllm.worker import checksum
@@ -154,14 +155,21 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, module: Transformer, config: VLLMConfig | None = None, *, batch: int = 256
+        self,
+        module: Transformer,
+        config: VLLMConfig | None = None,
+        *,
+        batch: int = 256,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.settings = config = config or VLLMConfig()
         self.config, self.batch, self.version = module.config, batch, 0
         self.python = find_python(config.python)
-        self.cuda = torch.cuda.is_available()
-        default = torch.bfloat16 if self.cuda else torch.float32
-        self.dtype = default if config.dtype == "auto" else getattr(torch, config.dtype)
+        kind = dist.device().type
+        if kind not in ("cuda", "cpu"):
+            raise GenerationError(f'vLLM is not run on {kind} here; say engine = "tessera"')
+        self.cuda = kind == "cuda"
+        self.dtype = dtype or module.head.dtype
         stock = "vllm" if self.cuda else "vllm-cpu"
         self.form: Format = _form(module.config, "vllm-plugin" if config.plugin else stock)
         self.room = config.max_model_len or module.config.max_position_embeddings
@@ -372,12 +380,13 @@ def publish(
     with writing(directory):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        shown = module if form == "hf" else widen(module)
+        shown = Checkpoint.of(module)
+        shown = shown if form == "hf" else widen(shown)
         if shown.config.tie_word_embeddings:
             # vLLM reloads tied weights into one of the two places only (0.32, model_loader/reload).
-            state = {**shown.state_dict(), "lm_head.weight": shown.head.detach().clone()}
+            head = {"lm_head.weight": shown.tensors["embed_tokens.weight"]}
             config = replace(shown.config, tie_word_embeddings=False)
-            shown = holding(config, lambda key, _: state[key]).requires_grad_(False)
+            shown = Checkpoint(config, {**shown.tensors, **head})
         write_model(shown, directory, dtype=dtype)
         if form != "hf":
             decilm.write_config(shown.config, directory, str(dtype).removeprefix("torch."))

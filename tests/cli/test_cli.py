@@ -108,6 +108,9 @@ def test_check_resolves_and_runs_nothing(recipe: Path):
         (["diff", "nano.toml", "nano.toml"], "not valid JSON"),
         (["runn"], "No such command"),
         (["run"], "RECIPE"),
+        (["run", "nano.toml", "--device", "tpu"], "unknown device 'tpu'; did you mean 'xpu'?"),
+        (["run", "nano.toml", "--device", "cuda:1"], "CUDA_VISIBLE_DEVICES says"),
+        (["chat", "M", "--dtype", "fp8"], "give auto or float32 or bfloat16"),
     ],
 )
 def test_words_that_are_off_exit_with_2_and_a_reason(recipe: Path, words: list[str], message: str):

@@ -180,7 +180,8 @@ def test_a_killed_stage_loses_no_finished_table(inputs, tmp_path, monkeypatch):
         ({"source": "roofline", "device": "cpu", "dtype": "bf16"}, "'fp32' and tensor_parallel 1"),
         ({"device": "H100"}, "belong to the roofline"),
         ({"source": "counted", "tensor_parallel": 2}, "belong to the roofline"),
-        ({"dtype": "bf16"}, "measured models are fp32"),
+        ({"dtype": "fp8"}, "measured models are fp32 or bf16"),
+        ({"source": "counted", "dtype": "auto"}, "is of what is measured"),
         ({"source": "measurd"}, "did you mean 'measured'"),
         ({"wholes": -1}, "cost.wholes"),
         ({"depth": 0}, "cost.depth"),
@@ -193,6 +194,8 @@ def test_a_source_that_is_contradicted_is_said(table: dict, message: str):
 
 def test_what_follows_from_the_source():
     assert CostConfig().source == "measured"
+    here = CostConfig(bytes_per_kv=1.0).here()
+    assert (here.dtype, here.bytes_per_parameter, here.bytes_per_kv) == ("fp32", 4, 1)
     served = CostConfig(source="roofline", device="H100")
     assert (served.dtype, served.bytes_per_parameter, served.bytes_per_kv) == ("bf16", 2, 2)
     assert CostConfig(source="roofline", device="cpu").dtype == "fp32"

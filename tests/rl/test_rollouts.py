@@ -234,7 +234,7 @@ def test_as_few_processes_answer_together_as_have_room_beside_training(
         2,
     ]
     assert ways(3.1, staleness=1) == 1
-    with pytest.raises(LayoutError, match="tensor = 3 .* parallel.tensor = 4"):
+    with pytest.raises(LayoutError, match="tensor = 3 .* the 4 processes"):
         ways(9, tensor=3, **split)
     with pytest.raises(LayoutError, match="start more processes"):
         ways(2.1)

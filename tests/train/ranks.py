@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from tessera import dist
 from tessera.data.batch import Batch
@@ -28,9 +28,11 @@ from tessera.runs.run import Run
 from tessera.train.engine import Objective, Trainer
 from tessera.train.optim import TrainConfig
 from tests import tiny
-from tests.toy import ToySource, split_rows, toy_batch, toy_config, toy_model
+from tests.toy import ToySource, split_rows, toy_batch, toy_config
 
-WORDS = (("gqa-4", "swiglu-48"), ("noop", "swiglu-10"), ("gqa-2", "noop"), ("linear", "linear"))
+# With what two processes cannot split: one KV head, a width of 9, and rows of 15 tokens.
+WORDS = (("gqa-4", "swiglu-48"), ("noop", "swiglu-9"), ("gqa-2", "noop"), ("linear", "linear"))
+WORDS += (("gqa-1", "swiglu-10"),)
 
 
 class Ranks(ToySource):
@@ -42,15 +44,14 @@ class Ranks(ToySource):
         self.rank, self.world = layout.data_rank, layout.data_world
 
     def batches(self, step: int) -> list[Batch]:
-        rows = split_rows(toy_batch(step, rows=4))
+        rows = split_rows(toy_batch(step, rows=4, length=15))
         for mode, row in enumerate(rows):
             row.mode = torch.full_like(row.tokens, mode % 3)
         return rows[self.rank :: self.world]
 
 
 def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    child = tiny.randomise(toy_model(4)).config
-    module = tiny.model(child.with_words(WORDS))
+    module = tiny.model(toy_config(5, qk_norm=True).with_words(WORDS))
     return config.placement.transformer(module), LM()
 
 
@@ -60,7 +61,7 @@ def sft(config: TrainConfig) -> tuple[nn.Module, Objective]:
 
 def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
     child, _ = lm(config)
-    teacher = tiny.model(toy_config(4), seed=1).requires_grad_(False)
+    teacher = tiny.model(toy_config(5), seed=1).requires_grad_(False)
     settings = KDConfig(train=config, cosine=0.5, lm=0.1)
     return child, KD(config.placement.transformer(teacher), settings)
 
@@ -93,7 +94,21 @@ def train(objective: str, run: str, out: str, stop: int | None = None, **setting
     opened = Run.open(Path(run), stage="kd", config={}, inputs={}, seed=0, quiet=True)
     with contextlib.suppress(KeyboardInterrupt), opened:
         Trainer(module, loss, source, config, opened).fit()
-    tensors = {k: whole(v.detach()).contiguous() for k, v in module.named_parameters()}
+    _save({k: v.detach() for k, v in module.named_parameters()}, out)
+
+
+def gradients(out: str, **settings: Any) -> None:
+    """Write the gradients of one step of `lm` to `out`, whole."""
+    config = TrainConfig(steps=1, **settings)
+    module, objective = lm(config)
+    for batch in Ranks(config).batches(0):
+        for loss, _ in objective.losses(module, batch):
+            loss.backward()
+    _save({k: v.grad for k, v in module.named_parameters() if v.grad is not None}, out)
+
+
+def _save(tensors: dict[str, Tensor], out: str) -> None:
+    tensors = {key: whole(tensor).contiguous() for key, tensor in tensors.items()}
     if dist.is_main():
         save_file(tensors, out)
     dist.barrier()
@@ -102,7 +117,7 @@ def train(objective: str, run: str, out: str, stop: int | None = None, **setting
 def main() -> None:
     with dist.processes():
         for job in json.loads(sys.argv[1]):
-            train(**job)
+            (train if "run" in job else gradients)(**job)
 
 
 if __name__ == "__main__":
