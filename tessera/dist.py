@@ -58,6 +58,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def share_of_machine(count: int) -> int:
+    """This process's part of something that a machine has `count` of; one at the least."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return count // here or 1
+
+
 def is_main() -> bool:
     """True in the one process that writes files and prints."""
     return rank() == 0

@@ -113,6 +113,11 @@ class Layout:
         """Which of them this one is."""
         return self.rank // (self.tensor * self.context)
 
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first of its tensor group, which judges and writes for all of it."""
+        return self.rank % self.tensor == 0
+
     def mine(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of work that any process may do; all of a tensor group have it."""
         return items[self.data_rank :: self.data_world]

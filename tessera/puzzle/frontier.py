@@ -15,7 +15,8 @@ from pydantic import Field, field_validator, model_validator
 
 from tessera import dist
 from tessera.model.checkpoint import open_model
-from tessera.model.placement import PlacedConfig, Placement
+from tessera.model.placed import PlacedConfig
+from tessera.model.placement import Placement
 from tessera.model.transformer import Transformer
 from tessera.puzzle.compare import CompareConfig, quality, speeds
 from tessera.puzzle.constraints import NAMES
@@ -115,8 +116,8 @@ def _pair(row: Row, placement: Placement, inputs: dict) -> dict[str, Transformer
     """The parent, and an architecture of its library."""
     parent = open_model(inputs["parent"])
     child = assemble(parent, inputs["library"] / "library", row["words"])
-    models = {"parent": parent, "child": child}
-    return {key: placement.load(one, frozen=True) for key, one in models.items()}
+    both = {"parent": parent, "child": child}
+    return {name: placement.load(one, frozen=True) for name, one in both.items()}
 
 
 def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:

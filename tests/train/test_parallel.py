@@ -26,7 +26,10 @@ NAMES = ("lm", "sft", "kd", "bld")
 OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
 TENSOR = {"parallel": {"tensor": 2, "gradient_checkpointing": "selective"}}
 REPLICAS, OFFLOAD = {"parallel": {"shard": 2}}, {"parallel": {"offload": True}}
+# Rows that two processes share: documents and answers cross the cut, and RPO's losses are of pairs.
+CONTEXT, BOTH = {"parallel": {"context": 2}}, {"parallel": {"context": 2, "tensor": 2}}
 LAYOUTS = ("2-lm-tensor", "2-kd-tensor", "2-kd-offload", "4-kd-tensor", "4-kd-shard")
+LAYOUTS += ("2-kd-context", "2-rpo-context", "2-grpo-context", "4-kd-context")
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -59,8 +62,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         two += [_job(home, f"2-{name}-resumed", name, stop=stop) for stop in (3, None)]
         two.append(_job(home, f"21-{name}", name, stop=3))
         two.append(_job(home, f"12-{name}", name))
+    for name in ("rpo", "grpo"):
+        train(**_job(home, f"1-{name}", name))
+    two += [_job(home, f"2-{name}-context", name, **CONTEXT) for name in ("kd", "rpo", "grpo")]
     run_ranks(CODE, json.dumps(two))
     four = [_job(home, "4-kd-tensor", "kd", **TENSOR), _job(home, "4-kd-shard", "kd", **REPLICAS)]
+    four.append(_job(home, "4-kd-context", "kd", **CONTEXT))
+    four.append({"out": str(home / "4.safetensors"), **BOTH})
     run_ranks(CODE, json.dumps(four), world=4)
     for name in NAMES:
         train(**_job(home, f"21-{name}", name))
@@ -90,8 +98,9 @@ def test_every_layout_is_one_process(name: str, home: Path):
     _assert_close(home, name, "1-" + name.split("-")[1])
 
 
-def test_gradients_of_split_layers_are_those_of_one_process(home: Path):
-    one, two = (load_file(home / f"{world}.safetensors") for world in (1, 2))
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_of_split_layers_are_those_of_one_process(world: int, home: Path):
+    one, two = (load_file(home / f"{count}.safetensors") for count in (1, world))
     assert {"layers.0.attention.op.q_norm.weight", "layers.0.attention.op.k_norm.weight"} <= set(
         two
     )
