@@ -287,10 +287,8 @@ def beside_training(
     config, layout = load_config(model), training.layout
     held = TRAINED_BYTES * config.num_params() / (layout.shard * layout.tensor)
     held = 0.0 if training.config.offload else held
-    ways, same = (
-        tensor or _fewest([config], number, layout.tensor, held),
-        layout.tensor * layout.context,
-    )
+    ways = tensor or _fewest([config], number, layout.tensor, held)
+    same = layout.tensor * layout.context
     if ways % same and same % ways:
         raise LayoutError(
             f"tensor = {ways} is neither a multiple nor a divisor of the {same} processes that "
@@ -301,7 +299,7 @@ def beside_training(
 
 # Share of a device's memory that weights may take: the rest is for caches and activations.
 ROOM = 0.7
-TRAINED_BYTES = 16  # of a parameter, its gradient and two moments
+TRAINED_BYTES = 12  # of a parameter and two moments; gradients come when the engine sleeps
 
 
 def _fewest(
