@@ -327,24 +327,26 @@ def beside_training(
     """Where a copy for generation lives of a model that these processes train.
 
     dtype: "auto" is what the training computes in. tensor: as in `for_inference`, a multiple or a
-    divisor of the training's; the fewest that have room for it beside the state of training, and
-    no fewer than the training's, unless given. Raises LayoutError.
+    divisor of the processes that train on the same rows; the fewest that have room for it beside
+    the state of training, and no fewer than the training's, unless given. Raises LayoutError.
     """
     number = training.dtype if dtype == "auto" else DTYPES[dtype]
     config, layout = load_config(model), training.layout
     held = TRAINED_BYTES * config.num_params() / (layout.shard * layout.tensor)
+    held = 0.0 if training.config.offload else held
     ways = tensor or _fewest([config], number, layout.tensor, held)
-    if ways % layout.tensor and layout.tensor % ways:
+    same = layout.tensor * layout.context
+    if ways % same and same % ways:
         raise LayoutError(
-            f"tensor = {ways} is neither a multiple nor a divisor of parallel.tensor = "
-            f"{layout.tensor}; leave it out, or give one of them"
+            f"tensor = {ways} is neither a multiple nor a divisor of the {same} processes that "
+            "train on the same rows (parallel.tensor · parallel.context); give one of them"
         )
     return Placement(ParallelConfig(tensor=ways), number, shards=False)
 
 
 # Share of a device's memory that weights may take: the rest is for caches and activations.
 ROOM = 0.7
-TRAINED_BYTES = 16  # of a parameter, its gradient and two moments
+TRAINED_BYTES = 12  # of a parameter and two moments; gradients come when the engine sleeps
 
 
 def _fewest(

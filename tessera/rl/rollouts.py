@@ -264,7 +264,7 @@ class Rollouts:
         self._complete(number, found)
         if prefetch:
             self._prefetched = self._thread.submit(partial(self._sample, number + 1))
-        elif self.module.device.type == "cuda":
+        else:
             self.engine.sleep()
         groups, self._seconds = found.groups, dict(found.seconds)
         self._metrics = measured(groups, self.rubric.names, self.layout)
