@@ -1,8 +1,10 @@
 """A device that computes on the CPU and, like a GPU, refuses tensors that are not its own.
 
-It sees tensors left on the CPU and numpy views of the device's. It cannot see kernels, streams,
-memory, or what happens in threads that tessera starts. A process that uses it must not have run a
-backward before, so tests run `python -m tests.pretend RECIPE RUNS` in one of its own.
+It sees tensors and random generators left on the CPU, numpy views of the device's tensors, and
+float64 where it pretends to have none, as MPS; in every thread that is started meanwhile. It
+cannot see kernels and what they lack for a dtype or a shape, streams and waiting for them, memory,
+several processes, FSDP, nor indices on the CPU and numbers of no dimension, which GPUs take, too.
+A process that uses it must not have run a backward before, so tests start one of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,13 +28,14 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "pretend"
 OPERATIONS = [0]  # on the device, so far
+REFUSED: set[torch.dtype] = set()  # dtypes that it does not have
 # Moves between devices, and places that a GPU takes from the CPU.
 _TO_CPU = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense"}
 _TO_CPU |= {"aten::index.Tensor", "aten::index_put_", "aten::index", "aten::_index_put_impl_"}
 
 
 class PlacementError(RuntimeError):
-    """An operation of tensors on two devices."""
+    """An operation that a real device would refuse."""
 
 
 class PretendTensor(torch.Tensor):
@@ -108,6 +112,7 @@ def device() -> torch.device:
         synchronize=lambda: None, wait_stream=lambda _: None
     )
     module.stream = lambda _: nullcontext()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     return torch.device(NAME, 0)
 
 
@@ -124,6 +129,8 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 raise PlacementError(
                     f"{name} got a CPU tensor {tuple(one.shape)} beside one on {NAME}"
                 )
+    if (ours or asked) and any(isinstance(one, torch.Generator) for one in leaves):
+        raise PlacementError(f"{name} got a generator of the CPU on {NAME}")
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs.pop("pin_memory", None)
@@ -137,6 +144,9 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if not there:
         return out
+    for one in tree_flatten(out)[0]:
+        if isinstance(one, torch.Tensor) and one.dtype in REFUSED:
+            raise PlacementError(f"{name} gives {one.dtype}, which {NAME} does not have")
     known = {id(one.held): one for one in ours}
     return tree_map(
         lambda one: (
@@ -149,16 +159,45 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def pretended() -> Iterator[None]:
-    """The device, for the block: `tessera.dist.device()` is it."""
+def pretended(float64: bool = True) -> Iterator[None]:
+    """The device, for the block and threads started in it: `tessera.dist.device()` is it."""
     from tessera import dist
 
-    real, dist.device = dist.device, device
+    before = dist.device, dist.widest_float, threading.Thread.start
+    dist.device = device
+    threading.Thread.start = _start
+    if not float64:
+        dist.widest_float = lambda of=None: (
+            torch.float32 if (of or device()).type == NAME else torch.float64
+        )
+        REFUSED.update((torch.float64, torch.complex128))
     try:
-        with sdpa_kernel(SDPBackend.MATH), _FromData(), _Mode():
+        with _there():
             yield
     finally:
-        dist.device = real
+        dist.device, dist.widest_float, threading.Thread.start = before
+        REFUSED.clear()
+
+
+@contextmanager
+def _there() -> Iterator[None]:
+    """This thread's calls are seen: torch's modes are of one thread."""
+    with sdpa_kernel(SDPBackend.MATH), _FromData(), _Mode():
+        yield
+
+
+_START = threading.Thread.start
+
+
+def _start(thread: threading.Thread) -> None:
+    run = thread.run
+
+    def seen() -> None:
+        with _there():
+            run()
+
+    thread.run = seen  # type: ignore[method-assign]
+    _START(thread)
 
 
 def main(recipe: str, runs: str) -> None:
@@ -176,7 +215,7 @@ def main(recipe: str, runs: str) -> None:
         return found
 
     pipeline._bring_about = counted
-    with pretended():
+    with pretended(float64=False):
         pipeline.run_recipe(load(Path(recipe), ()), Path(runs), quiet=True)
     print(json.dumps(counts))
 
