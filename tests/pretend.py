@@ -3,23 +3,20 @@
 It sees tensors and random generators left on the CPU, numpy views of the device's tensors, and
 float64 where it pretends to have none, as MPS; in every thread that is started meanwhile. It
 cannot see kernels and what they lack for a dtype or a shape, streams and waiting for them, memory,
-several processes, FSDP, nor indices on the CPU and numbers of no dimension, which GPUs take, too.
+several processes, nor indices on the CPU and numbers of no dimension, which GPUs take, too.
 A process that uses it must not have run a backward before, so tests start one of its own.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,6 +42,8 @@ class PretendTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> PretendTensor:
+        if held.dtype in REFUSED:
+            raise PlacementError(f"{NAME} has no {held.dtype}")
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             held.size(),
@@ -59,6 +58,9 @@ class PretendTensor(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PretendTensor({self.held!r})"
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()  # which FSDP frees and makes again
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None):
@@ -76,6 +78,8 @@ class _Mode(TorchDispatchMode):
     """Sees the calls that make tensors there, which have no tensor to dispatch on."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if any(issubclass(one, DTensor) for one in types):  # what it holds comes here again
+            return function(*args, **kwargs or {})
         return _run(function, args, kwargs or {})
 
 
@@ -104,13 +108,24 @@ class _FromData(TorchFunctionMode):
         return PretendTensor(made) if there else made
 
 
+class _Stream:
+    """Work is done when it is asked for: there is nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def synchronize(self, *_: Any) -> None: ...
+    def wait_stream(self, *_: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+
 @functools.cache
 def device() -> torch.device:
     _setup_privateuseone_for_python_backend(NAME)
-    module = getattr(torch, NAME)  # torch.cuda's part that saving asks for
-    module.current_stream = lambda *_: SimpleNamespace(
-        synchronize=lambda: None, wait_stream=lambda _: None
-    )
+    module = getattr(torch, NAME)  # torch.cuda's part that saving, FSDP and checkpointing ask for
+    module.Stream = module.Event = _Stream
+    module.current_stream = _Stream
     module.stream = lambda _: nullcontext()
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     return torch.device(NAME, 0)
@@ -131,7 +146,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 )
     if (ours or asked) and any(isinstance(one, torch.Generator) for one in leaves):
         raise PlacementError(f"{name} got a generator of the CPU on {NAME}")
-    if target is not None:
+    if asked:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs.pop("pin_memory", None)
     leaves, shape = tree_flatten((args, kwargs))
@@ -144,9 +159,6 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if not there:
         return out
-    for one in tree_flatten(out)[0]:
-        if isinstance(one, torch.Tensor) and one.dtype in REFUSED:
-            raise PlacementError(f"{name} gives {one.dtype}, which {NAME} does not have")
     known = {id(one.held): one for one in ours}
     return tree_map(
         lambda one: (
@@ -198,27 +210,3 @@ def _start(thread: threading.Thread) -> None:
 
     thread.run = seen  # type: ignore[method-assign]
     _START(thread)
-
-
-def main(recipe: str, runs: str) -> None:
-    """Run a recipe there; the last line is JSON: operations on the device by stage."""
-    from tessera import pipeline
-    from tessera.runs.recipe import load
-
-    device()  # before the first backward, which counts the devices there are
-    work, counts = pipeline._bring_about, {}
-
-    def counted(step: Any, *rest: Any) -> Any:
-        before = OPERATIONS[0]
-        found = work(step, *rest)
-        counts[step.name] = OPERATIONS[0] - before
-        return found
-
-    pipeline._bring_about = counted
-    with pretended(float64=False):
-        pipeline.run_recipe(load(Path(recipe), ()), Path(runs), quiet=True)
-    print(json.dumps(counts))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
