@@ -51,7 +51,7 @@ from tessera.model.transformer import Transformer
 from tessera.objectives.lm import documents
 from tessera.puzzle.bld import BLD
 from tessera.puzzle.library import BlockLibrary, save_library
-from tessera.puzzle.score import Units, load_units, score_given
+from tessera.puzzle.score import LibraryUnits, Units, score_given
 from tessera.puzzle.space import Space, SpaceConfig, build_space
 from tessera.puzzle.surgery import ParentStatistics, collect_statistics
 from tessera.train.engine import Trainer
@@ -142,7 +142,7 @@ def work(options: argparse.Namespace, folder: Path) -> tuple[Transformer, Units,
     space = build_space(SpaceConfig(), parent.config)
     statistics_ = collect_statistics(parent, batches[:1])
     save_library(BlockLibrary.from_parent(parent, space, statistics_), folder / "library")
-    return parent, load_units(folder / "library", parent, space), batches
+    return parent, dict(LibraryUnits.of(folder / "library", parent, space)), batches
 
 
 def reused(parent: Transformer, units: Units, batches: Sequence[Batch]) -> Rows:

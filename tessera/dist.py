@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tessera.devices import DeviceError
 from tessera.table import nearest
@@ -20,7 +21,26 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 PATIENCE = dt.timedelta(days=30)  # how long the others wait for work that one process does
+TIMEOUT = 120  # minutes, unless the environment variable TESSERA_TIMEOUT says
+
+
+def timeout() -> dt.timedelta:
+    """How long a collective waits for the slowest process: its rollouts and its judging, too.
+
+    The end of a process ends the job at once under torchrun; this is for one that hangs.
+    """
+    given = os.environ.get("TESSERA_TIMEOUT", str(TIMEOUT))
+    try:
+        minutes = float(given)
+        if not 0 < minutes < math.inf:
+            raise ValueError
+    except ValueError:
+        raise DeviceError(
+            f"TESSERA_TIMEOUT = {given!r} is no number of minutes above 0; the default is {TIMEOUT}"
+        ) from None
+    return dt.timedelta(minutes=minutes)
 
 
 def rank() -> int:
@@ -38,12 +58,19 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def share_of_machine(count: int) -> int:
+    """This process's part of something that a machine has `count` of; one at the least."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return count // here or 1
+
+
 def is_main() -> bool:
     """True in the one process that writes files and prints."""
     return rank() == 0
 
 
 KINDS = ("cuda", "xpu", "mps", "cpu")  # ROCm's torch says cuda, too
+HOST = "cpu"  # the machine's memory, where an accelerator's parameters may wait
 _chosen: list[str] = []  # the kind of device said for the job, then for the stage
 
 
@@ -109,6 +136,12 @@ def widest_float(of: torch.device | None = None) -> torch.dtype:
     return torch.float64 if known and where.type != "mps" else torch.float32
 
 
+def copies_ahead(to: torch.device) -> bool:
+    """Whether a copy from the CPU may go on while its source is let go: MPS would read what is next
+    in that memory (pytorch issue 189690)."""
+    return to.type != "mps"
+
+
 @contextmanager
 def processes() -> Iterator[None]:
     """The process group of this job while the body runs: NCCL with GPUs, gloo without."""
@@ -119,7 +152,7 @@ def processes() -> Iterator[None]:
 
     if device().type != "cpu":
         torch.accelerator.set_device_index(local_rank())
-    torch.distributed.init_process_group(_backend())
+    torch.distributed.init_process_group(_backend(), timeout=timeout())
     for make in (waiting_group, saving_group):  # in every process, in the same order
         make()
     try:
@@ -196,15 +229,32 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every process's picklable object, in the order of ranks, in every process."""
+def gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:
+    """The picklable object of every process, or of a group's, in each, in the order of ranks."""
     if world() == 1:
         return [value]
     import torch.distributed
 
-    everyone: list[Any] = [None] * world()
-    torch.distributed.all_gather_object(everyone, value)
+    everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyone, value, group)
     return everyone
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """What the main process computes, in every process; what it raises is raised in all of them."""
+    if world() == 1:
+        return compute()
+    found: tuple[T | None, Exception | None] = (None, None)
+    if is_main():
+        try:
+            found = compute(), None
+        except Exception as error:
+            found = None, error
+    barrier()  # which waits longer than a broadcast does
+    value, error = broadcast(found)
+    if error is not None:
+        raise error
+    return value
 
 
 def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:
@@ -228,4 +278,7 @@ def _mesh(kind: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMe
     if world() == 1 and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(_backend(), store=store, rank=0, world_size=1)
-    return init_device_mesh(kind, shape, mesh_dim_names=names)
+    made = init_device_mesh(kind, shape, mesh_dim_names=names)
+    for group in made.get_all_groups():  # they do not take after the job's
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout(), group)
+    return made

@@ -29,7 +29,7 @@ from tessera.export import engines
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model import config
-from tessera.model.checkpoint import load_model, save_model
+from tessera.model.checkpoint import Checkpoint, load_model, save_model
 from tessera.model.families import FAMILIES
 from tessera.puzzle.library import BlockLibrary, assemble, save_library
 from tessera.puzzle.space import SpaceConfig, build_space
@@ -172,7 +172,7 @@ def test_a_library_holds_the_variant(lowrank: None, tmp_path: Path):
     library = BlockLibrary.from_parent(parent, offered, statistics)
     save_library(library, tmp_path)
     words = (("lowrank-64", "lowrank-128"), *tiny.PARENT[1:])
-    child = assemble(parent, tmp_path, words)
+    child = load_model(assemble(Checkpoint.of(parent), tmp_path, words))
     assert child.config.words == words
     assert torch.equal(child.blocks[0].ffn.op.weight, library["00/ffn/lowrank-128"].op.weight)
 

@@ -252,6 +252,9 @@ def export(
         bool,
         typer.Option("--fp8", help="Round the projections to FP8 (decilm, hf and padded)."),
     ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, instead of the model's own.")
+    ] = "",
     check: Annotated[bool, typer.Option(help="Read it back and compare with the source.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -261,9 +264,18 @@ def export(
         return
     from tessera.export.write import export_model
 
-    quantize = "fp8" if fp8 else None
+    if dtype:
+        choose("--dtype", dtype, "float32", "bfloat16", "float16")
     engines = [] if engine == ["none"] else engine
-    report = export_model(model, out, format, check=check, engines=engines, quantize=quantize)
+    report = export_model(
+        model,
+        out,
+        format,
+        check=check,
+        engines=engines,
+        quantize="fp8" if fp8 else None,
+        dtype=dtype or None,  # type: ignore[arg-type]
+    )
     print_json(report.as_json()) if as_json else print("\n".join(report.lines()))
 
 

@@ -1,4 +1,7 @@
-"""A GGUF file for llama.cpp in float32: `llama` for equal layers, `deci` where they differ.
+"""A GGUF file for llama.cpp: `llama` for equal layers, `deci` where they differ.
+
+Matrices are in the model's own float32, bfloat16 or float16, and vectors in float32, which
+llama.cpp asks of them.
 
 `deci` has per-layer arrays of query heads, KV heads and FFN widths; 0 heads mean no attention,
 0 KV heads beside query heads one matrix in its place, width 0 no FFN. llama.cpp rotates
@@ -11,25 +14,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from gguf import GGUFReader, GGUFWriter, RopeScalingType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
 from torch import Tensor
 
 from tessera.export.gguf_vocabulary import Vocabulary
+from tessera.model.checkpoint import Checkpoint
 from tessera.model.config import GQA, Linear, ModelConfig
 from tessera.model.layers import rope_frequencies
-from tessera.model.transformer import Transformer
+from tessera.model.tensors import LazyTensor, raw
+
+_TYPES = {
+    torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    torch.bfloat16: (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+}
 
 
-def write(module: Transformer, path: Path, vocabulary: Vocabulary, name: str) -> None:
+def write(model: Checkpoint, path: Path, vocabulary: Vocabulary, name: str) -> None:
     """Write the whole model and its tokenizer as one GGUF file."""
-    config, blocks = module.config, module.config.blocks
-    equal, query = config.homogeneous, module.config.num_attention_heads
+    config, blocks = model.config, model.config.blocks
+    equal, query = config.homogeneous, config.num_attention_heads
     writer = GGUFWriter(path, "llama" if equal else "deci")
     writer.add_name(name)
-    writer.add_file_type(0)  # every tensor in float32
+    writer.add_file_type(_TYPES[model.dtype][1])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -49,27 +61,35 @@ def write(module: Transformer, path: Path, vocabulary: Vocabulary, name: str) ->
     writer.add_head_count_kv(kv_heads[0] if equal else kv_heads)
     writer.add_feed_forward_length(widths[0] if equal else widths)
     vocabulary.add_to(writer, config.vocab_size)
-    for key, tensor in _tensors(module):
-        writer.add_tensor(key, tensor.detach().float().contiguous().numpy())
+    tensors = dict(_tensors(model))
+    for key, one in tensors.items():
+        kind, _ = _TYPES[one.dtype]
+        writer.add_tensor_info(key, one.shape, np.dtype("f4"), one.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for one in tensors.values():
+        writer.write_tensor_data(raw(one.read()))
     writer.close()
 
 
-def _tensors(module: Transformer) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: Checkpoint) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of the file, by llama.cpp's names."""
-    config = module.config
-    yield "token_embd.weight", module.embed_tokens.weight
+    config = model.config
+    yield "token_embd.weight", model.tensors["embed_tokens.weight"]
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
         # Llama 3.x's long-context stretch: a divisor of each plain frequency, (D/2,).
         plain = rope_frequencies(replace(config, rope_scaling=None))
-        yield "rope_freqs.weight", plain / rope_frequencies(config)
-    for key, parameter, heads in _layer_tensors(module):
-        yield key, interleave(parameter, heads) if heads else parameter
-    yield "output_norm.weight", module.norm.weight
+        divisors = plain / rope_frequencies(config)
+        yield "rope_freqs.weight", LazyTensor(tuple(plain.shape), plain.dtype, lambda: divisors)
+    for key, one in model.tensors.items():
+        if key.startswith("layers."):
+            key, heads = _layer_tensor(key, config)
+            one = one.map(partial(interleave, heads=heads), one.dtype) if heads else one
+            yield key, one if len(one.shape) > 1 else one.to(torch.float32)
+    yield "output_norm.weight", model.tensors["norm.weight"].to(torch.float32)
     if not config.tie_word_embeddings:
-        yield "output.weight", module.head
+        yield "output.weight", model.tensors["lm_head.weight"]
 
 
 # llama.cpp's names of a layer's tensors, without their `.weight` or `.bias`.
@@ -87,35 +107,15 @@ _NAMES = {
 }
 
 
-def _layer_tensors(module: Transformer) -> Iterator[tuple[str, Tensor, int]]:
-    """(llama.cpp's name, the parameter, heads to reorder or 0) of all layers."""
-    for layer, block in enumerate(module.blocks):
-        kv_heads = getattr(block.attention.variant, "num_key_value_heads", 0)
-        heads = {"attn_q": module.config.num_attention_heads, "attn_k": kv_heads}
-        for key, parameter in block.named_parameters():
-            place, _, end = key.rpartition(".")
-            name = _NAMES[place]
-            yield f"blk.{layer}.{name}.{end}", parameter, heads.get(name, 0)
+def _layer_tensor(key: str, config: ModelConfig) -> tuple[str, int]:
+    """llama.cpp's name of a layer's tensor, and the heads whose rows are reordered, or 0."""
+    _, layer, rest = key.split(".", 2)
+    place, _, end = rest.rpartition(".")
+    kv_heads = getattr(config.blocks[int(layer)].attention, "num_key_value_heads", 0)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": kv_heads}
+    return f"blk.{layer}.{_NAMES[place]}.{end}", heads.get(_NAMES[place], 0)
 
 
 def interleave(value: Tensor, heads: int) -> Tensor:
     """Rows of q or k `(heads*D, …)` from rotate-half order to neighbouring pairs."""
     return value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-@torch.no_grad()
-def read(path: Path, config: ModelConfig) -> Transformer:
-    """The module a written file describes, its tensors in Hugging Face's order: for the check."""
-    reader = GGUFReader(path)
-    stored = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
-    module = Transformer(config)
-    module.embed_tokens.weight.copy_(stored["token_embd.weight"])
-    module.norm.weight.copy_(stored["output_norm.weight"])
-    if not config.tie_word_embeddings:
-        module.lm_head.weight.copy_(stored["output.weight"])
-    for key, parameter, heads in _layer_tensors(module):
-        value = stored[key]
-        if heads:  # back from neighbouring pairs
-            value = value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        parameter.copy_(value)
-    return module.requires_grad_(False)

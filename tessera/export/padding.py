@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.export.engines import padded_head_dim
+from tessera.model.checkpoint import Checkpoint
 from tessera.model.config import GQA, BlockConfig, ModelConfig, SwiGLU
-from tessera.model.transformer import Transformer, holding
+from tessera.model.tensors import LazyTensor
+from tessera.model.transformer import Transformer
 from tessera.table import spans
 
 MULTIPLE = 256  # the DeciLM dialect's widths
@@ -63,38 +65,39 @@ def expressible_notes(config: ModelConfig) -> list[str]:
     return notes
 
 
-def widen(module: Transformer) -> Transformer:
-    """The same function as `module`, in the shapes of `expressible(module.config)`.
-
-    Tensors that need no padding are shared with `module`, not copied.
-    """
-    return _padded(module, expressible(module.config), _spread_heads)
+def widen(model: Checkpoint) -> Checkpoint:
+    """The same function as `model`, in the shapes of `expressible(model.config)`."""
+    return _padded(model, expressible(model.config), _spread_heads)
 
 
-def unify(module: Transformer) -> Transformer:
-    """The same function as `module`, in the equal layers of `uniform(module.config)`."""
-    return _padded(module, uniform(module.config), _repeat_heads)
+def unify(model: Checkpoint) -> Checkpoint:
+    """The same function as `model`, in the equal layers of `uniform(model.config)`."""
+    return _padded(model, uniform(model.config), _repeat_heads)
 
 
 def _padded(
-    module: Transformer,
+    model: Checkpoint,
     config: ModelConfig,
     moved: Callable[[str, Tensor, ModelConfig, ModelConfig], Tensor],
-) -> Transformer:
-    """A frozen model of `config` with the moved tensors, padded with zeros at their ends."""
-    state, like = module.state_dict(), module.head
+) -> Checkpoint:
+    """A model of `config` with the moved tensors, padded with zeros at their ends."""
 
-    def tensor(key: str, shape: torch.Size) -> Tensor:
-        if key not in state:  # a bias, or of an absent subblock, whose norm may be anything
+    def lazy(key: str, shape: tuple[int, ...]) -> LazyTensor:
+        if key not in model.tensors:  # a bias, or of an absent subblock, whose norm may be anything
             filled = torch.ones if ".norm." in key else torch.zeros
-            return filled(shape, dtype=like.dtype, device=like.device)
-        value = moved(key, state[key], module.config, config)
-        if value.shape == shape:
-            return value
-        missing = [new - old for new, old in zip(shape, value.shape, strict=True)]
-        return F.pad(value, [n for size in reversed(missing) for n in (0, size)])
+            return LazyTensor(shape, model.dtype, lambda: filled(shape, dtype=model.dtype))
+        old = model.tensors[key]
 
-    return holding(config, tensor).requires_grad_(False)
+        def read() -> Tensor:
+            value = moved(key, old.read(), model.config, config)
+            missing = [new - size for new, size in zip(shape, value.shape, strict=True)]
+            return F.pad(value, [n for size in reversed(missing) for n in (0, size)])
+
+        return old._replace(shape=shape, read=read)
+
+    with torch.device("meta"):
+        like = Transformer(config).state_dict()
+    return Checkpoint(config, {key: lazy(key, tuple(one.shape)) for key, one in like.items()})
 
 
 def _spread_heads(key: str, value: Tensor, old: ModelConfig, new: ModelConfig) -> Tensor:
@@ -112,7 +115,7 @@ def _spread_heads(key: str, value: Tensor, old: ModelConfig, new: ModelConfig) -
     found = spread.flatten(0, 1)
     if part == "o_proj":
         return found.T.contiguous()
-    return found * (times**0.5 if part == "q_proj" else 1.0)
+    return (found.float() * times**0.5).to(found.dtype) if part == "q_proj" else found
 
 
 def _repeat_heads(key: str, value: Tensor, old: ModelConfig, new: ModelConfig) -> Tensor:

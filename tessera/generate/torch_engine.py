@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from tessera.generate.packed import Packed
 from tessera.generate.requests import Grammar, Handle, Sample, StoppingCriterion, Waiting
 from tessera.generate.scheduler import Scheduler, Stats, similar
 from tessera.model.config import ModelConfig
+from tessera.model.placement import Placement
 from tessera.model.transformer import Transformer
 
 SCORE_LOGITS = 2**24  # held at once while scoring
@@ -48,8 +50,8 @@ class TorchEngine:
     length, to bound the cache; None for no cap. max_queue: samples that may wait for a row before
     `submit` raises QueueFullError. chunk_tokens: of prompts, read between two decode steps.
     prefix_cache_tokens: of prompts, whose KV is kept for later ones that begin alike. int8: large
-    weights rounded to int8, on a CPU: a quarter of the memory, and faster. dtype: what it computes
-    in, the module's own unless given.
+    weights rounded to int8, on a CPU: a quarter of the memory, and faster. placement: see `Packed`;
+    the processes of a tensor group make the same calls, and get the same.
 
     The engine holds a snapshot of the weights: after a training step, `sync`. The cache is kept
     between calls and freed by `close`. Any thread may submit, cancel and read completions; calls
@@ -66,13 +68,13 @@ class TorchEngine:
         chunk_tokens: int = 512,
         prefix_cache_tokens: int = 0,
         int8: bool = False,
-        dtype: torch.dtype | None = None,
+        placement: Placement | None = None,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise GenerationError(f"{name} is {value}; it must be at least 1")
-        packed, self.waiting = Packed(module, int8, dtype), Waiting(max_queue)
-        self.int8, self.dtype = int8, dtype
+        self._pack = partial(Packed, int8=int8, placement=placement)
+        packed, self.waiting = self._pack(module), Waiting(max_queue)
         self._lock, self._next = threading.Lock(), threading.Lock()
         self._open: Scheduler | None = Scheduler(
             packed, self.waiting, max_batch_size, max_tokens, chunk_tokens, prefix_cache_tokens
@@ -86,7 +88,7 @@ class TorchEngine:
 
     @property
     def config(self) -> ModelConfig:
-        return self._scheduler.packed.config
+        return self._scheduler.config
 
     @property
     def slots(self) -> Slots:
@@ -288,10 +290,9 @@ class TorchEngine:
         the prompt: the new weights read both anew, so that each next token is the new model's.
         Raises GenerationError where such a request need not fit the new model.
         """
-        packed = Packed(module, self.int8, self.dtype)
         with self._turn():
             for name in () if self.idle else ("vocab_size", "max_position_embeddings"):
-                have, given = getattr(self.config, name), getattr(packed.config, name)
+                have, given = getattr(self.config, name), getattr(module.config, name)
                 if given < have:
                     raise GenerationError(
                         f"requests in flight may need {name} {have}, and the new model has {given}"
@@ -301,7 +302,7 @@ class TorchEngine:
                 if sample.completion.token_ids:
                     sample.tokens = [*sample.handle.prompt, *sample.completion.token_ids]
             self.waiting.put_back(evicted)
-            self._scheduler.load(packed, version)
+            self._scheduler.load(partial(self._pack, module), version)
 
     def sleep(self) -> None:
         """See `Engine.sleep`: frees the cache where nothing is in flight."""

@@ -144,8 +144,15 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     }
 
 
+def tensors_of(file: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of one file of an architecture that is known, by Hugging Face's names."""
+    found = _index(Header([file]), config)
+    return {name: tensor._replace(file=file.name) for name, tensor in found}
+
+
 def read_tensor(directory: Path, tensor: Tensor) -> np.ndarray:
-    """A weight in float32, or in float16 where the file holds that."""
+    """A weight in float32; in float16 where the file holds that, bfloat16 as int16. A view of the
+    file where nothing is to be done."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -153,9 +160,9 @@ def read_tensor(directory: Path, tensor: Tensor) -> np.ndarray:
     block, size = GGML_QUANT_SIZES[kind]
     row = tensor.shape[-1] // block * size
     shape = (*tensor.shape[:-1], row)
-    data = np.memmap(directory / tensor.file, np.uint8, "r", tensor.offset, shape)
-    plain = {"F32": np.float32, "F16": np.float16}.get(tensor.type)
-    value = np.array(data.view(plain)) if plain else dequantize(data, kind)
+    data = np.memmap(directory / tensor.file, np.uint8, "c", tensor.offset, shape)
+    plain = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}.get(tensor.type)
+    value = data.view(plain) if plain else dequantize(data, kind)
     if tensor.heads:  # (heads, D/2, 2, …) -> (heads, 2, D/2, …)
         rest = tensor.shape[1:]
         value = value.reshape(tensor.heads, -1, 2, *rest).swapaxes(1, 2).reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""The operations inside a subblock, and `attend`, the only place that knows attention kernels.
+"""The operations inside a subblock.
 
 Shape letters, here and everywhere: B batch, T tokens, C hidden_size, H query heads, K key/value
 heads, D head_dim, F intermediate_size, V vocab_size, L layers.
@@ -11,16 +11,23 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from tessera.model.attention import attend
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
 from tessera.model.cpu import Projection, gated_down, linear, rms_norm
+from tessera.model.sequence import summed_gradient
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` over the last dimension."""
+    """`x / rms(x) * weight` over the last dimension.
+
+    mesh: of the processes that share the weight and norm other tokens or heads each.
+    """
+
+    mesh: DeviceMesh | None = None
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -28,7 +35,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        weight = self.weight if self.mesh is None else summed_gradient(self.weight, self.mesh)
+        return rms_norm(x, weight, self.eps)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -55,40 +63,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x * cos + rotated * sin).type_as(x)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-    """Causal attention inside each document. q `(B,T,H,D)`, k and v `(B,T,K,D)` -> `(B,T,H,D)`.
-
-    Packed rows are cut into their documents, which are grouped by length, so the work grows with
-    the documents' squared lengths. A prefix that documents share is read by all of them.
-    """
-    if context.simple:
-        return _sdpa(q, k, v, context.sliding_mask(q.shape[1]))
-    plan = context.documents
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
-    parts = []
-    for group, mask in zip(plan.groups, context.masks, strict=True):
-        index = group.index  # (N, T_n): rows are documents, padded at the end
-        q, k, v = (x[index.flatten()].unflatten(0, index.shape) for x in flat)
-        if group.prefix is not None:
-            there = group.prefix
-            before = (x[there.flatten()].unflatten(0, there.shape) for x in flat[1:])
-            k, v = (torch.cat(pair, 1) for pair in zip(before, (k, v), strict=True))
-        parts.append(_sdpa(q, k, v, mask).flatten(0, 1))
-    return torch.cat(parts)[plan.inverse].unflatten(0, context.positions.shape)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
 
 
 class Attention(nn.Module):

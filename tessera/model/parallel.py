@@ -9,45 +9,84 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     RowwiseParallel,
     parallelize_module,
 )
 
 from tessera.model.checkpoint import whole
-from tessera.model.config import GQA, ModelConfig, SwiGLU, Variant
-from tessera.model.transformer import Block
+from tessera.model.config import GQA, ModelConfig, NoOp, SwiGLU, Variant
+from tessera.model.context import Context
+from tessera.model.layers import Attention, Subblock
+from tessera.model.sequence import all_tokens, own_tokens
+from tessera.model.transformer import Transformer
 
 
-def split_heads_and_channels(block: Block, config: ModelConfig, mesh: DeviceMesh) -> None:
-    """Tensor parallelism of one block (Megatron): columns in, rows out, one sum a subblock.
+def split_model(module: nn.Module, config: ModelConfig, mesh: DeviceMesh) -> None:
+    """Tensor parallelism (Megatron) of a model, or of parts that are put into one: columns in,
+    rows out, an exchange before and after each subblock. What is split already stays as it is.
 
-    What does not divide (`splits`) stays whole on every process.
+    A model that is trained is sequence-parallel too: between subblocks, a process holds the
+    residual stream of its own part of the tokens, and norms see that part alone.
     """
-    plan: dict[str, Any] = {}
-    if splits(config, block.attention.variant, mesh.size()):
-        plan |= {f"attention.op.{p}_proj": ColwiseParallel() for p in "qkv"}
-        plan["attention.op.o_proj"] = RowwiseParallel()
-    if splits(config, block.ffn.variant, mesh.size()):
-        plan |= {f"ffn.op.{p}_proj": ColwiseParallel() for p in ("gate", "up")}
-        plan["ffn.op.down_proj"] = RowwiseParallel()
-    if plan:
-        parallelize_module(block, mesh, plan)
+    model = module if isinstance(module, Transformer) else None
+    trained = model is not None and any(one.requires_grad for one in model.parameters())
+    for part in module.modules():
+        if isinstance(part, Subblock) and not isinstance(part.variant, NoOp):
+            _split_heads_and_channels(part, config, mesh, trained)
+    if model is not None and trained:
+        model.tokens_mesh = model.norm.mesh = mesh
+
+
+def _split_heads_and_channels(
+    subblock: Subblock, config: ModelConfig, mesh: DeviceMesh, by_tokens: bool
+) -> None:
+    """What does not divide (`splits`) stays whole on every process, which then sees all tokens."""
+    op, split = subblock.op, splits(config, subblock.variant, mesh.size())
+    if any(isinstance(one, DTensor) for one in op.parameters()):
+        return  # before, when it was part of another model
+    if split:
+        columns, row = ("qkv", "o") if isinstance(op, Attention) else (("gate", "up"), "down")
+        plan: dict[str, ParallelStyle] = {f"{name}_proj": ColwiseParallel() for name in columns}
+        out = Shard(1) if by_tokens else Replicate()
+        plan[f"{row}_proj"] = RowwiseParallel(output_layouts=out)
+        parallelize_module(op, mesh, plan, src_data_rank=None)  # each process has all of it
+        if config.qk_norm and isinstance(op, Attention):  # every process has some of the heads
+            op.q_norm.mesh = op.k_norm.mesh = mesh
+    if by_tokens:
+        subblock.norm.mesh = mesh
+
+    def before(_: nn.Module, args: tuple[Tensor, Context]) -> tuple[Tensor, Context]:
+        x, context = args
+        if by_tokens:
+            x = all_tokens(x, context.positions.shape[1], mesh)
+        else:
+            x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+        # A product takes the DTensor, so that its gradients are summed once for all projections.
+        return x if split else x.to_local(), context
+
+    def after(_: nn.Module, args: object, out: Tensor) -> Tensor:
+        return own_tokens(out, mesh)
+
+    if split or by_tokens:
+        op.register_forward_pre_hook(before)
+    if by_tokens and not split:
+        op.register_forward_hook(after)
 
 
 def splits(config: ModelConfig, variant: Variant, ways: int) -> bool:
-    """Whether a subblock's KV heads or channels divide, and no norm stands inside each head."""
+    """Whether a subblock's KV heads or channels divide."""
     match variant:
         case GQA(num_key_value_heads=heads):
-            return heads % ways == 0 and not config.qk_norm
+            return heads % ways == 0
         case SwiGLU(intermediate_size=width):
             return width % ways == 0
         case _:

@@ -4,37 +4,45 @@ device   of the job, or of the stage (`device` in its table): `dist.device()`
 dtype    a stage's `dtype`; "auto" is bfloat16 on an accelerator and float32 on a CPU
 spread   world = replicate · shard · tensor       rank = (r · shard + s) · tensor + t
 
-Ranks that differ in r or s read different rows (data parallelism); those that differ in s hold
-different parts of every parameter, gradient and moment of what is trained; those that differ in t
-hold different heads and channels of the same rows.
+Ranks that differ in r or s read different rows (data parallelism), or with `context` different
+parts of a row: each `context` neighbours among them share their rows (context parallelism). Ranks
+that differ in s hold different parts of every parameter, gradient and moment of what is trained;
+those that differ in t hold different heads and channels of the same tokens, and between subblocks
+different ones of these.
 
 A layout changes no result beyond rounding, so it is no part of a run's fingerprint; a dtype is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp import share_comm_ctx as share_streams
 
 from tessera import dist
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import ModelConfig
-from tessera.model.parallel import split_heads_and_channels
+from tessera.model.parallel import split_model
 from tessera.model.placed import DtypeName
 from tessera.model.placed import PlacedConfig as PlacedConfig
 from tessera.model.source import load_config
-from tessera.model.transformer import Transformer
+from tessera.model.transformer import Checkpointing, Transformer
 from tessera.runs.files import RunError
 
+K, T = TypeVar("K"), TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,24 +56,33 @@ class ParallelConfig(BaseModel):
     tensor: processes that split each layer's heads and channels; neighbours on one machine.
     shard: processes that split the state; all that are left, unless given. Fewer of them (the
         GPUs of one machine) gather faster and hold copies of it.
+    context: processes that share each row, a part of its tokens each, for rows whose activations
+        do not fit one; every layer gathers the keys and values of the whole row.
+    gradient_checkpointing: blocks run again in the backward pass, for less memory; "selective"
+        keeps what attention and every second product gave.
+    offload: parameters, gradients and moments stay in the machine's memory; the accelerator holds
+        what is gathered for a block, and the CPU makes the update.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tensor: int = Field(default=1, ge=1)
     shard: int | None = Field(default=None, ge=1)
-    gradient_checkpointing: bool = False  # blocks run again in the backward: less memory, 4/3 time
+    context: int = Field(default=1, ge=1)
+    gradient_checkpointing: Checkpointing = False
+    offload: bool = False
     compile: bool = False  # torch.compile each block; for GPUs, a minute of compilation here
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the three dimensions, and where this process stands."""
+    """Sizes of the dimensions, and where this process stands. context: see `ParallelConfig`."""
 
     replicate: int
     shard: int
     tensor: int
     rank: int
+    context: int = 1
 
     @classmethod
     def of(cls, config: ParallelConfig) -> Layout:
@@ -78,22 +95,49 @@ class Layout:
             )
         data = world // config.tensor
         shard = config.shard or data
-        if data % shard:
-            raise LayoutError(
-                f"parallel.shard = {shard} does not divide the {data} processes that are left with "
-                f"tensor = {config.tensor}; it may be {_divisors(data)}"
-            )
-        return cls(data // shard, shard, config.tensor, dist.rank())
+        for name, size in (("shard", shard), ("context", config.context)):
+            if data % size:
+                raise LayoutError(
+                    f"parallel.{name} = {size} does not divide the {data} processes that are left "
+                    f"with tensor = {config.tensor}; it may be {_divisors(data)}"
+                )
+        return cls(data // shard, shard, config.tensor, dist.rank(), config.context)
 
     @property
     def data_world(self) -> int:
         """How many processes read different rows."""
-        return self.replicate * self.shard
+        return self.replicate * self.shard // self.context
 
     @property
     def data_rank(self) -> int:
         """Which of them this one is."""
-        return self.rank // self.tensor
+        return self.rank // (self.tensor * self.context)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first of its tensor group, which judges and writes for all of it."""
+        return self.rank % self.tensor == 0
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share of work that any process may do; all of a tensor group have it."""
+        return items[self.data_rank :: self.data_world]
+
+    def title(self, label: str) -> str:
+        """A label of the progress of this process's share."""
+        return label if self.data_world == 1 else f"{label}, 1 of {self.data_world} shares"
+
+    def share(self, count: int, compute: Callable[[int], T]) -> list[T]:
+        """What `compute` returns of each index below `count`, in every process; each is computed by
+        one tensor group."""
+        found = self.joined({index: compute(index) for index in self.mine(range(count))})
+        return [found[index] for index in range(count)]
+
+    def joined(self, rows: dict[K, T]) -> dict[K, T]:
+        """The entries of every process's dictionary, in every process."""
+        if self.data_world == 1:
+            return rows
+        dist.barrier()  # which waits longer than a gathering does
+        return {key: row for one in dist.gather(rows) for key, row in one.items()}
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the data of all processes; those of a tensor group say the same thing."""
@@ -105,10 +149,18 @@ class Layout:
         shape = self.replicate, self.shard, self.tensor
         return dist.mesh(shape, ("replicate", "shard", "tensor"))
 
+    def context_mesh(self) -> DeviceMesh:
+        """The processes that share this one's rows."""
+        shape = dist.world() // (self.context * self.tensor), self.context, self.tensor
+        return dist.mesh(shape, ("rows", "context", "tensor"))["context"]
+
     def data_mesh(self) -> DeviceMesh:
         """The part of the grid that FSDP shards over; two-dimensional where there are replicas."""
         mesh = self.mesh()
         return mesh["shard"] if self.replicate == 1 else mesh["replicate", "shard"]
+
+
+ALONE = Layout(1, 1, 1, 0)
 
 
 def _divisors(number: int) -> str:
@@ -133,24 +185,29 @@ class Placement:
         return Layout.of(self.config)
 
     @property
-    def needed(self) -> bool:
-        """Whether FSDP is: not in one process that computes in float32."""
-        return self.shards and (dist.world() > 1 or self.dtype != torch.float32)
+    def tensor_mesh(self) -> DeviceMesh | None:
+        """The processes that split heads and channels with this one, if there are others."""
+        return self.layout.mesh()["tensor"] if self.config.tensor > 1 else None
 
-    def load(self, source: str | Path, *, frozen: bool = False) -> Transformer:
+    @property
+    def needed(self) -> bool:
+        """Whether FSDP is: not in one process that computes in float32 with what it holds."""
+        plain = self.dtype == torch.float32 and not self.config.offload
+        return self.shards and (dist.world() > 1 or not plain)
+
+    def load(self, source: str | Path | Checkpoint, *, frozen: bool = False) -> Transformer:
         """A model from disk, placed; each process reads the parts that are its own."""
         dtype = self.dtype if frozen else torch.float32
+        device = dist.HOST if self.config.offload else dist.device()
         return load_model(
-            source, frozen=frozen, dtype=dtype, device=dist.device(), prepare=self.transformer
+            source, frozen=frozen, dtype=dtype, device=device, prepare=self.transformer
         )
 
     def transformer(self, module: Transformer) -> Transformer:
         """The same module with its parameters spread over the processes."""
         for block in module.blocks:
             block.gradient_checkpointing = self.config.gradient_checkpointing
-        if self.config.tensor > 1:
-            for block in module.blocks:
-                split_heads_and_channels(block, module.config, self.layout.mesh()["tensor"])
+        self.split(module, module.config)
         if self.config.compile:
             for block in module.blocks:
                 block.compile()
@@ -160,15 +217,20 @@ class Placement:
             self._shard(module, reshard_after_forward=False)
         return module
 
+    def split(self, module: nn.Module, config: ModelConfig) -> None:
+        """Gives each process of a tensor group its heads and channels of every subblock there."""
+        if (mesh := self.tensor_mesh) is not None:
+            split_model(module, config, mesh)
+
     def units(self, units: Iterable[nn.Module]) -> None:
         """Independent modules, each called on its own, spread over the processes.
 
         Raises LayoutError for tensor parallelism: they are split over the data alone.
         """
-        if self.config.tensor > 1:
+        if self.config.tensor > 1 or self.config.context > 1:
             raise LayoutError(
-                "parallel.tensor does not apply to block-wise distillation, whose units are small; "
-                "leave it at 1"
+                "parallel.tensor and parallel.context do not apply to block-wise distillation, "
+                "whose units are small; leave them at 1"
             )
         if self.needed:
             sharded = [self._shard(unit) for unit in units if any(True for _ in unit.parameters())]
@@ -180,10 +242,17 @@ class Placement:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # RoPE's frequencies stay float32
         )
+        if self.config.offload:
+            settings["offload_policy"] = CPUOffloadPolicy(
+                pin_memory=dist.device().type != dist.HOST
+            )
         sharded = fully_shard(module, mesh=self.layout.data_mesh(), mp_policy=policy, **settings)
         sharded.set_gradient_divide_factor(1.0)  # sums: the trainer divides
         sharded.set_force_sum_reduction_for_comms(True)
         return sharded
+
+
+HERE = Placement()  # in one process, in float32
 
 
 def inference_dtype(name: DtypeName = "auto") -> torch.dtype:
@@ -205,19 +274,44 @@ def for_inference(
     return Placement(ParallelConfig(tensor=ways), number, shards=False)
 
 
+def beside_training(
+    model: str | Path, training: Placement, dtype: DtypeName = "auto", tensor: int | None = None
+) -> Placement:
+    """Where a copy for generation lives of a model that these processes train.
+
+    dtype: "auto" is what the training computes in. tensor: as in `for_inference`, a multiple or a
+    divisor of the training's; the fewest that have room for it beside the state of training, and
+    no fewer than the training's, unless given. Raises LayoutError.
+    """
+    number = training.dtype if dtype == "auto" else DTYPES[dtype]
+    config, layout = load_config(model), training.layout
+    held = TRAINED_BYTES * config.num_params() / (layout.shard * layout.tensor)
+    ways = tensor or _fewest([config], number, layout.tensor, held)
+    if ways % layout.tensor and layout.tensor % ways:
+        raise LayoutError(
+            f"tensor = {ways} is neither a multiple nor a divisor of parallel.tensor = "
+            f"{layout.tensor}; leave it out, or give one of them"
+        )
+    return Placement(ParallelConfig(tensor=ways), number, shards=False)
+
+
 # Share of a device's memory that weights may take: the rest is for caches and activations.
 ROOM = 0.7
+TRAINED_BYTES = 16  # of a parameter, its gradient and two moments
 
 
-def _fewest(configs: Sequence[ModelConfig], dtype: torch.dtype) -> int:
+def _fewest(
+    configs: Sequence[ModelConfig], dtype: torch.dtype, least: int = 1, held: float = 0
+) -> int:
+    """least: of them, a divisor. held: bytes that each process needs for other things."""
     room = dist.device_memory()
     if room is None:
-        return 1
+        return least
     needed = dtype.itemsize * sum(config.num_params() for config in configs)
-    ways = [n for n in range(1, dist.world() + 1) if dist.world() % n == 0]
+    ways = [n for n in range(least, dist.world() + 1, least) if dist.world() % n == 0]
     fits = [n for n in ways if all(config.num_attention_heads % n == 0 for config in configs)]
     for count in fits:
-        if needed / count <= ROOM * room:
+        if needed / count + held <= ROOM * room:
             return count
     raise LayoutError(
         f"{needed / 1e9:.0f} GB of weights do not fit {dist.world()} devices of "

@@ -7,22 +7,55 @@ head in chunks of tokens and never hold `(B, T, V)`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from tessera.model.config import BlockConfig, ModelConfig, NoOp
 from tessera.model.context import Context
 from tessera.model.cpu import linear
 from tessera.model.layers import RMSNorm, Subblock, rope_frequencies
+from tessera.model.sequence import all_tokens, own_tokens
+
+Checkpointing = bool | Literal["selective"]
+
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise)
+
+
+def _selective() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """A checkpoint that keeps what attention and every second product gave."""
+    products = itertools.count()
+
+    def policy(_: object, operation: torch._ops.OpOverload, *args: Any, **kw: Any) -> Any:
+        if getattr(operation, "overloadpacket", None) in _PRODUCTS:
+            kept = next(products) % 2 == 1  # of q k v o gate up down: k o up
+        else:
+            kept = any(word in str(operation) for word in ("attention", "attn"))
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class Block(nn.Module):
-    """One layer: two subblocks, each adding its delta to the residual stream."""
+    """One layer: two subblocks, each adding its delta to the residual stream.
 
-    gradient_checkpointing = False  # keep the input alone and run again in the backward pass
+    gradient_checkpointing: keep the input alone, or besides it what is slow to make again, and run
+    again in the backward pass.
+    """
+
+    gradient_checkpointing: Checkpointing = False
 
     def __init__(self, config: ModelConfig, block: BlockConfig) -> None:
         super().__init__()
@@ -31,7 +64,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._run, x, context, use_reentrant=False)  # type: ignore[return-value]
+            kept = _selective if self.gradient_checkpointing == "selective" else noop_context_fn
+            return checkpoint(self._run, x, context, use_reentrant=False, context_fn=kept)  # type: ignore[return-value]
         return self._run(x, context)
 
     def _run(self, x: Tensor, context: Context) -> Tensor:
@@ -50,7 +84,11 @@ class Transformer(nn.Module):
     """A decoder of the Llama class whose blocks may all differ.
 
     h = embed(tokens);  h += attention(h);  h += ffn(h)  for every block;  norm(h)
+
+    tokens_mesh: of the processes that hold the residual stream together, some tokens each.
     """
+
+    tokens_mesh: DeviceMesh | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -69,8 +107,10 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.embed_tokens.weight.device
+        """Where it computes; parameters that are spread may wait elsewhere."""
+        weight = self.embed_tokens.weight
+        spread = isinstance(weight, DTensor)
+        return torch.device(weight.device_mesh.device_type) if spread else weight.device
 
     @property
     def head(self) -> Tensor:
@@ -102,21 +142,31 @@ class Transformer(nn.Module):
         A module whose parameters are sharded is to be called, so that they are gathered: its
         `head` holds afterwards until the backward pass is over.
         """
-        states = self.hidden_states(tokens, context)
+        states, length = self.hidden_states(tokens, context), tokens.shape[1]
         if output_hidden_states:
             kept = list(states)
-            return self.norm(kept[-1]), kept
+            return self._whole(self.norm(kept[-1]), length), [self._whole(x, length) for x in kept]
         *_, last = states
-        return self.norm(last)
+        return self._whole(self.norm(last), length)
 
     def hidden_states(self, tokens: Tensor, context: Context | None = None) -> Iterator[Tensor]:
-        """The residual stream `(B,T,C)` entering layer 0, 1, …, L-1, and leaving the last."""
+        """The residual stream entering layer 0, 1, …, L-1, and leaving the last: `(B,T,C)`, or this
+        process's tokens of it."""
         context = self.prepare(Context.rows(tokens) if context is None else context)
         x = self.embed_tokens(tokens)
+        if self.tokens_mesh is not None:
+            x = own_tokens(x, self.tokens_mesh)
         yield x
         for block in self.blocks:
             x = block(x, context)
             yield x
+
+    def _whole(self, x: Tensor, length: int) -> Tensor:
+        """The residual stream of all tokens."""
+        if self.tokens_mesh is None:
+            return x
+        x = all_tokens(x, length, self.tokens_mesh).to_local()
+        return torch.ops.aten._unsafe_view(x, x.shape)  # FSDP warns of a module that returns a view
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(…, V)` of normalised hidden states `(…, C)`."""

@@ -114,7 +114,10 @@ class Heldout:
     ) -> None:
         self.objective, self.module, self.layout = objective, module, config.placement.layout
         source = documents(data, config, seed, "heldout")
-        self.batches = {p.name: source.heldout_batches(source=p.name) for p in source.parts}
+        self.batches = {
+            p.name: [b.shared(self.layout) for b in source.heldout_batches(source=p.name)]
+            for p in source.parts
+        }
 
     def __call__(self) -> dict[str, float]:
         sums = [loss_sums(self.objective, self.module, b) for b in self.batches.values()]

@@ -18,9 +18,9 @@ from torch import Tensor
 from tessera.data.batch import Batch
 from tessera.data.config import DataConfig
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.checkpoint import load_model
 from tessera.model.context import Context
 from tessera.model.parallel import gathered
+from tessera.model.placement import ALONE, Layout
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.puzzle.cost import Seconds, generation_seconds
@@ -56,26 +56,33 @@ class CompareConfig(TimingConfig):
 
 
 @torch.no_grad()
-def quality(parent: Transformer, module: Transformer, batches: Sequence[Batch]) -> dict[str, float]:
-    """Mean held-out `loss` (nats a token), `kl` and top-1 `agreement` with the parent."""
-    sums: dict[str, float] = {"lm_loss": 0.0, "kl": 0.0, "agreement": 0.0}
-    total = 0.0
+def quality(
+    parent: Transformer, module: Transformer, batches: Sequence[Batch], layout: Layout = ALONE
+) -> dict[str, float]:
+    """Mean held-out `loss` (nats a token), `kl` and top-1 `agreement` with the parent. The tensor
+    groups of a layout share the batches; each of them holds the models whole."""
+
+    def sums(index: int) -> dict[str, float]:
+        batch = batches[index]
+        own, theirs = (
+            m(batch.tokens, Context(batch.positions, batch.segments)).flatten(0, 1)
+            for m in (module, parent)
+        )
+
+        def logits(part: slice) -> Tensor:
+            return parent.logits(theirs[part])
+
+        found = token_statistics(own, module.head, logits, batch.labels.flatten())
+        weight = batch.weight.flatten()
+        return {key: float(values @ weight) for key, values in found.items()} | {
+            "weight": float(weight.sum())
+        }
+
     with gathered(parent, module):
-        for batch in batches:
-            own, theirs = (
-                m(batch.tokens, Context(batch.positions, batch.segments)).flatten(0, 1)
-                for m in (module, parent)
-            )
-
-            def logits(part: slice, hidden: Tensor = theirs) -> Tensor:
-                return parent.logits(hidden[part])
-
-            found = token_statistics(own, module.head, logits, batch.labels.flatten())
-            weight = batch.weight.flatten()
-            total += float(weight.sum())
-            for key, values in found.items():
-                sums[key] += float(values @ weight)
-    return {key: value / total for key, value in sums.items()}
+        rows = layout.share(len(batches), sums)
+    total = {key: sum(row[key] for row in rows) for key in rows[0]}
+    weight = total.pop("weight")
+    return {key: value / weight for key, value in total.items()}
 
 
 def speeds(
@@ -146,13 +153,18 @@ def promised_speedup(row: Mapping[str, Any], scenario: Scenario) -> float | None
 def stage(config: CompareConfig, run: Run, inputs: dict) -> None:
     """Stage `compare`: write `tables/compare.jsonl`, one row a model, the parent first."""
     paths: dict[str, Path] = {p.name: p for p in (inputs["parent"], *inputs["models"])}
-    models = {key: load_model(path, frozen=True) for key, path in paths.items()}
+    placement = config.placement(*paths.values())
+    layout = placement.layout
+    models = {key: placement.load(path, frozen=True) for key, path in paths.items()}
     parent = models[inputs["parent"].name]
     batches = config.heldout(inputs["data"])
+    measured = {key: quality(parent, one, batches, layout) for key, one in models.items()}
+    if layout.data_rank:
+        return  # one tensor group measures alone
     timed = speeds(models, config, run.name, run.quiet)
     rows = []
     for key, module in models.items():
-        found = quality(parent, module, batches)
+        found = measured[key]
         promised = error = None
         if (paths[key] / "tables" / "architecture.json").is_file():
             promised = promised_speedup(read_json(paths[key], "architecture"), config.scenario)

@@ -7,11 +7,16 @@ measured, distilled where `train` is given. Each finished search, distillation a
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from tessera.model.checkpoint import load_model
+from tessera import dist
+from tessera.model.checkpoint import open_model
+from tessera.model.placed import PlacedConfig
+from tessera.model.placement import Placement
 from tessera.model.transformer import Transformer
 from tessera.puzzle.compare import CompareConfig, quality, speeds
 from tessera.puzzle.constraints import NAMES
@@ -22,7 +27,7 @@ from tessera.puzzle.race import HeatConfig, heat
 from tessera.puzzle.score import HeldoutConfig
 from tessera.puzzle.search import SearchConfig, find
 from tessera.runs.files import resumable
-from tessera.runs.recipe import Config, validate
+from tessera.runs.recipe import validate
 from tessera.runs.run import Run
 from tessera.table import nearest
 from tessera.train.optim import DocumentTrainConfig
@@ -31,7 +36,7 @@ Method = Literal["mip", "uniform", "dropped", "dropped-attention"]
 Row = dict[str, Any]
 
 
-class FrontierConfig(Config):
+class FrontierConfig(PlacedConfig):
     """points: shares of the parent's `constraint`. search: more of a [search] table for every one,
     as { servable = ["vllm"] } or a `conditional`, which is then a method of its own. lrs: rates to
     distil at, of which the best counts."""
@@ -89,7 +94,7 @@ def sweep(
     for method in config.methods:
         for share in config.points:
             file = run.state_path / f"search-{method}-{share:g}.json"
-            one = resumable(file, lambda m=method, s=share: search(m, s))
+            one = _together(file, lambda m=method, s=share: search(m, s))
             for name, (row, score) in one["found"].items():
                 found.append(({"name": f"{name}-{share:g}", "point": share, **row}, score))
             result = f"{len(one['found'])} found"
@@ -101,8 +106,18 @@ def sweep(
     return found, missing
 
 
-def _child(row: Row, inputs: dict) -> Transformer:
-    return assemble(load_model(inputs["parent"]), inputs["library"] / "library", row["words"])
+def _together(file: Path, compute: Callable[[], Row]) -> Row:
+    """`resumable`, by all processes of a job: the main one's result, in each of them."""
+    found = None if dist.on_main(file.exists) else compute()
+    return dist.on_main(lambda: resumable(file, lambda: found))
+
+
+def _pair(row: Row, placement: Placement, inputs: dict) -> dict[str, Transformer]:
+    """The parent, and an architecture of its library."""
+    parent = open_model(inputs["parent"])
+    child = assemble(parent, inputs["library"] / "library", row["words"])
+    both = {"parent": parent, "child": child}
+    return {name: placement.load(one, frozen=True) for name, one in both.items()}
 
 
 def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:
@@ -110,8 +125,8 @@ def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -
     without `train` those of the assembled model."""
     if config.train is None:
         batches = HeldoutConfig(tokens=config.tokens).heldout(inputs["data"])
-        parent = load_model(inputs["parent"], frozen=True)
-        own = quality(parent, _child(row, inputs), batches)
+        placement = config.placement(*[inputs["parent"]] * 2)
+        own = quality(*_pair(row, placement, inputs).values(), batches, placement.layout)
         return {"kl_before": own["kl"], **own}
     ran = []
     for lr in config.lrs or (config.train.lr,):
@@ -130,9 +145,11 @@ def measured(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:
         return found
     scenario = next(iter(read_costs(inputs["costs"]).scenarios.values()))
     timing = CompareConfig(scenario=scenario, rounds=config.rounds)
-    child = _child(row, inputs).requires_grad_(False).eval()
-    pair = {"parent": load_model(inputs["parent"], frozen=True), "child": child}
-    return found | {"speedup": speeds(pair, timing, row["name"], run.quiet)["child"]["speedup"]}
+    placement = config.placement(*[inputs["parent"]] * 2)
+    if placement.layout.data_rank:
+        return found  # one tensor group measures alone
+    timed = speeds(_pair(row, placement, inputs), timing, row["name"], run.quiet)
+    return found | {"speedup": timed["child"]["speedup"]}
 
 
 def stage(config: FrontierConfig, run: Run, inputs: dict[str, Any]) -> None:
@@ -144,7 +161,7 @@ def stage(config: FrontierConfig, run: Run, inputs: dict[str, Any]) -> None:
         key = json.dumps(row["words"])
         if key not in known:
             file = run.state_path / f"measured-{row['name']}.json"
-            known[key] = resumable(file, lambda one=row: measured(one, config, run, inputs))
+            known[key] = _together(file, lambda one=row: measured(one, config, run, inputs))
         own = known[key]
         rows.append(
             {

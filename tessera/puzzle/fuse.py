@@ -8,7 +8,6 @@ The freed layers become no-ops in their places, so distillation by layers stays 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from tessera import dist
 from tessera.data.batch import Batch
-from tessera.model.checkpoint import load_model, save_model
+from tessera.model.checkpoint import load_model, save_model, whole
 from tessera.model.config import ModelConfig, NoOp, SwiGLU
 from tessera.model.context import Context
 from tessera.model.layers import Subblock
+from tessera.model.placement import ALONE, HERE, Layout, Placement
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
@@ -33,7 +34,10 @@ from tessera.runs.run import Run
 
 @torch.no_grad()
 def dependency_matrix(
-    module: Transformer, batches: Sequence[Batch], advance: Callable[[], None] = lambda: None
+    module: Transformer,
+    batches: Sequence[Batch],
+    advance: Callable[[], None] = lambda: None,
+    layout: Layout = ALONE,
 ) -> Tensor:
     """Which blocks read what which others wrote (§3.2): M `(L, L)`, zero on and below the diagonal.
 
@@ -44,14 +48,14 @@ def dependency_matrix(
     zero, too, where either block is empty.
     """
     depth = len(module.blocks)
-    sums, total = torch.zeros(depth, depth), 0.0
-    for batch in batches:
+
+    def sums(index: int) -> tuple[Tensor, float]:
+        batch, found = batches[index], torch.zeros(depth, depth)
         context = module.prepare(Context(batch.positions, batch.segments))
         states = list(module.hidden_states(batch.tokens, context))
         real = (batch.segments >= 0).float()
-        total += float(real.sum())
         for removed in range(depth):
-            x, row = states[removed], torch.zeros(depth)
+            x = states[removed]
             # An empty block changes nothing; the states below a removed one are known.
             rest = range(removed + 1, depth) if not torch.equal(x, states[removed + 1]) else ()
             for layer in rest:
@@ -59,11 +63,14 @@ def dependency_matrix(
                 own = states[layer + 1] - states[layer]
                 if own.any():
                     distance = 1 - F.cosine_similarity(out - x, own, dim=-1)
-                    row[layer] = float((distance * real).sum())
+                    found[removed, layer] = float((distance * real).sum())
                 x = out
-            sums[removed] += row
             advance()
-    return sums / max(1.0, total)
+        return found, float(real.sum())
+
+    rows = layout.share(len(batches), sums)
+    total = sum(weight for _, weight in rows)
+    return sum((found for found, _ in rows), torch.zeros(depth, depth)) / max(1.0, total)
 
 
 class FuseError(ValueError):
@@ -135,22 +142,31 @@ def fuse_ffns(subblocks: Sequence[Subblock], config: ModelConfig) -> Subblock:
     gains = [subblock.norm.weight for subblock in subblocks]
     for key in ("gate_proj", "up_proj"):
         wide, parts = getattr(target, key), [getattr(op, key) for op in ops]
-        weights = [part.weight * gain for part, gain in zip(parts, gains, strict=True)]
+        pairs = zip(parts, gains, strict=True)
+        weights = [_whole(part.weight) * gain.float() for part, gain in pairs]
         wide.weight.copy_(torch.cat(weights))
         if wide.bias is not None:
-            wide.bias.copy_(torch.cat([part.bias for part in parts]))
+            wide.bias.copy_(torch.cat([_whole(part.bias) for part in parts]))
     downs = [op.down_proj for op in ops]
-    target.down_proj.weight.copy_(torch.cat([down.weight for down in downs], dim=1))
+    target.down_proj.weight.copy_(torch.cat([_whole(down.weight) for down in downs], dim=1))
     if target.down_proj.bias is not None:
-        target.down_proj.bias.copy_(torch.stack([down.bias for down in downs]).sum(0))
+        target.down_proj.bias.copy_(torch.stack([_whole(down.bias) for down in downs]).sum(0))
     return fused  # its norm's gain is one: the gains are in the weights
 
 
-def fuse(module: Transformer, runs: Sequence[Sequence[int]]) -> Transformer:
-    """`module` itself, every run fused in the place of its first layer, the others empty."""
+def _whole(tensor: Tensor) -> Tensor:
+    return whole(tensor).float()  # so that it is rounded once
+
+
+def fuse(
+    module: Transformer, runs: Sequence[Sequence[int]], placement: Placement = HERE
+) -> Transformer:
+    """`module` itself, which stands as `placement` says, with every run fused in the place of its
+    first layer and the others empty."""
     for run in runs:
         wide = fuse_ffns([module.blocks[layer].ffn for layer in run], module.config)
         module.replace(run[0], "ffn", wide)
+        placement.split(wide, module.config)
         for layer in run[1:]:
             module.replace(layer, "ffn", Subblock(module.config, NoOp()))
     return module
@@ -158,11 +174,13 @@ def fuse(module: Transformer, runs: Sequence[Sequence[int]]) -> Transformer:
 
 def stage(config: FuseConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `fuse`: write the fused model, `tables/dependency.json` and `tables/fuse.jsonl`."""
-    before = load_model(inputs["model"], frozen=True)
-    batches = config.heldout(inputs["data"])
-    with Progress(run.name, len(batches) * len(before.blocks), "removals", quiet=run.quiet) as bar:
-        dependency = dependency_matrix(before, batches, bar.advance)
-    shape = before.config
+    model = inputs["model"]
+    placement = config.placement(model, model)  # as it was, and fused
+    layout, before = placement.layout, placement.load(model, frozen=True)
+    batches, shape = config.heldout(inputs["data"]), before.config
+    total, label = len(layout.mine(batches)) * len(before.blocks), layout.title(run.name)
+    with Progress(label, total, "removals", quiet=run.quiet) as bar:
+        dependency = dependency_matrix(before, batches, bar.advance, layout)
     runs = fusable_runs(shape, config.max_width, dependency, config.threshold, config.keep_last)
     if not runs:
         longest = max((len(stretch) for stretch in _stretches(shape)), default=0)
@@ -172,8 +190,10 @@ def stage(config: FuseConfig, run: Run, inputs: dict[str, Path]) -> None:
             f"{needed} are needed, within max_width and threshold. Search with attention = "
             '["noop"] in the space, or set keep_last = false'
         )
-    after = fuse(copy.deepcopy(before), runs)
-    kl = quality(before, after, batches)["kl"]
+    after = fuse(placement.load(model, frozen=True), runs, placement)
+    kl = quality(before, after, batches, layout)["kl"]
+    if layout.data_rank:
+        return  # one tensor group measures alone
     old, new = map(median, in_turn([before, after], config))
     for layers in runs:
         run.say(f"layers {layers} -> one FFN of {_width(after.config, layers[0]):,} channels")
@@ -196,4 +216,7 @@ def stage(config: FuseConfig, run: Run, inputs: dict[str, Path]) -> None:
         for layers in runs
     ]
     run.write_table("fuse", rows)
-    save_model(after, run.model_path, tokenizer_from=resolve(inputs["model"]))
+    if dist.is_main():
+        with dist.computing_on(dist.HOST):  # in the precision that was stored
+            fused = fuse(load_model(model, frozen=True, dtype=None), runs)
+        save_model(fused, run.model_path, tokenizer_from=resolve(model))

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from tessera import dist
-from tessera.model.checkpoint import load_model, save_model, whole
+from tessera.model.checkpoint import Checkpoint, open_model, save_model, whole
 from tessera.model.config import BlockConfig, ModelConfig, name, parse_kind
 from tessera.model.layers import Subblock
 from tessera.model.parallel import gathered
 from tessera.model.source import resolve
+from tessera.model.tensors import LazyTensor, in_safetensors
 from tessera.model.transformer import Block, Transformer
 from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import ParentStatistics, copy_parameters, cut
@@ -115,11 +116,19 @@ def save_library(library: BlockLibrary, directory: Path) -> None:
 
 
 def load_unit(directory: Path, config: ModelConfig, unit: Unit) -> Subblock | Block:
-    """One unit from a library directory: a Subblock, or a Block for kind `block`. A `noop` needs no
-    file. Raises LibraryError naming what the library holds there."""
+    """One unit from a library directory: a Subblock, or a Block for kind `block`. Raises
+    LibraryError where `open_unit` does."""
     module = _empty(config, unit)
+    found = open_unit(directory, config, unit)
+    module.load_state_dict({key: one.read() for key, one in found.items()})
+    return module
+
+
+def open_unit(directory: Path, config: ModelConfig, unit: Unit) -> dict[str, LazyTensor]:
+    """The tensors of a unit in a library directory; a `noop` has none and needs no file. Raises
+    LibraryError naming what the library holds there."""
     if unit.word == "noop":
-        return module
+        return {}
     path = unit_file(directory, unit)
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
@@ -128,8 +137,12 @@ def load_unit(directory: Path, config: ModelConfig, unit: Unit) -> Subblock | Bl
             f"holds {', '.join(known) or 'nothing there'}. Add the word to bld.space, or [merge] "
             "the library that holds it"
         )
-    module.load_state_dict(load_file(path))
-    return module
+    found = in_safetensors(path)
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in _empty(config, unit).state_dict().items()}
+    if expected != {key: found[key].shape for key in expected if key in found}:
+        raise LibraryError(f"{path} holds no {unit.word} of this parent: its shapes are others")
+    return found
 
 
 def _empty(config: ModelConfig, unit: Unit) -> Subblock | Block:
@@ -138,25 +151,32 @@ def _empty(config: ModelConfig, unit: Unit) -> Subblock | Block:
     return Subblock(config, parse_kind(unit.kind, unit.word))
 
 
-@torch.no_grad()
-def assemble(parent: Transformer, directory: Path, words: Sequence[Sequence[str]]) -> Transformer:
-    """`parent` itself, changed in place to `words` (one (attention, ffn) pair a layer).
+def assemble(parent: Checkpoint, directory: Path, words: Sequence[Sequence[str]]) -> Checkpoint:
+    """`parent` with other words, one (attention, ffn) pair a layer: says where each tensor is.
 
     Where the library holds a pair, its two words mean that pair's weights; parent words elsewhere
-    are the parent, bit for bit.
+    are the parent, bit for bit. Nothing is read before the result is loaded or saved.
     """
-    if len(words) != len(parent.blocks):
-        raise LibraryError(f"{len(words)} layers of words, and the parent has {len(parent.blocks)}")
+    config = parent.config
+    if len(words) != len(config.blocks):
+        raise LibraryError(f"{len(words)} layers of words, and the parent has {len(config.blocks)}")
+    tensors = dict(parent.tensors)
+
+    def put(prefix: str, unit: Unit) -> None:
+        for key in [key for key in tensors if key.startswith(prefix)]:
+            del tensors[key]
+        found = open_unit(directory, config, unit)
+        tensors.update({prefix + key: one for key, one in found.items()})
+
     for layer, both in enumerate(words):
         pair = Unit.pair(layer, *both)
-        block = unit_file(directory, pair).exists() and load_unit(directory, parent.config, pair)
-        for kind, word in pair.parts:
-            if block:
-                parent.replace(layer, kind, getattr(block, kind))
-            elif word != name(getattr(parent.blocks[layer], kind).variant):
-                unit = load_unit(directory, parent.config, Unit(layer, kind, word))
-                parent.replace(layer, kind, unit)  # type: ignore[arg-type]
-    return parent
+        if unit_file(directory, pair).exists():
+            put(f"layers.{layer}.", pair)
+            continue
+        for (kind, word), own in zip(pair.parts, config.words[layer], strict=True):
+            if word != own:
+                put(f"layers.{layer}.{kind}.", Unit(layer, kind, word))
+    return Checkpoint(config.with_words(words), tensors)
 
 
 class ChildConfig(Config):
@@ -175,8 +195,8 @@ def stage(config: ChildConfig, run: Run, inputs: dict[str, Path]) -> None:
             names = "none, for it is no frontier" if single else ", ".join(map(str, found))
             raise LibraryError(f"child.point = {point!r}: the points of {directory} are {names}")
         architecture = found[point]
-    parent = load_model(inputs["parent"])
-    child = assemble(parent, inputs["library"] / "library", architecture["words"])
+    parent, library = open_model(inputs["parent"]), inputs["library"] / "library"
+    child = assemble(parent, library, architecture["words"])
     save_model(child, run.model_path, tokenizer_from=resolve(inputs["parent"]))
     run.write_json("architecture", architecture)
 

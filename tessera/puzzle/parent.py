@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from tessera import dist
 from tessera.data.tokenizer import load_tokenizer
-from tessera.model.checkpoint import find_tensors, load_model, save_model
+from tessera.model.checkpoint import open_model, save_model
 from tessera.model.config import ModelConfig, uniform
-from tessera.model.source import is_hub_id, load_config, resolve
+from tessera.model.source import is_hub_id, resolve
+from tessera.model.tensors import FileDtype
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import pretrain
 from tessera.runs.files import RunError
@@ -46,9 +48,13 @@ class ArchitectureConfig(Config):
 
 
 class ParentConfig(Config):
-    """Either `path` (Hugging Face directory, run or hub id), or `architecture` and `train`."""
+    """Either `path` (Hugging Face directory, run or hub id), or `architecture` and `train`.
+
+    dtype: of the imported files, each tensor's own unless given (float32 where it is quantized).
+    """
 
     path: str | None = None
+    dtype: FileDtype | None = None
     architecture: ArchitectureConfig | None = None
     train: DocumentTrainConfig | None = None
 
@@ -56,8 +62,7 @@ class ParentConfig(Config):
     @classmethod
     def _readable(cls, value: str | None) -> str | None:
         if value is not None and not is_hub_id(value):
-            load_config(value)
-            find_tensors(resolve(value))
+            open_model(value)
         return value
 
     @model_validator(mode="after")
@@ -67,18 +72,17 @@ class ParentConfig(Config):
             raise ValueError(
                 "give path (parent.path=MODEL), or both architecture and train to train one"
             )
+        if self.dtype and scratch:
+            raise ValueError("dtype is of an imported checkpoint; what is trained is in float32")
         return self
 
 
 def stage(config: ParentConfig, run: Run, inputs: dict[str, Path | None]) -> None:
     """Stage `parent`: import a checkpoint, or train one from scratch."""
     if config.path is not None:
-        if dist.is_main():
-            save_model(
-                load_model(config.path, device="cpu"),
-                run.model_path,
-                tokenizer_from=resolve(config.path),
-            )
+        source = resolve(config.path)
+        dtype = config.dtype and getattr(torch, config.dtype)
+        save_model(open_model(source), run.model_path, tokenizer_from=source, dtype=dtype)
         return
     assert config.architecture is not None and config.train is not None
     data = inputs["data"]

@@ -39,7 +39,7 @@ class Infeasible(SearchError):
 class TimedOut(SearchError):
     """The time did not do to find anything; `bound` is what any score is at least."""
 
-    def __init__(self, text: str, bound: float) -> None:
+    def __init__(self, text: str, bound: float = -math.inf) -> None:
         super().__init__(text)
         self.bound = bound
 

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from tessera import dist
 from tessera.data.batch import Batch
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import open_model
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import documents
 from tessera.puzzle.compare import quality
@@ -108,8 +108,8 @@ def _distil(
 ) -> dict[str, float]:
     placement = config.train.placement
     parent = placement.load(inputs["parent"], frozen=True)
-    whole = load_model(inputs["parent"], device=dist.device())
-    child = placement.transformer(assemble(whole, inputs["library"] / "library", words))
+    library = inputs["library"] / "library"
+    child = placement.load(assemble(open_model(inputs["parent"]), library, words))
     heldout = documents(inputs["data"], config.train, run.seed, "heldout", alike=True)
     batches = [batch.to(dist.device()) for batch in heldout.heldout_batches(config.tokens)]
     before = quality(parent, child, batches)

@@ -7,10 +7,13 @@ agreement. On problems: `task.NAME`, mean -log π of the reference answer's toke
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +28,34 @@ from tessera.data.batch import Batch, best_fit, collate, shift
 from tessera.data.documents import heldout
 from tessera.data.problems import family, problem
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import open_model
 from tessera.model.config import name as word_of
 from tessera.model.cpu import multiply
 from tessera.model.layers import Subblock
+from tessera.model.placed import PlacedConfig
+from tessera.model.placement import ALONE, HERE, Layout, Placement
 from tessera.model.transformer import Block, Transformer
 from tessera.progress import Progress
 from tessera.puzzle.cost_table import Words
 from tessera.puzzle.library import assemble, load_unit
 from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import walk
-from tessera.runs.files import resumable
-from tessera.runs.recipe import Config
+from tessera.runs.files import SharedJournal
 from tessera.runs.run import Run, read_json
 from tessera.train.losses import chunks
 
 METRICS = ("kl", "lm_loss", "cosine", "agreement")
 Text = tuple[str, str]  # prompt, answer: together they are the document
-Units = dict[Unit, Subblock | Block]
+Units = Mapping[Unit, Subblock | Block]
 Sums = dict[str, tuple[float, float]]  # metric -> Σ w·metric, Σ w
-Totals = dict[tuple, Sums]  # of each unit, and of the model without any under the key ()
+Cell = tuple[int, int]  # a layer, behind the last for the model as it is; one of the batches
 
 
 class TaskError(ValueError):
     """A task that cannot be scored; the text says which problem and what to change."""
 
 
-class HeldoutConfig(Config):
+class HeldoutConfig(PlacedConfig):
     """The held-out text that something is measured on."""
 
     tokens: int = Field(default=16_384, ge=1)
@@ -239,41 +243,76 @@ class Target:
         return {metric: (value, total) for metric, value in sums.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class LibraryUnits(Mapping[Unit, Subblock | Block]):
+    """Units of a library for a parent, each read when it is asked for; the parent's own words are
+    its own subblocks."""
+
+    directory: Path
+    parent: Transformer
+    units: Sequence[Unit]
+    placement: Placement = HERE
+
+    @classmethod
+    def of(
+        cls, directory: Path, parent: Transformer, space: Space, placement: Placement = HERE
+    ) -> LibraryUnits:
+        """Every replacement of a space; `noop` included, and pairs trained together."""
+        return cls(directory, parent, [*space.replacements(), *space.pairs], placement)
+
+    def __getitem__(self, unit: Unit) -> Subblock | Block:
+        own = getattr(self.parent.blocks[unit.layer], unit.kind, None)
+        if own is not None and word_of(own.variant) == unit.word:
+            return own
+        module = load_unit(self.directory, self.parent.config, unit).to(self.parent.head)
+        self.placement.split(module, self.parent.config)
+        return module.requires_grad_(False)
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
 @torch.no_grad()
-def score_batch(
+def score_cells(
+    parent: Transformer,
     current: Transformer,
     units: Units,
-    target: Target | Answers,
-    advance: Callable[[], None] = lambda: None,
-) -> Totals:
-    """The metrics of `current` under the key (), and of every unit put alone into it, on one batch;
-    `advance` after each."""
-    totals: Totals = {}
-    for key, x in variants(current, units, target.batch):
-        totals[key] = target.measure(current, x)
-        if key:
-            advance()
-    return totals
+    work: Sequence[Batch | Answers],
+    cells: Collection[Cell],
+) -> Iterator[tuple[Cell, dict[tuple, Sums]]]:
+    """The metrics of every unit of a layer, put alone into `current`, on one of the batches; behind
+    the last layer, of `current` itself under the key ().
 
-
-def variants(current: Transformer, units: Units, batch: Batch) -> Iterator[tuple[tuple, Tensor]]:
-    """What the last layer leaves `(B,T,C)`: of `current` under the key (), then with each unit. The
-    states below a replaced layer are `current`'s own: at layer l it costs L - l layers, not L."""
-    layers = [layer for layer, _ in walk(current, batch)]
-    yield (), layers[-1].out
-    for unit, module in units.items():
-        x = layers[unit.layer].replaced(unit.kind, module)
-        for layer in layers[unit.layer + 1 :]:
-            x = layer.block(x, layer.context)
-        yield unit, x
-
-
-def load_units(library: Path, parent: Transformer, space: Space) -> Units:
-    """Every replacement of the space, trained; `noop` included, and pairs trained together."""
-    return {
-        unit: load_unit(library, parent.config, unit).to(parent.head).requires_grad_(False)
-        for unit in (*space.replacements(), *space.pairs)
+    Layer by layer, so that only one layer's units are in memory. The states below a replaced layer
+    are `current`'s own: at layer l a unit costs L - l layers, not L.
+    """
+    used = {item: work[item] for _, item in sorted(cells, key=lambda cell: cell[1])}
+    targets = {
+        item: one if isinstance(one, Answers) else Target.of(parent, one)
+        for item, one in used.items()
     }
+    walks = {item: walk(current, target.batch) for item, target in targets.items()}
+    last: dict[int, Tensor] = {}
+    for layer in range(len(current.blocks)):
+        wanted = [item for item in walks if (layer, item) in cells]
+        here = {unit: units[unit] for unit in units if wanted and unit.layer == layer}
+        for item, steps in walks.items():
+            at, _ = next(steps)
+            last[item] = at.out
+            if item in wanted:
+                found: dict[tuple, Sums] = {}
+                for unit, module in here.items():
+                    x = at.replaced(unit.kind, module)
+                    for block in current.blocks[layer + 1 :]:
+                        x = block(x, at.context)
+                    found[unit] = targets[item].measure(current, x)
+                yield (layer, item), found
+    for item, x in last.items():
+        if (cell := (len(current.blocks), item)) in cells:
+            yield cell, {(): targets[item].measure(current, x)}
 
 
 def score_given(
@@ -283,46 +322,55 @@ def score_given(
     batches: Sequence[Batch],
     answers: Sequence[Answers] = (),
     run: Run | None = None,
+    layout: Layout = ALONE,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(`current`'s own metrics against the parent; rows {layer, kind, word, kl, …, task.…, tokens},
     the changes that each unit alone makes to them, agreement as it is).
 
-    With a run, finished batches are kept in its state, so a killed scoring goes on where it was.
+    The tensor groups of the layout share the work. With a run, what is finished is kept in its
+    state, so a killed scoring goes on where it was, in any number of processes.
     """
-    totals: Totals = {}
-    work, label = [*batches, *answers], run.name if run else ""
-    quiet = run is None or run.quiet
-    with Progress(label, len(work) * len(units), "replacements", quiet=quiet) as bar:
-        for index, one in enumerate(work):
-
-            def job(one: Batch | Answers = one) -> list:
-                target = one if isinstance(one, Answers) else Target.of(parent, one)
-                return [*score_batch(current, units, target, bar.advance).items()]
-
-            if run is None:
-                found = job()
-            else:
-                file = run.state_path / f"batch-{index}.json"
-                if file.exists():
-                    bar.advance(len(units), 0)
-                found = resumable(file, job)
-            for key, sums in found:
-                known = totals.setdefault(tuple(key), {})
-                for metric, (value, weight) in sums.items():
-                    before = known.get(metric, (0.0, 0.0))
-                    known[metric] = before[0] + value, before[1] + weight
+    work = [*batches, *answers]
+    counts = Counter(unit.layer for unit in units)
+    places = itertools.product([*sorted(counts), len(current.blocks)], range(len(work)))
+    cells = {f"{layer}/{item}": (layer, item) for layer, item in places}
+    with nullcontext() if run is None else SharedJournal(run.state_path / "scores.jsonl") as kept:
+        found = {} if kept is None else {key: kept.get(key)["found"] for key in kept}
+        mine = layout.mine([cell for key, cell in cells.items() if key not in found])
+        known = sum(counts[cells[key][0]] for key in found)
+        total = known + sum(counts[layer] for layer, _ in mine)
+        label, quiet = (layout.title(run.name), run.quiet) if run else ("", True)
+        with Progress(label, total, "replacements", quiet=quiet) as bar:
+            bar.advance(known, 0)
+            for (layer, item), sums in score_cells(parent, current, units, work, set(mine)):
+                key = f"{layer}/{item}"
+                found[key] = [*sums.items()]
+                if kept is not None:
+                    kept.add(key, {"found": found[key]})
+                bar.advance(counts[layer])
+    found = layout.joined(found)
+    totals = _summed(itertools.chain.from_iterable(found[key] for key in cells))
     means = {key: {m: v / w for m, (v, w) in sums.items()} for key, sums in totals.items()}
     own, tokens = means[()], int(totals[()]["kl"][1])
     zero = own | {"agreement": 0.0}
     return own, [
         {
-            **Unit(*unit)._asdict(),
-            **{metric: mean - zero[metric] for metric, mean in found.items()},
+            **unit._asdict(),
+            **{metric: mean - zero[metric] for metric, mean in means[unit].items()},
             "tokens": tokens,
         }
-        for unit, found in means.items()
-        if unit
+        for unit in units
     ]
+
+
+def _summed(found: Iterable[tuple[Sequence, Sums]]) -> dict[tuple, Sums]:
+    totals: dict[tuple, Sums] = {}
+    for key, sums in found:
+        known = totals.setdefault(tuple(key), {})
+        for metric, (value, weight) in sums.items():
+            before = known.get(metric, (0.0, 0.0))
+            known[metric] = before[0] + value, before[1] + weight
+    return totals
 
 
 class ConditionalConfig(HeldoutConfig):
@@ -340,20 +388,20 @@ class Rescorer:
         self, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
     ) -> None:
         self.path, self.library, self.space = parent, library / "library", space
-        self.parent = load_model(parent, frozen=True)
-        self.units = load_units(self.library, self.parent, space)
-        for layer, block in enumerate(self.parent.blocks):  # what was taken may be given back
-            for kind, variant in block.config:
-                self.units[Unit(layer, kind, word_of(variant))] = getattr(block, kind)
+        self.placement = config.placement(parent, parent)  # the second: an architecture
+        self.parent = self.placement.load(parent, frozen=True)
+        self.own = Space(()).units(self.parent.config.words)  # what was taken may come back
         self.batches = config.heldout(data)
 
     def measure(self, words: Words) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(the assembled architecture's own metrics, the change each word makes to them)."""
-        module = load_model(self.path, frozen=True)
-        current = assemble(module, self.library, words).requires_grad_(False)
+        assembled = assemble(open_model(self.path), self.library, words)
+        current = self.placement.load(assembled, frozen=True)
         held = self.space.units(words)
-        others = {unit: module for unit, module in self.units.items() if unit not in held}
-        own, rows = score_given(self.parent, current, others, self.batches)
+        units = LibraryUnits.of(self.library, self.parent, self.space, self.placement)
+        others = replace(units, units=[one for one in (*units, *self.own) if one not in held])
+        layout = self.placement.layout
+        own, rows = score_given(self.parent, current, others, self.batches, layout=layout)
         unchanged = dict.fromkeys(own, 0.0)
         rows += [{**unit._asdict(), **unchanged} for unit in held]
         return own, rows
@@ -361,9 +409,10 @@ class Rescorer:
 
 def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `score`: write `tables/scores.jsonl`, each word of the library alone in the parent."""
-    parent = load_model(inputs["parent"], frozen=True)
+    placement = config.placement(inputs["parent"])
+    parent = placement.load(inputs["parent"], frozen=True)
     space = read_space(inputs["library"])
-    units = load_units(inputs["library"] / "library", parent, space)
+    units = LibraryUnits.of(inputs["library"] / "library", parent, space, placement)
     batches, answers = config.heldout(inputs["data"]), []
     tokenizer, bos = load_tokenizer(inputs["data"]), bool(read_json(inputs["data"], "data")["bos"])
     for name, source in config.tasks.items():
@@ -373,7 +422,7 @@ def stage(config: ScoreConfig, run: Run, inputs: dict[str, Path]) -> None:
             texts = list(procedural_problems(name, source, config.work))
         problems = [encode(tokenizer, text, bos) for text in texts]
         answers += pack_problems(name, problems, config.microbatch_tokens, tokenizer.pad_id)
-    own, rows = score_given(parent, parent, units, batches, answers, run)
+    own, rows = score_given(parent, parent, units, batches, answers, run, placement.layout)
     for metric, value in own.items():
         if metric not in METRICS:
             run.say(f"the parent's own {metric}: {value:.4f}")

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from tessera import dist
 from tessera.export.engines import engines_of, refusals
 from tessera.model.config import KINDS, ModelConfig
 from tessera.model.source import load_config
@@ -465,7 +467,7 @@ def conditional_search(read: Read, inputs: Mapping) -> Found:
 
     def solve_at(rows: Rows, share: float, near: Near | None = None) -> Architecture:
         solver = solver_of(config, parent, space, rows, costs, share, near)
-        (one,) = replace(solver, solutions=1).architectures()
+        (one,) = dist.on_main(replace(solver, solutions=1).architectures)
         found[tuple(one.words)] = one
         return one.words
 
@@ -533,6 +535,7 @@ def find(
     config: SearchConfig, inputs: Mapping, say: Callable[[str], None] = lambda _: None
 ) -> tuple[list[Row], Solver, Found]:
     """(rows of `tables/architectures.json`, best first; the solver; what the first row is of).
+    Every process calls it: the main one solves, all of them score for a conditional search.
     inputs: paths of the runs parent, scores, costs, and library and data or None."""
     read = (
         config,
@@ -544,7 +547,7 @@ def find(
     solver = solver_of(*read)
     candidates, choices = solver.candidates, solver.choices
     if config.method == "mip":
-        found = [("mip", one) for one in solver.architectures()]
+        found = [("mip", one) for one in dist.on_main(solver.architectures)]
         if config.conditional:
             found.append(("conditional", conditional_search(read, inputs)))
     else:
@@ -555,7 +558,8 @@ def find(
             "dropped": baselines.dropped_layers,
         }
         given = [read_json(inputs["scores"], "block_influence")] * (config.method == "dropped")
-        found = [(config.method, methods[config.method](candidates, choices, *given))]
+        method = partial(methods[config.method], candidates, choices, *given)
+        found = [(config.method, dist.on_main(method))]
     rows = []
     for method, one in found:
         rows.append(architecture_row(method, one, len(choices) > 1))
@@ -568,7 +572,7 @@ def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
     rows, solver, best = find(config, inputs, run.say)
     run.write_json("architecture", rows[0])
     run.write_json("architectures", rows)
-    if best.solution is not None and config.prices:
+    if best.solution is not None and config.prices and dist.is_main():
         prices = shadow_prices(solver, best)
         for row in prices:
             run.say(row["told"])

@@ -27,7 +27,7 @@ from tessera.model.source import resolve
 from tessera.objectives.rpo import RPO, RPOLossConfig
 from tessera.rl.advantages import rloo
 from tessera.rl.experience import Answer, Group, row, spans
-from tessera.rl.rollouts import Rollout, RolloutConfig, Rollouts, keep_samples, padded, unsharded
+from tessera.rl.rollouts import Rollout, RolloutConfig, Rollouts, keep_samples, padded
 from tessera.runs.files import FailureError
 from tessera.runs.plan import Step
 from tessera.runs.recipe import RecipeError
@@ -159,7 +159,7 @@ class OnlinePairs(Rollouts):
                 return
             if attempt < MAX_ATTEMPTS:  # further prompts are answered by the same weights
                 self.run.say(f"rollout {number}: too few prompts have answers of different reward")
-                self.engine.sync(unsharded(self.module), number)
+                self.engine.sync(self.module, number)
                 more = self._sample(number, attempt)
                 found.groups += more.groups
                 for name, spent in more.seconds.items():

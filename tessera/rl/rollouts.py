@@ -3,7 +3,8 @@
 A completion is a function of (seed, rollout, prompt, sample) and the weights, so a run killed in a
 rollout generates it again. Rollouts that feed several steps, or are generated while the trainer
 learns from the one before (`staleness = 1`), are on disk while a resume state needs them. Prompt g
-of a rollout belongs to update g mod U and process ⌊g / U⌋ mod P.
+of a rollout belongs to update g mod U and process ⌊g / U⌋ mod P. Processes that hold the engine's
+weights together (`tensor`) answer the prompts of all of them, and each judges some.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from tessera import dist
 from tessera.data.batch import Batch
@@ -34,9 +35,9 @@ from tessera.data.config import no_chat_template
 from tessera.data.switch import Switch, obedience
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine
-from tessera.model.placement import Layout
+from tessera.model.placement import Layout, PlacedConfig, Placement, beside_training
 from tessera.model.source import resolve
-from tessera.model.transformer import Transformer, holding
+from tessera.model.transformer import Transformer
 from tessera.rl.advantages import Advantages, of_group
 from tessera.rl.curriculum import CurriculumConfig, Order, order
 from tessera.rl.experience import Answer, Group, Level, pack, row, rows, spans
@@ -55,11 +56,12 @@ T = TypeVar("T")
 KEPT = 3  # samples of each kind
 
 
-class RolloutConfig(EngineChoice):
+class RolloutConfig(EngineChoice, PlacedConfig):
     """How prompts are answered and judged.
 
-    train: `steps` are optimizer steps, `microbatch_tokens` is the length of a packed row, and
-    `tokens_per_step` is not used. prompts_per_rollout, samples: the report has 72 and 16.
+    dtype, tensor: of the weights that answer, "auto" being train.dtype. train: `steps` are
+    optimizer steps, `microbatch_tokens` is the length of a packed row, and `tokens_per_step` is not
+    used. prompts_per_rollout, samples: the report has 72 and 16.
     switch: how the mode is said, as in the stage that made the prompts; the model's own where not
     given.
     overlong: "mask" leaves out answers that were cut at max_tokens. overlong_buffer: over so many
@@ -88,6 +90,12 @@ class RolloutConfig(EngineChoice):
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
         return no_chat_template(step, steps)
 
+    def placement(self, *models: str | Path) -> Placement:
+        """Of the weights that answer, beside the model in training. Raises LayoutError."""
+        (model,) = models
+        tensor = 1 if self.staleness else self.tensor
+        return beside_training(model, self.train.placement, self.dtype, tensor)
+
     @property
     def keep_all(self) -> bool:
         """Rows also hold answers without advantage, because the loss reads them."""
@@ -98,6 +106,11 @@ class RolloutConfig(EngineChoice):
         if self.updates_per_rollout > self.prompts_per_rollout:
             raise ValueError(
                 "updates_per_rollout exceeds prompts_per_rollout: a step needs prompts"
+            )
+        if self.staleness and (self.tensor or 1) > 1:
+            raise ValueError(
+                f"tensor = {self.tensor} makes processes answer together, which staleness = 1 does "
+                "in a thread that calls no other process: leave one of them out"
             )
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(
@@ -127,6 +140,7 @@ class Rollouts:
     rule: Advantages
     run: Run
     rubric: Rubric
+    together: DeviceMesh | None = None  # the processes that hold the engine's weights
     _number: int = -1  # of the rollout in use
     _groups: list[Group] = field(default_factory=list)
     _updates: list[list[Batch]] = field(default_factory=list)
@@ -139,6 +153,9 @@ class Rollouts:
     def __post_init__(self) -> None:
         self.row_length = self.config.train.microbatch_tokens
         self.layout = self.config.train.placement.layout
+        here = [dist.rank()] if self.together is None else self.together.mesh.tolist()
+        self._place = here.index(dist.rank()), len(here)  # this process's among `together`
+        self._served = sorted({rank // self.layout.tensor for rank in here})  # data ranks
         self.order = self._order(0)
         self._thread = DaemonThread()
 
@@ -159,10 +176,11 @@ class Rollouts:
         for prompt in questions:
             require_fields(config.rewards, prompt.fields)
         encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
-        dtype = config.train.placement.dtype  # of the trainer: both say the same log-probs
-        engine = open_engine(config, unsharded(module), config.engine_batch, dtype)
+        placement = config.placement(model)
+        engine = open_engine(config, module, config.engine_batch, placement)
         with closing(engine), Rubric(config.rewards, config.workers) as rubric:
-            yield cls(module, engine, encoder, questions, config, rule, run, rubric)
+            mesh = placement.tensor_mesh
+            yield cls(module, engine, encoder, questions, config, rule, run, rubric, mesh)
 
     def _order(self, number: int) -> Order:
         """The prompts of each rollout: the first order, or another to fall back on."""
@@ -208,7 +226,8 @@ class Rollouts:
         for number in (state["rollout"], state["kept"]):
             if world != self.layout.data_world and self._path(number, 0, world).is_file():
                 shares = [self._read(number, rank, world) for rank in range(world)]
-                self._keep(number, self._share(joined(shares, self.config.updates_per_rollout)))
+                whole = joined(shares, self.config.updates_per_rollout)
+                self._keep(number, self._share(whole, self.layout.data_rank))
 
     def _path(self, number: int, rank: int, world: int) -> Path:
         return self.run.path / "rollouts" / f"{number:08}-{rank}-of-{world}.jsonl"
@@ -223,9 +242,8 @@ class Rollouts:
         found = [json.loads(line) for line in text.split("\n") if line]
         return [Group(**one | {"answers": [Answer(**a) for a in one["answers"]]}) for one in found]
 
-    def _share(self, items: Sequence[T]) -> list[T]:
-        updates, layout = self.config.updates_per_rollout, self.layout
-        return share(items, updates, layout.data_rank, layout.data_world)
+    def _share(self, items: Sequence[T], rank: int) -> list[T]:
+        return share(items, self.config.updates_per_rollout, rank, self.layout.data_world)
 
     def _begin(self, number: int) -> list[Group]:
         """The groups of a rollout, prefetched or generated now; starts to prefetch the next one."""
@@ -238,7 +256,7 @@ class Rollouts:
             found = Rollout(self._read(number, self.layout.data_rank, self.layout.data_world))
         prefetch = self.config.staleness and number + 1 < len(self.order.batches)
         if found is None or prefetch:
-            self.engine.sync(unsharded(self.module), number)
+            self.engine.sync(self.module, number)
         found = found or self._sample(number)
         self._complete(number, found)
         if prefetch:
@@ -264,19 +282,27 @@ class Rollouts:
         """Judged answers to this process's share of a rollout's prompts.
 
         A later attempt has other prompts, or other answers. May run in another thread: it calls
-        no other process.
+        no other process than those of `together`.
         """
         drawn = self._order(attempt) if attempt else self.order
-        own = self._share(drawn.batches[number].tolist())
-        wanted = -(-len(own) // (1 + self.config.dynamic_sampling))
-        found = Rollout([])
-        while own and len(found.groups) < wanted:
-            part, own = own[:wanted], own[wanted:]
-            fresh = self._answered(attempt << 24 | number, part, found.seconds)
-            keep_any = not (own and self.config.dynamic_sampling)
-            found.groups += [group for group in fresh if keep_any or group.has_signal]
-        found.groups = found.groups[:wanted]
-        return found
+        sets, batch = 1 + self.config.dynamic_sampling, drawn.batches[number].tolist()
+        left = [self._share(batch, rank) for rank in self._served]
+        wanted = [-(-len(own) // sets) for own in left]
+        found: list[list[Group]] = [[] for _ in left]
+        seconds: dict[str, float] = defaultdict(float)
+        while any(
+            parts := [
+                own[:count] if len(groups) < count else []
+                for own, count, groups in zip(left, wanted, found, strict=True)
+            ]
+        ):
+            fresh = iter(self._answered(attempt << 24 | number, sum(parts, []), seconds))
+            for i, part in enumerate(parts):
+                left[i] = left[i][len(part) :]
+                keep_any = sets == 1 or not left[i]
+                found[i] += [g for g in islice(fresh, len(part)) if keep_any or g.has_signal]
+        mine = self._served.index(self.layout.data_rank)
+        return Rollout(found[mine][: wanted[mine]], seconds)
 
     def _answered(self, key: int, numbers: Sequence[int], seconds: dict[str, float]) -> list[Group]:
         """A group of judged answers for each prompt; adds to `seconds`."""
@@ -288,14 +314,18 @@ class Rollouts:
             self.engine, self.encoder, prompts, keys, **sampling
         )
         generated = time.monotonic()
-        judged = iter(zip(samples, self.rubric(samples), strict=True))
+        mine, n = share(range(len(numbers)), 1, *self._place), config.samples
+        asked = [sample for i in mine for sample in samples[i * n : (i + 1) * n]]
+        judged = iter(zip(asked, self.rubric(asked), strict=True))
         groups = []
-        for number, prompt, own, of_prompt in zip(numbers, prompts, ids, completions, strict=True):
-            answers = [self._answer(prompt, one, *next(judged)) for one in of_prompt]
+        for i in mine:
+            answers = [self._answer(prompts[i], one, *next(judged)) for one in completions[i]]
             values = of_group([answer.reward for answer in answers], self.rule)
             for one, value in zip(answers, values, strict=True):
                 one.advantage = value
-            groups.append(Group(number, prompt.mode, own, answers))
+            groups.append(Group(numbers[i], prompts[i].mode, ids[i], answers))
+        if self.together is not None:
+            groups = joined(dist.gather(groups, self.together.get_group()), 1)
         seconds["generate_seconds"] += generated - started
         seconds["judge_seconds"] += time.monotonic() - generated
         return groups
@@ -463,16 +493,3 @@ def padded(own: list[T], empty: T) -> list[T]:
     """This process's items and as many empty ones as another process has more."""
     most = int(dist.max(torch.tensor([len(own)], device=dist.device())))
     return own + [empty] * (most - len(own))
-
-
-def unsharded(module: Transformer) -> Transformer:
-    """The module, or where it is spread over processes a whole copy of it for this one."""
-    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        return module
-    state = module.state_dict()
-
-    def tensor(key: str, _: torch.Size) -> Tensor:
-        one = state[key]
-        return one.full_tensor() if isinstance(one, DTensor) else one
-
-    return holding(module.config, tensor)

@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from tessera import dist
+
 MEBIBYTE = 1 << 20
 
 
@@ -67,17 +69,6 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def with_usual_mode(path: Path) -> None:
-    """Gives a file the permissions that the umask gives, where a library wrote it as private."""
-    probe = path.with_name(f".{path.name}.mode")
-    with writing(path):
-        try:
-            probe.touch()
-            os.chmod(path, probe.stat().st_mode)
-        finally:
-            probe.unlink(missing_ok=True)
 
 
 def resumable(file: Path, compute: Callable[[], Any]) -> Any:
@@ -187,16 +178,18 @@ class Journal:
     """Rows by key, one JSON line each; a context manager. A key's later row replaces the earlier.
 
     Opening cuts off half a line that a killed process left. Memory holds offsets, not rows.
+    writes: False for reading what another process has written, which may go on.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
         self._at: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            if self._writes:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             self._reader = self.path.open("rb")
         self._end = 0
         for line in self._reader:
@@ -204,13 +197,15 @@ class Journal:
                 break
             self._at[json.loads(line)["key"]] = self._end
             self._end += len(line)
-        os.ftruncate(self._file, self._end)
+        if self._writes:
+            os.ftruncate(self._file, self._end)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        os.fsync(self._file)
         self._reader.close()
-        os.close(self._file)
+        if self._writes:
+            os.fsync(self._file)
+            os.close(self._file)
 
     def __contains__(self, key: str) -> bool:
         return key in self._at
@@ -235,6 +230,73 @@ class Journal:
         """The row of a key, its key among the fields."""
         self._reader.seek(self._at[key])
         return json.loads(self._reader.readline())
+
+
+class SharedJournal:
+    """A journal that all processes of a job write, each into a file of its own; they open it, and
+    call `collect`, together.
+
+    A process sees what was there when it was opened, also of a stopped job of other processes, and
+    what it adds itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._all = Journal(path, writes=dist.is_main())
+        self._own = self._all if dist.is_main() else Journal(self._part(dist.rank()))
+
+    def __enter__(self) -> Self:
+        if dist.is_main():
+            self._all.__enter__()
+            self._take()
+        dist.barrier()
+        if not dist.is_main():
+            self._all.__enter__()
+            self._own.__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._own.__exit__()
+        if self._own is not self._all:
+            self._all.__exit__()
+
+    def collect(self) -> None:
+        """Gives the main process the rows of all."""
+        dist.barrier()
+        if dist.is_main():
+            self._take()
+
+    def _part(self, rank: int | str) -> Path:
+        return self.path.with_name(f".{self.path.stem}-{rank}.jsonl")
+
+    def _take(self) -> None:
+        for path in sorted(self.path.parent.glob(self._part("*").name)):
+            with Journal(path, writes=False) as part:
+                for key in part:
+                    if key not in self._all:  # processes of a tensor group add the same rows
+                        row = part.get(key)
+                        self._all.add(row.pop("key"), row)
+            path.unlink()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._own or key in self._all
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        if self._own is not self._all:
+            yield from self._all
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        self._own.add(key, row)
+
+    def get(self, key: str) -> dict[str, Any]:
+        return (self._own if key in self._own else self._all).get(key)
+
+
+AnyJournal = Journal | SharedJournal
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Objective:
 
 def context_of(batch: Batch) -> Context:
     """The context in which a model reads a batch."""
-    return Context(batch.positions, batch.segments, prefix=batch.prefix)
+    return Context(batch.positions, batch.segments, prefix=batch.prefix, part=batch.part)
 
 
 class Trainer:
@@ -169,8 +169,8 @@ class Trainer:
         here = f"step {step + 1}"
         self.watch.at(f"{here}: reading data")
         batches = self.source.batches(step)
-        flops = sum(self.objective.flops(self.module, batch) for batch in batches)
-        batches = [batch.to(dist.device()) for batch in batches]
+        flops = sum(self.objective.flops(self.module, b) for b in batches) / self.layout.context
+        batches = [batch.shared(self.layout).to(dist.device()) for batch in batches]
         self.watch.at(f"{here}: summing weights")
         wide = dist.widest_float()
         weights = [self.objective.weight(batch).to(wide) for batch in batches]

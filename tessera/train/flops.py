@@ -113,26 +113,30 @@ def _sheet_peak(name: str) -> float | None:
     return next((device.peak["bf16"] for device in found), None)
 
 
-DOCUMENTS = 4 / 3  # rows of documents grouped by length are padded by a third at most (context.py)
+DOCUMENTS = (
+    4 / 3
+)  # rows of documents grouped by length are padded by a third at most (attention.py)
 
 
 def kept(config: ModelConfig, variant: Variant, ways: int = 1) -> float:
     """Numbers a token that one subblock keeps, on one of `ways` tensor-parallel processes.
 
-    Norm: its input and output. Attention: q, k, v and the output by documents, and the output by
-    rows. FFN: gate and up; the rest is made again. A chain: what is between its matrices.
+    Norm: its own tokens of the input, and the output of all. Attention: q, k, v and the output by
+    documents, and the output by rows. FFN: gate and up; the rest is made again. A chain: what is
+    between its matrices.
     """
+    around = config.hidden_size * (1 + 1 / ways)
     ways = ways if splits(config, variant, ways) else 1
     match variant:
         case NoOp():
             return 0.0
         case SwiGLU(intermediate_size=width):
-            return 2 * config.hidden_size + 2 * width / ways
+            return around + 2 * width / ways
         case GQA(num_key_value_heads=heads):
             q, kv = config.num_attention_heads * config.head_dim, heads * config.head_dim
-            return 2 * config.hidden_size + (DOCUMENTS * (2 * q + 2 * kv) + q) / ways
+            return around + (DOCUMENTS * (2 * q + 2 * kv) + q) / ways
         case Chain():
-            return 2 * config.hidden_size + variant.inner(config.hidden_size)
+            return around + variant.inner(config.hidden_size)
 
 
 def working(config: ModelConfig, variants: Iterable[Variant], ways: int = 1) -> float:

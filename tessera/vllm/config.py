@@ -12,9 +12,8 @@ from tessera.model.placed import PlacedConfig
 from tessera.runs.recipe import Config
 
 if TYPE_CHECKING:
-    import torch
-
     from tessera.generate.engine import Engine
+    from tessera.model.placement import Placement
     from tessera.model.transformer import Transformer
 
 # Arguments of vllm.LLM that the engine sets itself.
@@ -63,17 +62,18 @@ class InferenceConfig(EngineChoice, PlacedConfig):
 
 
 def open_engine(
-    config: EngineChoice, module: Transformer, batch: int, dtype: torch.dtype | None = None
+    config: EngineChoice, module: Transformer, batch: int, placement: Placement | None = None
 ) -> Engine:
     """The engine on these weights, `batch` samples at a time; `close` it.
 
-    dtype: what it computes in, the weights' own unless given. Raises GenerationError and RunError
-    where vLLM is chosen and cannot be had.
+    placement: of a copy for generation; that of the module unless given. Raises GenerationError
+    and RunError where vLLM is chosen and cannot be had.
     """
     if config.engine == "vllm":
         from tessera.vllm.engine import VLLMEngine
 
+        dtype = placement.dtype if placement else None
         return VLLMEngine(module, config.vllm, batch=batch, dtype=dtype)
     from tessera.generate.torch_engine import TorchEngine
 
-    return TorchEngine(module, max_batch_size=batch, dtype=dtype)
+    return TorchEngine(module, max_batch_size=batch, placement=placement)

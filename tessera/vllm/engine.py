@@ -38,9 +38,9 @@ from tessera.generate.engine import (
     check_sequences,
     generate,
 )
-from tessera.model.checkpoint import write_model
+from tessera.model.checkpoint import Checkpoint, write_model
 from tessera.model.config import ModelConfig
-from tessera.model.transformer import Transformer, holding
+from tessera.model.transformer import Transformer
 from tessera.runs.files import FailureError, RunError, writing
 from tessera.vllm.config import VLLMConfig
 from tessera.vllm.worker import checksum
@@ -380,12 +380,13 @@ def publish(
     with writing(directory):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        shown = module if form == "hf" else widen(module)
+        shown = Checkpoint.of(module)
+        shown = shown if form == "hf" else widen(shown)
         if shown.config.tie_word_embeddings:
             # vLLM reloads tied weights into one of the two places only (0.32, model_loader/reload).
-            state = {**shown.state_dict(), "lm_head.weight": shown.head.detach().clone()}
+            head = {"lm_head.weight": shown.tensors["embed_tokens.weight"]}
             config = replace(shown.config, tie_word_embeddings=False)
-            shown = holding(config, lambda key, _: state[key]).requires_grad_(False)
+            shown = Checkpoint(config, {**shown.tensors, **head})
         write_model(shown, directory, dtype=dtype)
         if form != "hf":
             decilm.write_config(shown.config, directory, str(dtype).removeprefix("torch."))

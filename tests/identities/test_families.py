@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model import checkpoint
+from tessera.model import tensors
 from tessera.model.checkpoint import load_model, save_model
 from tests import tiny
 
@@ -82,7 +82,7 @@ def test_logits_equal_transformers(case, tmp_path):
 def test_transformers_loads_what_we_save(case, tmp_path, monkeypatch):
     model, tokens = reference(case), tiny.tokens(61, 2, LENGTH)
     model.save_pretrained(tmp_path / "in")
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(tensors, "MAX_SHARD_BYTES", 20_000)
     save_model(load_model(tmp_path / "in"), tmp_path / "out")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(back) is type(model)

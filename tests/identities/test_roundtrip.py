@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tessera.model import checkpoint
+from tessera.model import tensors
 from tessera.model.checkpoint import hf_name, load_model, save_model
 from tessera.model.config import RopeScaling
 from tessera.model.families import FAMILIES, config_dict, config_json, parse_config
@@ -86,7 +86,7 @@ def test_a_mosaic_has_the_names_of_the_released_models():
 def test_import_then_export_is_the_same_tensors(dtype, shard_bytes, tmp_path, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "second"
     save_model(tiny.model(**FULL).to(dtype), first)
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(tensors, "MAX_SHARD_BYTES", shard_bytes)
     save_model(load_model(first, dtype=None), second)
     files = sorted(second.glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes == 1000)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tessera.model import checkpoint
+from tessera.model import tensors
 from tessera.model.checkpoint import load_model, save_model
 from tessera.model.source import CheckpointError
 from tessera.runs.files import WriteError
@@ -28,7 +27,7 @@ def single(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 3000)
+    monkeypatch.setattr(tensors, "MAX_SHARD_BYTES", 3000)
     save_model(tiny.model(tiny.PARENT), tmp_path / "sharded")
     return tmp_path / "sharded"
 
@@ -204,7 +203,7 @@ def test_a_tokenizer_from_nowhere_is_refused(tmp_path):
 
 
 def test_saving_again_replaces_the_model(single, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 2000)
+    monkeypatch.setattr(tensors, "MAX_SHARD_BYTES", 2000)
     save_model(tiny.model(seed=1), single)
     assert not (single / "model.safetensors").exists()
     assert load_model(single).config == tiny.config()
@@ -215,15 +214,15 @@ def test_a_full_disk_leaves_the_old_model(single, monkeypatch):
     before = {file.name: file.read_bytes() for file in single.iterdir()}
     saved = []
 
-    def full(tensors, file, metadata):
-        if saved:
-            raise SafetensorError(
-                f"Error while serializing: I/O error: No space left (os error {errno.ENOSPC})"
-            )
-        saved.append(save_file(tensors, file, metadata))
+    def full(tensor):
+        if len(saved) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved.append(raw(tensor))
+        return saved[-1]
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 2000)
+    raw = tensors.raw
+    monkeypatch.setattr(tensors, "raw", full)
+    monkeypatch.setattr(tensors, "MAX_SHARD_BYTES", 2000)
     with pytest.raises(WriteError, match=os.strerror(errno.ENOSPC)):
         save_model(tiny.model(seed=1), single)
     assert saved and {file.name: file.read_bytes() for file in single.iterdir()} == before

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import load_model, open_model
 from tessera.puzzle import bld
 from tessera.puzzle.bld import CoupleConfig, choose_pairs, largest_pairs, most_chosen, unit_params
 from tessera.puzzle.library import LibraryError, assemble, load_unit, unit_file
@@ -126,7 +126,7 @@ def test_scores_and_search_run_again_on_pairs(runs):
 def test_an_architecture_of_parent_words_is_the_parent_bit_for_bit(runs):
     parent = load_model(runs / "parent")
     library = runs / "couple" / "library"
-    built = assemble(load_model(runs / "parent"), library, parent.config.words)
+    built = load_model(assemble(open_model(runs / "parent"), library, parent.config.words))
     for a, b in zip(parent.parameters(), built.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tessera.data.batch import Batch
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import load_model, open_model
 from tessera.objectives.kd import KD, KDConfig, raced
 from tessera.objectives.lm import documents
 from tessera.pipeline import STAGES, run_recipe
@@ -88,7 +88,8 @@ def test_a_heat_is_a_distillation_and_no_more(tmp_path: Path):
         c for c in candidates([home / name for name in SEARCHES]) if c["name"] == row["candidate"]
     )
     parent = load_model(home / "parent", frozen=True)
-    child = assemble(load_model(home / "parent"), home / "bld" / "library", chosen["words"])
+    library = home / "bld" / "library"
+    child = load_model(assemble(open_model(home / "parent"), library, chosen["words"]))
     train = TrainConfig(steps=3, tokens_per_step=64, microbatch_tokens=64, sequence_length=32)
     source = documents(home / "data", train, 0)
     with Run.open(tmp_path / "own", stage="t", config={}, inputs={}, seed=0, quiet=True) as run:

@@ -9,13 +9,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import KINDS
 from tessera.model.context import Context
 from tessera.puzzle.library import BlockLibrary, assemble, load_unit, save_library, unit_file
-from tessera.puzzle.score import Target, load_units, score_batch, score_given
+from tessera.puzzle.score import LibraryUnits, score_cells, score_given
 from tessera.puzzle.space import SpaceConfig, Unit, build_space
 from tessera.puzzle.surgery import collect_statistics
 from tests.toy import toy_batch, toy_model
+
+
+def added_up(current, one, units=None, parent=None) -> dict:
+    """What is added up of one batch, by unit."""
+    cells = {(layer, 0) for layer in range(len(current.blocks) + 1)}
+    found = score_cells(parent or current, current, units or {}, [one], cells)
+    return {unit: own for _, of_layer in found for unit, own in of_layer.items()}
 
 
 def _library(tmp_path):
@@ -29,7 +37,7 @@ def _library(tmp_path):
 def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
     parent, space, library = _library(tmp_path)
     batch = toy_batch(2)
-    found = score_batch(parent, load_units(library, parent, space), Target.of(parent, batch))
+    found = added_up(parent, batch, LibraryUnits.of(library, parent, space))
     context = lambda: Context(batch.positions, batch.segments)  # noqa: E731
     log_p = F.log_softmax(parent.logits(parent(batch.tokens, context())), -1)
     for layer, kind, word in space.replacements():
@@ -58,24 +66,24 @@ def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
 
 def test_scores_given_an_architecture_are_changes_to_it(tmp_path):
     parent, space, library = _library(tmp_path)
-    units, batches = load_units(library, parent, space), [toy_batch(2), toy_batch(3)]
+    units, batches = LibraryUnits.of(library, parent, space), [toy_batch(2), toy_batch(3)]
     words = [("gqa-2", "noop"), ("noop", "swiglu-24"), parent.config.words[2]]
-    current = assemble(toy_model(), library, words).requires_grad_(False)
+    current = load_model(assemble(Checkpoint.of(toy_model()), library, words), frozen=True)
     own, rows = score_given(parent, current, units, batches)
     assert own["kl"] > 0
     table = {(row["layer"], row["kind"], row["word"]): row for row in rows}
     assert abs(table[1, "ffn", "swiglu-24"]["kl"]) < 1e-6  # it stands there already
     words[2] = ("linear", words[2][1])
-    after = assemble(toy_model(), library, words).requires_grad_(False)
+    after = load_model(assemble(Checkpoint.of(toy_model()), library, words), frozen=True)
     change = score_given(parent, after, {}, batches)[0]["kl"] - own["kl"]
     assert abs(table[2, "attention", "linear"]["kl"] - change) < 1e-5
 
 
 def test_scores_given_the_parent_are_replace_one_scores(tmp_path):
     parent, space, library = _library(tmp_path)
-    units, batch = load_units(library, parent, space), toy_batch(2)
+    units, batch = LibraryUnits.of(library, parent, space), toy_batch(2)
     _, rows = score_given(parent, parent, units, [batch])
-    found = score_batch(parent, units, Target.of(parent, batch))
+    found = added_up(parent, batch, units)
     for row in rows:
         sums = found[row["layer"], row["kind"], row["word"]]
         kl, weight = sums["kl"]
@@ -96,18 +104,18 @@ def test_a_pair_stands_for_both_words(tmp_path):
     save_file(block.state_dict(), path)
     paired = replace(space, pairs=(pair,))
     batch = toy_batch(2)
-    found = score_batch(parent, load_units(library, parent, paired), Target.of(parent, batch))
+    found = added_up(parent, batch, LibraryUnits.of(library, parent, paired))
     architecture = list(parent.config.words)
     architecture[1] = words
-    child = assemble(toy_model(), library, architecture).requires_grad_(False)
-    whole = score_batch(child, {}, Target.of(parent, batch))[()]
+    child = load_model(assemble(Checkpoint.of(parent), library, architecture), frozen=True)
+    whole = added_up(child, batch, parent=parent)[()]
     for metric, (value, _) in whole.items():
         assert abs(found[pair][metric][0] - value) < 1e-3
 
 
 def test_an_architecture_of_parent_words_is_the_parent_bit_for_bit(tmp_path):
     parent, _, library = _library(tmp_path)
-    built = assemble(toy_model(), library, parent.config.words)
+    built = load_model(assemble(Checkpoint.of(parent), library, parent.config.words))
     for a, b in zip(parent.parameters(), built.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -115,7 +123,7 @@ def test_an_architecture_of_parent_words_is_the_parent_bit_for_bit(tmp_path):
 def test_an_assembled_model_is_what_its_words_say(tmp_path):
     parent, space, library = _library(tmp_path)
     words = [(space.words(i, "attention")[-1 - i], space.words(i, "ffn")[i]) for i in range(3)]
-    child = assemble(toy_model(), library, words)
+    child = load_model(assemble(Checkpoint.of(parent), library, words))
     assert list(child.config.words) == words
     assert sum(p.numel() for p in child.parameters()) == child.config.num_params()
     for layer, pair in enumerate(words):

@@ -16,14 +16,13 @@ from tessera.generate.torch_engine import TorchEngine
 from tessera.pipeline import run_recipe
 from tessera.puzzle.library import BlockLibrary, load_unit, save_library
 from tessera.puzzle.score import (
+    LibraryUnits,
     ScoreConfig,
     TaskError,
     encode,
-    load_units,
     pack_problems,
     procedural_problems,
     read_problems,
-    score_batch,
     score_given,
 )
 from tessera.puzzle.space import SpaceConfig, Unit, build_space
@@ -31,6 +30,7 @@ from tessera.puzzle.surgery import collect_statistics
 from tessera.runs.recipe import RecipeError, loads, validate
 from tessera.runs.run import read_json, read_table
 from tests import tiny
+from tests.puzzle.test_score import added_up
 from tests.toy import toy_batch, toy_model
 
 ANSWER = 4
@@ -58,13 +58,13 @@ def accuracy(module, found) -> float:
 
 
 def total(module, portions, units=None) -> dict:
-    sums: dict = {}
+    found: dict = {}
     for portion in portions:
-        for key, values in score_batch(module, units or {}, portion).items():
-            known = sums.setdefault(key, dict.fromkeys(values, (0.0, 0.0)))
+        for key, values in added_up(module, portion, units).items():
+            known = found.setdefault(key, dict.fromkeys(values, (0.0, 0.0)))
             for metric, (value, weight) in values.items():
                 known[metric] = known[metric][0] + value, known[metric][1] + weight
-    return sums
+    return found
 
 
 def test_accuracy_is_that_of_greedy_generation():
@@ -86,7 +86,7 @@ def test_a_replacement_scores_as_the_whole_model_with_it(tmp_path: Path):
     save_library(BlockLibrary.from_parent(parent, space, statistics), tmp_path)
     found = problems(parent)
     portions = pack_problems("t", found, row_length=40, pad_id=0)
-    sums = total(parent, portions, load_units(tmp_path, parent, space))
+    sums = total(parent, portions, LibraryUnits.of(tmp_path, parent, space))
     for layer, kind, word in space.replacements():
         swapped = toy_model().requires_grad_(False)
         swapped.replace(layer, kind, load_unit(tmp_path, parent.config, Unit(layer, kind, word)))

@@ -63,9 +63,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 def test_two_processes_are_one(home: Path):
-    jobs = [{"kl": 0.1}, STALE, TWICE]
+    jobs = [{"kl": 0.1, "tensor": 2}, STALE, TWICE | {"tensor": 2}]
     for number, job in enumerate(jobs):
-        train(str(home), str(home / f"one-{number}"), **job)
+        train(str(home), str(home / f"one-{number}"), **job | {"tensor": 1})
     asked = [{"home": str(home), "run": str(home / f"two-{n}"), **j} for n, j in enumerate(jobs)]
     run_ranks(CODE, json.dumps(asked))
     for number in range(len(jobs)):
@@ -73,6 +73,15 @@ def test_two_processes_are_one(home: Path):
         for row, other in zip(read_metrics(one), read_metrics(two), strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
         torch.testing.assert_close(weights(one), weights(two), rtol=1e-3, atol=1e-4)
+    (whole,), halves = (rollouts(home / f"{n}-2", 5 // 2) for n in ("one", "two"))
+    assert joined(halves, 2) == whole and len(halves) == 2
+
+
+def rollouts(run: Path, number: int) -> list[list[list[list[int]]]]:
+    """The tokens of the answers to each prompt of a rollout, process by process."""
+    files = sorted((run / "rollouts").glob(f"{number:08}-*.jsonl"))
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    return [[[a["ids"] for a in group["answers"]] for group in own] for own in rows]
 
 
 def test_shares_are_equal_in_every_update_and_join_to_the_whole():

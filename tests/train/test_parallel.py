@@ -19,12 +19,17 @@ from tessera.puzzle.bld import BLDConfig
 from tessera.runs.run import read_metrics
 from tessera.train.optim import TrainConfig
 from tests.test_dist import run_ranks
-from tests.train.ranks import train
+from tests.train.ranks import gradients, train
 
 CODE = "from tests.train.ranks import main; main()"
 NAMES = ("lm", "sft", "kd", "bld")
 OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
-TENSOR, REPLICAS = {"parallel": {"tensor": 2}}, {"parallel": {"shard": 2}}
+TENSOR = {"parallel": {"tensor": 2, "gradient_checkpointing": "selective"}}
+REPLICAS, OFFLOAD = {"parallel": {"shard": 2}}, {"parallel": {"offload": True}}
+# Rows that two processes share: documents and answers cross the cut, and RPO's losses are of pairs.
+CONTEXT, BOTH = {"parallel": {"context": 2}}, {"parallel": {"context": 2, "tensor": 2}}
+LAYOUTS = ("2-lm-tensor", "2-kd-tensor", "2-kd-offload", "4-kd-tensor", "4-kd-shard")
+LAYOUTS += ("2-kd-context", "2-rpo-context", "2-grpo-context", "4-kd-context")
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -48,14 +53,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in NAMES:
         train(**_job(home, f"1-{name}", name))
         train(**_job(home, f"12-{name}", name, stop=3))
-    two = [_job(home, f"2-{name}-tensor", name, **TENSOR) for name in ("lm", "kd")]
+    gradients(str(home / "1.safetensors"))
+    two = [{"out": str(home / "2.safetensors"), **TENSOR}]
+    two += [_job(home, f"2-{name}-tensor", name, **TENSOR) for name in ("lm", "kd")]
+    two.append(_job(home, "2-kd-offload", "kd", **OFFLOAD))
     for name in NAMES:
         two.append(_job(home, f"2-{name}", name))
         two += [_job(home, f"2-{name}-resumed", name, stop=stop) for stop in (3, None)]
         two.append(_job(home, f"21-{name}", name, stop=3))
         two.append(_job(home, f"12-{name}", name))
+    for name in ("rpo", "grpo"):
+        train(**_job(home, f"1-{name}", name))
+    two += [_job(home, f"2-{name}-context", name, **CONTEXT) for name in ("kd", "rpo", "grpo")]
     run_ranks(CODE, json.dumps(two))
     four = [_job(home, "4-kd-tensor", "kd", **TENSOR), _job(home, "4-kd-shard", "kd", **REPLICAS)]
+    four.append(_job(home, "4-kd-context", "kd", **CONTEXT))
+    four.append({"out": str(home / "4.safetensors"), **BOTH})
     run_ranks(CODE, json.dumps(four), world=4)
     for name in NAMES:
         train(**_job(home, f"21-{name}", name))
@@ -80,9 +93,18 @@ def test_two_processes_are_one(objective: str, home: Path):
     _assert_close(home, f"2-{objective}", f"1-{objective}")
 
 
-@pytest.mark.parametrize("name", ["2-lm-tensor", "2-kd-tensor", "4-kd-tensor", "4-kd-shard"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_is_one_process(name: str, home: Path):
     _assert_close(home, name, "1-" + name.split("-")[1])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_of_split_layers_are_those_of_one_process(world: int, home: Path):
+    one, two = (load_file(home / f"{count}.safetensors") for count in (1, world))
+    assert {"layers.0.attention.op.q_norm.weight", "layers.0.attention.op.k_norm.weight"} <= set(
+        two
+    )
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
 
 
 @OBJECTIVES
@@ -96,9 +118,10 @@ def test_a_run_goes_on_in_another_number_of_processes(objective: str, worlds: st
     _assert_close(home, f"{worlds}-{objective}", f"1-{objective}")
 
 
-def test_recomputed_blocks_give_the_same_bits(home: Path):
-    train(**_job(home, "1-kd-again", "kd", parallel={"gradient_checkpointing": True}))
-    _assert_equal(home, "1-kd-again", "1-kd")
+@pytest.mark.parametrize("again", [True, "selective"])
+def test_recomputed_blocks_give_the_same_bits(again: bool | str, home: Path):
+    train(**_job(home, f"1-kd-{again}", "kd", parallel={"gradient_checkpointing": again}))
+    _assert_equal(home, f"1-kd-{again}", "1-kd")
 
 
 @pytest.mark.parametrize("objective", ["lm", "kd"])
@@ -123,3 +146,15 @@ def test_a_layout_that_does_not_divide_is_told_with_those_that_do(monkeypatch):
         Layout.of(ParallelConfig(tensor=4))
     with pytest.raises(LayoutError, match="parallel.shard = 2 .* 3 processes .* 1, 3"):
         Layout.of(ParallelConfig(tensor=2, shard=2))
+    with pytest.raises(LayoutError, match="parallel.context = 2 .* 3 processes .* 1, 3"):
+        Layout.of(ParallelConfig(tensor=2, context=2))
+
+
+def test_neighbours_of_a_context_group_read_the_same_rows(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    ranks = []
+    for rank in range(12):
+        monkeypatch.setenv("RANK", str(rank))
+        layout = Layout.of(ParallelConfig(tensor=2, context=3, shard=2))
+        ranks.append((layout.data_rank, layout.data_world))
+    assert ranks == [(rank // 6, 2) for rank in range(12)]
