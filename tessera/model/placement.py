@@ -36,7 +36,7 @@ from torch.distributed.fsdp import share_comm_ctx as share_streams
 from tessera import dist
 from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import ModelConfig
-from tessera.model.parallel import split_model
+from tessera.model.parallel import held_params, split_model
 from tessera.model.pipelining import Stage, keep_stage
 from tessera.model.placed import DtypeName
 from tessera.model.placed import PlacedConfig as PlacedConfig
@@ -349,21 +349,31 @@ ROOM = 0.7
 TRAINED_BYTES = 12  # of a parameter and two moments; gradients come when the engine sleeps
 
 
+def fewest(
+    configs: Sequence[ModelConfig], size: int, world: int, room: float, least: int = 1
+) -> int | None:
+    """The fewest of `world` processes that hold these models together with `room` bytes each; None
+    where none do. size: bytes a number. least: a divisor of them."""
+    for ways in range(least, world + 1, least):
+        divides = all(config.num_attention_heads % ways == 0 for config in configs)
+        held = size * sum(held_params(config, ways) for config in configs)
+        if world % ways == 0 and divides and held <= room:
+            return ways
+    return None
+
+
 def _fewest(
     configs: Sequence[ModelConfig], dtype: torch.dtype, least: int = 1, held: float = 0
 ) -> int:
     """least: of them, a divisor. held: bytes that each process needs for other things."""
-    room = dist.device_memory()
-    if room is None:
+    memory, world = dist.device_memory(), dist.world()
+    if memory is None:
         return least
+    if (found := fewest(configs, dtype.itemsize, world, ROOM * memory - held, least)) is not None:
+        return found
     needed = dtype.itemsize * sum(config.num_params() for config in configs)
-    ways = [n for n in range(least, dist.world() + 1, least) if dist.world() % n == 0]
-    fits = [n for n in ways if all(config.num_attention_heads % n == 0 for config in configs)]
-    for count in fits:
-        if needed / count + held <= ROOM * room:
-            return count
     raise LayoutError(
-        f"{needed / 1e9:.0f} GB of weights do not fit {dist.world()} devices of "
-        f"{room / 1e9:.0f} GB, of which {ROOM:.0%} are for weights; start more processes"
+        f"{needed / 1e9:.0f} GB of weights do not fit {world} devices of "
+        f"{memory / 1e9:.0f} GB, of which {ROOM:.0%} are for weights; start more processes"
         + ("" if dtype == torch.bfloat16 else ' or set dtype = "bfloat16"')
     )
