@@ -42,7 +42,8 @@ class Stage:
 
 
 def split_layers(config: ModelConfig, stages: int) -> list[range]:
-    """The layers of each stage, in order: the largest stage has as few parameters as can be."""
+    """The layers of each stage, in order: the largest stage has as few parameters as can be, and
+    none has none."""
     sizes = [sum(config.subblock_params(*one) for one in block) for block in config.blocks]
     for end in (0, -1):  # embedding and head
         sizes[end] += config.vocab_size * config.hidden_size
@@ -56,8 +57,9 @@ def split_layers(config: ModelConfig, stages: int) -> list[range]:
         options = []
         for cut in range(start + 1, len(sizes) - left + 2):
             largest, begins = best(cut, left - 1)
-            options.append((max(largest, until[cut] - until[start]), (start, *begins)))
-        return min(options)
+            if until[cut] > until[start]:
+                options.append((max(largest, until[cut] - until[start]), (start, *begins)))
+        return min(options, default=(until[-1], (start,)))
 
     begins = best(0, stages)[1]
     return [range(*pair) for pair in itertools.pairwise((*begins, len(sizes)))]

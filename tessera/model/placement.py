@@ -260,11 +260,14 @@ class Placement:
         return module
 
     def _keep_stage(self, module: Transformer, beside: Transformer | None) -> None:
-        count, layers = self.config.pipeline, len(module.layers)
-        if module.config.tie_word_embeddings:
+        count, config = self.config.pipeline, module.config
+        if config.tie_word_embeddings:
             raise LayoutError("parallel.pipeline needs a head of its own; this model's is tied")
-        if count > layers:
-            raise LayoutError(f"parallel.pipeline = {count} is more than the {layers} layers")
+        full = sum(any(config.subblock_params(*one) for one in block) for block in config.blocks)
+        if count > full:
+            raise LayoutError(
+                f"parallel.pipeline = {count} is more than the {full} layers that have parameters"
+            )
         stage = self.layout.stage(module.config, self.dtype) if beside is None else beside.stage
         assert stage is not None
         keep_stage(module, stage)

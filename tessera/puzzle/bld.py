@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -52,7 +52,7 @@ from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json
 from tessera.train.engine import Objective, Stats, Trainer
 from tessera.train.flops import Work, block_cost, kept, subblock_cost, working
-from tessera.train.optim import DocumentTrainConfig, TrainConfig
+from tessera.train.optim import AllLayers, DocumentTrainConfig, TrainConfig
 
 Words = Sequence[Sequence[str]]
 WEIGHT, TRAINED = 4, 16  # bytes a parameter: frozen; with gradient and Adam's two moments
@@ -62,7 +62,7 @@ class LocalConfig(Config):
     """How long each unit trains, in which layers, and how many layers at once: each group of layers
     is a pass over the data of its own, to the same weights, in less memory."""
 
-    train: DocumentTrainConfig
+    train: Annotated[DocumentTrainConfig, AllLayers]
     layers: str | None = None  # "0-19, 31"; all of them unless given
     layers_at_once: int | None = Field(default=None, ge=1)  # all of them unless given
     calibration_tokens: int = Field(default=16_384, ge=1)  # for loss scales and channel importance

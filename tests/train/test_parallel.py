@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from tessera.model.checkpoint import load_model
+from tessera.model.pipelining import split_layers
 from tessera.model.placement import Layout, LayoutError, ParallelConfig
 from tessera.puzzle.bld import BLDConfig
 from tessera.runs.run import read_metrics
 from tessera.train.optim import TrainConfig
 from tests.test_dist import run_ranks
+from tests.toy import toy_config
 from tests.train.ranks import gradients, train
 
 CODE = "from tests.train.ranks import main; main()"
@@ -169,12 +171,23 @@ def test_a_library_is_trained_in_float32():
     settings = TrainConfig(steps=1, dtype="bfloat16")
     with pytest.raises(ValueError, match='dtype = "bfloat16" trains whole models only'):
         BLDConfig(train=settings)
+    with pytest.raises(ValueError, match=r"train on documents \(parent, cpt, sft, kd\)"):
+        BLDConfig(train=TrainConfig(steps=1, parallel=ParallelConfig(pipeline=2)))
+
+
+def test_stages_are_balanced_by_parameters_and_none_is_empty():
+    words = [("gqa-4", "swiglu-48"), ("noop", "noop"), ("gqa-4", "noop"), ("gqa-4", "swiglu-480")]
+    config = toy_config(1, vocab_size=2).with_words(words)
+    assert split_layers(config, 2) == [range(3), range(3, 4)]
+    assert split_layers(config, 3) == [range(1), range(1, 3), range(3, 4)]
 
 
 def test_a_layout_that_does_not_divide_is_told_with_those_that_do(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(LayoutError, match="parallel.tensor = 4 .* 6 processes .* 1, 2, 3, 6"):
         Layout.of(ParallelConfig(tensor=4))
+    with pytest.raises(LayoutError, match="parallel.tensor = 4 .* 3 processes of a stage.* 1, 3"):
+        Layout.of(ParallelConfig(pipeline=2, tensor=4))
     with pytest.raises(LayoutError, match="parallel.shard = 2 .* 3 processes .* 1, 3"):
         Layout.of(ParallelConfig(tensor=2, shard=2))
     with pytest.raises(LayoutError, match="parallel.context = 2 .* 3 processes .* 1, 3"):
