@@ -136,6 +136,12 @@ def widest_float(of: torch.device | None = None) -> torch.dtype:
     return torch.float64 if known and where.type != "mps" else torch.float32
 
 
+def copies_ahead(to: torch.device) -> bool:
+    """Whether a copy from the CPU may go on while its source is let go: MPS would read what is next
+    in that memory (pytorch issue 189690)."""
+    return to.type != "mps"
+
+
 @contextmanager
 def processes() -> Iterator[None]:
     """The process group of this job while the body runs: NCCL with GPUs, gloo without."""

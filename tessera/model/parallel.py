@@ -7,6 +7,7 @@ splits dimension 0 of whatever parameters there are, `noop` has none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -24,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tessera.model.checkpoint import whole
-from tessera.model.config import GQA, ModelConfig, NoOp, SwiGLU, Variant
+from tessera.model.config import GQA, BlockConfig, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
 from tessera.model.layers import Attention, Subblock
 from tessera.model.sequence import all_tokens, own_tokens
@@ -94,6 +95,32 @@ def splits(config: ModelConfig, variant: Variant, ways: int) -> bool:
             return width % ways == 0
         case _:
             return False
+
+
+def split_params(config: ModelConfig, block: BlockConfig, ways: int) -> int:
+    """Parameters of a block on one of `ways` tensor-parallel processes."""
+    total, norm = 0, config.hidden_size
+    for kind, variant in (("attention", block.attention), ("ffn", block.ffn)):
+        whole = config.subblock_params(kind, variant)
+        split = splits(config, variant, ways)
+        total += norm + -(-(whole - norm) // ways) if split else whole
+    return total
+
+
+@functools.cache
+def root_params(config: ModelConfig) -> int:
+    """Embedding, last norm and head."""
+    return config.num_params() - sum(
+        config.subblock_params(kind, variant)
+        for block in config.blocks
+        for kind, variant in (("attention", block.attention), ("ffn", block.ffn))
+    )
+
+
+@functools.cache
+def held_params(config: ModelConfig, tensor: int) -> int:
+    """Parameters of a model on one tensor-parallel process, before shards."""
+    return root_params(config) + sum(split_params(config, b, tensor) for b in config.blocks)
 
 
 @contextmanager

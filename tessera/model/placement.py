@@ -37,7 +37,7 @@ from torch.distributed.fsdp import share_comm_ctx as share_streams
 from tessera import dist
 from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import ModelConfig
-from tessera.model.parallel import split_model
+from tessera.model.parallel import held_params, split_model
 from tessera.model.pipelining import Stage, keep_stage, split_layers
 from tessera.model.placed import DtypeName
 from tessera.model.placed import PlacedConfig as PlacedConfig
@@ -129,7 +129,7 @@ class Layout:
     @property
     def data_rank(self) -> int:
         """Which of them this one is."""
-        return self.rank // (self.tensor * self.context) % self.data_world
+        return self.rank // self.sharing % self.data_world
 
     @property
     def stage_world(self) -> int:
@@ -145,8 +145,13 @@ class Layout:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the first of its tensor group, which judges and writes for all of it."""
-        return self.rank % self.tensor == 0
+        """Whether it is the first of those with its rows, which writes for all of them."""
+        return self.rank % self.sharing == 0
+
+    @property
+    def sharing(self) -> int:
+        """How many processes have the same rows, one behind the other."""
+        return self.tensor * self.context
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of work that any process may do; all of a tensor group have it."""
@@ -183,7 +188,7 @@ class Layout:
 
     def context_mesh(self) -> DeviceMesh:
         """The processes that share this one's rows."""
-        shape = dist.world() // (self.context * self.tensor), self.context, self.tensor
+        shape = dist.world() // self.sharing, self.context, self.tensor
         return dist.mesh(shape, ("rows", "context", "tensor"))["context"]
 
     def data_mesh(self) -> DeviceMesh:
@@ -335,41 +340,53 @@ def beside_training(
     """Where a copy for generation lives of a model that these processes train.
 
     dtype: "auto" is what the training computes in. tensor: as in `for_inference`, a multiple or a
-    divisor of the training's; the fewest that have room for it beside the state of training, and
-    no fewer than the training's, unless given. Raises LayoutError.
+    divisor of the processes that train on the same rows; the fewest that have room for it beside
+    the state of training, and no fewer than the training's, unless given. Raises LayoutError.
     """
     number = training.dtype if dtype == "auto" else DTYPES[dtype]
     config, layout = load_config(model), training.layout
     held = TRAINED_BYTES * config.num_params() / (layout.shard * layout.tensor)
+    held = 0.0 if training.config.offload else held
     ways = tensor or _fewest([config], number, layout.tensor, held)
-    if ways % layout.tensor and layout.tensor % ways:
+    same = layout.tensor * layout.context
+    if ways % same and same % ways:
         raise LayoutError(
-            f"tensor = {ways} is neither a multiple nor a divisor of parallel.tensor = "
-            f"{layout.tensor}; leave it out, or give one of them"
+            f"tensor = {ways} is neither a multiple nor a divisor of the {same} processes that "
+            "train on the same rows (parallel.tensor · parallel.context); give one of them"
         )
     return Placement(ParallelConfig(tensor=ways), number, shards=False)
 
 
 # Share of a device's memory that weights may take: the rest is for caches and activations.
 ROOM = 0.7
-TRAINED_BYTES = 16  # of a parameter, its gradient and two moments
+TRAINED_BYTES = 12  # of a parameter and two moments; gradients come when the engine sleeps
+
+
+def fewest(
+    configs: Sequence[ModelConfig], size: int, world: int, room: float, least: int = 1
+) -> int | None:
+    """The fewest of `world` processes that hold these models together with `room` bytes each; None
+    where none do. size: bytes a number. least: a divisor of them."""
+    for ways in range(least, world + 1, least):
+        divides = all(config.num_attention_heads % ways == 0 for config in configs)
+        held = size * sum(held_params(config, ways) for config in configs)
+        if world % ways == 0 and divides and held <= room:
+            return ways
+    return None
 
 
 def _fewest(
     configs: Sequence[ModelConfig], dtype: torch.dtype, least: int = 1, held: float = 0
 ) -> int:
     """least: of them, a divisor. held: bytes that each process needs for other things."""
-    room = dist.device_memory()
-    if room is None:
+    memory, world = dist.device_memory(), dist.world()
+    if memory is None:
         return least
+    if (found := fewest(configs, dtype.itemsize, world, ROOM * memory - held, least)) is not None:
+        return found
     needed = dtype.itemsize * sum(config.num_params() for config in configs)
-    ways = [n for n in range(least, dist.world() + 1, least) if dist.world() % n == 0]
-    fits = [n for n in ways if all(config.num_attention_heads % n == 0 for config in configs)]
-    for count in fits:
-        if needed / count + held <= ROOM * room:
-            return count
     raise LayoutError(
-        f"{needed / 1e9:.0f} GB of weights do not fit {dist.world()} devices of "
-        f"{room / 1e9:.0f} GB, of which {ROOM:.0%} are for weights; start more processes"
+        f"{needed / 1e9:.0f} GB of weights do not fit {world} devices of "
+        f"{memory / 1e9:.0f} GB, of which {ROOM:.0%} are for weights; start more processes"
         + ("" if dtype == torch.bfloat16 else ' or set dtype = "bfloat16"')
     )
