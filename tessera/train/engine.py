@@ -38,12 +38,14 @@ from tessera.train.sinks import Sinks
 from tessera.train.watch import Watch
 
 Stats = dict[str, Tensor]
+# Hidden states of the model and of the frozen one, and a part of the loss if there is one here.
+Passed = tuple[list[Tensor], Tensor | None, Stats]
 
 
 class Objective:
     """What is learned: a loss of a microbatch. `frozen`: a model that is only run forward.
-    `pipelined`: the loss asks for the last hidden states of one model alone. `apart`: processes of
-    a tensor group train modules of their own on the same rows."""
+    `pipelined`: it can be learned in a pipeline. `apart`: processes of a tensor group train modules
+    of their own on the same rows."""
 
     frozen: Transformer | None = None
     pipelined: bool = False
@@ -57,6 +59,10 @@ class Objective:
         independent parts (block-wise distillation) never holds more than one graph.
         """
         raise NotImplementedError
+
+    def passed_on(self, module: Transformer, batch: Batch) -> Passed:
+        """What a pipeline's earlier stage makes of a microbatch."""
+        return [module(batch.tokens, context_of(batch))], None, {}
 
     def weight(self, batch: Batch) -> Tensor:
         """Σ w of a microbatch."""
@@ -82,15 +88,15 @@ def context_of(batch: Batch) -> Context:
 def losses_here(
     objective: Objective, module: Transformer, batch: Batch
 ) -> Iterator[tuple[Tensor, Stats]]:
-    """An objective's losses without gradients: of a pipeline, in the last stage alone."""
+    """Losses of one model without gradients: of a pipeline, in the last stage alone."""
     if (stage := module.stage) is None:
         yield from objective.losses(module, batch)
         return
-    receive(module, batch.tokens)
+    receive([module], batch.tokens)
     if stage.last:
         yield from objective.losses(module, batch)
     else:
-        send(module, module(batch.tokens, context_of(batch)))
+        send([module], objective.passed_on(module, batch)[0])
 
 
 class Trainer:
@@ -119,6 +125,7 @@ class Trainer:
         self.stage = module.stage if isinstance(module, Transformer) else None
         if self.stage is not None and not objective.pipelined:
             raise LayoutError(PIPELINED)
+        self.models = [m for m in (module, objective.frozen) if isinstance(m, Transformer)]
         self.stages = None if self.stage is None else self.layout.mesh()["pipeline"]
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
         plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
@@ -229,37 +236,46 @@ class Trainer:
     ) -> None:
         """Adds up gradients, and what the losses say in `totals`."""
 
-        def learn(number: int) -> Tensor | None:
+        def learn(number: int) -> tuple[list[Tensor], Tensor | None]:
             batch, part = batches[number], f"{here}, microbatch {number + 1} of {len(batches)}"
             self.watch.at(f"{part}: loss")
             if self.stage is not None and not self.stage.last:
-                return self.module(batch.tokens, context_of(batch))
+                states, loss, stats = self.objective.passed_on(self.models[0], batch)
+                note(loss, stats)
+                return states, None if loss is None else loss / weight
             for loss, stats in self.objective.losses(self.module, batch):
                 self.watch.at(f"{part}: gradient")
                 (loss / weight).backward()
                 self.watch.at(f"{part}: loss")
-                _add(totals, "loss", loss.detach())
-                for key, value in stats.items():
-                    _add(totals, key, value)
+                note(loss, stats)
+            return [], None
+
+        def note(loss: Tensor | None, stats: Stats) -> None:
+            for key, value in ({} if loss is None else {"loss": loss, **stats}).items():
+                _add(totals, key, value)
 
         if self.stage is None:
             for number in range(len(batches)):
                 learn(number)
         else:
-            assert isinstance(self.module, Transformer)
-            one_forward_one_backward(self.module, [batch.tokens for batch in batches], learn)
+            one_forward_one_backward(self.models, [batch.tokens for batch in batches], learn)
 
     def _sums(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """The totals of all processes; of a pipeline the last stage knows them all."""
+        """The totals of all processes; a pipeline's earlier stages know parts of the loss only."""
         if self.objective.apart:
             sums = Counter[str]()
             for own in dist.gather({name: float(total) for name, total in totals.items()}):
                 sums.update(own)
             return {**sums, "tokens": sums["tokens"] / self.layout.tensor}
-        names = list(totals) if self.stage is None else dist.broadcast(list(totals), -1)
         zero = torch.zeros((), dtype=dist.widest_float(), device=dist.device())
-        summed = self.layout.sum(torch.stack([totals.get(name, zero) for name in names]))
-        return dict(zip(names, summed.tolist(), strict=True))
+        names = list(totals)
+        if self.stage is not None:
+            names = dist.broadcast(names, -1)
+            if not self.stage.last:
+                totals |= {"tokens": zero, "flops": zero}
+        values = torch.stack([totals.get(name, zero) for name in names])
+        summed = self.layout.sum(values, every_stage=True).tolist()
+        return dict(zip(names, summed, strict=True))
 
     def _norm(self, norms: Sequence[Tensor]) -> float:
         """Of all gradients, of the norms of their groups here."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from tessera import dist
 from tessera.data.documents import check_sizes
 from tessera.model.parallel import mesh_of
-from tessera.model.placement import DTYPES, ParallelConfig, Placement
+from tessera.model.placement import DTYPES, PIPELINED, ParallelConfig, Placement
 from tessera.runs.recipe import Config
 from tessera.train.sinks import SinkName, check_installed
 
@@ -80,6 +80,16 @@ def _check_rows(config: TrainConfig) -> TrainConfig:
 
 # Of stages that read documents. Checked with the recipe, before anything runs.
 DocumentTrainConfig = Annotated[TrainConfig, AfterValidator(_check_rows)]
+
+
+def _check_pipeline(config: TrainConfig) -> TrainConfig:
+    if config.parallel.pipeline > 1:
+        raise ValueError(PIPELINED)
+    return config
+
+
+# Of a stage that needs all layers in every process.
+AllLayers = AfterValidator(_check_pipeline)
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:
