@@ -68,7 +68,7 @@ GGUF_FILE = "model.gguf"
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How many greedy tokens agree, and the largest difference of any logit."""
+    """How many of the likeliest next tokens agree, and the largest difference of any logit."""
 
     tokens: int
     tokens_equal: int
@@ -270,31 +270,22 @@ def _gguf() -> tuple[Any, Any]:
     return gguf, gguf_vocabulary
 
 
-# Does the exported copy compute the same? The source decodes greedily from fixed prompts; the copy
-# reads the same tokens once, and must choose the same next token at every place with logits as
-# close as a reordered sum allows. Both are computed in float32, a block in memory at a time.
+# Does the exported copy compute the same? Source and copy read fixed prompts, and must choose the
+# same next token at every place with logits as close as a reordered sum allows. Both are computed
+# in float32, a block in memory at a time, so the files are read once more each.
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 8, 16
+PROMPTS, PROMPT_TOKENS = 4, 16
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order stay well below
 HEAD_ROWS = 4096  # of the vocabulary at once
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """sequences `(P, T)` as the source continued them; its logits `(P, T, V)` on them."""
-
-    sequences: Tensor
-    logits: Tensor
-
-
-def probe(model: Checkpoint) -> Probe:
+def logits_of(model: Checkpoint) -> Tensor:
+    """Of the token after every token of the prompts, `(P,T,V)` on the CPU."""
     config = model.config
-    rows, columns = torch.arange(PROMPTS)[:, None], torch.arange(PROMPT_TOKENS)
-    sequences = (rows * 101 + columns * columns * 17 + columns * 5 + 3) % config.vocab_size
-    for _ in range(min(NEW_TOKENS, config.max_position_embeddings - PROMPT_TOKENS)):
-        last = _logits(model, _hidden(model, sequences)[:, -1])
-        sequences = torch.cat((sequences, last.argmax(-1, keepdim=True)), dim=1)
-    return Probe(sequences, _logits(model, _hidden(model, sequences)))
+    length = min(PROMPT_TOKENS, config.max_position_embeddings)
+    rows, columns = torch.arange(PROMPTS)[:, None], torch.arange(length)
+    tokens = (rows * 101 + columns * columns * 17 + columns * 5 + 3) % config.vocab_size
+    return _logits(model, _hidden(model, tokens))
 
 
 @torch.no_grad()
@@ -334,10 +325,11 @@ def _check(
         copy = Checkpoint.named(source.config, found, partial / GGUF_FILE)
     else:
         copy = open_model(partial)
+    logits = logits_of(copy)
     if not (fp8 or _rounds(source, made)):
-        return _agreement(probe(source), copy)
-    parity = _agreement(probe(_in_fp8(made) if fp8 else made), copy)
-    moved = _difference(probe(source), copy)[1]
+        return _agreement(logits_of(source), logits)
+    parity = _agreement(logits_of(_in_fp8(made) if fp8 else made), logits)
+    moved = _difference(logits_of(source), logits)
     what = "projections rounded to FP8 (E4M3, a scale for each output channel)"
     notes.append(
         f"{what if fp8 else f'rounded to {_name(made)}'}; on fixed prompts {moved.tokens_equal} of "
@@ -367,14 +359,14 @@ def _in_fp8(model: Checkpoint) -> Checkpoint:
     )
 
 
-def _agreement(source: Probe, copy: Checkpoint) -> Parity:
-    logits, result = _difference(source, copy)
-    difference, ours = result.max_logit_difference, slice(PROMPT_TOKENS - 1, -1)
-    agree = logits[:, ours].argmax(-1) == source.sequences[:, PROMPT_TOKENS:]
-    top = source.logits[:, ours].topk(2, dim=-1).values
+def _agreement(source: Tensor, copy: Tensor) -> Parity:
+    result = _difference(source, copy)
+    difference = result.max_logit_difference
+    top = source.topk(2, dim=-1).values
     tie = top[..., 0] - top[..., 1] <= 2 * difference
-    limit = TOLERANCE * max(1.0, source.logits.abs().max().item())
-    if not difference <= limit or not bool((agree | tie).all()):
+    limit = TOLERANCE * max(1.0, source.abs().max().item())
+    same = source.argmax(-1) == copy.argmax(-1)
+    if not difference <= limit or not bool((same | tie).all()):
         raise ExportError(
             f"the exported files do not compute what the source does: {result.tokens_equal} of "
             f"{result.tokens} greedy tokens agree and a logit differs by {difference:.3g} (allowed "
@@ -383,12 +375,10 @@ def _agreement(source: Probe, copy: Checkpoint) -> Parity:
     return result
 
 
-def _difference(source: Probe, copy: Checkpoint) -> tuple[Tensor, Parity]:
-    logits = _logits(copy, _hidden(copy, source.sequences))
-    found = logits[:, PROMPT_TOKENS - 1 : -1].argmax(-1)
-    agree = found == source.sequences[:, PROMPT_TOKENS:]
-    difference = (logits - source.logits).abs().max().item()
-    return logits, Parity(agree.numel(), int(agree.sum()), difference)
+def _difference(source: Tensor, copy: Tensor) -> Parity:
+    same = source.argmax(-1) == copy.argmax(-1)
+    difference = (copy - source).abs_().max().item()
+    return Parity(same.numel(), int(same.sum()), difference)
 
 
 # The model card.

@@ -151,7 +151,8 @@ def tensors_of(file: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def read_tensor(directory: Path, tensor: Tensor) -> np.ndarray:
-    """A weight in float32; in float16 where the file holds that, bfloat16 as int16."""
+    """A weight in float32; in float16 where the file holds that, bfloat16 as int16. A view of the
+    file where nothing is to be done."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -159,9 +160,9 @@ def read_tensor(directory: Path, tensor: Tensor) -> np.ndarray:
     block, size = GGML_QUANT_SIZES[kind]
     row = tensor.shape[-1] // block * size
     shape = (*tensor.shape[:-1], row)
-    data = np.memmap(directory / tensor.file, np.uint8, "r", tensor.offset, shape)
+    data = np.memmap(directory / tensor.file, np.uint8, "c", tensor.offset, shape)
     plain = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}.get(tensor.type)
-    value = np.array(data.view(plain)) if plain else dequantize(data, kind)
+    value = data.view(plain) if plain else dequantize(data, kind)
     if tensor.heads:  # (heads, D/2, 2, …) -> (heads, 2, D/2, …)
         rest = tensor.shape[1:]
         value = value.reshape(tensor.heads, -1, 2, *rest).swapaxes(1, 2).reshape(tensor.shape)

@@ -234,7 +234,7 @@ class Rollouts:
         return self.run.path / "rollouts" / f"{number:08}-{rank}-of-{world}.jsonl"
 
     def _keep(self, number: int, groups: Sequence[Group]) -> None:
-        if dist.rank() % self.layout.sharing:
+        if not self.layout.leads:
             return  # another process has the same and writes it
         path = self._path(number, self.layout.data_rank, self.layout.data_world)
         path.parent.mkdir(exist_ok=True)
@@ -264,7 +264,7 @@ class Rollouts:
         self._complete(number, found)
         if prefetch:
             self._prefetched = self._thread.submit(partial(self._sample, number + 1))
-        elif self.module.device.type == "cuda":
+        else:
             self.engine.sleep()
         groups, self._seconds = found.groups, dict(found.seconds)
         self._metrics = measured(groups, self.rubric.names, self.layout)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tessera.data.tokenizer import byte_tokenizer, load_tokenizer
 from tessera.export.engines import ExportError
@@ -54,6 +55,20 @@ def test_random_children_give_the_same_tokens(words, changes, tmp_path):
             assert theirs == tokens
             pairs = [(x, y) for x, y in zip(logprobs, given, strict=True) if y is not None]
             assert pairs and all(abs(x - y) < 2e-4 for x, y in pairs)
+
+
+def test_a_child_in_bfloat16_gives_the_same_tokens(tmp_path):
+    module = random_model(HETEROGENEOUS).to(torch.bfloat16)
+    save_model(module, tmp_path / "child")
+    write_byte_tokenizer(tmp_path / "child")
+    export_model(tmp_path / "child", tmp_path / "out", "gguf")
+    with llama_cpp(tmp_path / "out" / GGUF_FILE, tmp_path / "log") as server:
+        for prompt in PROMPTS:
+            tokens, logprobs = greedy(module.float(), prompt, 4)
+            theirs, given = server.complete(prompt, 4)
+            assert theirs == tokens
+            pairs = [(x, y) for x, y in zip(logprobs, given, strict=True) if y is not None]
+            assert pairs and all(abs(x - y) < 0.1 for x, y in pairs)  # it rounds activations
 
 
 @pytest.mark.parametrize("name", ["stories260k", "tinystories-char-940k"])

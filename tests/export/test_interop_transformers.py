@@ -71,6 +71,20 @@ def test_what_transformers_saves_again_is_what_it_loaded(tmp_path):
         assert value.equal(second_model.state_dict()[key]), key
 
 
+def test_files_in_bfloat16_are_loaded_as_that(tmp_path):
+    module = random_model().to(torch.bfloat16)
+    save_model(module, tmp_path / "child")
+    export_model(tmp_path / "child", tmp_path / "out", "decilm")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, dtype="auto"
+    )
+    assert theirs.dtype == torch.bfloat16
+    tokens = torch.tensor(PROMPTS[2:3])
+    with torch.no_grad():
+        expected = module.float().logits(module(tokens))
+        torch.testing.assert_close(theirs.float()(tokens).logits, expected, atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_stock_families_need_no_code_of_ours(family, tmp_path):
     changes = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}.get(family, {})

@@ -152,6 +152,42 @@ def test_in_fp8_the_files_hold_the_rounded_model(child: Path, tmp_path: Path, fo
             assert torch.equal(found, value)
 
 
+@pytest.mark.parametrize("form", ["hf", "decilm", "gguf", "padded", "puzzletron", "per_layer"])
+def test_the_files_have_the_sources_dtype(form: str, tmp_path: Path):
+    module = random_model(EQUAL, rope_scaling=None).to(torch.bfloat16)
+    save_model(module, tmp_path / "child")
+    write_byte_tokenizer(tmp_path / "child")
+    report = export_model(tmp_path / "child", tmp_path / "out", form)
+    assert report.dtype == "bfloat16" and report.parity is not None
+    assert report.parity.max_logit_difference == 0.0
+    assert not any("rounded" in note for note in report.notes)
+    again = load_model(tmp_path / "out", dtype=None).state_dict()
+    for key, value in module.state_dict().items():
+        assert again[key].dtype == (
+            torch.float32 if form == "gguf" and value.ndim < 2 else value.dtype
+        )
+        assert again[key].float().equal(value.float())
+    if form != "gguf":
+        assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+    page = (tmp_path / "out/README.md").read_text()
+    assert "float32" not in page and (form not in ("hf", "decilm") or "--dtype bfloat16" in page)
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("hf", "float32"), ("gguf", "float16")])
+def test_another_dtype_is_written_and_what_it_moves_is_said(form: str, dtype: str, tmp_path: Path):
+    save_model(random_model(EQUAL, rope_scaling=None).to(torch.bfloat16), tmp_path / "child")
+    write_byte_tokenizer(tmp_path / "child")
+    arguments = ["export", str(tmp_path / "child"), str(tmp_path / "out"), "--format", form]
+    told = CliRunner().invoke(app, [*arguments, "--dtype", dtype, "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["dtype"] == dtype
+    assert str(load_model(tmp_path / "out", dtype=None).head.dtype) == f"torch.{dtype}"
+    rounds = dtype == "float16"
+    assert ("rounded to float16; on fixed prompts 64 of 64" in told.stdout) == rounds
+    refused = CliRunner().invoke(app, [*arguments, "--dtype", "int8"])
+    assert refused.exit_code == 2 and "float32 or bfloat16 or float16" in refused.output
+
+
 def test_what_fp8_cannot_be_is_refused(child: Path, tmp_path: Path):
     with pytest.raises(ExportError, match="decilm, hf, padded"):
         export_model(child, tmp_path / "out", "gguf", quantize="fp8")
