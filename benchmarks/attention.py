@@ -4,7 +4,8 @@
 
 Forward and backward of one layer's attention, 8 heads and 2 KV heads of size 64, a row, in fresh
 processes: in float32 on a CPU, in bfloat16 on a GPU. Rows: one document; four; one under a window
-of 1,024 tokens; a prompt of a quarter and three answers. Memory is the peak less the inputs'; seconds are the CPU's.
+of 1,024 tokens; a prompt of a quarter and three answers. Memory is the peak less the inputs';
+seconds are the CPU's.
 """
 
 from __future__ import annotations
