@@ -63,8 +63,8 @@ def attend_last(
         ends = (torch.arange(rows + 1, device=q.device, dtype=torch.int32) for _ in range(2))
         queries, keys = (end * size for end, size in zip(ends, (count, length), strict=True))
         plan = _Sequences(None, queries, keys, count, length)
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        return plan.attend(*flat, window, scale).unflatten(0, (rows, count))
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return plan.attend(q, k, v, window, scale).unflatten(0, (rows, count))
     if count == length and (window is None or length <= window):
         return _sdpa(q, k, v, None, scale)
 
@@ -283,10 +283,10 @@ class _Group:
     positions: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        q, k, v = _rows(q, self.queries), *(_rows(x, self._all_keys) for x in (k, v))
+        q, k, v = _rows(q, self.queries), _rows(k, self._all_keys), _rows(v, self._all_keys)
         if self.before is None:
             return attend_last(q, k, v, window)
-        return _masked(q, k, v, lambda *at: self._seen(*at, window), rows=len(q))
+        return _masked(q, k, v, lambda a, b: self._seen(a, b, window), rows=len(q))
 
     @property
     def _all_keys(self) -> Tensor:
