@@ -15,6 +15,7 @@ from tessera import dist
 from tessera.model import attention
 from tessera.model.attention import attend, attend_last
 from tessera.model.context import Context, Part, zigzag
+from tests.test_placement import fresh
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -171,6 +172,23 @@ def test_no_mask_grows_with_the_square_of_a_row(what: str, monkeypatch: pytest.M
     with torch.no_grad():
         attend(*(torch.randn(1, length, 1, 4) for _ in range(3)), context)
     assert len(sizes) > 8 and max(sizes) <= attention.MASK
+
+
+def test_flash_attention_is_given_tensors_of_its_device():
+    done = fresh(
+        "-c",
+        "from tests.pretend import device, pretended; device()\n"
+        "from tessera.model import attention\n"
+        "from tests.model.test_attention import Context, rows, tensors\n"
+        "attention.has_flash = lambda q: True\n"
+        "attention.varlen_attn = lambda q, k, v, a, b, *_, **__: q * a.sum() * b.sum()\n"
+        "with pretended():\n"
+        "    q, k, v = (x.detach().to(device()) for x in tensors(2, 48))\n"
+        "    on = [getattr(rows(0), x).to(device()) for x in ('positions', 'segments', 'prefix')]\n"
+        "    for context in (Context(*on[:2], prefix=on[2]), Context(*on[:2]), Context(on[0])):\n"
+        "        assert attention.attend(q, k, v, context).device == device()",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.gpu
