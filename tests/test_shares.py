@@ -104,7 +104,6 @@ from tessera.pipeline import run_recipe
 from tessera.runs.recipe import load
 run_recipe(load(sys.argv[2], sys.argv[3:]), sys.argv[1], quiet=True)
 """
-ASK = "from tessera.cli.main import main; main()"
 
 
 TENSOR = """
