@@ -58,6 +58,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def share_of_machine(count: int) -> int:
+    """This process's part of something that a machine has `count` of; one at the least."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return count // here or 1
+
+
 def is_main() -> bool:
     """True in the one process that writes files and prints."""
     return rank() == 0
@@ -128,6 +134,12 @@ def widest_float(of: torch.device | None = None) -> torch.dtype:
     where = of or device()
     known = where.type != "xpu" or torch.xpu.get_device_properties(where).has_fp64
     return torch.float64 if known and where.type != "mps" else torch.float32
+
+
+def copies_ahead(to: torch.device) -> bool:
+    """Whether a copy from the CPU may go on while its source is let go: MPS would read what is next
+    in that memory (pytorch issue 189690)."""
+    return to.type != "mps"
 
 
 @contextmanager
@@ -206,14 +218,14 @@ def sum(value: Tensor, operation: str = "SUM") -> Tensor:
     return total
 
 
-def broadcast(value: Any) -> Any:
-    """The main process's picklable object, in every process."""
+def broadcast(value: Any, source: int = 0) -> Any:
+    """The main process's picklable object, in every process; source: another's, -1 the last's."""
     if world() == 1:
         return value
     import torch.distributed
 
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=source % world())
     return box[0]
 
 

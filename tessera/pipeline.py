@@ -51,7 +51,8 @@ _ROWS = (
           ".curate.runner", "CurateConfig", paths=("files",), together=True),
     Stage("sft", "model data", "model",
           ".objectives.lm", "SFTConfig", function="sft", together=True),
-    Stage("profile", "model", "prompts", ".rl.profile", "ProfileConfig", paths=("paths",)),
+    Stage("profile", "model", "prompts",
+          ".rl.profile", "ProfileConfig", paths=("paths",), together=True),
     Stage("grpo", "model prompts", "model",
           ".rl.policy", "GRPOConfig", function="grpo", together=True),
     Stage("rloo", "model prompts", "model",
@@ -60,7 +61,7 @@ _ROWS = (
           ".rl.preference", "RPOConfig", function="rpo", paths=("paths",), together=True),
     Stage("compare", "parent models* data", "table",
           ".puzzle.compare", "CompareConfig", together=True),
-    Stage("eval", "model", "table", ".eval.evaluate", "EvalConfig"),
+    Stage("eval", "model", "table", ".eval.evaluate", "EvalConfig", together=True),
     Stage("export", "model", "directory", ".export.write", "ExportConfig"),
 )
 # fmt: on

@@ -11,6 +11,7 @@ import torch
 
 from tessera import dist
 from tessera.devices import DeviceError
+from tessera.runs.files import SharedJournal
 from tessera.runs.run import is_done, read_json
 
 ROOT = Path(__file__).parents[1]
@@ -77,3 +78,23 @@ def test_a_recipe_in_two_processes_is_written_once(tmp_path: Path):
     assert all(is_done(tmp_path / "r" / name) for name in ("data", "parent", "child"))
     assert read_json(tmp_path / "r" / "child", "value") == 3
     assert run_ranks(code, str(tmp_path), text) == ["['skip', 'skip', 'skip']\n"] * 2
+
+
+def test_a_journal_of_several_processes_has_the_rows_of_all_also_after_a_stop(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from tessera import dist\n"
+        "from tessera.runs.files import SharedJournal\n"
+        "with dist.processes():\n"
+        "    for step in (1, 2):\n"
+        "        with SharedJournal(Path(sys.argv[1])) as rows:\n"
+        "            print(sorted(rows))\n"
+        "            rows.add(f'{dist.rank()}{step}', {'step': step})\n"
+        "            rows.add('same', {'step': step})\n"
+        "        dist.barrier()\n"
+    )
+    path = tmp_path / "rows.jsonl"
+    assert run_ranks(code, str(path)) == ["[]\n['01', '11', 'same']\n"] * 2
+    with SharedJournal(path) as rows:
+        assert sorted(rows) == ["01", "02", "11", "12", "same"] and len(rows) == 5
+        assert rows.get("12")["step"] == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]

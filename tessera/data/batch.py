@@ -18,8 +18,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from tessera import dist
+from tessera.model.context import Part
+from tessera.model.placement import Layout
 
 Ids = NDArray[np.integer[Any]]
 # Plain documents; chats whose reasoning is off, and on; the trained part of a plain document.
@@ -38,6 +43,7 @@ class Batch:
     prefix: the segment whose tokens stand before each token's own, -1 for none: several answers
     to one prompt, whose positions go on from the prompt's; None where there are none.
     streams: more per-token numbers, by name, for objectives that ask for them.
+    part: of which rows these tokens are a part; None for whole rows.
     """
 
     tokens: Tensor
@@ -48,6 +54,7 @@ class Batch:
     mode: Tensor | None = None
     prefix: Tensor | None = None
     streams: dict[str, Tensor] = field(default_factory=dict)
+    part: Part | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -60,13 +67,40 @@ class Batch:
         def made(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: function(one) for key, one in value.items()}
+            if isinstance(value, Part):
+                return value.each(function)
             return None if value is None else function(value)
 
         return Batch(**{f.name: made(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        ahead = dist.copies_ahead(torch.device(device))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=ahead))
+
+    def shared(self, layout: Layout) -> Batch:
+        """This process's part of rows that its context group has in common; else the batch itself.
+
+        Rows are padded to a length that divides.
+        """
+        if layout.context == 1:
+            return self
+        mesh = layout.context_mesh()
+        missing = -self.tokens.shape[1] % (2 * mesh.size())
+        rows = self.each(lambda tensor: F.pad(tensor, (0, missing)))
+        rows.segments = F.pad(self.segments, (0, missing), value=-1)
+        part = Part(mesh, rows.positions, rows.segments, rows.prefix)
+        own = rows.each(lambda tensor: torch.cat([tensor[:, a:b] for a, b in part.spans], 1))
+        own.part = part
+        return own
+
+    def summed(self, value: Tensor) -> Tensor:
+        """What parts of rows add up to, in every process of them; without a gradient."""
+        if self.part is None:
+            return value
+        total = value.detach().clone()
+        torch.distributed.all_reduce(total, group=self.part.mesh.get_group())
+        return total
 
 
 class Source(Protocol):

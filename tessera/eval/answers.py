@@ -19,7 +19,7 @@ from tessera.data.switch import NONE, set_switch
 from tessera.data.thought import CLOSE, OPEN
 from tessera.eval.task import Item, Task
 from tessera.progress import Progress
-from tessera.runs.files import Journal
+from tessera.runs.files import AnyJournal
 from tessera.runs.recipe import Config
 
 Thinking = Literal["on", "off", "both"]
@@ -120,7 +120,7 @@ def conversations(
 
 
 def answer(
-    chats: Sequence[Conversation], asker: Asker, records: Journal, *, label: str, quiet: bool
+    chats: Sequence[Conversation], asker: Asker, records: AnyJournal, *, label: str, quiet: bool
 ) -> None:
     """Brings every conversation to its end, from the records where they have it.
 
@@ -132,7 +132,7 @@ def answer(
 
 
 def _one_turn(
-    chats: Sequence[Conversation], asker: Asker, records: Journal, label: str, quiet: bool
+    chats: Sequence[Conversation], asker: Asker, records: AnyJournal, label: str, quiet: bool
 ) -> Iterator[Conversation]:
     """Asks each conversation's next question; yields those that go on."""
     asked = [

@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from tessera import dist
 from tessera.ask.endpoint import Endpoint, EndpointConfig
 from tessera.ask.local import EngineConfig, LocalAnswerer
 from tessera.data.config import no_chat_template
@@ -27,10 +28,13 @@ from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
 from tessera.model.placed import PlacedConfig
 from tessera.rl.rewards import require_fields
-from tessera.runs.files import FailureError, Journal
+from tessera.runs.files import AnyJournal, FailureError, Journal, SharedJournal
 from tessera.runs.plan import Step
 from tessera.runs.run import Run
 from tessera.vllm.config import InferenceConfig
+
+if TYPE_CHECKING:
+    from tessera.model.placement import Layout
 
 WINDOW = 4096
 PERPLEXITY = "perplexity"
@@ -55,19 +59,23 @@ def perplexity(
         raise EvalError("perplexity needs the model itself: an endpoint gives no log-probs")
     if not place:
         raise EvalError("perplexity: give --data perplexity=FILE (.txt, .jsonl, .parquet)")
-    tokenizer = load_tokenizer(model)
-    module = placed.placement(model).load(model, frozen=True)
+    tokenizer, placement = load_tokenizer(model), placed.placement(model)
+    module, layout = placement.load(model, frozen=True), placement.layout
     engine = TorchEngine(module)
     window = min(WINDOW, module.config.max_position_embeddings)
-    total, tokens, size, documents = 0.0, 0, 0, 0
+    found: dict[int, tuple[float, int, int]] = {}  # of each document: log-prob, tokens, bytes
+    documents = 0
     for path in expand([place]):
         readable = (one for one in read(path) if not isinstance(one, Bad))
         for one in itertools.islice(readable, None if limit is None else limit - documents):
             documents += 1
-            ids = tokenizer.encode(one.content, bos=True)
-            logprobs = _logprobs(engine, ids, window) if len(ids) > 1 else []
-            total, tokens = total + math.fsum(logprobs), tokens + len(logprobs)
-            size += len(one.content.encode())
+            if documents % layout.data_world == layout.data_rank:
+                ids = tokenizer.encode(one.content, bos=True)
+                logprobs = _logprobs(engine, ids, window) if len(ids) > 1 else []
+                size = len(one.content.encode())
+                found[documents] = math.fsum(logprobs), len(logprobs), size
+    rows = sorted(layout.joined(found).items())
+    total, tokens, size = (sum(row[i] for _, row in rows) for i in range(3))
     if not tokens:
         raise EvalError(f"perplexity: {place} holds no text")
     return {
@@ -118,6 +126,7 @@ class EvalConfig(InferenceConfig):
     batch: int = Field(default=64, ge=1)
     endpoint: EndpointConfig | None = None
     judge: EndpointConfig | None = None
+    # That judge, on each machine.
     workers: int = Field(default_factory=lambda: min(8, os.cpu_count() or 1), ge=1)
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
@@ -164,23 +173,59 @@ def evaluate(
     table, by_group = [], []
     if texts:
         table.append(perplexity(model, config.place(PERPLEXITY), config.limit, config))
-    with Journal(folder / "records.jsonl") as records, Journal(folder / "verdicts.jsonl") as kept:
-        asker = None
-        samplings = {"on": config.on, "off": config.off, None: config.none}
-        for task, items in plan:
-            asker = asker or _asker(config, model, seed, quiet)
-            modes = config.modes(asker.switch)
-            chats = list(conversations(task, items, modes, samplings, config.max_tokens))
-            answer(chats, asker, records, label=task.name, quiet=quiet)
-            rows, parts = _judged(config, task, chats, kept, quiet)
+    shared = dist.world() > 1 and not config.endpoint
+    if not plan or not (shared or dist.is_main()):  # one process asks an endpoint
+        return table, by_group
+    kind = SharedJournal if shared else Journal
+    with kind(folder / "records.jsonl") as records, kind(folder / "verdicts.jsonl") as kept:
+        asker = _asker(config, model, seed, quiet)
+        if isinstance(records, SharedJournal) and isinstance(kept, SharedJournal):
+            assert model is not None
+            layout = config.placement(model).layout
+            _answer_share(config, plan, asker, layout, records, kept, quiet)
+        for task, items in plan if dist.is_main() else ():
+            chats = _chats(config, task, items, asker)
+            answer(chats, asker, records, label=task.name, quiet=quiet or shared)
+            judged_before = shared and not task.judging
+            rows, parts = _judged(config, task, chats, kept, quiet or judged_before)
             table += rows
             by_group += parts
     return table, by_group
 
 
+def _chats(
+    config: EvalConfig, task: Task, items: Sequence[Item], asker: Asker
+) -> list[Conversation]:
+    samplings = {"on": config.on, "off": config.off, None: config.none}
+    modes = config.modes(asker.switch)
+    return list(conversations(task, items, modes, samplings, config.max_tokens))
+
+
+def _answer_share(
+    config: EvalConfig,
+    plan: Sequence[tuple[Task, Sequence[Item]]],
+    asker: Asker,
+    layout: Layout,
+    records: SharedJournal,
+    verdicts: SharedJournal,
+    quiet: bool,
+) -> None:
+    """Each tensor group answers some of the conversations, and judges the answers that need no
+    endpoint; the main process then has the rows of all."""
+    for task, items in plan:
+        own = layout.mine(_chats(config, task, items, asker))
+        answer(own, asker, records, label=layout.title(task.name), quiet=quiet)
+        if layout.leads and not task.judging:
+            whole = [chat for chat in own if not chat.failed]
+            workers = dist.share_of_machine(config.workers)
+            scores.score(whole, task, verdicts, workers, quiet=quiet)
+    records.collect()
+    verdicts.collect()
+
+
 def _asker(config: EvalConfig, model: Path | None, seed: int, quiet: bool) -> Asker:
     asker = _teacher(config, model, seed)
-    if config.modes(asker.switch) == (None,) and not quiet:
+    if config.modes(asker.switch) == (None,) and not quiet and dist.is_main():
         what = "no switch was given for the endpoint" if config.endpoint else "the model has none"
         print(f"no reasoning switch ({what}): each item is asked once, as it is", file=sys.stderr)
     return asker
@@ -203,7 +248,7 @@ def _teacher(config: EvalConfig, model: Path | None, seed: int) -> Asker:
 
 
 def _judged(
-    config: EvalConfig, task: Task, chats: Sequence[Conversation], kept: Journal, quiet: bool
+    config: EvalConfig, task: Task, chats: Sequence[Conversation], kept: AnyJournal, quiet: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The task's rows, one a mode, and those of its groups."""
     whole = [chat for chat in chats if not chat.failed]

@@ -24,7 +24,7 @@ from tessera.eval.task import Measure, Task
 from tessera.progress import Progress
 from tessera.rl.pool import Pool
 from tessera.rl.rewards import Sample
-from tessera.runs.files import Journal, fingerprint
+from tessera.runs.files import AnyJournal, fingerprint
 
 AT_ONCE = 256
 
@@ -39,7 +39,7 @@ class Scored:
 
 
 def score(
-    chats: Sequence[Conversation], task: Task, verdicts: Journal, workers: int, *, quiet: bool
+    chats: Sequence[Conversation], task: Task, verdicts: AnyJournal, workers: int, *, quiet: bool
 ) -> list[Scored]:
     """Scores by the task's measures; verdicts that are kept already are not computed again."""
     mark = fingerprint([measure.reward.model_dump() for measure in task.measures])[:8]
@@ -74,7 +74,12 @@ def score(
 
 
 def ask_judge(
-    chats: Sequence[Conversation], task: Task, verdicts: Journal, teacher: Answerer, *, quiet: bool
+    chats: Sequence[Conversation],
+    task: Task,
+    verdicts: AnyJournal,
+    teacher: Answerer,
+    *,
+    quiet: bool,
 ) -> list[Scored]:
     """Scores by a judge; what it replied is kept, so the same answer is never judged twice."""
     assert task.judging is not None

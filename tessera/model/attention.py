@@ -49,9 +49,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     if flash not in context.plans:
         context.plans[flash] = (_Sequences if flash else _Rows).of(context)
     plan: _Sequences | _Rows = context.plans[flash]
-    k, v = (
-        x.flatten(0, 1) if context.part is None else _all_parts(x, context.part) for x in (k, v)
-    )
+    k, v = (x.flatten(0, 1) for x in (k, v)) if part is None else _all_parts(k, v, part)
     out = plan.attend(q.flatten(0, 1), k, v, context.sliding_window)
     return out.unflatten(0, context.positions.shape)
 
@@ -185,10 +183,11 @@ def _runs(context: Context) -> list[_Run]:
         key = first
         while key < last:
             start, stop = starts[document], min(ends[document], last)
-            before = (range(start, key),)
-            if prefixes[document] >= 0:
-                before = (known[start // length, prefixes[document]], *before)
-            before = before if numbers[document] >= 0 else ()  # what padding sees, nobody reads
+            before: list[range] = []
+            if numbers[document] >= 0:  # what padding sees, nobody reads
+                if prefixes[document] >= 0:
+                    before.append(known[start // length, prefixes[document]])
+                before.append(range(start, key))
             found.append(_Run(at, at + stop - key, key, _last(before, context.sliding_window)))
             at, key, document = at + stop - key, stop, document + 1
     return found
@@ -213,11 +212,12 @@ def _places(index: Tensor, context: Context) -> Tensor:
     return index.to(context.positions.device)
 
 
-def _all_parts(x: Tensor, part: Part) -> Tensor:
-    """`(B*T,K,D)` of whole rows from each process's part `(B,T,K,D)`; gradients are summed."""
-    own = DTensor.from_local(x.transpose(0, 1).contiguous(), part.mesh, [Shard(0)], run_check=False)
+def _all_parts(k: Tensor, v: Tensor, part: Part) -> tuple[Tensor, ...]:
+    """`(T*B,K,D)` of whole rows from each process's part `(B,T,K,D)`; gradients are summed."""
+    both = torch.cat((k, v), 2).transpose(0, 1).contiguous()
+    own = DTensor.from_local(both, part.mesh, [Shard(0)], run_check=False)
     whole = own.redistribute(placements=[Replicate()])
-    return whole.to_local(grad_placements=[Partial()]).flatten(0, 1)
+    return whole.to_local(grad_placements=[Partial()]).flatten(0, 1).chunk(2, 1)
 
 
 @dataclass(frozen=True)

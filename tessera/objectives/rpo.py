@@ -65,18 +65,20 @@ class RPO(Objective):
             own = token_log_probs(hidden, module.head, labels)
             log_ratio = own - token_log_probs(theirs, self.reference.head, labels)
         sign, index = streams["pair"].sign(), streams["pair"].abs().long() - 1
-        count = int(streams["first"].sum())
-        gap = self.config.beta * _sums(log_ratio * sign, index, count)
-        margin = _sums(streams["margin"] * streams["first"], index, count)
+        count = int(batch.summed(streams["first"].sum()))
+        gap = batch.summed(self.config.beta * _sums(log_ratio * sign, index, count))
+        margin = batch.summed(_sums(streams["margin"] * streams["first"], index, count))
+        own_pairs = _sums(streams["first"], index, count) > 0  # parts of rows: said by one process
         gap.requires_grad_()
         with torch.enable_grad():
             each = distance(self.config.distance, gap, self.config.eta * margin)
             (slope,) = torch.autograd.grad(each.sum(), gap) if count else (gap,)
         # D is linear in log-probs: the slope of a pair's loss is the weight of its tokens' CE.
         weight = -self.config.beta * slope.detach()[index] * sign
-        gap, value = gap.detach(), each.detach().sum()
+        gap, margin = gap.detach()[own_pairs], margin[own_pairs]
+        value = each.detach()[own_pairs].sum()
         if self.config.sft:
-            length = _sums((sign > 0).float(), index, count)[index]
+            length = batch.summed(_sums((sign > 0).float(), index, count))[index]
             sft = self.config.sft * (sign > 0) / length
             weight, value = weight + sft, value - (sft * own).sum()
         loss = cross_entropy(hidden, module.head, labels, weight)

@@ -15,7 +15,8 @@ from pydantic import Field, field_validator, model_validator
 
 from tessera import dist
 from tessera.model.checkpoint import open_model
-from tessera.model.placement import PlacedConfig, Placement
+from tessera.model.placed import PlacedConfig
+from tessera.model.placement import Placement
 from tessera.model.transformer import Transformer
 from tessera.puzzle.compare import CompareConfig, quality, speeds
 from tessera.puzzle.constraints import NAMES
@@ -115,8 +116,8 @@ def _pair(row: Row, placement: Placement, inputs: dict) -> dict[str, Transformer
     """The parent, and an architecture of its library."""
     parent = open_model(inputs["parent"])
     child = assemble(parent, inputs["library"] / "library", row["words"])
-    models = {"parent": parent, "child": child}
-    return {key: placement.load(one, frozen=True) for key, one in models.items()}
+    both = {"parent": parent, "child": child}
+    return {name: placement.load(one, frozen=True) for name, one in both.items()}
 
 
 def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:
@@ -124,8 +125,9 @@ def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -
     without `train` those of the assembled model."""
     if config.train is None:
         batches = HeldoutConfig(tokens=config.tokens).heldout(inputs["data"])
-        placement = config.placement(*[inputs["parent"]] * 2)
-        own = quality(*_pair(row, placement, inputs).values(), batches, placement.layout)
+        placement = config.placement(inputs["parent"], inputs["parent"])  # which bounds a child
+        pair = _pair(row, placement, inputs)
+        own = quality(pair["parent"], pair["child"], batches, placement.layout)
         return {"kl_before": own["kl"], **own}
     ran = []
     for lr in config.lrs or (config.train.lr,):
@@ -144,7 +146,7 @@ def measured(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:
         return found
     scenario = next(iter(read_costs(inputs["costs"]).scenarios.values()))
     timing = CompareConfig(scenario=scenario, rounds=config.rounds)
-    placement = config.placement(*[inputs["parent"]] * 2)
+    placement = config.placement(inputs["parent"], inputs["parent"])
     if placement.layout.data_rank:
         return found  # one tensor group measures alone
     timed = speeds(_pair(row, placement, inputs), timing, row["name"], run.quiet)

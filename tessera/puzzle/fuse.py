@@ -217,6 +217,6 @@ def stage(config: FuseConfig, run: Run, inputs: dict[str, Path]) -> None:
     ]
     run.write_table("fuse", rows)
     if dist.is_main():
-        with dist.computing_on("cpu"):  # in the precision that was stored
+        with dist.computing_on(dist.HOST):  # in the precision that was stored
             fused = fuse(load_model(model, frozen=True, dtype=None), runs)
         save_model(fused, run.model_path, tokenizer_from=resolve(model))

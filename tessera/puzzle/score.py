@@ -32,7 +32,8 @@ from tessera.model.checkpoint import open_model
 from tessera.model.config import name as word_of
 from tessera.model.cpu import multiply
 from tessera.model.layers import Subblock
-from tessera.model.placement import ALONE, HERE, Layout, PlacedConfig, Placement
+from tessera.model.placed import PlacedConfig
+from tessera.model.placement import ALONE, HERE, Layout, Placement
 from tessera.model.transformer import Block, Transformer
 from tessera.progress import Progress
 from tessera.puzzle.cost_table import Words

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tessera import dist
 from tessera.data.chat import ChatEncoder
 from tessera.data.config import no_chat_template
 from tessera.data.conversation import Message, Mode
@@ -27,6 +28,7 @@ from tessera.data.problems import problem
 from tessera.data.readers import Bad, DataError, expand
 from tessera.data.sources import first_refusals
 from tessera.data.switch import NONE, Switch, set_switch
+from tessera.data.thought import split_message
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine, GenerationRequest, SamplingParams
 from tessera.generate.text import completion_text
@@ -34,7 +36,8 @@ from tessera.model.source import resolve
 from tessera.progress import Progress
 from tessera.rl.pool import Rubric
 from tessera.rl.rewards import Reward, Sample, require_fields
-from tessera.runs.files import Journal
+from tessera.rl.verifiers.answer import final_answer
+from tessera.runs.files import AnyJournal, SharedJournal
 from tessera.runs.plan import Step
 from tessera.runs.recipe import Config, RecipeError
 from tessera.runs.run import Run
@@ -43,7 +46,8 @@ from tessera.vllm.config import InferenceConfig
 FILE = "prompts.jsonl"
 PORTION = 256  # samples judged at a time
 BINS = 10
-# The names under which rows of other sets keep what a checker needs.
+# The names under which rows keep the expected answer; without one it is what their own answer ends
+# with (verifiers/answer.py).
 ANSWERS = ("answer", "expected_answer", "ground_truth")
 
 
@@ -84,12 +88,14 @@ def collect(config: PromptsConfig, seed: int, switch: str | None = None) -> list
     for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
         question, _ = set_switch(one.messages, "on", switch)  # the same in either mode
         found.setdefault(json.dumps(question), one)
+        if len(found) == config.limit:
+            break
     if not found:
         raise DataError(
             'there are no prompts: give tasks = { "calc@6" = 400 } or paths = ["FILE.jsonl"]'
         )
     prompts = []
-    for number, prompt in enumerate(list(found.values())[: config.limit]):
+    for number, prompt in enumerate(found.values()):
         off = int((number + 1) * config.off) > int(number * config.off)
         mode: Mode | None = "off" if off or config.reasoning == "off" else "on"
         mode = None if switch == NONE else mode
@@ -117,9 +123,12 @@ def _of_files(paths: Sequence[str]) -> Iterator[Prompt]:
                 raise DataError(f"{chat}; mend the row, or let curate leave it out")
             messages = chat.messages[:-1] if chat.answered else chat.messages
             fields = {**_instructions(chat.extra.get("args")), **chat.extra}
-            known = next((name for name in ANSWERS if fields.get(name) is not None), None)
+            known = next((fields[name] for name in ANSWERS if fields.get(name) is not None), None)
+            if known is None and chat.answered:  # as in the Llama-Nemotron set
+                own = split_message(chat.messages[-1]).answer
+                known = final_answer(own) or own
             if known:
-                fields.setdefault("answer", fields[known])
+                fields.setdefault("answer", known)
             yield Prompt(f"{path.name}:{number}", messages, chat.mode, fields)
 
 
@@ -181,7 +190,7 @@ class ProfileConfig(PromptsConfig, InferenceConfig):
     drop_to: float = Field(default=-1.0, le=1)
     max_tokens: int = Field(default=512, ge=1)
     batch: int = Field(default=128, ge=1)
-    workers: int = Field(default=2, ge=1)
+    workers: int = Field(default=2, ge=1)  # that judge, on each machine
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
         told = no_chat_template(step, steps)
@@ -191,32 +200,38 @@ class ProfileConfig(PromptsConfig, InferenceConfig):
 
 
 def answer(
-    prompts: Sequence[Prompt],
+    prompts: Mapping[int, Prompt],
     config: ProfileConfig,
     engine: Engine,
     encoder: ChatEncoder,
-    kept: Journal,
+    kept: AnyJournal,
     run: Run,
+    label: str,
 ) -> None:
-    """Writes every sample that `kept` lacks into it, as it ends; its key is `PROMPT/SAMPLE`."""
+    """Writes every sample that `kept` lacks of the prompts into it, as it ends; its key is
+    `PROMPT/SAMPLE`."""
     stops = encoder.tokenizer.eos_ids
     params = SamplingParams(
         config.max_tokens, n=config.samples, seed=run.seed, stop_token_ids=stops
     )
+    left = {
+        number: [n for n in range(config.samples) if f"{number}/{n}" not in kept]
+        for number in prompts
+    }
 
     def missing() -> Iterator[GenerationRequest]:
-        for number, prompt in enumerate(prompts):
-            left = [n for n in range(config.samples) if f"{number}/{n}" not in kept]
-            if left:
+        for number, prompt in prompts.items():
+            if left[number]:
                 ids = encoder.prompt(prompt.messages, prompt.mode)
-                yield GenerationRequest(ids, params, number, left, owner=prompt)
+                yield GenerationRequest(ids, params, number, left[number], owner=prompt)
 
-    total = len(prompts) * config.samples
+    known = len(kept)
+    total = known + sum(map(len, left.values()))
     with (
-        Progress(run.name, total, "tokens", steps="samples", quiet=run.quiet) as progress,
+        Progress(label, total, "tokens", steps="samples", quiet=run.quiet) as progress,
         closing(engine.as_completed(missing(), progress.working)) as completed,
     ):
-        progress.advance(len(kept), 0)
+        progress.advance(known, 0)
         for request, sample, completion in completed:
             row = {
                 "prompt_id": request.owner.id,
@@ -233,17 +248,24 @@ def answer(
 
 
 def judge(
-    prompts: Sequence[Prompt], config: ProfileConfig, kept: Journal, verdicts: Journal, run: Run
+    prompts: Mapping[int, Prompt],
+    config: ProfileConfig,
+    kept: AnyJournal,
+    verdicts: AnyJournal,
+    run: Run,
+    label: str,
 ) -> None:
-    """Writes the verdict on every sample that `verdicts` lacks into it, under the same key."""
-    missing = [key for key in kept if key not in verdicts]
+    """Writes the verdict on every sample that `verdicts` lacks of the prompts into it, under the
+    same key."""
+    numbers = {key: int(key.split("/")[0]) for key in kept if key not in verdicts}
+    missing = [key for key, number in numbers.items() if number in prompts]
     with (
-        Rubric(config.rewards, config.workers) as rubric,
-        Progress(f"{run.name}: judging", len(missing), "samples", quiet=run.quiet) as progress,
+        Rubric(config.rewards, dist.share_of_machine(config.workers)) as rubric,
+        Progress(f"{label}: judging", len(missing), "samples", quiet=run.quiet) as progress,
     ):
         for start in range(0, len(missing), PORTION):
             part = missing[start : start + PORTION]
-            rows = [(prompts[int(key.split("/")[0])], kept.get(key)) for key in part]
+            rows = [(prompts[numbers[key]], kept.get(key)) for key in part]
             samples = [_sample(one, row["text"], row["finish_reason"]) for one, row in rows]
             for key, judged in zip(part, rubric(samples), strict=True):
                 first = judged.parts[rubric.names[0]]
@@ -252,24 +274,36 @@ def judge(
 
 
 def measure(
-    prompts: Sequence[Prompt],
-    config: ProfileConfig,
-    engine: Engine,
-    encoder: ChatEncoder,
-    run: Run,
+    prompts: Sequence[Prompt], config: ProfileConfig, model: Path, encoder: ChatEncoder, run: Run
 ) -> list[Prompt]:
-    """The prompts with their pass rates; those that could not be judged at all have none."""
-    samples, verdicts = Journal(run.path / "samples.jsonl"), Journal(run.path / "verdicts.jsonl")
-    found = []
-    with samples, verdicts:
-        answer(prompts, config, engine, encoder, samples, run)
-        judge(prompts, config, samples, verdicts, run)
-        for number, prompt in enumerate(prompts):
-            own = [verdicts.get(f"{number}/{n}")["verdict"] for n in range(config.samples)]
-            known = [one == "right" for one in own if one != "could-not-judge"]
+    """The prompts with their pass rates; those that could not be judged at all have none. The
+    processes share the prompts, and the main one has the result."""
+    layout = config.placement(model).layout
+    label = layout.title(run.name)
+    with (
+        SharedJournal(run.path / "samples.jsonl") as samples,
+        SharedJournal(run.path / "verdicts.jsonl") as verdicts,
+        closing(config.open_engine(model, config.batch)) as engine,
+    ):
+        keys = [[f"{number}/{n}" for n in range(config.samples)] for number in range(len(prompts))]
+        todo = [
+            number for number, own in enumerate(keys) if not all(map(verdicts.__contains__, own))
+        ]
+        own = {number: prompts[number] for number in layout.mine(todo)}
+        answer(own, config, engine, encoder, samples, run, label)
+        if layout.leads:
+            judge(own, config, samples, verdicts, run, label)
+        samples.collect()
+        verdicts.collect()
+        if not dist.is_main():
+            return []
+        found = []
+        for prompt, own in zip(prompts, keys, strict=True):
+            known = [verdicts.get(key)["verdict"] for key in own]
+            known = [one == "right" for one in known if one != "could-not-judge"]
             rate = sum(known) / len(known) if known else None
             found.append(replace(prompt, pass_rate=rate, samples=len(known)))
-    return found
+        return found
 
 
 def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
@@ -284,9 +318,9 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
         raise RecipeError(f"{run.name}: give rewards, the first of which says what is right")
     for prompt in prompts:
         require_fields(config.rewards, prompt.fields)
-    engine = config.open_engine(model, config.batch)
-    with closing(engine):
-        found = measure(prompts, config, engine, encoder, run)
+    found = measure(prompts, config, model, encoder, run)
+    if not dist.is_main():
+        return
     low, high = config.drop_to, config.drop_from
     chosen = [p for p in found if p.pass_rate is not None and low < p.pass_rate < high]
     total, left = (

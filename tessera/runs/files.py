@@ -296,6 +296,9 @@ class SharedJournal:
         return (self._own if key in self._own else self._all).get(key)
 
 
+AnyJournal = Journal | SharedJournal
+
+
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
     """An empty sibling directory that takes the place of `directory` when the block succeeds.

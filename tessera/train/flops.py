@@ -113,7 +113,9 @@ def _sheet_peak(name: str) -> float | None:
     return next((device.peak["bf16"] for device in found), None)
 
 
-DOCUMENTS = 4 / 3  # rows of documents grouped by length are padded by a third at most (context.py)
+DOCUMENTS = (
+    4 / 3
+)  # rows of documents grouped by length are padded by a third at most (attention.py)
 
 
 def kept(config: ModelConfig, variant: Variant, ways: int = 1) -> float:
