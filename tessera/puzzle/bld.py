@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -160,7 +159,8 @@ def train_units(
         trainer = Trainer(library, objective, source, config.train, run)
         trainer.as_part(number, len(groups)).fit()
         save_library(library, run.path / "library")
-        shutil.rmtree(trainer.state_path, ignore_errors=True)
+        if dist.is_main():
+            trainer.states.remove()
 
 
 def calibration(config: LocalConfig, data: Path, seed: int, device: torch.device) -> list[Batch]:
