@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -204,7 +203,8 @@ class Local:
             trainer = Trainer(library, objective, source, self.train, self.run)
             trainer.as_part(number, len(self.passes)).fit()
             save_library(library, directory, writes=self.train.placement.layout.data_rank == 0)
-            shutil.rmtree(trainer.state_path, ignore_errors=True)
+            if dist.is_main():
+                trainer.states.remove()
 
     def _check_passes(self) -> None:
         """A state of one pass is none of another."""

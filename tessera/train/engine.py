@@ -31,7 +31,7 @@ from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.runs.files import FailureError
 from tessera.runs.run import Run
-from tessera.train.checkpoint import Saver, load_state
+from tessera.train.checkpoint import Saver, States, load_state
 from tessera.train.flops import Work, model_cost, peak
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor, update
 from tessera.train.sinks import Sinks
@@ -120,7 +120,8 @@ class Trainer:
         self.module, self.objective, self.source = module, objective, source
         self.config, self.run = config, run
         self.evaluate, self.evaluate_every, self.check = evaluate, evaluate_every, check
-        self.before, self.steps_of_run, self.state_path = 0, config.steps, run.state_path
+        self.before, self.steps_of_run = 0, config.steps
+        self.states = self._states()
         self.layout = config.placement.layout
         self.stage = module.stage if isinstance(module, Transformer) else None
         if self.stage is not None and not objective.pipelined:
@@ -138,8 +139,18 @@ class Trainer:
         """The same as training `number` (from 0) of `count` in one run, with a state of its own."""
         self.before, self.steps_of_run = number * self.config.steps, count * self.config.steps
         if count > 1:
-            self.state_path = self.run.state_path / f"part-{number}"
+            self.states = self.states.part(number)
         return self
+
+    def _states(self) -> States:
+        """Those of the run's directory, or of a place on the storage that is this run's alone."""
+        if self.config.state is None:
+            return States(self.run.state_path)
+        made = self.run.manifest
+        name = f"{made.name}-{made.started[:19]}-{made.fingerprint[:8]}".replace(":", "")
+        found = States(dist.broadcast(f"{self.config.state.rstrip('/')}/{name}"))
+        self.run.afterwards(found.remove)
+        return found
 
     def fit(self) -> None:
         """Train to the last step, from the last saved state if there is one.
@@ -148,7 +159,7 @@ class Trainer:
         """
         with self.watch:
             self.watch.at("reading the resume state")
-            start = load_state(self.state_path, self)
+            start = load_state(self.states, self)
             self.run.rewind(self.before + start)
             if start:
                 self.run.say(f"resuming after step {self.before + start} of {self.steps_of_run}")
@@ -157,9 +168,9 @@ class Trainer:
 
     def _steps_from(self, start: int) -> None:
         bar = Progress(self.run.name, self.steps_of_run, "tokens", quiet=self.run.quiet)
-        saver = Saver(self.state_path, self.config.save_total_limit)
+        saver = Saver(self.states, self.config.save_total_limit, self.config.save_seconds)
         sinks = Sinks(self.config.report_to, self.run, self.before + start)
-        saved = begun = time.monotonic()
+        begun = time.monotonic()
         with _stop_signal() as stopped, bar, sinks, saver:
             bar.advance(self.before + start, 0)
             for step in range(start, self.config.steps):
@@ -177,14 +188,13 @@ class Trainer:
                 bar.advance(1, tokens, loss=metrics["loss"], **shown)
                 self.watch.at(f"step {step + 1}: agreeing on what is next")
                 begun = time.monotonic()
-                signals = torch.tensor([stopped(), begun - saved > self.config.save_seconds])
-                if dist.world() > 1:  # all processes do what one is asked to
+                signals = torch.tensor([stopped(), not saver.due()])
+                if dist.world() > 1:  # all stop with one, and save with the last
                     signals = dist.max(signals.to(dist.device(), torch.int32))
-                stop, save = signals.tolist()
-                if stop or save:
+                stop, early = signals.tolist()
+                if stop or not early:
                     self.watch.at(f"step {step + 1}: saving")
                     saver.save(step + 1, self)
-                    saved = time.monotonic()
                 if stop:
                     saver.wait()
                     raise KeyboardInterrupt
