@@ -218,14 +218,14 @@ def sum(value: Tensor, operation: str = "SUM") -> Tensor:
     return total
 
 
-def broadcast(value: Any) -> Any:
-    """The main process's picklable object, in every process."""
+def broadcast(value: Any, source: int = 0) -> Any:
+    """The main process's picklable object, in every process; source: another's, -1 the last's."""
     if world() == 1:
         return value
     import torch.distributed
 
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=source % world())
     return box[0]
 
 
