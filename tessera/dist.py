@@ -136,6 +136,12 @@ def widest_float(of: torch.device | None = None) -> torch.dtype:
     return torch.float64 if known and where.type != "mps" else torch.float32
 
 
+def copies_ahead(to: torch.device) -> bool:
+    """Whether a copy from the CPU may go on while its source is let go: MPS would read what is next
+    in that memory (pytorch issue 189690)."""
+    return to.type != "mps"
+
+
 @contextmanager
 def processes() -> Iterator[None]:
     """The process group of this job while the body runs: NCCL with GPUs, gloo without."""
@@ -212,14 +218,14 @@ def sum(value: Tensor, operation: str = "SUM") -> Tensor:
     return total
 
 
-def broadcast(value: Any) -> Any:
-    """The main process's picklable object, in every process."""
+def broadcast(value: Any, source: int = 0) -> Any:
+    """The main process's picklable object, in every process; source: another's, -1 the last's."""
     if world() == 1:
         return value
     import torch.distributed
 
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=source % world())
     return box[0]
 
 

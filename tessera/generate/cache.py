@@ -166,6 +166,7 @@ class Slots:
         self.max_tokens = max_tokens
         self.dim, self.dtype, self.device = packed.config.head_dim, packed.dtype, packed.device
         self.heads = packed.kv_heads
+        self.kind = self.heads, self.dim, self.dtype, self.device
         self.free()
 
     def free(self) -> None:

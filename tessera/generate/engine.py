@@ -192,7 +192,7 @@ class Engine(Protocol):
         """Take the weights `module` has now; completions carry `version` from here on."""
 
     def sleep(self) -> None:
-        """Free memory for the trainer, until the next `sync`."""
+        """Free memory for the trainer; nothing may be asked until the next `sync`."""
 
     def close(self) -> None:
         """Give back the memory. The engine cannot be used afterwards."""

@@ -49,7 +49,7 @@ class Matrix:
             self.blocked = reordered(weight)
             # Left for few rows, if any; for those, (I, O) order streams faster than (O, I).
             few = self.transposed[:, : weight.shape[0] if self.onednn_rows > 1 else 0]
-            self.transposed = few.contiguous()
+            self.transposed = few.clone(memory_format=torch.contiguous_format)  # never a view
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] >= self.onednn_rows:
@@ -164,7 +164,8 @@ class Parts:
         if isinstance(tensor, DTensor):
             if split and tensor.device_mesh == self.mesh:
                 return tensor.to_local()
-            tensor = tensor.full_tensor()
+            # From the machine's memory, where `offload` keeps it.
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
         if not split:
             return tensor
         return tensor.chunk(self.mesh.size(), dim)[self.mesh.get_local_rank()]  # type: ignore
@@ -362,5 +363,5 @@ def _interleave(rows: Tensor, dim: int) -> Tensor:
 
 def tensor_group(module: Transformer) -> DeviceMesh | None:
     """The processes that hold a module together, as `Placement` splits it with `shards` off."""
-    meshes = {mesh_of(parameter) for parameter in module.parameters()} - {None}
+    meshes = {mesh for one in module.parameters() if (mesh := mesh_of(one)) is not None}
     return next((mesh for mesh in meshes if mesh.mesh_dim_names == ("tensor",)), None)

@@ -154,23 +154,21 @@ class Scheduler:
         pack: makes them once the old ones are gone, so that both are never in memory.
         """
         self.version = version
-        self.rest()
-        self.packed = pack()
-        self.config = self.packed.config
-        if self._shape != self._cached_shape():
-            self.slots = Slots(self.packed, self.max_tokens)
+        self._forget_weights()
+        self.packed = packed = pack()
+        self.config, slots = packed.config, Slots(packed, self.max_tokens)
+        if slots.kind != self.slots.kind:
+            self.slots = slots
+
+    def unload(self) -> None:
+        """Give the memory back, after `evict`, until `load`."""
+        self._forget_weights()
+        self.slots.free()
+
+    def _forget_weights(self) -> None:
+        self.__dict__.pop("packed", None)
         if self.prefixes is not None:
             self.prefixes = PrefixCache(self.prefixes.max_tokens)
-
-    def rest(self) -> None:
-        """Give the weights' memory back, until `load`."""
-        if hasattr(self, "packed"):
-            self._shape, self._rows = self._cached_shape(), None
-            del self.packed
-
-    def _cached_shape(self) -> tuple[object, ...]:
-        packed = self.packed
-        return packed.kv_heads, packed.config.head_dim, packed.device, packed.dtype
 
     @property
     def idle(self) -> bool:

@@ -305,11 +305,11 @@ class TorchEngine:
             self._scheduler.load(partial(self._pack, module), version)
 
     def sleep(self) -> None:
-        """See `Engine.sleep`: frees cache and weights where nothing is in flight."""
+        """See `Engine.sleep`: gives weights and cache back where nothing is in flight."""
         with self._turn():
             if self.idle:
-                self.slots.free()
-                self._scheduler.rest()
+                self._scheduler.evict()
+                self._scheduler.unload()
 
     def close(self) -> None:
         """End what is in flight, refuse what comes, and give back the memory."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -44,7 +45,9 @@ def split_model(module: nn.Module, config: ModelConfig, mesh: DeviceMesh) -> Non
         if isinstance(part, Subblock) and not isinstance(part.variant, NoOp):
             _split_heads_and_channels(part, config, mesh, trained)
     if model is not None and trained:
-        model.tokens_mesh = model.norm.mesh = mesh
+        model.tokens_mesh = mesh
+        if model.stage is None or model.stage.last:
+            model.norm.mesh = mesh
 
 
 def _split_heads_and_channels(
@@ -141,8 +144,13 @@ def mesh_of(tensor: Tensor) -> DeviceMesh | None:
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
-def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients to a norm of at most `limit` together; returns the norm they had."""
+def clip(
+    parameters: Sequence[nn.Parameter], limit: float, stages: DeviceMesh | None = None
+) -> Tensor:
+    """Scale gradients to a norm of at most `limit` together; returns the norm they had.
+
+    stages: the processes that hold a pipeline's other layers.
+    """
     by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -152,6 +160,10 @@ def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         for of_mesh in by_mesh.values()
     ]
     total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    if stages is not None:
+        squares = total.square()
+        torch.distributed.all_reduce(squares, group=stages.get_group())
+        total = squares.sqrt()
     for of_mesh in by_mesh.values():
         nn.utils.clip_grads_with_norm_(of_mesh, limit, total)
     return total

@@ -26,7 +26,7 @@ from tessera import dist
 from tessera.data.batch import Batch
 from tessera.model.checkpoint import load_model
 from tessera.model.config import KINDS, ModelConfig, Variant, parse
-from tessera.model.placement import DTYPES, Layout, ParallelConfig
+from tessera.model.placement import DTYPES, ParallelConfig
 from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import documents
@@ -101,6 +101,8 @@ class BLDConfig(LocalConfig):
 class BLD(Objective):
     """held: the layers of this process that run, all of them unless given."""
 
+    apart = True
+
     def __init__(
         self, parent: Transformer, statistics: ParentStatistics, held: Held | None = None
     ) -> None:
@@ -117,14 +119,6 @@ class BLD(Objective):
                 difference = layer.replaced(unit.kind, trained) - layer.out
                 loss = (difference.float().square().sum(-1) * weight).sum()
                 yield loss, {_metric(unit): loss.detach()}
-
-    def summed(self, totals: Mapping[str, Tensor], layout: Layout) -> dict[str, float]:
-        """Of the units of all processes; those that hold other layers read the same tokens."""
-        sums: dict[str, float] = {}
-        for own in dist.gather({key: float(value) for key, value in totals.items()}):
-            for key, value in own.items():
-                sums[key] = sums.get(key, 0.0) + value
-        return sums | {"tokens": sums["tokens"] / layout.tensor}
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         assert isinstance(module, BlockLibrary)

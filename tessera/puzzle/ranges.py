@@ -59,10 +59,10 @@ def split_layers(
     As many as `parallel.shard` says; else the most that take hardly longer than the fastest number.
     Raises LayoutError for a number that does not divide the processes, or for tensor parallelism.
     """
-    if parallel.tensor > 1 or parallel.context > 1:
+    if max(parallel.tensor, parallel.context, parallel.pipeline) > 1:
         raise LayoutError(
-            "parallel.tensor and parallel.context do not apply to block-wise distillation, whose "
-            "processes hold whole layers; leave them at 1"
+            "parallel.tensor, parallel.context and parallel.pipeline do not apply to block-wise "
+            "distillation, whose processes hold whole layers; leave them at 1"
         )
     count = len(parent.blocks)
     work = [block_cost(parent, layer).token for layer in range(count)]

@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Self
@@ -24,14 +25,15 @@ from tessera import dist
 from tessera.data.batch import Batch, MeasuredSource, Source
 from tessera.model.context import Context
 from tessera.model.parallel import clip
-from tessera.model.placement import Layout
+from tessera.model.pipelining import one_forward_one_backward, receive, send
+from tessera.model.placement import PIPELINED, LayoutError
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.runs.files import FailureError
 from tessera.runs.run import Run
 from tessera.train.checkpoint import Saver, load_state
 from tessera.train.flops import Work, model_cost, peak
-from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
+from tessera.train.optim import TrainConfig, build_optimizer, lr_factor, update
 from tessera.train.sinks import Sinks
 from tessera.train.watch import Watch
 
@@ -39,9 +41,13 @@ Stats = dict[str, Tensor]
 
 
 class Objective:
-    """What is learned: a loss of a microbatch. `frozen`: a model that is only run forward."""
+    """What is learned: a loss of a microbatch. `frozen`: a model that is only run forward.
+    `pipelined`: the loss asks for the last hidden states of one model alone. `apart`: processes of
+    a tensor group train modules of their own on the same rows."""
 
     frozen: Transformer | None = None
+    pipelined: bool = False
+    apart: bool = False
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         """Parts of Σ w·ℓ of a microbatch (sums, never means) and statistics to log.
@@ -55,11 +61,6 @@ class Objective:
     def weight(self, batch: Batch) -> Tensor:
         """Σ w of a microbatch."""
         return batch.weight.sum()
-
-    def summed(self, totals: Mapping[str, Tensor], layout: Layout) -> dict[str, float]:
-        """Sums over the data of all processes, which have the same names of them."""
-        summed = layout.sum(torch.stack(list(totals.values()))).tolist()
-        return dict(zip(totals, summed, strict=True))
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         """Parameters that are clipped together, by the name of their group."""
@@ -76,6 +77,20 @@ class Objective:
 def context_of(batch: Batch) -> Context:
     """The context in which a model reads a batch."""
     return Context(batch.positions, batch.segments, prefix=batch.prefix, part=batch.part)
+
+
+def losses_here(
+    objective: Objective, module: Transformer, batch: Batch
+) -> Iterator[tuple[Tensor, Stats]]:
+    """An objective's losses without gradients: of a pipeline, in the last stage alone."""
+    if (stage := module.stage) is None:
+        yield from objective.losses(module, batch)
+        return
+    receive(module, batch.tokens)
+    if stage.last:
+        yield from objective.losses(module, batch)
+    else:
+        send(module, module(batch.tokens, context_of(batch)))
 
 
 class Trainer:
@@ -101,6 +116,10 @@ class Trainer:
         self.evaluate, self.evaluate_every, self.check = evaluate, evaluate_every, check
         self.before, self.steps_of_run, self.state_path = 0, config.steps, run.state_path
         self.layout = config.placement.layout
+        self.stage = module.stage if isinstance(module, Transformer) else None
+        if self.stage is not None and not objective.pipelined:
+            raise LayoutError(PIPELINED)
+        self.stages = None if self.stage is None else self.layout.mesh()["pipeline"]
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
         plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
         assert self.layout.data_world == 1 or not plain, f"not spread over the data: {plain[:3]}"
@@ -183,36 +202,20 @@ class Trainer:
         weight = float(self.layout.sum(torch.stack(weights).sum()))
         if weight <= 0:
             raise FailureError(f"{here} has no trained token; check the data's weights")
-        totals = {
-            key: torch.tensor(value, dtype=wide, device=dist.device())
-            for key, value in (("flops", flops), ("tokens", 0), ("loss", 0.0))
-        }
-        for number, batch in enumerate(batches, 1):
+        totals = {"flops": torch.tensor(flops, dtype=wide, device=dist.device())}
+        for batch in batches:
             _add(totals, "tokens", (batch.segments >= 0).sum())
-            part = f"{here}, microbatch {number} of {len(batches)}"
-            self.watch.at(f"{part}: loss")
-            for loss, stats in self.objective.losses(self.module, batch):
-                self.watch.at(f"{part}: gradient")
-                (loss / weight).backward()
-                self.watch.at(f"{part}: loss")
-                _add(totals, "loss", loss.detach())
-                for key, value in stats.items():
-                    _add(totals, key, value)
-        self.watch.at(f"{here}: clipping")
-        norms = [clip(parameters, self.config.clip) for parameters in self.groups.values()]
-        if norms:  # the same in all processes of the data
-            _add(totals, "grad_norm", torch.stack(norms).norm())
-            totals["grad_norm"] = totals["grad_norm"].square() * (self.layout.tensor / dist.world())
+        self._backward(here, batches, weight, totals)
         self.watch.at(f"{here}: summing losses")
-        sums = self.objective.summed(totals, self.layout)
+        sums = self._sums(totals)
         tokens, flops = round(sums.pop("tokens")), sums.pop("flops")
-        norm = math.sqrt(sums.pop("grad_norm"))
         own = {k: sums.pop(f"{k}/weight") for k in list(sums) if f"{k}/weight" in sums}
         # A part of a step may have no trained token: then its mean is not a number.
         shares = {key: own.get(key, weight) for key in sums}
         metrics = {k: sums[k] / share if share else math.nan for k, share in shares.items()}
-        metrics["grad_norm"] = norm
-        self.watch.at(f"{here}: updating")
+        self.watch.at(f"{here}: clipping and updating")
+        norms = [clip(group, self.config.clip, self.stages) for group in self.groups.values()]
+        metrics["grad_norm"] = self._norm(norms)
         if isinstance(self.source, MeasuredSource):
             metrics |= self.source.metrics()
         self._check_finite(step, metrics)
@@ -220,6 +223,51 @@ class Trainer:
             self.check(step, metrics)
         metrics["lr"] = self._update(step)
         return metrics, tokens, flops
+
+    def _backward(
+        self, here: str, batches: Sequence[Batch], weight: float, totals: dict[str, Tensor]
+    ) -> None:
+        """Adds up gradients, and what the losses say in `totals`."""
+
+        def learn(number: int) -> Tensor | None:
+            batch, part = batches[number], f"{here}, microbatch {number + 1} of {len(batches)}"
+            self.watch.at(f"{part}: loss")
+            if self.stage is not None and not self.stage.last:
+                return self.module(batch.tokens, context_of(batch))
+            for loss, stats in self.objective.losses(self.module, batch):
+                self.watch.at(f"{part}: gradient")
+                (loss / weight).backward()
+                self.watch.at(f"{part}: loss")
+                _add(totals, "loss", loss.detach())
+                for key, value in stats.items():
+                    _add(totals, key, value)
+
+        if self.stage is None:
+            for number in range(len(batches)):
+                learn(number)
+        else:
+            assert isinstance(self.module, Transformer)
+            one_forward_one_backward(self.module, [batch.tokens for batch in batches], learn)
+
+    def _sums(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """The totals of all processes; of a pipeline the last stage knows them all."""
+        if self.objective.apart:
+            sums = Counter[str]()
+            for own in dist.gather({name: float(total) for name, total in totals.items()}):
+                sums.update(own)
+            return {**sums, "tokens": sums["tokens"] / self.layout.tensor}
+        names = list(totals) if self.stage is None else dist.broadcast(list(totals), -1)
+        zero = torch.zeros((), dtype=dist.widest_float(), device=dist.device())
+        summed = self.layout.sum(torch.stack([totals.get(name, zero) for name in names]))
+        return dict(zip(names, summed.tolist(), strict=True))
+
+    def _norm(self, norms: Sequence[Tensor]) -> float:
+        """Of all gradients, of the norms of their groups here."""
+        total = torch.stack(norms).norm() if norms else torch.zeros((), device=dist.device())
+        if self.objective.apart and dist.world() > 1:
+            same = dist.world() / self.layout.tensor  # processes that train the same modules
+            total = (dist.sum(total.square()) / same).sqrt()
+        return float(total)
 
     def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
         bad = {k: metrics[k] for k in ("loss", "grad_norm") if not math.isfinite(metrics[k])}
@@ -231,10 +279,7 @@ class Trainer:
 
     def _update(self, step: int) -> float:
         lr = self.config.lr * lr_factor(self.config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, lr)
         return lr
 
 

@@ -41,6 +41,11 @@ def test_the_cache_grows_no_further_than_asked_and_stays_for_the_next_call():
     assert num_bytes(engine.slots) == first
     engine.sync(tiny.model(tiny.PARENT), 2)
     assert num_bytes(engine.slots) == 0
+    before = engine.generate([[1, 2]], GREEDY)
+    engine.sleep()
+    assert num_bytes(engine.slots) == 0
+    engine.sync(tiny.model(tiny.PARENT), 2)
+    assert engine.generate([[1, 2]], GREEDY) == before
 
 
 @pytest.mark.parametrize("columns", [9, 12, 20])

@@ -8,6 +8,7 @@ import torch
 from tessera.generate.cache import Prefill
 from tessera.generate.packed import Matrix, Packed
 from tessera.model.cpu import onednn_rows
+from tessera.model.placement import Placement
 from tests import tiny
 
 FAMILIES = [
@@ -35,12 +36,12 @@ def test_packed_logits_are_the_modules(changes):
 def test_half_precision_is_as_near_as_its_rounding():
     module, tokens = tiny.model(qk_norm=True), tiny.tokens(29, 2, 9)
     expected = module.logits(module(tokens)).flatten(0, 1)
-    asked = Packed(module, dtype=torch.bfloat16)
+    asked = Packed(module, placement=Placement(dtype=torch.bfloat16))
     for packed in (asked, Packed(module.to(torch.bfloat16))):
         hidden = Prefill(packed, tokens.tolist(), keep=False).forward(9).flatten(0, 1)
         assert hidden.dtype == torch.bfloat16
         found = packed.logits(hidden).float()
-        assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import threading
 import time
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -268,17 +267,6 @@ def test_requests_in_flight_at_a_sync_go_on_under_the_new_weights(words):
     for handle, prompt in ((reading, [4] * 20), (waiting, [5, 6])):
         assert handle.completions[0].token_ids == fresh.generate([prompt], GREEDY)[0][0].token_ids
         assert handle.completions[0].version == 7
-
-
-def test_a_sleeping_engine_holds_neither_weights_nor_cache():
-    engine = TorchEngine(module := tiny.model())
-    before = engine.generate([[1, 2, 3]], GREEDY)
-    held = weakref.ref(engine._scheduler.packed)
-    engine.sleep()
-    assert held() is None and not engine.slots.caches
-    engine.sleep()
-    engine.sync(module, 3)
-    assert engine.generate([[1, 2, 3]], GREEDY)[0][0].token_ids == before[0][0].token_ids
 
 
 def test_a_sync_that_flying_requests_would_not_fit_is_refused():

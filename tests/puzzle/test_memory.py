@@ -72,7 +72,7 @@ def test_layers_are_held_in_ranges_of_about_equal_work():
     assert len(split_layers(config, units, ParallelConfig(shard=2), 12)) == 2
     with pytest.raises(LayoutError, match="shard = 5: 12 processes can hold the 6 layers in 1, 2"):
         split_layers(config, units, ParallelConfig(shard=5), 12)
-    with pytest.raises(LayoutError, match="parallel.context do not apply"):
+    with pytest.raises(LayoutError, match="do not apply to block-wise"):
         split_layers(config, units, ParallelConfig(tensor=2), 2)
 
 
