@@ -252,6 +252,7 @@ class Parts:
     cache: float = 0.0
     states: float = 0.0
     units_whole: float = 0.0
+    beside: float = 0.0
     reserve: float = 0.0
 
     @property
@@ -682,7 +683,7 @@ def best(job: Job, cluster: Cluster, held: float = 0.0) -> Plan:
     if min(totals.values()) + held > room:
         return planned(job, cluster, min(totals, key=totals.__getitem__))
     found = [planned(job, cluster, layout) for layout, n in totals.items() if n + held <= room]
-    return min(found, key=lambda plan: (plan.time.total, plan.layout.tensor))
+    return min(found, key=lambda plan: (plan.seconds, plan.layout.tensor))
 
 
 def _divisors(number: int) -> list[int]:
