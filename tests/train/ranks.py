@@ -77,8 +77,8 @@ def answers(step: int) -> list[Batch]:
     return made
 
 
-def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    module = tiny.model(toy_config(5, qk_norm=True, sliding_window=5).with_words(WORDS))
+def lm(config: TrainConfig, window: int | None = None) -> tuple[nn.Module, Objective]:
+    module = tiny.model(toy_config(5, qk_norm=True, sliding_window=window).with_words(WORDS))
     return config.placement.transformer(module), LM()
 
 
@@ -93,7 +93,7 @@ def sft(config: TrainConfig) -> tuple[nn.Module, Objective]:
 
 
 def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    child, _ = lm(config)
+    child, _ = lm(config, 5)
     settings = KDConfig(train=config, cosine=0.5, lm=0.1)
     return child, KD(frozen(config, child), settings)
 
@@ -104,11 +104,11 @@ def frozen(config: TrainConfig, beside: Any = None) -> Transformer:
 
 
 def rpo(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    return lm(config)[0], RPO(RPOLossConfig(sft=0.1), frozen(config))
+    return lm(config, 5)[0], RPO(RPOLossConfig(sft=0.1), frozen(config))
 
 
 def grpo(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    return lm(config)[0], PolicyGradient(PolicyLossConfig(kl=0.1), frozen(config))
+    return lm(config, 5)[0], PolicyGradient(PolicyLossConfig(kl=0.1), frozen(config))
 
 
 MAKE = {"lm": lm, "wide": wide, "sft": sft, "kd": kd, "rpo": rpo, "grpo": grpo}
