@@ -81,8 +81,9 @@ def answers(step: int) -> list[Batch]:
     return made
 
 
-def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    module = tiny.model(toy_config(5, qk_norm=True, sliding_window=5).with_words(WORDS))
+def lm(config: TrainConfig, **changes: Any) -> tuple[nn.Module, Objective]:
+    shape = toy_config(5, qk_norm=True, sliding_window=5, **changes)
+    module = tiny.model(shape.with_words(WORDS))
     return config.placement.transformer(module), LM()
 
 
@@ -158,7 +159,7 @@ def train(objective: str, run: str, out: str, stop: int | None = None, **setting
 def gradients(out: str, **settings: Any) -> None:
     """Write the gradients of one step of `lm` to `out`, whole."""
     config = TrainConfig(steps=1, **settings)
-    module, objective = lm(config)
+    module, objective = lm(config, qkv_bias=True, o_bias=True, mlp_bias=True)
     for batch in Ranks(config, "lm").batches(0):
         batch = batch.shared(config.placement.layout)
         for loss, _ in objective.losses(module, batch):
