@@ -283,16 +283,10 @@ class Placement:
             split_model(module, config, mesh)
 
     def units(self, units: Iterable[nn.Module]) -> None:
-        """Independent modules, each called on its own, spread over the processes.
-
-        Raises LayoutError for another layout: they are split over the data alone.
-        """
-        if max(self.config.tensor, self.config.context, self.config.pipeline) > 1:
-            raise LayoutError(
-                "parallel.tensor, parallel.context and parallel.pipeline do not apply to "
-                "block-wise distillation, whose units are small; leave them at 1"
-            )
-        if self.needed:
+        """Independent modules, each called on its own, spread over the data; processes of a tensor
+        group have modules of their own."""
+        plain = self.dtype == torch.float32 and not self.config.offload
+        if self.layout.data_world > 1 or not plain:
             sharded = [self._shard(unit) for unit in units if any(True for _ in unit.parameters())]
             share_streams(sharded)
 

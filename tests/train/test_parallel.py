@@ -17,15 +17,13 @@ from safetensors.torch import load_file
 from tessera.model.checkpoint import load_model
 from tessera.model.pipelining import split_layers
 from tessera.model.placement import Layout, LayoutError, ParallelConfig
-from tessera.puzzle.bld import BLDConfig
 from tessera.runs.run import read_metrics
-from tessera.train.optim import TrainConfig
 from tests.test_dist import run_ranks
 from tests.toy import toy_config
 from tests.train.ranks import gradients, train
 
 CODE = "from tests.train.ranks import main; main()"
-NAMES = ("lm", "sft", "kd", "bld")
+NAMES = ("lm", "sft", "kd")
 OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
 TENSOR = {"parallel": {"tensor": 2, "gradient_checkpointing": "selective"}}
 REPLICAS, OFFLOAD = {"parallel": {"shard": 2}}, {"parallel": {"offload": True}}
@@ -165,14 +163,6 @@ def test_bfloat16_is_near_and_its_weights_are_float32(objective: str, home: Path
     losses = [row["loss"] for row in metrics]
     assert losses == pytest.approx([row["loss"] for row in rows], rel=1e-2)
     assert losses != [row["loss"] for row in rows]
-
-
-def test_a_library_is_trained_in_float32():
-    settings = TrainConfig(steps=1, dtype="bfloat16")
-    with pytest.raises(ValueError, match='dtype = "bfloat16" trains whole models only'):
-        BLDConfig(train=settings)
-    with pytest.raises(ValueError, match=r"train on documents \(parent, cpt, sft, kd\)"):
-        BLDConfig(train=TrainConfig(steps=1, parallel=ParallelConfig(pipeline=2)))
 
 
 def test_stages_are_balanced_by_parameters_and_none_is_empty():
