@@ -303,7 +303,8 @@ class Planner:
             job.train.dtype,
             loaded=False,
         )
-        state = {part: getattr(plan.parts, part) for part in ("weights", "gradients", "moments")}
+        # Gradients come when the engine sleeps.
+        state = {part: getattr(plan.parts, part) for part in ("weights", "moments")}
         parts = replace(answered.parts, weights=0.0, engine=answered.parts.weights)
         parts = replace(parts, **state, teacher=plan.parts.teacher)
         told = f"{rollouts} rollouts of {own.written:,} answers, {answered.told}"
@@ -564,6 +565,8 @@ class Planner:
             if isinstance(config, RolloutConfig):  # a row holds an answer, or a pair of them
                 least = PROMPT + config.max_tokens * (2 if isinstance(config, RPOConfig) else 1)
             found["train.microbatch_tokens"] = _halves(train.microbatch_tokens, least)
+            if train.optimizer == "adamw":
+                found["train.optimizer"] = ["adamw-8bit"]
             if train.dtype == "float32":
                 found["train.dtype"] = ["bfloat16"]
         if getattr(config, "cosine", 0):
