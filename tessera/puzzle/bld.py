@@ -11,12 +11,11 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -66,7 +65,7 @@ from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json
 from tessera.train.engine import Objective, Stats, Trainer
 from tessera.train.flops import Cost, Work, block_cost, kept, working
-from tessera.train.optim import DocumentTrainConfig
+from tessera.train.optim import AllLayers, DocumentTrainConfig
 
 Words = Sequence[Sequence[str]]
 WEIGHT, TRAINED = 4, 16  # bytes a parameter: frozen; with gradient and Adam's two moments
@@ -80,7 +79,7 @@ class LocalConfig(Config):
     how many. The others read other rows.
     """
 
-    train: DocumentTrainConfig
+    train: Annotated[DocumentTrainConfig, AllLayers]
     layers: str | None = None  # "0-19, 31"; all of them unless given
     layers_at_once: int | None = Field(default=None, ge=1)  # all of them unless given
     calibration_tokens: int = Field(default=16_384, ge=1)  # for loss scales and channel importance
@@ -204,7 +203,8 @@ class Local:
             trainer = Trainer(library, objective, source, self.train, self.run)
             trainer.as_part(number, len(self.passes)).fit()
             save_library(library, directory, writes=self.train.placement.layout.data_rank == 0)
-            shutil.rmtree(trainer.state_path, ignore_errors=True)
+            if dist.is_main():
+                trainer.states.remove()
 
     def _check_passes(self) -> None:
         """A state of one pass is none of another."""

@@ -95,12 +95,12 @@ def sft(config: TrainConfig) -> tuple[nn.Module, Objective]:
 def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
     child, _ = lm(config)
     settings = KDConfig(train=config, cosine=0.5, lm=0.1)
-    return child, KD(frozen(config), settings)
+    return child, KD(frozen(config, child), settings)
 
 
-def frozen(config: TrainConfig) -> Transformer:
+def frozen(config: TrainConfig, beside: Any = None) -> Transformer:
     teacher = tiny.model(toy_config(5), seed=1).requires_grad_(False)
-    return config.placement.transformer(teacher)
+    return config.placement.transformer(teacher, beside)
 
 
 def rpo(config: TrainConfig) -> tuple[nn.Module, Objective]:
