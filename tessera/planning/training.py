@@ -60,7 +60,9 @@ def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:
         if (space := _library_space(step.inputs["library"], steps)) is None:
             return None
         keys = largest_pairs(config, space, parent, step.name)
-    return training_memory(parent, keys, config, dist.world())
+    shard = config.train.parallel.shard or 1
+    processes = dist.world() if dist.world() % shard == 0 else shard  # those it needs at least
+    return training_memory(parent, keys, config, processes)
 
 
 def _parent(step: Step, steps: Sequence[Step]) -> ModelConfig | None:
