@@ -212,14 +212,14 @@ def sum(value: Tensor, operation: str = "SUM") -> Tensor:
     return total
 
 
-def broadcast(value: Any) -> Any:
-    """The main process's picklable object, in every process."""
+def broadcast(value: Any, group: torch.distributed.ProcessGroup | None = None) -> Any:
+    """The picklable object of the main process, or of a group's first, in every process."""
     if world() == 1:
         return value
     import torch.distributed
 
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, group=group, group_src=0)
     return box[0]
 
 
@@ -234,18 +234,22 @@ def gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> l
     return everyone
 
 
-def on_main(compute: Callable[[], T]) -> T:
-    """What the main process computes, in every process; what it raises is raised in all of them."""
+def on_main(compute: Callable[[], T], group: torch.distributed.ProcessGroup | None = None) -> T:
+    """What the main process computes, or a group's first, in every process; what it raises is
+    raised in all of them."""
     if world() == 1:
         return compute()
+    import torch.distributed
+
     found: tuple[T | None, Exception | None] = (None, None)
-    if is_main():
+    if torch.distributed.get_rank(group) == 0:
         try:
             found = compute(), None
         except Exception as error:
             found = None, error
-    barrier()  # which waits longer than a broadcast does
-    value, error = broadcast(found)
+    if group is None:
+        barrier()  # which waits longer than a broadcast does
+    value, error = broadcast(found, group)
     if error is not None:
         raise error
     return value

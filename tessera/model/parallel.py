@@ -114,6 +114,12 @@ def mesh_of(tensor: Tensor) -> DeviceMesh | None:
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
+def tensor_group(module: Transformer) -> DeviceMesh | None:
+    """The processes that hold a module together, as `Placement` splits it with `shards` off."""
+    meshes = {mesh for one in module.parameters() if (mesh := mesh_of(one)) is not None}
+    return next((mesh for mesh in meshes if mesh.mesh_dim_names == ("tensor",)), None)
+
+
 def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients to a norm of at most `limit` together; returns the norm they had."""
     by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}

@@ -191,11 +191,12 @@ def raw(tensor: Tensor) -> np.ndarray:
 
 
 def write_tensors(
-    tensors: Mapping[str, LazyTensor], directory: Path, together: bool = False
+    tensors: Mapping[str, LazyTensor], directory: Path | None, together: bool = False
 ) -> None:
     """Write `model.safetensors`, or shards and their index where that would be too large.
 
     together: every process of a job calls this, reads every tensor, and writes some of the files.
+    directory: None for a process that only takes part in reading.
     """
     rank, world = (dist.rank(), dist.world()) if together else (0, 1)
     total = sum(one.nbytes for one in tensors.values())
@@ -204,9 +205,9 @@ def write_tensors(
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
     for number, (name, keys) in enumerate(zip(names, files, strict=True)):
-        mine = number % world == rank
-        _write_file({key: tensors[key] for key in keys}, directory / name if mine else None)
-    if count > 1 and rank == 0:
+        file = directory / name if directory and number % world == rank else None
+        _write_file({key: tensors[key] for key in keys}, file)
+    if directory and count > 1 and rank == 0:
         places = {key: file for file, keys in zip(names, files, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
