@@ -1,5 +1,6 @@
 # make quickstart   a parent, a search and a faster child, on a CPU, from a fresh clone
 # make test         the tests that take seconds; make test-slow: those that take minutes
+# make rehearse     the recipes of whole models, each to its end on a toy parent
 # make check        ruff and pyright
 # make mutate       one-line errors put into the formulas: do the tests notice? A quarter of an hour
 # make bench        the comparisons in benchmarks/
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BFCL := bfcl-eval==2026.3.23
 
-.PHONY: quickstart test test-slow check mutate bench bfcl interop venv-vllm venv-trl clean
+.PHONY: quickstart test test-slow rehearse check mutate bench bfcl interop venv-vllm venv-trl clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -23,6 +24,9 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+rehearse: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow tests/test_rehearsal.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

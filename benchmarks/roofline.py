@@ -5,7 +5,8 @@
 Nothing is measured here: every prediction comes from the layer maps of the released configs, the
 device's data sheet and the four constants of `devices.py`. Published: Puzzle's throughput
 table (H100, FP8, TensorRT-LLM, tokens a second and GPU), FFN Fusion's latencies (8 H100, FP8, one
-user), Llama-Nemotron's ratios, and, for dense models alone, TensorRT-LLM's own table. A batch is
+user), Llama-Nemotron's ratios, a sweep of vLLM on a B200, and, for dense models alone,
+TensorRT-LLM's own table. A batch is
 the largest whose cache fits by that engine's default (0.9 of what the weights leave) and at most
 the published best one: 256 for the children on one GPU, 384 for Llama-70B on four. What the ratios
 owe to each choice, the batch rule among them, is the last table.
@@ -34,7 +35,7 @@ from tessera.model.config import (
 )
 from tessera.model.families import read_config
 from tessera.puzzle.cost_table import Scenario
-from tessera.puzzle.roofline import Serving, base_seconds, word_seconds
+from tessera.puzzle.roofline import Serving, model_seconds
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "data" / "nas_configs"
 CACHE_SHARE = 0.9  # of the memory that weights leave, what TensorRT-LLM gives the KV cache
@@ -55,6 +56,13 @@ ENGINE = {
     "Llama-70B": (2, (6378, 6651, 4199, 762, 3082, 5222)),
     "Llama-405B": (8, (3627, 4340, 3116, 453, 2296, 3994)),
 }
+# Super-49B-v1.5 in FP8 by vLLM 0.16 on one B200, 2048 in and 512 out (Vultr's inference cookbook,
+# "Concurrency tuning", 2026): requests at once -> tokens a second, ms a token. The layer map is
+# v1's. The published first tokens (71 ms at 8 requests) leave no time for 2048 tokens of prompt, so
+# the sweep's prompts, the same at each level, were cached; and 50 were asked at each, so that at
+# 8 the seventh wave is two requests, and at 64 and more there is one wave of 50.
+B200_PROMPTS, B200_NEW = 50, 512
+B200 = {1: (73, 13.40), 8: (570, 12.34), 16: (1054, 11.17), 32: (2120, 11.57), 64: (3816, 12.70)}
 ENGINE_MOST = 2048  # requests at once, its `max_batch_size` unless told
 
 
@@ -72,13 +80,7 @@ def predict(
     """
     found = find_device(device) if isinstance(device, str) else device
     serving = Serving(found, dtype, tensor_parallel)
-    pairs = [base_seconds(config, scenario, serving)]
-    pairs += [
-        word_seconds(config, getattr(block, kind), scenario, serving)
-        for block in config.blocks
-        for kind in KINDS
-    ]
-    prefill, decode = (math.fsum(column) for column in zip(*pairs, strict=True))
+    prefill, decode = model_seconds(config, scenario, serving)
     seconds = prefill + (scenario.new - 1) * decode
     return {
         "prefill_seconds": prefill,
@@ -262,6 +264,18 @@ def engine_rows(models: dict[str, ModelConfig], choice: Choice = AS_IS) -> Itera
             yield Row(f"{name} TP{devices}, {prompt}/{new}, tokens/s", devices * found, rate)
 
 
+def b200_rows(child: ModelConfig) -> Iterator[Row]:
+    """The published sweep: each wave of requests decodes `B200_NEW` steps."""
+    for at_once, (rate, token) in B200.items():
+        batch = min(at_once, B200_PROMPTS)
+        scenario = Scenario(batch=batch, prompt=2048, new=B200_NEW)
+        step = predict(child, "B200", "fp8", scenario)["decode_seconds"]
+        waves = math.ceil(B200_PROMPTS / at_once)
+        found = B200_PROMPTS / (waves * step)
+        yield Row(f"Super-49B-v1.5, {at_once} at once, tokens/s", found, rate)
+        yield Row(f"Super-49B-v1.5, {at_once} at once, ms a token", 1e3 * step, token)
+
+
 def choices() -> dict[str, Choice]:
     """One choice changed at a time."""
     own = AS_IS.device
@@ -324,6 +338,7 @@ def run(options: argparse.Namespace) -> None:
     child = read_config(CONFIGS / "Llama-3_3-Nemotron-Super-49B-v1.config.json")
     ultra = read_config(CONFIGS / "Llama-3_1-Nemotron-Ultra-253B-v1.config.json")
     show("Llama-Nemotron: throughput on an H100, FP8", super_rows(child, small))
+    show("vLLM on a B200: Super-49B-v1.5, FP8", b200_rows(child))
     show("Puzzle: throughput on H100s, FP8", puzzle_rows(puzzle, small))
     show("FFN Fusion: latency on 8 H100, FP8", ultra_rows(ultra, dense, small))
     told = [

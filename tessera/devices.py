@@ -1,7 +1,7 @@
 """The accelerators known by name, from the makers' data sheets: dense peaks, SXM boards.
 
 The four constants come from measurements published on H100s or H200s, none of which
-`benchmarks/roofline.py` predicts.
+`benchmarks/roofline.py` predicts; the B200's own latency comes from a row that it does.
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ COMPUTE = 0.73
 # Llama-3.2-1B decoded in bf16 by one persistent kernel on an H100: 78 % of the bandwidth (Spector
 # et al., "Look Ma, No Bubbles!", 2025).
 MEMORY = 0.78
+# What torch's trainings reach, everything that is not counted included: launches, exchanges that
+# nothing hides, clocks under load. Llama 3.1 8B at 8,192 tokens on 8 H100, FSDP and selective
+# checkpointing: 5,762 tokens/s a GPU, 6,667 compiled, "33% to 39% MFU" by a count that does not
+# halve attention (torchtitan, benchmarks/llama3_h100_202412); `benchmarks/plan.py` has more.
+TRAINING = 0.40
 # Seconds from one kernel's start to its dependent's, beyond its work. Engines that launch kernel by
 # kernel reach "at most 50 %" there: 0.53 ms more for the 148 kernels that we count. That includes
 # the gaps of their hosts; a lean engine has less.
 KERNEL = 3.6e-6
+# Super-49B-v1.5 in FP8 by vLLM 0.16 on one B200: 13.4, 12.3 and 11.2 ms a token at 1, 8 and 16
+# requests (Vultr's inference cookbook, 2026). Reading the weights is 8.2 of them, and 569 kernels
+# the rest: 9, 7 and 4 us.
+LATENCIES = {"B200": 7e-6}
 # Seconds of one exchange between devices, the kernel around it included. All-reduce of up to 32 KB
 # on 8 H100: 6-8 us by one kernel, 9-12 us by another (SGLang, pull request 2904). Over PCIe it is
 # longer.
@@ -39,8 +48,8 @@ class DeviceError(ValueError):
 class Device:
     """One accelerator: bytes, bytes a second, and operations a second by data type.
 
-    link: sent to its peers in one direction. compute, memory_share: what software reaches of peak
-    and bandwidth. kernel, hop: seconds.
+    link: sent to its peers in one direction. compute, memory_share: what engines reach of peak and
+    bandwidth; training: of the peak, trainings. kernel, hop: seconds.
     """
 
     name: str
@@ -50,6 +59,7 @@ class Device:
     link: float
     compute: float = COMPUTE
     memory_share: float = MEMORY
+    training: float = TRAINING
     kernel: float = KERNEL
     hop: float = HOP
 
@@ -74,7 +84,14 @@ _SHEETS = {
     "RTX 4090": (24, 1.008, 32, {"bf16": 165, "fp8": 330, "fp32": 82.6}),
 }
 DEVICES: dict[str, Device] = {
-    name: Device(name, memory * GB, rate * TB, {t: n * TFLOPS for t, n in peak.items()}, link * GB)
+    name: Device(
+        name,
+        memory * GB,
+        rate * TB,
+        {t: n * TFLOPS for t, n in peak.items()},
+        link * GB,
+        kernel=LATENCIES.get(name, KERNEL),
+    )
     for name, (memory, rate, link, peak) in _SHEETS.items()
 }
 

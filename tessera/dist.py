@@ -136,6 +136,12 @@ def widest_float(of: torch.device | None = None) -> torch.dtype:
     return torch.float64 if known and where.type != "mps" else torch.float32
 
 
+def copies_ahead(to: torch.device) -> bool:
+    """Whether a copy from the CPU may go on while its source is let go: MPS would read what is next
+    in that memory (pytorch issue 189690)."""
+    return to.type != "mps"
+
+
 @contextmanager
 def processes() -> Iterator[None]:
     """The process group of this job while the body runs: NCCL with GPUs, gloo without."""
@@ -212,14 +218,18 @@ def sum(value: Tensor, operation: str = "SUM") -> Tensor:
     return total
 
 
-def broadcast(value: Any, group: torch.distributed.ProcessGroup | None = None) -> Any:
-    """The picklable object of the main process, or of a group's first, in every process."""
+def broadcast(
+    value: Any, source: int = 0, group: torch.distributed.ProcessGroup | None = None
+) -> Any:
+    """The main process's picklable object, or that of a group's first, in every process; source:
+    another's, -1 the last's."""
     if world() == 1:
         return value
     import torch.distributed
 
     box = [value]
-    torch.distributed.broadcast_object_list(box, group=group, group_src=0)
+    size = torch.distributed.get_world_size(group)
+    torch.distributed.broadcast_object_list(box, group=group, group_src=source % size)
     return box[0]
 
 
@@ -249,7 +259,7 @@ def on_main(compute: Callable[[], T], group: torch.distributed.ProcessGroup | No
             found = None, error
     if group is None:
         barrier()  # which waits longer than a broadcast does
-    value, error = broadcast(found, group)
+    value, error = broadcast(found, group=group)
     if error is not None:
         raise error
     return value

@@ -1,22 +1,22 @@
 """A device that computes on the CPU and, like a GPU, refuses tensors that are not its own.
 
-It sees tensors left on the CPU and numpy views of the device's. It cannot see kernels, streams,
-memory, or what happens in threads that tessera starts. A process that uses it must not have run a
-backward before, so tests run `python -m tests.pretend RECIPE RUNS` in one of its own.
+It sees tensors and random generators left on the CPU, numpy views of the device's tensors, and
+float64 where it pretends to have none, as MPS; in every thread that is started meanwhile. It
+cannot see kernels and what they lack for a dtype or a shape, streams and waiting for them, memory,
+several processes, nor indices on the CPU and numbers of no dimension, which GPUs take, too.
+A process that uses it must not have run a backward before, so tests start one of its own.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,13 +25,14 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "pretend"
 OPERATIONS = [0]  # on the device, so far
+REFUSED: set[torch.dtype] = set()  # dtypes that it does not have
 # Moves between devices, and places that a GPU takes from the CPU.
 _TO_CPU = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense"}
 _TO_CPU |= {"aten::index.Tensor", "aten::index_put_", "aten::index", "aten::_index_put_impl_"}
 
 
 class PlacementError(RuntimeError):
-    """An operation of tensors on two devices."""
+    """An operation that a real device would refuse."""
 
 
 class PretendTensor(torch.Tensor):
@@ -41,6 +42,8 @@ class PretendTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> PretendTensor:
+        if held.dtype in REFUSED:
+            raise PlacementError(f"{NAME} has no {held.dtype}")
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             held.size(),
@@ -55,6 +58,9 @@ class PretendTensor(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PretendTensor({self.held!r})"
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()  # which FSDP frees and makes again
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None):
@@ -72,6 +78,8 @@ class _Mode(TorchDispatchMode):
     """Sees the calls that make tensors there, which have no tensor to dispatch on."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if any(issubclass(one, DTensor) for one in types):  # what it holds comes here again
+            return function(*args, **kwargs or {})
         return _run(function, args, kwargs or {})
 
 
@@ -100,14 +108,26 @@ class _FromData(TorchFunctionMode):
         return PretendTensor(made) if there else made
 
 
+class _Stream:
+    """Work is done when it is asked for: there is nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def synchronize(self, *_: Any) -> None: ...
+    def wait_stream(self, *_: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+
 @functools.cache
 def device() -> torch.device:
     _setup_privateuseone_for_python_backend(NAME)
-    module = getattr(torch, NAME)  # torch.cuda's part that saving asks for
-    module.current_stream = lambda *_: SimpleNamespace(
-        synchronize=lambda: None, wait_stream=lambda _: None
-    )
+    module = getattr(torch, NAME)  # torch.cuda's part that saving, FSDP and checkpointing ask for
+    module.Stream = module.Event = _Stream
+    module.current_stream = _Stream
     module.stream = lambda _: nullcontext()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     return torch.device(NAME, 0)
 
 
@@ -124,7 +144,9 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 raise PlacementError(
                     f"{name} got a CPU tensor {tuple(one.shape)} beside one on {NAME}"
                 )
-    if target is not None:
+    if (ours or asked) and any(isinstance(one, torch.Generator) for one in leaves):
+        raise PlacementError(f"{name} got a generator of the CPU on {NAME}")
+    if asked:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs.pop("pin_memory", None)
     leaves, shape = tree_flatten((args, kwargs))
@@ -149,37 +171,42 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def pretended() -> Iterator[None]:
-    """The device, for the block: `tessera.dist.device()` is it."""
+def pretended(float64: bool = True) -> Iterator[None]:
+    """The device, for the block and threads started in it: `tessera.dist.device()` is it."""
     from tessera import dist
 
-    real, dist.device = dist.device, device
+    before = dist.device, dist.widest_float, threading.Thread.start
+    dist.device = device
+    threading.Thread.start = _start
+    if not float64:
+        dist.widest_float = lambda of=None: (
+            torch.float32 if (of or device()).type == NAME else torch.float64
+        )
+        REFUSED.update((torch.float64, torch.complex128))
     try:
-        with sdpa_kernel(SDPBackend.MATH), _FromData(), _Mode():
+        with _there():
             yield
     finally:
-        dist.device = real
+        dist.device, dist.widest_float, threading.Thread.start = before
+        REFUSED.clear()
 
 
-def main(recipe: str, runs: str) -> None:
-    """Run a recipe there; the last line is JSON: operations on the device by stage."""
-    from tessera import pipeline
-    from tessera.runs.recipe import load
-
-    device()  # before the first backward, which counts the devices there are
-    work, counts = pipeline._bring_about, {}
-
-    def counted(step: Any, *rest: Any) -> Any:
-        before = OPERATIONS[0]
-        found = work(step, *rest)
-        counts[step.name] = OPERATIONS[0] - before
-        return found
-
-    pipeline._bring_about = counted
-    with pretended():
-        pipeline.run_recipe(load(Path(recipe), ()), Path(runs), quiet=True)
-    print(json.dumps(counts))
+@contextmanager
+def _there() -> Iterator[None]:
+    """This thread's calls are seen: torch's modes are of one thread."""
+    with sdpa_kernel(SDPBackend.MATH), _FromData(), _Mode():
+        yield
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+_START = threading.Thread.start
+
+
+def _start(thread: threading.Thread) -> None:
+    run = thread.run
+
+    def seen() -> None:
+        with _there():
+            run()
+
+    thread.run = seen  # type: ignore[method-assign]
+    _START(thread)

@@ -83,15 +83,16 @@ def check(
 
     What it prints is a recipe too, every default spelled out.
     """
-    from tessera import pipeline, planning
+    from tessera import pipeline
     from tessera.model.source import model_config
+    from tessera.planning.training import stage_memory
     from tessera.runs.plan import plan, table_text
     from tessera.runs.recipe import load
 
     steps = plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
     found = []
     for step in steps:
-        memory, path = planning.stage_memory(step, steps), step.files.get("path")
+        memory, path = stage_memory(step, steps), step.files.get("path")
         counted = None
         if step.stage.name == "parent" and isinstance(path, Path):
             counted = model_config(path).num_params()
@@ -153,26 +154,26 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU-hour.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe's trainings take on a cluster: memory by part, layout, time; runs nothing.
+    """Say what every stage of a recipe takes on a cluster: memory by part, time; runs nothing.
 
-    Times are a roofline of data sheets: a bound to compare by, not a promise.
+    Times are a roofline of data sheets: to compare by, not a promise.
     """
-    from tessera import pipeline, planning
+    from tessera import pipeline
     from tessera.model.source import model_config
+    from tessera.planning import stages
+    from tessera.planning.training import parse_cluster
     from tessera.runs.plan import with_defaults
     from tessera.runs.recipe import load
 
-    machines = planning.parse_cluster(cluster, network * 1e9 / 8)
+    machines = parse_cluster(cluster, network * 1e9 / 8)
     read = with_defaults(load(recipe, overrides or ()), pipeline.STAGES)
-    parent = planning.parent_of(read, config)
-    jobs = planning.jobs(read, pipeline.STAGES, parent, model_config(child) if child else None)
-    plans = [planning.best(job, machines) for job in jobs]
+    parent = stages.parent_of(read, config)
+    found = model_config(child) if child else None
+    lines = stages.Planner(read, pipeline.STAGES, machines, parent, found).lines()
     if as_json:
-        print_json([found.as_json() for found in plans])
+        print_json([line.as_json() for line in lines])
         return
-    print("\n\n".join(planning.render_plan(plan, price) for plan in plans))
-    if others := [spec.name for spec in read.stages if spec.stage not in planning.TRAINS]:
-        complain(f"no plan is made of {', '.join(others)}")
+    print(stages.render(lines, price))
 
 
 @command()

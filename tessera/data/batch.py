@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera import dist
 from tessera.model.context import Part
 from tessera.model.placement import Layout
 
@@ -74,7 +75,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        ahead = dist.copies_ahead(torch.device(device))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=ahead))
 
     def shared(self, layout: Layout) -> Batch:
         """This process's part of rows that its context group has in common; else the batch itself.

@@ -28,7 +28,7 @@ from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
 from tessera.model.placed import PlacedConfig
 from tessera.rl.rewards import require_fields
-from tessera.runs.files import FailureError, Journal, SharedJournal
+from tessera.runs.files import AnyJournal, FailureError, Journal, SharedJournal
 from tessera.runs.plan import Step
 from tessera.runs.run import Run
 from tessera.vllm.config import InferenceConfig
@@ -248,7 +248,7 @@ def _teacher(config: EvalConfig, model: Path | None, seed: int) -> Asker:
 
 
 def _judged(
-    config: EvalConfig, task: Task, chats: Sequence[Conversation], kept: Journal, quiet: bool
+    config: EvalConfig, task: Task, chats: Sequence[Conversation], kept: AnyJournal, quiet: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The task's rows, one a mode, and those of its groups."""
     whole = [chat for chat in chats if not chat.failed]

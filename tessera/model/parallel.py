@@ -7,10 +7,12 @@ splits dimension 0 of whatever parameters there are, `noop` has none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -23,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tessera.model.checkpoint import whole
-from tessera.model.config import GQA, ModelConfig, NoOp, SwiGLU, Variant
+from tessera.model.config import GQA, BlockConfig, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
 from tessera.model.layers import Attention, Subblock
 from tessera.model.sequence import all_tokens, own_tokens
@@ -43,7 +45,9 @@ def split_model(module: nn.Module, config: ModelConfig, mesh: DeviceMesh) -> Non
         if isinstance(part, Subblock) and not isinstance(part.variant, NoOp):
             _split_heads_and_channels(part, config, mesh, trained)
     if model is not None and trained:
-        model.tokens_mesh = model.norm.mesh = mesh
+        model.tokens_mesh = mesh
+        if model.stage is None or model.stage.last:
+            model.norm.mesh = mesh
 
 
 def _split_heads_and_channels(
@@ -93,6 +97,32 @@ def splits(config: ModelConfig, variant: Variant, ways: int) -> bool:
             return False
 
 
+def split_params(config: ModelConfig, block: BlockConfig, ways: int) -> int:
+    """Parameters of a block on one of `ways` tensor-parallel processes."""
+    total, norm = 0, config.hidden_size
+    for kind, variant in (("attention", block.attention), ("ffn", block.ffn)):
+        whole = config.subblock_params(kind, variant)
+        split = splits(config, variant, ways)
+        total += norm + -(-(whole - norm) // ways) if split else whole
+    return total
+
+
+@functools.cache
+def root_params(config: ModelConfig) -> int:
+    """Embedding, last norm and head."""
+    return config.num_params() - sum(
+        config.subblock_params(kind, variant)
+        for block in config.blocks
+        for kind, variant in (("attention", block.attention), ("ffn", block.ffn))
+    )
+
+
+@functools.cache
+def held_params(config: ModelConfig, tensor: int) -> int:
+    """Parameters of a model on one tensor-parallel process, before shards."""
+    return root_params(config) + sum(split_params(config, b, tensor) for b in config.blocks)
+
+
 @contextmanager
 def gathered(*modules: nn.Module) -> Iterator[None]:
     """While the body runs, the modules' own sharded parameters are whole; others are as they are.
@@ -120,8 +150,13 @@ def tensor_group(module: Transformer) -> DeviceMesh | None:
     return next((mesh for mesh in meshes if mesh.mesh_dim_names == ("tensor",)), None)
 
 
-def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients to a norm of at most `limit` together; returns the norm they had."""
+def clip(
+    parameters: Sequence[nn.Parameter], limit: float, stages: DeviceMesh | None = None
+) -> Tensor:
+    """Scale gradients to a norm of at most `limit` together; returns the norm they had.
+
+    stages: the processes that hold a pipeline's other layers.
+    """
     by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -131,6 +166,10 @@ def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         for of_mesh in by_mesh.values()
     ]
     total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    if stages is not None:
+        squares = total.square()
+        torch.distributed.all_reduce(squares, group=stages.get_group())
+        total = squares.sqrt()
     for of_mesh in by_mesh.values():
         nn.utils.clip_grads_with_norm_(of_mesh, limit, total)
     return total

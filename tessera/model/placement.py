@@ -2,13 +2,14 @@
 
 device   of the job, or of the stage (`device` in its table): `dist.device()`
 dtype    a stage's `dtype`; "auto" is bfloat16 on an accelerator and float32 on a CPU
-spread   world = replicate · shard · tensor       rank = (r · shard + s) · tensor + t
+spread   world = pipeline · replicate · shard · tensor
+         rank = ((p · replicate + r) · shard + s) · tensor + t
 
 Ranks that differ in r or s read different rows (data parallelism), or with `context` different
 parts of a row: each `context` neighbours among them share their rows (context parallelism). Ranks
 that differ in s hold different parts of every parameter, gradient and moment of what is trained;
 those that differ in t hold different heads and channels of the same tokens, and between subblocks
-different ones of these.
+different tokens; those that differ in p different layers.
 
 A layout changes no result beyond rounding, so it is no part of a run's fingerprint; a dtype is.
 """
@@ -35,19 +36,27 @@ from torch.distributed.fsdp import share_comm_ctx as share_streams
 from tessera import dist
 from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import ModelConfig
-from tessera.model.parallel import split_model
+from tessera.model.parallel import held_params, split_model
+from tessera.model.pipelining import Stage, keep_stage
 from tessera.model.placed import DtypeName
 from tessera.model.placed import PlacedConfig as PlacedConfig
 from tessera.model.source import load_config
 from tessera.model.transformer import Checkpointing, Transformer
 from tessera.runs.files import RunError
 
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LayoutError(RunError):
     """A layout that these processes or this model cannot have; the text says which can."""
+
+
+PIPELINED = (
+    "parallel.pipeline applies to stages that train one model on documents (parent, cpt, sft); "
+    "leave it at 1 here"
+)
 
 
 class ParallelConfig(BaseModel):
@@ -58,6 +67,8 @@ class ParallelConfig(BaseModel):
         GPUs of one machine) gather faster and hold copies of it.
     context: processes that share each row, a part of its tokens each, for rows whose activations
         do not fit one; every layer gathers the keys and values of the whole row.
+    pipeline: stages of as many layers each as balance their parameters, for models that exceed a
+        machine; `parent`, `cpt` and `sft` train so.
     gradient_checkpointing: blocks run again in the backward pass, for less memory; "selective"
         keeps what attention and every second product gave.
     offload: parameters, gradients and moments stay in the machine's memory; the accelerator holds
@@ -69,6 +80,7 @@ class ParallelConfig(BaseModel):
     tensor: int = Field(default=1, ge=1)
     shard: int | None = Field(default=None, ge=1)
     context: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
     gradient_checkpointing: Checkpointing = False
     offload: bool = False
     compile: bool = False  # torch.compile each block; for GPUs, a minute of compilation here
@@ -83,17 +95,20 @@ class Layout:
     tensor: int
     rank: int
     context: int = 1
+    pipeline: int = 1
 
     @classmethod
     def of(cls, config: ParallelConfig) -> Layout:
         """The layout of this job's processes. Raises LayoutError where they do not divide."""
-        world = dist.world()
-        if world % config.tensor:
-            raise LayoutError(
-                f"parallel.tensor = {config.tensor} does not divide the {world} processes of this "
-                f"job; it may be {_divisors(world)}"
-            )
-        data = world // config.tensor
+        data = dist.world()
+        for name in ("pipeline", "tensor"):
+            if data % (size := getattr(config, name)):
+                raise LayoutError(
+                    f"parallel.{name} = {size} does not divide the {data} processes of "
+                    f"{'a stage' if data < dist.world() else 'this job'}; it may be "
+                    f"{_divisors(data)}"
+                )
+            data //= size
         shard = config.shard or data
         for name, size in (("shard", shard), ("context", config.context)):
             if data % size:
@@ -101,7 +116,9 @@ class Layout:
                     f"parallel.{name} = {size} does not divide the {data} processes that are left "
                     f"with tensor = {config.tensor}; it may be {_divisors(data)}"
                 )
-        return cls(data // shard, shard, config.tensor, dist.rank(), config.context)
+        return cls(
+            data // shard, shard, config.tensor, dist.rank(), config.context, config.pipeline
+        )
 
     @property
     def data_world(self) -> int:
@@ -111,12 +128,28 @@ class Layout:
     @property
     def data_rank(self) -> int:
         """Which of them this one is."""
-        return self.rank // (self.tensor * self.context)
+        return self.rank // self.sharing % self.data_world
+
+    @property
+    def stage_world(self) -> int:
+        """How many processes hold parts of one stage of a pipeline."""
+        return self.replicate * self.shard * self.tensor
+
+    def stage(self, dtype: torch.dtype) -> Stage:
+        """That of this process; dtype: of hidden states."""
+        number = self.rank // self.stage_world
+        around = self.rank - self.stage_world, self.rank + self.stage_world
+        return Stage(number, self.pipeline, *around, dtype)
 
     @property
     def leads(self) -> bool:
-        """Whether it is the first of its tensor group, which judges and writes for all of it."""
-        return self.rank % self.tensor == 0
+        """Whether it is the first of those with its rows, which writes for all of them."""
+        return self.rank % self.sharing == 0
+
+    @property
+    def sharing(self) -> int:
+        """How many processes have the same rows, one behind the other."""
+        return self.tensor * self.context
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of work that any process may do; all of a tensor group have it."""
@@ -140,18 +173,20 @@ class Layout:
         return {key: row for one in dist.gather(rows) for key, row in one.items()}
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over the data of all processes; those of a tensor group say the same thing."""
-        total = dist.sum(value)
+        """The sum over the data of all processes; those of a tensor group say the same thing, and
+        of a pipeline the last stage is asked."""
+        last = self.rank // self.stage_world == self.pipeline - 1
+        total = dist.sum(value if last else torch.zeros_like(value))
         return total if self.tensor == 1 else total / self.tensor
 
     def mesh(self) -> DeviceMesh:
         """The processes as a grid."""
-        shape = self.replicate, self.shard, self.tensor
-        return dist.mesh(shape, ("replicate", "shard", "tensor"))
+        shape = self.pipeline, self.replicate, self.shard, self.tensor
+        return dist.mesh(shape, ("pipeline", "replicate", "shard", "tensor"))
 
     def context_mesh(self) -> DeviceMesh:
         """The processes that share this one's rows."""
-        shape = dist.world() // (self.context * self.tensor), self.context, self.tensor
+        shape = dist.world() // self.sharing, self.context, self.tensor
         return dist.mesh(shape, ("rows", "context", "tensor"))["context"]
 
     def data_mesh(self) -> DeviceMesh:
@@ -198,6 +233,8 @@ class Placement:
     def load(self, source: str | Path | Checkpoint, *, frozen: bool = False) -> Transformer:
         """A model from disk, placed; each process reads the parts that are its own."""
         dtype = self.dtype if frozen else torch.float32
+        if frozen and self.config.pipeline > 1:
+            raise LayoutError(PIPELINED)
         device = dist.HOST if self.config.offload else dist.device()
         return load_model(
             source, frozen=frozen, dtype=dtype, device=device, prepare=self.transformer
@@ -205,6 +242,8 @@ class Placement:
 
     def transformer(self, module: Transformer) -> Transformer:
         """The same module with its parameters spread over the processes."""
+        if self.config.pipeline > 1:
+            self._keep_stage(module)
         for block in module.blocks:
             block.gradient_checkpointing = self.config.gradient_checkpointing
         self.split(module, module.config)
@@ -217,6 +256,14 @@ class Placement:
             self._shard(module, reshard_after_forward=False)
         return module
 
+    def _keep_stage(self, module: Transformer) -> None:
+        count, layers = self.config.pipeline, len(module.layers)
+        if module.config.tie_word_embeddings:
+            raise LayoutError("parallel.pipeline needs a head of its own; this model's is tied")
+        if count > layers:
+            raise LayoutError(f"parallel.pipeline = {count} is more than the {layers} layers")
+        keep_stage(module, self.layout.stage(self.dtype))
+
     def split(self, module: nn.Module, config: ModelConfig) -> None:
         """Gives each process of a tensor group its heads and channels of every subblock there."""
         if (mesh := self.tensor_mesh) is not None:
@@ -225,12 +272,12 @@ class Placement:
     def units(self, units: Iterable[nn.Module]) -> None:
         """Independent modules, each called on its own, spread over the processes.
 
-        Raises LayoutError for tensor parallelism: they are split over the data alone.
+        Raises LayoutError for another layout: they are split over the data alone.
         """
-        if self.config.tensor > 1 or self.config.context > 1:
+        if max(self.config.tensor, self.config.context, self.config.pipeline) > 1:
             raise LayoutError(
-                "parallel.tensor and parallel.context do not apply to block-wise distillation, "
-                "whose units are small; leave them at 1"
+                "parallel.tensor, parallel.context and parallel.pipeline do not apply to "
+                "block-wise distillation, whose units are small; leave them at 1"
             )
         if self.needed:
             sharded = [self._shard(unit) for unit in units if any(True for _ in unit.parameters())]
@@ -283,6 +330,8 @@ def beside_training(
     divisor of the processes that train on the same rows; the fewest that have room for it beside
     the state of training, and no fewer than the training's, unless given. Raises LayoutError.
     """
+    if training.config.pipeline > 1:
+        raise LayoutError(PIPELINED)
     number = training.dtype if dtype == "auto" else DTYPES[dtype]
     config, layout = load_config(model), training.layout
     held = TRAINED_BYTES * config.num_params() / (layout.shard * layout.tensor)
@@ -302,21 +351,31 @@ ROOM = 0.7
 TRAINED_BYTES = 12  # of a parameter and two moments; gradients come when the engine sleeps
 
 
+def fewest(
+    configs: Sequence[ModelConfig], size: int, world: int, room: float, least: int = 1
+) -> int | None:
+    """The fewest of `world` processes that hold these models together with `room` bytes each; None
+    where none do. size: bytes a number. least: a divisor of them."""
+    for ways in range(least, world + 1, least):
+        divides = all(config.num_attention_heads % ways == 0 for config in configs)
+        held = size * sum(held_params(config, ways) for config in configs)
+        if world % ways == 0 and divides and held <= room:
+            return ways
+    return None
+
+
 def _fewest(
     configs: Sequence[ModelConfig], dtype: torch.dtype, least: int = 1, held: float = 0
 ) -> int:
     """least: of them, a divisor. held: bytes that each process needs for other things."""
-    room = dist.device_memory()
-    if room is None:
+    memory, world = dist.device_memory(), dist.world()
+    if memory is None:
         return least
+    if (found := fewest(configs, dtype.itemsize, world, ROOM * memory - held, least)) is not None:
+        return found
     needed = dtype.itemsize * sum(config.num_params() for config in configs)
-    ways = [n for n in range(least, dist.world() + 1, least) if dist.world() % n == 0]
-    fits = [n for n in ways if all(config.num_attention_heads % n == 0 for config in configs)]
-    for count in fits:
-        if needed / count + held <= ROOM * room:
-            return count
     raise LayoutError(
-        f"{needed / 1e9:.0f} GB of weights do not fit {dist.world()} devices of "
-        f"{room / 1e9:.0f} GB, of which {ROOM:.0%} are for weights; start more processes"
+        f"{needed / 1e9:.0f} GB of weights do not fit {world} devices of "
+        f"{memory / 1e9:.0f} GB, of which {ROOM:.0%} are for weights; start more processes"
         + ("" if dtype == torch.bfloat16 else ' or set dtype = "bfloat16"')
     )

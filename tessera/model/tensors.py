@@ -195,20 +195,29 @@ def write_tensors(
 ) -> None:
     """Write `model.safetensors`, or shards and their index where that would be too large.
 
-    together: every process of a job calls this, reads every tensor, and writes some of the files.
-    directory: None for a process that only takes part in reading.
+    together: every process of a job calls this, reads every tensor, and writes some of the files;
+    of a pipeline, every tensor that it has. directory: None for a process that only takes part in
+    reading.
     """
-    rank, world = (dist.rank(), dist.world()) if together else (0, 1)
-    total = sum(one.nbytes for one in tensors.values())
-    files = _split(tensors, min(MAX_SHARD_BYTES, -(-total // world)))
-    count = len(files)
+    sizes = {name: one.nbytes for name, one in tensors.items()}
+    everyone = dist.gather(sizes) if together else [sizes]
+    holders: dict[tuple[str, ...], list[int]] = {}
+    for process, held in enumerate(everyone):
+        holders.setdefault(tuple(held), []).append(process)
+    total = sum({name: size for held in everyone for name, size in held.items()}.values())
+    files: list[tuple[list[str], list[int], int]] = []  # names, who has them, who writes
+    for processes in holders.values():
+        parts = _split(everyone[processes[0]], min(MAX_SHARD_BYTES, -(-total // len(everyone))))
+        files += [(p, processes, processes[i % len(processes)]) for i, p in enumerate(parts)]
+    count, rank = len(files), dist.rank() if together else 0
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
-    for number, (name, keys) in enumerate(zip(names, files, strict=True)):
-        file = directory / name if directory and number % world == rank else None
-        _write_file({key: tensors[key] for key in keys}, file)
+    for name, (keys, processes, writer) in zip(names, files, strict=True):
+        if rank in processes:
+            file = directory / name if directory and writer == rank else None
+            _write_file({key: tensors[key] for key in keys}, file)
     if directory and count > 1 and rank == 0:
-        places = {key: file for file, keys in zip(names, files, strict=True) for key in keys}
+        places = {key: name for name, (keys, *_) in zip(names, files, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -234,14 +243,14 @@ def _write_file(tensors: Mapping[str, LazyTensor], file: Path | None) -> None:
                 out.write(raw(tensor).data)
 
 
-def _split(tensors: Mapping[str, LazyTensor], limit: int) -> list[list[str]]:
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names by file, in order: no file larger than the limit unless one tensor is."""
     files: list[list[str]] = [[]]
     room = limit
-    for name, one in tensors.items():
-        if one.nbytes > room and files[-1]:
+    for name, size in sizes.items():
+        if size > room and files[-1]:
             files.append([])
             room = limit
         files[-1].append(name)
-        room -= one.nbytes
+        room -= size
     return files

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from tessera.model.context import Context
 from tessera.model.cpu import linear
 from tessera.model.layers import RMSNorm, Subblock, rope_frequencies
 from tessera.model.sequence import all_tokens, own_tokens
+
+if TYPE_CHECKING:
+    from tessera.model.pipelining import Stage
 
 Checkpointing = bool | Literal["selective"]
 
@@ -85,10 +88,13 @@ class Transformer(nn.Module):
 
     h = embed(tokens);  h += attention(h);  h += ffn(h)  for every block;  norm(h)
 
-    tokens_mesh: of the processes that hold the residual stream together, some tokens each.
+    tokens_mesh: of the processes that hold the residual stream together, some tokens each. stage:
+    which layers are here, of a pipeline; incoming: what the stage before made of the tokens.
     """
 
     tokens_mesh: DeviceMesh | None = None
+    stage: Stage | None = None
+    incoming: Tensor | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -108,7 +114,7 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it computes; parameters that are spread may wait elsewhere."""
-        weight = self.embed_tokens.weight
+        weight = next(self.parameters())
         spread = isinstance(weight, DTensor)
         return torch.device(weight.device_mesh.device_type) if spread else weight.device
 
@@ -147,14 +153,16 @@ class Transformer(nn.Module):
             kept = list(states)
             return self._whole(self.norm(kept[-1]), length), [self._whole(x, length) for x in kept]
         *_, last = states
+        if self.stage is not None and not self.stage.last:
+            return last
         return self._whole(self.norm(last), length)
 
     def hidden_states(self, tokens: Tensor, context: Context | None = None) -> Iterator[Tensor]:
         """The residual stream entering layer 0, 1, …, L-1, and leaving the last: `(B,T,C)`, or this
         process's tokens of it."""
         context = self.prepare(Context.rows(tokens) if context is None else context)
-        x = self.embed_tokens(tokens)
-        if self.tokens_mesh is not None:
+        x = self.embed_tokens(tokens) if self.incoming is None else self.incoming
+        if self.tokens_mesh is not None and self.incoming is None:
             x = own_tokens(x, self.tokens_mesh)
         yield x
         for block in self.blocks:

@@ -28,7 +28,7 @@ from tessera.runs.files import RunError
 from tessera.runs.plan import Step
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run
-from tessera.train.engine import Objective, Stats, Trainer, context_of
+from tessera.train.engine import Objective, Stats, Trainer, context_of, losses_here
 from tessera.train.flops import Cost, Work, model_cost
 from tessera.train.losses import cross_entropy
 from tessera.train.optim import DocumentTrainConfig, TrainConfig
@@ -37,6 +37,8 @@ MODES = {"on": ON, "off": OFF}
 
 
 class LM(Objective):
+    pipelined = True
+
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, Transformer)
         hidden = module(batch.tokens, context_of(batch)).flatten(0, 1)
@@ -45,6 +47,8 @@ class LM(Objective):
 
 class SFT(Objective):
     """Cross-entropy of the trained tokens; the others never meet the output head."""
+
+    pipelined = True
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, Transformer)
@@ -139,7 +143,7 @@ def loss_sums(objective: Objective, module: Transformer, batches: Sequence[Batch
     sums = torch.zeros(1 + len(MODES), 2, dtype=wide, device=module.device)
     with gathered(module):
         for batch in (batch.to(module.device) for batch in batches):
-            for loss, stats in objective.losses(module, batch):
+            for loss, stats in losses_here(objective, module, batch):
                 sums[0] += torch.stack([loss.to(wide), objective.weight(batch).to(wide)])
                 for row, name in enumerate(MODES, 1):
                     if f"loss_{name}" in stats:

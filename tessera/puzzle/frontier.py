@@ -125,8 +125,9 @@ def measured_quality(row: Row, config: FrontierConfig, run: Run, inputs: dict) -
     without `train` those of the assembled model."""
     if config.train is None:
         batches = HeldoutConfig(tokens=config.tokens).heldout(inputs["data"])
-        placement = config.placement(*[inputs["parent"]] * 2)
-        own = quality(*_pair(row, placement, inputs).values(), batches, placement.layout)
+        placement = config.placement(inputs["parent"], inputs["parent"])  # which bounds a child
+        pair = _pair(row, placement, inputs)
+        own = quality(pair["parent"], pair["child"], batches, placement.layout)
         return {"kl_before": own["kl"], **own}
     ran = []
     for lr in config.lrs or (config.train.lr,):
@@ -145,7 +146,7 @@ def measured(row: Row, config: FrontierConfig, run: Run, inputs: dict) -> Row:
         return found
     scenario = next(iter(read_costs(inputs["costs"]).scenarios.values()))
     timing = CompareConfig(scenario=scenario, rounds=config.rounds)
-    placement = config.placement(*[inputs["parent"]] * 2)
+    placement = config.placement(inputs["parent"], inputs["parent"])
     if placement.layout.data_rank:
         return found  # one tensor group measures alone
     timed = speeds(_pair(row, placement, inputs), timing, row["name"], run.quiet)

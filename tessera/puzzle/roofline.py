@@ -28,6 +28,7 @@ LINEAR_KERNELS = 2  # norm with the residual; the product
 BASE_KERNELS = 4  # embedding; last norm; head; choice of a token
 ROWS, SIDE = 512, 2048  # of the products whose rate is a CPU's peak
 READ = 64 * 2**20  # bytes of weights that a single row streams; more than caches hold
+Seconds = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,24 @@ def base_seconds(config: ModelConfig, scenario: Scenario, serving: Serving) -> t
         + serving.exchange(rows, config.hidden_size)
         for rows in (scenario.batch * scenario.prompt, scenario.batch)
     )
+    return prefill, decode
+
+
+def layer_seconds(config: ModelConfig, scenario: Scenario, serving: Serving) -> list[Seconds]:
+    """Seconds of (prefill, one decode step) of each layer."""
+    words = {
+        variant: word_seconds(config, variant, scenario, serving)
+        for block in config.blocks
+        for variant in (block.attention, block.ffn)
+    }
+    pairs = [(words[block.attention], words[block.ffn]) for block in config.blocks]
+    return [(a[0] + b[0], a[1] + b[1]) for a, b in pairs]
+
+
+def model_seconds(config: ModelConfig, scenario: Scenario, serving: Serving) -> Seconds:
+    """Seconds of (prefill, one decode step) of a whole model."""
+    parts = [base_seconds(config, scenario, serving), *layer_seconds(config, scenario, serving)]
+    prefill, decode = (math.fsum(column) for column in zip(*parts, strict=True))
     return prefill, decode
 
 

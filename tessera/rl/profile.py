@@ -28,6 +28,7 @@ from tessera.data.problems import problem
 from tessera.data.readers import Bad, DataError, expand
 from tessera.data.sources import first_refusals
 from tessera.data.switch import NONE, Switch, set_switch
+from tessera.data.thought import split_message
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import Completion, Engine, GenerationRequest, SamplingParams
 from tessera.generate.text import completion_text
@@ -35,6 +36,7 @@ from tessera.model.source import resolve
 from tessera.progress import Progress
 from tessera.rl.pool import Rubric
 from tessera.rl.rewards import Reward, Sample, require_fields
+from tessera.rl.verifiers.answer import final_answer
 from tessera.runs.files import AnyJournal, SharedJournal
 from tessera.runs.plan import Step
 from tessera.runs.recipe import Config, RecipeError
@@ -44,7 +46,8 @@ from tessera.vllm.config import InferenceConfig
 FILE = "prompts.jsonl"
 PORTION = 256  # samples judged at a time
 BINS = 10
-# The names under which rows of other sets keep what a checker needs.
+# The names under which rows keep the expected answer; without one it is what their own answer ends
+# with (verifiers/answer.py).
 ANSWERS = ("answer", "expected_answer", "ground_truth")
 
 
@@ -85,12 +88,14 @@ def collect(config: PromptsConfig, seed: int, switch: str | None = None) -> list
     for one in (*_of_tasks(config.tasks, seed), *_of_files(config.paths)):
         question, _ = set_switch(one.messages, "on", switch)  # the same in either mode
         found.setdefault(json.dumps(question), one)
+        if len(found) == config.limit:
+            break
     if not found:
         raise DataError(
             'there are no prompts: give tasks = { "calc@6" = 400 } or paths = ["FILE.jsonl"]'
         )
     prompts = []
-    for number, prompt in enumerate(list(found.values())[: config.limit]):
+    for number, prompt in enumerate(found.values()):
         off = int((number + 1) * config.off) > int(number * config.off)
         mode: Mode | None = "off" if off or config.reasoning == "off" else "on"
         mode = None if switch == NONE else mode
@@ -118,9 +123,12 @@ def _of_files(paths: Sequence[str]) -> Iterator[Prompt]:
                 raise DataError(f"{chat}; mend the row, or let curate leave it out")
             messages = chat.messages[:-1] if chat.answered else chat.messages
             fields = {**_instructions(chat.extra.get("args")), **chat.extra}
-            known = next((name for name in ANSWERS if fields.get(name) is not None), None)
+            known = next((fields[name] for name in ANSWERS if fields.get(name) is not None), None)
+            if known is None and chat.answered:  # as in the Llama-Nemotron set
+                own = split_message(chat.messages[-1]).answer
+                known = final_answer(own) or own
             if known:
-                fields.setdefault("answer", fields[known])
+                fields.setdefault("answer", known)
             yield Prompt(f"{path.name}:{number}", messages, chat.mode, fields)
 
 

@@ -155,8 +155,7 @@ class Rollouts:
         self.layout = self.config.train.placement.layout
         here = [dist.rank()] if self.together is None else self.together.mesh.tolist()
         self._place = here.index(dist.rank()), len(here)  # this process's among `together`
-        same = dist.world() // self.layout.data_world  # processes that read the same rows
-        self._served = sorted({rank // same for rank in here})  # data ranks
+        self._served = sorted({rank // self.layout.sharing for rank in here})  # data ranks
         self.order = self._order(0)
         self._thread = DaemonThread()
 
@@ -229,11 +228,14 @@ class Rollouts:
                 shares = [self._read(number, rank, world) for rank in range(world)]
                 whole = joined(shares, self.config.updates_per_rollout)
                 self._keep(number, self._share(whole, self.layout.data_rank))
+                dist.barrier()
 
     def _path(self, number: int, rank: int, world: int) -> Path:
         return self.run.path / "rollouts" / f"{number:08}-{rank}-of-{world}.jsonl"
 
     def _keep(self, number: int, groups: Sequence[Group]) -> None:
+        if not self.layout.leads:
+            return  # another process has the same and writes it
         path = self._path(number, self.layout.data_rank, self.layout.data_world)
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, "".join(json.dumps(asdict(group)) + "\n" for group in groups))

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +26,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from tessera import dist
-from tessera.runs.files import FailureError, atomic_write, sync, writing
+from tessera.runs.files import FailureError, RunError, atomic_write, sync, writing
+from tessera.train.optim import empty_state
 
 if TYPE_CHECKING:
     from tessera.train.engine import Trainer
@@ -111,33 +113,42 @@ def load_state(directory: Path, trainer: Trainer) -> int:
     meta = json.loads((path / META).read_text())
     reader = FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
-    tensors = {key: value for key, value in _tensors(trainer, empty=True).items() if key in saved}
-    with _plain_errors():
+    for parameter in trainer.trainable.values():
+        trainer.optimizer.state[parameter] = empty_state(trainer.optimizer, parameter)
+    tensors = _tensors(trainer)
+    _check_layout(tensors, saved)
+    tensors = {key: value for key, value in tensors.items() if key in saved}
+    with _plain_errors():  # in place
         load(tensors, storage_reader=reader, no_dist=dist.world() == 1)
-    for key, value in tensors.items():  # parameters were read in place
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            field, _, name = rest.partition(".")
-            trainer.optimizer.state[trainer.trainable[name]][field] = value
-        elif kind == "rng":
-            torch.set_rng_state(value)
+    if (random := tensors.get(f"rng.{dist.rank()}")) is not None:
+        torch.set_rng_state(random)
     trainer.source.load_state_dict(meta["source"])
     return meta["step"]
 
 
-def _tensors(trainer: Trainer, empty: bool = False) -> dict[str, Tensor]:
-    """Parameters, moments and this process's random state, by name; `empty`: with room for them."""
+def _check_layout(wanted: Iterable[str], saved: Iterable[str]) -> None:
+    """Raises RunError where 8-bit moments are of other parts of the parameters."""
+    ours, theirs = ({key for key in keys if ".scale." in key} for keys in (wanted, saved))
+    if theirs and not ours <= theirs:
+        raise RunError(
+            "the resume state holds 8-bit moments of another number of processes, or of another "
+            "train.parallel; go on as it was begun, or delete state/ to begin anew"
+        )
+
+
+def _tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Parameters, moments and this process's random state, by name."""
     tensors: dict[str, Tensor] = {f"rng.{dist.rank()}": torch.get_rng_state()}
+    place = f"{dist.rank()}-of-{dist.world()}"
     for key, parameter in trainer.trainable.items():
         tensors[f"model.{key}"] = parameter.detach()
-        state = trainer.optimizer.state.get(parameter, {})
-        if empty:  # what AdamW remembers of a parameter
-            state = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        tensors |= {f"optimizer.{field}.{key}": value for field, value in state.items()}
+        for field, value in trainer.optimizer.state.get(parameter, {}).items():
+            local: Any = value.to_local() if isinstance(value, DTensor) else value
+            if hasattr(local, "codes"):  # torchao's; its blocks are of this process's part
+                tensors[f"optimizer.{field}.codes.{place}.{key}"] = local.codes
+                tensors[f"optimizer.{field}.scale.{place}.{key}"] = local.scale
+            else:
+                tensors[f"optimizer.{field}.{key}"] = value
     return tensors
 
 

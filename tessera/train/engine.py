@@ -24,13 +24,15 @@ from tessera import dist
 from tessera.data.batch import Batch, MeasuredSource, Source
 from tessera.model.context import Context
 from tessera.model.parallel import clip
+from tessera.model.pipelining import one_forward_one_backward, receive, send
+from tessera.model.placement import PIPELINED, LayoutError
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.runs.files import FailureError
 from tessera.runs.run import Run
 from tessera.train.checkpoint import Saver, load_state
 from tessera.train.flops import Work, model_cost, peak
-from tessera.train.optim import TrainConfig, build_optimizer, lr_factor
+from tessera.train.optim import TrainConfig, build_optimizer, lr_factor, update
 from tessera.train.sinks import Sinks
 from tessera.train.watch import Watch
 
@@ -38,9 +40,11 @@ Stats = dict[str, Tensor]
 
 
 class Objective:
-    """What is learned: a loss of a microbatch. `frozen`: a model that is only run forward."""
+    """What is learned: a loss of a microbatch. `frozen`: a model that is only run forward.
+    `pipelined`: the loss asks for the last hidden states of one model alone."""
 
     frozen: Transformer | None = None
+    pipelined: bool = False
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         """Parts of Σ w·ℓ of a microbatch (sums, never means) and statistics to log.
@@ -72,6 +76,20 @@ def context_of(batch: Batch) -> Context:
     return Context(batch.positions, batch.segments, prefix=batch.prefix, part=batch.part)
 
 
+def losses_here(
+    objective: Objective, module: Transformer, batch: Batch
+) -> Iterator[tuple[Tensor, Stats]]:
+    """An objective's losses without gradients: of a pipeline, in the last stage alone."""
+    if (stage := module.stage) is None:
+        yield from objective.losses(module, batch)
+        return
+    receive(module, batch.tokens)
+    if stage.last:
+        yield from objective.losses(module, batch)
+    else:
+        send(module, module(batch.tokens, context_of(batch)))
+
+
 class Trainer:
     """Runs `config.steps` optimizer steps of `objective` on `module` over `source`.
 
@@ -95,6 +113,10 @@ class Trainer:
         self.evaluate, self.evaluate_every, self.check = evaluate, evaluate_every, check
         self.before, self.steps_of_run, self.state_path = 0, config.steps, run.state_path
         self.layout = config.placement.layout
+        self.stage = module.stage if isinstance(module, Transformer) else None
+        if self.stage is not None and not objective.pipelined:
+            raise LayoutError(PIPELINED)
+        self.stages = None if self.stage is None else self.layout.mesh()["pipeline"]
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
         plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
         assert dist.world() == 1 or not plain, f"not spread over the processes: {plain[:3]}"
@@ -178,27 +200,18 @@ class Trainer:
         if weight <= 0:
             raise FailureError(f"{here} has no trained token; check the data's weights")
         totals = {"flops": torch.tensor(flops, dtype=wide, device=dist.device())}
-        for number, batch in enumerate(batches, 1):
+        for batch in batches:
             _add(totals, "tokens", (batch.segments >= 0).sum())
-            part = f"{here}, microbatch {number} of {len(batches)}"
-            self.watch.at(f"{part}: loss")
-            for loss, stats in self.objective.losses(self.module, batch):
-                self.watch.at(f"{part}: gradient")
-                (loss / weight).backward()
-                self.watch.at(f"{part}: loss")
-                _add(totals, "loss", loss.detach())
-                for key, value in stats.items():
-                    _add(totals, key, value)
+        self._backward(here, batches, weight, totals)
         self.watch.at(f"{here}: summing losses")
-        summed = self.layout.sum(torch.stack(list(totals.values()))).tolist()
-        sums = dict(zip(totals, summed, strict=True))
+        sums = self._sums(totals)
         tokens, flops = round(sums.pop("tokens")), sums.pop("flops")
         own = {k: sums.pop(f"{k}/weight") for k in list(sums) if f"{k}/weight" in sums}
         # A part of a step may have no trained token: then its mean is not a number.
         shares = {key: own.get(key, weight) for key in sums}
         metrics = {k: sums[k] / share if share else math.nan for k, share in shares.items()}
         self.watch.at(f"{here}: clipping and updating")
-        norms = [clip(parameters, self.config.clip) for parameters in self.groups.values()]
+        norms = [clip(group, self.config.clip, self.stages) for group in self.groups.values()]
         metrics["grad_norm"] = float(torch.stack(norms).norm())
         if isinstance(self.source, MeasuredSource):
             metrics |= self.source.metrics()
@@ -207,6 +220,38 @@ class Trainer:
             self.check(step, metrics)
         metrics["lr"] = self._update(step)
         return metrics, tokens, flops
+
+    def _backward(
+        self, here: str, batches: Sequence[Batch], weight: float, totals: dict[str, Tensor]
+    ) -> None:
+        """Adds up gradients, and what the losses say in `totals`."""
+
+        def learn(number: int) -> Tensor | None:
+            batch, part = batches[number], f"{here}, microbatch {number + 1} of {len(batches)}"
+            self.watch.at(f"{part}: loss")
+            if self.stage is not None and not self.stage.last:
+                return self.module(batch.tokens, context_of(batch))
+            for loss, stats in self.objective.losses(self.module, batch):
+                self.watch.at(f"{part}: gradient")
+                (loss / weight).backward()
+                self.watch.at(f"{part}: loss")
+                _add(totals, "loss", loss.detach())
+                for key, value in stats.items():
+                    _add(totals, key, value)
+
+        if self.stage is None:
+            for number in range(len(batches)):
+                learn(number)
+        else:
+            assert isinstance(self.module, Transformer)
+            one_forward_one_backward(self.module, [batch.tokens for batch in batches], learn)
+
+    def _sums(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """The totals of all processes; of a pipeline the last stage knows them all."""
+        names = list(totals) if self.stage is None else dist.broadcast(list(totals), -1)
+        zero = torch.zeros((), dtype=dist.widest_float(), device=dist.device())
+        summed = self.layout.sum(torch.stack([totals.get(name, zero) for name in names]))
+        return dict(zip(names, summed.tolist(), strict=True))
 
     def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
         bad = {k: metrics[k] for k in ("loss", "grad_norm") if not math.isfinite(metrics[k])}
@@ -218,10 +263,7 @@ class Trainer:
 
     def _update(self, step: int) -> float:
         lr = self.config.lr * lr_factor(self.config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, lr)
         return lr
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, field_validator
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from tessera import dist
 from tessera.data.documents import check_sizes
 from tessera.model.parallel import mesh_of
 from tessera.model.placement import DTYPES, ParallelConfig, Placement
@@ -38,6 +41,9 @@ class TrainConfig(Config):
     warmup: float = Field(default=0.05, ge=0, lt=1)  # share of the steps
     decay: float = Field(default=0.2, gt=0, le=1)  # wsd: share of the steps spent decaying
     min_lr: float = Field(default=0.1, ge=0, le=1)  # the schedule's floor, as a share of lr
+    optimizer: Literal["adamw", "adamw-8bit"] = (
+        "adamw"  # moments in float32, or in blocks of 8 bits
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)  # on matrices only
     clip: float = Field(default=1.0, gt=0)  # of each group's gradient norm
@@ -52,6 +58,12 @@ class TrainConfig(Config):
     @classmethod
     def _check_installed(cls, value: tuple[SinkName, ...]) -> tuple[SinkName, ...]:
         check_installed(value)
+        return value
+
+    @field_validator("optimizer")
+    @classmethod
+    def _check_torchao(cls, value: str) -> str:
+        check_installed(("torchao",) if value == "adamw-8bit" else ())
         return value
 
     @property
@@ -88,8 +100,8 @@ def lr_factor(config: TrainConfig, step: int) -> float:
     return 1 - (1 - config.min_lr) * done
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; one fused kernel a step."""
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
+    """AdamW with weight decay on matrices only; one fused kernel a step, or moments of 8 bits."""
     groups: dict[tuple[Any, float], list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
@@ -97,4 +109,34 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
             # One kernel takes the tensors of one grid of processes.
             groups.setdefault((mesh_of(parameter), decay), []).append(parameter)
     listed = [{"params": params, "weight_decay": decay} for (_, decay), params in groups.items()]
+    if config.optimizer == "adamw-8bit":
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(listed, lr=torch.tensor(config.lr), betas=config.betas)  # type: ignore[arg-type]
     return torch.optim.AdamW(listed, lr=config.lr, betas=config.betas, fused=True)
+
+
+def empty_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Room for what the optimizer remembers of a parameter."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        moments = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    else:
+        step = torch.tensor(0.0)
+        moments = (optimizer._new_buffer(parameter, signed) for signed in (True, False))  # type: ignore[attr-defined]
+    return dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
+
+
+def update(optimizer: Optimizer, lr: float) -> None:
+    """One step with this learning rate; gradients are gone afterwards."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    first = optimizer.param_groups[0]["params"][0]
+    # torchao compiles its step a shape, which takes a CPU longer than it saves.
+    eager = not isinstance(optimizer, torch.optim.AdamW) and first.device.type == dist.HOST
+    with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

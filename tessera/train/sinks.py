@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ class Sink:
     close: Callable[[], Any]
 
 
-def check_installed(names: tuple[SinkName, ...]) -> None:
+def check_installed(names: Sequence[str]) -> None:
     """Raises ValueError where a package is missing, naming the extra that brings it."""
     for name in names:
         spec = importlib.util.find_spec(name)

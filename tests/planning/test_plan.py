@@ -13,28 +13,26 @@ from typer.testing import CliRunner
 from tessera.cli.main import app
 from tessera.data.batch import Batch
 from tessera.model.config import ModelConfig, uniform
+from tessera.model.parallel import held_params, root_params
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
 from tessera.pipeline import STAGES
-from tessera.planning import (
+from tessera.planning.stages import Planner, parent_of
+from tessera.planning.training import (
     ClusterError,
     Job,
     Layout,
     best,
     experience,
-    held_params,
-    jobs,
     layouts,
     memory,
-    parent_of,
     parse_cluster,
-    root_params,
     step_time,
 )
 from tessera.puzzle.race import RaceConfig
 from tessera.rl.experience import Answer, Group, rows
 from tessera.rl.rollouts import RolloutConfig
-from tessera.runs.recipe import loads
+from tessera.runs.recipe import load, loads
 from tessera.runs.run import Run
 from tessera.train.engine import Trainer
 from tessera.train.flops import Work, kept
@@ -187,17 +185,27 @@ lrs = [1e-4, 1e-3]
 """
 
 
+def planned_jobs(text: str) -> list[Job]:
+    recipe = loads(text)
+    planner = Planner(recipe, STAGES, parse_cluster("8xH100"), parent_of(recipe, None))
+    return [
+        job
+        for spec in recipe.stages
+        if (job := planner.job(spec, planner.config(spec))) is not None
+    ]
+
+
 def test_a_race_is_planned_with_every_heat():
-    recipe = loads(RACE)
-    race = jobs(recipe, STAGES, parent_of(recipe, None))[-1]
+    race = planned_jobs(RACE)[-1]
     assert race.heats == (10,) * 12 + (20,) * 3 + (40,) * 2  # 4 + 1 + 1, at two rates; 3; 2
     assert best(race, parse_cluster("H100")).job.steps == 12 * 10 + 3 * 20 + 2 * 40
     assert RaceConfig(train=TrainConfig(steps=10), rungs=9).heats(3) == [10, 10, 10, 20, 20]
 
 
 def policy(table: str, recipe: str = "grpo") -> Job:
-    read = loads(f"{RACE}[{recipe}]\nrewards = [{{ kind = 'exact', answer = 'a' }}]\n{table}")
-    return jobs(read, STAGES, parent_of(read, None))[-1]
+    return planned_jobs(
+        f"{RACE}[{recipe}]\nrewards = [{{ kind = 'exact', answer = 'a' }}]\n{table}"
+    )[-1]
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -222,49 +230,83 @@ def test_a_policy_is_planned_with_its_reference_and_its_engine():
     assert memory(pairs, Layout(1, 1, 1, False), 80e9).engine == 0
 
 
-def test_what_does_not_fit_says_which_part_and_what_would():
-    job = Job("kd", TRAIN, LLAMA_405B, LLAMA_405B, states=True)
-    plan = best(job, parse_cluster("8xH100"))
-    assert not plan.fits and "the largest part is" in plan.advice
-    small = Job("cpt", replace_train(microbatch_tokens=2**18), LLAMA_8B)
-    advised = best(small, parse_cluster("4xH200")).advice
-    tokens = int(advised.split("microbatch_tokens = ")[1].split()[0])
-    fitting = best(
-        replace(small, train=replace_train(microbatch_tokens=tokens)), parse_cluster("4xH200")
-    )
-    assert fitting.fits
+LONG = 'dtype = "bfloat16", tokens_per_step = 2097152, microbatch_tokens = 65536'
+
+
+@pytest.mark.parametrize(
+    "stage, cluster, said",
+    [
+        (f"[sft]\ntrain = {{ steps = 9, {LONG} }}", "8xH100", "train.parallel = {"),
+        ("[kd]\ntrain = { steps = 9 }", "8xH100", 'train.dtype = "bfloat16" fits'),
+        ("[kd]\ntrain = { steps = 9 }", "H100", "fits on 4x1xH100"),
+        ("[grpo]\nengine_batch = 4096\nsamples = 512\nREWARD\nTRAIN", "8xH100", "engine_batch = "),
+        ("[profile]\nlimit = 999\nREWARD\nbatch = 4096", "H100", "batch = 256 fits"),
+        ("[sft]\ntrain = { steps = 9, parallel = { tensor = 3 } }", "8xH100", "train.parallel = {"),
+    ],
+)
+def test_what_does_not_fit_is_told_what_would(stage: str, cluster: str, said: str):
+    stage = stage.replace("REWARD", "rewards = [{ kind = 'exact', answer = 'a' }]")
+    stage = stage.replace("TRAIN", 'train = { steps = 9, dtype = "bfloat16" }')
+    recipe = loads(f"[parent]\npath = 'x'\n{stage}")
+    planner = Planner(recipe, STAGES, parse_cluster(cluster), LLAMA_8B)
+    line = planner.line(recipe.stages[-1])
+    assert not line.fits and any(said in one for one in line.advice), line.advice
 
 
 def replace_train(**changes) -> TrainConfig:
     return TRAIN.model_copy(update=changes)
 
 
+# What the parents' config.json say, beside what all of them do.
+PARENTS = {
+    "nano-8b": (4096, 14_336, 32, 32, 8, {}),
+    "super-49b": (8192, 28_672, 80, 64, 8, {}),
+    "ultra-253b": (16_384, 53_248, 126, 128, 8, {}),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, {"head_dim": 64, "tie_word_embeddings": True}),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, {"head_dim": 128, "tie_word_embeddings": True}),
+}
+QWEN = {"vocab_size": 151_936, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """The config.json of a recipe's parent, Super's unless the test names another."""
+    hidden, width, layers, heads, kv, more = PARENTS[getattr(request, "param", "super-49b")]
     values = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 128_256,
-        "hidden_size": 8192,
-        "intermediate_size": 28_672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
         "rms_norm_eps": 1e-5,
+        **more,
+        **(QWEN if hidden == 1024 else {}),
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     return tmp_path / "config.json"
 
 
-def test_a_recipe_is_planned_from_a_config_alone(config):
+@pytest.mark.parametrize(
+    "config, name", [(n, n) for n in PARENTS if n != "ultra-253b"], indirect=["config"]
+)
+def test_every_stage_of_a_recipe_fits_the_cluster_at_its_head(config: Path, name: str):
+    path = ROOT / f"recipes/{name}.toml"
+    head = path.read_text().split("--cluster ")[1].split()[0]
+    words = ["plan", str(path), "--config", str(config), "--cluster", head]
+    found = CliRunner().invoke(app, [*words, "--price", "2", "--json"])
+    assert found.exit_code == 0, found.output
+    lines = json.loads(found.stdout[: found.stdout.rindex("]") + 1])
+    assert [line["name"] for line in lines] == [spec.name for spec in load(path).stages]
+    assert [(line["name"], line["advice"]) for line in lines if not line["fits"]] == []
+
+
+def test_a_plan_is_printed_with_its_price(config: Path):
     words = ["plan", str(ROOT / "recipes/super-49b.toml"), "--config", str(config)]
     found = CliRunner().invoke(app, [*words, "--cluster", "32x8xH100", "--price", "2"])
-    assert found.exit_code == 0, found.output
-    assert "[bld]" in found.stdout and "[kd]" in found.stdout and "at 2 a GPU-hour" in found.stdout
-    listed = CliRunner().invoke(app, [*words, "--cluster", "32x8xH100", "--json"])
-    plans = json.loads(listed.stdout[: listed.stdout.rindex("]") + 1])
-    assert [plan["name"] for plan in plans] == ["bld", "kd", "sft", "rloo", "rpo-1", "rpo-2"]
-    assert plans[1]["tokens"] == 19_074 * 2_097_152
+    assert "[rloo]  fits" in found.stdout and "at 2 a GPU-hour" in found.stdout
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_activations_are_near_what_autograd_keeps():
 
 @pytest.fixture
 def planned(tmp_path: Path):
-    from tessera import planning
+    from tessera.planning.training import stage_memory
     from tessera.runs.plan import plan
     from tessera.runs.recipe import loads
 
@@ -85,7 +85,7 @@ def planned(tmp_path: Path):
     def memories(text: str) -> dict:
         head = f"[parent]\npath = '{tmp_path}/model'\n[data]\npaths = ['{tmp_path}/text.txt']\n"
         steps = plan(loads(head + text), tmp_path / "runs", (), STAGES)
-        return {step.name: planning.stage_memory(step, steps) for step in steps}
+        return {step.name: stage_memory(step, steps) for step in steps}
 
     return memories
 

@@ -42,7 +42,8 @@ def test_replace_one_is_a_whole_forward_with_one_subblock_swapped(tmp_path):
     log_p = F.log_softmax(parent.logits(parent(batch.tokens, context())), -1)
     for layer, kind, word in space.replacements():
         swapped = toy_model().requires_grad_(False)
-        swapped.replace(layer, kind, load_unit(library, parent.config, Unit(layer, kind, word)))
+        unit = load_unit(library, parent.config, Unit(layer, kind, word))
+        swapped.replace(layer, kind, unit)  # type: ignore[arg-type]
         with torch.no_grad():
             log_q = F.log_softmax(swapped.logits(swapped(batch.tokens, context())), -1)
         kl = ((log_p.exp() * (log_p - log_q)).sum(-1) * batch.weight).sum()

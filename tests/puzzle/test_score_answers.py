@@ -89,7 +89,8 @@ def test_a_replacement_scores_as_the_whole_model_with_it(tmp_path: Path):
     sums = total(parent, portions, LibraryUnits.of(tmp_path, parent, space))
     for layer, kind, word in space.replacements():
         swapped = toy_model().requires_grad_(False)
-        swapped.replace(layer, kind, load_unit(tmp_path, parent.config, Unit(layer, kind, word)))
+        unit = load_unit(tmp_path, parent.config, Unit(layer, kind, word))
+        swapped.replace(layer, kind, unit)  # type: ignore[arg-type]
         own = sums[layer, kind, word]
         assert own["task.t.accuracy"][0] / 12 == accuracy(swapped, found)
         loss = 0.0

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tessera import dist
 from tessera.data.batch import Batch
 from tessera.data.preferences import Pair
-from tessera.model.checkpoint import whole
+from tessera.model.checkpoint import save_model, whole
+from tessera.model.config import uniform
 from tessera.model.transformer import Transformer
 from tessera.objectives.grpo import PolicyGradient, PolicyLossConfig
 from tessera.objectives.kd import KD, KDConfig
@@ -85,6 +86,12 @@ def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
     return config.placement.transformer(module), LM()
 
 
+def wide(config: TrainConfig) -> tuple[nn.Module, Objective]:
+    """Of matrices whose halves are large enough for moments of 8 bits."""
+    shape = toy_config(1, hidden_size=64, blocks=uniform("gqa-4", "swiglu-128", 1))
+    return config.placement.transformer(tiny.model(shape)), LM()
+
+
 def sft(config: TrainConfig) -> tuple[nn.Module, Objective]:
     return lm(config)[0], SFT()
 
@@ -117,7 +124,7 @@ def bld(config: TrainConfig) -> tuple[nn.Module, Objective]:
     return library, BLD(parent, statistics)
 
 
-MAKE = {"lm": lm, "sft": sft, "kd": kd, "bld": bld, "rpo": rpo, "grpo": grpo}
+MAKE = {"lm": lm, "wide": wide, "sft": sft, "kd": kd, "bld": bld, "rpo": rpo, "grpo": grpo}
 
 
 def train(objective: str, run: str, out: str, stop: int | None = None, **settings: Any) -> None:
@@ -143,6 +150,9 @@ def train(objective: str, run: str, out: str, stop: int | None = None, **setting
     with contextlib.suppress(KeyboardInterrupt), opened:
         Trainer(module, loss, source, config, opened).fit()
     _save({k: v.detach() for k, v in module.named_parameters()}, out)
+    if config.parallel.pipeline > 1:
+        assert isinstance(module, Transformer)
+        save_model(module, opened.model_path)
 
 
 def gradients(out: str, **settings: Any) -> None:
@@ -158,6 +168,8 @@ def gradients(out: str, **settings: Any) -> None:
 
 def _save(tensors: dict[str, Tensor], out: str) -> None:
     tensors = {key: whole(tensor).contiguous() for key, tensor in tensors.items()}
+    for of_a_stage in dist.gather(tensors):
+        tensors |= of_a_stage
     if dist.is_main():
         save_file(tensors, out)
     dist.barrier()

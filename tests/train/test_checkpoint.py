@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from tessera.objectives.lm import LM
-from tessera.runs.files import WriteError
+from tessera.runs.files import RunError, WriteError
 from tessera.runs.run import Run
 from tessera.train import checkpoint
 from tessera.train.checkpoint import META, Saver, load_state, states
@@ -47,6 +47,13 @@ def test_a_state_is_that_of_its_step_whatever_follows(run: Run):
     other.train_step(1)
     for a, b in zip(trainer.trainable.values(), other.trainable.values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_blocks_of_8_bits_are_of_one_layout():
+    state = [f"optimizer.exp_avg.scale.{rank}-of-2.norm.weight" for rank in (0, 1)]
+    checkpoint._check_layout(state[:1], state)
+    with pytest.raises(RunError, match="another number of processes.* go on as it was begun"):
+        checkpoint._check_layout(["optimizer.exp_avg.scale.0-of-1.norm.weight"], state)
 
 
 def test_the_last_states_are_kept(run: Run):

@@ -8,19 +8,19 @@ seconds  max(operations / achieved peak + elementwise bytes / bandwidth, shardin
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
-from tessera.model.parallel import splits
-from tessera.model.source import is_hub_id, load_config, model_config
-from tessera.objectives.kd import KDConfig
-from tessera.objectives.lm import CPTConfig, SFTConfig
+from tessera.model.parallel import held_params, root_params, split_params
+from tessera.model.placement import ParallelConfig
+from tessera.model.source import load_config
 from tessera.puzzle.bld import (
     BLDConfig,
     CoupleConfig,
@@ -32,18 +32,12 @@ from tessera.puzzle.bld import (
     unit_params,
     units_of,
 )
-from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.library import layer_groups, union
-from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
-from tessera.puzzle.race import RaceConfig
-from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Space, Unit, read_space
-from tessera.rl.policy import PolicyConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
-from tessera.runs.plan import Input, Stage, Step, maker, stage_of
-from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
-from tessera.runs.run import is_done, read_json
+from tessera.runs.plan import Input, Step, maker
+from tessera.runs.run import is_done
 from tessera.train.flops import Work, block_cost, kept, model_cost, subblock_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig
@@ -145,30 +139,6 @@ def parse_cluster(text: str, network: float = NETWORK) -> Cluster:
         raise ClusterError(str(error)) from None
 
 
-def parent_of(recipe: Recipe, config: Path | None) -> ModelConfig:
-    """The parent's config: given, read from its checkpoint, or built. Raises RecipeError."""
-    if config is not None:
-        return model_config(config)
-    table = next((spec.table for spec in recipe.stages if spec.stage == "parent"), None)
-    if table is None:
-        raise RecipeError("this recipe has no [parent]; give --config CONFIG.JSON")
-    if isinstance(path := table.get("path"), str):
-        if is_hub_id(path):
-            raise RecipeError(
-                f"the checkpoint {path} is not on this machine; give --config its config.json"
-            )
-        return load_config(path)
-    if not isinstance(table.get("architecture"), dict):
-        raise RecipeError("[parent] names no path; say parent.path=MODEL, or give --config")
-    shape = validate(ArchitectureConfig, table["architecture"], "parent.architecture")
-    data = next((spec.table for spec in recipe.stages if spec.stage == "data"), {})
-    wanted: Any = data.get("tokenizer")
-    size = 259 if wanted == "byte" else wanted.get("bpe") if isinstance(wanted, dict) else None
-    if not isinstance(size, int):
-        raise RecipeError("the vocabulary is not known before the data; give --config CONFIG.JSON")
-    return shape.model(size, None, ())
-
-
 # Our own assumption: a question in its template. It counts once a group, so little hangs on it.
 PROMPT = 256
 
@@ -177,14 +147,15 @@ PROMPT = 256
 class Experience:
     """groups of a step, answers of a group that are learnt from, tokens of an answer and a prompt.
 
-    engine: weights to generate with are held too. written: answers of a rollout, 0 from files.
+    engine: processes that hold weights to answer with together, 0 where vLLM or files do. written:
+    answers of a rollout, 0 from files.
     """
 
     groups: int
     answers: int
     length: int
     prompt: int
-    engine: bool
+    engine: int
     written: int
 
     @property
@@ -220,7 +191,7 @@ def experience(config: RolloutConfig) -> Experience:
     row = config.train.microbatch_tokens
     length = min(config.max_tokens, row)
     prompt = max(1, min(PROMPT, row - length + 1))
-    engine = bool(written) and config.engine == "tessera"
+    engine = int(bool(written) and config.engine == "tessera")
     return Experience(groups, answers, length, prompt, engine, written)
 
 
@@ -232,23 +203,35 @@ CONTEXT, SPLIT = 2 * GB, 0.05
 
 @dataclass(frozen=True)
 class Layout:
-    """A point of the search: `ParallelConfig` on a cluster."""
+    """`ParallelConfig` on a cluster."""
 
     replicate: int
     shard: int
     tensor: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str
+    context: int = 1
+    offload: bool = False
+
+    @property
+    def config(self) -> ParallelConfig:
+        own = {k: n for k, n in asdict(self).items() if k in ParallelConfig.model_fields}
+        return ParallelConfig.model_construct(**own)
 
     @property
     def data(self) -> int:
         return self.replicate * self.shard
 
+    @property
+    def rows(self) -> int:
+        """Groups of processes that read different rows."""
+        return self.data // self.context
+
     def __str__(self) -> str:
         """As a recipe's `train.parallel` says it."""
-        again = str(self.gradient_checkpointing).lower()
-        return (
-            f"{{ tensor = {self.tensor}, shard = {self.shard}, gradient_checkpointing = {again} }}"
-        )
+        plain = asdict(Layout(1, self.data, 1, False)) | {"replicate": self.replicate}
+        said = {key: n for key, n in asdict(self).items() if n != plain[key]}
+        inside = ", ".join(f"{key} = {json.dumps(n)}" for key, n in said.items())
+        return f"{{ {inside} }}" if inside else "{}"
 
 
 @dataclass(frozen=True)
@@ -263,6 +246,8 @@ class Parts:
     activations: float = 0.0
     loss: float = 0.0
     engine: float = 0.0
+    cache: float = 0.0
+    states: float = 0.0
     units_whole: float = 0.0
     reserve: float = 0.0
 
@@ -278,63 +263,59 @@ def memory(job: Job, layout: Layout, device_memory: float, accelerator: bool = T
     return Parts(**{**asdict(parts), "reserve": reserve})
 
 
-def split_params(config: ModelConfig, block: BlockConfig, ways: int) -> int:
-    """Parameters of a block on one of `ways` tensor-parallel processes (`parallel.py`)."""
-    total, norm = 0, config.hidden_size
-    for kind, variant in (("attention", block.attention), ("ffn", block.ffn)):
-        whole = config.subblock_params(kind, variant)
-        split = splits(config, variant, ways)
-        total += norm + -(-(whole - norm) // ways) if split else whole
-    return total
-
-
-def root_params(config: ModelConfig) -> int:
-    """Embedding, last norm and head."""
-    return config.num_params() - sum(
-        config.subblock_params(kind, variant)
-        for block in config.blocks
-        for kind, variant in (("attention", block.attention), ("ffn", block.ffn))
-    )
-
-
-def held_params(config: ModelConfig, tensor: int) -> int:
-    """Parameters of a model on one tensor-parallel process, before shards."""
-    return root_params(config) + sum(split_params(config, b, tensor) for b in config.blocks)
-
-
 def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     student, train = job.student, job.train
     assert student is not None
-    size, n = BYTES[train.dtype], train.microbatch_tokens
+    size, n = BYTES[train.dtype], train.microbatch_tokens // layout.context
     held = held_params(student, layout.tensor) / layout.shard
     ways = layout.tensor
     blocks = [kept(student, b.attention, ways) + kept(student, b.ffn, ways) for b in student.blocks]
-    inputs = student.hidden_size * sum(1 for numbers in blocks if numbers)
-    numbers = inputs + max(blocks) if layout.gradient_checkpointing else sum(blocks)
-    states = job.teacher.hidden_size * (len(job.teacher.blocks) + 1) if job.teacher else 0
+    numbers = sum(blocks)
+    if layout.gradient_checkpointing == "selective":
+        numbers = sum(_selective(student, block, ways) for block in student.blocks)
+    elif layout.gradient_checkpointing:
+        numbers = student.hidden_size / ways * sum(1 for own in blocks if own)
+    numbers += max(blocks) if layout.gradient_checkpointing else 0
+    # The cosine compares the teacher's residual streams with the student's, whole tokens of both.
+    states = student.hidden_size * (len(student.blocks) + 1) * (1 if ways == 1 else 2)
     variants = [variant for block in student.blocks for variant in (block.attention, block.ffn)]
     numbers += working(student, variants, ways) + (states if job.states else 0)
     sharded = layout.data > 1 or train.dtype != "float32"
     teacher = gathered = 0.0
+    engine = job.experience.engine if job.experience else 0
     if job.teacher:
         teacher = size * held_params(job.teacher, ways) / layout.shard
         teacher += _gathered(job.teacher, ways, size) if sharded else 0.0
     if sharded:  # with gradients, and a group that is reduced in float32
         block, root = _groups(student, ways)
         gathered = size * (3 * block + 2 * root) + 4 * max(block, root)
+    here = 0.0 if layout.offload else held
     return Parts(
-        weights=4 * held,
-        gradients=4 * held,
-        moments=8 * held,
-        teacher=teacher,
+        weights=4 * here,
+        gradients=4 * here,
+        moments=8 * here,
+        teacher=0.0 if layout.offload else teacher,
         gathered=gathered,
         activations=size * n * numbers,
         # A reference's log-probs are taken before the policy's: its logits are gone by then.
         loss=loss_bytes(student, n, size, bool(job.teacher and not job.experience), accelerator),
-        engine=4 * student.num_params() if job.experience and job.experience.engine else 0.0,
+        engine=size * held_params(student, engine) if engine else 0.0,
     )
 
 
+def _selective(config: ModelConfig, block: BlockConfig, ways: int) -> float:
+    """Numbers a token that a selective checkpoint keeps: of q k v o gate up down what k, o and up
+    gave, what attention gave, and the input."""
+    found = config.hidden_size / ways
+    if isinstance(block.attention, GQA):
+        heads = config.num_attention_heads + block.attention.num_key_value_heads
+        found += (heads * config.head_dim + config.hidden_size) / ways
+    if isinstance(block.ffn, SwiGLU):
+        found += block.ffn.intermediate_size / ways
+    return found
+
+
+@functools.cache
 def _groups(config: ModelConfig, tensor: int) -> tuple[int, int]:
     """Parameters of the two groups that FSDP gathers: the largest block, and the root."""
     largest = max(split_params(config, block, tensor) for block in config.blocks)
@@ -383,6 +364,9 @@ NAMES = {"bfloat16": "bf16", "float32": "fp32"}  # torch's, and the data sheets'
 # Bytes a parameter: AdamW reads weight, gradient and two moments and writes three; clipping reads
 # the gradient and writes it.
 UPDATE = 4 * (4 + 3 + 2)
+AGAIN = {False: 0.0, True: 1.0, "selective": 0.4}  # share of the forward that is run again
+# Our own assumptions: bytes a second of a machine's memory, and of one device's bus to it.
+HOST_MEMORY, BUS = 300 * GB, 50 * GB
 HEAD_PASSES = 6  # float32 passes over a model's logits: written, maximum, exponential, loss, slope
 
 
@@ -394,13 +378,15 @@ class StepTime:
     passes: float
     sharding: float
     tensor: float
+    context: float
     update: float
     flops: float
     peak: float
 
     @property
     def total(self) -> float:
-        return max(self.products + self.passes, self.sharding) + self.tensor + self.update
+        here = max(self.products + self.passes, self.sharding)
+        return here + self.tensor + self.context + self.update
 
     @property
     def mfu(self) -> float:
@@ -410,7 +396,7 @@ class StepTime:
 def microbatches(job: Job, layout: Layout) -> int:
     """Microbatches that each process runs a step: the last may be short on some."""
     train = job.train
-    return math.ceil(train.tokens_per_step / train.microbatch_tokens / layout.data)
+    return math.ceil(train.tokens_per_step / train.microbatch_tokens / layout.rows)
 
 
 def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
@@ -418,21 +404,43 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     device, train = cluster.device, job.train
     best = device.peak[NAMES[train.dtype]] * cluster.world
     flops = done = job.flops()
-    if layout.gradient_checkpointing and job.student is not None:
-        done += model_cost(job.student, head=False).forward(job.work())
+    if job.student is not None and (again := AGAIN[layout.gradient_checkpointing]):
+        layers, work = model_cost(job.student, head=False), job.work()
+        done += again * layers.forward(replace(work, pairs=work.pairs if again == 1 else 0))
     # Processes that get a microbatch less than the fullest wait for it.
     rows = train.tokens_per_step / train.microbatch_tokens
-    waiting = microbatches(job, layout) * layout.data / rows
+    waiting = microbatches(job, layout) * layout.rows / rows
     rate = device.rate() * layout.data * layout.tensor
     return StepTime(
-        products=waiting * done / (best * device.compute),
+        products=waiting * done / (best * device.training),
         passes=waiting * _passed(job, layout) / rate,
         sharding=_sharding(job, layout, cluster),
         tensor=_tensor(job, layout, cluster),
-        update=UPDATE * _trained(job, layout) / layout.shard / device.rate(),
+        context=_context(job, layout, cluster),
+        update=_update(job, layout, cluster),
         flops=flops,
         peak=best,
     )
+
+
+def _context(job: Job, layout: Layout, cluster: Cluster) -> float:
+    """Seconds of the keys and values that processes of a row exchange: once forward, twice back."""
+    if layout.context == 1 or job.student is None:
+        return 0.0
+    size, ways = BYTES[job.train.dtype], layout.tensor
+    others = job.train.microbatch_tokens * (1 - 1 / layout.context)
+    heads = sum(getattr(b.attention, "num_key_value_heads", 0) for b in job.student.blocks)
+    times = 3 if layout.gradient_checkpointing is not True else 4
+    moved = times * size * others * 2 * heads * job.student.head_dim / ways
+    return microbatches(job, layout) * moved / cluster.link(layout.context * ways)
+
+
+def _update(job: Job, layout: Layout, cluster: Cluster) -> float:
+    """Seconds of AdamW; offloaded, of the CPUs of a machine and the bus to its devices."""
+    trained = _trained(job, layout) / layout.shard
+    if not layout.offload:
+        return UPDATE * trained / cluster.device.rate()
+    return UPDATE * trained * cluster.gpus / HOST_MEMORY + 8 * trained / BUS
 
 
 def _trained(job: Job, layout: Layout) -> float:
@@ -445,7 +453,7 @@ def _trained(job: Job, layout: Layout) -> float:
 def _passed(job: Job, layout: Layout) -> float:
     """Bytes that elementwise kernels of a step read and write, on all devices together."""
     size, tokens = BYTES[job.train.dtype], job.train.tokens_per_step
-    passes = 4 if layout.gradient_checkpointing else 3  # forward, and twice that backward
+    passes = 3 + (layout.gradient_checkpointing is not False)  # forward, and twice that backward
     total = 0.0
     for model, times in ((job.student, passes), (job.teacher, 1)):
         if model is not None:
@@ -492,13 +500,13 @@ def _tensor(job: Job, layout: Layout, cluster: Cluster) -> float:
     ways = layout.tensor
     if ways == 1 or job.student is None:
         return 0.0
-    size, rows = BYTES[job.train.dtype], job.train.microbatch_tokens
+    size, rows = BYTES[job.train.dtype], job.train.microbatch_tokens // layout.context
     link, hop = cluster.link(ways), cluster.device.hop
 
     def exchange(config: ModelConfig) -> float:
         return 2 * hop + 2 * (ways - 1) / ways * rows * config.hidden_size * size / link
 
-    times = 4 + (2 if layout.gradient_checkpointing else 0)
+    times = 4 + (2 if layout.gradient_checkpointing is True else 0)
     total = times * len(job.student.blocks) * exchange(job.student)
     if job.teacher is not None:
         total += 2 * len(job.teacher.blocks) * exchange(job.teacher)
@@ -565,224 +573,66 @@ class Job:
         return total
 
 
-def jobs(
-    recipe: Recipe,
-    stages: Mapping[str, Stage],
-    parent: ModelConfig,
-    child: ModelConfig | None = None,
-) -> list[Job]:
-    """The trainings of a recipe, in order; child: what the search finds, where that is known."""
-    found = []
-    for spec in recipe.stages:
-        imported = spec.stage == "parent" and "train" not in spec.table
-        if stage_of(spec, stages).name in TRAINS and not imported:
-            found.append(_job(spec, recipe, stages, parent, child or parent))
-    return found
-
-
-def _job(
-    spec: StageSpec,
-    recipe: Recipe,
-    stages: Mapping[str, Stage],
-    parent: ModelConfig,
-    child: ModelConfig,
-) -> Job:
-    match config := stages[spec.stage].validate(spec):
-        case ParentConfig(train=TrainConfig() as train):
-            return Job(spec.name, train, student=parent)
-        case BLDConfig():
-            keys = tuple(units_of(config, parent, spec.name)[1])
-            groups = layer_groups(keys, config.layers_at_once)
-            return Job(spec.name, config.train, None, parent, units=keys, passes=len(groups))
-        case RaceConfig():
-            names = spec.table.get("searches", [])
-            candidates = sum(_found(str(name), recipe, stages) for name in names) or 1
-            heats = tuple(config.heats(candidates))
-            return Job(spec.name, config.train, child, parent, config.cosine > 0, heats=heats)
-        case KDConfig():
-            return Job(spec.name, config.train, child, parent, config.cosine > 0)
-        case CPTConfig() | SFTConfig():
-            return Job(spec.name, config.train, student=child)
-        case PolicyConfig() | RPOConfig():
-            own = experience(config)
-            reference = child if isinstance(config, RPOConfig) or config.kl else None
-            return Job(spec.name, own.train(config.train), child, reference, experience=own)
-    raise AssertionError(f"{spec.stage} is no training")
-
-
-TRAINS = ("parent", "bld", "race", "kd", "cpt", "sft", "grpo", "rloo", "rpo")
-
-
-def _found(name: str, recipe: Recipe, stages: Mapping[str, Stage]) -> int:
-    """How many architectures a search has at most: what it is asked for, or has found."""
-    search = next((one for one in recipe.stages if one.name == name), None)
-    if search is None:
-        return len(read_json(Path(name), "architectures")) if is_done(Path(name)) else 1
-    match stages[search.stage].validate(search):
-        case SearchConfig(method="mip") as config:
-            return config.solutions + (config.conditional is not None)
-        case FrontierConfig() as config:
-            return len(config.methods) * len(config.points)
-        case _:
-            return 1
-
-
-DAY = 86_400
-
-
 @dataclass(frozen=True)
 class Plan:
-    """One training on one cluster. `fits` is False for the layout that comes nearest."""
+    """One training in one layout."""
 
     job: Job
     cluster: Cluster
     layout: Layout
     parts: Parts
     time: StepTime
-    advice: str = ""
 
     @property
     def fits(self) -> bool:
         return self.parts.total <= self.cluster.device.memory
 
     @property
-    def tokens_a_day(self) -> float:
-        return self.job.train.tokens_per_step / self.time.total * DAY
+    def seconds(self) -> float:
+        """Of all steps."""
+        return self.job.steps * self.time.total
 
-    @property
-    def gpu_hours(self) -> float:
-        return self.job.steps * self.time.total * self.cluster.world / 3600
 
-    def as_json(self) -> dict[str, Any]:
-        """Bytes, seconds, counts."""
-        return {
-            "name": self.job.name,
-            "cluster": str(self.cluster),
-            "fits": self.fits,
-            "layout": asdict(self.layout),
-            "microbatches": microbatches(self.job, self.layout),
-            "memory": {**asdict(self.parts), "total": self.parts.total},
-            "device_memory": self.cluster.device.memory,
-            "step_seconds": {**asdict(self.time), "total": self.time.total},
-            "mfu": self.time.mfu,
-            "tokens": self.job.tokens,
-            "tokens_a_day": self.tokens_a_day,
-            "gpu_hours": self.gpu_hours,
-            "advice": self.advice,
-        }
+def planned(job: Job, cluster: Cluster, layout: Layout) -> Plan:
+    parts = memory(job, layout, cluster.device.memory)
+    return Plan(job, cluster, layout, parts, step_time(job, layout, cluster))
+
+
+def layout_of(config: ParallelConfig, cluster: Cluster) -> Layout | None:
+    """A recipe's layout; None where it does not divide the cluster's devices."""
+    data, rest = divmod(cluster.world, config.tensor)
+    shard, context = config.shard or data, config.context
+    if rest or not data or data % shard or shard % context:
+        return None
+    own = config.gradient_checkpointing, context, config.offload
+    return Layout(data // shard, shard, config.tensor, *own)
 
 
 def layouts(job: Job, cluster: Cluster) -> Iterator[Layout]:
-    """All ways to spread a job; units are not split by tensor parallelism nor run again."""
+    """Ways to spread a job, the state over all devices or over those of a machine. Units are not
+    split by tensor or context parallelism, nor run again."""
     whole = job.student is not None
     heads = job.config.num_attention_heads
     for tensor in _divisors(cluster.gpus) if whole else [1]:
         if heads % tensor:
             continue
         data = cluster.world // tensor
-        for shard in _divisors(data):
-            for again in (False, True) if whole else (False,):
-                yield Layout(data // shard, shard, tensor, again)
+        for shard in {data, cluster.gpus // tensor}:
+            for again in AGAIN if whole else (False,):
+                for context in (1, 2, 4, 8) if whole else (1,):
+                    if shard % context == 0:
+                        yield Layout(data // shard, shard, tensor, again, context)
 
 
-def best(job: Job, cluster: Cluster) -> Plan:
-    """The fastest plan that fits; else the smallest, with what would make it fit."""
-    found = [
-        Plan(
-            job,
-            cluster,
-            layout,
-            memory(job, layout, cluster.device.memory),
-            step_time(job, layout, cluster),
-        )
-        for layout in layouts(job, cluster)
-    ]
-    fitting = [plan for plan in found if plan.fits]
-    if fitting:
-        return min(fitting, key=lambda plan: (plan.time.total, plan.layout.tensor))
-    nearest = min(found, key=lambda plan: plan.parts.total)
-    return replace(nearest, advice=_advice(nearest))
-
-
-def _fitting(job: Job, cluster: Cluster) -> bool:
-    return any(
-        memory(job, layout, cluster.device.memory).total <= cluster.device.memory
-        for layout in layouts(job, cluster)
-    )
-
-
-def _advice(plan: Plan) -> str:
-    """Shorter microbatches, more machines, fewer layers at once: the first of each that fits."""
-    job, cluster = plan.job, plan.cluster
-    parts = asdict(plan.parts)
-    largest = max(parts, key=lambda part: parts[part])
-    found = [f"the largest part is {largest.replace('_', ' ')}"]
-    train, tokens = job.train, job.train.microbatch_tokens // 2
-    while tokens >= train.sequence_length:
-        shorter = replace(job, train=train.model_copy(update={"microbatch_tokens": tokens}))
-        if _fitting(shorter, cluster):
-            found.append(f"train.microbatch_tokens = {tokens} fits")
-            break
-        tokens //= 2
-    if job.states and _fitting(replace(job, states=False), cluster):
-        found.append("cosine = 0 fits")
-    for nodes in (cluster.nodes * 2**i for i in range(1, 9)):
-        if _fitting(job, replace(cluster, nodes=nodes)):
-            found.append(f"{nodes}x{cluster.gpus}x{cluster.device.name} fits")
-            break
-    if job.units:
-        layers = len({layer for layer, _, _ in job.units})
-        at_once = -(-layers // job.passes)
-        while at_once > 1:
-            at_once //= 2
-            if _fitting(replace(job, passes=-(-layers // at_once)), cluster):
-                found.append(f"layers_at_once = {at_once} fits")
-                break
-    return "; ".join(found)
+def best(job: Job, cluster: Cluster, held: float = 0.0) -> Plan:
+    """The fastest plan that leaves room for `held` bytes more; the smallest where none does."""
+    room = cluster.device.memory
+    totals = {layout: memory(job, layout, room).total for layout in layouts(job, cluster)}
+    if min(totals.values()) + held > room:
+        return planned(job, cluster, min(totals, key=totals.__getitem__))
+    found = [planned(job, cluster, layout) for layout, n in totals.items() if n + held <= room]
+    return min(found, key=lambda plan: (plan.time.total, plan.layout.tensor))
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def render_plan(plan: Plan, price: float | None = None) -> str:
-    """A paragraph: layout, memory by part, a step, the whole training. price: of a GPU-hour."""
-    job, layout, time = plan.job, plan.layout, plan.time
-    parts = {name.replace("_", " "): value for name, value in asdict(plan.parts).items() if value}
-    names = ("products", "passes", "sharding", "tensor", "update")
-    step = [f"{name} {value:.2g}" for name in names if (value := getattr(time, name))]
-    capacity = plan.cluster.device.memory
-    verdict = "fits" if plan.fits else "does not fit"
-    lines = [
-        f"[{job.name}]  {verdict} {plan.cluster}: {plan.parts.total / GB:.1f} of "
-        f"{capacity / GB:.0f} GB a GPU",
-        f"  memory    {', '.join(f'{name} {value / GB:.2g}' for name, value in parts.items())}",
-    ]
-    if plan.advice:
-        lines.append(f"  advice    {plan.advice}")
-    lines += [
-        f"  layout    {job.name}.train.parallel = {layout}"
-        + (f", {layout.replicate} replicas" if layout.replicate > 1 else "")
-        + f", {microbatches(job, layout)} microbatches a process and step",
-        f"  step      {time.total:.3g} s ({', '.join(step)}; sharding runs beside products and "
-        f"passes), MFU {time.mfu:.0%}",
-        f"  training  {_count(job.tokens)} tokens, {_count(plan.tokens_a_day)} a day: "
-        f"{job.steps * time.total / DAY:.2g} days, {plan.gpu_hours:,.0f} GPU-hours"
-        + (f", {price * plan.gpu_hours:,.0f} at {price:g} a GPU-hour" if price else ""),
-    ]
-    if job.heats:
-        lines.append(f"  heats     {len(job.heats)}, of {job.heats[0]} to {job.heats[-1]} steps")
-    if job.experience is not None and job.experience.written:
-        own = job.experience
-        lines.append(
-            f"  left out  generating and judging {own.written:,} answers a rollout, "
-            f"each of at most {own.length:,} tokens"
-        )
-    return "\n".join(lines)
-
-
-def _count(number: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,.0f}"

@@ -1,0 +1,646 @@
+"""What every stage of a recipe takes on a cluster: a line each, of phases that follow each other.
+
+training     planning/training.py, in the layout that the recipe says
+reading      forward passes: scores, tables, calibration
+answering    prefill and decode of an engine's batches, by the roofline of puzzle/roofline.py
+judging      checkers on the machines' CPUs; what an endpoint takes is not known
+copying      a model's bytes, read and written
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tessera.data.config import DataConfig
+from tessera.devices import GB
+from tessera.eval.evaluate import EvalConfig
+from tessera.export.write import ExportConfig
+from tessera.model.config import GQA, ModelConfig
+from tessera.model.parallel import held_params, splits
+from tessera.model.placement import ROOM, TRAINED_BYTES, fewest
+from tessera.model.source import is_hub_id, load_config, model_config
+from tessera.objectives.kd import KDConfig
+from tessera.objectives.lm import CPTConfig, SFTConfig
+from tessera.planning.training import (
+    BYTES,
+    CONTEXT,
+    NAMES,
+    PROMPT,
+    SPLIT,
+    Cluster,
+    Job,
+    Layout,
+    Parts,
+    Plan,
+    best,
+    experience,
+    layout_of,
+    loss_bytes,
+    planned,
+)
+from tessera.puzzle.bld import BLDConfig, CoupleConfig, largest_pairs, unit_params, units_of
+from tessera.puzzle.compare import CompareConfig
+from tessera.puzzle.cost_table import Scenario
+from tessera.puzzle.frontier import FrontierConfig
+from tessera.puzzle.fuse import FuseConfig
+from tessera.puzzle.library import ChildConfig, layer_groups
+from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
+from tessera.puzzle.race import RaceConfig
+from tessera.puzzle.roofline import Serving, layer_seconds, model_seconds
+from tessera.puzzle.score import ConditionalConfig, HeldoutConfig, ScoreConfig
+from tessera.puzzle.search import SearchConfig
+from tessera.puzzle.space import Unit
+from tessera.rl.policy import PolicyConfig
+from tessera.rl.preference import RPOConfig
+from tessera.rl.profile import ProfileConfig
+from tessera.rl.rewards import AskedReward, CodeReward, MathReward
+from tessera.rl.rollouts import RolloutConfig
+from tessera.runs.plan import Stage, stage_of
+from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
+from tessera.runs.run import is_done, read_json
+from tessera.table import clock, count
+from tessera.train.flops import working
+from tessera.train.optim import TrainConfig
+
+# Our own assumptions. COPY: bytes a second that one process reads and writes of a shared file
+# system. CHECKED: samples that a worker checks a second (`benchmarks/results/rewards-cpu.md`: a
+# verdict that math-verify decides takes 50 to 70 ms, a program 45). ITEMS: of a benchmark.
+COPY = 1 * GB
+CHECKED = {MathReward: 16.0, CodeReward: 22.0}
+CHECKED_ELSE = 5000.0
+ITEMS = 500
+TOKENISED = 4.6e6  # bytes of text a CPU second (`benchmarks/results/data-cpu.md`, Llama 3)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Something that a stage does: seconds in all, bytes on the fullest device, and what it is."""
+
+    name: str
+    seconds: float
+    parts: Parts = Parts()
+    told: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage on a cluster. layout: of its training. disk: bytes that it leaves.
+
+    unknown: what takes time that is not counted. undivided: why its layout cannot be had. advice:
+    what would make it fit.
+    """
+
+    name: str
+    stage: str
+    cluster: Cluster
+    phases: tuple[Phase, ...] = ()
+    training: Plan | None = None
+    disk: float = 0.0
+    unknown: str = ""
+    undivided: str = ""
+    advice: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> Parts:
+        """Of the phase that takes most."""
+        return max((one.parts for one in self.phases), key=lambda p: p.total, default=Parts())
+
+    @property
+    def fits(self) -> bool:
+        return self.parts.total <= self.cluster.device.memory and not self.undivided
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.phases)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole cluster, which waits where one process works."""
+        return self.seconds * self.cluster.world / 3600
+
+    def as_json(self) -> dict[str, Any]:
+        """Bytes, seconds, counts."""
+        found = {
+            "name": self.name,
+            "stage": self.stage,
+            "cluster": str(self.cluster),
+            "fits": self.fits,
+            "phases": [
+                {
+                    "name": one.name,
+                    "seconds": one.seconds,
+                    "memory": {**asdict(one.parts), "total": one.parts.total},
+                    "told": one.told,
+                }
+                for one in self.phases
+            ],
+            "memory": {**asdict(self.parts), "total": self.parts.total},
+            "device_memory": self.cluster.device.memory,
+            "seconds": self.seconds,
+            "gpu_hours": self.gpu_hours,
+            "disk": self.disk,
+            "unknown": self.unknown,
+            "undivided": self.undivided,
+            "advice": list(self.advice),
+        }
+        if (plan := self.training) is not None:
+            found |= {
+                "layout": asdict(plan.layout),
+                "step_seconds": {**asdict(plan.time), "total": plan.time.total},
+                "mfu": plan.time.mfu,
+                "tokens": plan.job.tokens,
+            }
+        return found
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A recipe, its parent's and its child's shape, and where it runs.
+
+    child: None stands for a child that is not known yet: the parent is taken, an upper bound.
+    """
+
+    recipe: Recipe
+    stages: Mapping[str, Stage]
+    cluster: Cluster
+    parent: ModelConfig
+    child: ModelConfig | None = None
+    _configs: dict[str, BaseModel] = field(default_factory=dict)
+
+    def lines(self) -> list[Line]:
+        """A line for every stage, in order."""
+        return [self.line(spec) for spec in self.recipe.stages]
+
+    def config(self, spec: StageSpec) -> Any:
+        if spec.name not in self._configs:
+            stage = stage_of(spec, self.stages)
+            imported = stage.name == "parent" and "architecture" not in spec.table
+            if imported or stage.name == "data":  # the files need not be here
+                config = stage.load(stage.config).model_construct()
+            else:
+                config = stage.validate(spec)
+            self._configs[spec.name] = config
+        return self._configs[spec.name]
+
+    def line(self, spec: StageSpec) -> Line:
+        """A stage as the recipe says it, and what would make it fit where it does not."""
+        config = self.config(spec)
+        line = self._line(spec, config)
+        return line if line.fits else replace(line, advice=tuple(self._remedies(spec, config)))
+
+    def _line(self, spec: StageSpec, config: Any) -> Line:
+        line = Line(spec.name, spec.stage, self.cluster, disk=self._disk(config))
+        if (job := self.job(spec, config)) is not None:
+            return self._trained(line, config, job)
+        phases, unknown = self._phases(spec, config)
+        return replace(line, phases=tuple(phases), unknown=unknown)
+
+    def job(self, spec: StageSpec, config: Any) -> Job | None:
+        """The training of a stage; None for one that trains nothing."""
+        child, parent = self.child or self.parent, self.parent
+        match config:
+            case ParentConfig(train=TrainConfig() as train):
+                return Job(spec.name, train, student=parent)
+            case BLDConfig() | CoupleConfig():
+                keys = tuple(self._units(spec, config))
+                groups = layer_groups(keys, config.layers_at_once)
+                return Job(spec.name, config.train, None, parent, units=keys, passes=len(groups))
+            case RaceConfig():
+                names = spec.table.get("searches", [])
+                candidates = sum(self._found(str(name)) for name in names) or 1
+                heats = tuple(config.heats(candidates))
+                return Job(spec.name, config.train, child, parent, config.cosine > 0, heats=heats)
+            case KDConfig():
+                return Job(spec.name, config.train, child, parent, config.cosine > 0)
+            case CPTConfig() | SFTConfig():
+                return Job(spec.name, config.train, student=child)
+            case PolicyConfig() | RPOConfig():
+                own = experience(config)
+                if own.engine:
+                    own = replace(own, engine=self._ways([child], config))
+                reference = child if isinstance(config, RPOConfig) or config.kl else None
+                train = own.train(config.train)
+                return Job(spec.name, train, child, reference, experience=own)
+        return None
+
+    def _units(self, spec: StageSpec, config: BLDConfig | CoupleConfig) -> list[Unit]:
+        if isinstance(config, BLDConfig):
+            return units_of(config, self.parent, spec.name)[1]
+        space = units_of(self._library(spec), self.parent, spec.name)[0]
+        return largest_pairs(config, space, self.parent, spec.name)
+
+    def _library(self, spec: StageSpec) -> BLDConfig:
+        """Of the nearest library above a stage, or the one that it names."""
+        found = None
+        for one in self.recipe.stages:
+            if one.name == spec.name:
+                break
+            if one.stage == "bld" and spec.table.get("library", one.name) == one.name:
+                found = self.config(one)
+        if found is None:
+            raise RecipeError(f"[{spec.name}]: no [bld] above it says what its library holds")
+        return found
+
+    def _found(self, name: str) -> int:
+        """How many architectures a search has at most: what it is asked for, or has found."""
+        search = next((one for one in self.recipe.stages if one.name == name), None)
+        if search is None:
+            return len(read_json(Path(name), "architectures")) if is_done(Path(name)) else 1
+        match self.config(search):
+            case SearchConfig(method="mip") as config:
+                return config.solutions + (config.conditional is not None)
+            case FrontierConfig() as config:
+                return len(config.methods) * len(config.points)
+            case _:
+                return 1
+
+    # Trainings
+
+    def _trained(self, line: Line, config: Any, job: Job) -> Line:
+        layout = layout_of(config.train.parallel, self.cluster)
+        if layout is None:
+            given = f"train.parallel: {config.train.parallel!r}"
+            return replace(line, undivided=f"{given} does not divide {self.cluster.world} devices")
+        plan = planned(job, self.cluster, layout)
+        phases, unknown = [_phase(plan)], ""
+        if isinstance(config, BLDConfig | CoupleConfig):
+            phases.insert(0, self._calibration(config, plan))
+        if isinstance(config, RolloutConfig) and job.experience and job.experience.written:
+            more, unknown = self._rollouts(config, plan)
+            phases = [*more, *phases]
+        return replace(line, phases=tuple(phases), training=plan, unknown=unknown)
+
+    def _calibration(self, config: BLDConfig | CoupleConfig, plan: Plan) -> Phase:
+        """The parent's passes over the calibration; every process has all of them."""
+        train, tokens = config.train, config.calibration_tokens
+        ways = plan.layout.tensor
+        one = self._pass(self.parent, train.microbatch_tokens, train.sequence_length, ways)
+        seconds = math.ceil(tokens / train.microbatch_tokens) * 2 * one
+        parts = replace(plan.parts, gradients=0.0, moments=0.0, units_whole=0.0, weights=0.0)
+        return Phase("calibration", seconds, parts, f"{count(tokens)} tokens")
+
+    def _rollouts(self, config: RolloutConfig, plan: Plan) -> tuple[list[Phase], str]:
+        """Answering and judging of every rollout, beside the state of the training."""
+        own, job = plan.job.experience, plan.job
+        assert own is not None and job.student is not None
+        rollouts = math.ceil(job.steps / config.updates_per_rollout)
+        if not own.engine:
+            return [], f"the answers of {rollouts} rollouts of {own.written:,}, which vLLM writes"
+        answered = self._answering(
+            job.student, own.written, own.length, config.engine_batch, own.engine, job.train.dtype
+        )
+        state = {part: getattr(plan.parts, part) for part in ("weights", "gradients", "moments")}
+        parts = replace(answered.parts, weights=0.0, engine=answered.parts.weights)
+        parts = replace(parts, **state, teacher=plan.parts.teacher)
+        told = f"{rollouts} rollouts of {own.written:,} answers, {answered.told}"
+        phases = [Phase("answering", rollouts * answered.seconds, parts, told)]
+        judged, unknown = self._judging(config, rollouts * own.written)
+        return [*phases, *judged], unknown
+
+    # Reading and answering
+
+    def _serving(self, dtype: str, ways: int, training: bool = False) -> Serving:
+        device = self.cluster.device
+        link = self.cluster.link(ways)
+        share = device.training if training else device.compute
+        return Serving(replace(device, link=link, compute=share), NAMES[dtype], ways)
+
+    def _ways(self, models: Sequence[ModelConfig], config: BaseModel) -> int:
+        """Processes that hold models together: as the stage says, or by the rule of placement.py,
+        the fewest with room for the weights, beside a training no fewer than its own."""
+        if given := getattr(config, "tensor", None):
+            return given
+        least, room = 1, ROOM * self.cluster.device.memory
+        if isinstance(config, RolloutConfig):
+            layout = layout_of(config.train.parallel, self.cluster)
+            if layout is not None:
+                least = layout.tensor
+                room -= TRAINED_BYTES * models[0].num_params() / (layout.shard * layout.tensor)
+        size, world = BYTES[self._dtype(config)], self.cluster.world
+        # Where no number of processes will do, the stage ends; of one machine's its memory is told.
+        return fewest(models, size, world, room, least) or self.cluster.gpus
+
+    def _dtype(self, config: BaseModel) -> str:
+        """Of a stage that trains nothing: bfloat16 on an accelerator unless it says another."""
+        given = getattr(config, "dtype", "auto")
+        if isinstance(config, RolloutConfig) and given == "auto":
+            return config.train.dtype
+        return given if given in BYTES else "bfloat16"
+
+    def _pass(
+        self, model: ModelConfig, tokens: int, length: int, ways: int, dtype: str = "bfloat16"
+    ) -> float:
+        """Seconds of a forward pass of one microbatch, the head on every token included."""
+        rows = Scenario(batch=max(1, tokens // length), prompt=min(length, tokens), new=2)
+        serving = self._serving(dtype, ways, training=True)
+        layers = math.fsum(prefill for prefill, _ in layer_seconds(model, rows, serving))
+        return layers + serving.product(tokens, model.hidden_size, -(-model.vocab_size // ways))
+
+    def _read(self, models: Sequence[ModelConfig], config: HeldoutConfig, held: float) -> Parts:
+        """Memory of forward passes. held: bytes of other things on a device."""
+        size, ways, n = BYTES[self._dtype(config)], self._ways(models, config), 1
+        n = config.microbatch_tokens
+        widest = max(models, key=lambda model: model.hidden_size)
+        variants = [variant for block in widest.blocks for variant in (block.attention, block.ffn)]
+        return self._reserved(
+            weights=size * sum(held_params(model, ways) for model in models),
+            units_whole=held,
+            activations=size * n * working(widest, variants, ways),
+            loss=loss_bytes(widest, n, size, len(models) > 1, True),
+        )
+
+    def _reserved(self, **parts: float) -> Parts:
+        return Parts(**parts, reserve=CONTEXT + SPLIT * self.cluster.device.memory)
+
+    def _scoring(self, spec: StageSpec, config: ScoreConfig | ConditionalConfig, rounds: int):
+        """Every unit alone in the parent: it, the layers behind it and the head (score.py)."""
+        space, units = units_of(self._library(spec), self.parent, spec.name)
+        parent, ways = self.parent, self._ways([self.parent], config)
+        dtype, size = self._dtype(config), BYTES[self._dtype(config)]
+        n, length = config.microbatch_tokens, config.sequence_length
+        rows = Scenario(batch=max(1, n // length), prompt=min(length, n), new=2)
+        serving = self._serving(dtype, ways, training=True)
+        layers = [prefill for prefill, _ in layer_seconds(parent, rows, serving)]
+        head = serving.product(n, parent.hidden_size, -(-parent.vocab_size // ways))
+        offered = [*space.replacements(), *space.pairs]
+        own = sum(head + math.fsum(layers[unit.layer :]) for unit in offered)
+        groups, batches = self.cluster.world // ways, math.ceil(config.tokens / n)
+        seconds = batches * own / groups + batches * (math.fsum(layers) + 2 * head)
+        largest = max(
+            (sum(unit_params(parent, u.kind, u.word) for u in units if u.layer == layer))
+            for layer in {unit.layer for unit in units}
+        )
+        states = config.tokens * parent.hidden_size * (4 + 3 * size)
+        parts = self._read([parent], config, size * largest / ways)
+        told = f"{len(offered):,} words on {count(config.tokens)} tokens, {groups} shares"
+        return Phase("reading", rounds * seconds, replace(parts, states=states), told)
+
+    def _answering(
+        self, model: ModelConfig, answers: int, length: int, most: int, ways: int, dtype: str
+    ) -> Phase:
+        """An engine of `ways` devices in every group of them, at most `most` answers at a time."""
+        own = math.ceil(answers / max(1, self.cluster.world // ways))
+        batch = min(own, most)
+        serving = self._serving(dtype, ways)
+        scenario = Scenario(batch=batch, prompt=PROMPT, new=max(2, length))
+        prefill, step = model_seconds(model, scenario, serving)
+        size = BYTES[dtype]
+        heads = sum(
+            kept.num_key_value_heads / (ways if splits(model, kept, ways) else 1)
+            for block in model.blocks
+            if isinstance(kept := block.attention, GQA)
+        )
+        variants = [variant for block in model.blocks for variant in (block.attention, block.ffn)]
+        parts = self._reserved(
+            weights=size * held_params(model, ways),
+            cache=size * scenario.cached_tokens * 2 * model.head_dim * heads,
+            activations=size * batch * PROMPT * working(model, variants, ways),
+        )
+        told = f"{length:,} tokens each, {batch} at a time on {ways} GPU{'s' * (ways > 1)}"
+        return Phase("answering", own / batch * (prefill + length * step), parts, told)
+
+    def _judging(self, config: Any, samples: int) -> tuple[list[Phase], str]:
+        """Checkers run beside every process; what a server takes is its own."""
+        asked = [one for one in config.rewards if isinstance(one, AskedReward)]
+        checked = [one for one in config.rewards if not isinstance(one, AskedReward)]
+        rate = config.workers * self.cluster.world
+        each = sum(1 / CHECKED.get(type(one), CHECKED_ELSE) for one in checked)
+        phases = [Phase("judging", samples * each / rate)] if checked else []
+        names = " and ".join(one.endpoint.model for one in asked)
+        return phases, f"{samples * len(asked):,} questions to {names}" if asked else ""
+
+    def _phases(self, spec: StageSpec, config: Any) -> tuple[list[Phase], str]:
+        """Of a stage that trains nothing, and what is not known of it."""
+        child, parent = self.child or self.parent, self.parent
+        match config:
+            case DataConfig():
+                return [], f"tokenising, {TOKENISED / 1e6:.1f} MB of text a CPU second"
+            case ParentConfig():
+                return [self._copying(parent)], ""
+            case ScoreConfig():
+                return [self._scoring(spec, config, 1)], ""
+            case SearchConfig(conditional=ConditionalConfig() as own):
+                return [self._scoring(spec, own, own.rounds + own.polish)], ""
+            case ChildConfig():
+                return [self._copying(child)], ""
+            case FuseConfig():
+                return [self._fusing(config, child), self._copying(child)], ""
+            case CompareConfig():
+                models = len(spec.table.get("models", [])) * [child]
+                return [self._comparing(config, [parent, *models])], ""
+            case ProfileConfig(samples=0):
+                return [], ""
+            case ProfileConfig():
+                prompts = config.limit or 0
+                ways = self._ways([child], config)
+                told = "" if prompts else "as many prompts as the files hold; `limit` bounds them"
+                answers, dtype = prompts * config.samples, self._dtype(config)
+                if not prompts:
+                    return [], told
+                answered = self._answering(
+                    child, answers, config.max_tokens, config.batch, ways, dtype
+                )
+                judged, unknown = self._judging(config, answers)
+                return [answered, *judged], unknown
+            case EvalConfig():
+                ways, modes = self._ways([child], config), 2
+                asked = len(config.tasks) * (config.limit or ITEMS) * modes
+                length = config.max_tokens or 4096
+                phase = self._answering(
+                    child, asked, length, config.batch, ways, self._dtype(config)
+                )
+                return [phase], ""
+            case ExportConfig():
+                return [self._copying(child, 2 if config.check else 1)], ""
+        return [], "" if spec.stage in ("search", "cost") else "what it takes"
+
+    def _fusing(self, config: FuseConfig, model: ModelConfig) -> Phase:
+        """The dependency matrix: each FFN-only block left out, and all behind it again."""
+        ways = self._ways([model, model], config)
+        one = self._pass(model, config.microbatch_tokens, config.sequence_length, ways)
+        batches = math.ceil(config.tokens / config.microbatch_tokens)
+        seconds = batches * one * (len(model.blocks) / 2 + 2) * ways / self.cluster.world
+        return Phase("reading", seconds, self._read([model, model], config, 0.0))
+
+    def _comparing(self, config: CompareConfig, models: list[ModelConfig]) -> Phase:
+        ways = self._ways(models, config)
+        one = sum(
+            self._pass(model, config.microbatch_tokens, config.sequence_length, ways)
+            for model in models
+        )
+        batches = math.ceil(config.tokens / config.microbatch_tokens)
+        timed = sum(
+            prefill + config.scenario.new * step
+            for prefill, step in (
+                model_seconds(model, config.scenario, self._serving("bfloat16", ways))
+                for model in models
+            )
+        )
+        seconds = batches * 2 * one * ways / self.cluster.world + (config.rounds + 1) * 2 * timed
+        return Phase("reading", seconds, self._read(models, config, 0.0))
+
+    def _copying(self, model: ModelConfig, times: int = 2) -> Phase:
+        return Phase("copying", times * self._bytes(model) / COPY)
+
+    def _bytes(self, model: ModelConfig) -> float:
+        return BYTES["bfloat16"] * float(model.num_params())
+
+    def _disk(self, config: Any) -> float:
+        """Bytes that a stage leaves, or holds at its end: a training its resume states, too."""
+        child = self.child or self.parent
+        match config:
+            case ParentConfig():
+                return self._bytes(self.parent)
+            case BLDConfig():
+                units = units_of(config, self.parent, "bld")[1]
+                return 4.0 * sum(unit_params(self.parent, u.kind, u.word) for u in units)
+            case ChildConfig() | FuseConfig() | ExportConfig():
+                return self._bytes(child)
+            case BaseModel(train=TrainConfig() as train):
+                return (12 * (1 + train.save_total_limit) + 4) * float(child.num_params())
+        return 0.0
+
+    def _remedies(self, spec: StageSpec, config: Any) -> list[str]:
+        """Each setting that makes a stage fit alone; else with the layout that suits, or a larger
+        cluster."""
+        if found := [f"{key} = {value} fits" for key, value in self._fitting(spec, config)]:
+            return found
+        for nodes in (self.cluster.nodes * 2**i for i in range(6)):
+            more = replace(self, cluster=replace(self.cluster, nodes=nodes))
+            where = "" if nodes == self.cluster.nodes else f" on {more.cluster}"
+            for layout in more._layouts(spec, config):
+                spread = _changed(config, "train.parallel", layout.config)
+                if where and more._line(spec, spread).fits:
+                    return [f"train.parallel = {layout} fits{where}"]
+                for key, value in more._fitting(spec, spread):
+                    return [f"{key} = {value} with train.parallel = {layout} fits{where}"]
+            if where and more._line(spec, config).fits:
+                return [f"it fits{where}"]
+        return ["no setting tried makes it fit"]
+
+    def _fitting(self, spec: StageSpec, config: Any) -> Iterator[tuple[str, Any]]:
+        """Of each setting the first value with which a stage fits."""
+        for key, values in self._settings(spec, config).items():
+            for value in values:
+                plain = value.config if isinstance(value, Layout) else value
+                if self._line(spec, _changed(config, key, plain)).fits:
+                    yield key, json.dumps(value) if isinstance(value, str) else value
+                    break
+
+    def _settings(self, spec: StageSpec, config: Any) -> dict[str, list[Any]]:
+        """Values that take less memory, the nearest first, of the settings that a stage has."""
+        train, found = getattr(config, "train", None), {}
+        if train is not None:
+            found["train.parallel"] = self._layouts(spec, config)
+            least = 1 if isinstance(config, RolloutConfig) else train.sequence_length
+            found["train.microbatch_tokens"] = _halves(train.microbatch_tokens, least)
+            if train.dtype == "float32" and not isinstance(config, BLDConfig | CoupleConfig):
+                found["train.dtype"] = ["bfloat16"]
+        if getattr(config, "cosine", 0):
+            found["cosine"] = [0]
+        if isinstance(config, BLDConfig | CoupleConfig):
+            layers = config.layers_at_once or len(self.parent.blocks)
+            found["layers_at_once"] = _halves(layers, 1)
+        if "tensor" in type(config).model_fields:
+            least = self._ways([self.child or self.parent], config)
+            found["tensor"] = [n for n in (2, 4, 8, 16) if n > least]
+        for key in ("batch", "engine_batch", *([] if train else ["tokens", "microbatch_tokens"])):
+            if key in type(config).model_fields:
+                found[key] = _halves(getattr(config, key), 1)
+        return found
+
+    def _layouts(self, spec: StageSpec, config: Any) -> list[Layout]:
+        """The fastest that fits, beside what an engine holds, too."""
+        job = self.job(spec, config)
+        if job is None:
+            return []
+        held = [0.0]
+        if isinstance(config, RolloutConfig) and job.experience and job.experience.engine:
+            phases, _ = self._rollouts(config, best(job, self.cluster))
+            held.append(phases[0].parts.cache)
+        return [best(job, self.cluster, one).layout for one in held]
+
+
+def _halves(value: int, least: int) -> list[int]:
+    return [value >> i for i in range(1, 24) if value >> i >= least]
+
+
+def _changed(config: Any, key: str, value: Any) -> Any:
+    """A config with one key changed, or one key of its `train`."""
+    table, _, inner = key.rpartition(".")
+    if table:
+        value = getattr(config, table).model_copy(update={inner: value})
+    return config.model_copy(update={table or inner: value})
+
+
+def _phase(plan: Plan) -> Phase:
+    told = (
+        f"{count(plan.job.tokens)} tokens, {plan.time.total:.3g} s a step, MFU {plan.time.mfu:.0%}"
+    )
+    return Phase("training", plan.seconds, plan.parts, told)
+
+
+def parent_of(recipe: Recipe, config: Path | None) -> ModelConfig:
+    """The parent's config: given, read from its checkpoint, or built. Raises RecipeError."""
+    if config is not None:
+        return model_config(config)
+    table = next((spec.table for spec in recipe.stages if spec.stage == "parent"), None)
+    if table is None:
+        raise RecipeError("this recipe has no [parent]; give --config CONFIG.JSON")
+    if isinstance(path := table.get("path"), str):
+        if is_hub_id(path):
+            raise RecipeError(
+                f"the checkpoint {path} is not on this machine; give --config its config.json"
+            )
+        return load_config(path)
+    if not isinstance(table.get("architecture"), dict):
+        raise RecipeError("[parent] names no path; say parent.path=MODEL, or give --config")
+    shape = validate(ArchitectureConfig, table["architecture"], "parent.architecture")
+    data = next((spec.table for spec in recipe.stages if spec.stage == "data"), {})
+    wanted: Any = data.get("tokenizer")
+    size = 259 if wanted == "byte" else wanted.get("bpe") if isinstance(wanted, dict) else None
+    if not isinstance(size, int):
+        raise RecipeError("the vocabulary is not known before the data; give --config CONFIG.JSON")
+    return shape.model(size, None, ())
+
+
+def render(lines: Sequence[Line], price: float | None = None) -> str:
+    """A paragraph a stage, and the sum. price: of a GPU-hour."""
+    parts = [_rendered(line) for line in lines]
+    hours = sum(line.gpu_hours for line in lines)
+    worst = [line.name for line in lines if not line.fits]
+    verdict = f"{', '.join(worst)} do not fit" if worst else "all stages fit"
+    days = sum(line.seconds for line in lines) / 86_400
+    total = f"{verdict}: {days:.3g} days, {hours:,.0f} GPU-hours"
+    money = f", {price * hours:,.0f} at {price:g} a GPU-hour" if price else ""
+    return "\n".join([*parts, total + money])
+
+
+def _rendered(line: Line) -> str:
+    capacity, parts = line.cluster.device.memory, line.parts
+    held = f": {parts.total / GB:.1f} of {capacity / GB:.0f} GB a GPU" if parts.total else ""
+    verdict = "fits" if line.fits else "does not fit"
+    told = [f"[{line.name}]  {verdict} {line.cluster}{held}"]
+    if parts.total:
+        named = {k.replace("_", " "): v for k, v in asdict(parts).items() if v}
+        told.append(f"  memory    {', '.join(f'{k} {v / GB:.2g}' for k, v in named.items())}")
+    told += [f"  layout    {line.undivided}"] if line.undivided else []
+    told += [f"  advice    {one}" for one in line.advice]
+    if line.training is not None:
+        told.append(f"  layout    train.parallel = {line.training.layout}")
+    for one in line.phases:
+        more = f": {one.told}" if one.told else ""
+        told.append(f"  {one.name:<9} {clock(one.seconds)}{more}")
+    if line.seconds:
+        disk = f", {line.disk / GB:,.0f} GB on disk" if line.disk else ""
+        told.append(f"  in all    {line.gpu_hours:,.1f} GPU-hours{disk}")
+    if line.unknown:
+        told.append(f"  not known {line.unknown}")
+    return "\n".join(told)
