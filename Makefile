@@ -4,6 +4,7 @@
 # make check        ruff and pyright
 # make mutate       one-line errors put into the formulas: do the tests notice? A quarter of an hour
 # make bench        the comparisons in benchmarks/
+# make gpu          what a GPU shows, in 8 minutes; make gpu DEVICE=cpu: the same at toy sizes
 # make bfcl         what the tasks bfcl_* need, without the versions that it pins
 # make interop      the tests against stock vLLM, in an environment of its own
 
@@ -13,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BFCL := bfcl-eval==2026.3.23
 
-.PHONY: quickstart test test-slow rehearse check mutate bench bfcl interop venv-vllm venv-trl clean
+.PHONY: quickstart test test-slow rehearse check mutate bench gpu bfcl interop venv-vllm venv-trl clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -38,7 +39,11 @@ mutate: $(VENV)/installed-dev
 	$(BIN)/python tests/mutate.py
 
 bench: $(VENV)/installed-dev
-	set -e; for script in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+	set -e; for script in $(filter-out %/harness.py %/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+
+# In whatever environment is there: a machine with a GPU may have no network.
+gpu:
+	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(if $(DEVICE),--device $(DEVICE))
 
 bfcl: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps $(BFCL)

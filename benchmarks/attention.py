@@ -4,7 +4,8 @@
 
 Forward and backward of one layer's attention, 8 heads and 2 KV heads of size 64, a row, in fresh
 processes: in float32 on a CPU, in bfloat16 on a GPU. Rows: one document; four; one under a window
-of 1,024 tokens; a prompt of a quarter and three answers. Memory is the peak less the inputs'.
+of 1,024 tokens; a prompt of a quarter and three answers. Memory is the peak less the inputs';
+seconds are the CPU's.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def one_mask(q: Tensor, k: Tensor, v: Tensor, where: Context) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
 
 
-def side(case: str, way: str, tokens: int) -> None:
-    """Prints the MiB and seconds of one way."""
+def measured(case: str, way: str, tokens: int) -> Figures:
+    """The MiB and seconds of one way."""
     device = dist.device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     heads = (HEADS, KV_HEADS, KV_HEADS)
@@ -66,14 +67,19 @@ def side(case: str, way: str, tokens: int) -> None:
     small = [x[:, :64].clone().requires_grad_() for x in inputs]  # loads what a first call loads
     function(*small, context(case, 64)).sum().backward()
     inputs = [x.requires_grad_() for x in inputs]
-    before = memory_mb("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated() / 2**20
-    begun = time.perf_counter()
+    if device.type == "cpu":
+        before = memory_mb("VmRSS")
+    else:
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated() / 2**20
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    begun = clock()
     function(*inputs, where).backward(slope)
     assert inputs[0].grad is not None
     inputs[0].grad.sum().item()
-    seconds = time.perf_counter() - begun
-    peak = memory_mb() if device.type == "cpu" else torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({"mib": peak - before, "seconds": seconds}))
+    seconds = clock() - begun
+    most = memory_mb() if device.type == "cpu" else torch.accelerator.max_memory_allocated() / 2**20
+    return {"mib": most - before, "seconds": seconds}
 
 
 def row(case: str, tokens: int) -> Figures:
@@ -97,7 +103,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.side:
-        side(options.case, options.side, options.tokens[0])
+        print(json.dumps(measured(options.case, options.side, options.tokens[0])))
         return
     table([row(case, tokens) for case in CASES for tokens in options.tokens])
 

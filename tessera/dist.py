@@ -244,6 +244,23 @@ def gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> l
     return everyone
 
 
+def send(value: Tensor, to: int) -> torch.distributed.Work:
+    """Begins to send a tensor, which must stay as it is until the answer's `wait` returns."""
+    import torch.distributed
+
+    work = torch.distributed.isend(value, to)
+    assert work is not None
+    return work
+
+
+def receive(value: Tensor, source: int) -> Tensor:
+    """`value`, filled with what another process sends."""
+    import torch.distributed
+
+    torch.distributed.recv(value, source)
+    return value
+
+
 def on_main(compute: Callable[[], T], group: torch.distributed.ProcessGroup | None = None) -> T:
     """What the main process computes, or a group's first, in every process; what it raises is
     raised in all of them."""

@@ -46,9 +46,12 @@ def test_one_process_is_a_no_op():
     assert (dist.rank(), dist.world(), dist.is_main()) == (0, 1, True)
 
 
-def test_sums_are_the_same_everywhere_and_have_one_timeout(monkeypatch: pytest.MonkeyPatch):
+def test_sums_journals_and_the_timeout_are_the_same_everywhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     code = (
-        "import torch; from tessera import dist\n"
+        "import sys; from pathlib import Path; import torch; from tessera import dist\n"
+        "from tessera.runs.files import SharedJournal\n"
         "with dist.processes():\n"
         "    mine = torch.tensor([dist.rank() + 1.0, -dist.rank()])\n"
         "    print(dist.sum(mine).tolist(), dist.max(mine).tolist(), mine.tolist()[0],\n"
@@ -57,11 +60,22 @@ def test_sums_are_the_same_everywhere_and_have_one_timeout(monkeypatch: pytest.M
         "    groups[0] = torch.distributed.group.WORLD\n"
         "    every = (g._get_backend(torch.device('cpu')).options._timeout for g in groups)\n"
         "    print(*(int(one.total_seconds()) for one in every))\n"
+        "    for step in (1, 2):\n"
+        "        with SharedJournal(Path(sys.argv[1])) as rows:\n"
+        "            print(sorted(rows))\n"
+        "            rows.add(f'{dist.rank()}{step}', {'step': step})\n"
+        "            rows.add('same', {'step': step})\n"
+        "        dist.barrier()\n"
     )
     monkeypatch.setenv("TESSERA_TIMEOUT", "3")
-    first, second = run_ranks(code)
-    assert first == "[3.0, -1.0] [2.0, 0.0] 1.0 0 [0, 1]\n180 180 180\n"
-    assert second == "[3.0, -1.0] [2.0, 0.0] 2.0 0 [0, 1]\n180 180 180\n"
+    first, second = run_ranks(code, str(tmp_path / "rows.jsonl"))
+    alike = "180 180 180\n[]\n['01', '11', 'same']\n"
+    assert first == "[3.0, -1.0] [2.0, 0.0] 1.0 0 [0, 1]\n" + alike
+    assert second == "[3.0, -1.0] [2.0, 0.0] 2.0 0 [0, 1]\n" + alike
+    with SharedJournal(tmp_path / "rows.jsonl") as rows:  # which nobody has collected
+        assert sorted(rows) == ["01", "02", "11", "12", "same"] and len(rows) == 5
+        assert rows.get("12")["step"] == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
     monkeypatch.setenv("TESSERA_TIMEOUT", "soon")
     with pytest.raises(DeviceError, match="no number of minutes above 0; the default is 120"):
         dist.timeout()
@@ -78,23 +92,3 @@ def test_a_recipe_in_two_processes_is_written_once(tmp_path: Path):
     assert all(is_done(tmp_path / "r" / name) for name in ("data", "parent", "child"))
     assert read_json(tmp_path / "r" / "child", "value") == 3
     assert run_ranks(code, str(tmp_path), text) == ["['skip', 'skip', 'skip']\n"] * 2
-
-
-def test_a_journal_of_several_processes_has_the_rows_of_all_also_after_a_stop(tmp_path: Path):
-    code = (
-        "import sys; from pathlib import Path; from tessera import dist\n"
-        "from tessera.runs.files import SharedJournal\n"
-        "with dist.processes():\n"
-        "    for step in (1, 2):\n"
-        "        with SharedJournal(Path(sys.argv[1])) as rows:\n"
-        "            print(sorted(rows))\n"
-        "            rows.add(f'{dist.rank()}{step}', {'step': step})\n"
-        "            rows.add('same', {'step': step})\n"
-        "        dist.barrier()\n"
-    )
-    path = tmp_path / "rows.jsonl"
-    assert run_ranks(code, str(path)) == ["[]\n['01', '11', 'same']\n"] * 2
-    with SharedJournal(path) as rows:
-        assert sorted(rows) == ["01", "02", "11", "12", "same"] and len(rows) == 5
-        assert rows.get("12")["step"] == 2
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]

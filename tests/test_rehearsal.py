@@ -34,6 +34,7 @@ SIZES = {
     "evaluate_every": 1,
     "limit": 20,
     "tensor": 1,
+    "shard": 1,
     "context": 1,
     "pipeline": 1,
     "heldout": 0.2,

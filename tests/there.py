@@ -1,4 +1,4 @@
-"""What runs on the pretended device besides the stages: models, the engine, the server.
+"""What runs on the pretended device besides the stages: models, engine, server, `make gpu`.
 
 python -m tests.there RECIPE RUNS     the recipe's stages, then those; prints the operations of each
 """
@@ -106,6 +106,15 @@ def served(model: Path) -> None:
         assert one.thread.error is None
 
 
+def kit() -> None:
+    """The parts of `make gpu` that this device can run."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import gpu
+
+    for part in (gpu.parity, gpu.training, gpu.engine):
+        part()
+
+
 def main(recipe: str, runs: str) -> None:
     pretend.device()  # before the first backward, which counts the devices there are
     counts: dict[str, int] = {}
@@ -125,6 +134,7 @@ def main(recipe: str, runs: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             counted(f"models {dtype}", models, dtype)
             counted(f"engine {dtype}", engine, dtype)
+        counted("make gpu", kit)
     print(json.dumps(counts))
 
 

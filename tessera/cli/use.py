@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,6 +157,7 @@ def evaluate(
 
     The same command again asks only what is missing; more samples or items add to what is there.
     """
+    from tessera import dist
     from tessera.eval.evaluate import EvalConfig, evaluate
     from tessera.model.source import resolve
     from tessera.runs.files import Lock
@@ -176,11 +178,14 @@ def evaluate(
     }
     config = validate(EvalConfig, table, "eval")
     folder = out / Path(model).name
-    with computing(device, dtype), Lock(folder):
-        if rescore:
+    main = dist.is_main()  # of the processes that torchrun started, which share the questions
+    with computing(device, dtype), Lock(folder) if main else nullcontext(), dist.processes():
+        if rescore and main:
             (folder / "verdicts.jsonl").unlink(missing_ok=True)
         home = None if endpoint else resolve(model)
         rows, groups = evaluate(config, folder, home, seed, quiet=quiet)
+    if not main:
+        return
     if as_json:
         print_json({"eval": rows, "groups": groups})
     else:

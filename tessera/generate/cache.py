@@ -102,8 +102,8 @@ class Prefill:
             kv = self.layers[layer][:, : self.done]
         elif self.keep:  # the whole prompts in one pass
             self.layers[layer] = kv
-        own = q.flatten(1, 2).unflatten(0, shape)
-        out = attend_last(own, *kv.unbind(2), self.packed.config.sliding_window, scale=1.0)
+        own, (k, v) = q.flatten(1, 2).unflatten(0, shape), kv.unbind(2)
+        out = attend_last(own, k, v, self.packed.config.sliding_window, scale=1.0)
         return out.reshape(q.shape[0], -1)
 
     def prefix(self) -> Prefix:

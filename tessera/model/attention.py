@@ -63,8 +63,8 @@ def attend_last(
         ends = (torch.arange(rows + 1, device=q.device, dtype=torch.int32) for _ in range(2))
         queries, keys = (end * size for end, size in zip(ends, (count, length), strict=True))
         plan = _Sequences(None, queries, keys, count, length)
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        return plan.attend(*flat, window, scale).unflatten(0, (rows, count))
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return plan.attend(q, k, v, window, scale).unflatten(0, (rows, count))
     if count == length and (window is None or length <= window):
         return _sdpa(q, k, v, None, scale)
 
@@ -98,8 +98,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type != "cpu":
-        # Of GPUs' kernels that take float32 or a mask, none takes fewer KV heads than query heads:
-        # SDPA would fall back to products that hold all scores.
+        # SDPA's memory-efficient kernel, for float32 and masks, wants as many KV heads as query
+        # heads, and without it SDPA would hold all scores.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         grouped = False
     out = F.scaled_dot_product_attention(
@@ -202,6 +202,10 @@ def _last(before: Sequence[range], window: int | None) -> tuple[range, ...]:
     return tuple(span for span in reversed(kept) if span)
 
 
+def _indices(spans: Sequence[range]) -> Tensor:
+    return torch.cat([torch.arange(s.start, s.stop) for s in spans or [range(0)]])
+
+
 def _places(index: Tensor, context: Context) -> Tensor:
     """Where tokens of the flattened whole rows are among the keys, as `_all_parts` orders them."""
     if context.part is not None:
@@ -242,8 +246,7 @@ class _Sequences:
         counts = torch.tensor([[0, *row] for row in sizes], dtype=torch.int32)
         ends = counts.cumsum(1, dtype=torch.int32).to(context.positions.device)
         plain = context.part is None and not any(run.before for run in runs)
-        every = [torch.arange(span.start, span.stop) for run in spans for span in run]
-        keys = None if plain else _places(torch.cat(every), context)
+        keys = None if plain else _places(_indices(sum(spans, [])), context)
         return cls(keys, ends[0], ends[1], max(sizes[0]), max(sizes[1]))
 
     def attend(
@@ -271,34 +274,37 @@ class _Sequences:
 class _Group:
     """Runs of similar length as rows, padded at the end.
 
-    queries: `(N, T)` into the own tokens. keys: `(N, T)` into all keys, the same tokens. before:
-    `(N, P)` into all keys, of what stands before each run, padded at the end, and there: which of
-    it is no padding; None where nothing stands before any. positions: `(N, P + T)` of the keys.
+    queries: `(N, T)` into the own tokens. keys: `(N, P + T)` into all keys, what stands before each
+    run, padded, and the run. positions: theirs. before: `(N, P)`, what is no padding of it.
     """
 
     queries: Tensor
     keys: Tensor
-    before: Tensor | None = None
-    there: Tensor | None = None
-    positions: Tensor | None = None
+    positions: Tensor
+    before: Tensor
+
+    @classmethod
+    def of(cls, runs: Sequence[_Run], context: Context) -> _Group:
+        device = context.positions.device
+        queries, _ = _padded([[range(run.start, run.end)] for run in runs])
+        own, _ = _padded([run.keys()[-1:] for run in runs])
+        before, there = _padded([run.before for run in runs])
+        keys = torch.cat((before, own), 1)
+        positions = (context.part or context).positions.flatten()[keys.to(device)]
+        return cls(queries.to(device), _places(keys, context), positions, there.to(device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        q, k, v = _rows(q, self.queries), *(_rows(x, self._all_keys) for x in (k, v))
-        if self.before is None:
+        q, k, v = _rows(q, self.queries), _rows(k, self.keys), _rows(v, self.keys)
+        if not self.before.shape[1]:
             return attend_last(q, k, v, window)
-        return _masked(q, k, v, lambda *at: self._seen(*at, window), rows=len(q))
-
-    @property
-    def _all_keys(self) -> Tensor:
-        return self.keys if self.before is None else torch.cat((self.before, self.keys), 1)
+        return _masked(q, k, v, lambda a, b: self._seen(a, b, window), rows=len(q))
 
     def _seen(self, queries: slice, keys: slice, window: int | None) -> Tensor:
         """`(N, 1, queries, keys)`: what is there of `before`, and each token's own past."""
-        assert self.there is not None and self.positions is not None and keys.start == 0
-        first, device = self.there.shape[1], self.there.device
+        first, device = self.before.shape[1], self.before.device
         own = torch.arange(queries.start, queries.stop, device=device)
         past = own[:, None] >= torch.arange(keys.stop - first, device=device)
-        before = self.there[:, None].expand(-1, len(own), -1)
+        before = self.before[:, None].expand(-1, len(own), -1)
         seen = torch.cat((before, past.expand(len(before), -1, -1)), -1)
         if window is not None:
             at = self.positions[:, first + queries.start : first + queries.stop, None]
@@ -328,7 +334,7 @@ class _Rows:
             for row, run in enumerate(chosen):
                 place = offset + row * width
                 inverse[run.start : run.end] = torch.arange(place, place + run.end - run.start)
-            groups.append(_group(chosen, context))
+            groups.append(_Group.of(chosen, context))
             offset += len(chosen) * width
         return cls(tuple(groups), inverse.to(context.positions.device))
 
@@ -353,23 +359,9 @@ def _alike(runs: Sequence[_Run], slack: float = 0.75) -> Iterator[list[_Run]]:
         yield group
 
 
-def _group(runs: Sequence[_Run], context: Context) -> _Group:
-    device = context.positions.device
-    queries, _ = _padded([[range(run.start, run.end)] for run in runs])
-    own, _ = _padded([run.keys()[-1:] for run in runs])
-    keys = _places(own, context)
-    if not runs[0].before:
-        return _Group(queries.to(device), keys)
-    before, there = _padded([run.before for run in runs])
-    positions = (context.part or context).positions.flatten()[
-        torch.cat((before, own), 1).to(device)
-    ]
-    return _Group(queries.to(device), keys, _places(before, context), there.to(device), positions)
-
-
 def _padded(spans: Sequence[Sequence[range]]) -> tuple[Tensor, Tensor]:
     """A row of indices for each of the given spans, padded behind, and which are no padding."""
-    rows = [torch.cat([torch.arange(s.start, s.stop) for s in row]) for row in spans]
+    rows = [_indices(row) for row in spans]
     lengths = torch.tensor([len(row) for row in rows])
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), inside

@@ -270,18 +270,26 @@ class Checkpoint:
         return Checkpoint(self.config, {key: one.to(dtype) for key, one in self.tensors.items()})
 
     def fill(
-        self, module: nn.Module, dtype: torch.dtype | None, device: torch.device, prefix: str = ""
+        self,
+        module: nn.Module,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        prefix: str = "",
+        only: Callable[[str], bool] | None = None,
     ) -> None:
         """Give a module on the meta device copies of its tensors, spread as it is.
 
-        prefix: of its names here. dtype: None keeps what is stored.
+        prefix: of its names here. dtype: None keeps what is stored. only: names to read; the others
+        stay without memory.
         """
         module.load_state_dict(
             {
                 key: place(self.tensors[prefix + key].read(), like, dtype, device)
                 for key, like in module.state_dict().items()
+                if only is None or only(key)
             },
             assign=True,
+            strict=only is None,
         )
 
 
@@ -301,13 +309,15 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str | None = None,
     prepare: Callable[[Transformer], object] | None = None,
+    only: Callable[[str], bool] | None = None,
 ) -> Transformer:
     """A model of its own from a finished run, a Hugging Face directory, a hub id or a Checkpoint.
 
     frozen: no gradients, evaluation mode (teachers and references). dtype: None keeps what is
     stored. device: where this process computes, unless given. prepare: called with the module while
-    it has no memory yet; it may spread parameters over processes. Raises CheckpointError (files,
-    tensors) or ConfigError (`config.json`).
+    it has no memory yet; it may spread parameters over processes. only: parameters to read, by
+    name; the others stay without memory. Raises CheckpointError (files, tensors) or ConfigError
+    (`config.json`).
     """
     model = source if isinstance(source, Checkpoint) else open_model(source)
     with torch.device("meta"):
@@ -316,7 +326,7 @@ def load_model(
         module.requires_grad_(False).eval()
     if prepare is not None:
         prepare(module)
-    model.fill(module, dtype, torch.device(device or dist.device()))
+    model.fill(module, dtype, torch.device(device or dist.device()), only=only)
     return module
 
 

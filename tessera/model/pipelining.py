@@ -27,6 +27,7 @@ class Stage:
 
     number: int
     count: int
+    layers: range
     before: int
     after: int
     dtype: torch.dtype  # of hidden states
@@ -41,7 +42,8 @@ class Stage:
 
 
 def split_layers(config: ModelConfig, stages: int) -> list[range]:
-    """The layers of each stage, in order: the largest stage has as few parameters as can be."""
+    """The layers of each stage, in order: the largest stage has as few parameters as can be, and
+    none has none."""
     sizes = [sum(config.subblock_params(*one) for one in block) for block in config.blocks]
     for end in (0, -1):  # embedding and head
         sizes[end] += config.vocab_size * config.hidden_size
@@ -55,8 +57,9 @@ def split_layers(config: ModelConfig, stages: int) -> list[range]:
         options = []
         for cut in range(start + 1, len(sizes) - left + 2):
             largest, begins = best(cut, left - 1)
-            options.append((max(largest, until[cut] - until[start]), (start, *begins)))
-        return min(options)
+            if until[cut] > until[start]:
+                options.append((max(largest, until[cut] - until[start]), (start, *begins)))
+        return min(options, default=(until[-1], (start,)))
 
     begins = best(0, stages)[1]
     return [range(*pair) for pair in itertools.pairwise((*begins, len(sizes)))]
@@ -64,8 +67,7 @@ def split_layers(config: ModelConfig, stages: int) -> list[range]:
 
 def keep_stage(module: Transformer, stage: Stage) -> None:
     """Leave a module what belongs to a stage; names of parameters stay those of the whole model."""
-    own = split_layers(module.config, stage.count)[stage.number]
-    for layer in set(range(len(module.layers))) - set(own):
+    for layer in set(range(len(module.layers))) - set(stage.layers):
         module.layers[layer] = nn.Identity()
     if not stage.first:
         del module.embed_tokens
@@ -74,51 +76,56 @@ def keep_stage(module: Transformer, stage: Stage) -> None:
     module.stage = stage
 
 
-def receive(module: Transformer, tokens: Tensor) -> None:
+def receive(modules: Sequence[Transformer], tokens: Tensor) -> None:
     """Take in the hidden states of tokens `(B,T)` from the stage before."""
-    _trade(_receiving(_room(module, tokens), module))
+    _trade(_receiving([_room(module, tokens) for module in modules], modules))
 
 
-def send(module: Transformer, hidden: Tensor) -> None:
-    """Hand hidden states to the stage after."""
-    _trade([P2POp(isend, hidden.contiguous(), _stage(module).after)])
+def send(modules: Sequence[Transformer], states: Sequence[Tensor]) -> None:
+    """Hand each model's hidden states to the stage after."""
+    _trade(_sending(modules, states))
+
+
+# What a stage that is not the last makes of a microbatch: each model's hidden states, and its part
+# of the loss, if it has one.
+Forward = Callable[[int], tuple[Sequence[Tensor], Tensor | None]]
 
 
 def one_forward_one_backward(
-    module: Transformer, tokens: Sequence[Tensor], forward: Callable[[int], Tensor | None]
+    modules: Sequence[Transformer], tokens: Sequence[Tensor], forward: Forward
 ) -> None:
-    """The gradients of microbatches, of which at most as many are held as stages follow (1F1B).
+    """The first model's gradients of microbatches, of which at most as many are held as stages
+    follow (1F1B). modules: that one, and frozen ones whose states it is compared with.
 
-    forward: gives the hidden states of a microbatch; in the last stage it runs backward and gives
-    None.
+    forward: in the last stage it runs backward itself and gives no states.
     """
-    stage, held = _stage(module), deque[tuple[Tensor | None, Tensor | None]]()
+    stage = _stage(modules[0])
+    held = deque[tuple[Tensor | None, Sequence[Tensor], Tensor | None]]()
     ahead = min(len(tokens), stage.count - stage.number - 1)
-    into = _room(module, tokens[0])
-    _trade(_receiving(into, module))
+    into = [_room(module, tokens[0]) for module in modules]
+    _trade(_receiving(into, modules))
     for number in range(len(tokens) + ahead):
         upwards: list[P2POp] = []
         downwards: list[P2POp] = []
         slope = None
         if number < len(tokens):
-            out = forward(number)
-            held.append((into, out))
-            if out is not None:
-                upwards.append(P2POp(isend, out.detach().contiguous(), stage.after))
-        if number >= ahead and (out := held[0][1]) is not None:
-            slope = torch.empty_like(out, memory_format=torch.contiguous_format)
+            states, loss = forward(number)
+            held.append((into[0], states[:1], loss))
+            upwards += _sending(modules, states)
+        if number >= ahead and not stage.last:
+            slope = torch.empty_like(held[0][1][0], memory_format=torch.contiguous_format)
             upwards.append(P2POp(irecv, slope, stage.after))
         _trade(upwards)
         if number >= ahead:
-            before, after = held.popleft()
-            if after is not None:
-                after.backward(slope)
+            before, states, loss = held.popleft()
+            roots = [*states, *([] if loss is None else [loss])]
+            torch.autograd.backward(roots, [slope, None][: len(roots)])
             if before is not None:
                 assert before.grad is not None
                 downwards.append(P2POp(isend, before.grad.contiguous(), stage.before))
         if number + 1 < len(tokens):
-            into = _room(module, tokens[number + 1])
-            downwards += _receiving(into, module)
+            into = [_room(module, tokens[number + 1]) for module in modules]
+            downwards += _receiving(into, modules)
         _trade(downwards)
 
 
@@ -139,13 +146,19 @@ def _room(module: Transformer, tokens: Tensor) -> Tensor | None:
     return torch.empty(shape, dtype=stage.dtype, device=tokens.device)
 
 
-def _receiving(into: Tensor | None, module: Transformer) -> list[P2POp]:
-    """The module reads `into` next, and gradients reach it."""
-    if into is None:
-        return []
-    operation = P2POp(irecv, into, _stage(module).before)
-    module.incoming = into.requires_grad_(torch.is_grad_enabled())
-    return [operation]
+def _receiving(into: Sequence[Tensor | None], modules: Sequence[Transformer]) -> list[P2POp]:
+    """Each module reads what it gets next, and gradients reach that of the first."""
+    operations = []
+    for number, (module, state) in enumerate(zip(modules, into, strict=True)):
+        if state is not None:
+            operations.append(P2POp(irecv, state, _stage(module).before))
+            module.incoming = state.requires_grad_(number == 0 and torch.is_grad_enabled())
+    return operations
+
+
+def _sending(modules: Sequence[Transformer], states: Sequence[Tensor]) -> list[P2POp]:
+    after = _stage(modules[0]).after
+    return [P2POp(isend, state.detach().contiguous(), after) for state in states]
 
 
 def _trade(operations: list[P2POp]) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ from tessera import dist
 from tessera.model.checkpoint import Checkpoint, load_model
 from tessera.model.config import ModelConfig
 from tessera.model.parallel import held_params, split_model
-from tessera.model.pipelining import Stage, keep_stage
+from tessera.model.pipelining import Stage, keep_stage, split_layers
 from tessera.model.placed import DtypeName
 from tessera.model.placed import PlacedConfig as PlacedConfig
 from tessera.model.source import load_config
@@ -54,8 +55,8 @@ class LayoutError(RunError):
 
 
 PIPELINED = (
-    "parallel.pipeline applies to stages that train one model on documents (parent, cpt, sft); "
-    "leave it at 1 here"
+    "parallel.pipeline applies to stages that train on documents (parent, cpt, sft, kd); leave it "
+    "at 1 here"
 )
 
 
@@ -68,7 +69,7 @@ class ParallelConfig(BaseModel):
     context: processes that share each row, a part of its tokens each, for rows whose activations
         do not fit one; every layer gathers the keys and values of the whole row.
     pipeline: stages of as many layers each as balance their parameters, for models that exceed a
-        machine; `parent`, `cpt` and `sft` train so.
+        machine; `parent`, `cpt`, `sft` and `kd` train so.
     gradient_checkpointing: blocks run again in the backward pass, for less memory; "selective"
         keeps what attention and every second product gave.
     offload: parameters, gradients and moments stay in the machine's memory; the accelerator holds
@@ -135,11 +136,12 @@ class Layout:
         """How many processes hold parts of one stage of a pipeline."""
         return self.replicate * self.shard * self.tensor
 
-    def stage(self, dtype: torch.dtype) -> Stage:
+    def stage(self, config: ModelConfig, dtype: torch.dtype) -> Stage:
         """That of this process; dtype: of hidden states."""
         number = self.rank // self.stage_world
+        layers = split_layers(config, self.pipeline)[number]
         around = self.rank - self.stage_world, self.rank + self.stage_world
-        return Stage(number, self.pipeline, *around, dtype)
+        return Stage(number, self.pipeline, layers, *around, dtype)
 
     @property
     def leads(self) -> bool:
@@ -172,11 +174,11 @@ class Layout:
         dist.barrier()  # which waits longer than a gathering does
         return {key: row for one in dist.gather(rows) for key, row in one.items()}
 
-    def sum(self, value: Tensor) -> Tensor:
+    def sum(self, value: Tensor, every_stage: bool = False) -> Tensor:
         """The sum over the data of all processes; those of a tensor group say the same thing, and
-        of a pipeline the last stage is asked."""
-        last = self.rank // self.stage_world == self.pipeline - 1
-        total = dist.sum(value if last else torch.zeros_like(value))
+        of a pipeline the last stage is asked, or every one."""
+        asked = every_stage or self.rank // self.stage_world == self.pipeline - 1
+        total = dist.sum(value if asked else torch.zeros_like(value))
         return total if self.tensor == 1 else total / self.tensor
 
     def mesh(self) -> DeviceMesh:
@@ -230,20 +232,26 @@ class Placement:
         plain = self.dtype == torch.float32 and not self.config.offload
         return self.shards and (dist.world() > 1 or not plain)
 
-    def load(self, source: str | Path | Checkpoint, *, frozen: bool = False) -> Transformer:
-        """A model from disk, placed; each process reads the parts that are its own."""
-        dtype = self.dtype if frozen else torch.float32
-        if frozen and self.config.pipeline > 1:
-            raise LayoutError(PIPELINED)
-        device = dist.HOST if self.config.offload else dist.device()
-        return load_model(
-            source, frozen=frozen, dtype=dtype, device=device, prepare=self.transformer
-        )
+    def load(
+        self,
+        source: str | Path | Checkpoint,
+        *,
+        frozen: bool = False,
+        beside: Transformer | None = None,
+    ) -> Transformer:
+        """A model from disk, placed; each process reads the parts that are its own.
 
-    def transformer(self, module: Transformer) -> Transformer:
+        beside: a model of as many layers, of which the same are here.
+        """
+        dtype = self.dtype if frozen else torch.float32
+        prepare = partial(self.transformer, beside=beside)
+        device = dist.HOST if self.config.offload else dist.device()
+        return load_model(source, frozen=frozen, dtype=dtype, device=device, prepare=prepare)
+
+    def transformer(self, module: Transformer, beside: Transformer | None = None) -> Transformer:
         """The same module with its parameters spread over the processes."""
         if self.config.pipeline > 1:
-            self._keep_stage(module)
+            self._keep_stage(module, beside)
         for block in module.blocks:
             block.gradient_checkpointing = self.config.gradient_checkpointing
         self.split(module, module.config)
@@ -256,13 +264,18 @@ class Placement:
             self._shard(module, reshard_after_forward=False)
         return module
 
-    def _keep_stage(self, module: Transformer) -> None:
-        count, layers = self.config.pipeline, len(module.layers)
-        if module.config.tie_word_embeddings:
+    def _keep_stage(self, module: Transformer, beside: Transformer | None) -> None:
+        count, config = self.config.pipeline, module.config
+        if config.tie_word_embeddings:
             raise LayoutError("parallel.pipeline needs a head of its own; this model's is tied")
-        if count > layers:
-            raise LayoutError(f"parallel.pipeline = {count} is more than the {layers} layers")
-        keep_stage(module, self.layout.stage(self.dtype))
+        full = sum(any(config.subblock_params(*one) for one in block) for block in config.blocks)
+        if count > full:
+            raise LayoutError(
+                f"parallel.pipeline = {count} is more than the {full} layers that have parameters"
+            )
+        stage = self.layout.stage(module.config, self.dtype) if beside is None else beside.stage
+        assert stage is not None
+        keep_stage(module, stage)
 
     def split(self, module: nn.Module, config: ModelConfig) -> None:
         """Gives each process of a tensor group its heads and channels of every subblock there."""
@@ -270,16 +283,10 @@ class Placement:
             split_model(module, config, mesh)
 
     def units(self, units: Iterable[nn.Module]) -> None:
-        """Independent modules, each called on its own, spread over the processes.
-
-        Raises LayoutError for another layout: they are split over the data alone.
-        """
-        if max(self.config.tensor, self.config.context, self.config.pipeline) > 1:
-            raise LayoutError(
-                "parallel.tensor, parallel.context and parallel.pipeline do not apply to "
-                "block-wise distillation, whose units are small; leave them at 1"
-            )
-        if self.needed:
+        """Independent modules, each called on its own, spread over the data; processes of a tensor
+        group have modules of their own."""
+        plain = self.dtype == torch.float32 and not self.config.offload
+        if self.layout.data_world > 1 or not plain:
             sharded = [self._shard(unit) for unit in units if any(True for _ in unit.parameters())]
             share_streams(sharded)
 

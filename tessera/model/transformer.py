@@ -151,11 +151,9 @@ class Transformer(nn.Module):
         states, length = self.hidden_states(tokens, context), tokens.shape[1]
         if output_hidden_states:
             kept = list(states)
-            return self._whole(self.norm(kept[-1]), length), [self._whole(x, length) for x in kept]
+            return self._output(kept[-1], length), [self._whole(x, length) for x in kept]
         *_, last = states
-        if self.stage is not None and not self.stage.last:
-            return last
-        return self._whole(self.norm(last), length)
+        return self._output(last, length)
 
     def hidden_states(self, tokens: Tensor, context: Context | None = None) -> Iterator[Tensor]:
         """The residual stream entering layer 0, 1, …, L-1, and leaving the last: `(B,T,C)`, or this
@@ -168,6 +166,12 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, context)
             yield x
+
+    def _output(self, last: Tensor, length: int) -> Tensor:
+        """Normalised, of all tokens; of a pipeline's earlier stage what goes to the next."""
+        if self.stage is not None and not self.stage.last:
+            return last
+        return self._whole(self.norm(last), length)
 
     def _whole(self, x: Tensor, length: int) -> Tensor:
         """The residual stream of all tokens."""

@@ -25,7 +25,7 @@ from tessera.runs.files import RunError
 from tessera.runs.plan import Step
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, is_done, read_json
-from tessera.train.engine import Objective, Stats, Trainer, context_of
+from tessera.train.engine import Objective, Passed, Stats, Trainer, context_of
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence
 from tessera.train.optim import DocumentTrainConfig
 
@@ -53,22 +53,16 @@ class KDConfig(Config):
 class KD(Objective):
     """The child learns the distribution of `parent`, which is frozen and a load of its own."""
 
+    pipelined = True
+
     def __init__(self, parent: Transformer, config: KDConfig) -> None:
         self.parent = self.frozen = parent
         self.config = config
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, Transformer)
-        with torch.no_grad():
-            parent, theirs = self.parent(batch.tokens, context_of(batch), output_hidden_states=True)
-        hidden, ours = module(batch.tokens, context_of(batch), output_hidden_states=True)
-        weight = batch.weight
-        cosine = weight.new_zeros(())
-        if self.config.cosine:
-            for state, target in zip(ours[1:], theirs[1:], strict=True):
-                cosine = cosine + hidden_cosine(state, target, weight)
-        del ours, theirs
-        hidden, flat = hidden.flatten(0, 1), weight.flatten()
+        hidden, parent, cosine = self._compared(module, batch)
+        hidden, flat = hidden.flatten(0, 1), batch.weight.flatten()
         kl = kl_divergence(hidden, module.head, parent.flatten(0, 1), self.parent.head, flat)
         loss, stats = kl + self.config.cosine * cosine, {"kl": kl.detach()}
         if self.config.cosine:
@@ -77,6 +71,24 @@ class KD(Objective):
             lm = cross_entropy(hidden, module.head, batch.labels.flatten(), flat)
             loss, stats["lm"] = loss + self.config.lm * lm, lm.detach()
         yield loss, stats
+
+    def passed_on(self, module: Transformer, batch: Batch) -> Passed:
+        hidden, parent, cosine = self._compared(module, batch)
+        states = [hidden, parent]
+        if not self.config.cosine:
+            return states, None, {}
+        return states, self.config.cosine * cosine, {"cosine": cosine.detach()}
+
+    def _compared(self, module: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the layers that are here give of child and parent, and Σ w·(1 - cos) over them."""
+        with torch.no_grad():
+            parent, theirs = self.parent(batch.tokens, context_of(batch), output_hidden_states=True)
+        hidden, ours = module(batch.tokens, context_of(batch), output_hidden_states=True)
+        cosine = batch.weight.new_zeros(())
+        if self.config.cosine:
+            for state, target in zip(ours[1:], theirs[1:], strict=True):
+                cosine = cosine + hidden_cosine(state, target, batch.weight)
+        return hidden, parent, cosine
 
 
 def raced(config: KDConfig, model: Path) -> KDConfig:
@@ -99,7 +111,7 @@ def stage(config: KDConfig, run: Run, inputs: dict[str, Path]) -> None:
     if config.lr_from:
         run.say(f"lr {config.train.lr:g}, from {config.lr_from}; train.lr = {own:g} is not used")
     child = config.train.placement.load(inputs["model"])
-    parent = config.train.placement.load(inputs["teacher"], frozen=True)
+    parent = config.train.placement.load(inputs["teacher"], frozen=True, beside=child)
     source = training_documents(inputs["data"], config.train, run)
     heldout = Heldout(LM(), child, inputs["data"], config.train, run.seed)
     Trainer(child, KD(parent, config), source, config.train, run, heldout).fit()

@@ -23,8 +23,8 @@ from tessera.devices import GB
 from tessera.eval.evaluate import EvalConfig
 from tessera.export.write import ExportConfig
 from tessera.model.config import GQA, ModelConfig
-from tessera.model.parallel import held_params, splits
-from tessera.model.placement import ROOM, TRAINED_BYTES, fewest
+from tessera.model.parallel import held_params, split_params, splits
+from tessera.model.placement import ROOM, TRAINED_BYTES, LayoutError, fewest
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
@@ -50,7 +50,7 @@ from tessera.puzzle.compare import CompareConfig
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.fuse import FuseConfig
-from tessera.puzzle.library import ChildConfig, layer_groups
+from tessera.puzzle.library import ChildConfig
 from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
 from tessera.puzzle.race import RaceConfig
 from tessera.puzzle.roofline import Serving, layer_seconds, model_seconds
@@ -76,6 +76,7 @@ COPY = 1 * GB
 CHECKED = {MathReward: 16.0, CodeReward: 22.0}
 CHECKED_ELSE = 5000.0
 ITEMS = 500
+PACKED = 0.7  # share of a model's weights that an engine lays out anew (generate/packed.py)
 TOKENISED = 4.6e6  # bytes of text a CPU second (`benchmarks/results/data-cpu.md`, Llama 3)
 
 
@@ -210,8 +211,7 @@ class Planner:
                 return Job(spec.name, train, student=parent)
             case BLDConfig() | CoupleConfig():
                 keys = tuple(self._units(spec, config))
-                groups = layer_groups(keys, config.layers_at_once)
-                return Job(spec.name, config.train, None, parent, units=keys, passes=len(groups))
+                return Job(spec.name, config.train, None, parent, units=keys, local=config)
             case RaceConfig():
                 names = spec.table.get("searches", [])
                 candidates = sum(self._found(str(name)) for name in names) or 1
@@ -264,10 +264,10 @@ class Planner:
     # Trainings
 
     def _trained(self, line: Line, config: Any, job: Job) -> Line:
-        layout = layout_of(config.train.parallel, self.cluster)
-        if layout is None:
-            given = f"train.parallel: {config.train.parallel!r}"
-            return replace(line, undivided=f"{given} does not divide {self.cluster.world} devices")
+        try:
+            layout = layout_of(job, self.cluster)
+        except LayoutError as error:
+            return replace(line, undivided=str(error))
         plan = planned(job, self.cluster, layout)
         phases, unknown = [_phase(plan)], ""
         if isinstance(config, BLDConfig | CoupleConfig):
@@ -278,11 +278,12 @@ class Planner:
         return replace(line, phases=tuple(phases), training=plan, unknown=unknown)
 
     def _calibration(self, config: BLDConfig | CoupleConfig, plan: Plan) -> Phase:
-        """The parent's passes over the calibration; every process has all of them."""
+        """Batches pass through the ranges of layers one behind the other, twice; every group of
+        processes has all of them."""
         train, tokens = config.train, config.calibration_tokens
-        ways = plan.layout.tensor
-        one = self._pass(self.parent, train.microbatch_tokens, train.sequence_length, ways)
-        seconds = math.ceil(tokens / train.microbatch_tokens) * 2 * one
+        one = self._pass(self.parent, train.microbatch_tokens, train.sequence_length, 1)
+        batches = math.ceil(tokens / train.microbatch_tokens)
+        seconds = 2 * one * (1 + (batches - 1) / plan.layout.shard)
         parts = replace(plan.parts, gradients=0.0, moments=0.0, units_whole=0.0, weights=0.0)
         return Phase("calibration", seconds, parts, f"{count(tokens)} tokens")
 
@@ -294,7 +295,13 @@ class Planner:
         if not own.engine:
             return [], f"the answers of {rollouts} rollouts of {own.written:,}, which vLLM writes"
         answered = self._answering(
-            job.student, own.written, own.length, config.engine_batch, own.engine, job.train.dtype
+            job.student,
+            own.written,
+            own.length,
+            config.engine_batch,
+            own.engine,
+            job.train.dtype,
+            loaded=False,
         )
         state = {part: getattr(plan.parts, part) for part in ("weights", "gradients", "moments")}
         parts = replace(answered.parts, weights=0.0, engine=answered.parts.weights)
@@ -319,10 +326,10 @@ class Planner:
             return given
         least, room = 1, ROOM * self.cluster.device.memory
         if isinstance(config, RolloutConfig):
-            layout = layout_of(config.train.parallel, self.cluster)
-            if layout is not None:
-                least = layout.tensor
-                room -= TRAINED_BYTES * models[0].num_params() / (layout.shard * layout.tensor)
+            parallel = config.train.parallel
+            least = parallel.tensor
+            shard = parallel.shard or self.cluster.world // least
+            room -= TRAINED_BYTES * models[0].num_params() / (shard * least)
         size, world = BYTES[self._dtype(config)], self.cluster.world
         # Where no number of processes will do, the stage ends; of one machine's its memory is told.
         return fewest(models, size, world, room, least) or self.cluster.gpus
@@ -351,7 +358,7 @@ class Planner:
         variants = [variant for block in widest.blocks for variant in (block.attention, block.ffn)]
         return self._reserved(
             weights=size * sum(held_params(model, ways) for model in models),
-            units_whole=held,
+            beside=held,
             activations=size * n * working(widest, variants, ways),
             loss=loss_bytes(widest, n, size, len(models) > 1, True),
         )
@@ -383,9 +390,19 @@ class Planner:
         return Phase("reading", rounds * seconds, replace(parts, states=states), told)
 
     def _answering(
-        self, model: ModelConfig, answers: int, length: int, most: int, ways: int, dtype: str
+        self,
+        model: ModelConfig,
+        answers: int,
+        length: int,
+        most: int,
+        ways: int,
+        dtype: str,
+        loaded: bool = True,
     ) -> Phase:
-        """An engine of `ways` devices in every group of them, at most `most` answers at a time."""
+        """An engine of `ways` devices in every group of them, at most `most` answers at a time.
+
+        loaded: from disk, not from the policy.
+        """
         own = math.ceil(answers / max(1, self.cluster.world // ways))
         batch = min(own, most)
         serving = self._serving(dtype, ways)
@@ -403,6 +420,9 @@ class Planner:
             cache=size * scenario.cached_tokens * 2 * model.head_dim * heads,
             activations=size * batch * PROMPT * working(model, variants, ways),
         )
+        # An engine lays the weights out while the model that it takes them from is there.
+        both = replace(parts, cache=0.0, activations=0.0, beside=PACKED * parts.weights)
+        parts = max(parts, both, key=lambda one: one.total) if loaded else parts
         told = f"{length:,} tokens each, {batch} at a time on {ways} GPU{'s' * (ways > 1)}"
         return Phase("answering", own / batch * (prefill + length * step), parts, told)
 
@@ -462,29 +482,30 @@ class Planner:
         return [], "" if spec.stage in ("search", "cost") else "what it takes"
 
     def _fusing(self, config: FuseConfig, model: ModelConfig) -> Phase:
-        """The dependency matrix: each FFN-only block left out, and all behind it again."""
-        ways = self._ways([model, model], config)
+        """The dependency matrix: each FFN-only block left out, and all behind it again. What could
+        be fused is there a second time while both are measured."""
+        ways, size = self._ways([model], config), BYTES[self._dtype(config)]
         one = self._pass(model, config.microbatch_tokens, config.sequence_length, ways)
         batches = math.ceil(config.tokens / config.microbatch_tokens)
         seconds = batches * one * (len(model.blocks) / 2 + 2) * ways / self.cluster.world
-        return Phase("reading", seconds, self._read([model, model], config, 0.0))
+        alone = [block for block in model.blocks if not isinstance(block.attention, GQA)]
+        fused = sum(split_params(model, block, ways) for block in alone)
+        packed = PACKED * held_params(model, ways)
+        return Phase("reading", seconds, self._read([model], config, size * (fused + packed)))
 
     def _comparing(self, config: CompareConfig, models: list[ModelConfig]) -> Phase:
-        ways = self._ways(models, config)
+        ways, size = self._ways(models, config), BYTES[self._dtype(config)]
         one = sum(
             self._pass(model, config.microbatch_tokens, config.sequence_length, ways)
             for model in models
         )
         batches = math.ceil(config.tokens / config.microbatch_tokens)
-        timed = sum(
-            prefill + config.scenario.new * step
-            for prefill, step in (
-                model_seconds(model, config.scenario, self._serving("bfloat16", ways))
-                for model in models
-            )
-        )
+        serving = self._serving("bfloat16", ways)
+        rounds = [model_seconds(model, config.scenario, serving) for model in models]
+        timed = sum(prefill + config.scenario.new * step for prefill, step in rounds)
         seconds = batches * 2 * one * ways / self.cluster.world + (config.rounds + 1) * 2 * timed
-        return Phase("reading", seconds, self._read(models, config, 0.0))
+        packed = size * PACKED * max(held_params(model, ways) for model in models)
+        return Phase("reading", seconds, self._read(models, config, packed))
 
     def _copying(self, model: ModelConfig, times: int = 2) -> Phase:
         return Phase("copying", times * self._bytes(model) / COPY)
@@ -539,9 +560,11 @@ class Planner:
         train, found = getattr(config, "train", None), {}
         if train is not None:
             found["train.parallel"] = self._layouts(spec, config)
-            least = 1 if isinstance(config, RolloutConfig) else train.sequence_length
+            least = train.sequence_length
+            if isinstance(config, RolloutConfig):  # a row holds an answer, or a pair of them
+                least = PROMPT + config.max_tokens * (2 if isinstance(config, RPOConfig) else 1)
             found["train.microbatch_tokens"] = _halves(train.microbatch_tokens, least)
-            if train.dtype == "float32" and not isinstance(config, BLDConfig | CoupleConfig):
+            if train.dtype == "float32":
                 found["train.dtype"] = ["bfloat16"]
         if getattr(config, "cosine", 0):
             found["cosine"] = [0]

@@ -16,29 +16,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from tessera import dist
 from tessera.devices import GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
 from tessera.model.parallel import held_params, root_params, split_params
-from tessera.model.placement import ParallelConfig
+from tessera.model.placement import LayoutError, ParallelConfig
 from tessera.model.source import load_config
 from tessera.puzzle.bld import (
     BLDConfig,
     CoupleConfig,
     LocalConfig,
     Memory,
-    kept_numbers,
     largest_pairs,
     training_memory,
     unit_params,
     units_of,
 )
-from tessera.puzzle.library import layer_groups, union
+from tessera.puzzle.library import union
+from tessera.puzzle.ranges import by_range, split_layers, units_cost
 from tessera.puzzle.space import Space, Unit, read_space
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Input, Step, maker
 from tessera.runs.run import is_done
-from tessera.train.flops import Work, block_cost, kept, model_cost, subblock_cost, working
+from tessera.train.flops import Work, block_cost, kept, model_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig
 
@@ -59,7 +60,7 @@ def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:
         if (space := _library_space(step.inputs["library"], steps)) is None:
             return None
         keys = largest_pairs(config, space, parent, step.name)
-    return training_memory(parent, keys, config.layers_at_once, config.train.microbatch_tokens)
+    return training_memory(parent, keys, config, dist.world())
 
 
 def _parent(step: Step, steps: Sequence[Step]) -> ModelConfig | None:
@@ -147,8 +148,9 @@ PROMPT = 256
 class Experience:
     """groups of a step, answers of a group that are learnt from, tokens of an answer and a prompt.
 
-    engine: processes that hold weights to answer with together, 0 where vLLM or files do. written:
-    answers of a rollout, 0 from files.
+    engine: processes that hold weights to answer with together, 0 where vLLM or files do; it sleeps
+    while the policy trains, but where it answers `ahead`. written: answers of a rollout, 0 from
+    files.
     """
 
     groups: int
@@ -157,6 +159,7 @@ class Experience:
     prompt: int
     engine: int
     written: int
+    ahead: bool
 
     @property
     def tokens(self) -> int:
@@ -192,7 +195,7 @@ def experience(config: RolloutConfig) -> Experience:
     length = min(config.max_tokens, row)
     prompt = max(1, min(PROMPT, row - length + 1))
     engine = int(bool(written) and config.engine == "tessera")
-    return Experience(groups, answers, length, prompt, engine, written)
+    return Experience(groups, answers, length, prompt, engine, written, bool(config.staleness))
 
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -249,6 +252,7 @@ class Parts:
     cache: float = 0.0
     states: float = 0.0
     units_whole: float = 0.0
+    beside: float = 0.0
     reserve: float = 0.0
 
     @property
@@ -282,7 +286,8 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     numbers += working(student, variants, ways) + (states if job.states else 0)
     sharded = layout.data > 1 or train.dtype != "float32"
     teacher = gathered = 0.0
-    engine = job.experience.engine if job.experience else 0
+    own = job.experience
+    engine = own.engine if own and own.ahead else 0
     if job.teacher:
         teacher = size * held_params(job.teacher, ways) / layout.shard
         teacher += _gathered(job.teacher, ways, size) if sharded else 0.0
@@ -344,20 +349,28 @@ def loss_bytes(config: ModelConfig, tokens: int, size: int, two: bool, accelerat
 
 
 def _units(job: Job, layout: Layout) -> Parts:
-    """Block-wise distillation: float32, units of the largest group of layers, sharded parent."""
-    parent, sharded = job.config, layout.data > 1
-    layers = len({layer for layer, _, _ in job.units})
-    groups = layer_groups(job.units, -(-layers // job.passes))
-    units = max(sum(unit_params(parent, kind, word) for _, kind, word in g) for g in groups)
-    teacher = 4 * parent.num_params() / layout.shard
+    """Block-wise distillation, as `training_memory` counts it."""
+    found = _library(job, layout)
     return Parts(
-        weights=4 * units / layout.shard,
-        gradients=4 * units / layout.shard,
-        moments=8 * units / layout.shard,
-        teacher=teacher + (_gathered(parent, 1, 4) if sharded else 0.0),
-        activations=4 * job.train.microbatch_tokens * kept_numbers(parent, job.units),
-        units_whole=4 * units if sharded else 0.0,
+        weights=found.states / 4,
+        gradients=found.states / 4,
+        moments=found.states / 2,
+        teacher=found.parent,
+        activations=found.activations,
+        units_whole=found.gathered,
     )
+
+
+def _library(job: Job, layout: Layout) -> Memory:
+    return training_memory(job.config, job.units, _library_config(job, layout), layout.data)
+
+
+def _library_config(job: Job, layout: Layout) -> LocalConfig:
+    """`layout.shard` processes hold the layers between them."""
+    assert job.local is not None
+    parallel = ParallelConfig(shard=layout.shard)
+    train = job.train.model_copy(update={"parallel": parallel})
+    return job.local.model_copy(update={"train": train})
 
 
 NAMES = {"bfloat16": "bf16", "float32": "fp32"}  # torch's, and the data sheets'
@@ -382,11 +395,12 @@ class StepTime:
     update: float
     flops: float
     peak: float
+    fill: float = 0.0
 
     @property
     def total(self) -> float:
         here = max(self.products + self.passes, self.sharding)
-        return here + self.tensor + self.context + self.update
+        return here + self.tensor + self.context + self.update + self.fill
 
     @property
     def mfu(self) -> float:
@@ -396,11 +410,14 @@ class StepTime:
 def microbatches(job: Job, layout: Layout) -> int:
     """Microbatches that each process runs a step: the last may be short on some."""
     train = job.train
-    return math.ceil(train.tokens_per_step / train.microbatch_tokens / layout.rows)
+    readers = layout.replicate if job.units else layout.rows
+    return math.ceil(train.tokens_per_step / train.microbatch_tokens / readers)
 
 
 def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     """The roofline of one optimizer step."""
+    if job.units:
+        return _library_time(job, layout, cluster)
     device, train = cluster.device, job.train
     best = device.peak[NAMES[train.dtype]] * cluster.world
     flops = done = job.flops()
@@ -443,11 +460,43 @@ def _update(job: Job, layout: Layout, cluster: Cluster) -> float:
     return UPDATE * trained * cluster.gpus / HOST_MEMORY + 8 * trained / BUS
 
 
+def _library_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
+    """Of the process whose layers take longest; its first microbatch has passed through the layers
+    of all others before."""
+    device, train, parent = cluster.device, job.train, job.config
+    size, rounds = BYTES[train.dtype], microbatches(job, layout)
+    local = _library_config(job, layout)
+    ranges = split_layers(parent, job.units, local.train.parallel, layout.data)
+    work = replace(job, train=train.model_copy(update={"tokens_per_step": train.microbatch_tokens}))
+    blocks = [block_cost(parent, layer).forward(work.work()) for layer in range(len(parent.blocks))]
+    own = by_range(job.units, ranges)
+    flops = [
+        sum(blocks[i] for i in layers) + units_cost(parent, units).forward(work.work()) / job.passes
+        for layers, units in zip(ranges, own, strict=True)
+    ]
+    most = max(range(len(ranges)), key=lambda number: flops[number])
+    words = [parse(word) for unit in own[most] for _, word in unit.parts]
+    numbers = sum(_numbers(parent, word) for word in words) / job.passes
+    trained = sum(unit_params(parent, *unit[1:]) for unit in own[most]) / job.passes
+    share, peak = 1 / layout.replicate, device.peak[NAMES[train.dtype]]
+    rate, link = peak * device.training, cluster.link(cluster.world)
+    return StepTime(
+        products=rounds * flops[most] / rate,
+        passes=rounds * 3 * numbers * size * train.microbatch_tokens / device.rate(),
+        sharding=rounds * (1 - share) * (size + 4) * trained / link,
+        tensor=0.0,
+        context=0.0,
+        update=UPDATE * trained * share / device.rate(),
+        flops=job.flops(),
+        peak=peak * cluster.world,
+        fill=(sum(blocks) - sum(blocks[i] for i in ranges[most])) / rate,
+    )
+
+
 def _trained(job: Job, layout: Layout) -> float:
     """Parameters trained on one tensor-parallel process, before shards."""
-    if job.student is not None:
-        return held_params(job.student, layout.tensor)
-    return sum(unit_params(job.config, kind, word) for _, kind, word in job.units) / job.passes
+    assert job.student is not None
+    return held_params(job.student, layout.tensor)
 
 
 def _passed(job: Job, layout: Layout) -> float:
@@ -460,9 +509,7 @@ def _passed(job: Job, layout: Layout) -> float:
             blocks = model.blocks
             numbers = sum(_numbers(model, b.attention) + _numbers(model, b.ffn) for b in blocks)
             total += times * numbers * size
-            total += 4 * HEAD_PASSES * model.vocab_size if job.student is not None else 0
-    for _, _, word in job.units:
-        total += 3 * _numbers(job.config, parse(word)) * size / job.passes
+            total += 4 * HEAD_PASSES * model.vocab_size
     return total * tokens
 
 
@@ -485,8 +532,7 @@ def _sharding(job: Job, layout: Layout, cluster: Cluster) -> float:
     size, rounds = BYTES[job.train.dtype], microbatches(job, layout)
     trained, shard = _trained(job, layout), layout.shard
     share, link = (shard - 1) / shard, cluster.link(shard * layout.tensor)
-    again = 2 if job.student is not None else 0  # forward and backward; units stay gathered
-    moved = (again * size + 4) * trained * share / link
+    moved = (2 * size + 4) * trained * share / link
     if job.teacher is not None:
         moved += size * held_params(job.teacher, layout.tensor) * share / link
     if layout.replicate > 1:
@@ -517,9 +563,9 @@ def _tensor(job: Job, layout: Layout, cluster: Cluster) -> float:
 class Job:
     """A training of `student` (with a frozen `teacher`, perhaps), or of units of the teacher.
 
-    passes: how often the data is gone through, a group of layers each. states: the teacher's
-    residual streams are kept for a loss on them. heats: steps of each training of a race.
-    experience: what a policy writes itself; `teacher` is its reference.
+    states: the teacher's residual streams are kept for a loss on them. heats: steps of each
+    training of a race. experience: what a policy writes itself; `teacher` is its reference. local:
+    the settings of `units`; passes: how often their data is gone through, some layers each.
     """
 
     name: str
@@ -528,6 +574,7 @@ class Job:
     teacher: ModelConfig | None = None
     states: bool = False
     units: tuple[Unit, ...] = ()
+    local: LocalConfig | None = None
     passes: int = 1
     heats: tuple[int, ...] = ()
     experience: Experience | None = None
@@ -564,13 +611,8 @@ class Job:
             read = model_cost(self.teacher).forward(work) if self.teacher else 0
             return model_cost(self.student).training(work) + read
         # Of one pass: the parent's blocks, and a share of the units.
-        total = sum(block_cost(parent, layer).forward(work) for layer in range(len(parent.blocks)))
-        for layer, kind, word in self.units:
-            own = subblock_cost(parent, parse(word)).training(work)
-            if kind == "attention":  # its loss is behind the FFN
-                own += 2 * subblock_cost(parent, parent.blocks[layer].ffn).forward(work)
-            total += own / self.passes
-        return total
+        blocks = model_cost(parent, head=False).forward(work)
+        return blocks + units_cost(parent, self.units).forward(work) / self.passes
 
 
 @dataclass(frozen=True)
@@ -594,32 +636,42 @@ class Plan:
 
 
 def planned(job: Job, cluster: Cluster, layout: Layout) -> Plan:
+    if job.units:
+        job = replace(job, passes=_library(job, layout).passes)
     parts = memory(job, layout, cluster.device.memory)
     return Plan(job, cluster, layout, parts, step_time(job, layout, cluster))
 
 
-def layout_of(config: ParallelConfig, cluster: Cluster) -> Layout | None:
-    """A recipe's layout; None where it does not divide the cluster's devices."""
-    data, rest = divmod(cluster.world, config.tensor)
+def layout_of(job: Job, cluster: Cluster) -> Layout:
+    """A recipe's own. Raises LayoutError where it does not divide the cluster's devices."""
+    config, world = job.train.parallel, cluster.world
+    if job.units:
+        ranges = len(split_layers(job.config, job.units, config, world))
+        return Layout(world // ranges, ranges, 1, False)
+    data, rest = divmod(world, config.tensor)
     shard, context = config.shard or data, config.context
     if rest or not data or data % shard or shard % context:
-        return None
+        given = f"tensor = {config.tensor}, shard = {config.shard}, context = {context}"
+        raise LayoutError(f"train.parallel: {given} do not divide {world} devices")
     own = config.gradient_checkpointing, context, config.offload
     return Layout(data // shard, shard, config.tensor, *own)
 
 
 def layouts(job: Job, cluster: Cluster) -> Iterator[Layout]:
-    """Ways to spread a job, the state over all devices or over those of a machine. Units are not
-    split by tensor or context parallelism, nor run again."""
-    whole = job.student is not None
-    heads = job.config.num_attention_heads
-    for tensor in _divisors(cluster.gpus) if whole else [1]:
-        if heads % tensor:
+    """Ways to spread a job: the state over all devices or over those of a machine; the layers of a
+    library over all numbers of processes."""
+    if job.units:
+        for ranges in _divisors(cluster.world):
+            if ranges <= len(job.config.blocks):
+                yield Layout(cluster.world // ranges, ranges, 1, False)
+        return
+    for tensor in _divisors(cluster.gpus):
+        if job.config.num_attention_heads % tensor:
             continue
         data = cluster.world // tensor
         for shard in {data, cluster.gpus // tensor}:
-            for again in AGAIN if whole else (False,):
-                for context in (1, 2, 4, 8) if whole else (1,):
+            for again in AGAIN:
+                for context in (1, 2, 4, 8):
                     if shard % context == 0:
                         yield Layout(data // shard, shard, tensor, again, context)
 
@@ -631,7 +683,7 @@ def best(job: Job, cluster: Cluster, held: float = 0.0) -> Plan:
     if min(totals.values()) + held > room:
         return planned(job, cluster, min(totals, key=totals.__getitem__))
     found = [planned(job, cluster, layout) for layout, n in totals.items() if n + held <= room]
-    return min(found, key=lambda plan: (plan.time.total, plan.layout.tensor))
+    return min(found, key=lambda plan: (plan.seconds, plan.layout.tensor))
 
 
 def _divisors(number: int) -> list[int]:

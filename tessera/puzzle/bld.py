@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import shutil
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -23,18 +23,30 @@ from torch import Tensor, nn
 
 from tessera import dist
 from tessera.data.batch import Batch
+from tessera.model.checkpoint import load_model
 from tessera.model.config import KINDS, ModelConfig, Variant, parse
+from tessera.model.placement import DTYPES, ParallelConfig
+from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import documents
+from tessera.progress import Progress
 from tessera.puzzle.library import (
     BlockLibrary,
     LibraryError,
-    layer_groups,
     link_library,
     load_unit,
     save_library,
     trainable_units,
     unit_file,
+)
+from tessera.puzzle.ranges import (
+    Held,
+    by_range,
+    held_here,
+    layer_groups,
+    passes,
+    split_layers,
+    units_cost,
 )
 from tessera.puzzle.space import (
     Space,
@@ -48,33 +60,29 @@ from tessera.puzzle.space import (
     write_space,
 )
 from tessera.puzzle.surgery import Importance, ParentStatistics, collect_statistics, walk
+from tessera.runs.files import RunError
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, read_json
 from tessera.train.engine import Objective, Stats, Trainer
-from tessera.train.flops import Work, block_cost, kept, subblock_cost, working
-from tessera.train.optim import DocumentTrainConfig, TrainConfig
+from tessera.train.flops import Cost, Work, block_cost, kept, working
+from tessera.train.optim import AllLayers, DocumentTrainConfig
 
 Words = Sequence[Sequence[str]]
 WEIGHT, TRAINED = 4, 16  # bytes a parameter: frozen; with gradient and Adam's two moments
 
 
 class LocalConfig(Config):
-    """How long each unit trains, in which layers, and how many layers at once: each group of layers
-    is a pass over the data of its own, to the same weights, in less memory."""
+    """How long each unit trains, in which layers, and how many layers at once in each process: each
+    group of layers is a pass over the data of its own, to the same weights, in less memory.
 
-    train: DocumentTrainConfig
+    The parent's layers are dealt to the processes (`ranges.py`); `train.parallel.shard` says among
+    how many. The others read other rows.
+    """
+
+    train: Annotated[DocumentTrainConfig, AllLayers]
     layers: str | None = None  # "0-19, 31"; all of them unless given
     layers_at_once: int | None = Field(default=None, ge=1)  # all of them unless given
     calibration_tokens: int = Field(default=16_384, ge=1)  # for loss scales and channel importance
-
-    @field_validator("train")
-    @classmethod
-    def _check_dtype(cls, value: TrainConfig) -> TrainConfig:
-        if value.dtype != "float32":
-            raise ValueError(
-                f'dtype = "{value.dtype}" trains whole models only; here it must be "float32"'
-            )
-        return value
 
     @field_validator("layers")
     @classmethod
@@ -90,39 +98,38 @@ class BLDConfig(LocalConfig):
 
 
 class BLD(Objective):
-    def __init__(self, parent: Transformer, statistics: ParentStatistics) -> None:
+    """held: the layers of this process that run, all of them unless given."""
+
+    apart = True
+
+    def __init__(
+        self, parent: Transformer, statistics: ParentStatistics, held: Held | None = None
+    ) -> None:
         self.parent = parent
         self.scales = statistics.output_scale  # per layer: mean over tokens of ‖o_parent‖²
+        self.held = held or Held(range(len(parent.blocks)))
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, BlockLibrary)
-        for number, (layer, _) in enumerate(walk(self.parent, batch, module.last_layer + 1)):
+        walked = walk(self.parent, batch, self.held)
+        for (layer, _), number in zip(walked, self.held.layers, strict=True):
             weight = batch.weight / self.scales[number]
-            total, stats = layer.x.new_zeros((), dtype=torch.float32), {}
             for unit, trained in module.units(number):
                 difference = layer.replaced(unit.kind, trained) - layer.out
                 loss = (difference.float().square().sum(-1) * weight).sum()
-                total, stats[_metric(unit)] = total + loss, loss.detach()
-            if stats:
-                yield total, stats
+                yield loss, {_metric(unit): loss.detach()}
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
         assert isinstance(module, BlockLibrary)
         return {key: list(unit.parameters()) for key, unit in module.items()}
 
     def flops(self, module: nn.Module, batch: Batch) -> int:
-        """The parent up to the last layer with units, the units, and the FFN behind attentions."""
         assert isinstance(module, BlockLibrary)
         config = self.parent.config
-        work, total = Work.of(batch, config.sliding_window), 0
-        for layer in range(module.last_layer + 1):
-            total += block_cost(config, layer).forward(work)
-            for unit, _ in module.units(layer):
-                costs = [subblock_cost(config, parse(word)) for _, word in unit.parts]
-                total += sum(cost.training(work) for cost in costs)
-                if unit.kind == "attention":  # forward, and the gradient of what enters
-                    total += 2 * subblock_cost(config, config.blocks[layer].ffn).forward(work)
-        return total
+        work = Work.of(batch, config.sliding_window)
+        units = [unit for layer in self.held.layers for unit, _ in module.units(layer)]
+        blocks = sum((block_cost(config, layer) for layer in self.held.layers), Cost())
+        return (blocks + units_cost(config, units)).forward(work)
 
     @torch.no_grad()
     def measure(self, module: BlockLibrary, batches: Sequence[Batch]) -> dict[Unit, float]:
@@ -132,7 +139,7 @@ class BLD(Objective):
                 for key, value in stats.items():
                     sums[key] = sums.get(key, 0.0) + float(value)
         weight = sum(float(self.weight(batch)) for batch in batches)
-        units = [unit for layer in range(module.last_layer + 1) for unit, _ in module.units(layer)]
+        units = [unit for layer in self.held.layers for unit, _ in module.units(layer)]
         return {unit: sums[_metric(unit)] / weight for unit in units}
 
 
@@ -140,33 +147,90 @@ def _metric(unit: Unit) -> str:
     return f"bld/{unit.layer:02d}.{unit.kind}.{unit.word}"
 
 
-def train_units(
-    units: Sequence[Unit],
-    make: Callable[[Sequence[Unit]], BlockLibrary],
-    objective: BLD,
-    config: LocalConfig,
-    run: Run,
-    data: Path,
-) -> None:
-    """Train units, some layers at a time, each group written to the run's library when it is done
-    and skipped when it is there. make: these units, untrained."""
-    groups = layer_groups(units, config.layers_at_once)
-    for number, group in enumerate(groups):
-        if all(unit_file(run.path / "library", unit).exists() for unit in group):
-            continue
-        library = make(group)
-        config.train.placement.units(library.values())
-        source = documents(data, config.train, run.seed)
-        trainer = Trainer(library, objective, source, config.train, run)
-        trainer.as_part(number, len(groups)).fit()
-        save_library(library, run.path / "library")
-        shutil.rmtree(trainer.state_path, ignore_errors=True)
+class Local:
+    """The parent's layers of this process, what is known of them, and the training of units there.
+
+    units: all that are trained, in all processes.
+    """
+
+    def __init__(
+        self, config: LocalConfig, run: Run, inputs: Mapping[str, Any], units: Sequence[Unit]
+    ) -> None:
+        self.config, self.run, self.data = config, run, inputs["data"]
+        model = load_config(inputs["parent"])
+        ranges = split_layers(model, units, config.train.parallel, dist.world())
+        self.held = held_here(ranges)
+        self.passes = passes(units, ranges, config.layers_at_once)
+        # To the trainer, processes of one tensor-parallel group are those that read the same rows.
+        offload = config.train.parallel.offload
+        parallel = ParallelConfig(tensor=len(ranges), offload=offload)
+        self.device = dist.HOST if offload else dist.device()  # of the units
+        self.train = config.train.model_copy(update={"parallel": parallel})
+        self.parent = load_layers(inputs["parent"], self.held, self.train.placement.dtype)
+        source = documents(self.data, self.train, run.seed, alike=True)
+        found = source.heldout_batches(config.calibration_tokens)
+        self.batches = [batch.to(dist.device()) for batch in found]
+
+    def statistics(self, importance: Importance, layers: Collection[int]) -> ParentStatistics:
+        with Progress(f"{self.run.name}: calibration", len(self.held.layers), "layers") as bar:
+            return collect_statistics(
+                self.parent, self.batches, importance, layers, self.held, bar.advance
+            )
+
+    def objective(self, statistics: ParentStatistics, units: Sequence[Unit]) -> BLD:
+        """For a pass that trains these."""
+        depth = 1 + max(unit.layer for unit in units)
+        return BLD(self.parent, statistics, self.held.until(depth))
+
+    def own(self, units: Iterable[Unit]) -> list[Unit]:
+        return [unit for unit in units if unit.layer in self.held.layers]
+
+    def fit(
+        self, make: Callable[[Sequence[Unit]], BlockLibrary], statistics: ParentStatistics
+    ) -> None:
+        """Train all units, each pass written to the run's library when it is done and skipped when
+        it is there. make: units of this process, untrained. Raises RunError where the run was begun
+        with other passes."""
+        self._check_passes()
+        for number, group in enumerate(self.passes):
+            directory = self.run.path / "library"
+            if dist.broadcast(all(unit_file(directory, unit).exists() for unit in group)):
+                continue
+            library = make(self.own(group))
+            self.train.placement.units(library.values())
+            source = documents(self.data, self.train, self.run.seed)
+            objective = self.objective(statistics, group)
+            trainer = Trainer(library, objective, source, self.train, self.run)
+            trainer.as_part(number, len(self.passes)).fit()
+            save_library(library, directory, writes=self.train.placement.layout.data_rank == 0)
+            if dist.is_main():
+                trainer.states.remove()
+
+    def _check_passes(self) -> None:
+        """A state of one pass is none of another."""
+        mine = [sorted({unit.layer for unit in group}) for group in self.passes]
+        file = self.run.state_path / "passes.json"
+        if dist.broadcast(file.exists() and json.loads(file.read_text()) != mine):
+            raise RunError(
+                f"{self.run.path} was begun in another number of processes, which trained other "
+                f"layers together; start as many as then, or delete {file.parent} to begin the "
+                "unfinished layers again"
+            )
+        self.run.write_file("state/passes.json", json.dumps(mine))
 
 
-def calibration(config: LocalConfig, data: Path, seed: int, device: torch.device) -> list[Batch]:
-    """What statistics are taken over: the same in every process."""
-    source = documents(data, config.train, seed, alike=True)
-    return [batch.to(device) for batch in source.heldout_batches(config.calibration_tokens)]
+def load_layers(source: Path, held: Held, dtype: torch.dtype) -> Transformer:
+    """A frozen parent with the weights of these layers, and the embedding before the first of all;
+    the others have no memory."""
+    own = [f"layers.{layer}." for layer in held.layers]
+    own += ["embed_tokens."] if held.before is None else []
+    return load_model(
+        source,
+        frozen=True,
+        dtype=dtype,
+        prepare=lambda module: module.to(dtype),
+        only=lambda key: key.startswith(tuple(own)),
+    )
 
 
 def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, list[Unit]]:
@@ -177,42 +241,80 @@ def units_of(config: BLDConfig, parent: ModelConfig, run: str) -> tuple[Space, l
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training units takes; `activations`, what one layer's units save in a microbatch,
-    are an estimate for float32."""
+    """Bytes that training units takes in the fullest process: `states` are weights, gradients and
+    moments of its units, `gathered` what FSDP makes of the one at work; `activations`, what that
+    one saves in a microbatch, are an estimate.
 
-    parent: int
-    units: int
-    activations: int
-    layers_at_once: int
+    ranges: parts that the layers are held in; replicas: processes that hold the same; passes: how
+    often the data is gone through.
+    """
+
+    parent: float
+    states: float
+    gathered: float
+    activations: float
     layers: int
+    layers_at_once: int
+    ranges: int
+    replicas: int
+    passes: int
 
     @property
-    def total(self) -> int:
-        return self.parent + self.units + self.activations
+    def total(self) -> float:
+        return self.parent + self.states + self.gathered + self.activations
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "total": self.total}
 
     def __str__(self) -> str:
+        gathered = f", gathered {_bytes(self.gathered)}" if self.gathered else ""
         return (
             f"memory about {_bytes(self.total)}: parent {_bytes(self.parent)}, units "
-            f"{_bytes(self.units)} ({self.layers_at_once} of {self.layers} layers at once, "
-            f"{TRAINED} bytes a parameter), activations about {_bytes(self.activations)}"
+            f"{_bytes(self.states)} ({self.layers_at_once} of {self.layers} layers at once, "
+            f"{TRAINED} bytes a parameter){gathered}, activations about {_bytes(self.activations)}"
         )
 
 
 def training_memory(
-    parent: ModelConfig, units: Sequence[Unit], layers_at_once: int | None, microbatch_tokens: int
+    parent: ModelConfig, units: Sequence[Unit], config: LocalConfig, processes: int = 1
 ) -> Memory:
-    groups = layer_groups(units, layers_at_once)
-    sizes = [sum(unit_params(parent, *unit[1:]) for unit in group) for group in groups]
-    return Memory(
-        parent=WEIGHT * parent.num_params(),
-        units=TRAINED * max(sizes, default=0),
-        activations=round(WEIGHT * microbatch_tokens * kept_numbers(parent, units)) if units else 0,
-        layers_at_once=max((len({unit.layer for unit in group}) for group in groups), default=0),
-        layers=len({unit.layer for unit in units}),
-    )
+    """Of the fullest of `processes`. Raises LayoutError where the layers cannot be held so."""
+    train = config.train
+    ranges = split_layers(parent, units, train.parallel, processes)
+    size, replicas = DTYPES[train.dtype].itemsize, processes // len(ranges)
+    counted = {word: unit_params(parent, *word) for word in {unit[1:] for unit in units}}
+
+    def of(layers: range, own: list[Unit]) -> Memory:
+        groups = layer_groups(own, config.layers_at_once)
+        sizes = [sum(counted[unit[1:]] for unit in group) for group in groups]
+        largest = max((counted[unit[1:]] for unit in own), default=0)
+        sharded = replicas > 1 or size < WEIGHT
+        numbers = kept_numbers(parent, own) if own else 0
+        if layers.stop < len(parent.blocks):  # what each layer adds and gives is kept to be sent on
+            numbers += 4 * parent.hidden_size * len(layers)
+        return Memory(
+            parent=size * held_params(parent, layers),
+            states=TRAINED * max(sizes, default=0) / replicas,
+            # In the arithmetic's type, and its gradient in that and in float32.
+            gathered=(2 * size + WEIGHT) * largest if sharded else 0,
+            activations=size * train.microbatch_tokens * numbers,
+            layers=len({unit.layer for unit in own}),
+            layers_at_once=max((len({u.layer for u in group}) for group in groups), default=0),
+            ranges=len(ranges),
+            replicas=replicas,
+            passes=len(groups),
+        )
+
+    found = [of(*held) for held in zip(ranges, by_range(units, ranges), strict=True)]
+    most = max(one.passes for one in found)
+    return replace(max(found, key=lambda memory: memory.total), passes=most)
+
+
+def held_params(parent: ModelConfig, layers: range) -> int:
+    """Parameters of these layers, and the embedding before the first; no unit needs a head."""
+    blocks = [parent.blocks[layer] for layer in layers]
+    total = sum(parent.subblock_params(kind, own) for block in blocks for kind, own in block)
+    return total + (parent.vocab_size * parent.hidden_size if layers.start == 0 else 0)
 
 
 def unit_params(parent: ModelConfig, kind: str, word: str) -> int:
@@ -220,17 +322,15 @@ def unit_params(parent: ModelConfig, kind: str, word: str) -> int:
 
 
 def kept_numbers(parent: ModelConfig, units: Sequence[Unit], *, working_too: bool = True) -> float:
-    """Numbers a token that the units of the largest layer keep for their backward; the parent's FFN
-    runs behind attention. working_too: and what the widest FFN's backward holds beside that."""
-    layers: dict[int, float] = {}
-    variants: list[Variant] = []
+    """Numbers a token that the largest unit keeps for its backward; the parent's FFN runs behind
+    attention. working_too: and what the widest FFN's backward holds beside that."""
+    most, variants = 0.0, list[Variant]()
     for unit in units:
         own = [parse(word) for _, word in unit.parts]
         own += [parent.blocks[unit.layer].ffn] if unit.kind == "attention" else []
-        # All units of a layer share what enters; each keeps its distance from the parent instead.
-        layers[unit.layer] = layers.get(unit.layer, 0) + sum(kept(parent, v) for v in own)
+        # It keeps its distance from the parent instead of what enters, which all units share.
+        most = max(most, sum(kept(parent, variant) for variant in own))
         variants += own
-    most = max(layers.values(), default=0)
     return most + (working(parent, variants) if working_too else 0)
 
 
@@ -244,14 +344,15 @@ def _bytes(count: float) -> str:
 
 def stage(config: BLDConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `bld`: prune and pool the parent into every word, then train them all at once."""
-    parent = config.train.placement.load(inputs["parent"], frozen=True)
-    space, units = units_of(config, parent.config, run.name)
+    space, units = units_of(config, load_config(inputs["parent"]), run.name)
     layers = {unit.layer for unit in units}
-    batches = calibration(config, inputs["data"], run.seed, parent.device)
-    statistics = collect_statistics(parent, batches, config.importance, layers)
+    local = Local(config, run, inputs, units)
+    statistics = local.statistics(config.importance, layers)
     run.say(f"{len(units)} units in {len(layers)} layers")
-    make = functools.partial(BlockLibrary.from_parent, parent, space, statistics)
-    train_units(units, make, BLD(parent, statistics), config, run, inputs["data"])
+    make = functools.partial(
+        BlockLibrary.from_parent, local.parent, space, statistics, device=local.device
+    )
+    local.fit(make, statistics)
     write_space(space, run)
     run.write_json("block_influence", statistics.block_influence)
 
@@ -311,35 +412,26 @@ def largest_pairs(config: CoupleConfig, space: Space, parent: ModelConfig, run: 
 
 def couple(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     """Stage `couple`: a library with the searches' pairs trained jointly, all else linked."""
-    parent = config.train.placement.load(inputs["parent"], frozen=True)
+    parent = load_config(inputs["parent"])
     source = inputs["library"] / "library"
     space = read_space(inputs["library"])
-    layers = layers_of(config.layers, parent.config, f"{run.name}.layers")
+    layers = layers_of(config.layers, parent, f"{run.name}.layers")
     found = [a["words"] for path in inputs["searches"] for a in read_json(path, "architectures")]
-    pairs = choose_pairs(config, space, parent.config, found, layers)
+    pairs = choose_pairs(config, space, parent, found, layers)
     if not pairs:
         raise LibraryError(
             f"{run.name}: the searches' words make no pair to train: raise attention (now "
             f"{config.attention}) or ffn (now {config.ffn}), or search under tighter constraints"
         )
     run.say(f"{len(pairs)} pairs in {len({pair.layer for pair in pairs})} layers")
-    batches = calibration(config, inputs["data"], run.seed, parent.device)
-    objective = BLD(parent, collect_statistics(parent, batches))
-    apart = functools.partial(BlockLibrary.from_pairs, parent, source)
-    train_units(pairs, apart, objective, config, run, inputs["data"])
+    local = Local(config, run, inputs, pairs)
+    statistics = local.statistics("independent", layers)
+    apart = functools.partial(BlockLibrary.from_pairs, local.parent, source, device=local.device)
+    local.fit(apart, statistics)
     if dist.is_main():
         link_library(source, run.path / "library")
     dist.barrier()
-    rows: list[dict[str, Any]] = []
-    for group in layer_groups(pairs, config.layers_at_once):
-        joint = BlockLibrary(
-            {str(unit): load_unit(run.path / "library", parent.config, unit) for unit in group}
-        ).to(parent.device)
-        before, after = (objective.measure(m, batches) for m in (apart(group), joint))
-        rows += [
-            {"layer": unit.layer, "word": unit.word, "apart": before[unit], "joint": after[unit]}
-            for unit in group
-        ]
+    rows = _gains(local, apart, statistics)
     run.write_table("pairs", rows)
     means = {key: sum(row[key] for row in rows) / len(rows) for key in ("apart", "joint")}
     run.say(
@@ -348,3 +440,25 @@ def couple(config: CoupleConfig, run: Run, inputs: dict[str, Any]) -> None:
     )
     write_space(replace(space, pairs=tuple(sorted({*space.pairs, *pairs}))), run)
     run.inherit(inputs["library"], "block_influence")
+
+
+def _gains(
+    local: Local, apart: Callable[[Sequence[Unit]], BlockLibrary], statistics: ParentStatistics
+) -> list[dict[str, Any]]:
+    """The loss of every pair before and after, over the calibration batches."""
+    rows: dict[Unit, dict[str, Any]] = {}
+    config, dtype = local.parent.config, local.parent.head.dtype
+    for group in local.passes:
+        own = local.own(group)
+        units = {str(u): load_unit(local.run.path / "library", config, u) for u in own}
+        libraries = (apart(own), BlockLibrary(units))
+        objective = local.objective(statistics, group)
+        before, after = (
+            objective.measure(one.to(dist.device(), dtype), local.batches) for one in libraries
+        )
+        rows |= {
+            unit: {"layer": unit.layer, "word": unit.word, "apart": loss, "joint": after[unit]}
+            for unit, loss in before.items()
+        }
+    everyone = {unit: row for part in dist.gather(rows) for unit, row in part.items()}
+    return [everyone[unit] for group in local.passes for unit in group]

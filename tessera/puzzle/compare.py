@@ -120,17 +120,18 @@ def in_turn(
     config: TimingConfig,
     advance: Callable[[int, int], None] = lambda steps, amount: None,
 ) -> list[list[Seconds]]:
-    """(prefill, decode step) of each model in each round; no other engine is there meanwhile."""
-    engines = [TorchEngine(module) for module in models]
-    found: list[list[Seconds]] = [[] for _ in engines]
+    """(prefill, decode step) of each model in each round, by one engine that takes their weights in
+    turn: those of two need not fit beside the models."""
+    engine = TorchEngine(models[0])
+    found: list[list[Seconds]] = [[] for _ in models]
     for index in range(config.rounds + 1):
-        for engine, module, seconds in zip(engines, models, found, strict=True):
+        for module, seconds in zip(models, found, strict=True):
+            engine.sync(module, index)
             pair = generation_seconds(engine, module.config.vocab_size, config.scenario)
             if index:  # the first round warms up
                 seconds.append(pair)
-        advance(1, len(engines))
-    for engine in engines:
-        engine.close()
+        advance(1, len(models))
+    engine.close()
     return found
 
 

@@ -8,6 +8,7 @@ The freed layers become no-ops in their places, so distillation by layers stays 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera import dist
 from tessera.data.batch import Batch
@@ -172,10 +173,24 @@ def fuse(
     return module
 
 
+def sharing(module: Transformer) -> Transformer:
+    """Another model of the same subblocks, in whose blocks others can be put."""
+
+    def own(one: nn.Module) -> nn.Module:
+        copied = copy.copy(one)
+        copied._modules = one._modules.copy()
+        return copied
+
+    after = own(module)
+    after.blocks = nn.ModuleList(own(block) for block in module.blocks)
+    assert isinstance(after, Transformer)
+    return after
+
+
 def stage(config: FuseConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `fuse`: write the fused model, `tables/dependency.json` and `tables/fuse.jsonl`."""
     model = inputs["model"]
-    placement = config.placement(model, model)  # as it was, and fused
+    placement = config.placement(model)
     layout, before = placement.layout, placement.load(model, frozen=True)
     batches, shape = config.heldout(inputs["data"]), before.config
     total, label = len(layout.mine(batches)) * len(before.blocks), layout.title(run.name)
@@ -190,7 +205,7 @@ def stage(config: FuseConfig, run: Run, inputs: dict[str, Path]) -> None:
             f"{needed} are needed, within max_width and threshold. Search with attention = "
             '["noop"] in the space, or set keep_last = false'
         )
-    after = fuse(placement.load(model, frozen=True), runs, placement)
+    after = fuse(sharing(before), runs, placement)
     kl = quality(before, after, batches, layout)["kl"]
     if layout.data_rank:
         return  # one tensor group measures alone

@@ -21,7 +21,6 @@ from tessera import dist
 from tessera.model.checkpoint import Checkpoint, open_model, save_model, whole
 from tessera.model.config import BlockConfig, ModelConfig, name, parse_kind
 from tessera.model.layers import Subblock
-from tessera.model.parallel import gathered
 from tessera.model.source import resolve
 from tessera.model.tensors import LazyTensor, in_safetensors
 from tessera.model.transformer import Block, Transformer
@@ -48,6 +47,7 @@ class BlockLibrary(nn.ModuleDict):
         space: Space,
         statistics: ParentStatistics,
         only: Collection[Unit] | None = None,
+        device: torch.device | str | None = None,
     ) -> BlockLibrary:
         """All units (or `only` these) with weights cut from the parent; `noop` has none."""
         library = cls()
@@ -55,14 +55,17 @@ class BlockLibrary(nn.ModuleDict):
             source = getattr(parent.blocks[layer], kind)
             importance = statistics.channel_importance[layer] if kind == "ffn" else None
             scale = statistics.linear_scale[kind][layer]
-            with gathered(parent.blocks[layer]):
-                unit = cut(source, parent.config, parse_kind(kind, word), importance, scale)
-            library[str(Unit(layer, kind, word))] = unit
-        return library.to(parent.device).requires_grad_()
+            unit = cut(source, parent.config, parse_kind(kind, word), importance, scale)
+            library[str(Unit(layer, kind, word))] = unit.to(device or dist.device())
+        return library.requires_grad_()
 
     @classmethod
     def from_pairs(
-        cls, parent: Transformer, directory: Path, pairs: Iterable[Unit]
+        cls,
+        parent: Transformer,
+        directory: Path,
+        pairs: Iterable[Unit],
+        device: torch.device | str | None = None,
     ) -> BlockLibrary:
         """A block a pair, with the weights that a library trained apart."""
         library = cls()
@@ -72,14 +75,9 @@ class BlockLibrary(nn.ModuleDict):
                 source = getattr(parent.blocks[pair.layer], kind)
                 if word != name(source.variant):
                     source = load_unit(directory, parent.config, Unit(pair.layer, kind, word))
-                with gathered(parent.blocks[pair.layer]):
-                    copy_parameters(source, getattr(block, kind))
-            library[str(pair)] = block
-        return library.to(parent.device).requires_grad_()
-
-    @property
-    def last_layer(self) -> int:
-        return max((int(key.split("/")[0]) for key in self), default=-1)
+                copy_parameters(source, getattr(block, kind))
+            library[str(pair)] = block.to(device or dist.device())
+        return library.requires_grad_()
 
     def units(self, layer: int) -> Iterator[tuple[Unit, nn.Module]]:
         for key, module in self.items():
@@ -92,23 +90,16 @@ def trainable_units(space: Space) -> list[Unit]:
     return [unit for unit in space.replacements() if unit.word != "noop"]
 
 
-def layer_groups(units: Sequence[Unit], layers_at_once: int | None) -> list[list[Unit]]:
-    """Units by layer, `layers_at_once` layers that have any together; all of them for None."""
-    layers = sorted({layer for layer, _, _ in units})
-    step = layers_at_once or max(1, len(layers))
-    chosen = [set(layers[i : i + step]) for i in range(0, len(layers), step)]
-    return [[unit for unit in units if unit[0] in group] for group in chosen]
-
-
 def unit_file(directory: Path, unit: Unit) -> Path:
     return directory / f"{unit}.safetensors"
 
 
-def save_library(library: BlockLibrary, directory: Path) -> None:
-    """One file a unit, each replaced atomically. All processes call this; the main one writes."""
+def save_library(library: BlockLibrary, directory: Path, writes: bool = True) -> None:
+    """One file a unit, each replaced atomically. All processes call this; of those that hold the
+    same units one writes."""
     for key, unit in library.items():
         tensors = {k: whole(v.detach()).cpu().contiguous() for k, v in unit.state_dict().items()}
-        if dist.is_main():
+        if writes:
             path = directory / f"{key}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, save(tensors))

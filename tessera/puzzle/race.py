@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, field_validator
@@ -29,13 +29,13 @@ from tessera.runs.files import FailureError, WriteError
 from tessera.runs.recipe import Config, identity
 from tessera.runs.run import Run, is_done, read_json, read_table
 from tessera.train.engine import Trainer
-from tessera.train.optim import DocumentTrainConfig
+from tessera.train.optim import AllLayers, DocumentTrainConfig
 
 Row = dict[str, Any]
 
 
 class HeatConfig(Config):
-    train: DocumentTrainConfig
+    train: Annotated[DocumentTrainConfig, AllLayers]
     cosine: float = Field(default=1.0, ge=0)
     tokens: int = Field(default=16_384, ge=1)
 

@@ -9,7 +9,7 @@ linear attn    W_o · W_v, V rows repeated over the query groups (each token att
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,13 +21,14 @@ from tessera import dist
 from tessera.data.batch import Batch
 from tessera.model.config import GQA, KINDS, Chain, ModelConfig, NoOp, SwiGLU, Variant, name
 from tessera.model.context import Context
+from tessera.model.cpu import multiply
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.parallel import gathered
 from tessera.model.transformer import Block, Transformer
-from tessera.train.losses import chunks
+from tessera.puzzle.ranges import Held
 
 Importance = Literal["iterative", "independent"]
-ROUNDS = 16  # passes over the calibration tokens a layer
+ROUNDS = 16  # in which a layer's channels are removed
 
 
 class Layer(NamedTuple):
@@ -48,16 +49,40 @@ class Layer(NamedTuple):
         return self.middle + unit(self.middle, self.context)
 
 
+Walked = tuple[Layer, dict[str, Tensor]]
+
+
 @torch.no_grad()
-def walk(
-    module: Transformer, batch: Batch, depth: int | None = None
-) -> Iterator[tuple[Layer, dict[str, Tensor]]]:
-    """Each of the first `depth` layers, and what each kind of subblock adds to the stream there; a
-    layer's sharded parameters are whole until the next one is asked for."""
+def walk(module: Transformer, batch: Batch, held: Held | None = None) -> Iterator[Walked]:
+    """Each layer (of `held`, else of all), and what each kind of subblock adds to the stream there;
+    a layer's sharded parameters are whole until the next one is asked for.
+
+    Where another process waits for what leaves the last of them, all run first, and it is sent.
+    """
+    held = held or Held(range(len(module.blocks)))
+    if not held.layers:
+        return
     context = module.prepare(Context(batch.positions, batch.segments))
-    with gathered(module):
-        x = module.embed_tokens(batch.tokens)
-    for block in module.blocks[:depth]:
+    if held.before is None:
+        with gathered(module):
+            x = module.embed_tokens(batch.tokens)
+    else:
+        shape = *batch.tokens.shape, module.config.hidden_size
+        empty = torch.empty(shape, dtype=module.head.dtype, device=batch.tokens.device)
+        x = dist.receive(empty, held.before)
+    layers = _run([module.blocks[layer] for layer in held.layers], context, x)
+    if held.after is None:
+        yield from layers
+        return
+    kept = list(layers)
+    sent = dist.send(kept[-1][0].out, held.after)
+    while kept:
+        yield kept.pop(0)
+    sent.wait()
+
+
+def _run(blocks: Sequence[Block], context: Context, x: Tensor) -> Iterator[Walked]:
+    for block in blocks:
         with gathered(block):
             attention = block.attention(x, context)
             middle = x + attention
@@ -76,6 +101,8 @@ class ParentStatistics:
         (least squares) to the subblock's own output; without it few hundred steps are too few.
     output_scale: mean over tokens of ‖block output‖².
     block_influence: 1 - cos(block input, block output), mean over tokens (ShortGPT's score).
+
+    Of layers that another process holds there are numbers and no `channel_importance`.
     """
 
     channel_importance: list[Tensor | None]
@@ -84,51 +111,95 @@ class ParentStatistics:
     block_influence: list[float]
 
 
+class _Found(NamedTuple):
+    """The same of one layer."""
+
+    importance: Tensor | None
+    linear: dict[str, float]
+    output: float
+    influence: float
+
+
 @torch.no_grad()
 def collect_statistics(
     parent: Transformer,
     batches: Sequence[Batch],
     importance: Importance = "independent",
     layers: Collection[int] | None = None,
+    held: Held | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> ParentStatistics:
-    """One pass of the parent over calibration batches; for `iterative` importance a second one, for
-    the FFNs of `layers` (None: all) only."""
-    depth, tokens = len(parent.blocks), 0.0
-    activity: list[Tensor | None] = [None] * depth
-    sums = {what: [0.0] * depth for what in ("output", "influence")}
-    fits = {kind: [(0.0, 0.0)] * depth for kind in KINDS}  # Σxy and Σx² of a linear map's fit
-    for batch in batches:
-        real = (batch.segments >= 0).float()
-        tokens += float(real.sum())
-        for i, (layer, added) in enumerate(walk(parent, batch)):
-            for kind, x in (("attention", layer.x), ("ffn", layer.middle)):
-                subblock = getattr(layer.block, kind)
-                if isinstance(subblock.variant, GQA | SwiGLU):
-                    linear = F.linear(subblock.norm(x), linear_weight(subblock.op))
-                    xy, xx = fits[kind][i]
-                    xy += float(((linear * added[kind]).sum(-1) * real).sum())
-                    xx += float((linear.square().sum(-1) * real).sum())
-                    fits[kind][i] = xy, xx
-            ffn = layer.block.ffn
-            if isinstance(ffn.variant, SwiGLU):
-                inner = channels(ffn, ffn.norm(layer.middle)).abs()
-                found = torch.einsum("btf,bt->f", inner, real)
-                found = found * feed_forward(ffn).down_proj.weight.norm(dim=0)
-                known = activity[i]
-                activity[i] = found if known is None else known + found
-            sums["output"][i] += float((layer.out.square().sum(-1) * real).sum())
-            distance = 1 - F.cosine_similarity(layer.x, layer.out, dim=-1)
-            sums["influence"][i] += float((distance * real).sum())
-    wanted = range(depth) if layers is None else layers
-    iterative = importance == "iterative"
-    ranks = iterative_importance(parent, batches, wanted) if iterative else {}
-    independent = [None if one is None else one / tokens for one in activity]
+    """One pass of the parent over calibration batches, in step: a layer has seen all of them before
+    the next one begins. `iterative` importance is for the FFNs of `layers` (None: all) only.
+
+    held: the layers of this process; every process of the job calls this. advance: is called after
+    each of them.
+    """
+    held = held or Held(range(len(parent.blocks)))
+    walks = [walk(parent, batch, held) for batch in batches]
+    real = [(batch.segments >= 0).float() for batch in batches]
+    found: dict[int, _Found] = {}
+    for at, layer in zip(zip(*walks, strict=True), held.layers, strict=True):
+        iterative = importance == "iterative" and (layers is None or layer in layers)
+        seen, added = zip(*at, strict=True)
+        found[layer] = _statistics_of(seen, added, real, iterative)
+        advance()
+    numbers = {layer: one._replace(importance=None) for layer, one in found.items()}
+    known = {layer: one for part in dist.gather(numbers) for layer, one in part.items()} | found
+    every = [known[layer] for layer in sorted(known)]
     return ParentStatistics(
-        [ranks.get(layer, own) for layer, own in enumerate(independent)],
-        {kind: [xy / xx if xx else 1.0 for xy, xx in found] for kind, found in fits.items()},
-        [one / tokens for one in sums["output"]],
-        [one / tokens for one in sums["influence"]],
+        [one.importance for one in every],
+        {kind: [one.linear[kind] for one in every] for kind in KINDS},
+        [one.output for one in every],
+        [one.influence for one in every],
     )
+
+
+def _statistics_of(
+    at: Sequence[Layer],
+    added: Sequence[dict[str, Tensor]],
+    real: Sequence[Tensor],
+    iterative: bool,
+) -> _Found:
+    """at, added: the layer on each batch; real: 1.0 where a batch has a token."""
+    tokens = sum(float(one.sum()) for one in real)
+    output = influence = 0.0
+    for layer, mask in zip(at, real, strict=True):
+        x, out = layer.x.float(), layer.out.float()
+        output += float((out.square().sum(-1) * mask).sum())
+        influence += float(((1 - F.cosine_similarity(x, out, dim=-1)) * mask).sum())
+    linear = {}
+    for kind, inputs in (("attention", [o.x for o in at]), ("ffn", [o.middle for o in at])):
+        subblock = getattr(at[0].block, kind)
+        linear[kind] = _linear_scale(subblock, inputs, [one[kind] for one in added], real)
+    ffn, middles = at[0].block.ffn, [layer.middle for layer in at]
+    if not isinstance(ffn.variant, SwiGLU):
+        importance = None
+    elif iterative:
+        pairs = zip(middles, real, strict=True)
+        importance = removal_order(ffn, torch.cat([x[mask > 0] for x, mask in pairs]))
+    else:
+        activity = [
+            torch.einsum("btf,bt->f", channels(ffn, ffn.norm(x)).float().abs(), mask)
+            for x, mask in zip(middles, real, strict=True)
+        ]
+        norms = feed_forward(ffn).down_proj.weight.float().norm(dim=0)
+        importance = functools.reduce(torch.add, [one * norms for one in activity]) / tokens
+    return _Found(importance, linear, output / tokens, influence / tokens)
+
+
+def _linear_scale(
+    subblock: Subblock, inputs: Sequence[Tensor], outputs: Sequence[Tensor], real: Sequence[Tensor]
+) -> float:
+    """Σxy / Σx² of what a linear map gives and the subblock's own output."""
+    if not isinstance(subblock.variant, GQA | SwiGLU):
+        return 1.0
+    weight, xy, xx = linear_weight(subblock.op), 0.0, 0.0
+    for x, own, mask in zip(inputs, outputs, real, strict=True):
+        guess = F.linear(subblock.norm(x).float(), weight)
+        xy += float(((guess * own.float()).sum(-1) * mask).sum())
+        xx += float((guess.square().sum(-1) * mask).sum())
+    return xy / xx if xx else 1.0
 
 
 @torch.no_grad()
@@ -184,17 +255,17 @@ def _pool_kv_heads(parent: Attention, child: Attention) -> None:
 
 
 def linear_weight(op: nn.Module) -> Tensor:
-    """The paper's `(C, C)` matrix in an operation's place; a chain's is its product."""
+    """The paper's `(C, C)` matrix in an operation's place, in float32; a chain's is its product."""
     if isinstance(op, FeedForward):
-        return op.down_proj.weight @ op.up_proj.weight
+        return op.down_proj.weight.float() @ op.up_proj.weight.float()
     if isinstance(op, LinearMap):
-        first, *others = op.weights
+        first, *others = (weight.float() for weight in op.weights)
         return functools.reduce(lambda product, weight: weight @ product, others, first)
     assert isinstance(op, Attention)
     groups = op.q_proj.out_features // op.v_proj.out_features
-    v = op.v_proj.weight.view(op.num_key_value_heads, 1, op.head_dim, -1)
+    v = op.v_proj.weight.float().view(op.num_key_value_heads, 1, op.head_dim, -1)
     v = v.expand(-1, groups, -1, -1).reshape(op.q_proj.out_features, -1)
-    return op.o_proj.weight @ v
+    return op.o_proj.weight.float() @ v
 
 
 def _keep_channels(parent: FeedForward, child: FeedForward, importance: Tensor | None) -> None:
@@ -211,59 +282,49 @@ def _keep_channels(parent: FeedForward, child: FeedForward, importance: Tensor |
 
 
 @torch.no_grad()
-def iterative_importance(
-    parent: Transformer, batches: Sequence[Batch], layers: Collection[int]
-) -> dict[int, Tensor]:
-    """Ranks `(F,)` of the channels of every SwiGLU among `layers`, the one removed last highest.
+def removal_order(ffn: Subblock, x: Tensor, rounds: int = ROUNDS) -> Tensor:
+    """Ranks `(F,)` of the channels of a SwiGLU, the one removed last highest, on x `(N, C)`, what
+    enters the subblock.
 
     How far a layer's output moves without a channel, which is channel i of the input of
     `down_proj`, x_i, times its column W_i (Puzzle App. A):
 
         independent    C_i = mean |x_i| · ‖W_i‖                          each channel alone
         iterative      c_i = mean ‖s + x_i W_i‖,   s = Y_full - Y_now    each beside those gone
-                           = mean √(‖s‖² + 2 x_i (s·W_i) + x_i² ‖W_i‖²)
+                           = mean √(‖s‖² + x_i (2 s·W_i + x_i ‖W_i‖²))
 
     The iterative score takes the least of them out in rounds and ranks channels by when they went,
-    so two that make up for one another are not both dispensable (ModelOpt). Memory: a few `(N, C)`
-    of all calibration tokens N, never `(N, F)`.
+    so two that make up for one another are not both dispensable (ModelOpt). Channels are computed
+    once: a round adds x_j (W_j·W_i) of those taken to the s·W_i of those left. Memory: a few
+    `(F, N)` of one layer.
     """
-    found: dict[int, Tensor] = {}
-    walks = [walk(parent, batch, max(layers, default=-1) + 1) for batch in batches]
-    for number, at in enumerate(zip(*walks, strict=True)):
-        ffn = at[0][0].block.ffn
-        if number in layers and isinstance(ffn.variant, SwiGLU):
-            pairs = zip(at, batches, strict=True)
-            found[number] = removal_order(
-                ffn, torch.cat([layer.middle[b.segments >= 0] for (layer, _), b in pairs])
-            )
-    return found
-
-
-@torch.no_grad()
-def removal_order(ffn: Subblock, x: Tensor, rounds: int = ROUNDS) -> Tensor:
-    """`(F,)`: place of each channel in the order of removal, 0 the first to go, on x `(N, C)`, what
-    enters the subblock."""
-    weight = feed_forward(ffn).down_proj.weight
-    normed, gone = ffn.norm(x), torch.zeros_like(x)  # gone is s: what the channels removed gave
-    left = torch.arange(weight.shape[1], device=x.device)
-    taken, order = left[:0], []
-    for stay in schedule(len(left), rounds):
-        harm = torch.zeros(len(left), dtype=dist.widest_float(x.device), device=x.device)
-        for part in chunks(x, weight.shape[1]):
-            inner = channels(ffn, normed[part], torch.cat((taken, left)))
-            lost, inner = inner.split([len(taken), len(left)], dim=1)
-            gone[part] += lost @ weight[:, taken].t()
-            # Σ over tokens of ‖s + x_i W_i‖, with x `(n, F)`, s `(n, C)` and W `(C, F)`.
-            there, own = gone[part], weight[:, left]
-            square = (there @ own).mul_(2).mul_(inner).add_(there.square().sum(-1, keepdim=True))
-            square.addcmul_(inner.square(), own.square().sum(0))
-            harm += square.clamp_min_(0).sqrt_().sum(0).to(harm.dtype)
+    columns = feed_forward(ffn).down_proj.weight.float().t().contiguous()  # (F, C)
+    inner = channels(ffn, ffn.norm(x)).float().t().contiguous()  # (F, N)
+    left = torch.arange(len(columns), device=x.device)
+    twice = torch.zeros_like(inner)  # 2 s·W_i
+    square = inner.new_zeros(inner.shape[1])  # ‖s‖²
+    order = []
+    for stay in schedule(len(columns), rounds):
+        lengths = columns.square().sum(1, keepdim=True)
+        parts = zip(*(t.split(CHANNELS) for t in (inner, twice, lengths)), strict=True)
+        harm = torch.cat([_harm(square, *part) for part in parts])
         least = harm.argsort(stable=True)
-        taken, left = left[least[: len(left) - stay]], left[least[len(left) - stay :].sort().values]
-        order.append(taken)
-    rank = torch.empty(weight.shape[1], device=x.device)
-    rank[torch.cat(order)] = torch.arange(len(rank), dtype=rank.dtype, device=x.device)
-    return rank
+        gone, kept = least[: len(left) - stay], least[len(left) - stay :].sort().values
+        order.append(left[gone])
+        lost, along = inner[gone], multiply(columns, columns[gone])  # W_i·W_j (left, gone)
+        square += (lost * twice[gone].add_(multiply(along[gone], lost.t()))).sum(0)
+        left, inner, columns = left[kept], inner[kept], columns[kept]
+        twice = twice[kept].add_(multiply(along[kept], lost.t()), alpha=2)
+    return torch.cat(order).argsort().float()
+
+
+CHANNELS = 64  # weighed at once, so that what is made on the way stays in a CPU's cache
+
+
+def _harm(square: Tensor, inner: Tensor, twice: Tensor, lengths: Tensor) -> Tensor:
+    """Σ over tokens of ‖s + x_i W_i‖, of some channels."""
+    found = torch.addcmul(twice, inner, lengths)
+    return torch.addcmul(square, inner, found).clamp_min_(0).sqrt_().sum(1)
 
 
 def schedule(width: int, rounds: int) -> list[int]:
@@ -273,14 +334,10 @@ def schedule(width: int, rounds: int) -> list[int]:
     return [n for n, before in zip(left, [width, *left], strict=False) if n < before]
 
 
-def channels(ffn: Subblock, normed: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
-    """Channels of the input of `down_proj`, `(…, F)` or as many as `which`, of the normed input."""
+def channels(ffn: Subblock, normed: Tensor) -> Tensor:
+    """The input `(…, F)` of `down_proj`, of the normed input."""
     op = feed_forward(ffn)
-    gate, up = (
-        F.linear(normed, p.weight[which], None if p.bias is None else p.bias[which])
-        for p in (op.gate_proj, op.up_proj)
-    )
-    return F.silu(gate) * up
+    return F.silu(op.gate_proj(normed)) * op.up_proj(normed)
 
 
 def feed_forward(ffn: Subblock) -> FeedForward:

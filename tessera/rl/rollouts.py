@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -49,7 +49,7 @@ from tessera.runs.plan import Step
 from tessera.runs.run import Run
 from tessera.train.engine import context_of
 from tessera.train.losses import token_log_probs
-from tessera.train.optim import TrainConfig
+from tessera.train.optim import AllLayers, TrainConfig
 from tessera.vllm.config import EngineChoice, open_engine
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class RolloutConfig(EngineChoice, PlacedConfig):
     worth the same (DAPO §3.2). samples_every: rollouts between samples that are kept.
     """
 
-    train: TrainConfig
+    train: Annotated[TrainConfig, AllLayers]
     prompts_per_rollout: int = Field(default=64, ge=1)
     samples: int = Field(default=16, ge=2)
     updates_per_rollout: int = Field(default=1, ge=1)

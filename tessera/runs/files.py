@@ -253,6 +253,7 @@ class SharedJournal:
         if not dist.is_main():
             self._all.__enter__()
             self._own.__enter__()
+        dist.barrier()  # before the main process adds to what the others read
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -20,7 +20,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -188,6 +188,7 @@ class Run:
         self.quiet = quiet
         self._lock = lock
         self._writes = dist.is_main()
+        self._afterwards: list[Callable[[], object]] = []
         self._opened, self._opened_cpu = time.monotonic(), _cpu_seconds()
         self._spent, self._spent_cpu = manifest.seconds, manifest.cpu_seconds
 
@@ -297,7 +298,16 @@ class Run:
         self._end("done")
         if self._writes:
             shutil.rmtree(self.state_path, ignore_errors=True)
+            for tidy in self._afterwards:
+                try:
+                    tidy()
+                except Exception as error:  # the run is done whatever is left elsewhere
+                    self.say(f"resume states are left behind: {error}")
         self.close()
+
+    def afterwards(self, tidy: Callable[[], object]) -> None:
+        """Has the main process call `tidy` when the run is done."""
+        self._afterwards.append(tidy)
 
     def interrupted(self) -> None:
         """Records that the user stopped the stage; what it left stays for resuming."""

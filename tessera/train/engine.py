@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Self
@@ -30,21 +31,25 @@ from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.runs.files import FailureError
 from tessera.runs.run import Run
-from tessera.train.checkpoint import Saver, load_state
+from tessera.train.checkpoint import Saver, States, load_state
 from tessera.train.flops import Work, model_cost, peak
 from tessera.train.optim import TrainConfig, build_optimizer, lr_factor, update
 from tessera.train.sinks import Sinks
 from tessera.train.watch import Watch
 
 Stats = dict[str, Tensor]
+# Hidden states of the model and of the frozen one, and a part of the loss if there is one here.
+Passed = tuple[list[Tensor], Tensor | None, Stats]
 
 
 class Objective:
     """What is learned: a loss of a microbatch. `frozen`: a model that is only run forward.
-    `pipelined`: the loss asks for the last hidden states of one model alone."""
+    `pipelined`: it can be learned in a pipeline. `apart`: processes of a tensor group train modules
+    of their own on the same rows."""
 
     frozen: Transformer | None = None
     pipelined: bool = False
+    apart: bool = False
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         """Parts of Σ w·ℓ of a microbatch (sums, never means) and statistics to log.
@@ -54,6 +59,10 @@ class Objective:
         independent parts (block-wise distillation) never holds more than one graph.
         """
         raise NotImplementedError
+
+    def passed_on(self, module: Transformer, batch: Batch) -> Passed:
+        """What a pipeline's earlier stage makes of a microbatch."""
+        return [module(batch.tokens, context_of(batch))], None, {}
 
     def weight(self, batch: Batch) -> Tensor:
         """Σ w of a microbatch."""
@@ -79,15 +88,15 @@ def context_of(batch: Batch) -> Context:
 def losses_here(
     objective: Objective, module: Transformer, batch: Batch
 ) -> Iterator[tuple[Tensor, Stats]]:
-    """An objective's losses without gradients: of a pipeline, in the last stage alone."""
+    """Losses of one model without gradients: of a pipeline, in the last stage alone."""
     if (stage := module.stage) is None:
         yield from objective.losses(module, batch)
         return
-    receive(module, batch.tokens)
+    receive([module], batch.tokens)
     if stage.last:
         yield from objective.losses(module, batch)
     else:
-        send(module, module(batch.tokens, context_of(batch)))
+        send([module], objective.passed_on(module, batch)[0])
 
 
 class Trainer:
@@ -111,15 +120,17 @@ class Trainer:
         self.module, self.objective, self.source = module, objective, source
         self.config, self.run = config, run
         self.evaluate, self.evaluate_every, self.check = evaluate, evaluate_every, check
-        self.before, self.steps_of_run, self.state_path = 0, config.steps, run.state_path
+        self.before, self.steps_of_run = 0, config.steps
+        self.states = self._states()
         self.layout = config.placement.layout
         self.stage = module.stage if isinstance(module, Transformer) else None
         if self.stage is not None and not objective.pipelined:
             raise LayoutError(PIPELINED)
+        self.models = [m for m in (module, objective.frozen) if isinstance(m, Transformer)]
         self.stages = None if self.stage is None else self.layout.mesh()["pipeline"]
         self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
         plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
-        assert dist.world() == 1 or not plain, f"not spread over the processes: {plain[:3]}"
+        assert self.layout.data_world == 1 or not plain, f"not spread over the data: {plain[:3]}"
         self.groups = objective.groups(module)
         self.optimizer = build_optimizer(self.trainable.values(), config)
         self.watch = Watch(run, config.quiet_seconds)
@@ -128,8 +139,18 @@ class Trainer:
         """The same as training `number` (from 0) of `count` in one run, with a state of its own."""
         self.before, self.steps_of_run = number * self.config.steps, count * self.config.steps
         if count > 1:
-            self.state_path = self.run.state_path / f"part-{number}"
+            self.states = self.states.part(number)
         return self
+
+    def _states(self) -> States:
+        """Those of the run's directory, or of a place on the storage that is this run's alone."""
+        if self.config.state is None:
+            return States(self.run.state_path)
+        made = self.run.manifest
+        name = f"{made.name}-{made.started[:19]}-{made.fingerprint[:8]}".replace(":", "")
+        found = States(dist.broadcast(f"{self.config.state.rstrip('/')}/{name}"))
+        self.run.afterwards(found.remove)
+        return found
 
     def fit(self) -> None:
         """Train to the last step, from the last saved state if there is one.
@@ -138,7 +159,7 @@ class Trainer:
         """
         with self.watch:
             self.watch.at("reading the resume state")
-            start = load_state(self.state_path, self)
+            start = load_state(self.states, self)
             self.run.rewind(self.before + start)
             if start:
                 self.run.say(f"resuming after step {self.before + start} of {self.steps_of_run}")
@@ -147,9 +168,9 @@ class Trainer:
 
     def _steps_from(self, start: int) -> None:
         bar = Progress(self.run.name, self.steps_of_run, "tokens", quiet=self.run.quiet)
-        saver = Saver(self.state_path, self.config.save_total_limit)
+        saver = Saver(self.states, self.config.save_total_limit, self.config.save_seconds)
         sinks = Sinks(self.config.report_to, self.run, self.before + start)
-        saved = begun = time.monotonic()
+        begun = time.monotonic()
         with _stop_signal() as stopped, bar, sinks, saver:
             bar.advance(self.before + start, 0)
             for step in range(start, self.config.steps):
@@ -167,14 +188,13 @@ class Trainer:
                 bar.advance(1, tokens, loss=metrics["loss"], **shown)
                 self.watch.at(f"step {step + 1}: agreeing on what is next")
                 begun = time.monotonic()
-                signals = torch.tensor([stopped(), begun - saved > self.config.save_seconds])
-                if dist.world() > 1:  # all processes do what one is asked to
+                signals = torch.tensor([stopped(), not saver.due()])
+                if dist.world() > 1:  # all stop with one, and save with the last
                     signals = dist.max(signals.to(dist.device(), torch.int32))
-                stop, save = signals.tolist()
-                if stop or save:
+                stop, early = signals.tolist()
+                if stop or not early:
                     self.watch.at(f"step {step + 1}: saving")
                     saver.save(step + 1, self)
-                    saved = time.monotonic()
                 if stop:
                     saver.wait()
                     raise KeyboardInterrupt
@@ -212,7 +232,7 @@ class Trainer:
         metrics = {k: sums[k] / share if share else math.nan for k, share in shares.items()}
         self.watch.at(f"{here}: clipping and updating")
         norms = [clip(group, self.config.clip, self.stages) for group in self.groups.values()]
-        metrics["grad_norm"] = float(torch.stack(norms).norm())
+        metrics["grad_norm"] = self._norm(norms)
         if isinstance(self.source, MeasuredSource):
             metrics |= self.source.metrics()
         self._check_finite(step, metrics)
@@ -226,32 +246,54 @@ class Trainer:
     ) -> None:
         """Adds up gradients, and what the losses say in `totals`."""
 
-        def learn(number: int) -> Tensor | None:
+        def learn(number: int) -> tuple[list[Tensor], Tensor | None]:
             batch, part = batches[number], f"{here}, microbatch {number + 1} of {len(batches)}"
             self.watch.at(f"{part}: loss")
             if self.stage is not None and not self.stage.last:
-                return self.module(batch.tokens, context_of(batch))
+                states, loss, stats = self.objective.passed_on(self.models[0], batch)
+                note(loss, stats)
+                return states, None if loss is None else loss / weight
             for loss, stats in self.objective.losses(self.module, batch):
                 self.watch.at(f"{part}: gradient")
                 (loss / weight).backward()
                 self.watch.at(f"{part}: loss")
-                _add(totals, "loss", loss.detach())
-                for key, value in stats.items():
-                    _add(totals, key, value)
+                note(loss, stats)
+            return [], None
+
+        def note(loss: Tensor | None, stats: Stats) -> None:
+            for key, value in ({} if loss is None else {"loss": loss, **stats}).items():
+                _add(totals, key, value)
 
         if self.stage is None:
             for number in range(len(batches)):
                 learn(number)
         else:
-            assert isinstance(self.module, Transformer)
-            one_forward_one_backward(self.module, [batch.tokens for batch in batches], learn)
+            one_forward_one_backward(self.models, [batch.tokens for batch in batches], learn)
 
     def _sums(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """The totals of all processes; of a pipeline the last stage knows them all."""
-        names = list(totals) if self.stage is None else dist.broadcast(list(totals), -1)
+        """The totals of all processes; a pipeline's earlier stages know parts of the loss only."""
+        if self.objective.apart:
+            sums = Counter[str]()
+            for own in dist.gather({name: float(total) for name, total in totals.items()}):
+                sums.update(own)
+            return {**sums, "tokens": sums["tokens"] / self.layout.tensor}
         zero = torch.zeros((), dtype=dist.widest_float(), device=dist.device())
-        summed = self.layout.sum(torch.stack([totals.get(name, zero) for name in names]))
-        return dict(zip(names, summed.tolist(), strict=True))
+        names = list(totals)
+        if self.stage is not None:
+            names = dist.broadcast(names, -1)
+            if not self.stage.last:
+                totals |= {"tokens": zero, "flops": zero}
+        values = torch.stack([totals.get(name, zero) for name in names])
+        summed = self.layout.sum(values, every_stage=True).tolist()
+        return dict(zip(names, summed, strict=True))
+
+    def _norm(self, norms: Sequence[Tensor]) -> float:
+        """Of all gradients, of the norms of their groups here."""
+        total = torch.stack(norms).norm() if norms else torch.zeros((), device=dist.device())
+        if self.objective.apart and dist.world() > 1:
+            same = dist.world() / self.layout.tensor  # processes that train the same modules
+            total = (dist.sum(total.square()) / same).sqrt()
+        return float(total)
 
     def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
         bad = {k: metrics[k] for k in ("loss", "grad_norm") if not math.isfinite(metrics[k])}

@@ -95,7 +95,7 @@ def peak(dtype: torch.dtype) -> float | None:
     if dist.device().type == "cuda":
         name = torch.cuda.get_device_name(dist.device())
         return _sheet_peak(name) if dtype == torch.bfloat16 else None
-    if dtype != torch.float32:
+    if dist.device().type != "cpu" or dtype != torch.float32:
         return None
     size, generator, best = 1024, torch.Generator().manual_seed(0), float("inf")
     a, b = (torch.randn(size, size, generator=generator) for _ in range(2))

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from fsspec import get_filesystem_class
 from pydantic import AfterValidator, Field, field_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from tessera import dist
 from tessera.data.documents import check_sizes
 from tessera.model.parallel import mesh_of
-from tessera.model.placement import DTYPES, ParallelConfig, Placement
+from tessera.model.placement import DTYPES, PIPELINED, ParallelConfig, Placement
 from tessera.runs.recipe import Config
 from tessera.train.sinks import SinkName, check_installed
 
@@ -29,7 +30,7 @@ class TrainConfig(Config):
     """How long, how fast, in what portions."""
 
     EXECUTION: ClassVar = frozenset(  # no part of a run's fingerprint
-        {"parallel", "save_seconds", "save_total_limit", "report_to", "quiet_seconds"}
+        {"parallel", "save_seconds", "state", "save_total_limit", "report_to", "quiet_seconds"}
     )
 
     steps: int = Field(ge=1)
@@ -49,7 +50,8 @@ class TrainConfig(Config):
     clip: float = Field(default=1.0, gt=0)  # of each group's gradient norm
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights stay float32
     parallel: ParallelConfig = ParallelConfig()
-    save_seconds: float = Field(default=60.0, gt=0)  # at least this long between resume states
+    save_seconds: float | None = Field(default=None, gt=0)  # between resume states; by their cost
+    state: str | None = None  # where they are, as s3://bucket/prefix; the run's own directory
     save_total_limit: int = Field(default=1, ge=1)  # resume states kept
     report_to: tuple[SinkName, ...] = ()  # besides metrics.jsonl
     quiet_seconds: float = Field(default=120.0, gt=0)  # then a line says what is waited for
@@ -66,6 +68,21 @@ class TrainConfig(Config):
         check_installed(("torchao",) if value == "adamw-8bit" else ())
         return value
 
+    @field_validator("state")
+    @classmethod
+    def _check_storage(cls, value: str | None) -> str | None:
+        kind, found, _ = (value or "").partition("://")
+        if value is not None and not found:
+            raise ValueError(
+                f"{value!r} is no address of storage; give one like s3://bucket/prefix"
+            )
+        if value is not None:
+            try:
+                get_filesystem_class(kind)
+            except (ValueError, ImportError) as error:
+                raise ValueError(f"{value}: {error}; for s3, pip install 'tessera[s3]'") from None
+        return value
+
     @property
     def placement(self) -> Placement:
         """How modules are spread over the processes, and in what they compute."""
@@ -80,6 +97,16 @@ def _check_rows(config: TrainConfig) -> TrainConfig:
 
 # Of stages that read documents. Checked with the recipe, before anything runs.
 DocumentTrainConfig = Annotated[TrainConfig, AfterValidator(_check_rows)]
+
+
+def _check_pipeline(config: TrainConfig) -> TrainConfig:
+    if config.parallel.pipeline > 1:
+        raise ValueError(PIPELINED)
+    return config
+
+
+# Of a stage that needs all layers in every process.
+AllLayers = AfterValidator(_check_pipeline)
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:
@@ -109,6 +136,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
             # One kernel takes the tensors of one grid of processes.
             groups.setdefault((mesh_of(parameter), decay), []).append(parameter)
     listed = [{"params": params, "weight_decay": decay} for (_, decay), params in groups.items()]
+    listed = listed or [{"params": []}]  # a process may hold nothing that is trained
     if config.optimizer == "adamw-8bit":
         from torchao.optim import AdamW8bit
 
@@ -134,6 +162,8 @@ def update(optimizer: Optimizer, lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+    if not optimizer.param_groups[0]["params"]:
+        return
     first = optimizer.param_groups[0]["params"][0]
     # torchao compiles its step a shape, which takes a CPU longer than it saves.
     eager = not isinstance(optimizer, torch.optim.AdamW) and first.device.type == dist.HOST

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera import dist
 from tessera.model import attention
 from tessera.model.attention import attend, attend_last
 from tessera.model.context import Context, Part, zigzag
+from tests.test_placement import fresh
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -172,26 +174,38 @@ def test_no_mask_grows_with_the_square_of_a_row(what: str, monkeypatch: pytest.M
     assert len(sizes) > 8 and max(sizes) <= attention.MASK
 
 
+def test_flash_attention_is_given_tensors_of_its_device():
+    done = fresh(
+        "-c",
+        "from tests.pretend import device, pretended; device()\n"
+        "from tessera.model import attention\n"
+        "from tests.model.test_attention import Context, rows, tensors\n"
+        "attention.has_flash = lambda q: True\n"
+        "attention.varlen_attn = lambda q, k, v, a, b, *_, **__: q * a.sum() * b.sum()\n"
+        "with pretended():\n"
+        "    q, k, v = (x.detach().to(device()) for x in tensors(2, 48))\n"
+        "    on = [getattr(rows(0), x).to(device()) for x in ('positions', 'segments', 'prefix')]\n"
+        "    for context in (Context(*on[:2], prefix=on[2]), Context(*on[:2]), Context(on[0])):\n"
+        "        assert attention.attend(q, k, v, context).device == device()",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.gpu
 @WINDOWS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_kernels_of_a_gpu_are_a_dense_mask(window: int | None, dtype: torch.dtype):
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 3e-2), (torch.float32, 1e-4)])
+def test_a_gpus_kernels_are_a_dense_mask(window: int | None, dtype: torch.dtype, near: float):
     context = replace(rows(0, 512), sliding_window=window)
-    inputs = tensors(*context.positions.shape)
+    q, k, v = (x.detach().to(dist.device(), dtype).requires_grad_() for x in tensors(2, 512))
+    assert attention.has_flash(q) == (dtype == torch.bfloat16)
+    assert context.segments is not None and context.prefix is not None
+    moved = Context(context.positions.to(q.device), context.segments.to(q.device))
+    moved = replace(moved, sliding_window=window, prefix=context.prefix.to(q.device))
+    inputs = [x.detach().cpu().float().requires_grad_() for x in (q, k, v)]
     expected = by_sdpa(*inputs, dense(context)[:, None])
-    there = [x.detach().to("cuda", dtype).requires_grad_() for x in inputs]
-    moved = Context(
-        *(x.cuda() for x in (context.positions, context.segments)),
-        sliding_window=window,
-        prefix=context.prefix.cuda(),
-    )
-    out = attend(*there, moved)
-    real, slope = context.segments >= 0, torch.randn_like(expected)
-    found = torch.autograd.grad((out.cpu() * slope)[real].sum(), there)
-    wanted = torch.autograd.grad((expected * slope)[real].sum(), inputs)
-    close = (
-        {"atol": 3e-2, "rtol": 3e-2} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
-    )
-    torch.testing.assert_close(out[real.cuda()].cpu().float(), expected[real], **close)
+    slope, real = torch.randn_like(expected), context.segments >= 0
+    out = attend(q, k, v, moved)
+    found = [out.cpu()[real], *torch.autograd.grad((out.cpu() * slope)[real].sum(), (q, k, v))]
+    wanted = [expected[real], *torch.autograd.grad((expected * slope)[real].sum(), inputs)]
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one.cpu().float(), other, **close)
+        torch.testing.assert_close(one.cpu().float(), other, atol=near, rtol=near)

@@ -17,7 +17,7 @@ from tessera.model.parallel import held_params, root_params
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM
 from tessera.pipeline import STAGES
-from tessera.planning.stages import Planner, parent_of
+from tessera.planning.stages import Planner, parent_of, render
 from tessera.planning.training import (
     ClusterError,
     Job,
@@ -32,6 +32,7 @@ from tessera.planning.training import (
 from tessera.puzzle.race import RaceConfig
 from tessera.rl.experience import Answer, Group, rows
 from tessera.rl.rollouts import RolloutConfig
+from tessera.runs.plan import with_defaults
 from tessera.runs.recipe import load, loads
 from tessera.runs.run import Run
 from tessera.train.engine import Trainer
@@ -222,7 +223,8 @@ def test_a_policy_is_planned_with_its_reference_and_its_engine():
     plain, kl = policy(train), policy(train + "kl = 0.1")
     assert plain.tokens == 7 * 64 * (255 + 16 * 1000)
     assert plain.teacher is None and kl.teacher == kl.student
-    held = memory(plain, Layout(1, 8, 1, False), 80e9)
+    assert memory(plain, Layout(1, 8, 1, False), 80e9).engine == 0  # it sleeps
+    held = memory(policy(train + "staleness = 1"), Layout(1, 8, 1, False), 80e9)
     assert held.engine == 4 * plain.config.num_params() == 8 * held.weights
     assert policy(train + "updates_per_rollout = 4").tokens == plain.tokens // 4
     pairs = policy(train + "paths = ['P']\npairs_per_step = 10", "rpo")
@@ -257,56 +259,67 @@ def replace_train(**changes) -> TrainConfig:
     return TRAIN.model_copy(update=changes)
 
 
-# What the parents' config.json say, beside what all of them do.
-PARENTS = {
-    "nano-8b": (4096, 14_336, 32, 32, 8, {}),
-    "super-49b": (8192, 28_672, 80, 64, 8, {}),
-    "ultra-253b": (16_384, 53_248, 126, 128, 8, {}),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, {"head_dim": 64, "tie_word_embeddings": True}),
-    "qwen3-0.6b": (1024, 3072, 28, 16, 8, {"head_dim": 128, "tie_word_embeddings": True}),
-}
-QWEN = {"vocab_size": 151_936, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+# What the released child is made of: layers with attention, and FFN-only ones, by width; the last
+# are runs that were fused.
+ULTRA = {53_248: (34, 0), 37_376: (4, 0), 32_000: (2, 0), 26_624: (19, 0), 21_504: (5, 5)}
+ULTRA |= {16_128: (0, 6), 10_752: (0, 1), 5376: (0, 1)}
+ULTRA |= dict.fromkeys((399_360, 425_984, 343_040, 301_056), (0, 1))
+CHILD = LLAMA_405B.with_words(
+    (attention, f"swiglu-{width}")
+    for width, counts in ULTRA.items()
+    for attention, count in zip(("gqa-8", "noop"), counts, strict=True)
+    for _ in range(count)
+)
+TIED = {"tie_word_embeddings": True}
+LLAMA_1B = replace(llama(16, 2048, 32, 8192), head_dim=64, **TIED)
+QWEN = replace(llama(28, 1024, 16, 3072), vocab_size=151_936, qk_norm=True, **TIED)
+
+
+@pytest.mark.parametrize(
+    "name, parent, child",
+    [
+        ("nano-8b", LLAMA_8B, None),
+        ("super-49b", llama(80, 8192, 64, 28_672), None),
+        ("ultra-253b", LLAMA_405B, CHILD),
+        ("llama-3.2-1b", LLAMA_1B, None),
+        ("qwen3-0.6b", QWEN, None),
+    ],
+)
+def test_every_stage_of_a_recipe_fits_the_cluster_at_its_head(name, parent, child):
+    path = ROOT / f"recipes/{name}.toml"
+    recipe = with_defaults(load(path), STAGES)
+    cluster = parse_cluster(path.read_text().split("--cluster ")[1].split()[0])
+    lines = Planner(recipe, STAGES, cluster, parent, child).lines()
+    assert [line.name for line in lines] == [spec.name for spec in recipe.stages]
+    assert [(line.name, line.advice) for line in lines if not line.fits] == []
+    assert "all stages fit" in render(lines)
 
 
 @pytest.fixture
-def config(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """The config.json of a recipe's parent, Super's unless the test names another."""
-    hidden, width, layers, heads, kv, more = PARENTS[getattr(request, "param", "super-49b")]
+def config(tmp_path: Path) -> Path:
     values = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 128_256,
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
         "rms_norm_eps": 1e-5,
-        **more,
-        **(QWEN if hidden == 1024 else {}),
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     return tmp_path / "config.json"
 
 
-@pytest.mark.parametrize(
-    "config, name", [(n, n) for n in PARENTS if n != "ultra-253b"], indirect=["config"]
-)
-def test_every_stage_of_a_recipe_fits_the_cluster_at_its_head(config: Path, name: str):
-    path = ROOT / f"recipes/{name}.toml"
-    head = path.read_text().split("--cluster ")[1].split()[0]
-    words = ["plan", str(path), "--config", str(config), "--cluster", head]
-    found = CliRunner().invoke(app, [*words, "--price", "2", "--json"])
-    assert found.exit_code == 0, found.output
-    lines = json.loads(found.stdout[: found.stdout.rindex("]") + 1])
-    assert [line["name"] for line in lines] == [spec.name for spec in load(path).stages]
-    assert [(line["name"], line["advice"]) for line in lines if not line["fits"]] == []
-
-
-def test_a_plan_is_printed_with_its_price(config: Path):
+def test_a_recipe_is_planned_from_a_config_alone(config: Path):
     words = ["plan", str(ROOT / "recipes/super-49b.toml"), "--config", str(config)]
-    found = CliRunner().invoke(app, [*words, "--cluster", "32x8xH100", "--price", "2"])
+    words += ["--cluster", "32x8xH100"]
+    found = CliRunner().invoke(app, [*words, "--price", "2"])
+    assert found.exit_code == 0, found.output
     assert "[rloo]  fits" in found.stdout and "at 2 a GPU-hour" in found.stdout
+    lines = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert {line["name"]: line for line in lines}["kd"]["tokens"] == 19_074 * 2_097_152
 
 
 @pytest.mark.parametrize(

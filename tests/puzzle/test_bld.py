@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tessera.puzzle import bld
-from tessera.puzzle.library import LibraryError, layer_groups
+from tessera.puzzle.library import LibraryError
+from tessera.puzzle.ranges import passes
 from tessera.puzzle.space import Unit
 from tessera.runs.recipe import RecipeError
 from tessera.runs.run import read_json, read_metrics
@@ -101,12 +101,12 @@ def test_a_kill_in_any_group_is_made_good(tmp_path, whole, monkeypatch, moment: 
                 raise KeyboardInterrupt
             return super().train_step(step)
 
-    def save(library, directory):
+    def save(library, directory, **options):
         if dying and moment == "while saving" and any(key[:2] == "01" for key in library):
             del library["01/ffn/linear"]
-            plain_save(library, directory)
+            plain_save(library, directory, **options)
             raise KeyboardInterrupt
-        plain_save(library, directory)
+        plain_save(library, directory, **options)
 
     plain_save, dying = bld.save_library, True
     monkeypatch.setattr(bld, "Trainer", Dying)
@@ -141,8 +141,12 @@ def test_groups_hold_every_key_once_and_layers_whole():
     keys = [
         Unit(layer, "ffn", word) for layer in (0, 1, 4, 5, 9) for word in ("linear", "swiglu-4")
     ]
-    groups = layer_groups(keys, 2)
+    whole = [range(10)]
+    groups = passes(keys, whole, 2)
     assert [sorted({layer for layer, _, _ in group}) for group in groups] == [[0, 1], [4, 5], [9]]
     assert [key for group in groups for key in group] == keys
-    assert layer_groups(keys, None) == [keys] and layer_groups([], 3) == []
-    assert json.dumps(layer_groups(keys, 99)) == json.dumps([keys])
+    assert passes(keys, whole, None) == passes(keys, whole, 99) == [keys]
+    assert passes([], whole, 3) == []
+    # Of two processes each trains two of its layers at once.
+    groups = passes(keys, [range(2), range(2, 10)], 2)
+    assert [sorted({key.layer for key in group}) for group in groups] == [[0, 1, 4, 5], [9]]

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tessera.model.context import Context
+from tessera.model.placement import LayoutError, ParallelConfig
 from tessera.pipeline import STAGES
-from tessera.puzzle.bld import BLD, TRAINED, kept_numbers, training_memory, unit_params
+from tessera.puzzle.bld import BLD, TRAINED, BLDConfig, kept_numbers, training_memory, unit_params
 from tessera.puzzle.library import BlockLibrary, trainable_units
-from tessera.puzzle.space import SpaceConfig, build_space
+from tessera.puzzle.ranges import split_layers
+from tessera.puzzle.space import SpaceConfig, Unit, build_space
 from tessera.puzzle.surgery import collect_statistics
+from tessera.train.optim import TrainConfig
 from tests import tiny
 from tests.toy import toy_batch, toy_config, toy_model
 
 UNITS = "[bld]\ntrain = { steps = 1 }\n"
+
+
+def _config(layers_at_once: int | None = None, **train: Any) -> BLDConfig:
+    settings = {"steps": 1, "microbatch_tokens": 512, **train}
+    return BLDConfig(train=TrainConfig(**settings), layers_at_once=layers_at_once)
+
+
 COUPLE = '[score]\n[cost]\n[search]\nconstraints = { parameters = "0.9x" }\n[couple]\n'
 
 
@@ -27,12 +39,41 @@ def test_units_are_counted_and_the_largest_group_decides():
     keys = trainable_units(space)
     for key, unit in zip(keys, library.values(), strict=True):
         assert sum(p.numel() for p in unit.parameters()) == unit_params(parent.config, *key[1:])
-    whole = training_memory(parent.config, keys, None, 32)
-    assert whole.units == TRAINED * sum(p.numel() for p in library.parameters())
-    assert whole.parent == 4 * sum(p.numel() for p in parent.parameters())
-    one = training_memory(parent.config, keys, 1, 32)
-    assert one.units * 3 == whole.units and one.activations == whole.activations
-    assert one.total == one.parent + one.units + one.activations
+    whole = training_memory(parent.config, keys, _config())
+    assert whole.states == TRAINED * sum(p.numel() for p in library.parameters())
+    needed = [p for key, p in parent.named_parameters() if key.startswith(("layers.", "embed"))]
+    assert whole.parent == 4 * sum(p.numel() for p in needed)
+    one = training_memory(parent.config, keys, _config(1))
+    assert one.states * 3 == whole.states and one.activations == whole.activations
+    assert one.total == one.parent + one.states + one.activations and one.passes == 3
+
+
+def test_processes_share_the_layers_and_those_beyond_them_the_states():
+    config = toy_config(layers=4)
+    keys = trainable_units(build_space(SpaceConfig(), config))
+    one, two, eight = (training_memory(config, keys, _config(), n) for n in (1, 2, 8))
+    layers = one.parent - 4 * config.vocab_size * config.hidden_size
+    assert two.ranges == 2 and two.states * 2 == one.states
+    assert two.parent == layers / 2 + 4 * config.vocab_size * config.hidden_size
+    assert (eight.ranges, eight.replicas) == (4, 2) and eight.states * 8 == one.states
+    half = training_memory(config, keys, _config(dtype="bfloat16"), 8)
+    assert half.parent * 2 == eight.parent and half.states == eight.states
+    assert half.gathered * 3 == eight.gathered * 2  # of float32 2 · 4 + 4 bytes, here 2 · 2 + 4
+
+
+def test_layers_are_held_in_ranges_of_about_equal_work():
+    config = toy_config(layers=6)
+    units = [Unit(layer, "ffn", "swiglu-48") for layer in (3, 4, 5)]
+    split = partial(split_layers, config, units, ParallelConfig())
+    assert split(1) == [range(6)]
+    assert split(2) == [range(4), range(4, 6)]
+    assert [len(layers) for layers in split(4)] == [3, 1, 1, 1]
+    assert len(split(7)) == 1 and len(split(12)) == 4  # half of six would hold no unit
+    assert len(split_layers(config, units, ParallelConfig(shard=2), 12)) == 2
+    with pytest.raises(LayoutError, match="shard = 5: 12 processes can hold the 6 layers in 1, 2"):
+        split_layers(config, units, ParallelConfig(shard=5), 12)
+    with pytest.raises(LayoutError, match="do not apply to block-wise"):
+        split_layers(config, units, ParallelConfig(tensor=2), 2)
 
 
 def test_the_bound_does_not_grow_with_the_layers_of_the_parent():
@@ -40,12 +81,12 @@ def test_the_bound_does_not_grow_with_the_layers_of_the_parent():
     for layers in (4, 40):
         config = toy_config(layers=layers)
         keys = trainable_units(build_space(SpaceConfig(), config))
-        found.append(training_memory(config, keys, 2, 64))
-    assert found[0].units == found[1].units and found[0].activations == found[1].activations
+        found.append(training_memory(config, keys, _config(2)))
+    assert found[0].states == found[1].states and found[0].activations == found[1].activations
 
 
 def test_activations_are_near_what_autograd_keeps():
-    """Bytes of distinct storages saved for backward in the graph of the largest layer."""
+    """Bytes of distinct storages saved for backward in the graph of the largest unit."""
     parent = toy_model(hidden_size=64, head_dim=16).requires_grad_(False)
     space, batch = build_space(SpaceConfig(), parent.config), toy_batch(1, rows=4, length=64)
     statistics = collect_statistics(parent, [batch])
@@ -93,9 +134,9 @@ def planned(tmp_path: Path):
 def test_check_knows_it_before_anything_has_run(planned):
     found = planned(UNITS + COUPLE + 'searches = ["search"]\ntrain = { steps = 1 }')
     assert found["parent"] is None and found["search"] is None
-    assert found["bld"].layers == 3 and found["couple"].units > 0
+    assert found["bld"].layers == 3 and found["couple"].states > 0
     single = planned(UNITS + "layers_at_once = 1")["bld"]
-    assert single.units * 3 == found["bld"].units and "1 of 3 layers at once" in str(single)
+    assert single.states * 3 == found["bld"].states and "1 of 3 layers at once" in str(single)
 
 
 def test_check_hears_of_words_that_do_not_fit_the_parent(planned):

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tessera import dist
 from tessera.data.batch import Batch
 from tessera.model.checkpoint import load_model, open_model
 from tessera.objectives.kd import KD, KDConfig, raced
 from tessera.objectives.lm import documents
 from tessera.pipeline import STAGES, run_recipe
 from tessera.puzzle.library import assemble
-from tessera.puzzle.race import RaceConfig, candidates, ranking, unigram_entropy
+from tessera.puzzle.race import RaceConfig, candidates, heat, ranking, unigram_entropy
 from tessera.runs.files import FailureError, RunError
 from tessera.runs.plan import plan
 from tessera.runs.recipe import RecipeError, loads, validate
 from tessera.runs.run import Run, read_json, read_metrics, read_table
 from tessera.train.engine import Trainer
 from tessera.train.optim import TrainConfig
+from tests.test_dist import run_ranks
 
 TRAIN = "{ steps = 3, tokens_per_step = 64, microbatch_tokens = 64, sequence_length = 32 }"
 SHAPE = "{ hidden_size = 16, num_hidden_layers = 2, num_attention_heads = 2, intermediate_size = 16"
@@ -79,7 +82,21 @@ def test_the_winner_has_the_lowest_held_out_kl(tmp_path: Path):
     assert config.get("blocks", winner["words"]) == winner["words"]
 
 
-def test_a_heat_is_a_distillation_and_no_more(tmp_path: Path):
+def heat_in_ranks() -> None:
+    """The heat of an architecture, and how many of the child's parameters this process holds."""
+    home, words = Path(sys.argv[1]), json.loads(sys.argv[2])
+    train = {"steps": 3, "tokens_per_step": 64, "microbatch_tokens": 64, "sequence_length": 32}
+    config = validate(RaceConfig, {"train": train, "tokens": 64}, "race").heat(1, 1e-3)
+    inputs = {"parent": home / "parent", "library": home / "bld", "data": home / "data"}
+    child = assemble(open_model(inputs["parent"]), inputs["library"] / "library", words)
+    opened = {"stage": "race", "config": {}, "inputs": {}, "seed": 0, "quiet": True}
+    with dist.processes(), Run.open(home / "two", **opened) as run:
+        parts = config.train.placement.load(child).parameters()
+        row = heat(home / "two" / "heat", words, config, run, inputs)
+        print(json.dumps([row, sum(part.to_local().numel() for part in parts)]))
+
+
+def test_a_heat_is_a_distillation_and_no_more_in_one_process_or_two(tmp_path: Path):
     """Every row of a race of one rung is what KD of the assembled child alone arrives at."""
     path = race(tmp_path)
     home = path.parent
@@ -94,8 +111,13 @@ def test_a_heat_is_a_distillation_and_no_more(tmp_path: Path):
     source = documents(home / "data", train, 0)
     with Run.open(tmp_path / "own", stage="t", config={}, inputs={}, seed=0, quiet=True) as run:
         Trainer(child, KD(parent, KDConfig(train=train)), source, train, run).fit()
-    heat = path / "heats" / f"1-{row['candidate']}"
-    assert read_metrics(heat) == read_metrics(tmp_path / "own")
+    own = path / "heats" / f"1-{row['candidate']}"
+    assert read_metrics(own) == read_metrics(tmp_path / "own")
+    code = "from tests.puzzle.test_race import heat_in_ranks; heat_in_ranks()"
+    printed = map(json.loads, run_ranks(code, str(home), json.dumps(chosen["words"])))
+    for two, held in printed:
+        assert two == pytest.approx({key: row[key] for key in two}, rel=1e-4)
+        assert held <= 0.51 * child.config.num_params()
 
 
 def test_each_rung_halves_the_field_on_equal_and_more_tokens(tmp_path: Path):
@@ -142,8 +164,8 @@ def test_a_killed_race_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
             race(tmp_path / "killed", *RUNGS)
     b = race(tmp_path / "killed", *RUNGS)
     assert read_table(a, "race") == read_table(b, "race")
-    for heat in (a / "heats").iterdir():
-        assert read_metrics(heat) == read_metrics(b / "heats" / heat.name)
+    for one in (a / "heats").iterdir():
+        assert read_metrics(one) == read_metrics(b / "heats" / one.name)
 
 
 def row(candidate: str, kl: float | None, meets: bool = True) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def test_a_step_that_could_not_be_judged_says_where_the_reasons_are(home: Path, 
 def test_as_few_processes_answer_together_as_have_room_beside_training(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """12 bytes a parameter over all 8 processes, and the weights over those that answer together."""
+    """12 bytes a parameter over all 8 processes, and the weights over those that share them."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     config, model = RolloutConfig(train=TrainConfig(steps=1)), load_config(home / "parent")
 

