@@ -218,14 +218,18 @@ def sum(value: Tensor, operation: str = "SUM") -> Tensor:
     return total
 
 
-def broadcast(value: Any, source: int = 0) -> Any:
-    """The main process's picklable object, in every process; source: another's, -1 the last's."""
+def broadcast(
+    value: Any, source: int = 0, group: torch.distributed.ProcessGroup | None = None
+) -> Any:
+    """The main process's picklable object, or that of a group's first, in every process; source:
+    another's, -1 the last's."""
     if world() == 1:
         return value
     import torch.distributed
 
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=source % world())
+    size = torch.distributed.get_world_size(group)
+    torch.distributed.broadcast_object_list(box, group=group, group_src=source % size)
     return box[0]
 
 
@@ -257,18 +261,22 @@ def receive(value: Tensor, source: int) -> Tensor:
     return value
 
 
-def on_main(compute: Callable[[], T]) -> T:
-    """What the main process computes, in every process; what it raises is raised in all of them."""
+def on_main(compute: Callable[[], T], group: torch.distributed.ProcessGroup | None = None) -> T:
+    """What the main process computes, or a group's first, in every process; what it raises is
+    raised in all of them."""
     if world() == 1:
         return compute()
+    import torch.distributed
+
     found: tuple[T | None, Exception | None] = (None, None)
-    if is_main():
+    if torch.distributed.get_rank(group) == 0:
         try:
             found = compute(), None
         except Exception as error:
             found = None, error
-    barrier()  # which waits longer than a broadcast does
-    value, error = broadcast(found)
+    if group is None:
+        barrier()  # which waits longer than a broadcast does
+    value, error = broadcast(found, group=group)
     if error is not None:
         raise error
     return value

@@ -25,10 +25,11 @@ from torch.distributed.tensor import DTensor
 
 from tessera.generate.engine import GenerationError
 from tessera.generate.sampling import Chosen
+from tessera.model.checkpoint import whole
 from tessera.model.config import NoOp
 from tessera.model.cpu import onednn_product, onednn_rows, prefers_onednn, reordered
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
-from tessera.model.parallel import mesh_of, splits
+from tessera.model.parallel import splits, tensor_group
 from tessera.model.placement import Placement
 from tessera.model.transformer import Transformer
 
@@ -165,7 +166,7 @@ class Parts:
             if split and tensor.device_mesh == self.mesh:
                 return tensor.to_local()
             # From the machine's memory, where `offload` keeps it.
-            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+            tensor = whole(tensor.to(tensor.device_mesh.device_type))
         if not split:
             return tensor
         return tensor.chunk(self.mesh.size(), dim)[self.mesh.get_local_rank()]  # type: ignore
@@ -359,9 +360,3 @@ def rotate(qkv: Tensor, factors: Tensor) -> Tensor:
 def _interleave(rows: Tensor, dim: int) -> Tensor:
     """Each head's rows (0 … D/2 | D/2 … D) in the order 0, D/2, 1, D/2 + 1, …"""
     return rows.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)
-
-
-def tensor_group(module: Transformer) -> DeviceMesh | None:
-    """The processes that hold a module together, as `Placement` splits it with `shards` off."""
-    meshes = {mesh for one in module.parameters() if (mesh := mesh_of(one)) is not None}
-    return next((mesh for mesh in meshes if mesh.mesh_dim_names == ("tensor",)), None)

@@ -179,7 +179,7 @@ def save_model(
 
 def write_model(
     model: Transformer | Checkpoint,
-    directory: Path,
+    directory: Path | None,
     *,
     tokenizer_from: str | Path | None = None,
     dtype: torch.dtype | None = None,
@@ -189,7 +189,8 @@ def write_model(
     """Write weights, config and tokenizer into an existing directory, by this process alone.
 
     dtype: of the files, the model's own if None. fp8: the projections in FP8. together: by every
-    process of a job, each some of the shards. Raises OSError when the system refuses.
+    process of a job, each some of the shards. directory: None for a process that holds a part of
+    what another one writes. Raises OSError when the system refuses.
     """
     model = Checkpoint.of(model) if isinstance(model, Transformer) else model
     tensors: dict[str, LazyTensor] = {}
@@ -201,7 +202,7 @@ def write_model(
         else:
             tensors[name] = one.to(dtype)
     write_tensors(tensors, directory, together)
-    if together and not dist.is_main():
+    if directory is None or (together and not dist.is_main()):
         return
     values = config_dict(model.config)
     values["torch_dtype"] = str(dtype or model.dtype).removeprefix("torch.")

@@ -156,6 +156,12 @@ def mesh_of(tensor: Tensor) -> DeviceMesh | None:
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
+def tensor_group(module: Transformer) -> DeviceMesh | None:
+    """The processes that hold a module together, as `Placement` splits it with `shards` off."""
+    meshes = {mesh for one in module.parameters() if (mesh := mesh_of(one)) is not None}
+    return next((mesh for mesh in meshes if mesh.mesh_dim_names == ("tensor",)), None)
+
+
 def clip(
     parameters: Sequence[nn.Parameter], limit: float, stages: DeviceMesh | None = None
 ) -> Tensor:

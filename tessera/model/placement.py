@@ -337,6 +337,8 @@ def beside_training(
     divisor of the processes that train on the same rows; the fewest that have room for it beside
     the state of training, and no fewer than the training's, unless given. Raises LayoutError.
     """
+    if training.config.pipeline > 1:
+        raise LayoutError(PIPELINED)
     number = training.dtype if dtype == "auto" else DTYPES[dtype]
     config, layout = load_config(model), training.layout
     held = TRAINED_BYTES * config.num_params() / (layout.shard * layout.tensor)

@@ -191,12 +191,13 @@ def raw(tensor: Tensor) -> np.ndarray:
 
 
 def write_tensors(
-    tensors: Mapping[str, LazyTensor], directory: Path, together: bool = False
+    tensors: Mapping[str, LazyTensor], directory: Path | None, together: bool = False
 ) -> None:
     """Write `model.safetensors`, or shards and their index where that would be too large.
 
     together: every process of a job calls this, reads every tensor, and writes some of the files;
-    of a pipeline, every tensor that it has.
+    of a pipeline, every tensor that it has. directory: None for a process that only takes part in
+    reading.
     """
     sizes = {name: one.nbytes for name, one in tensors.items()}
     everyone = dist.gather(sizes) if together else [sizes]
@@ -213,9 +214,9 @@ def write_tensors(
     names = names if count > 1 else [SINGLE]
     for name, (keys, processes, writer) in zip(names, files, strict=True):
         if rank in processes:
-            mine = {key: tensors[key] for key in keys}
-            _write_file(mine, directory / name if writer == rank else None)
-    if count > 1 and rank == 0:
+            file = directory / name if directory and writer == rank else None
+            _write_file({key: tensors[key] for key in keys}, file)
+    if directory and count > 1 and rank == 0:
         places = {key: name for name, (keys, *_) in zip(names, files, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Arguments of vllm.LLM that the engine sets itself.
 OURS = {"model", "dtype", "quantization", "enforce_eager", "max_model_len", "max_num_seqs"}
+OURS |= {"tensor_parallel_size"}  # the stage's `tensor`
 
 
 class VLLMConfig(Config):
@@ -72,8 +73,7 @@ def open_engine(
     if config.engine == "vllm":
         from tessera.vllm.engine import VLLMEngine
 
-        dtype = placement.dtype if placement else None
-        return VLLMEngine(module, config.vllm, batch=batch, dtype=dtype)
+        return VLLMEngine(module, config.vllm, batch=batch, placement=placement)
     from tessera.generate.torch_engine import TorchEngine
 
     return TorchEngine(module, max_batch_size=batch, placement=placement)

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,11 +40,14 @@ from tessera.generate.engine import (
 )
 from tessera.model.checkpoint import Checkpoint, write_model
 from tessera.model.config import ModelConfig
+from tessera.model.parallel import tensor_group
+from tessera.model.placement import Placement
 from tessera.model.transformer import Transformer
 from tessera.runs.files import FailureError, RunError, writing
 from tessera.vllm.config import VLLMConfig
 from tessera.vllm.worker import checksum
 
+T = TypeVar("T")
 WORKER = Path(__file__).with_name("worker.py")
 ENVIRONMENT = Path(".venv-vllm/bin/python")  # what `make venv-vllm` builds
 # Scheduling in the same process: a spawned one starts later, and helps no offline queue.
@@ -149,9 +152,11 @@ class Process:
 class VLLMEngine:
     """An `Engine` that stock vLLM computes.
 
-    batch: samples decoded together. Raises GenerationError for a model that vLLM cannot load,
-    RunError where there is no vLLM. A process that dies is started once more with the weights of
-    the last `sync`; a question that kills it twice raises DiedError (a FailureError).
+    batch: samples decoded together. placement: as in `TorchEngine`; the first process of a tensor
+    group runs vLLM on the devices of all, and the others get what it says. Raises GenerationError
+    for a model that vLLM cannot load, RunError where there is no vLLM. A process that dies is
+    started once more with the weights of the last `sync`; a question that kills it twice raises
+    DiedError (a FailureError).
     """
 
     def __init__(
@@ -160,7 +165,7 @@ class VLLMEngine:
         config: VLLMConfig | None = None,
         *,
         batch: int = 256,
-        dtype: torch.dtype | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.settings = config = config or VLLMConfig()
         self.config, self.batch, self.version = module.config, batch, 0
@@ -169,7 +174,10 @@ class VLLMEngine:
         if kind not in ("cuda", "cpu"):
             raise GenerationError(f'vLLM is not run on {kind} here; say engine = "tessera"')
         self.cuda = kind == "cuda"
-        self.dtype = dtype or module.head.dtype
+        self.dtype = placement.dtype if placement else module.head.dtype
+        self.mesh = placement.tensor_mesh if placement else tensor_group(module)
+        self.leads = self.mesh is None or self.mesh.get_local_rank() == 0
+        self.ways = 1 if self.mesh is None else self.mesh.size()
         stock = "vllm" if self.cuda else "vllm-cpu"
         self.form: Format = _form(module.config, "vllm-plugin" if config.plugin else stock)
         self.room = config.max_model_len or module.config.max_position_embeddings
@@ -187,6 +195,25 @@ class VLLMEngine:
 
         All requests are read at the beginning: vLLM has a queue of its own.
         """
+        if self.mesh is None:
+            yield from self._completed(requests, working)
+            return
+        asked = list(requests)
+        place = {id(request): number for number, request in enumerate(asked)}
+
+        def told() -> list[tuple[int, int, Completion]]:
+            return [(place[id(one)], n, said) for one, n, said in self._completed(asked, working)]
+
+        for number, sample, completion in self._led(told):
+            yield asked[number], sample, completion
+
+    def _led(self, compute: Callable[[], T]) -> T:
+        """What the process that runs vLLM computes, in all of its tensor group."""
+        return compute() if self.mesh is None else dist.on_main(compute, self.mesh.get_group())
+
+    def _completed(
+        self, requests: Iterable[GenerationRequest], working: Working | None
+    ) -> Generator[Completed, None, None]:
         left: dict[int, tuple[GenerationRequest, int]] = {}
         for request in requests:
             self.check([request])
@@ -233,25 +260,29 @@ class VLLMEngine:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.score`."""
         check_sequences(sequences, "sequence", self.config.vocab_size, self.room - 1)
-        return self._ask("score", sequences=[list(one) for one in sequences])["scores"]
+        rows = [list(one) for one in sequences]
+        return self._led(lambda: self._ask("score", sequences=rows)["scores"])
 
     def sync(self, module: Transformer, version: int) -> None:
         """See `Engine.sync`."""
         if module.config != self.config:
             raise GenerationError("sync takes weights of the model that the engine was made for")
-        self._files = publish(module, self._place / "model", self.form, self.dtype)
+        self._files = publish(module, self._place / "model", self.form, self.dtype, self.leads)
+        self._led(self._load)
+        self._asleep, self.version = False, version
+
+    def _load(self) -> None:
         if self._process is None:
             self._start()
-        else:
-            if self._asleep:
-                self._ask("wake")
-            self._ask("load", **self._weights())
-        self._asleep, self.version = False, version
+            return
+        if self._asleep:
+            self._ask("wake")
+        self._ask("load", **self._weights())
 
     def sleep(self) -> None:
         """See `Engine.sleep`; vLLM's CPU build keeps what it has."""
         if self.cuda and self.settings.sleep:
-            self._ask("sleep")
+            self._led(lambda: self._ask("sleep"))
             self._asleep = True
 
     def close(self) -> None:
@@ -321,14 +352,17 @@ class VLLMEngine:
         else:  # a prompt read in pieces and a seed: "CPU Generator does not use offset" (0.32)
             arguments["enable_chunked_prefill"] = False
             arguments["max_num_batched_tokens"] = max(self.room, BATCHED_TOKENS)
+        if self.ways > 1:
+            arguments["tensor_parallel_size"] = self.ways
         if settings.quantization:
             arguments["quantization"] = settings.quantization
         return arguments | settings.arguments
 
     def _environment(self) -> dict[str, str]:
         if self.cuda:
-            given, device = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.current_device()
-            return {"CUDA_VISIBLE_DEVICES": given.split(",")[device] if given else str(device)}
+            first, given = torch.cuda.current_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
+            known = given.split(",") if given else [str(i) for i in range(first + self.ways)]
+            return {"CUDA_VISIBLE_DEVICES": ",".join(known[first : first + self.ways])}
         # Left out, the cache holds every sample at full length, up to 4 GiB.
         token = self.config.kv_bytes_per_token(self.dtype.itemsize)
         gib = min(4, 1 + int(self.batch * self.room * token // 2**30))
@@ -374,12 +408,17 @@ def _form(config: ModelConfig, engine: str) -> Format:
 
 
 def publish(
-    module: Transformer, directory: Path, form: Format, dtype: torch.dtype
+    module: Transformer, directory: Path, form: Format, dtype: torch.dtype, writes: bool = True
 ) -> dict[str, int]:
-    """Write a model for vLLM; returns the CRC-32 of each file of weights by its name."""
+    """Write a model for vLLM; returns the CRC-32 of each file of weights by its name.
+
+    The parameters of a model that is spread over processes are gathered one at a time, which every
+    process takes part in; writes: whether this one keeps them.
+    """
     with writing(directory):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
+        if writes:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
         shown = Checkpoint.of(module)
         shown = shown if form == "hf" else widen(shown)
         if shown.config.tie_word_embeddings:
@@ -387,8 +426,8 @@ def publish(
             head = {"lm_head.weight": shown.tensors["embed_tokens.weight"]}
             config = replace(shown.config, tie_word_embeddings=False)
             shown = Checkpoint(config, {**shown.tensors, **head})
-        write_model(shown, directory, dtype=dtype)
-        if form != "hf":
+        write_model(shown, directory if writes else None, dtype=dtype)
+        if writes and form != "hf":
             decilm.write_config(shown.config, directory, str(dtype).removeprefix("torch."))
     return {file.name: checksum(file) for file in sorted(directory.glob("*.safetensors"))}
 

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from tessera import dist
 from tessera.cli.main import app
 from tessera.model.checkpoint import load_model
+from tessera.model.parallel import held_params
 from tessera.model.placement import LayoutError, ParallelConfig
+from tessera.model.source import load_config
 from tessera.rl.policy import GRPOConfig, Guard
 from tessera.rl.rewards import FormatReward
 from tessera.rl.rollouts import RolloutConfig, joined, share
@@ -219,24 +221,24 @@ def test_a_step_that_could_not_be_judged_says_where_the_reasons_are(home: Path, 
 def test_as_few_processes_answer_together_as_have_room_beside_training(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """12 bytes a parameter over all 8 processes, and 4 or 2 over those that answer together."""
+    """12 bytes a parameter over all 8 processes, and the weights over those that share them."""
     monkeypatch.setenv("WORLD_SIZE", "8")
-    config = RolloutConfig(train=TrainConfig(steps=1))
-    size = load_model(home / "parent").config.num_params()
+    config, model = RolloutConfig(train=TrainConfig(steps=1)), load_config(home / "parent")
 
     def ways(room: float, **more: Any) -> int:
-        monkeypatch.setattr(dist, "device_memory", lambda: room * size / 0.7)
+        state = 12 / 8 * model.num_params()
+        monkeypatch.setattr(dist, "device_memory", lambda: 1.001 * (state + 4 * room) / 0.7)
         return config.model_copy(update=more).placement(home / "parent").config.tensor
 
     split = {"train": TrainConfig(steps=1, parallel=ParallelConfig(tensor=4))}
-    assert [ways(room) for room in (5.6, 3.6, 2.6)] == [1, 2, 4]
-    assert ways(3.6, dtype="bfloat16") == 1
-    assert [ways(5.6, **split), ways(9, tensor=2, **split)] == [4, 2]
-    assert ways(2.6, staleness=1) == 1
+    one, two, four = (held_params(model, n) for n in (1, 2, 4))
+    assert [ways(room) for room in (one, two, four)] == [1, 2, 4]
+    assert ways(two, dtype="bfloat16") == ways(four, staleness=1) == 1
+    assert [ways(one, **split), ways(one, tensor=2, **split)] == [4, 2]
     with pytest.raises(LayoutError, match="tensor = 3 .* the 4 processes"):
-        ways(9, tensor=3, **split)
+        ways(one, tensor=3, **split)
     with pytest.raises(LayoutError, match="start more processes"):
-        ways(1.6)
+        ways(0)
 
 
 def test_settings_that_cannot_be_are_refused():

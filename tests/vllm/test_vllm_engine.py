@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tessera import dist
 from tessera.generate.engine import (
     ClosedError,
     GenerationError,
@@ -23,6 +24,8 @@ from tessera.generate.engine import (
     Thinking,
 )
 from tessera.generate.torch_engine import TorchEngine
+from tessera.model.checkpoint import save_model
+from tessera.model.placement import ParallelConfig, Placement
 from tessera.model.transformer import Transformer
 from tessera.runs.files import RunError
 from tessera.vllm.config import VLLMConfig
@@ -30,6 +33,7 @@ from tessera.vllm.engine import DiedError, Process, VLLMEngine, seed_of
 from tessera.vllm.worker import checksum
 from tests import tiny
 from tests.export.interop import EQUAL, HETEROGENEOUS, PROMPTS, random_model
+from tests.test_dist import run_ranks
 
 VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, logprobs=2)
@@ -72,6 +76,32 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(Process.__init__, "__defaults__", (script,))
     monkeypatch.setenv("STAND_IN_LOG", str(log))
     return log
+
+
+def group(directory: str, script: str) -> None:
+    """Prints what a process says that runs vLLM together with others, on a model in training."""
+    Process.__init__.__defaults__ = (Path(script),)
+    with dist.processes():
+        together = Placement(ParallelConfig(tensor=2), shards=False)
+        module = Placement().load(directory)
+        asked = VLLMEngine(module, VLLMConfig(python=sys.executable), batch=4, placement=together)
+        with closing(asked):
+            asked.sync(module, 3)
+            found = asked.generate([[5, 6], [7], [8, 2]], GREEDY)
+            files = sorted(asked._files)
+            with pytest.raises(GenerationError, match="ValueError: no"):
+                asked.score([[1, 2]])
+    print([[[one.token_ids, one.version] for one in of_prompt] for of_prompt in found], files)
+
+
+def test_the_first_of_a_tensor_group_runs_vllm_for_all(stand_in: Path, tmp_path: Path):
+    save_model(random_model(), tmp_path / "model")
+    code = "import sys; from tests.vllm.test_vllm_engine import group; group(*sys.argv[1:])"
+    script = str(tmp_path / "worker.py")
+    first, second = run_ranks(code, str(tmp_path / "model"), script)
+    said = "[[[[5, 2], 3]], [[[7, 2], 3]], [[[8, 2], 3]]]"
+    assert first == f"{said} ['model.safetensors']\n" and second == f"{said} []\n"
+    assert stand_in.read_text().split().count("open") == 1
 
 
 def engine(words=HETEROGENEOUS) -> VLLMEngine:
