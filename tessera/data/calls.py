@@ -89,6 +89,7 @@ class CallReader:
         self._marks = {dialect.mark or "{": dialect for dialect in dialects}
         self._held = ""
         self._beside_call, self._space = True, ""  # white space waits for what follows it
+        self._too_deep = False  # then no later brace is tried: each would cost as much
 
     def push(self, text: str) -> str:
         """The text that cannot be part of a call; the rest is held back."""
@@ -112,8 +113,9 @@ class CallReader:
             if end is None:
                 return plain
             if not end:
-                plain += self._say(mark)
-            self._held = self._held[end or len(mark) :]
+                end = len(self._held) if self._too_deep else len(mark)
+                plain += self._say(self._held[:end])
+            self._held = self._held[end:]
         sure = len(self._held) if final else len(self._held) - begun(self._held, [*self._marks])
         plain += self._say(self._held[:sure])
         self._held = self._held[sure:]
@@ -132,7 +134,11 @@ class CallReader:
         dialect = self._marks[mark]
         start = len(dialect.mark)
         named = _NAMED.match(self._held, start) if dialect is MISTRAL else None
-        found = _decode(self._held, named.end() if named else start)
+        try:
+            found = _decode(self._held, named.end() if named else start)
+        except RecursionError:
+            self._too_deep = True
+            return 0
         if found is None:
             return 0 if final or not dialect.mark and _is_other(self._held) else None
         value, end = found
@@ -154,7 +160,10 @@ class CallReader:
 
 
 def _decode(text: str, start: int) -> tuple[Any, int] | None:
-    """(the JSON at `start`, its end), (None, 0) where there is none, None where more must come."""
+    """(the JSON at `start`, its end), (None, 0) where there is none, None where more must come.
+
+    Raises RecursionError for one that is nested too deeply.
+    """
     start += len(text[start:]) - len(text[start:].lstrip())
     if start == len(text):
         return None
@@ -163,7 +172,7 @@ def _decode(text: str, start: int) -> tuple[Any, int] | None:
     except json.JSONDecodeError as error:
         unfinished = "Unterminated" in error.msg or error.pos + _CLOSE_TO_END > len(text)
         return None if text[start] in "{[" and unfinished else (None, 0)
-    except (RecursionError, ValueError):
+    except ValueError:
         return None, 0
 
 

@@ -118,7 +118,7 @@ def test_throughput_is_new_tokens_over_a_prefill_and_the_other_steps():
 
 def device(rate: float = math.inf, bandwidth: float = math.inf, kernel: float = 0.0) -> Device:
     peak = {"fp32": rate, "bf16": rate, "fp8": rate}
-    return Device("toy", 1e9, bandwidth, peak, math.inf, 1.0, 1.0, kernel, 0.0)
+    return Device("toy", 1e9, bandwidth, peak, math.inf, 1.0, 1.0, kernel=kernel, hop=0.0)
 
 
 def pairs_of(length: int, window: int | None = None) -> int:

@@ -277,7 +277,7 @@ def test_every_pair_comes_once_an_epoch_to_one_of_the_processes(monkeypatch: pyt
     """Five pairs, two a step, two processes: five steps are two epochs."""
     pairs = [Pair([1], [10 + number], [20], 1.0) for number in range(5)]
     layout = SimpleNamespace(data_rank=0, data_world=2)
-    train = SimpleNamespace(spread=SimpleNamespace(layout=layout), microbatch_tokens=8)
+    train = SimpleNamespace(placement=SimpleNamespace(layout=layout), microbatch_tokens=8)
     config: Any = SimpleNamespace(pairs_per_step=2, train=train)
     monkeypatch.setattr(preference, "padded", lambda rows, empty: [*rows, empty])
     seen: list[list[int]] = [[], []]

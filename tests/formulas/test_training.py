@@ -301,7 +301,7 @@ def test_documents_are_cut_to_a_stages_sizes_and_shared_between_its_processes(
     monkeypatch.setattr(module_of_lm, "Documents", lambda data, **told: seen.update(told))
     sizes = {"sequence_length": 8, "microbatch_tokens": 32, "tokens_per_step": 64}
     spread = SimpleNamespace(layout=SimpleNamespace(data_rank=2, data_world=4))
-    config: Any = SimpleNamespace(**sizes, spread=spread)
+    config: Any = SimpleNamespace(**sizes, placement=spread)
     documents(Path("x"), config, 7, "heldout", alike=alike)
     assert seen == {
         **sizes, "row_length": 32, "seed": 7, "split": "heldout",

@@ -43,6 +43,9 @@ class Parrot:
     def sync(self, *_: Any) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def _said(self) -> Iterator[Completion]:
         for number, text in enumerate(SAID):
             ids = TOKENIZER.encode(text) + ([] if number == 2 else [TOKENIZER.eos_ids[0]])
@@ -100,10 +103,12 @@ def test_a_thought_that_the_prompt_opens_is_judged_as_one(
 
 
 @pytest.mark.parametrize(("template", "right"), [(OPENING, 2), (PLAIN, 2)])
-def test_a_profile_reads_answers_as_the_training_does(tmp_path: Path, template: str, right: int):
-    engine: Any = Parrot()
-    config = ProfileConfig(samples=len(SAID), rewards=REWARDS, workers=1)
+def test_a_profile_reads_answers_as_the_training_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, right: int
+):
+    monkeypatch.setattr(ProfileConfig, "open_engine", lambda *_: Parrot())
+    config = ProfileConfig(samples=len(SAID), rewards=REWARDS, workers=1, tensor=1)
     opened: Any = {"stage": "profile", "config": {}, "inputs": {}, "seed": 0, "quiet": True}
     with Run.open(tmp_path / "run", **opened) as run:
-        (found,) = measure([prompt("on")], config, engine, encoder(template), run)
+        (found,) = measure([prompt("on")], config, tmp_path, encoder(template), run)
     assert found.pass_rate == right / len(SAID) and found.samples == len(SAID)

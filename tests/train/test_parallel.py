@@ -1,7 +1,7 @@
 """Ranks change nothing (DESIGN identity 6), nor does going on in another number of them (7).
 
 Every objective and layout trains in real processes over gloo, started as torchrun would; what one
-process gives is computed here. Two launches serve all tests, for a process takes seconds to start.
+process gives is computed here. Two launches serve all tests, for a process takes seconds to start; four are slow.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ REPLICAS, OFFLOAD = {"parallel": {"shard": 2}}, {"parallel": {"offload": True}}
 PIPELINE = {"parallel": {"pipeline": 2}}
 # Rows that two processes share: documents and answers cross the cut, and RPO's losses are of pairs.
 CONTEXT, BOTH = {"parallel": {"context": 2}}, {"parallel": {"context": 2, "tensor": 2}}
-LAYOUTS = ("2-lm-tensor", "2-kd-tensor", "2-kd-offload", "4-kd-tensor", "4-kd-shard")
-LAYOUTS += ("2-kd-context", "2-rpo-context", "2-grpo-context", "4-kd-context")
-LAYOUTS += ("2-kd-pipeline", "2-sft-pipeline", "4-kd-pipeline")
+LAYOUTS = ("2-lm-tensor", "2-kd-tensor", "2-kd-offload", "2-kd-context", "2-rpo-context")
+LAYOUTS += ("2-grpo-context", "2-kd-pipeline", "2-sft-pipeline")
 
 
 def _job(home: Path, name: str, objective: str, **settings: Any) -> dict[str, Any]:
@@ -75,15 +74,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(**_job(home, f"1-{name}", name))
     two += [_job(home, f"2-{name}-context", name, **CONTEXT) for name in ("kd", "rpo", "grpo")]
     run_ranks(CODE, json.dumps(two))
+    train(**_job(home, "21-kd-pipeline", "kd"))
+    for name in NAMES:
+        train(**_job(home, f"21-{name}", name))
+    return home
+
+
+@pytest.fixture(scope="module")
+def four(home: Path) -> Path:
+    """Four processes on two cores take half a minute."""
     four = [_job(home, "4-kd-tensor", "kd", **TENSOR), _job(home, "4-kd-shard", "kd", **REPLICAS)]
     four.append(_job(home, "4-kd-context", "kd", **CONTEXT))
     both = {"parallel": {"pipeline": 2, "tensor": 2, "gradient_checkpointing": True}}
     four.append(_job(home, "4-kd-pipeline", "kd", **both))
     four.append({"out": str(home / "4.safetensors"), **BOTH})
     run_ranks(CODE, json.dumps(four), world=4)
-    train(**_job(home, "21-kd-pipeline", "kd"))
-    for name in NAMES:
-        train(**_job(home, f"21-{name}", name))
     return home
 
 
@@ -114,11 +119,25 @@ def test_every_layout_is_one_process(name: str, home: Path):
     _assert_close(home, name, "1-" + name.split("-")[1])
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_gradients_of_split_layers_are_those_of_one_process(world: int, home: Path):
-    one, two = (load_file(home / f"{count}.safetensors") for count in (1, world))
-    assert {f"layers.0.attention.op.{norm}_norm.weight" for norm in "qk"} <= set(two)
-    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["4-kd-tensor", "4-kd-shard", "4-kd-context", "4-kd-pipeline"])
+def test_layouts_of_four_processes_are_one(name: str, four: Path):
+    _assert_close(four, name, "1-kd")
+
+
+def test_gradients_of_split_layers_are_those_of_one_process(home: Path):
+    _assert_same_gradients(home, 2)
+
+
+@pytest.mark.slow
+def test_gradients_of_shared_rows_and_split_layers_are_those_of_one_process(four: Path):
+    _assert_same_gradients(four, 4)
+
+
+def _assert_same_gradients(home: Path, world: int) -> None:
+    one, several = (load_file(home / f"{count}.safetensors") for count in (1, world))
+    assert {f"layers.0.attention.op.{norm}_norm.weight" for norm in "qk"} <= set(several)
+    torch.testing.assert_close(several, one, rtol=1e-5, atol=1e-5)
 
 
 def test_moments_of_8_bits_are_near_and_resume_bit_for_bit(home: Path):
