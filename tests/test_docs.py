@@ -272,7 +272,7 @@ DESIGNS = {
     "curate": ("curate-cpu",),
     "data": ("data-cpu", "switch-cpu"),
     "generate": ("generation-cpu",),
-    "model": ("attention-cpu", "puzzle-cpu", "training-cpu", "vllm-cost-cpu"),
+    "model": ("attention-cpu", "memory-cpu", "puzzle-cpu", "training-cpu", "vllm-cost-cpu"),
     "serve": ("serve-cpu", "puzzle-cpu", "generation-cpu"),
     "planning": ("plan-cpu",),
     "train": ("kd-cpu", "step-cpu", "training-cpu"),
