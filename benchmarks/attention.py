@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 
 import harness
 import torch
@@ -63,7 +64,8 @@ def measured(case: str, way: str, tokens: int) -> Figures:
     heads = (HEADS, KV_HEADS, KV_HEADS)
     inputs = [torch.randn(1, tokens, h, DIM, device=device, dtype=dtype) for h in heads]
     slope = torch.randn_like(inputs[0])
-    where, function = context(case, tokens), attend if way == "tessera" else one_mask
+    where = context(case, tokens)
+    function: Callable[..., Tensor] = attend if way == "tessera" else one_mask
     small = [x[:, :64].clone().requires_grad_() for x in inputs]  # loads what a first call loads
     function(*small, context(case, 64)).sum().backward()
     inputs = [x.requires_grad_() for x in inputs]

@@ -147,8 +147,8 @@ def parity() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         found = []
         for device in (torch.device("cpu"), dist.device()):
-            models = (copy.deepcopy(one).to(device, dtype) for one in (here, teacher))
-            found.append(_figures(*models, batch.to(device), prompts))
+            mine, theirs = (copy.deepcopy(one).to(device, dtype) for one in (here, teacher))
+            found.append(_figures(mine, theirs, batch.to(device), prompts))
         mine, theirs = found
         name = str(dtype).removeprefix("torch.")
         difference = (mine["logits"] - theirs["logits"]).abs().max() / mine["logits"].std()

@@ -177,7 +177,7 @@ def pretended(float64: bool = True) -> Iterator[None]:
 
     before = dist.device, dist.widest_float, threading.Thread.start
     dist.device = device
-    threading.Thread.start = _start
+    threading.Thread.start = _start  # type: ignore[assignment]
     if not float64:
         dist.widest_float = lambda of=None: (
             torch.float32 if (of or device()).type == NAME else torch.float64

@@ -95,8 +95,14 @@ limit = 3
 max_tokens = 6
 none = {{ temperature = 1.0, samples = 2 }}
 workers = 1
+[curate]
+model = "parent"
+shard_mb = 0.00005
+sources = [{{ paths = "QUESTIONS", question = "q" }}]
+steps = [{{ step = "generate", mode = "off", max_tokens = 150, n = 4 }}]
+teachers.teacher = {{ kind = "engine", asking = "text", batch = 16 }}
 """
-SHARED = ("score", "search", "frontier", "fuse", "compare", "profile", "eval")
+SHARED = ("score", "search", "frontier", "fuse", "compare", "profile", "eval", "curate")
 KEPT = ("samples.jsonl", "records.jsonl", "verdicts.jsonl")
 CODE = """
 import sys
@@ -122,7 +128,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("shares")
     texts = [{"text": f"text {n} of some length"} for n in range(5)]
     (home / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    (home / "r.toml").write_text(RECIPE.replace("TEXTS", str(home / "texts.jsonl")))
+    questions = [{"q": f"What is {n}?"} for n in range(9)]
+    (home / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    recipe = RECIPE.replace("TEXTS", str(home / "texts.jsonl"))
+    (home / "r.toml").write_text(recipe.replace("QUESTIONS", str(home / "questions.jsonl")))
     run_recipe(load(home / "r.toml"), home / "1", quiet=True)
     return home
 
@@ -154,7 +163,8 @@ def two(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def four(home: Path) -> Path:
-    _run_again(home, 4, "", *(f"{stage}.tensor=2" for stage in SHARED if stage != "search"))
+    own = {"search": "search.conditional", "curate": "curate.teachers.teacher"}
+    _run_again(home, 4, "", *(f"{own.get(stage, stage)}.tensor=2" for stage in SHARED))
     return home / "4" / "r"
 
 
@@ -183,6 +193,8 @@ def _assert_same_run(own: Path, one: Path) -> None:
         _assert_same(*(read(path, name.partition(".")[0]) for path in (own, one)))
     for name in KEPT:
         assert _rows(own / name) == _rows(one / name)
+    for file in one.glob("chats/*"):
+        assert (own / "chats" / file.name).read_text() == file.read_text()
     assert not list(own.rglob(".*.jsonl"))
 
 

@@ -109,7 +109,7 @@ def served(model: Path) -> None:
 def kit() -> None:
     """The parts of `make gpu` that this device can run."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import gpu
+    import gpu  # pyright: ignore[reportMissingImports]
 
     for part in (gpu.parity, gpu.training, gpu.engine):
         part()

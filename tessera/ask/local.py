@@ -62,6 +62,7 @@ class LocalAnswerer:
         if model is None:
             raise AskError('a teacher of kind "engine" needs the stage\'s model = "RUN OR PATH"')
         self.engine = config.open_engine(model, config.batch)
+        self.placement = config.placement(model)
         self.tokenizer = load_tokenizer(model)
         chats = config.asking == "chat"
         self.encoder = ChatEncoder.of(self.tokenizer, switch=config.switch) if chats else None
@@ -86,6 +87,22 @@ class LocalAnswerer:
                 reason = completion.finish_reason
                 reply = Reply(said.answer, said.thought, reason, len(tokens), prompt=prompt)
                 receive(one.owner, reply)
+
+    def tell(self, requests: list[Request] | None) -> list[Request] | None:
+        """What the first process of a tensor group is about to ask, in all of the group; None is
+        the end. Each of them calls it."""
+        import torch.distributed
+
+        box = [requests]
+        if (mesh := self.placement.tensor_mesh) is not None:
+            group = mesh.get_group()
+            torch.distributed.broadcast_object_list(box, group=group, group_src=0)
+        return box[0]
+
+    def follow(self) -> None:
+        """Answers together with the first process of the tensor group until that tells the end."""
+        while (requests := self.tell(None)) is not None:
+            self.ask(requests, lambda request, reply: None)
 
     def _wanted(self, requests: Iterable[Request], receive: Receive) -> Iterator[GenerationRequest]:
         """What the engine is asked; what it refuses is received as an error."""

@@ -298,7 +298,14 @@ class Pipeline:
             before = Parts(home, shards, decided)
         if one.ask and isinstance(one.ask[1], Nearest):
             self._learn(index, one.ask[1])
-        mine = self._writers(index)[dist.rank() :: dist.world()]
+        teacher = self._held_together(one)
+        if teacher is not None and not teacher.placement.layout.leads:
+            teacher.follow()
+            return
+        rank, world = dist.rank(), dist.world()
+        if teacher is not None:
+            rank, world = (layout := teacher.placement.layout).data_rank, layout.data_world
+        mine = self._writers(index)[rank::world]
         label = f"{index + 1}/{len(self.passes)} {one.title}"
         with Progress(label, len(mine), "rows", quiet=self.run.quiet or one.ask is not None) as bar:
             for writer in mine:
@@ -306,6 +313,20 @@ class Pipeline:
                     writer.write(self._coming(writer, one, before), one.steps)
                     writer.path("journal", "jsonl").unlink(missing_ok=True)
                 bar.advance(1, writer.rows)
+        if teacher is not None:
+            teacher.tell(None)
+
+    def _held_together(self, one: Pass) -> local.LocalAnswerer | None:
+        """A pass's teacher whose model several processes hold, each a part of it."""
+        if one.ask is None or dist.world() == 1:
+            return None
+        config = self.config.teachers[one.ask[1].teacher]
+        if isinstance(config, local.EngineConfig) and self.model is not None:
+            if config.placement(self.model).config.tensor > 1:
+                teacher = self._teacher(one.ask[1].teacher)
+                assert isinstance(teacher, local.LocalAnswerer)
+                return teacher
+        return None
 
     def _coming(self, writer: ShardWriter, one: Pass, before: Parts | None) -> Iterator[Chat]:
         """The rows of a shard as they come to row steps, asked about by way of the journal."""
@@ -350,6 +371,8 @@ class Pipeline:
         with Progress(name, total, "tokens", steps="replies", quiet=quiet) as bar:
             bar.advance(known, 0)
             if missing:
+                if isinstance(teacher, local.LocalAnswerer):
+                    teacher.tell(missing)
                 ask_all(teacher, missing, receive, bar)
 
         def reply(request: Request) -> Reply:

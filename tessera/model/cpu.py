@@ -144,9 +144,11 @@ class _GatedDown(torch.autograd.Function):
 
 
 def gated_down(gate: Tensor, up: Tensor, down: nn.Linear) -> Tensor:
-    """`down(silu(gate)·up)` of gate and up `(…, F)`."""
-    if isinstance(down.weight, DTensor):  # its sum over processes is a hook of the module
-        return down(F.silu(gate) * up)
+    """`down(silu(gate)·up)` of gate and up `(…, F)`; of a process's channels, where they are split,
+    its part of the sum, without the bias."""
+    weight, bias = down.weight, down.bias
+    if isinstance(weight, DTensor):
+        weight, bias = weight.to_local(), None
     if torch.is_grad_enabled():
-        return _GatedDown.apply(gate, up, down.weight, down.bias)  # type: ignore[return-value]
-    return multiply(F.silu(gate).mul_(up), down.weight, down.bias)
+        return _GatedDown.apply(gate, up, weight, bias)  # type: ignore[return-value]
+    return multiply(F.silu(gate).mul_(up), weight, bias)

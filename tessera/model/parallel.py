@@ -16,7 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 from tessera.model.checkpoint import whole
 from tessera.model.config import GQA, BlockConfig, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
-from tessera.model.layers import Attention, Subblock
+from tessera.model.layers import Attention, FeedForward, Subblock
 from tessera.model.sequence import all_tokens, own_tokens
 from tessera.model.transformer import Transformer
 
@@ -55,12 +55,12 @@ def _split_heads_and_channels(
 ) -> None:
     """What does not divide (`splits`) stays whole on every process, which then sees all tokens."""
     op, split = subblock.op, splits(config, subblock.variant, mesh.size())
+    out = Shard(1) if by_tokens else Replicate()
     if any(isinstance(one, DTensor) for one in op.parameters()):
         return  # before, when it was part of another model
     if split:
         columns, row = ("qkv", "o") if isinstance(op, Attention) else (("gate", "up"), "down")
         plan: dict[str, ParallelStyle] = {f"{name}_proj": ColwiseParallel() for name in columns}
-        out = Shard(1) if by_tokens else Replicate()
         plan[f"{row}_proj"] = RowwiseParallel(output_layouts=out)
         parallelize_module(op, mesh, plan, src_data_rank=None)  # each process has all of it
         if config.qk_norm and isinstance(op, Attention):  # every process has some of the heads
@@ -77,13 +77,25 @@ def _split_heads_and_channels(
         # A product takes the DTensor, so that its gradients are summed once for all projections.
         return x if split else x.to_local(), context
 
-    def after(_: nn.Module, args: object, out: Tensor) -> Tensor:
-        return own_tokens(out, mesh)
+    def after(_: nn.Module, args: object, x: Tensor) -> Tensor:
+        if isinstance(op, FeedForward) and split:
+            return _summed(x, op.down_proj, mesh, out)
+        return own_tokens(x, mesh)
 
     if split or by_tokens:
         op.register_forward_pre_hook(before)
-    if by_tokens and not split:
+    if isinstance(op, FeedForward) if split else by_tokens:
         op.register_forward_hook(after)
+
+
+def _summed(x: Tensor, down: nn.Linear, mesh: DeviceMesh, out: Placement) -> Tensor:
+    """What the processes' channels give together (`gated_down`), with the bias."""
+    parts = DTensor.from_local(x, mesh, [Partial()], run_check=False)
+    whole = parts.redistribute(placements=[out]).to_local()
+    if down.bias is None:
+        return whole
+    assert isinstance(down.bias, DTensor)
+    return whole + down.bias.to_local(grad_placements=[Partial() if out.is_shard() else out])
 
 
 def splits(config: ModelConfig, variant: Variant, ways: int) -> bool:

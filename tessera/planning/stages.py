@@ -24,13 +24,14 @@ from tessera.eval.evaluate import EvalConfig
 from tessera.export.write import ExportConfig
 from tessera.model.config import GQA, ModelConfig
 from tessera.model.parallel import held_params, split_params, splits
-from tessera.model.placement import ROOM, TRAINED_BYTES, LayoutError, fewest
+from tessera.model.placement import ROOM, TRAINED_BYTES, LayoutError, ParallelConfig, fewest
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
 from tessera.planning.training import (
     BYTES,
     CONTEXT,
+    MOMENTS,
     NAMES,
     PROMPT,
     SPLIT,
@@ -92,7 +93,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Line:
-    """One stage on a cluster. layout: of its training. disk: bytes that it leaves.
+    """One stage on a cluster. disk: bytes that it leaves. host: in the memory of one machine, where
+    parts of a model are there.
 
     unknown: what takes time that is not counted. undivided: why its layout cannot be had. advice:
     what would make it fit.
@@ -104,6 +106,7 @@ class Line:
     phases: tuple[Phase, ...] = ()
     training: Plan | None = None
     disk: float = 0.0
+    host: float = 0.0
     unknown: str = ""
     undivided: str = ""
     advice: tuple[str, ...] = ()
@@ -147,6 +150,7 @@ class Line:
             "seconds": self.seconds,
             "gpu_hours": self.gpu_hours,
             "disk": self.disk,
+            "host": self.host,
             "unknown": self.unknown,
             "undivided": self.undivided,
             "advice": list(self.advice),
@@ -198,6 +202,7 @@ class Planner:
 
     def _line(self, spec: StageSpec, config: Any) -> Line:
         line = Line(spec.name, spec.stage, self.cluster, disk=self._disk(config))
+        line = replace(line, host=self._host(config))
         if (job := self.job(spec, config)) is not None:
             return self._trained(line, config, job)
         phases, unknown = self._phases(spec, config)
@@ -303,7 +308,8 @@ class Planner:
             job.train.dtype,
             loaded=False,
         )
-        state = {part: getattr(plan.parts, part) for part in ("weights", "gradients", "moments")}
+        # Gradients come when the engine sleeps.
+        state = {part: getattr(plan.parts, part) for part in ("weights", "moments")}
         parts = replace(answered.parts, weights=0.0, engine=answered.parts.weights)
         parts = replace(parts, **state, teacher=plan.parts.teacher)
         told = f"{rollouts} rollouts of {own.written:,} answers, {answered.told}"
@@ -513,6 +519,17 @@ class Planner:
     def _bytes(self, model: ModelConfig) -> float:
         return BYTES["bfloat16"] * float(model.num_params())
 
+    def _host(self, config: Any) -> float:
+        """Bytes in one machine's memory: of a fused model, which is made there whole, and of state
+        that waits there."""
+        match config:
+            case FuseConfig():
+                return self._bytes(self.child or self.parent)
+            case BaseModel(train=TrainConfig(parallel=ParallelConfig(offload=True)) as train):
+                state = 4 + 4 + MOMENTS[train.optimizer]
+                return state * (self.child or self.parent).num_params() / self.cluster.nodes
+        return 0.0
+
     def _disk(self, config: Any) -> float:
         """Bytes that a stage leaves, or holds at its end: a training its resume states, too."""
         child = self.child or self.parent
@@ -564,6 +581,8 @@ class Planner:
             if isinstance(config, RolloutConfig):  # a row holds an answer, or a pair of them
                 least = PROMPT + config.max_tokens * (2 if isinstance(config, RPOConfig) else 1)
             found["train.microbatch_tokens"] = _halves(train.microbatch_tokens, least)
+            if train.optimizer == "adamw":
+                found["train.optimizer"] = ["adamw-8bit"]
             if train.dtype == "float32":
                 found["train.dtype"] = ["bfloat16"]
         if getattr(config, "cosine", 0):
@@ -663,7 +682,8 @@ def _rendered(line: Line) -> str:
         told.append(f"  {one.name:<9} {clock(one.seconds)}{more}")
     if line.seconds:
         disk = f", {line.disk / GB:,.0f} GB on disk" if line.disk else ""
-        told.append(f"  in all    {line.gpu_hours:,.1f} GPU-hours{disk}")
+        host = f", {line.host / GB:,.0f} GB in a machine's memory" if line.host else ""
+        told.append(f"  in all    {line.gpu_hours:,.1f} GPU-hours{disk}{host}")
     if line.unknown:
         told.append(f"  not known {line.unknown}")
     return "\n".join(told)

@@ -60,7 +60,9 @@ def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:
         if (space := _library_space(step.inputs["library"], steps)) is None:
             return None
         keys = largest_pairs(config, space, parent, step.name)
-    return training_memory(parent, keys, config, dist.world())
+    shard = config.train.parallel.shard or 1
+    processes = dist.world() if dist.world() % shard == 0 else shard  # those it needs at least
+    return training_memory(parent, keys, config, processes)
 
 
 def _parent(step: Step, steps: Sequence[Step]) -> ModelConfig | None:
@@ -199,6 +201,7 @@ def experience(config: RolloutConfig) -> Experience:
 
 
 BYTES = {"float32": 4, "bfloat16": 2}
+MOMENTS = {"adamw": 8, "adamw-8bit": 2.03}  # bytes a parameter; a float32 scale for 256 numbers
 # Our own assumption: nothing was run on a GPU yet. Half a gigabyte of context, NCCL's buffers, and
 # a twentieth of the device that an allocator splits off.
 CONTEXT, SPLIT = 2 * GB, 0.05
@@ -214,6 +217,7 @@ class Layout:
     gradient_checkpointing: bool | str
     context: int = 1
     offload: bool = False
+    pipeline: int = 1
 
     @property
     def config(self) -> ParallelConfig:
@@ -271,7 +275,7 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     student, train = job.student, job.train
     assert student is not None
     size, n = BYTES[train.dtype], train.microbatch_tokens // layout.context
-    held = held_params(student, layout.tensor) / layout.shard
+    held = held_params(student, layout.tensor) / layout.shard / layout.pipeline
     ways = layout.tensor
     blocks = [kept(student, b.attention, ways) + kept(student, b.ffn, ways) for b in student.blocks]
     numbers = sum(blocks)
@@ -298,7 +302,7 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
     return Parts(
         weights=4 * here,
         gradients=4 * here,
-        moments=8 * here,
+        moments=MOMENTS[train.optimizer] * here,
         teacher=0.0 if layout.offload else teacher,
         gathered=gathered,
         activations=size * n * numbers,
@@ -427,7 +431,8 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     # Processes that get a microbatch less than the fullest wait for it.
     rows = train.tokens_per_step / train.microbatch_tokens
     waiting = microbatches(job, layout) * layout.rows / rows
-    rate = device.rate() * layout.data * layout.tensor
+    waiting *= 1 + (layout.pipeline - 1) / microbatches(job, layout)  # the first to the last stage
+    rate = device.rate() * cluster.world
     return StepTime(
         products=waiting * done / (best * device.training),
         passes=waiting * _passed(job, layout) / rate,
@@ -496,7 +501,7 @@ def _library_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
 def _trained(job: Job, layout: Layout) -> float:
     """Parameters trained on one tensor-parallel process, before shards."""
     assert job.student is not None
-    return held_params(job.student, layout.tensor)
+    return held_params(job.student, layout.tensor) / layout.pipeline
 
 
 def _passed(job: Job, layout: Layout) -> float:
@@ -556,7 +561,7 @@ def _tensor(job: Job, layout: Layout, cluster: Cluster) -> float:
     total = times * len(job.student.blocks) * exchange(job.student)
     if job.teacher is not None:
         total += 2 * len(job.teacher.blocks) * exchange(job.teacher)
-    return microbatches(job, layout) * total
+    return microbatches(job, layout) * total / layout.pipeline
 
 
 @dataclass(frozen=True)
@@ -648,12 +653,13 @@ def layout_of(job: Job, cluster: Cluster) -> Layout:
     if job.units:
         ranges = len(split_layers(job.config, job.units, config, world))
         return Layout(world // ranges, ranges, 1, False)
-    data, rest = divmod(world, config.tensor)
+    data, rest = divmod(world, config.tensor * config.pipeline)
     shard, context = config.shard or data, config.context
     if rest or not data or data % shard or shard % context:
         given = f"tensor = {config.tensor}, shard = {config.shard}, context = {context}"
+        given += f", pipeline = {config.pipeline}"
         raise LayoutError(f"train.parallel: {given} do not divide {world} devices")
-    own = config.gradient_checkpointing, context, config.offload
+    own = config.gradient_checkpointing, context, config.offload, config.pipeline
     return Layout(data // shard, shard, config.tensor, *own)
 
 

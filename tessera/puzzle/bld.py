@@ -268,8 +268,10 @@ class Memory:
 
     def __str__(self) -> str:
         gathered = f", gathered {_bytes(self.gathered)}" if self.gathered else ""
+        processes = self.ranges * self.replicas
+        each = f" in each of {processes} processes" if processes > 1 else ""
         return (
-            f"memory about {_bytes(self.total)}: parent {_bytes(self.parent)}, units "
+            f"memory about {_bytes(self.total)}{each}: parent {_bytes(self.parent)}, units "
             f"{_bytes(self.states)} ({self.layers_at_once} of {self.layers} layers at once, "
             f"{TRAINED} bytes a parameter){gathered}, activations about {_bytes(self.activations)}"
         )

@@ -182,7 +182,7 @@ def sharing(module: Transformer) -> Transformer:
         return copied
 
     after = own(module)
-    after.blocks = nn.ModuleList(own(block) for block in module.blocks)
+    after.layers = nn.ModuleList(own(block) for block in module.blocks)
     assert isinstance(after, Transformer)
     return after
 

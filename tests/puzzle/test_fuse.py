@@ -13,7 +13,7 @@ from tessera.export.engines import refusals
 from tessera.export.write import export_model
 from tessera.model.checkpoint import load_model, save_model
 from tessera.model.context import Context
-from tessera.puzzle.fuse import dependency_matrix, fusable_runs, fuse, fuse_ffns
+from tessera.puzzle.fuse import dependency_matrix, fusable_runs, fuse, fuse_ffns, sharing
 from tests import tiny
 from tests.export.interop import random_model, write_byte_tokenizer
 from tests.toy import toy_batch, toy_model
@@ -47,8 +47,9 @@ def test_fusing_what_does_not_read_each_other_changes_nothing():
         model.blocks[1].ffn.op.down_proj.weight.zero_()  # type: ignore[union-attr]
     ids = tiny.tokens(29, 2, 9)
     before = model(ids)
-    fused = fuse(copy.deepcopy(model), [[1, 3]])
+    fused = fuse(sharing(model), [[1, 3]])
     torch.testing.assert_close(fused(ids), before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(ids), before) and model.blocks[3].config == model.config.blocks[3]
     assert fused.config.words[1] == ("noop", "swiglu-24")
     assert fused.config.words[3] == ("noop", "noop")
 

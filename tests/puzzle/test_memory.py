@@ -135,6 +135,8 @@ def test_check_knows_it_before_anything_has_run(planned):
     found = planned(UNITS + COUPLE + 'searches = ["search"]\ntrain = { steps = 1 }')
     assert found["parent"] is None and found["search"] is None
     assert found["bld"].layers == 3 and found["couple"].states > 0
+    apart = UNITS.replace("{ steps", "{ parallel = { shard = 3 }, steps")
+    assert "in each of 3 processes: parent" in str(planned(apart)["bld"])
     single = planned(UNITS + "layers_at_once = 1")["bld"]
     assert single.states * 3 == found["bld"].states and "1 of 3 layers at once" in str(single)
 

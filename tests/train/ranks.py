@@ -77,8 +77,8 @@ def answers(step: int) -> list[Batch]:
     return made
 
 
-def lm(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    module = tiny.model(toy_config(5, qk_norm=True, sliding_window=5).with_words(WORDS))
+def lm(config: TrainConfig, **changes: Any) -> tuple[nn.Module, Objective]:
+    module = tiny.model(toy_config(5, qk_norm=True, **changes).with_words(WORDS))
     return config.placement.transformer(module), LM()
 
 
@@ -93,7 +93,7 @@ def sft(config: TrainConfig) -> tuple[nn.Module, Objective]:
 
 
 def kd(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    child, _ = lm(config)
+    child, _ = lm(config, sliding_window=5)
     settings = KDConfig(train=config, cosine=0.5, lm=0.1)
     return child, KD(frozen(config, child), settings)
 
@@ -104,11 +104,11 @@ def frozen(config: TrainConfig, beside: Any = None) -> Transformer:
 
 
 def rpo(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    return lm(config)[0], RPO(RPOLossConfig(sft=0.1), frozen(config))
+    return lm(config, sliding_window=5)[0], RPO(RPOLossConfig(sft=0.1), frozen(config))
 
 
 def grpo(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    return lm(config)[0], PolicyGradient(PolicyLossConfig(kl=0.1), frozen(config))
+    return lm(config, sliding_window=5)[0], PolicyGradient(PolicyLossConfig(kl=0.1), frozen(config))
 
 
 MAKE = {"lm": lm, "wide": wide, "sft": sft, "kd": kd, "rpo": rpo, "grpo": grpo}
@@ -145,7 +145,7 @@ def train(objective: str, run: str, out: str, stop: int | None = None, **setting
 def gradients(out: str, **settings: Any) -> None:
     """Write the gradients of one step of `lm` to `out`, whole."""
     config = TrainConfig(steps=1, **settings)
-    module, objective = lm(config)
+    module, objective = lm(config, qkv_bias=True, o_bias=True, mlp_bias=True)
     for batch in Ranks(config, "lm").batches(0):
         batch = batch.shared(config.placement.layout)
         for loss, _ in objective.losses(module, batch):
