@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 def test_two_processes_are_one(home: Path):
-    jobs = [{"kl": 0.1, "tensor": 2}, STALE, TWICE | {"tensor": 2}]
+    jobs: list[dict[str, Any]] = [{"kl": 0.1, "tensor": 2}, STALE, TWICE | {"tensor": 2}]
     for number, job in enumerate(jobs):
         train(str(home), str(home / f"one-{number}"), **job | {"tensor": 1})
     settings = {"steps": 6, "lr": 1e-3, "microbatch_tokens": 256, "save_seconds": 1e-9}
