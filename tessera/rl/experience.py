@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -132,7 +132,9 @@ def row(groups: Sequence[Group], level: Level = "token", scale: float = 1.0) -> 
             floats["behaviour"][here] = answer.logprobs
             floats["old"][here] = answer.old or answer.logprobs
             end, segment = end + count, segment + 1
-    tensors = {name: torch.from_numpy(array)[None] for name, array in (ints | floats).items()}
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(array)[None] for name, array in (ints | floats).items()
+    }
     streams = {name: tensors.pop(name) for name in STREAMS}
     if not any(answer.old for group in groups for answer in group.answers):
         del streams["old"]

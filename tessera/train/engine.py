@@ -287,7 +287,7 @@ class Trainer:
         summed = self.layout.sum(values, every_stage=True).tolist()
         return dict(zip(names, summed, strict=True))
 
-    def _norm(self, norms: Sequence[Tensor]) -> float:
+    def _norm(self, norms: list[Tensor]) -> float:
         """Of all gradients, of the norms of their groups here."""
         total = torch.stack(norms).norm() if norms else torch.zeros((), device=dist.device())
         if self.objective.apart and dist.world() > 1:

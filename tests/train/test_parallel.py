@@ -1,7 +1,8 @@
 """Ranks change nothing (DESIGN identity 6), nor does going on in another number of them (7).
 
 Every objective and layout trains in real processes over gloo, started as torchrun would; what one
-process gives is computed here. Two launches serve all tests, for a process takes seconds to start; four are slow.
+process gives is computed here. Two launches serve all tests, for a process takes seconds to start.
+Four processes are slow.
 """
 
 from __future__ import annotations
