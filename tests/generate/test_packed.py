@@ -34,14 +34,15 @@ def test_packed_logits_are_the_modules(changes):
 
 @torch.no_grad()
 def test_half_precision_is_as_near_as_its_rounding():
-    module, tokens = tiny.model(qk_norm=True), tiny.tokens(29, 2, 9)
+    rounded, tokens = tiny.model(qk_norm=True).to(torch.bfloat16), tiny.tokens(29, 2, 9)
+    module = rounded.float()
     expected = module.logits(module(tokens)).flatten(0, 1)
     asked = Packed(module, placement=Placement(dtype=torch.bfloat16))
     for packed in (asked, Packed(module.to(torch.bfloat16))):
         hidden = Prefill(packed, tokens.tolist(), keep=False).forward(9).flatten(0, 1)
         assert hidden.dtype == torch.bfloat16
         found = packed.logits(hidden).float()
-        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+        assert (found - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @torch.no_grad()
