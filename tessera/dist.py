@@ -78,7 +78,7 @@ def device() -> torch.device:
     """Where this process computes: its own accelerator, or the CPU.
 
     What `computing_on` or the environment variable TESSERA_DEVICE says; else the accelerator that
-    torch finds. No other code names a device.
+    torch finds. No other code chooses a device.
     """
     import torch
 

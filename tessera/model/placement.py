@@ -311,7 +311,7 @@ HERE = Placement()  # in one process, in float32
 
 def inference_dtype(name: DtypeName = "auto") -> torch.dtype:
     """What a model computes in that is not trained; "auto" follows the device."""
-    auto = "float32" if dist.device().type == "cpu" else "bfloat16"
+    auto = "float32" if dist.device().type == dist.HOST else "bfloat16"
     return DTYPES[auto if name == "auto" else name]
 
 

@@ -33,7 +33,7 @@ from tessera.puzzle.bld import (
     units_of,
 )
 from tessera.puzzle.library import union
-from tessera.puzzle.ranges import by_range, split_layers, units_cost
+from tessera.puzzle.ranges import by_range, layer_ranges, units_cost
 from tessera.puzzle.space import Space, Unit, read_space
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
@@ -471,7 +471,7 @@ def _library_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     device, train, parent = cluster.device, job.train, job.config
     size, rounds = BYTES[train.dtype], microbatches(job, layout)
     local = _library_config(job, layout)
-    ranges = split_layers(parent, job.units, local.train.parallel, layout.data)
+    ranges = layer_ranges(parent, job.units, local.train.parallel, layout.data)
     work = replace(job, train=train.model_copy(update={"tokens_per_step": train.microbatch_tokens}))
     blocks = [block_cost(parent, layer).forward(work.work()) for layer in range(len(parent.blocks))]
     own = by_range(job.units, ranges)
@@ -651,7 +651,7 @@ def layout_of(job: Job, cluster: Cluster) -> Layout:
     """A recipe's own. Raises LayoutError where it does not divide the cluster's devices."""
     config, world = job.train.parallel, cluster.world
     if job.units:
-        ranges = len(split_layers(job.config, job.units, config, world))
+        ranges = len(layer_ranges(job.config, job.units, config, world))
         return Layout(world // ranges, ranges, 1, False)
     data, rest = divmod(world, config.tensor * config.pipeline)
     shard, context = config.shard or data, config.context

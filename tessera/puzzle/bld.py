@@ -44,8 +44,8 @@ from tessera.puzzle.ranges import (
     by_range,
     held_here,
     layer_groups,
+    layer_ranges,
     passes,
-    split_layers,
     units_cost,
 )
 from tessera.puzzle.space import (
@@ -158,7 +158,7 @@ class Local:
     ) -> None:
         self.config, self.run, self.data = config, run, inputs["data"]
         model = load_config(inputs["parent"])
-        ranges = split_layers(model, units, config.train.parallel, dist.world())
+        ranges = layer_ranges(model, units, config.train.parallel, dist.world())
         self.held = held_here(ranges)
         self.passes = passes(units, ranges, config.layers_at_once)
         # To the trainer, processes of one tensor-parallel group are those that read the same rows.
@@ -282,7 +282,7 @@ def training_memory(
 ) -> Memory:
     """Of the fullest of `processes`. Raises LayoutError where the layers cannot be held so."""
     train = config.train
-    ranges = split_layers(parent, units, train.parallel, processes)
+    ranges = layer_ranges(parent, units, train.parallel, processes)
     size, replicas = DTYPES[train.dtype].itemsize, processes // len(ranges)
     counted = {word: unit_params(parent, *word) for word in {unit[1:] for unit in units}}
 

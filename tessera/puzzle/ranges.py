@@ -51,7 +51,7 @@ def units_cost(parent: ModelConfig, units: Iterable[Unit]) -> Cost:
     return sum(costs, Cost())
 
 
-def split_layers(
+def layer_ranges(
     parent: ModelConfig, units: Sequence[Unit], parallel: ParallelConfig, processes: int
 ) -> list[range]:
     """The ranges of layers that processes hold, of about equal work.

@@ -57,7 +57,7 @@ class InferenceConfig(EngineChoice, PlacedConfig):
         placement = self.placement(model)
         if self.engine != "vllm":
             return open_engine(self, placement.load(model, frozen=True), batch)
-        with dist.computing_on("cpu"):  # the device's memory is vLLM's, which reads files
+        with dist.computing_on(dist.HOST):  # the device's memory is vLLM's, which reads files
             module = placement.load(model, frozen=True)
         return open_engine(self, module, batch)
 

@@ -14,7 +14,7 @@ from tessera.model.placement import LayoutError, ParallelConfig
 from tessera.pipeline import STAGES
 from tessera.puzzle.bld import BLD, TRAINED, BLDConfig, kept_numbers, training_memory, unit_params
 from tessera.puzzle.library import BlockLibrary, trainable_units
-from tessera.puzzle.ranges import split_layers
+from tessera.puzzle.ranges import layer_ranges
 from tessera.puzzle.space import SpaceConfig, Unit, build_space
 from tessera.puzzle.surgery import collect_statistics
 from tessera.train.optim import TrainConfig
@@ -64,16 +64,16 @@ def test_processes_share_the_layers_and_those_beyond_them_the_states():
 def test_layers_are_held_in_ranges_of_about_equal_work():
     config = toy_config(layers=6)
     units = [Unit(layer, "ffn", "swiglu-48") for layer in (3, 4, 5)]
-    split = partial(split_layers, config, units, ParallelConfig())
+    split = partial(layer_ranges, config, units, ParallelConfig())
     assert split(1) == [range(6)]
     assert split(2) == [range(4), range(4, 6)]
     assert [len(layers) for layers in split(4)] == [3, 1, 1, 1]
     assert len(split(7)) == 1 and len(split(12)) == 4  # half of six would hold no unit
-    assert len(split_layers(config, units, ParallelConfig(shard=2), 12)) == 2
+    assert len(layer_ranges(config, units, ParallelConfig(shard=2), 12)) == 2
     with pytest.raises(LayoutError, match="shard = 5: 12 processes can hold the 6 layers in 1, 2"):
-        split_layers(config, units, ParallelConfig(shard=5), 12)
+        layer_ranges(config, units, ParallelConfig(shard=5), 12)
     with pytest.raises(LayoutError, match="do not apply to block-wise"):
-        split_layers(config, units, ParallelConfig(tensor=2), 2)
+        layer_ranges(config, units, ParallelConfig(tensor=2), 2)
 
 
 def test_the_bound_does_not_grow_with_the_layers_of_the_parent():
