@@ -24,7 +24,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from tessera.model.context import Context, Part, zigzag
-from tessera.model.cpu import attention, tiles_attention
+from tessera.model.cpu import attention, by_tiles
 
 MASK = 2**22  # elements of a mask that may be there at once
 FEWEST = 256  # queries that share a mask: fewer would make products too small
@@ -97,7 +97,7 @@ def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    if tiles_attention(q):
+    if by_tiles(q):
         return attention(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]

@@ -115,11 +115,83 @@ class _RMSNorm(torch.autograd.Function):
         return (grad * weight).sub_(normed.mul_(along)).mul_(inverse), dw, None
 
 
+class _RMSNormByTiles(torch.autograd.Function):
+    """That of half precision: in float32, some rows at a time, which stay in a core's cache."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float):  # type: ignore[override]
+        out, rows = torch.empty_like(x), x.reshape(-1, x.shape[-1])
+        inverse, scale = torch.empty(len(rows), 1, device=x.device), weight.float()
+        for at in row_tiles(rows):
+            own = rows[at].float()
+            torch.rsqrt(own.square().mean(-1, keepdim=True).add_(eps), out=inverse[at])
+            out.view_as(rows)[at] = own.mul_(inverse[at]).mul_(scale)
+        ctx.save_for_backward(x, weight, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        """As `_RMSNorm.backward`."""
+        x, weight, inverse = ctx.saved_tensors
+        rows, slopes, scale = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1]), weight.float()
+        d_rows, dw = torch.empty_like(rows), torch.zeros_like(scale)
+        for at in row_tiles(rows):
+            normed, slope = rows[at].float().mul_(inverse[at]), slopes[at].float()
+            along = slope * normed
+            dw += along.sum(0)
+            slope.mul_(scale).sub_(normed.mul_(along.mul_(scale).mean(-1, keepdim=True)))
+            d_rows[at] = slope.mul_(inverse[at])
+        return d_rows.view_as(x), dw.to(weight.dtype), None
+
+
+class _RoPE(torch.autograd.Function):
+    """x `(N, heads, D)` rotated by `(N, 1, D)` angles, in float32, some rows at a time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor):  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out, half = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[-1] // 2
+    for at in row_tiles(x):
+        own = x[at].float()
+        turned = torch.cat((-own[..., half:], own[..., :half]), -1)
+        out[at] = own.mul_(cos[at]).addcmul_(turned, sin[at])
+    return out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x `(B, T, heads, D)` rotated by the angles of cos and sin `(B, T, 1, D)`."""
+    cos, sin = (one.expand(*x.shape[:2], 1, -1).flatten(0, 1) for one in (cos, sin))
+    return _RoPE.apply(x.flatten(0, 1), cos, sin).view_as(x)  # type: ignore[union-attr]
+
+
+def row_tiles(rows: Tensor) -> Iterator[slice]:
+    """Slices along the first dimension, of some `TILE` elements."""
+    size = max(1, TILE * len(rows) // max(1, rows.numel()))
+    return (slice(at, at + size) for at in range(0, len(rows), size))
+
+
+def by_tiles(x: Tensor) -> bool:
+    """Whether x is of half precision on a CPU, where operations over tiles that are float32 are
+    fewer and faster than torch's."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not isinstance(x, DTensor)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x²) + eps) * weight` of x `(…, C)`; a GPU has one kernel for it."""
     plain = not isinstance(x, DTensor) and not isinstance(weight, DTensor)
     if plain and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         return _RMSNorm.apply(x, weight, eps)  # type: ignore[return-value]
+    if plain and by_tiles(x):
+        return _RMSNormByTiles.apply(x, weight, eps)  # type: ignore[return-value]
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -199,11 +271,6 @@ def _score_tiles(
             else:
                 tile.masked_fill_(~seen[own, start:stop, None], -torch.inf)
             yield own, rows, keys, torch.softmax(scores, -1)
-
-
-def tiles_attention(q: Tensor) -> bool:
-    """Whether `attention` is faster than torch's: in bfloat16, where products are far faster."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not isinstance(q, DTensor)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
