@@ -9,6 +9,7 @@ differentiable once.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -21,6 +22,7 @@ ONEDNN_FROM = 2**21  # multiply-adds; below, oneDNN's longer call is not repaid
 # The same for a weight that oneDNN has reordered once (some 8 us more than MKL a call), and the
 # weight size above which even a single row, which MKL reads fastest, does not show it.
 REORDERED_FROM, REORDERED_ALWAYS = 2**18, 2**20
+CACHED = 2**19  # float32 numbers that a core's cache holds, with some copies of them
 TILE = 2**18  # elements that stay in a core's L2 while several operations go over them
 SHORTEST = 32  # queries of a tile of attention
 
@@ -45,9 +47,23 @@ def prefers_onednn(weight: Tensor) -> bool:
     return plain and wide and torch.backends.mkldnn.is_available()
 
 
-def onednn_rows(size: int) -> int:
-    """From how many rows on oneDNN multiplies a reordered weight of `size` elements faster."""
+def onednn_rows(weight: Tensor) -> int:
+    """From how many rows on `onednn_product` of the reordered weight beats `torch.mm`.
+
+    In bfloat16 always, as there `torch.mm` calls oneDNN too, and reorders the weight each time.
+    """
+    size, half = weight.numel(), weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    if half and torch.backends.mkldnn.is_available():
+        return 1 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else sys.maxsize
+    if not prefers_onednn(weight):
+        return sys.maxsize
     return 1 if size >= REORDERED_ALWAYS else max(2, -(-REORDERED_FROM // size))
+
+
+def rows_together(rows: int, width: int, device: torch.device) -> int:
+    """How many of so many float32 rows are to be worked on at once: on a CPU what its caches hold,
+    as several passes over more of them take up to eight times as long."""
+    return max(1, CACHED // width) if device.type == "cpu" else rows
 
 
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
