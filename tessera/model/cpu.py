@@ -163,7 +163,8 @@ class _RMSNormByTiles(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         """As `_RMSNorm.backward`."""
         x, weight, inverse = ctx.saved_tensors
-        rows, slopes, scale = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1]), weight.float()
+        rows, slopes = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+        scale = weight.float()
         d_rows, dw = torch.empty_like(rows), torch.zeros_like(scale)
         for at in row_tiles(rows):
             normed, slope = rows[at].float().mul_(inverse[at]), slopes[at].float()
