@@ -59,7 +59,8 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-# (logits (n, V), the tokens' slice, where to write slopes (n, V)) -> losses (n,)
+# (logits (n, V), the tokens' slice, where to write slopes (n, V)) -> losses (n,); both of the
+# model's dtype, and in float32 a tile at a time
 ChunkLoss = Callable[[Tensor, slice, Tensor], Tensor]
 
 
@@ -75,17 +76,15 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head) if needs_head else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        slab = max(portions(hidden.device).slab, portions(hidden.device).chunk // len(head))
-        buffer = hidden.new_empty((min(slab, len(hidden)), len(head)), dtype=torch.float32)
+        size = max(1, 4 * portions(hidden.device).chunk // (len(head) * head.itemsize))
+        slab = -(-portions(hidden.device).slab // size) * size
+        buffer = head.new_empty((min(slab, len(hidden)), len(head)))
         for at in _slices(len(hidden), slab):
             own, weights = hidden[at], weight[at]
-            slopes = buffer[: len(own)]
-            for part in chunks(own, len(head)):
-                losses = chunk_loss(
-                    multiply(own[part], head).float(), _within(at, part), slopes[part]
-                )
-                total += losses @ weights[part]
-            slope, scale = slopes.to(head.dtype), weights[:, None].to(hidden.dtype)
+            slope, scale = buffer[: len(own)], weights[:, None].to(hidden.dtype)
+            for part in _slices(len(own), size):
+                logits = multiply(own[part], head)
+                total += chunk_loss(logits, _within(at, part), slope[part]) @ weights[part]
             if grad_hidden is not None:
                 torch.mul(multiply(slope, head.t()), scale, out=grad_hidden[at])
             if grad_head is not None:
@@ -112,6 +111,23 @@ def _scaled(ctx, upstream: Tensor) -> list[Tensor | None]:
     return [None if x is None else x.mul_(upstream) for x in gradients]
 
 
+def _tiles(logits: Tensor) -> Iterator[slice]:
+    return _slices(len(logits), portions(logits.device).tile // logits.shape[1])
+
+
+def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of logits `(n, V)` into `out`; `(n,)` log Σ exp and the entropy."""
+    log_sums, entropies = [], []
+    for tile in _tiles(logits):
+        z = logits[tile].float()
+        p = torch.softmax(z, -1, out=out[tile]) if out.dtype == z.dtype else torch.softmax(z, -1)
+        log_sums.append(_log_sum_exp(z, p))
+        entropies.append(log_sums[-1] - torch.linalg.vecdot(p, z))
+        if out.dtype != z.dtype:
+            out[tile] = p
+    return torch.cat(log_sums), torch.cat(entropies)
+
+
 def _log_sum_exp(logits: Tensor, probabilities: Tensor) -> Tensor:
     """`(n,)` log Σ exp of logits `(n, V)` from their softmax: max z = lse + log max p."""
     return logits.amax(-1) - probabilities.amax(-1).log()
@@ -125,10 +141,9 @@ def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor) 
 
     def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
         index = labels[part, None]
-        torch.softmax(logits, -1, out=slope)
-        losses = _log_sum_exp(logits, slope) - logits.gather(1, index).squeeze(1)
+        log_sum, _ = _softmax(logits, slope)
         slope.scatter_add_(1, index, slope.new_full(index.shape, -1.0))
-        return losses
+        return log_sum - logits.gather(1, index).squeeze(1)
 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
 
@@ -147,12 +162,10 @@ def log_prob_loss(
 
     def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
         index = labels[part, None]
-        torch.softmax(logits, -1, out=slope)
-        log_sum = _log_sum_exp(logits, slope)
-        log_q = logits.gather(1, index).squeeze(1) - log_sum
-        entropy = log_sum - torch.linalg.vecdot(slope, logits)
-        losses, slopes = curve(log_q, entropy, part)
-        slope.mul_(-slopes[:, None]).scatter_add_(1, index, slopes[:, None])
+        log_sum, entropy = _softmax(logits, slope)
+        losses, slopes = curve(logits.gather(1, index).squeeze(1) - log_sum, entropy, part)
+        slopes = slopes[:, None].to(slope.dtype)
+        slope.mul_(-slopes).scatter_add_(1, index, slopes)
         return losses
 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
@@ -179,20 +192,19 @@ def kl_divergence(
     parent_hidden, parent_head = parent_hidden.detach(), parent_head.detach()
 
     def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
-        parent = multiply(parent_hidden[part], parent_head).float()
-        tiles = _slices(len(logits), portions(logits.device).tile // logits.shape[1])
-        return torch.cat([_kl_of_logits(parent[t], logits[t], slope[t]) for t in tiles])
+        parent = multiply(parent_hidden[part], parent_head)
+        return torch.cat([_kl(parent[t], logits[t], slope[t]) for t in _tiles(logits)])
 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
 
 
-def _kl_of_logits(parent: Tensor, child: Tensor, slope: Tensor) -> Tensor:
+def _kl(parent: Tensor, child: Tensor, slope: Tensor) -> Tensor:
     """`(n,)` KL of logits `(n, V)`; q - p goes into `slope`, and `parent` is used up."""
-    p = torch.softmax(parent, -1)
-    torch.softmax(child, -1, out=slope)
-    losses = _log_sum_exp(child, slope) - _log_sum_exp(parent, p)
+    parent, child = parent.float(), child.float()
+    p, q = torch.softmax(parent, -1), torch.softmax(child, -1)
+    losses = _log_sum_exp(child, q) - _log_sum_exp(parent, p)
     losses += parent.sub_(child).mul_(p).sum(-1)
-    slope.sub_(p)
+    torch.sub(q, p, out=slope) if slope.dtype == q.dtype else slope.copy_(q.sub_(p))
     return losses
 
 
@@ -204,18 +216,30 @@ class _Cosine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, weight: Tensor):  # type: ignore[override]
-        x, y = x.float(), y.float()
-        inverse = torch.linalg.vector_norm(x, dim=-1).clamp_min_(1e-8).reciprocal_()
-        inverses = torch.linalg.vector_norm(y, dim=-1).clamp_min_(1e-8).reciprocal_().mul_(inverse)
-        cosine = torch.linalg.vecdot(x, y).mul_(inverses)
-        if ctx.needs_input_grad[0]:
-            along = x * (weight * cosine * inverse.square())[..., None]
-            ctx.gradients = (along.sub_(y * (weight * inverses)[..., None]),)
+        cosine = torch.empty_like(weight)
+        slope = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        rows, others = x.flatten(0, -2), y.flatten(0, -2)
+        for at in _slices(len(rows), portions(x.device).tile // x.shape[-1]):
+            to = None if slope is None else slope.view_as(rows)[at]
+            found = _cosine(rows[at].float(), others[at].float(), weight.flatten()[at], to)
+            cosine.view(-1)[at] = found
+        ctx.gradients = (slope,)
         return ((1 - cosine) * weight).sum()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
         return *_scaled(ctx, upstream), None, None
+
+
+def _cosine(x: Tensor, y: Tensor, weight: Tensor, slope: Tensor | None) -> Tensor:
+    """`(n,)` cosines of states `(n, C)`; the gradient of x goes into `slope`."""
+    inverse = torch.linalg.vector_norm(x, dim=-1).clamp_min_(1e-8).reciprocal_()
+    inverses = torch.linalg.vector_norm(y, dim=-1).clamp_min_(1e-8).reciprocal_().mul_(inverse)
+    cosine = torch.linalg.vecdot(x, y).mul_(inverses)
+    if slope is not None:
+        along = x * (weight * cosine * inverse.square())[..., None]
+        slope.copy_(along.sub_(y * (weight * inverses)[..., None]))
+    return cosine
 
 
 def hidden_cosine(child: Tensor, parent: Tensor, weight: Tensor) -> Tensor:
