@@ -22,11 +22,14 @@ RECIPE = """
 [data]
 tokenizer = { bpe = 290, chat = true }
 tasks = { calc = 60 }
+[defaults]
+train = { tokens_per_step = 480, microbatch_tokens = 160, sequence_length = 160 }
 [parent]
 architecture = { hidden_size = 16, num_hidden_layers = 2, intermediate_size = 16 }
-train = { steps = 3, tokens_per_step = 480, microbatch_tokens = 160, sequence_length = 160 }
+train.steps = 3
 [cpt]
-train = { steps = 9, tokens_per_step = 480, microbatch_tokens = 160, sequence_length = 160, lr = 0.02 }
+train.steps = 9
+train.lr = 2e-2
 [profile]
 switch = "detailed thinking"
 tasks = { "calc@2" = 9 }
