@@ -112,7 +112,7 @@ def _of_tasks(tasks: Mapping[str, int], seed: int) -> Iterator[Prompt]:
             raise DataError(f"tasks: {name}: after @ comes a level, a number from 1 up")
         for index in range(count):
             one = problem(base, seed, index, "train", int(level) if level else None)
-            fields = {"answer": one.answer, "level": one.level, "work": one.work}
+            fields = {"answer": one.answer, "level": one.level, "work": one.work, **one.fields}
             question: Message = {"role": "user", "content": one.question}
             yield Prompt(f"{name}/{index}", [question], "on", fields)
 
