@@ -58,7 +58,7 @@ from tessera.puzzle.roofline import Serving, layer_seconds, model_seconds
 from tessera.puzzle.score import ConditionalConfig, HeldoutConfig, ScoreConfig
 from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Unit
-from tessera.rl.policy import PolicyConfig
+from tessera.rl.policy import GKDConfig, PolicyConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.profile import ProfileConfig
 from tessera.rl.rewards import AskedReward, CodeReward, MathReward
@@ -226,11 +226,14 @@ class Planner:
                 return Job(spec.name, config.train, child, parent, config.cosine > 0)
             case CPTConfig() | SFTConfig():
                 return Job(spec.name, config.train, student=child)
-            case PolicyConfig() | RPOConfig():
+            case PolicyConfig() | GKDConfig() | RPOConfig():
                 own = experience(config)
                 if own.engine:
                     own = replace(own, engine=self._ways([child], config))
-                reference = child if isinstance(config, RPOConfig) or config.kl else None
+                reference = (
+                    child if isinstance(config, RPOConfig) or getattr(config, "kl", 0) else None
+                )
+                reference = parent if own.distilled else reference
                 train = own.train(config.train)
                 return Job(spec.name, train, child, reference, experience=own)
         return None

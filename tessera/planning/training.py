@@ -35,6 +35,7 @@ from tessera.puzzle.bld import (
 from tessera.puzzle.library import union
 from tessera.puzzle.ranges import by_range, layer_ranges, units_cost
 from tessera.puzzle.space import Space, Unit, read_space
+from tessera.rl.policy import GKDConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Input, Step, maker
@@ -152,7 +153,7 @@ class Experience:
 
     engine: processes that hold weights to answer with together, 0 where vLLM or files do; it sleeps
     while the policy trains, but where it answers `ahead`. written: answers of a rollout, 0 from
-    files.
+    files. distilled: the teacher's logits stand beside the policy's.
     """
 
     groups: int
@@ -162,6 +163,7 @@ class Experience:
     engine: int
     written: int
     ahead: bool
+    distilled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -186,7 +188,7 @@ class Experience:
 
 
 def experience(config: RolloutConfig) -> Experience:
-    """Of a step of `grpo`, `rloo` or `rpo`; of files, pairs as long as `max_tokens` says."""
+    """Of a step of `grpo`, `rloo`, `gkd` or `rpo`; of files, pairs as long as `max_tokens` says."""
     groups, answers = -(-config.prompts_per_rollout // config.updates_per_rollout), config.samples
     written = config.prompts_per_rollout * config.samples * (1 + config.dynamic_sampling)
     if isinstance(config, RPOConfig):
@@ -197,7 +199,8 @@ def experience(config: RolloutConfig) -> Experience:
     length = min(config.max_tokens, row)
     prompt = max(1, min(PROMPT, row - length + 1))
     engine = int(bool(written) and config.engine == "tessera")
-    return Experience(groups, answers, length, prompt, engine, written, bool(config.staleness))
+    ahead, distilled = bool(config.staleness), isinstance(config, GKDConfig)
+    return Experience(groups, answers, length, prompt, engine, written, ahead, distilled)
 
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -307,7 +310,9 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
         gathered=gathered,
         activations=size * n * numbers,
         # A reference's log-probs are taken before the policy's: its logits are gone by then.
-        loss=loss_bytes(student, n, size, bool(job.teacher and not job.experience), accelerator),
+        loss=loss_bytes(
+            student, n, size, bool(job.teacher and (own is None or own.distilled)), accelerator
+        ),
         engine=size * held_params(student, engine) if engine else 0.0,
     )
 
