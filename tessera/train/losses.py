@@ -6,7 +6,7 @@
 The gradient of each with respect to the child's logits is known in closed form (q - onehot(y),
 q - p), so each chunk's logits are turned into gradients at once and forgotten: `(N, V)` is
 never held, and nothing is computed twice. Everything here is a weighted *sum*; dividing by the
-global weight is the trainer's work. Logits are float32 whatever the model's dtype.
+global weight is the trainer's work. Softmaxes are float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
