@@ -273,7 +273,7 @@ def curate_data(
 @command("tasks", data)
 def write_tasks(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare or gym/NAME.")
+        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare, story or gym/NAME.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
     count: Annotated[int, typer.Option(min=1, help="Problems; each gives two rows.")] = 1000,
