@@ -23,7 +23,9 @@ from tessera.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from tessera.planning.stages import Line
     from tessera.runs.plan import Step
+    from tessera.runs.recipe import Recipe
 
 RUNS = Path("runs")
 Redo = Annotated[
@@ -79,20 +81,23 @@ def run(
 def check(
     recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, as_json: Json = False
 ) -> None:
-    """Resolve a recipe and say what running it would do; runs nothing.
+    """Resolve a recipe and say what running it would do, and what it takes on this machine.
 
-    What it prints is a recipe too, every default spelled out.
+    What it prints is a recipe too, every default spelled out. The first check on a machine measures
+    it for up to a minute; nothing of the recipe is run.
     """
     from tessera import pipeline
     from tessera.model.source import model_config
-    from tessera.planning.training import stage_memory
+    from tessera.planning.stages import told_here, total_here
     from tessera.runs.plan import plan, table_text
     from tessera.runs.recipe import load
 
-    steps = plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
+    read = load(recipe, overrides or ())
+    steps = plan(read, runs, (), pipeline.STAGES)
+    lines = _estimate(read, runs)
     found = []
     for step in steps:
-        memory, path = stage_memory(step, steps), step.files.get("path")
+        path, line = step.files.get("path"), lines.get(step.name)
         counted = None
         if step.stage.name == "parent" and isinstance(path, Path):
             counted = model_config(path).num_params()
@@ -103,7 +108,7 @@ def check(
             "inputs": step.inputs,
             "config": step.resolved,
             "num_params": counted,
-            "memory": memory.as_json() if memory else None,
+            "estimate": line.as_json() if line else None,
             "warnings": step.warnings(steps),
         }
         found.append(row)
@@ -112,15 +117,30 @@ def check(
         print(f"# {step.name}: {_what_would_happen(step)}")
         if counted:
             print(f"# {counted:,} parameters in {path}")
-        if memory:
-            print(f"# {memory}")
-        for note in step.notes():
+        for note in [*(told_here(line) if line else ()), *step.notes()]:
             print(f"# {note}")
         for warning in row["warnings"]:
             print(f"# WARNING: {warning}")
         print(table_text(step))
     if as_json:
         print_json(found)
+    elif lines:
+        print(f"# {total_here([lines[one.name] for one in steps if one.action != 'skip'])}")
+
+
+def _estimate(recipe: Recipe, runs: Path, measure: bool = True) -> dict[str, Line]:
+    """What each stage takes on this machine; nothing where that cannot be known, and why."""
+    from tessera import pipeline
+    from tessera.planning.here import estimate
+    from tessera.runs.recipe import RecipeError
+
+    try:
+        lines = estimate(recipe, pipeline.STAGES, runs, measure=measure)
+    except RecipeError as error:
+        if measure:
+            complain(f"What it takes on this machine is not known: {error}")
+        return {}
+    return {line.name: line for line in lines}
 
 
 def _what_would_happen(step: Step) -> str:
