@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tessera.runs.recipe import Recipe
 
 RUNS = Path("runs")
+WORTH_MEASURING = 5e7  # parameters of a parent for which `run` measures the machine unasked
 Redo = Annotated[
     list[str] | None,
     typer.Option(
@@ -63,7 +65,14 @@ def run(
 
     plan = load(recipe, overrides or ())
     with computing(device):
-        steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
+        steps = pipeline.run_recipe(
+            plan,
+            runs,
+            only=only,
+            redo=redo or (),
+            quiet=quiet,
+            expect=partial(_expected, plan, runs, quiet),
+        )
     if not dist.is_main():
         return
     shown = ("table", "frontier")
@@ -128,19 +137,32 @@ def check(
         print(f"# {total_here([lines[one.name] for one in steps if one.action != 'skip'])}")
 
 
-def _estimate(recipe: Recipe, runs: Path, measure: bool = True) -> dict[str, Line]:
+def _estimate(recipe: Recipe, runs: Path) -> dict[str, Line]:
     """What each stage takes on this machine; nothing where that cannot be known, and why."""
     from tessera import pipeline
     from tessera.planning.here import estimate
     from tessera.runs.recipe import RecipeError
 
     try:
-        lines = estimate(recipe, pipeline.STAGES, runs, measure=measure)
+        lines = estimate(recipe, pipeline.STAGES, runs)
     except RecipeError as error:
-        if measure:
-            complain(f"What it takes on this machine is not known: {error}")
+        complain(f"What it takes on this machine is not known: {error}")
         return {}
     return {line.name: line for line in lines}
+
+
+def _expected(recipe: Recipe, runs: Path, quiet: bool) -> dict[str, tuple[float, str]]:
+    """The seconds of each stage, and what is told before it. A toy is not worth a measurement."""
+    from tessera import pipeline
+    from tessera.planning.here import estimate
+    from tessera.planning.stages import told_here
+    from tessera.runs.recipe import RecipeError
+
+    try:
+        lines = estimate(recipe, pipeline.STAGES, runs, smallest=WORTH_MEASURING, quiet=quiet)
+    except RecipeError:
+        return {}
+    return {line.name: (line.seconds, told_here(line)[0]) for line in lines if line.phases}
 
 
 def _what_would_happen(step: Step) -> str:

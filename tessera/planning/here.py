@@ -102,11 +102,11 @@ class Measured(Rates):
         with Progress("measuring this machine", len(self.missing), "pieces", quiet=quiet) as bar:
             for name, piece in self.missing.items():
                 self.kept[name] = piece()
+                with suppress(OSError, WriteError):  # it is measured again the next time
+                    self.file.parent.mkdir(parents=True, exist_ok=True)
+                    atomic_write(self.file, json.dumps(self.kept, indent=0))
                 bar.advance()
         self.missing.clear()
-        with suppress(OSError, WriteError):  # it is measured again the next time
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.file, json.dumps(self.kept, indent=0))
 
     # What the planner asks
 
@@ -260,7 +260,7 @@ class Measured(Rates):
     def _model(self, kind: str, times: int = 1) -> ModelConfig:
         """Some layers of one subblock and hardly a vocabulary, or the vocabulary alone."""
         if kind == HEAD:
-            return replace(self.parent, blocks=())
+            return replace(self.parent, blocks=(NONE,))
         block = replace(NONE, **{kind: self.words[kind]}) if kind else NONE
         return replace(self.parent, vocab_size=FEW, blocks=(block,) * times)
 
@@ -277,9 +277,7 @@ class Measured(Rates):
     ) -> list[float]:
         _, kd, states, _ = about
         config = self._model(kind)
-        module = self._placed(train).transformer(
-            Transformer(config).init_weights(0).to(dist.device())
-        )
+        module = self._trained(config, train)
         objective: Objective = LM()
         if kd:
             own = KDConfig(train=train, cosine=float(states))
@@ -290,9 +288,7 @@ class Measured(Rates):
     def _update(self, train: TrainConfig) -> list[float]:
         config = self._model(HEAD)
         few = _batch(config, 16, 16)
-        module = self._placed(train).transformer(
-            Transformer(config).init_weights(0).to(dist.device())
-        )
+        module = self._trained(config, train)
         with _trainer(module, LM(), _alone(train)) as step:
             return [_least(lambda: step([few])), _least(lambda: step([few, few]))]
 
@@ -370,10 +366,11 @@ def estimate(
     stages: Mapping[str, Stage],
     runs: Path,
     *,
-    measure: bool = True,
+    smallest: float = 0.0,
     quiet: bool = False,
 ) -> list[Line]:
-    """A line for every stage, of this machine as it is. measure: False asks what is known already.
+    """A line for every stage, of this machine as it is. smallest: parameters of a parent for which
+    what is not known yet is measured.
 
     Raises RecipeError where the parent is not here, and where something is not known.
     """
@@ -384,7 +381,7 @@ def estimate(
     planner = Planner(recipe, stages, this_machine(rates), rates.parent, None, home)
     lines = planner.lines()
     while rates.missing:
-        if not measure:
+        if rates.parent.num_params() < smallest:
             raise RecipeError("`tessera check` has not measured this machine for it")
         rates.measure(quiet)
         lines = planner.lines()

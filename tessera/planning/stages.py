@@ -73,7 +73,7 @@ from tessera.rl.rewards import AskedReward, CodeReward, MathReward
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Stage, stage_of
 from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
-from tessera.runs.run import is_done, read_json
+from tessera.runs.run import is_done, read_json, read_table
 from tessera.table import clock, count
 from tessera.train.flops import working
 from tessera.train.optim import TrainConfig
@@ -338,9 +338,9 @@ class Planner:
             return replace(line, undivided=str(error))
         plan = planned(job, self.cluster, layout)
         phases, unknown = [_phase(plan)], ""
-        if self.cluster.rates:
-            saved = [self._copying(job.student, 2)] if job.student else []
-            phases += saved
+        if self.cluster.rates and job.student:
+            phases += [*self._heldout_losses(_spec(self.recipe, line.name), config, job)]
+            phases += [self._copying(job.student)]
         if isinstance(config, BLDConfig | CoupleConfig):
             phases.insert(0, self._calibration(config, plan))
         if isinstance(config, RolloutConfig) and job.experience and job.experience.written:
@@ -348,15 +348,38 @@ class Planner:
             phases = [*more, *phases]
         return replace(line, phases=tuple(phases), training=plan, unknown=unknown)
 
+    def _heldout_losses(self, spec: StageSpec, config: Any, job: Job) -> Iterator[Phase]:
+        """At the end of a training, or of every heat of a race, where the held-out text is known."""
+        tokens = self._heldout(spec)
+        times = len(job.heats) if isinstance(config, RaceConfig) else 1
+        tokens = min(tokens, config.tokens) if isinstance(config, RaceConfig) else tokens
+        if not 0 < tokens < math.inf or job.experience or job.student is None:
+            return
+        n, length = job.train.microbatch_tokens, job.train.sequence_length
+        models = [job.student, job.teacher] if isinstance(config, RaceConfig) else [job.student]
+        one = sum(self._pass(m, n, length, 1, job.train.dtype) for m in models if m is not None)
+        yield Phase("held out", times * one * tokens / n, told=f"{count(tokens)} tokens")
+
+    def _heldout(self, spec: StageSpec) -> float:
+        """Tokens that are held out; infinite where the data are not there yet."""
+        data = self._above(spec, "data", ("data",))
+        place = data if isinstance(data, Path) else self.runs and data and self.runs / data.name
+        if not place or not is_done(place):
+            return math.inf
+        rows = read_table(place, "summary")
+        return sum(row["tokens"] for row in rows if row["split"] == "heldout")
+
     def _calibration(self, config: BLDConfig | CoupleConfig, plan: Plan) -> Phase:
         """Batches pass through the ranges of layers one behind the other, twice; every group of
         processes has all of them."""
         train, tokens = config.train, config.calibration_tokens
         parts = replace(plan.parts, gradients=0.0, moments=0.0, units_whole=0.0, weights=0.0)
         if rates := self.cluster.rates:
+            held = self._heldout(_spec(self.recipe, plan.job.name))
+            own = config.model_copy(update={"calibration_tokens": int(min(tokens, held))})
             importance = config.importance if isinstance(config, BLDConfig) else "independent"
             layers = len({unit.layer for unit in plan.job.units})
-            seconds = rates.calibration(config, importance, layers)
+            seconds = rates.calibration(own, importance, layers)
             return Phase("calibration", seconds, parts, f"{count(tokens)} tokens")
         one = self._pass(self.parent, train.microbatch_tokens, train.sequence_length, 1)
         batches = math.ceil(tokens / train.microbatch_tokens)
@@ -457,19 +480,23 @@ class Planner:
         space, parent = self._space(spec), self.parent
         units, ways = trainable_units(space), self._ways([parent], config)
         dtype, size = self._dtype(config), BYTES[self._dtype(config)]
-        n, length = min(config.microbatch_tokens, config.tokens), config.sequence_length
+        tokens = int(min(config.tokens, self._heldout(spec)))
+        n, length = min(config.microbatch_tokens, tokens), config.sequence_length
         layers, head = self._forward(parent, n, length, ways, dtype)
         offered = [*space.replacements(), *space.pairs]
         own = sum(head + math.fsum(layers[unit.layer :]) for unit in offered)
-        groups, batches = self.cluster.world // ways, math.ceil(config.tokens / n)
+        groups, batches = (
+            self.cluster.world // ways,
+            tokens / n if self.runs else math.ceil(tokens / n),
+        )
         seconds = batches * own / groups + batches * (math.fsum(layers) + 2 * head)
         largest = max(
             (sum(unit_params(parent, u.kind, u.word) for u in units if u.layer == layer))
             for layer in {unit.layer for unit in units}
         )
-        states = config.tokens * parent.hidden_size * (4 + 3 * size)
+        states = tokens * parent.hidden_size * (4 + 3 * size)
         parts = self._read([parent], config, size * largest / ways)
-        told = f"{len(offered):,} words on {count(config.tokens)} tokens, {groups} shares"
+        told = f"{len(offered):,} words on {count(tokens)} tokens, {groups} shares"
         return Phase("reading", rounds * seconds, replace(parts, states=states), told)
 
     def _answering(
@@ -499,12 +526,13 @@ class Planner:
         )
         variants = [variant for block in model.blocks for variant in (block.attention, block.ffn)]
         parts = self._reserved(
-            weights=size * held_params(model, ways),
+            weights=size * _packed(model, ways),
             cache=size * scenario.cached_tokens * 2 * model.head_dim * heads,
             activations=size * min(batch * prompt, PREFILL_TOKENS) * working(model, variants, ways),
         )
         # An engine lays the weights out while the model that it takes them from is there.
-        both = replace(parts, cache=0.0, activations=0.0, beside=PACKED * parts.weights)
+        beside = size * held_params(model, ways) if self.cluster.on_cpu else PACKED * parts.weights
+        both = replace(parts, cache=0.0, activations=0.0, beside=beside)
         parts = max(parts, both, key=lambda one: one.total) if loaded else parts
         where = "" if self.cluster.rates else f" on {ways} GPU{'s' * (ways > 1)}"
         told = f"{answers:,} answers of {length:,} tokens each at most, {batch} at a time{where}"
@@ -607,7 +635,7 @@ class Planner:
         size = BYTES[dtype]
         largest = max(models, key=lambda model: model.num_params())
         parts = self._reserved(
-            weights=float(size * sum(model.num_params() for model in models)),
+            weights=size * sum(_packed(model, 1) for model in models),
             beside=float(4 * largest.num_params()),  # one that an engine is made of
         )
         told = f"{config.rounds + 1} rounds of {len(models)} models"
@@ -815,6 +843,16 @@ def _phase(plan: Plan) -> Phase:
         f"{count(plan.job.tokens)} tokens, {plan.time.total:.3g} s a step, MFU {plan.time.mfu:.0%}"
     )
     return Phase("training", plan.seconds, plan.parts, told)
+
+
+def _packed(model: ModelConfig, ways: int) -> float:
+    """Numbers that an engine holds of a model: a tied head is there twice."""
+    tied = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
+    return held_params(model, ways) + tied
+
+
+def _spec(recipe: Recipe, name: str) -> StageSpec:
+    return next(spec for spec in recipe.stages if spec.name == name)
 
 
 def _rows(path: Path) -> int:
