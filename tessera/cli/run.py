@@ -140,12 +140,14 @@ def check(
 def _estimate(recipe: Recipe, runs: Path) -> dict[str, Line]:
     """What each stage takes on this machine; nothing where that cannot be known, and why."""
     from tessera import pipeline
+    from tessera.model.config import ConfigError
     from tessera.planning.here import estimate
-    from tessera.runs.recipe import RecipeError
 
     try:
         lines = estimate(recipe, pipeline.STAGES, runs)
-    except RecipeError as error:
+    except ConfigError:  # words or layers that do not fit the parent
+        raise
+    except ValueError as error:  # of a model or a file that is not here yet, say
         complain(f"What it takes on this machine is not known: {error}")
         return {}
     return {line.name: line for line in lines}
@@ -156,11 +158,10 @@ def _expected(recipe: Recipe, runs: Path, quiet: bool) -> dict[str, tuple[float,
     from tessera import pipeline
     from tessera.planning.here import estimate
     from tessera.planning.stages import told_here
-    from tessera.runs.recipe import RecipeError
 
     try:
         lines = estimate(recipe, pipeline.STAGES, runs, smallest=WORTH_MEASURING, quiet=quiet)
-    except RecipeError:
+    except ValueError:  # what is wrong is the stages' own to tell
         return {}
     return {line.name: (line.seconds, told_here(line)[0]) for line in lines if line.phases}
 

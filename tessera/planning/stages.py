@@ -349,7 +349,7 @@ class Planner:
         return replace(line, phases=tuple(phases), training=plan, unknown=unknown)
 
     def _heldout_losses(self, spec: StageSpec, config: Any, job: Job) -> Iterator[Phase]:
-        """At the end of a training, or of every heat of a race, where the held-out text is known."""
+        """At the end of a training, or of every heat of a race, on text that is there."""
         tokens = self._heldout(spec)
         times = len(job.heats) if isinstance(config, RaceConfig) else 1
         tokens = min(tokens, config.tokens) if isinstance(config, RaceConfig) else tokens
@@ -517,6 +517,7 @@ class Planner:
         own = math.ceil(answers / max(1, self.cluster.world // ways))
         batch = min(own, most)
         scenario = Scenario(batch=batch, prompt=prompt, new=max(2, length))
+        read = min(batch * prompt, PREFILL_TOKENS if self.cluster.rates else sys.maxsize)
         prefill, step = self._generation(model, scenario, ways, dtype)
         size = BYTES[dtype]
         heads = sum(
@@ -528,7 +529,7 @@ class Planner:
         parts = self._reserved(
             weights=size * _packed(model, ways),
             cache=size * scenario.cached_tokens * 2 * model.head_dim * heads,
-            activations=size * min(batch * prompt, PREFILL_TOKENS) * working(model, variants, ways),
+            activations=size * read * working(model, variants, ways),
         )
         # An engine lays the weights out while the model that it takes them from is there.
         beside = size * held_params(model, ways) if self.cluster.on_cpu else PACKED * parts.weights
