@@ -23,8 +23,9 @@ from pydantic import BaseModel
 from tessera.ask.local import EngineConfig
 from tessera.curate.config import CurateConfig
 from tessera.curate.steps.arrange import Blend
+from tessera.curate.steps.rows import AskStep
 from tessera.data.config import DataConfig
-from tessera.data.readers import expand, is_lines, read_rows
+from tessera.data.readers import expand, is_lines, read_rows, without_chats
 from tessera.devices import GB
 from tessera.eval.evaluate import PERPLEXITY, EvalConfig
 from tessera.eval.tasks import find
@@ -66,7 +67,6 @@ from tessera.puzzle.roofline import Serving, layer_seconds, model_seconds
 from tessera.puzzle.score import ConditionalConfig, HeldoutConfig, ScoreConfig
 from tessera.puzzle.search import SearchConfig
 from tessera.puzzle.space import Space, Unit, read_space
-from tessera.rl.policy import PolicyConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.profile import ProfileConfig
 from tessera.rl.rewards import AskedReward, CodeReward, MathReward
@@ -85,7 +85,7 @@ COPY = 1 * GB
 CHECKED = {MathReward: 16.0, CodeReward: 22.0}
 CHECKED_ELSE = 5000.0
 ITEMS = 500
-DRAWN = 400.0  # bytes of a procedural problem with its work
+DRAWN = 400.0  # bytes of a problem with its work, or of an answer
 FILTERED = 5000.0  # rows a second that steps of programs pass (`benchmarks/results/curate-cpu.md`)
 MAKERS = ("parent", "child", "fuse", "kd", "cpt", "sft", "grpo", "rloo", "rpo")  # of models
 PROGRAM = "the integer program, at most `time_limit` a solution"
@@ -242,11 +242,13 @@ class Planner:
                 return Job(spec.name, config.train, child, parent, config.cosine > 0)
             case CPTConfig() | SFTConfig():
                 return Job(spec.name, config.train, student=child)
-            case PolicyConfig() | RPOConfig():
+            case RolloutConfig():
                 own = experience(config)
                 if own.engine:
                     own = replace(own, engine=self._ways([child], config))
-                reference = child if isinstance(config, RPOConfig) or config.kl else None
+                refers = isinstance(config, RPOConfig) or getattr(config, "kl", 0)
+                taught = "teacher" in self.stages[spec.stage].needs
+                reference = parent if taught else child if refers else None
                 train = own.train(config.train)
                 return Job(spec.name, train, child, reference, experience=own)
         return None
@@ -585,7 +587,7 @@ class Planner:
             case ProfileConfig(samples=0):
                 return [Phase("copying", 0.0)], ""
             case ProfileConfig():
-                return self._profiling(config, child)
+                return self._profiling(spec, config, child)
             case EvalConfig():
                 return self._evaluating(config, child)
             case CurateConfig():
@@ -604,6 +606,7 @@ class Planner:
             known = model.table.get("path")
         files = [path for path in config.files if path.is_file()]
         drawn = sum(sum(one.tasks.values()) for one in config.readings.values())
+        drawn += self._curated(spec)
         size = sum(path.stat().st_size for path in files) + DRAWN * drawn
         unknown = [one.dataset for one in config.readings.values() if one.dataset]
         rate = TOKENISED
@@ -642,10 +645,13 @@ class Planner:
         told = f"{config.rounds + 1} rounds of {len(models)} models"
         return Phase("timing", seconds, parts, told)
 
-    def _profiling(self, config: ProfileConfig, child: ModelConfig) -> tuple[list[Phase], str]:
+    def _profiling(
+        self, spec: StageSpec, config: ProfileConfig, child: ModelConfig
+    ) -> tuple[list[Phase], str]:
         prompts = config.limit or sum(config.tasks.values())
         if config.paths and self.cluster.rates:
-            rows = sum(_rows(path) for path in expand(config.paths))
+            rows = sum(_rows(path) for path in expand(without_chats(config.paths)))
+            rows += self._curated(spec)
             prompts = min(config.limit or sys.maxsize, sum(config.tasks.values()) + rows)
         elif config.paths and not config.limit:
             prompts = 0
@@ -680,14 +686,11 @@ class Planner:
     def _curating(self, spec: StageSpec, config: CurateConfig) -> tuple[list[Phase], str]:
         """What a teacher of this process answers: as many rows as the files hold, at the longest;
         what the steps before leave out is not known."""
-        phases, unknown = [], []
-        rows = sum(_rows(path) for one in config.sources for path in one.files())
-        for step in config.steps:
-            if isinstance(step, Blend) and step.rows:
-                rows = step.rows
-            teacher = config.teachers.get(getattr(step, "teacher", ""))
-            if teacher is None:
+        phases, unknown, rows = [], [], 0
+        for step, rows in _rows_before(config):
+            if not isinstance(step, AskStep):
                 continue
+            teacher = config.teachers[step.teacher]
             if not isinstance(teacher, EngineConfig):
                 unknown.append(f"what {step.teacher} answers")
                 continue
@@ -697,6 +700,14 @@ class Planner:
             phases.append(self._answering(model, answers, length, teacher.batch, ways, dtype))
         parts = self._reserved(beside=2e3 * rows)
         return [*phases, Phase("filtering", rows / FILTERED, parts)], ", ".join(unknown)
+
+    def _curated(self, spec: StageSpec) -> int:
+        """Rows that the stage's `chats` gives at most."""
+        chats = self._above(spec, "chats", ())
+        if isinstance(chats, StageSpec):
+            *_, (_, rows) = _rows_before(self.config(chats))
+            return rows
+        return 0
 
     def _fusing(self, config: FuseConfig, model: ModelConfig) -> Phase:
         """The dependency matrix: each FFN-only block left out, and all behind it again. What could
@@ -854,6 +865,16 @@ def _packed(model: ModelConfig, ways: int) -> float:
 
 def _spec(recipe: Recipe, name: str) -> StageSpec:
     return next(spec for spec in recipe.stages if spec.name == name)
+
+
+def _rows_before(config: CurateConfig) -> Iterator[tuple[Any, int]]:
+    """Every step with the rows that it gets at most; None is the end."""
+    rows = sum(_rows(path) for one in config.sources for path in one.files())
+    for step in config.steps:
+        yield step, rows
+        rows *= getattr(step, "n", 1) if isinstance(step, AskStep) else 1
+        rows = step.rows if isinstance(step, Blend) and step.rows else rows
+    yield None, rows
 
 
 def _rows(path: Path) -> int:
