@@ -33,6 +33,7 @@ from tessera.export.write import ExportConfig
 from tessera.generate.scheduler import PREFILL_TOKENS
 from tessera.model.config import GQA, BlockConfig, ModelConfig, NoOp, parse_kind
 from tessera.model.parallel import held_params, split_params, splits
+from tessera.model.placed import PlacedConfig
 from tessera.model.placement import ROOM, TRAINED_BYTES, LayoutError, ParallelConfig, fewest
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
@@ -88,6 +89,8 @@ ITEMS = 500
 DRAWN = 400.0  # bytes of a problem with its work, or of an answer
 FILTERED = 5000.0  # rows a second that steps of programs pass (`benchmarks/results/curate-cpu.md`)
 MAKERS = ("parent", "child", "fuse", "kd", "cpt", "sft", "grpo", "rloo", "rpo")  # of models
+HAVE_DTYPE = (TrainConfig, PlacedConfig)  # computing in the type that they say
+WORTH_ROUNDING = 1.5  # products in bfloat16 over those in float32, from which on it is told
 PROGRAM = "the integer program, at most `time_limit` a solution"
 PACKED = 0.7  # share of a model's weights that an engine lays out anew (generate/packed.py)
 TOKENISED = 4.6e6  # bytes of text a CPU second (`benchmarks/results/data-cpu.md`, Llama 3)
@@ -109,7 +112,7 @@ class Line:
     parts of a model are there.
 
     unknown: what takes time that is not counted. undivided: why its layout cannot be had. advice:
-    what would make it fit.
+    what would make it fit. hint: what would make it faster on this machine.
     """
 
     name: str
@@ -122,6 +125,7 @@ class Line:
     unknown: str = ""
     undivided: str = ""
     advice: tuple[str, ...] = ()
+    hint: str = ""
 
     @property
     def parts(self) -> Parts:
@@ -166,6 +170,7 @@ class Line:
             "unknown": self.unknown,
             "undivided": self.undivided,
             "advice": list(self.advice),
+            "hint": self.hint,
         }
         if (plan := self.training) is not None:
             found |= {
@@ -213,8 +218,25 @@ class Planner:
     def line(self, spec: StageSpec) -> Line:
         """A stage as the recipe says it, and what would make it fit where it does not."""
         config = self.config(spec)
-        line = self._line(spec, config)
+        line = replace(self._line(spec, config), hint=self._hint(config))
         return line if line.fits else replace(line, advice=tuple(self._remedies(spec, config)))
+
+    def _hint(self, config: Any) -> str:
+        """Whether a CPU is faster in the other type, by products of the model's own shape."""
+        train, rates = getattr(config, "train", None), self.cluster.rates
+        if rates is None or not self.cluster.on_cpu or not isinstance(train or config, HAVE_DTYPE):
+            return ""
+        key = "train.dtype" if train else "dtype"
+        dtype = train.dtype if train else self._dtype(config)
+        ratio = rates.peak("bfloat16") / rates.peak("float32")
+        if dtype == "bfloat16" and ratio < 1:
+            return (
+                f"WARNING: this CPU computes bfloat16 slowly: its products take {1 / ratio:.1f} "
+                f'times as long as in float32; {key} = "float32" is faster'
+            )
+        if dtype == "float32" and ratio >= WORTH_ROUNDING:
+            return f'{key} = "bfloat16" has products {ratio:.1f} times as fast as float32 here'
+        return ""
 
     def _line(self, spec: StageSpec, config: Any) -> Line:
         held = {"disk": self._disk(spec, config), "host": self._host(spec, config)}
@@ -537,8 +559,10 @@ class Planner:
         beside = size * held_params(model, ways) if self.cluster.on_cpu else PACKED * parts.weights
         both = replace(parts, cache=0.0, activations=0.0, beside=beside)
         parts = max(parts, both, key=lambda one: one.total) if loaded else parts
-        where = "" if self.cluster.rates else f" on {ways} GPU{'s' * (ways > 1)}"
-        told = f"{answers:,} answers of {length:,} tokens each at most, {batch} at a time{where}"
+        where = f" on {ways} GPU{'s' * (ways > 1)}"
+        told = f"{length:,} tokens each, {batch} at a time{where}"
+        if self.cluster.rates:
+            told = f"at most {length:,} tokens each, {batch} at a time"
         return Phase("answering", own / batch * (prefill + length * step), parts, told)
 
     def _generation(
@@ -674,9 +698,9 @@ class Planner:
             items = (find(task).limit if self.cluster.rates and task != PERPLEXITY else 0) or ITEMS
             length = config.max_tokens or 4096
             asked = min(config.limit or items, items) * modes
-            phases.append(
-                self._answering(child, asked, length, config.batch, ways, self._dtype(config))
-            )
+            dtype = self._dtype(config)
+            phase = self._answering(child, asked, length, config.batch, ways, dtype)
+            phases.append(replace(phase, told=f"{asked:,} answers, {phase.told}"))
         most = max(phases, key=lambda phase: phase.parts.total)
         seconds = sum(phase.seconds for phase in phases)
         told = phases[0].told if len(phases) == 1 else f"{len(phases)} tasks"
@@ -697,7 +721,8 @@ class Planner:
             answers = rows * getattr(step, "n", 1)
             length, model = getattr(step, "max_tokens", 1), self._model(spec)
             ways, dtype = self._ways([model], teacher), self._dtype(teacher)
-            phases.append(self._answering(model, answers, length, teacher.batch, ways, dtype))
+            phase = self._answering(model, answers, length, teacher.batch, ways, dtype)
+            phases.append(replace(phase, told=f"{answers:,} answers, {phase.told}"))
         parts = self._reserved(beside=2e3 * rows)
         return [*phases, Phase("filtering", rows / FILTERED, parts)], ", ".join(unknown)
 
@@ -956,6 +981,7 @@ def told_here(line: Line) -> list[str]:
             told.append(f"{one.name} {clock(one.seconds)}: {one.told}")
     told += [f"WARNING: {line.undivided}"] if line.undivided else []
     told += [f"WARNING: it does not fit; {one}" for one in line.advice]
+    told += [line.hint] if line.hint else []
     return told + ([f"not known: {line.unknown}"] if line.unknown else [])
 
 
