@@ -765,7 +765,8 @@ class Planner:
     def _copying(self, model: ModelConfig, times: int = 2) -> Phase:
         rate = self.cluster.rates.copied() if self.cluster.rates else COPY
         size = self._bytes(model)
-        parts = self._reserved(beside=size) if self.cluster.rates else Parts()
+        embedding = 4.0 * model.vocab_size * model.hidden_size  # the largest tensor, read and cast
+        parts = self._reserved(beside=2 * embedding) if self.cluster.rates else Parts()
         return Phase("copying", times * size / rate, parts)
 
     def _bytes(self, model: ModelConfig) -> float:
