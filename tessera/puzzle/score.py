@@ -336,7 +336,8 @@ def score_given(
     counts = Counter(unit.layer for unit in units)
     places = itertools.product([*sorted(counts), len(current.blocks)], range(len(work)))
     cells = {f"{layer}/{item}": (layer, item) for layer, item in places}
-    with nullcontext() if run is None else SharedJournal(run.state_path / f"scores{part}.jsonl") as kept:
+    file = run and run.state_path / f"scores{part}.jsonl"
+    with nullcontext() if file is None else SharedJournal(file) as kept:
         found = {} if kept is None else {key: kept.get(key)["found"] for key in kept}
         mine = layout.mine([cell for key, cell in cells.items() if key not in found])
         known = sum(counts[cells[key][0]] for key in found)
