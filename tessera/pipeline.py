@@ -25,7 +25,7 @@ from tessera.table import clock, nearest
 # A row: name, needs, gives; module, config class, how it runs.
 # fmt: off
 _ROWS = (
-    Stage("data", "model=", "data", ".data.prepare", "DataConfig", paths=("files",)),
+    Stage("data", "model= chats=", "data", ".data.prepare", "DataConfig", paths=("files",)),
     Stage("parent", "data?", "model",
           ".puzzle.parent", "ParentConfig", paths=("path",), together=True),
     Stage("bld", "parent data", "library", ".puzzle.bld", "BLDConfig", together=True),
@@ -51,7 +51,7 @@ _ROWS = (
           ".curate.runner", "CurateConfig", paths=("files",), together=True),
     Stage("sft", "model data", "model",
           ".objectives.lm", "SFTConfig", function="sft", together=True),
-    Stage("profile", "model", "prompts",
+    Stage("profile", "model chats=", "prompts",
           ".rl.profile", "ProfileConfig", paths=("paths",), together=True),
     Stage("grpo", "model prompts", "model",
           ".rl.policy", "GRPOConfig", function="grpo", together=True),
