@@ -3,16 +3,18 @@
     cross entropy   -log q(y_t)
     KL              sum_v p(v) (log p(v) - log q(v))        p the parent, q the child
 
-The gradient of both with respect to the child's logits is known in closed form (q - onehot(y),
+The gradient of each with respect to the child's logits is known in closed form (q - onehot(y),
 q - p), so each chunk's logits are turned into gradients at once and forgotten: `(N, V)` is
 never held, and nothing is computed twice. Everything here is a weighted *sum*; dividing by the
-global weight is the trainer's work. Logits are float32 whatever the model's dtype.
+global weight is the trainer's work. Softmaxes are float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -182,30 +184,65 @@ def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_divergence(
-    hidden: Tensor, head: Tensor, parent_hidden: Tensor, parent_head: Tensor, weight: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    parent_hidden: Tensor,
+    parent_head: Tensor,
+    weight: Tensor,
+    beta: float = 0.0,
 ) -> Tensor:
     """Σ w·KL(parent ‖ child); hidden `(N, C)` each through its own head `(V, C)`.
 
+    beta: 1 is KL(child ‖ parent), between is the generalised Jensen-Shannon divergence (TRL's).
     The parent's side carries no gradient (Puzzle §2.7: forward KL, temperature 1). With logits a
     and b, KL = Σ p (a - b) - lse(a) + lse(b): one exponential an element and side, not two.
     """
     parent_hidden, parent_head = parent_hidden.detach(), parent_head.detach()
+    between = partial(_between, beta=beta)
+    divergence = {0.0: _kl, 1.0: _reverse_kl}.get(beta, between)
 
     def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
         parent = multiply(parent_hidden[part], parent_head)
-        return torch.cat([_kl(parent[t], logits[t], slope[t]) for t in _tiles(logits)])
+        return torch.cat(
+            [divergence(parent[t].float(), logits[t].float(), slope[t]) for t in _tiles(logits)]
+        )
 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
 
 
 def _kl(parent: Tensor, child: Tensor, slope: Tensor) -> Tensor:
-    """`(n,)` KL of logits `(n, V)`; q - p goes into `slope`, and `parent` is used up."""
-    parent, child = parent.float(), child.float()
+    """`(n,)` KL of float32 logits `(n, V)`; q - p goes into `slope`, and `parent` is used up."""
     p, q = torch.softmax(parent, -1), torch.softmax(child, -1)
     losses = _log_sum_exp(child, q) - _log_sum_exp(parent, p)
     losses += parent.sub_(child).mul_(p).sum(-1)
     torch.sub(q, p, out=slope) if slope.dtype == q.dtype else slope.copy_(q.sub_(p))
     return losses
+
+
+def _reverse_kl(parent: Tensor, child: Tensor, slope: Tensor) -> Tensor:
+    """As `_kl`, of KL(q ‖ p), whose slope is q (log q - log p - KL)."""
+    q = torch.softmax(child, -1)
+    log_sum = _log_sum_exp(parent, torch.softmax(parent, -1)) - _log_sum_exp(child, q)
+    apart = torch.sub(child, parent, out=parent)
+    mean = torch.linalg.vecdot(q, apart)
+    slope.copy_(q.mul_(apart.sub_(mean[:, None])))
+    return log_sum + mean
+
+
+def _between(parent: Tensor, child: Tensor, slope: Tensor, beta: float) -> Tensor:
+    """As `_kl`, of β KL(p ‖ m) + (1-β) KL(q ‖ m), where m = βp + (1-β)q.
+
+    Its slope is (1-β) q (log(q/m) - KL(q ‖ m)).
+    """
+    p, q = torch.softmax(parent, -1), torch.softmax(child, -1)
+    log_sum = _log_sum_exp(parent, p) - _log_sum_exp(child, q)
+    log_p_q = parent.sub_(child).sub_(log_sum[:, None])
+    log_q_m = torch.logaddexp(log_p_q + math.log(beta), log_p_q.new_tensor(math.log(1 - beta)))
+    log_q_m.neg_()
+    of_p = torch.linalg.vecdot(p, log_p_q.add_(log_q_m))
+    of_q = torch.linalg.vecdot(q, log_q_m)
+    slope.copy_(q.mul_(log_q_m.sub_(of_q[:, None])).mul_(1 - beta))
+    return beta * of_p + (1 - beta) * of_q
 
 
 class _Cosine(torch.autograd.Function):
