@@ -3,8 +3,9 @@
     python benchmarks/interop.py RUN_OR_MODEL [--new 48] [--vllm .venv-vllm/bin/python]
 
 Exports the model as decilm and as gguf into a temporary directory, prompts each engine with the
-same token ids (openings of stories and of tasks, by the model's own tokenizer), float32, greedy,
-and prints how many tokens are equal and the largest difference of their log-probabilities.
+same token ids (eight chats where the model has a template, else openings of stories and of tasks),
+float32, greedy, and prints how many tokens are equal and the largest difference of their
+log-probabilities.
 vLLM's CPU build is skipped where its environment (`make venv-vllm`) is missing.
 """
 
@@ -21,7 +22,9 @@ from pathlib import Path
 import harness
 from harness import MODELS, ROOT, VLLM, Command, Figures, need, table, tiny_model
 
-from tessera.data.tokenizer import load_tokenizer
+from tessera.data.chat import ChatEncoder
+from tessera.data.template import TemplateError
+from tessera.data.tokenizer import Tokenizer, load_tokenizer
 from tessera.export.write import export_model
 from tessera.model.checkpoint import load_model
 from tessera.model.source import resolve
@@ -36,6 +39,16 @@ TEXTS = (
     "The big dog",
     "start 6 m+3 n*2 o-3 mod 10\n",
 )
+CHATS = (
+    "What is the capital of France?",
+    "Write two sentences about the sea.",
+    "A baker sells 12 rolls and then 9 more. How many rolls is that?",
+    "Name three animals that live in the forest.",
+    "Explain to a child why the sky is blue.",
+    "Translate into French: good morning.",
+    "Write a short poem about rain.",
+    "What is 17 plus 25?",
+)
 
 
 Answer = tuple[list[int], list[float | None]]
@@ -48,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         need(model, hint="give a model")
         module = load_model(model, frozen=True)
         tokenizer = load_tokenizer(resolve(model))
-        prompts = [tokenizer.encode(text, bos=True) for text in TEXTS]
+        prompts = token_ids(tokenizer)
         ours = [greedy(module, prompt, options.new) for prompt in prompts]
         print("words:", " ".join("/".join(pair) for pair in module.config.words))
         rows = [agreement("llama.cpp", ours, ask_llama_cpp(model, out, prompts, options.new))]
@@ -58,6 +71,15 @@ def run(options: argparse.Namespace) -> None:
         else:
             print(f"vLLM: {options.vllm} is missing (make venv-vllm)")
     table(rows)
+
+
+def token_ids(tokenizer: Tokenizer) -> list[list[int]]:
+    """The prompts, each within what vllm_tokens.py holds."""
+    try:
+        encoder = ChatEncoder.of(tokenizer)
+    except TemplateError:
+        return [tokenizer.encode(text, bos=True) for text in TEXTS]
+    return [encoder.prompt([{"role": "user", "content": text}], None) for text in CHATS]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +101,7 @@ def ask_vllm(
 ) -> list[Answer]:
     """Stock vLLM's CPU build on the exported DeciLM directory."""
     export_model(model, out / "decilm", "decilm")
-    script = ROOT / "tests" / "serve" / "vllm_tokens.py"
+    script = ROOT / "tests" / "export" / "vllm_tokens.py"
     command = [str(python), str(script), str(out / "decilm"), json.dumps(prompts), str(new)]
     ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     lines = [line for line in ran.stdout.splitlines() if line.startswith("TOKENS ")]

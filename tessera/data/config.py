@@ -19,7 +19,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,7 +28,14 @@ from tessera.data.conversation import Chat
 from tessera.data.dataset import local_dataset
 from tessera.data.dialects import read_chats
 from tessera.data.problems import family
-from tessera.data.readers import DataError, Format, expand
+from tessera.data.readers import (
+    DataError,
+    Format,
+    expand,
+    no_chats,
+    with_chats,
+    without_chats,
+)
 from tessera.data.switch import DETAILED, NO_THINK, NONE, Switch, switch_of_model
 from tessera.data.template import TemplateError, template_of
 from tessera.data.tokenizer import Tokenizer, TokenizerError, byte_tokenizer, load_tokenizer
@@ -68,6 +75,7 @@ class Reading(Config):
     """What one source reads, and how it is cut into training and held-out documents.
 
     paths, heldout_paths: files or globs. heldout_paths hold out whole files instead of a share.
+    paths = "chats" are the rows of the run of `curate` that the stage's `chats` names.
     dataset: a hub id, or a directory: what `save_to_disk` wrote, or of data files.
     tasks: numbers of problems to draw.
     field: the column or key that holds the text. separator: between documents of .txt.
@@ -144,9 +152,13 @@ class Reading(Config):
 
     def inputs(self) -> list[Path]:
         """Files and directories on disk that it reads. Raises DataError naming what is absent."""
-        found = [*expand(self.paths), *expand(self.heldout_paths)]
+        found = [*expand(without_chats(self.paths)), *expand(self.heldout_paths)]
         home = local_dataset(self.dataset) if self.dataset else None
         return [*found, home] if home else found
+
+    def reading(self, chats: Path | None) -> Self:
+        """With the files of that run of `curate` for "chats" in `paths`. Raises DataError."""
+        return self.model_copy(update={"paths": with_chats(self.paths, chats)})
 
     def num_heldout(self, documents: int) -> int:
         """How many of so many documents are held out: at least one where any are asked for."""
@@ -211,11 +223,16 @@ class DataConfig(Reading):
 
         told = no_chat_template(step, steps) if self.holds_chats else []
         for one in self.readings.values():
+            told += no_chats(one.paths, step.inputs.get("chats"))
             chats = one.chats and not told
             told += forewarn(
                 one, encoder_for(step, steps, one.turns, one.switch) if chats else None
             )
         return [*told, *(_unsaid(step, steps) if self.holds_chats else [])]
+
+    def reading(self, chats: Path | None) -> Self:
+        sources = {name: one.reading(chats) for name, one in self.sources.items()}
+        return super().reading(chats).model_copy(update={"sources": sources})
 
     @property
     def readings(self) -> dict[str, Reading]:
@@ -272,7 +289,7 @@ def unsaid(reading: Reading) -> str | None:
     """
     if reading.switch == NONE or not reading.chats:
         return None
-    rows = (row for path in expand(reading.paths) for _, row in read_chats(path))
+    rows = (row for path in expand(without_chats(reading.paths)) for _, row in read_chats(path))
     chats = (one for one in itertools.islice(rows, ROWS_LOOKED_AT) if isinstance(one, Chat))
     if not (reading.reasoning or reading.tasks or any(one.reasoning for one in chats)):
         return None

@@ -233,6 +233,7 @@ def stage(config: DataConfig, run: Run, inputs: Mapping[str, Path | None]) -> No
     """Stage `data`: writes tokens/, tokenizer/, tables/summary.jsonl and tables/data.json."""
     if not dist.is_main():
         return  # the others wait at the end of the stage
+    config = config.reading(inputs.get("chats"))
     readings = config.readings
     say_beginning(run, readings)
     of_recipe = (run.path / "recipe.toml").is_file()  # RUNS/RECIPE/RUN

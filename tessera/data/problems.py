@@ -15,12 +15,13 @@ import functools
 import hashlib
 import importlib.util
 import string
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from tessera.data import wishes
 from tessera.data.conversation import Chat, Mode
 from tessera.data.switch import DETAILED, set_switch
 from tessera.data.thought import CLOSE, OPEN
@@ -41,7 +42,9 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question; results: what each step of `work` found (a hasty thought skips some)."""
+    """A question; results: what each step of `work` found (a hasty thought skips some). fields:
+    what rewards judge by beside the answer. part: its split, where its family decides that.
+    """
 
     name: str
     question: str
@@ -49,19 +52,24 @@ class Problem:
     answer: str
     level: int
     results: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    part: Split | None = None
 
     @property
     def split(self) -> Split:
-        """Where this question belongs, by the hash of its text."""
-        return split_of(self.question)
+        """Where this question belongs, by the hash of its text unless its family says."""
+        return self.part or split_of(self.question)
 
     def text(self, work: bool = True) -> str:
-        """The document of this problem."""
+        """The document of this problem. Raises TaskError where it has no answer."""
+        self._require_answer()
         reasoning = f"Work: {self.work}\n" if work and self.work else ""
         return f"{self.question}\n{reasoning}Answer: {self.answer}"
 
     def chat(self, mode: Mode) -> Chat:
-        """The conversation of this problem. Raises TaskError for "on" where it shows no work."""
+        """The conversation of this problem. Raises TaskError where it has no answer, and for "on"
+        where it shows no work."""
+        self._require_answer()
         if mode == "on" and not self.work:
             raise TaskError(
                 f'{self.name} shows no work to think: set reasoning = "off", or ask a teacher'
@@ -73,6 +81,13 @@ class Problem:
         ]
         extra = {"category": self.name, "level": self.level, "answer": self.answer}
         return Chat(messages, mode, [], extra)
+
+    def _require_answer(self) -> None:
+        if not self.answer:
+            raise TaskError(
+                f"{self.name} has no answer to train on: let a model answer it (curate), or take "
+                "it as a task of profile and eval"
+            )
 
 
 def split_of(question: str) -> Split:
@@ -136,6 +151,49 @@ def hop(rng: np.random.Generator, level: int) -> Problem:
     return Problem("hop", question, work, str(ring[level % size]), level, results)
 
 
+NAMES = (
+    "Anna Ben Clara David Emma Felix Grace Henry Ines Jonas Lena Marco Nora Oscar Paula Tom".split()
+)
+THINGS = "apples books buttons cards coins eggs keys marbles nuts pencils shells stamps".split()
+GAINS = ("buys {} more", "finds {} more", "gets {} from a friend", "picks up {} others")
+LOSSES = ("gives {} away", "loses {}", "sells {}", "puts {} back")
+
+
+def story(rng: np.random.Generator, level: int) -> Problem:
+    """How many things somebody has after `level` events, in words; numbers below 100."""
+    name, things = NAMES[int(rng.integers(len(NAMES)))], THINGS[int(rng.integers(len(THINGS)))]
+    value = start = int(rng.integers(10, 50))
+    told, steps, results = [], [], []
+    for _ in range(level):
+        chance, gain = rng.random(), value < 15 or (value < 80 and rng.random() < 0.5)
+        if chance < 0.15 and value < 50:
+            event, step, value = "doubles what is there", "*2", value * 2
+        elif chance < 0.3 and value % 2 == 0:
+            event, step, value = "gives half away", "/2", value // 2
+        else:
+            n = int(rng.integers(2, min(30, 100 - value if gain else value)))
+            texts, sign = (GAINS, "+") if gain else (LOSSES, "-")
+            event, step = texts[int(rng.integers(4))].format(n), f"{sign}{n}"
+            value += n if gain else -n
+        told.append(f"Then {name} {event}.")
+        steps.append(step)
+        results.append(f"={value}")
+    work = " ".join([str(start), *map("".join, zip(steps, results, strict=True))])
+    question = f"{name} has {start} {things}. {' '.join(told)} How many {things} are there now?"
+    return Problem("story", question, work, str(value), level, tuple(results))
+
+
+def wish(rng: np.random.Generator, level: int) -> Problem:
+    """A request with `level` constraints (data/wishes.py); it has no answer, only a verdict."""
+    held = bool(rng.random() < 0.1)
+    question, found = wishes.draw(rng, level, held)
+    judged = {
+        "instruction_id_list": [one.name for one in found],
+        "kwargs": [one.arguments for one in found],
+    }
+    return Problem("wish", question, "", "", level, (), judged, SPLITS[held])
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """How to draw a problem, and the levels (inclusive) that documents are drawn from."""
@@ -149,6 +207,8 @@ TASKS: dict[str, Family] = {
     "hop": Family(hop, (1, 6)),
     "sort": Family(sort, (3, 7)),
     "compare": Family(compare, (2, 6)),
+    "story": Family(story, (2, 5)),
+    "wish": Family(wish, (1, 2)),
 }
 
 

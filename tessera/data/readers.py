@@ -37,6 +37,7 @@ TABLE = b"PAR1"  # how a Parquet file begins
 ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z"}  # by their first bytes
 BLOCK = 1 << 20
 EXCERPT = 200
+CHATS = "chats"  # in `paths`: the rows of the run of `curate` that the stage's `chats` names
 
 
 class DataError(ValueError):
@@ -72,7 +73,7 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     """The files of one or several paths and globs, in the order given, each once."""
     found: dict[Path, None] = {}
     nothing = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in _listed(patterns):
         path = Path(pattern).expanduser()
         hits = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [hit for hit in hits if hit.is_file()]
@@ -82,6 +83,30 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     if nothing:
         raise DataError(f"no data files at {'; '.join(nothing)}; correct `paths`")
     return list(found)
+
+
+def with_chats(paths: str | Sequence[str], run: Path | None) -> list[str]:
+    """`paths` with the files of a run of `curate` for "chats". Raises DataError without a run."""
+    if told := no_chats(paths, run):
+        raise DataError(told[0])
+    files = [str(Path(glob.escape(str(run))) / CHATS / "part-*")]
+    return [one for path in _listed(paths) for one in (files if path == CHATS else [path])]
+
+
+def without_chats(paths: str | Sequence[str]) -> list[str]:
+    """`paths` without "chats", whose files may have yet to be made."""
+    return [one for one in _listed(paths) if one != CHATS]
+
+
+def no_chats(paths: str | Sequence[str], run: Any) -> list[str]:
+    """What to say where "chats" is among the paths and no run is named."""
+    if run is not None or CHATS not in _listed(paths):
+        return []
+    return ['paths = "chats" reads what a stage `curate` has made: say which, chats = "RUN"']
+
+
+def _listed(paths: str | Sequence[str]) -> Sequence[str]:
+    return [paths] if isinstance(paths, str) else paths
 
 
 def _why_nothing(path: Path) -> str:

@@ -25,7 +25,7 @@ from tessera.data.conversation import Chat, SchemaError, fault, misnamed
 from tessera.data.dialects import KEYS, chats_of, read_texts
 from tessera.data.encode import Encoder, Entry, Unit, read_unit
 from tessera.data.problems import SPLITS, Split, completion, document, problem_chat
-from tessera.data.readers import EXCERPT, Bad, DataError, Record
+from tessera.data.readers import EXCERPT, Bad, DataError, Record, without_chats
 from tessera.data.store import TokenCache
 from tessera.progress import Progress
 
@@ -98,14 +98,12 @@ def forewarn(reading: Reading, encoder: ChatEncoder | None) -> list[str]:
     encoder: of chats, to know what the template refuses.
     """
     told: list[str] = []
-    for path in readers.expand([*_listed(reading.paths), *_listed(reading.heldout_paths)]):
+    for path in readers.expand(
+        [*without_chats(reading.paths), *without_chats(reading.heldout_paths)]
+    ):
         units = iter([_file_unit(reading, path)])
         told += first_refusals(path, (one for unit in units for one in unit.records()), encoder)
     return told
-
-
-def _listed(paths: str | list[str]) -> list[str]:
-    return [paths] if isinstance(paths, str) else paths
 
 
 def first_refusals(

@@ -1,7 +1,8 @@
 """All attention kernels, and which of them runs where.
 
     NVIDIA from Ampere, half precision    flash attention over runs (torch.nn.attention.varlen)
-    every other device and precision      SDPA over runs of similar length, a row each
+    CPU, bfloat16                         `cpu.attention` over runs of similar length, a row each
+    every other device and precision      SDPA over the same
 
 A run is consecutive tokens of one document, with the earlier tokens that they see: of a packed row
 its documents; of answers that share a prompt each with the prompt before it; of a part of a row
@@ -23,6 +24,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from tessera.model.context import Context, Part, zigzag
+from tessera.model.cpu import attention, by_tiles
 
 MASK = 2**22  # elements of a mask that may be there at once
 FEWEST = 256  # queries that share a mask: fewer would make products too small
@@ -100,6 +102,8 @@ def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    if by_tiles(q):
+        return attention(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type != "cpu":

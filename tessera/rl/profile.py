@@ -25,7 +25,7 @@ from tessera.data.config import no_chat_template
 from tessera.data.conversation import Message, Mode
 from tessera.data.dialects import read_chats
 from tessera.data.problems import problem
-from tessera.data.readers import Bad, DataError, expand
+from tessera.data.readers import Bad, DataError, expand, no_chats, with_chats, without_chats
 from tessera.data.sources import first_refusals
 from tessera.data.switch import NONE, Switch, set_switch
 from tessera.data.thought import split_message
@@ -66,9 +66,10 @@ class Prompt:
 
 
 class PromptsConfig(Config):
-    """tasks: number of problems by name (`"calc@6" = 400`). paths: files of chats. off: the share
-    of prompts with reasoning off, so that the switch is trained on both sides. switch: how the mode
-    is said (data/switch.py), the model's own where not given; "none" says no mode."""
+    """tasks: number of problems by name (`"calc@6" = 400`). paths: files of chats, and "chats" for
+    the rows of the run that the stage's `chats` names. off: the share of prompts with reasoning
+    off, so that the switch is trained on both sides. switch: how the mode is said (data/switch.py),
+    the model's own where not given; "none" says no mode."""
 
     tasks: dict[str, int] = {}
     paths: tuple[str, ...] = ()
@@ -111,7 +112,7 @@ def _of_tasks(tasks: Mapping[str, int], seed: int) -> Iterator[Prompt]:
             raise DataError(f"tasks: {name}: after @ comes a level, a number from 1 up")
         for index in range(count):
             one = problem(base, seed, index, "train", int(level) if level else None)
-            fields = {"answer": one.answer, "level": one.level, "work": one.work}
+            fields = {"answer": one.answer, "level": one.level, "work": one.work, **one.fields}
             question: Message = {"role": "user", "content": one.question}
             yield Prompt(f"{name}/{index}", [question], "on", fields)
 
@@ -193,8 +194,8 @@ class ProfileConfig(PromptsConfig, InferenceConfig):
     workers: int = Field(default=2, ge=1)  # that judge, on each machine
 
     def warnings(self, step: Step, steps: Sequence[Step]) -> list[str]:
-        told = no_chat_template(step, steps)
-        for path in expand(self.paths) if self.paths else ():
+        told = no_chat_template(step, steps) + no_chats(self.paths, step.inputs.get("chats"))
+        for path in expand(without_chats(self.paths)):
             told += first_refusals(path, (one for _, one in read_chats(path)))
         return told
 
@@ -310,6 +311,7 @@ def stage(config: ProfileConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `profile`: write `prompts.jsonl` and `tables/pass_rates.jsonl`."""
     model = inputs["model"]
     encoder = ChatEncoder.of(load_tokenizer(resolve(model)), switch=config.switch)
+    config = config.model_copy(update={"paths": with_chats(config.paths, inputs.get("chats"))})
     prompts = collect(config, run.seed, encoder.switch)
     if not config.samples:
         run.write_file(FILE, write(prompts))

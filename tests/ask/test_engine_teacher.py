@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 
 from tessera.ask.ask import AskError
+from tessera.data.readers import DataError
+from tessera.pipeline import STAGES, run_recipe
+from tessera.rl import profile
+from tessera.runs.plan import plan
+from tessera.runs.recipe import loads
+from tessera.runs.run import read_table
 from tests.curate.conftest import run_stage, write_lines
 
 NAMES = ("dog", "cat", "girl", "tree")
@@ -37,3 +43,41 @@ def test_an_answer_does_not_depend_on_who_is_asked_beside(tmp_path: Path, shared
 def test_a_teacher_of_this_process_needs_a_model(tmp_path: Path):
     with pytest.raises(AskError, match="model = "):
         run_stage(tmp_path / "run", table(tmp_path, 8))
+
+
+def test_a_recipe_trains_on_what_its_parent_says(tmp_path: Path):
+    """A recipe's `curate` asks its parent, and `data` and `profile` read the answers."""
+    questions = write_lines(tmp_path / "q.jsonl", [{"q": f"Name {name}."} for name in NAMES])
+    recipe = f"""
+name = "said"
+[data-begin]
+stage = "data"
+tokenizer = {{ bpe = 290, chat = true }}
+tasks = {{ calc = 60 }}
+[parent]
+architecture = {{ hidden_size = 16, num_hidden_layers = 1, intermediate_size = 16 }}
+train = {{ steps = 1, tokens_per_step = 160, microbatch_tokens = 160, sequence_length = 160 }}
+[curate]
+model = "parent"
+sources = [{{ paths = "{questions}", question = "q" }}]
+steps = [{{ step = "generate", mode = "off", max_tokens = 5, truncated = "keep" }}]
+teachers.teacher = {{ kind = "engine", switch = "none" }}
+[data]
+model = "parent"
+chats = "curate"
+sources.said = {{ paths = "chats", format = "chat", switch = "none" }}
+[profile]
+chats = "curate"
+paths = ["chats"]
+samples = 0
+"""
+    run_recipe(loads(recipe), tmp_path, quiet=True)
+    rows = read_table(tmp_path / "said/data", "summary")
+    assert sum(row["documents"] for row in rows) == len(NAMES)
+    asked = [one.messages[-1]["content"] for one in profile.read(tmp_path / "said/profile")]
+    assert asked == [f"Name {name}." for name in NAMES]
+    unnamed = recipe.replace('chats = "curate"\nsources', "sources").replace("said", "unnamed", 1)
+    (step,) = [s for s in plan(loads(unnamed), tmp_path, (), STAGES) if s.name == "data"]
+    assert any('say which, chats = "RUN"' in told for told in step.warnings([step]))
+    with pytest.raises(DataError, match='say which, chats = "RUN"'):
+        run_recipe(loads(unnamed), tmp_path, quiet=True)

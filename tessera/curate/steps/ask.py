@@ -101,7 +101,8 @@ class Generate(ChatStep):
     mode: what the row is to teach, its `reasoning`. "on" leaves out answers without a thought,
     "off" removes the thought. switch: how the teacher is told (data/switch.py); without one, a
     teacher of this process is told by its own, and an endpoint is not told: R1 thinks without it.
-    instruction: added to the question for the teacher only. Answers cut at max_tokens are left out.
+    instruction: added to the question for the teacher only. truncated: "keep" keeps answers cut at
+    max_tokens, whose every token distillation can still learn from.
     """
 
     step: Literal["generate"]
@@ -109,6 +110,7 @@ class Generate(ChatStep):
     mode: Mode = "on"
     switch: Switch | None = None
     instruction: str = ""
+    truncated: Literal["drop", "keep"] = "drop"
     max_tokens: int = Field(default=16384, ge=1)
     temperature: float = Field(default=0.6, ge=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -132,7 +134,7 @@ class Generate(ChatStep):
     def _row(self, chat: Chat, reply: Reply, sample: int) -> Chat | Drop:
         if reply.error is not None:
             return self.failed(reply.error)
-        if reply.finish_reason == "length":
+        if reply.finish_reason == "length" and self.truncated == "drop":
             return Drop("an answer cut at max_tokens")
         row = rows.answered(chat, reply.message)
         thought, answer = rows.thought(row), rows.answer(row)

@@ -2,6 +2,7 @@
 
     calc        levels as they are drawn for training      calc@6        six operations
     gym/NAME    reasoning-gym's, through its adapter       needle@4096   a needle in 4,096 words
+    wish        requests that IFEval's checkers judge
 
 Needle retrieval is in the manner of RULER (arXiv 2404.06654): a key's number stands among sentences
 that say nothing and, at `keys` > 1, among other keys' numbers, at a depth drawn with the item.
@@ -18,6 +19,7 @@ from tessera.data import problems
 from tessera.data.problems import PREFIX, family, problem
 from tessera.data.thought import split
 from tessera.eval.task import Data, EvalError, Item, Measure, Task, ask
+from tessera.eval.tasks.programs import FOLLOWED
 from tessera.rl.rewards import ExactReward, FunctionReward, NumberReward
 from tessera.rl.rewards import Sample as Judged
 from tessera.rl.verifiers.outcome import Outcome, judged
@@ -44,7 +46,8 @@ def drawn(name: str, level: int | None, data: Data) -> Iterator[Item]:
         if one.question in seen:
             continue
         seen.add(one.question)
-        fields = {"answer": one.answer, "work": one.work}
+        asked = one.fields.get("instruction_id_list", ())
+        fields = {"answer": one.answer, "work": one.work, **one.fields, "instructions": len(asked)}
         yield Item(str(index), ask(one.question), fields, {"level": one.level})
 
 
@@ -89,8 +92,10 @@ def find(name: str) -> Task | None:
     if base not in problems.TASKS and not base.startswith(PREFIX):
         return None
     family(base)
-    measures = (Measure("accuracy", ExactReward(kind="exact")),)
-    if problem(base, 0, 0).work:
+    measures, first = (Measure("accuracy", ExactReward(kind="exact")),), problem(base, 0, 0)
+    if first.fields:
+        measures = FOLLOWED
+    if first.work:
         measures = (*measures, WORK)
     read = partial(drawn, base, int(level) if level else None)
     return Task(name, read, measures, None, 256, ("level",), DRAWN)

@@ -50,17 +50,14 @@ def _measure(name: str, loose: bool, partial: bool) -> Measure:
 
 
 PASSES = (Measure("accuracy", CodeReward(kind="code")),)
+FOLLOWED = (
+    _measure("prompt_strict", False, False),
+    _measure("instruction_strict", False, True),
+    _measure("prompt_loose", True, False),
+    _measure("instruction_loose", True, True),
+)
 TASKS = (
     Task("humaneval", humaneval, PASSES),
     Task("mbpp", mbpp, PASSES),
-    Task(
-        "ifeval",
-        ifeval,
-        (
-            _measure("prompt_strict", False, False),
-            _measure("instruction_strict", False, True),
-            _measure("prompt_loose", True, False),
-            _measure("instruction_loose", True, True),
-        ),
-    ),
+    Task("ifeval", ifeval, FOLLOWED),
 )
