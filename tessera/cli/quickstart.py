@@ -146,7 +146,27 @@ TOY = Quickstart(
 SMOLLM2 = Quickstart(
     recipe="smollm2-135m.toml",
     reasoning="data-chat",
-    fast=(),
+    fast=(
+        "defaults.scenario={batch=8,prompt=32,new=16}",
+        "defaults.max_tokens=32",
+        "defaults.microbatch_tokens=1024",
+        "defaults.train.tokens_per_step=1024",
+        "defaults.train.microbatch_tokens=1024",
+        'curate.steps=[{step="blend",weights={prompts=1},rows=64},'
+        '{step="generate",teacher="parent",mode="off",top_p=1.0,max_tokens=64,truncated="keep"}]',
+        "bld.train.steps=2",
+        "bld.calibration_tokens=1024",
+        "score.tokens=1024",
+        "cost.rounds=3",
+        "cost.wholes=0",
+        "search.solutions=1",
+        "race.train.steps=1",
+        "kd.train.steps=3",
+        "kd-dropped.train.steps=3",
+        "compare.rounds=3",
+        "compare.tokens=1024",
+        *(f"eval-{one}.limit=8" for one in ("parent", "child", "kd", "dropped")),
+    ),
     rows=(
         ("parent", "eval-parent", "parent", "none"),
         ("child, as assembled", "eval-child", "child", "none"),
