@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,9 +24,12 @@ from tessera.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from tessera.planning.stages import Line
     from tessera.runs.plan import Step
+    from tessera.runs.recipe import Recipe
 
 RUNS = Path("runs")
+WORTH_MEASURING = 5e7  # parameters of a parent for which `run` measures the machine unasked
 Redo = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,7 +65,14 @@ def run(
 
     plan = load(recipe, overrides or ())
     with computing(device):
-        steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
+        steps = pipeline.run_recipe(
+            plan,
+            runs,
+            only=only,
+            redo=redo or (),
+            quiet=quiet,
+            expect=partial(_expected, plan, runs, quiet),
+        )
     if not dist.is_main():
         return
     shown = ("table", "frontier")
@@ -79,20 +90,23 @@ def run(
 def check(
     recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, as_json: Json = False
 ) -> None:
-    """Resolve a recipe and say what running it would do; runs nothing.
+    """Resolve a recipe and say what running it would do, and what it takes on this machine.
 
-    What it prints is a recipe too, every default spelled out.
+    What it prints is a recipe too, every default spelled out. The first check on a machine measures
+    it for up to a minute; nothing of the recipe is run.
     """
     from tessera import pipeline
     from tessera.model.source import model_config
-    from tessera.planning.training import stage_memory
+    from tessera.planning.stages import told_here, total_here
     from tessera.runs.plan import plan, table_text
     from tessera.runs.recipe import load
 
-    steps = plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
+    read = load(recipe, overrides or ())
+    steps = plan(read, runs, (), pipeline.STAGES)
+    lines = _estimate(read, runs)
     found = []
     for step in steps:
-        memory, path = stage_memory(step, steps), step.files.get("path")
+        path, line = step.files.get("path"), lines.get(step.name)
         counted = None
         if step.stage.name == "parent" and isinstance(path, Path):
             counted = model_config(path).num_params()
@@ -103,7 +117,7 @@ def check(
             "inputs": step.inputs,
             "config": step.resolved,
             "num_params": counted,
-            "memory": memory.as_json() if memory else None,
+            "estimate": line.as_json() if line else None,
             "warnings": step.warnings(steps),
         }
         found.append(row)
@@ -112,15 +126,44 @@ def check(
         print(f"# {step.name}: {_what_would_happen(step)}")
         if counted:
             print(f"# {counted:,} parameters in {path}")
-        if memory:
-            print(f"# {memory}")
-        for note in step.notes():
+        for note in [*(told_here(line) if line else ()), *step.notes()]:
             print(f"# {note}")
         for warning in row["warnings"]:
             print(f"# WARNING: {warning}")
         print(table_text(step))
     if as_json:
         print_json(found)
+    elif lines:
+        print(f"# {total_here([lines[one.name] for one in steps if one.action != 'skip'])}")
+
+
+def _estimate(recipe: Recipe, runs: Path) -> dict[str, Line]:
+    """What each stage takes on this machine; nothing where that cannot be known, and why."""
+    from tessera import pipeline
+    from tessera.model.config import ConfigError
+    from tessera.planning.here import estimate
+
+    try:
+        lines = estimate(recipe, pipeline.STAGES, runs)
+    except ConfigError:  # words or layers that do not fit the parent
+        raise
+    except ValueError as error:  # of a model or a file that is not here yet, say
+        complain(f"What it takes on this machine is not known: {error}")
+        return {}
+    return {line.name: line for line in lines}
+
+
+def _expected(recipe: Recipe, runs: Path, quiet: bool) -> dict[str, tuple[float, str]]:
+    """The seconds of each stage, and what is told before it. A toy is not worth a measurement."""
+    from tessera import pipeline
+    from tessera.planning.here import estimate
+    from tessera.planning.stages import told_here
+
+    try:
+        lines = estimate(recipe, pipeline.STAGES, runs, smallest=WORTH_MEASURING, quiet=quiet)
+    except ValueError:  # what is wrong is the stages' own to tell
+        return {}
+    return {line.name: (line.seconds, told_here(line)[0]) for line in lines if line.phases}
 
 
 def _what_would_happen(step: Step) -> str:
@@ -273,7 +316,7 @@ def curate_data(
 @command("tasks", data)
 def write_tasks(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare or gym/NAME.")
+        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare, story or gym/NAME.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
     count: Annotated[int, typer.Option(min=1, help="Problems; each gives two rows.")] = 1000,
