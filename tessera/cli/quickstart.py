@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tessera.pipeline import STAGES
+from tessera.runs.plan import with_defaults
 from tessera.runs.recipe import Recipe, RecipeError, load
 from tessera.runs.run import is_done, read_table
 from tessera.table import AN_ANSWER, Column, Row, cell, count, percent, render_table, times, view
@@ -208,7 +210,7 @@ def recipe(task: str = OWN, fast: bool = False, overrides: Sequence[str] = ()) -
 def real(part: str | None = None, fast: bool = False, overrides: Sequence[str] = ()) -> Recipe:
     """SmolLM2's recipe or a part of it, the parent in the child's place in "reasoning" alone."""
     alone = part == "reasoning"
-    plan = SMOLLM2.read(fast, overrides, "-reasoning" if alone else "")
+    plan = with_defaults(SMOLLM2.read(fast, overrides, "-reasoning" if alone else ""), STAGES)
     folder, names = SMOLLM2.path.parents[1], [spec.name for spec in plan.stages]
     first = names.index(SMOLLM2.reasoning) if SMOLLM2.reasoning in names else len(names)
     kept = names[:first] if part == "search" else names
