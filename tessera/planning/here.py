@@ -53,7 +53,7 @@ from tessera.puzzle.ranges import units_cost
 from tessera.puzzle.score import Target
 from tessera.puzzle.space import Unit
 from tessera.puzzle.surgery import ParentStatistics, collect_statistics
-from tessera.runs.files import WriteError, atomic_write
+from tessera.runs.files import WriteError, atomic_write, fingerprint
 from tessera.runs.plan import Stage, with_defaults
 from tessera.runs.recipe import Recipe, RecipeError
 from tessera.runs.run import Run, is_done, resident_memory
@@ -68,6 +68,7 @@ NEW = 6  # tokens that each row of it decodes
 UNKNOWN = [1e-3, 2e-3]  # what a piece stands for until it is measured
 NONE = BlockConfig(NoOp(), NoOp())
 HEAD = "head"
+COMPUTING = ("model", "train", "objectives", "generate", "puzzle")
 
 
 class Measured(Rates):
@@ -428,9 +429,16 @@ def _machine() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     device = dist.device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = [tessera.__version__, torch.__version__]
+    versions = [_code(), torch.__version__]
     threads = str(torch.get_num_threads())
     return [platform.node(), platform.machine(), capability, name, threads, *versions]
+
+
+def _code() -> str:
+    """Of the packages that compute: another version of them has other rates."""
+    home = Path(tessera.__file__).parent
+    files = (path for name in COMPUTING for path in sorted((home / name).rglob("*.py")))
+    return fingerprint([file.read_text(encoding="utf-8") for file in files])[:12]
 
 
 def _unit(config: ModelConfig, kind: str, word: str) -> nn.Module:
