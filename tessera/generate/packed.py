@@ -27,7 +27,7 @@ from tessera.generate.engine import GenerationError
 from tessera.generate.sampling import Chosen
 from tessera.model.checkpoint import whole
 from tessera.model.config import NoOp
-from tessera.model.cpu import onednn_product, onednn_rows, prefers_onednn, reordered
+from tessera.model.cpu import onednn_product, onednn_rows, reordered
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.parallel import splits, tensor_group
 from tessera.model.placement import Placement
@@ -44,9 +44,8 @@ class Matrix:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
         self.transposed = weight.t()
-        self.onednn_rows = sys.maxsize
-        if prefers_onednn(weight):
-            self.onednn_rows = onednn_rows(weight.numel())
+        self.onednn_rows = onednn_rows(weight)
+        if self.onednn_rows < sys.maxsize:
             self.blocked = reordered(weight)
             # Left for few rows, if any; for those, (I, O) order streams faster than (O, I).
             few = self.transposed[:, : weight.shape[0] if self.onednn_rows > 1 else 0]

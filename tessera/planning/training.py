@@ -30,6 +30,7 @@ from tessera.puzzle.bld import (
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.ranges import by_range, layer_ranges, units_cost
 from tessera.puzzle.space import Unit
+from tessera.rl.policy import GKDConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
 from tessera.train.checkpoint import LEAST
@@ -131,7 +132,7 @@ class Experience:
 
     engine: processes that hold weights to answer with together, 0 where vLLM or files do; it sleeps
     while the policy trains, but where it answers `ahead`. written: answers of a rollout, 0 from
-    files.
+    files. distilled: the teacher's logits stand beside the policy's.
     """
 
     groups: int
@@ -141,6 +142,7 @@ class Experience:
     engine: int
     written: int
     ahead: bool
+    distilled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -165,7 +167,7 @@ class Experience:
 
 
 def experience(config: RolloutConfig) -> Experience:
-    """Of a step of `grpo`, `rloo` or `rpo`; of files, pairs as long as `max_tokens` says."""
+    """Of a step of `grpo`, `rloo`, `gkd` or `rpo`; of files, pairs as long as `max_tokens` says."""
     groups, answers = -(-config.prompts_per_rollout // config.updates_per_rollout), config.samples
     written = config.prompts_per_rollout * config.samples * (1 + config.dynamic_sampling)
     if isinstance(config, RPOConfig):
@@ -176,7 +178,8 @@ def experience(config: RolloutConfig) -> Experience:
     length = min(config.max_tokens, row)
     prompt = max(1, min(PROMPT, row - length + 1))
     engine = int(bool(written) and config.engine == "tessera")
-    return Experience(groups, answers, length, prompt, engine, written, bool(config.staleness))
+    ahead, distilled = bool(config.staleness), isinstance(config, GKDConfig)
+    return Experience(groups, answers, length, prompt, engine, written, ahead, distilled)
 
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -287,7 +290,9 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
         gathered=gathered,
         activations=size * n * numbers,
         # A reference's log-probs are taken before the policy's: its logits are gone by then.
-        loss=loss_bytes(student, n, size, bool(job.teacher and not job.experience), accelerator),
+        loss=loss_bytes(
+            student, n, size, bool(job.teacher and (own is None or own.distilled)), accelerator
+        ),
         engine=size * held_params(student, engine) if engine else 0.0,
     )
 
