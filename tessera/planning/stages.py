@@ -488,11 +488,15 @@ class Planner:
         n = config.microbatch_tokens
         widest = max(models, key=lambda model: model.hidden_size)
         variants = [variant for block in widest.blocks for variant in (block.attention, block.ffn)]
+        loss = loss_bytes(widest, n, size, len(models) > 1, not self.cluster.on_cpu)
+        if (rates := self.cluster.rates) is not None:
+            length, dtype = config.sequence_length, self._dtype(config)
+            loss = max(loss, rates.head_memory(n, min(n, length), dtype))
         return self._reserved(
             weights=size * sum(held_params(model, ways) for model in models),
             beside=held,
             activations=size * n * working(widest, variants, ways),
-            loss=loss_bytes(widest, n, size, len(models) > 1, not self.cluster.on_cpu),
+            loss=loss,
         )
 
     def _reserved(self, **parts: float) -> Parts:
@@ -556,7 +560,9 @@ class Planner:
             activations=size * read * working(model, variants, ways),
         )
         # An engine lays the weights out while the model that it takes them from is there.
-        beside = size * held_params(model, ways) if self.cluster.on_cpu else PACKED * parts.weights
+        beside = PACKED * parts.weights
+        if self.cluster.on_cpu:  # and the head, whose norm is folded into it in float32
+            beside = size * held_params(model, ways) + 6.0 * model.vocab_size * model.hidden_size
         both = replace(parts, cache=0.0, activations=0.0, beside=beside)
         parts = max(parts, both, key=lambda one: one.total) if loaded else parts
         where = f" on {ways} GPU{'s' * (ways > 1)}"
@@ -901,6 +907,7 @@ def _spec(recipe: Recipe, name: str) -> StageSpec:
 def _rows_before(config: CurateConfig) -> Iterator[tuple[Any, int]]:
     """Every step with the rows that it gets at most; None is the end."""
     rows = sum(_rows(path) for one in config.sources for path in one.files())
+    rows += sum(sum(one.tasks.values()) for one in config.sources)
     for step in config.steps:
         yield step, rows
         rows *= getattr(step, "n", 1) if isinstance(step, AskStep) else 1
