@@ -8,10 +8,10 @@ run 32 at a time. The engines take turns, so that all see the same neighbours on
 figures are medians over rounds, ratios medians of the rounds' ratios, and CPU seconds of the
 engine's own process the steadier clock. In the queue, prompts and completions have ragged lengths,
 and transformers' `generate` gets them sorted by what nobody knows beforehand, the lengths of the
-completions. llama.cpp has flash attention, its defaults, and all threads. The model is
-SmolLM2-135M-Instruct unless named, a Hugging Face directory or a GGUF file, which is then a side
-of its own as it is; its F32, BF16 and Q8_0 are written from it. All sides at once hold 9 GB. Needs
-the `dev` extra.
+completions. tessera's int8 is that of its large matrices, with the rest in bfloat16. llama.cpp has
+flash attention, its defaults, and all threads. The model is SmolLM2-135M-Instruct unless named, a
+Hugging Face directory or a GGUF file, which then runs as it is, too ("original"); F32, BF16 and
+Q8_0 are written from it. All sides at once hold 9 GB. Needs the `dev` extra.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def open_side(
 ) -> AbstractContextManager[Any] | None:
     """None for the original file where there is none."""
     name, _, kind = side.partition(" ")
-    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if kind in ("bfloat16", "int8") else torch.float32
     if name == "tessera":
         return nullcontext(Ours(path, options.rows, dtype, int8=kind == "int8"))
     if name == "transformers":

@@ -79,7 +79,7 @@ class Int8Matrix:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.bias = bias
+        self.bias, weight = bias, weight.float()
         largest = weight.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
         quantised = (weight * (127 / largest)).round_().to(torch.int8)
         self.scale = (largest[:, 0] / 127).contiguous()
@@ -87,11 +87,12 @@ class Int8Matrix:
         self.packed = torch.ops.onednn.qlinear_prepack(quantised.contiguous(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
+        dtype, x = x.dtype, x.float()
         largest = x.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
         # oneDNN wants unsigned activations, and takes 128 off again.
         rows = (x * (127 / largest)).round_().add_(128).to(torch.uint8)
         y = _product(rows, self.packed, self.scale, self.zero).mul_(largest / 127)
-        return y if self.bias is None else y.add_(self.bias)
+        return (y if self.bias is None else y.add_(self.bias)).to(dtype)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         residual.add_(self(x))
@@ -116,10 +117,10 @@ def _exact() -> bool:
 
 def check_int8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise GenerationError where int8 weights cannot be used."""
-    if device.type != "cpu" or dtype != torch.float32:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         raise GenerationError(
-            f"int8 weights are for float32 on a CPU, and this model is {dtype} on {device.type}: "
-            "say device cpu and dtype float32, or leave int8 off"
+            f"int8 weights are for a CPU, and this model is {dtype} on {device.type}: say device "
+            "cpu and dtype float32 or bfloat16, or leave int8 off"
         )
     if not _exact():
         raise GenerationError(
@@ -175,9 +176,10 @@ class Parts:
         return torch.cat(parts) if parts else None
 
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Matrix | Int8Matrix:
-        large = self.int8 and weight.numel() >= INT8_FROM
         bias = None if bias is None else bias.to(self.dtype)
-        return (Int8Matrix if large else Matrix)(weight.to(self.dtype), bias)
+        if self.int8 and weight.numel() >= INT8_FROM:
+            return Int8Matrix(weight, bias)
+        return Matrix(weight.to(self.dtype), bias)
 
     def output(self, linear: torch.nn.Linear, split: bool) -> Matrix | Int8Matrix | Summed:
         """A matrix that writes into the residual stream."""

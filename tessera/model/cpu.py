@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 ONEDNN_FROM = 2**21  # multiply-adds; below, oneDNN's longer call is not repaid
-# The same for a weight that oneDNN has reordered once (some 8 us more than MKL a call), and the
-# weight size above which even a single row, which MKL reads fastest, does not show it.
-REORDERED_FROM, REORDERED_ALWAYS = 2**18, 2**20
+# The same for a weight that oneDNN has reordered once: 8 us more than MKL a call, but it reads such
+# a weight from memory 1.1 to 1.5 times as fast.
+REORDERED_FROM = 2**18
 CACHED = 2**19  # float32 numbers that a core's cache holds, with some copies of them
 TILE = 2**18  # elements that stay in a core's L2 while several operations go over them
 SHORTEST = 32  # queries of a tile of attention
@@ -52,12 +52,12 @@ def onednn_rows(weight: Tensor) -> int:
 
     In bfloat16 always, as there `torch.mm` calls oneDNN too, and reorders the weight each time.
     """
-    size, half = weight.numel(), weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    half = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
     if half and torch.backends.mkldnn.is_available():
         return 1 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else sys.maxsize
     if not prefers_onednn(weight):
         return sys.maxsize
-    return 1 if size >= REORDERED_ALWAYS else max(2, -(-REORDERED_FROM // size))
+    return -(-REORDERED_FROM // weight.numel())
 
 
 def rows_together(rows: int, width: int, device: torch.device) -> int:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.func import functional_call
 
 from tessera.model.attention import attend
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
@@ -70,6 +72,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention with RoPE. x `(B,T,C)` -> `(B,T,C)`."""
 
+    entered = "q_proj.weight", "k_proj.weight", "v_proj.weight"
+
     def __init__(self, config: ModelConfig, variant: GQA) -> None:
         super().__init__()
         hidden, dim = config.hidden_size, config.head_dim
@@ -99,6 +103,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU. x `(B,T,C)` -> `(B,T,C)`."""
 
+    entered = "gate_proj.weight", "up_proj.weight"
+
     def __init__(self, config: ModelConfig, variant: SwiGLU) -> None:
         super().__init__()
         hidden, width, bias = config.hidden_size, variant.intermediate_size, config.mlp_bias
@@ -112,6 +118,8 @@ class FeedForward(nn.Module):
 
 class LinearMap(nn.Module):
     """A chain of matrices: `weight` (DeciLM's name), `weight_1`, …. x `(B,T,C)` -> `(B,T,C)`."""
+
+    entered = ("weight",)
 
     def __init__(self, config: ModelConfig, variant: Chain) -> None:
         super().__init__()
@@ -153,4 +161,14 @@ class Subblock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor | float:
         if isinstance(self.variant, NoOp):
             return 0.0
+        if torch.is_grad_enabled() and self.norm.weight.requires_grad and not x.requires_grad:
+            return self._of_constant(x, context)
         return self.op(self.norm(x), context)
+
+    def _of_constant(self, x: Tensor, context: Context) -> Tensor:
+        """The same, where nothing before it learns: the norm's weight multiplies the matrices that
+        x enters and takes its gradient from theirs. The gradient of what enters would be two of the
+        nine products of an FFN."""
+        weights = {key: self.op.get_parameter(key) * self.norm.weight for key in self.op.entered}  # type: ignore[union-attr]
+        normed = F.rms_norm(x, (x.shape[-1],), eps=self.norm.eps)
+        return functional_call(self.op, weights, (normed, context))

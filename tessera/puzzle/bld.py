@@ -112,11 +112,11 @@ class BLD(Objective):
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Stats]]:
         assert isinstance(module, BlockLibrary)
         walked = walk(self.parent, batch, self.held)
-        for (layer, _), number in zip(walked, self.held.layers, strict=True):
+        for layer, number in zip(walked, self.held.layers, strict=True):
             weight = batch.weight / self.scales[number]
             for unit, trained in module.units(number):
-                difference = layer.replaced(unit.kind, trained) - layer.out
-                loss = (difference.float().square().sum(-1) * weight).sum()
+                given, wanted = layer.against(unit.kind, trained)
+                loss = _SquaredDistance.apply(weight, wanted, *given)
                 yield loss, {_metric(unit): loss.detach()}
 
     def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
@@ -141,6 +141,27 @@ class BLD(Objective):
         weight = sum(float(self.weight(batch)) for batch in batches)
         units = [unit for layer in self.held.layers for unit, _ in module.units(layer)]
         return {unit: sums[_metric(unit)] / weight for unit in units}
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """Σ w·‖Σ given - Σ wanted‖² over tokens, in float32; the gradient is made on the way."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, wanted: Sequence[Tensor], *given: Tensor):  # type: ignore[override]
+        difference = given[0].float() - wanted[0]
+        for one in given[1:]:
+            difference += one
+        for one in wanted[1:]:
+            difference -= one
+        found = torch.linalg.vecdot(difference, difference).mul_(weight).sum()
+        if any(ctx.needs_input_grad):
+            ctx.gradient = difference.mul_(2 * weight[..., None]).to(given[0].dtype)
+        return found
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        gradient, ctx.gradient = ctx.gradient.mul_(upstream), None
+        return None, None, *(gradient if needed else None for needed in ctx.needs_input_grad[2:])
 
 
 def _metric(unit: Unit) -> str:

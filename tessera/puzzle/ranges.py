@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tessera import dist
-from tessera.model.config import ModelConfig, parse
+from tessera.model.config import GQA, Chain, ModelConfig, SwiGLU, Variant, parse
 from tessera.model.placement import LayoutError, ParallelConfig
 from tessera.puzzle.space import Unit
 from tessera.train.flops import Cost, block_cost, subblock_cost
@@ -41,14 +41,30 @@ class Held:
 
 
 def units_cost(parent: ModelConfig, units: Iterable[Unit]) -> Cost:
-    """Operations of training: three times a unit's own, and for an attention the FFN behind it,
-    forward and for the gradient of what enters."""
+    """Operations of training: three times a unit's own, but no gradient of what enters, and for an
+    attention the FFN behind it, forward and for the gradient of what enters that."""
     costs: list[Cost] = []
     for unit in units:
         costs += 3 * [subblock_cost(parent, parse(word)) for _, word in unit.parts]
+        costs.append(Cost(-_entered(parent, parse(unit.parts[0][1]))))
         if unit.kind == "attention":
             costs += 2 * [subblock_cost(parent, parent.blocks[unit.layer].ffn)]
     return sum(costs, Cost())
+
+
+def _entered(parent: ModelConfig, variant: Variant) -> int:
+    """Operations of a token in the matrices that its normalised state enters."""
+    hidden = parent.hidden_size
+    match variant:
+        case GQA(num_key_value_heads=kv):
+            return 2 * hidden * (parent.num_attention_heads + 2 * kv) * parent.head_dim
+        case SwiGLU(intermediate_size=width):
+            return 4 * hidden * width
+        case Chain():
+            rows, columns = variant.shapes(hidden)[0]
+            return 2 * rows * columns
+        case _:
+            return 0
 
 
 def layer_ranges(

@@ -213,7 +213,7 @@ class Target:
     @classmethod
     @torch.no_grad()
     def of(cls, parent: Transformer, batch: Batch) -> Target:
-        *_, (last, _) = walk(parent, batch)
+        *_, last = walk(parent, batch)
         hidden = parent.norm(last.out).flatten(0, 1)
         negentropy, mean_head, top = [], [], []
         for part in chunks(hidden, len(parent.head)):
@@ -300,7 +300,7 @@ def score_cells(
         wanted = [item for item in walks if (layer, item) in cells]
         here = {unit: units[unit] for unit in units if wanted and unit.layer == layer}
         for item, steps in walks.items():
-            at, _ = next(steps)
+            at = next(steps)
             last[item] = at.out
             if item in wanted:
                 found: dict[tuple, Sums] = {}

@@ -32,13 +32,15 @@ ROUNDS = 16  # in which a layer's channels are removed
 
 
 class Layer(NamedTuple):
-    """A layer on a batch: the residual stream `(B,T,C)` before, within and after its block."""
+    """A layer on a batch: the residual stream `(B,T,C)` before, within and after its block, and
+    what each kind of subblock adds to it."""
 
     block: Block
     context: Context
     x: Tensor
     middle: Tensor
     out: Tensor
+    added: dict[str, Tensor]
 
     def replaced(self, kind: str, unit: nn.Module) -> Tensor:
         if kind == "block":
@@ -48,14 +50,23 @@ class Layer(NamedTuple):
             return middle + self.block.ffn(middle, self.context)
         return self.middle + unit(self.middle, self.context)
 
-
-Walked = tuple[Layer, dict[str, Tensor]]
+    def against(self, kind: str, unit: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """What a unit makes the block give, and what the parent's gives: tensors whose sums differ
+        as the outputs do. The stream is in neither where it is common, for its rounding is larger
+        than the difference."""
+        if kind == "block":
+            return [unit(self.x, self.context)], [self.out]
+        if kind == "attention":
+            attention = unit(self.x, self.context)
+            ffn = self.block.ffn(self.x + attention, self.context)
+            return [attention, ffn], [*self.added.values()]
+        return [unit(self.middle, self.context)], [self.added["ffn"]]
 
 
 @torch.no_grad()
-def walk(module: Transformer, batch: Batch, held: Held | None = None) -> Iterator[Walked]:
-    """Each layer (of `held`, else of all), and what each kind of subblock adds to the stream there;
-    a layer's sharded parameters are whole until the next one is asked for.
+def walk(module: Transformer, batch: Batch, held: Held | None = None) -> Iterator[Layer]:
+    """Each layer (of `held`, else of all); its sharded parameters are whole until the next one is
+    asked for.
 
     Where another process waits for what leaves the last of them, all run first, and it is sent.
     """
@@ -75,20 +86,20 @@ def walk(module: Transformer, batch: Batch, held: Held | None = None) -> Iterato
         yield from layers
         return
     kept = list(layers)
-    sent = dist.send(kept[-1][0].out, held.after)
+    sent = dist.send(kept[-1].out, held.after)
     while kept:
         yield kept.pop(0)
     sent.wait()
 
 
-def _run(blocks: Sequence[Block], context: Context, x: Tensor) -> Iterator[Walked]:
+def _run(blocks: Sequence[Block], context: Context, x: Tensor) -> Iterator[Layer]:
     for block in blocks:
         with gathered(block):
             attention = block.attention(x, context)
             middle = x + attention
             ffn = block.ffn(middle, context)
             out = middle + ffn
-            yield Layer(block, context, x, middle, out), {"attention": attention, "ffn": ffn}
+            yield Layer(block, context, x, middle, out, {"attention": attention, "ffn": ffn})
         x = out
 
 
@@ -141,8 +152,7 @@ def collect_statistics(
     found: dict[int, _Found] = {}
     for at, layer in zip(zip(*walks, strict=True), held.layers, strict=True):
         iterative = importance == "iterative" and (layers is None or layer in layers)
-        seen, added = zip(*at, strict=True)
-        found[layer] = _statistics_of(seen, added, real, iterative)
+        found[layer] = _statistics_of(at, real, iterative)
         advance()
     numbers = {layer: one._replace(importance=None) for layer, one in found.items()}
     known = {layer: one for part in dist.gather(numbers) for layer, one in part.items()} | found
@@ -155,13 +165,8 @@ def collect_statistics(
     )
 
 
-def _statistics_of(
-    at: Sequence[Layer],
-    added: Sequence[dict[str, Tensor]],
-    real: Sequence[Tensor],
-    iterative: bool,
-) -> _Found:
-    """at, added: the layer on each batch; real: 1.0 where a batch has a token."""
+def _statistics_of(at: Sequence[Layer], real: Sequence[Tensor], iterative: bool) -> _Found:
+    """at: the layer on each batch; real: 1.0 where a batch has a token."""
     tokens = sum(float(one.sum()) for one in real)
     output = influence = 0.0
     for layer, mask in zip(at, real, strict=True):
@@ -171,7 +176,7 @@ def _statistics_of(
     linear = {}
     for kind, inputs in (("attention", [o.x for o in at]), ("ffn", [o.middle for o in at])):
         subblock = getattr(at[0].block, kind)
-        linear[kind] = _linear_scale(subblock, inputs, [one[kind] for one in added], real)
+        linear[kind] = _linear_scale(subblock, inputs, [o.added[kind] for o in at], real)
     ffn, middles = at[0].block.ffn, [layer.middle for layer in at]
     if not isinstance(ffn.variant, SwiGLU):
         importance = None

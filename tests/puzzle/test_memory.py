@@ -65,7 +65,7 @@ def test_processes_share_the_layers_and_those_beyond_them_the_states():
 
 def test_layers_are_held_in_ranges_of_about_equal_work():
     config = toy_config(layers=6)
-    units = [Unit(layer, "ffn", "swiglu-48") for layer in (3, 4, 5)]
+    units = [Unit(layer, "ffn", f"swiglu-{n}") for layer in (3, 4, 5) for n in (48, 24)]
     split = partial(layer_ranges, config, units, ParallelConfig())
     assert split(1) == [range(6)]
     assert split(2) == [range(4), range(4, 6)]
