@@ -515,6 +515,11 @@ model = "{student}"
 [gkd]
 model = "{student}"
 {own} steps = {steps} }}
+[gkd-forward]
+stage = "gkd"
+model = "{student}"
+beta = 0.0
+{own} steps = {steps} }}
 [kd-half]
 stage = "kd"
 model = "{student}"
@@ -532,7 +537,13 @@ TEXTS = """teacher = "{teacher}"
 cosine = 0.0
 train = {{ tokens_per_step = {tokens}, microbatch_tokens = {tokens}, sequence_length = 96, {rate}"""
 RATE = "lr = 2e-3,"
-WAYS = {"before": (), "kd": ("kd",), "gkd": ("gkd",), "kd, then gkd": ("kd-half", "kd-gkd")}
+WAYS = {
+    "before": (),
+    "kd": ("kd",),
+    "gkd": ("gkd",),
+    "gkd, forward KL": ("gkd-forward",),
+    "kd, then gkd": ("kd-half", "kd-gkd"),
+}
 
 
 def distillation(options: argparse.Namespace) -> None:
@@ -607,7 +618,8 @@ def apart(model: Path, teacher: Path, data: Path, count: int) -> dict[str, Any]:
             groups.append(Group(0, mode, ids, [made]))
         texts = [split(encoder.tokenizer.decode(one.token_ids)).answer.strip() for one in said]
         right[f"right, {mode}"] = statistics.mean(
-            text == one.answer for text, one in zip(texts, drawn, strict=True)
+            text == split_message(one.chat(mode).messages[-1]).answer
+            for text, one in zip(texts, drawn, strict=True)
         )
     reverse = GKD(theirs, GKDLossConfig(beta=1.0))
     loss, weight = loss_sums(reverse, own, rows(groups, 2048, "token"))[0].tolist()
@@ -618,7 +630,7 @@ def distillation_options(parser: argparse.ArgumentParser) -> None:
     switch_options(parser)
     parser.set_defaults(seeds=[1], problems=200)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=2304, help="of a step of kd, prompts too")
+    parser.add_argument("--tokens", type=int, default=1920, help="of a step of kd, prompts too")
     parser.add_argument("--drop", type=int, nargs="+", default=[2, 3], help="layers")
 
 

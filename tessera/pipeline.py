@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera import dist
+from tessera.progress import quietly
 from tessera.runs.files import FailureError, Lock, RunError, remove_directories
 from tessera.runs.plan import Stage, Step, explain_change, plan, table_text
 from tessera.runs.recipe import Recipe, RecipeError, identity
@@ -90,7 +91,7 @@ def run_recipe(
     made anything is deleted. expect: asked before each stage how long it and the others take.
     Raises RunError with a diff where a recipe changed under a run.
     """
-    with dist.processes(), _sigterm_interrupts():
+    with dist.processes(), _sigterm_interrupts(), quietly(quiet):
         steps = dist.broadcast(plan(recipe, Path(runs_dir), redo, stages, only))
         ended = [settle(step.path, step.fingerprint) for step in steps] if dist.is_main() else []
         if dist.broadcast(any(ended)):  # what a killed process left half replaced is in order now

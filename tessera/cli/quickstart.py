@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tessera.pipeline import STAGES
+from tessera.runs.plan import with_defaults
 from tessera.runs.recipe import Recipe, RecipeError, load
 from tessera.runs.run import is_done, read_table
 from tessera.table import AN_ANSWER, Column, Row, cell, count, percent, render_table, times, view
@@ -30,8 +32,8 @@ class Quickstart:
     """A recipe, and the table of what came of it.
 
     fast: overrides for less of everything: worse figures, the same path. rows: name in the table,
-    run of the evaluation, row of the comparison, mode of reasoning. shown: columns, each with the
-    end of a task's name; the last one's `tokens` are shown. threads: of torch, None is its own.
+    runs of evaluations, row of the comparison, mode of reasoning. shown: columns, each with the end
+    of a task's name; of the last one also `tokens` and `obedience`. threads: torch's own if None.
     reasoning: the first stage that the part "reasoning" begins with; child: what it reads of the
     part before, the parent in its place.
     """
@@ -72,16 +74,20 @@ class Quickstart:
         timed = {row["model"]: row for row in compared}
         keys = {column.key for column in self.view}
         rows = []
-        for name, run, speed, mode in self.rows:
-            if not is_done(home / run):
+        for name, runs, speed, mode in self.rows:
+            done = [home / run for run in runs.split() if is_done(home / run)]
+            found = [row for run in done for row in read_table(run, "eval") if row["mode"] == mode]
+            if not found:
                 continue
-            found = [row for row in read_table(home / run, "eval") if row["mode"] == mode]
             row, told = {"model": name}, mode in ("on", "off")
             last: Row = {}
             for column, task in self.shown.items():
-                last = next(one for one in found if one["task"].endswith(task))
-                row |= {column: last["value"], f"{column}_stderr": last["stderr"]}
-            row |= {"tokens": last["tokens"], "obedience": last["obedience"] if told else None}
+                last = next((one for one in found if one["task"].endswith(task)), {})
+                row |= {column: last.get("value"), f"{column}_stderr": last.get("stderr")}
+            row |= {
+                "tokens": last.get("tokens"),
+                "obedience": last.get("obedience") if told else None,
+            }
             own = {k: v for k, v in timed.get(speed, {}).items() if k in keys - row.keys()}
             rows.append(row | {k: None if told and k in QUALITY else v for k, v in own.items()})
         return rows
@@ -91,7 +97,7 @@ class Quickstart:
         shown = []
         for row in rows:
             kept = {key: value for key, value in row.items() if not key.endswith("_stderr")}
-            for key in self.shown:
+            for key in (key for key in self.shown if row[key] is not None):
                 kept[key] = f"{100 * row[key]:5.1f} ±{100 * (row[f'{key}_stderr'] or 0.0):.1f}%"
             shown.append(kept)
         return render_table(shown, None, self.view, width)
@@ -145,17 +151,49 @@ TOY = Quickstart(
 )
 SMOLLM2 = Quickstart(
     recipe="smollm2-135m.toml",
-    reasoning="data-chat",
-    fast=(),
+    reasoning="answers",
+    fast=(
+        "defaults.scenario={batch=8,prompt=32,new=16}",
+        "defaults.max_tokens=32",
+        "defaults.microbatch_tokens=1024",
+        "defaults.train.tokens_per_step=1024",
+        "defaults.train.microbatch_tokens=1024",
+        'curate.steps=[{step="blend",weights={prompts=1},rows=64},'
+        '{step="generate",teacher="parent",mode="off",top_p=1.0,max_tokens=64,truncated="keep"}]',
+        "bld.train.steps=2",
+        "bld.calibration_tokens=1024",
+        "score.tokens=1024",
+        "cost.rounds=3",
+        "cost.wholes=0",
+        "search.solutions=1",
+        "race.train.steps=1",
+        "kd.train.steps=3",
+        "kd-dropped.train.steps=3",
+        "compare.rounds=3",
+        "compare.tokens=1024",
+        "answers.sources=[{tasks={wish=16}}]",
+        "data-chat.sources.on={tasks={story=60},format='chat',reasoning='on',heldout=4}",
+        "data-chat.sources.off={tasks={story=60},format='chat',reasoning='off',heldout=4}",
+        "data-chat.sources.open.heldout=2",
+        "sft.train.steps=3",
+        "profile.tasks={story=8}",
+        "profile.samples=2",
+        "profile.drop_to=-1.0",
+        "grpo.prompts_per_rollout=2",
+        "grpo.samples=4",
+        "grpo.train.steps=2",
+        *(f"eval-{one}.limit=8" for one in ("parent", "child", "kd", "dropped", "sft", "grpo")),
+        *(f"rest-{one}.limit=8" for one in ("sft", "grpo")),
+    ),
     rows=(
         ("parent", "eval-parent", "parent", "none"),
         ("child, as assembled", "eval-child", "child", "none"),
         ("child, distilled", "eval-kd", "kd", "none"),
         ("layers dropped, distilled", "eval-dropped", "kd-dropped", "none"),
-        ("after SFT, thinking on", "eval-sft", "kd", "on"),
-        ("after SFT, thinking off", "eval-sft", "kd", "off"),
-        ("after RL, thinking on", "eval-rl", "kd", "on"),
-        ("after RL, thinking off", "eval-rl", "kd", "off"),
+        ("after SFT, thinking on", "eval-sft rest-sft", "kd", "on"),
+        ("after SFT, thinking off", "eval-sft rest-sft", "kd", "off"),
+        ("after RL, thinking on", "eval-grpo rest-grpo", "kd", "on"),
+        ("after RL, thinking off", "eval-grpo rest-grpo", "kd", "off"),
     ),
     shown={"strict": "wish", "right": "story"},
     view=view(
@@ -188,7 +226,7 @@ def recipe(task: str = OWN, fast: bool = False, overrides: Sequence[str] = ()) -
 def real(part: str | None = None, fast: bool = False, overrides: Sequence[str] = ()) -> Recipe:
     """SmolLM2's recipe or a part of it, the parent in the child's place in "reasoning" alone."""
     alone = part == "reasoning"
-    plan = SMOLLM2.read(fast, overrides, "-reasoning" if alone else "")
+    plan = with_defaults(SMOLLM2.read(fast, overrides, "-reasoning" if alone else ""), STAGES)
     folder, names = SMOLLM2.path.parents[1], [spec.name for spec in plan.stages]
     first = names.index(SMOLLM2.reasoning) if SMOLLM2.reasoning in names else len(names)
     kept = names[:first] if part == "search" else names

@@ -53,10 +53,10 @@ from tessera.puzzle.ranges import units_cost
 from tessera.puzzle.score import Target
 from tessera.puzzle.space import Unit
 from tessera.puzzle.surgery import ParentStatistics, collect_statistics
-from tessera.runs.files import WriteError, atomic_write
+from tessera.runs.files import WriteError, atomic_write, fingerprint
 from tessera.runs.plan import Stage, with_defaults
 from tessera.runs.recipe import Recipe, RecipeError
-from tessera.runs.run import Run, is_done, resident_memory
+from tessera.runs.run import Run, begin_peak, is_done, release_memory, resident_memory
 from tessera.train.engine import Objective, Trainer, context_of
 from tessera.train.flops import Work, subblock_cost
 from tessera.train.optim import TrainConfig
@@ -68,6 +68,8 @@ NEW = 6  # tokens that each row of it decodes
 UNKNOWN = [1e-3, 2e-3]  # what a piece stands for until it is measured
 NONE = BlockConfig(NoOp(), NoOp())
 HEAD = "head"
+WARM = 1e8  # bytes that libraries keep once they have computed
+COMPUTING = ("model", "train", "objectives", "generate", "puzzle")
 
 
 class Measured(Rates):
@@ -79,7 +81,7 @@ class Measured(Rates):
     def __init__(self, parent: ModelConfig, file: Path | None = None) -> None:
         self.parent, self.file = parent, file or cache_file()
         self.missing: dict[str, Callable[[], list[float]]] = {}
-        self.resident = resident_memory()
+        self.resident = resident_memory() + WARM
         self.words: dict[str, Variant] = {}  # the largest of each kind
         for kind, variant in (one for block in parent.blocks for one in block):
             size = parent.subblock_params(kind, variant)
@@ -156,11 +158,17 @@ class Measured(Rates):
             own = subblock_cost(self.parent, self.words[kind]).forward(work)
             return best[0] * tokens / rows * subblock_cost(model, variant).forward(work) / own
 
-        few = min(tokens, ROWS)
-        head = self._of("forward", partial(self._forward, HEAD, few, length, dtype),
-                        HEAD, few, length, dtype)  # fmt: skip
+        few, head = min(tokens, 2 * ROWS), self._head(tokens, length, dtype)
         layers = [sum(alone(kind, variant) for kind, variant in block) for block in model.blocks]
         return layers, head[0] * tokens / few
+
+    def head_memory(self, tokens: int, length: int, dtype: str) -> float:
+        """Bytes that the head takes without a gradient, copies that libraries make included."""
+        return self._head(tokens, length, dtype)[1]
+
+    def _head(self, tokens: int, length: int, dtype: str) -> list[float]:
+        about = HEAD, min(tokens, 2 * ROWS), min(length, tokens), dtype
+        return self._of("head", partial(self._forward, *about), *about)
 
     def calibration(self, config: LocalConfig, importance: str, layers: int) -> float:
         """Seconds of what a library's training knows of the parent's layers before."""
@@ -312,8 +320,12 @@ class Measured(Rates):
         config = self._model(kind)
         module, batch = self._frozen(config, dtype), _batch(config, rows, length)
         if kind == HEAD:
+            release_memory()
+            begin_peak()
+            before = resident_memory()
             target, x = Target.of(module, batch), module.embed_tokens(batch.tokens)
-            return [_least(lambda: target.measure(module, x))]
+            seconds = _least(lambda: target.measure(module, x))
+            return [seconds, float(max(0, resident_memory(peak=True) - before))]
         return [_least(lambda: module(batch.tokens, context_of(batch)))]
 
     def _calibration(self, importance: Any, rows: int, length: int, dtype: str) -> list[float]:
@@ -428,9 +440,16 @@ def _machine() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     device = dist.device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = [tessera.__version__, torch.__version__]
+    versions = [_code(), torch.__version__]
     threads = str(torch.get_num_threads())
     return [platform.node(), platform.machine(), capability, name, threads, *versions]
+
+
+def _code() -> str:
+    """Of the packages that compute: another version of them has other rates."""
+    home = Path(tessera.__file__).parent
+    files = (path for name in COMPUTING for path in sorted((home / name).rglob("*.py")))
+    return fingerprint([file.read_text(encoding="utf-8") for file in files])[:12]
 
 
 def _unit(config: ModelConfig, kind: str, word: str) -> nn.Module:

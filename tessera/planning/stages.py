@@ -91,7 +91,6 @@ FILTERED = 5000.0  # rows a second that steps of programs pass (`benchmarks/resu
 MAKERS = ("parent", "child", "fuse", "kd", "cpt", "sft", "grpo", "rloo", "rpo")  # of models
 HAVE_DTYPE = (TrainConfig, PlacedConfig)  # computing in the type that they say
 WORTH_ROUNDING = 1.5  # products in bfloat16 over those in float32, from which on it is told
-PROGRAM = "the integer program, at most `time_limit` a solution"
 PACKED = 0.7  # share of a model's weights that an engine lays out anew (generate/packed.py)
 TOKENISED = 4.6e6  # bytes of text a CPU second (`benchmarks/results/data-cpu.md`, Llama 3)
 
@@ -239,8 +238,8 @@ class Planner:
         return ""
 
     def _line(self, spec: StageSpec, config: Any) -> Line:
-        held = {"disk": self._disk(spec, config), "host": self._host(spec, config)}
-        line = Line(spec.name, spec.stage, self.cluster, **held)
+        disk, host = self._disk(spec, config), self._host(spec, config)
+        line = Line(spec.name, spec.stage, self.cluster, disk=disk, host=host)
         if (job := self.job(spec, config)) is not None:
             return self._trained(line, config, job)
         phases, unknown = self._phases(spec, config)
@@ -373,9 +372,9 @@ class Planner:
         return replace(line, phases=tuple(phases), training=plan, unknown=unknown)
 
     def _heldout_losses(self, spec: StageSpec, config: Any, job: Job) -> Iterator[Phase]:
-        """At the end of a training, or of every heat of a race, on text that is there."""
+        """At the end of a training, or around every heat of a race, on text that is there."""
         tokens = self._heldout(spec)
-        times = len(job.heats) if isinstance(config, RaceConfig) else 1
+        times = 2 * len(job.heats) if isinstance(config, RaceConfig) else 1
         tokens = min(tokens, config.tokens) if isinstance(config, RaceConfig) else tokens
         if not 0 < tokens < math.inf or job.experience or job.student is None:
             return
@@ -489,11 +488,15 @@ class Planner:
         n = config.microbatch_tokens
         widest = max(models, key=lambda model: model.hidden_size)
         variants = [variant for block in widest.blocks for variant in (block.attention, block.ffn)]
+        loss = loss_bytes(widest, n, size, len(models) > 1, not self.cluster.on_cpu)
+        if (rates := self.cluster.rates) is not None:
+            length, dtype = config.sequence_length, self._dtype(config)
+            loss = max(loss, rates.head_memory(n, min(n, length), dtype))
         return self._reserved(
             weights=size * sum(held_params(model, ways) for model in models),
             beside=held,
             activations=size * n * working(widest, variants, ways),
-            loss=loss_bytes(widest, n, size, len(models) > 1, not self.cluster.on_cpu),
+            loss=loss,
         )
 
     def _reserved(self, **parts: float) -> Parts:
@@ -520,7 +523,8 @@ class Planner:
         )
         states = tokens * parent.hidden_size * (4 + 3 * size)
         parts = self._read([parent], config, size * largest / ways)
-        told = f"{len(offered):,} words on {count(tokens)} tokens, {groups} shares"
+        told = f"{len(offered):,} words on {count(tokens)} tokens"
+        told += f", {groups} shares" if groups > 1 else ""
         return Phase("reading", rounds * seconds, replace(parts, states=states), told)
 
     def _answering(
@@ -556,7 +560,9 @@ class Planner:
             activations=size * read * working(model, variants, ways),
         )
         # An engine lays the weights out while the model that it takes them from is there.
-        beside = size * held_params(model, ways) if self.cluster.on_cpu else PACKED * parts.weights
+        beside = PACKED * parts.weights
+        if self.cluster.on_cpu:  # and the head, whose norm is folded into it in float32
+            beside = size * held_params(model, ways) + 6.0 * model.vocab_size * model.hidden_size
         both = replace(parts, cache=0.0, activations=0.0, beside=beside)
         parts = max(parts, both, key=lambda one: one.total) if loaded else parts
         where = f" on {ways} GPU{'s' * (ways > 1)}"
@@ -594,9 +600,10 @@ class Planner:
             case ScoreConfig():
                 return [self._scoring(spec, config, 1)], ""
             case SearchConfig(conditional=ConditionalConfig() as own):
-                return [self._scoring(spec, own, own.rounds + own.polish)], PROGRAM
+                scored = self._scoring(spec, own, own.rounds + own.polish)
+                return [scored, self._solving(config)], ""
             case SearchConfig():
-                return [], PROGRAM
+                return [self._solving(config)], ""
             case CostConfig(source="measured"):
                 return [self._timing(spec, config)], ""
             case MergeConfig() | CostConfig():
@@ -733,6 +740,10 @@ class Planner:
             *_, (_, rows) = _rows_before(self.config(chats))
             return rows
         return 0
+
+    def _solving(self, config: SearchConfig) -> Phase:
+        told = f"integer programs, mostly a second each, at most {clock(config.time_limit)}"
+        return Phase("solving", float(config.solutions), self._reserved(), told)
 
     def _fusing(self, config: FuseConfig, model: ModelConfig) -> Phase:
         """The dependency matrix: each FFN-only block left out, and all behind it again. What could
@@ -896,6 +907,7 @@ def _spec(recipe: Recipe, name: str) -> StageSpec:
 def _rows_before(config: CurateConfig) -> Iterator[tuple[Any, int]]:
     """Every step with the rows that it gets at most; None is the end."""
     rows = sum(_rows(path) for one in config.sources for path in one.files())
+    rows += sum(sum(one.tasks.values()) for one in config.sources)
     for step in config.steps:
         yield step, rows
         rows *= getattr(step, "n", 1) if isinstance(step, AskStep) else 1

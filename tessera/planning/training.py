@@ -33,6 +33,7 @@ from tessera.puzzle.space import Unit
 from tessera.rl.policy import GKDConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
+from tessera.train.checkpoint import LEAST
 from tessera.train.flops import Work, block_cost, kept, model_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig
@@ -52,6 +53,8 @@ class Rates(Protocol):
     def forward(
         self, model: ModelConfig, tokens: int, length: int, dtype: str
     ) -> tuple[list[float], float]: ...
+
+    def head_memory(self, tokens: int, length: int, dtype: str) -> float: ...
 
     def calibration(self, config: LocalConfig, importance: str, layers: int) -> float: ...
 
@@ -238,6 +241,7 @@ class Parts:
     states: float = 0.0
     units_whole: float = 0.0
     beside: float = 0.0
+    state: float = 0.0
     reserve: float = 0.0
 
     @property
@@ -629,8 +633,10 @@ def planned(job: Job, cluster: Cluster, layout: Layout) -> Plan:
     if job.units:
         job = replace(job, passes=_library(job, layout).passes)
     parts = memory(job, layout, cluster.device.memory, not cluster.on_cpu)
-    parts = replace(parts, reserve=cluster.reserve)
-    return Plan(job, cluster, layout, parts, step_time(job, layout, cluster))
+    parts, time = replace(parts, reserve=cluster.reserve), step_time(job, layout, cluster)
+    if cluster.on_cpu and job.steps * time.total > LEAST:  # a state is copied while it is written
+        parts = replace(parts, state=parts.weights + parts.moments)
+    return Plan(job, cluster, layout, parts, time)
 
 
 def layout_of(job: Job, cluster: Cluster) -> Layout:

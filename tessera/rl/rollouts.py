@@ -443,9 +443,10 @@ def measured(groups: Sequence[Group], names: Sequence[str], layout: Layout) -> d
     values |= {f"reward/{name}": [one.parts[name] for one in answers] for name in names}
     if names:
         values["no_signal"] = [not group.has_signal for group in groups]
-        values["unjudged"] = [None in one.parts.values() for one in answers]
     values["length"] = [len(one.ids) for one in answers]
     values["truncated"] = [one.truncated for one in answers]
+    if names:
+        values["unjudged"] = [None in one.parts.values() for one in answers]
     values["obedience"] = [one.obedient for one in answers]
     known = [[one for one in column if one is not None] for column in values.values()]
     own = [(sum(column), len(column)) for column in known]

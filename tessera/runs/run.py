@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime as dt
+import gc
 import importlib.metadata
 import json
 import math
@@ -40,6 +41,7 @@ from tessera.runs.files import (
 )
 
 Status = Literal["running", "done", "failed", "interrupted"]
+LARGE = 1e9  # bytes of a process that is worth a collection
 LOGS = ("metrics.jsonl", "timings.jsonl")  # one object a step
 NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock"}
 InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
@@ -193,7 +195,7 @@ class Run:
         self._afterwards: list[Callable[[], object]] = []
         self._opened, self._opened_cpu = time.monotonic(), _cpu_seconds()
         self._spent, self._spent_cpu = manifest.seconds, manifest.cpu_seconds
-        _begin_peak()
+        begin_peak()
 
     @classmethod
     def open(
@@ -317,12 +319,10 @@ class Run:
         self._end("interrupted")
 
     def close(self) -> None:
-        """Lets another process open this directory, and gives the system back what memory is free:
-        glibc keeps gigabytes of it for the next stage otherwise."""
+        """Lets another process open this directory."""
         if self._lock:
             self._lock.release()
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        release_memory()
 
     def _end(self, status: Status, error: str | None = None) -> None:
         if self.manifest.status == "done":  # a Ctrl-C that lands after the end does not undo it
@@ -421,14 +421,23 @@ def _cpu_seconds() -> float:
     return used.user + used.system + used.children_user + used.children_system
 
 
-def _begin_peak() -> None:
+def release_memory() -> None:
+    """Gives the system back what memory is free; glibc keeps gigabytes for the next stage else.
+    Models that refer to themselves wait for a collection, which takes longer than a toy's stage."""
+    if resident_memory() > LARGE:
+        gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def begin_peak() -> None:
     """Makes Linux count the peak anew; elsewhere it is that of all stages so far."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident_memory(peak: bool = False) -> int:
-    """Bytes of memory that this process holds, or has held at most since `_begin_peak`; where that
+    """Bytes of memory that this process holds, or has held at most since `begin_peak`; where that
     is not known, the most that it ever held."""
     key = "VmHWM" if peak else "VmRSS"
     with suppress(OSError):

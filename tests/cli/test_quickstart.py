@@ -15,6 +15,7 @@ from tessera.data.problems import problem
 from tessera.pipeline import STAGES
 from tessera.runs.plan import plan
 from tessera.runs.recipe import RecipeError
+from tests.cases.answering import saved
 
 
 @pytest.mark.parametrize("task", quickstart.EXAMPLES)
@@ -41,6 +42,21 @@ def test_the_families_differ_in_their_problems_and_words_alone():
     assert quickstart.recipe("hop", overrides=["name=mine"]).name == "mine"
     with pytest.raises(RecipeError, match="calc.*hop"):
         quickstart.recipe("sort")
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["whole", "fast"])
+@pytest.mark.parametrize("part", [None, *quickstart.PARTS])
+def test_the_real_models_recipe_resolves_whole_and_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, part: str | None
+):
+    monkeypatch.chdir(tmp_path)  # where no recipes/ is
+    model = f"parent.path={saved(tmp_path / 'model')}"
+    steps = plan(quickstart.real(part, fast, [model]), tmp_path, (), STAGES)
+    names = {step.name for step in steps}
+    assert {"parent", "eval-parent"} <= names
+    assert (part == "reasoning") != ({"kd", "compare", "export-child"} <= names)
+    rows = {run for _, run, _, mode in quickstart.SMOLLM2.rows if mode == "none"}
+    assert part == "reasoning" or rows <= names
 
 
 @pytest.mark.parametrize(

@@ -60,16 +60,11 @@ def check_hop(drawn: Problem) -> bool:
 
 def check_story(drawn: Problem) -> bool:
     """Works the events out from their words alone."""
-    start, *told = re.findall(r"\d+|doubles|half", drawn.question)
-    signs = {**dict.fromkeys(["buys", "finds", "gets", "picks"], 1)}
-    value = int(start)
+    start, *told = map(int, re.findall(r"\d+", drawn.question))
     events = drawn.question.split(". ")[1:-1]
-    for event, word in zip(events, told, strict=True):
-        if word in ("doubles", "half"):
-            value = value * 2 if word == "doubles" else value // 2
-        else:
-            value += int(word) * signs.get(event.split()[2], -1)
-    return drawn.answer == str(value) and len(events) == drawn.level and 0 < value < 100
+    signs = [1 if event.split()[1] in ("buy", "find", "get", "win") else -1 for event in events]
+    value = start + sum(sign * n for sign, n in zip(signs, told, strict=True))
+    return drawn.answer == str(value) and len(events) == drawn.level and 0 < value <= 20
 
 
 CHECKS = {
