@@ -1,4 +1,5 @@
 # make quickstart   a parent, a search and a faster child, on a CPU, from a fresh clone
+# make real         the same of SmolLM2-135M-Instruct, in 2 hours on two cores; PART=search or reasoning: a half
 # make test         the tests that take seconds; make test-slow: those that take minutes
 # make rehearse     the recipes of whole models, each to its end on a toy parent
 # make check        ruff and pyright
@@ -14,11 +15,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BFCL := bfcl-eval==2026.3.23
 
-.PHONY: quickstart test test-slow rehearse check mutate bench gpu bfcl interop venv-vllm venv-trl clean
+.PHONY: quickstart real test test-slow rehearse check mutate bench gpu bfcl interop venv-vllm venv-trl clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
 	$(BIN)/tessera quickstart
+
+real: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[gguf,rl]'
+	$(BIN)/tessera quickstart --model smollm2 $(if $(PART),--part $(PART)) $(if $(RUNS),--runs $(RUNS))
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

@@ -1,15 +1,17 @@
 """Generation speed of `TorchEngine`, transformers, llama.cpp and vLLM on one dense model, in turn.
 
-    python benchmarks/generation.py [--model PATH] [--batch 1 8 32] [--queue 128] [--int8]
-        [--peers transformers llama.cpp vllm] [--vllm .venv-vllm/bin/python]
+    python benchmarks/generation.py [--model PATH] [--gguf FILE] [--batch 1 8 32] [--queue 64]
+        [--sides tessera "llama.cpp Q4_1" ...] [--threads 2] [--vllm .venv-vllm/bin/python]
 
-Greedy, float32, the same weights and token ids, a fixed number of new tokens a request (stop
-tokens off). The engines take turns, so that all see the same neighbours on a shared machine;
+Greedy, the same token ids, a fixed number of new tokens a request (stop tokens off); everybody may
+run 32 at a time. The engines take turns, so that all see the same neighbours on a shared machine;
 figures are medians over rounds, ratios medians of the rounds' ratios, and CPU seconds of the
-engine's own process the steadier clock. In the queue, prompts and completions have ragged
-lengths and everybody may run 32 at a time: transformers' `generate` in batches in order of arrival,
-or sorted by the lengths of the completions, which nobody knows beforehand ("oracle"). Without
---model: random weights in the 6M shape of the training baseline. Needs the `dev` extra.
+engine's own process the steadier clock. In the queue, prompts and completions have ragged lengths,
+and transformers' `generate` gets them sorted by what nobody knows beforehand, the lengths of the
+completions. tessera's int8 is that of its large matrices, with the rest in bfloat16. llama.cpp has
+flash attention, its defaults, and all threads. The model is SmolLM2-135M-Instruct unless named, a
+Hugging Face directory or a GGUF file, which then runs as it is, too ("original"); F32, BF16 and
+Q8_0 are written from it. All sides at once hold 9 GB. Needs the `dev` extra.
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import harness
 import torch
 import transformers
-from harness import ROOT, Command, Figures, alternate, median, ratio, table
+from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
+from harness import ROOT, Command, Figures, alternate, median, ratio, smollm2, table
 from harness import VLLM as VLLM_PYTHON
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -41,6 +45,7 @@ from tessera.export.write import export_model
 from tessera.generate.engine import GenerationRequest, SamplingParams
 from tessera.generate.torch_engine import TorchEngine
 from tessera.model.checkpoint import load_model
+from tessera.model.placement import Placement
 
 sys.path.insert(0, str(ROOT))
 
@@ -48,16 +53,19 @@ from tests.export.interop import LlamaCpp, write_byte_tokenizer  # noqa: E402
 
 SHAPE = {
     "vocab_size": 320,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 8,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
-TOY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-PEERS = ("transformers", "llama.cpp", "vllm")
+SIDES = (
+    *("tessera", "tessera bfloat16", "tessera int8", "transformers", "transformers bfloat16"),
+    *("llama.cpp F32", "llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp original"),
+    *("vLLM", "vLLM bfloat16"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,12 +91,9 @@ class Here:
 
 
 class Ours(Here):
-    """batches: each waits for the whole of the one before, as stages once asked."""
-
-    def __init__(self, path: Path, rows: int, int8: bool = False, batches: bool = False) -> None:
-        module = load_model(path, frozen=True)
-        self.engine = TorchEngine(module, max_batch_size=rows, int8=int8)
-        self.size = rows if batches else None
+    def __init__(self, path: Path, rows: int, dtype: torch.dtype, int8: bool = False) -> None:
+        module, placement = load_model(path, frozen=True), Placement(dtype=dtype)
+        self.engine = TorchEngine(module, max_batch_size=rows, int8=int8, placement=placement)
 
     def answer(self, work: Workload) -> list[list[int]]:
         found: list[list[int]] = [[]] * len(work.new)
@@ -96,23 +101,21 @@ class Ours(Here):
             GenerationRequest(prompt, SamplingParams(max_tokens=new, temperature=0), owner=index)
             for index, (prompt, new) in enumerate(zip(work.prompts, work.new, strict=True))
         ]
-        for begin in range(0, len(requests), self.size or len(requests)):
-            part = requests[begin : begin + (self.size or len(requests))]
-            for request, _, completion in self.engine.as_completed(part):
-                found[request.owner] = completion.token_ids
+        for request, _, completion in self.engine.as_completed(requests):
+            found[request.owner] = completion.token_ids
         return found
 
 
 class Transformers(Here):
     """`generate` in batches of at most `rows`, padded at the left; all run to the longest."""
 
-    def __init__(self, model: Any, rows: int, oracle: bool = False) -> None:
-        self.model, self.rows, self.oracle = model, rows, oracle
+    def __init__(self, path: Path, rows: int, dtype: torch.dtype) -> None:
+        found = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", dtype=dtype)
+        self.model, self.rows = found.eval(), rows
 
     def answer(self, work: Workload) -> list[list[int]]:
-        order = list(range(len(work.prompts)))
-        if self.oracle:
-            order.sort(key=lambda i: (work.new[i], len(work.prompts[i])))
+        order = range(len(work.prompts))
+        order = sorted(order, key=lambda i: (work.new[i], len(work.prompts[i])))
         found: list[list[int]] = [[] for _ in order]
         for start in range(0, len(order), self.rows):
             group = order[start : start + self.rows]
@@ -160,7 +163,7 @@ class Llama:
             "return_tokens": True,
             "cache_prompt": False,
         }
-        return self.server.post("/completion", body)["tokens"]
+        return self.server.post("/completion", body, seconds=3600)["tokens"]
 
     def _cpu(self) -> float:
         stat = Path(f"/proc/{self.server.process.pid}/stat").read_text()
@@ -191,7 +194,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK"
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 import torch, vllm
 torch.set_num_threads(int(sys.argv[3]))
-llm = vllm.LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=1024,
+llm = vllm.LLM(model=sys.argv[1], dtype=sys.argv[4], enforce_eager=True, max_model_len=512,
     max_num_seqs=int(sys.argv[2]), enable_prefix_caching=False, skip_tokenizer_init=True)
 torch.set_num_threads(int(sys.argv[3]))
 for line in sys.stdin:
@@ -208,10 +211,10 @@ import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
 rows, threads = int(sys.argv[3]), int(sys.argv[4])
-params.n_ctx, params.n_parallel, params.warmup = rows * 1024, rows, False
+params.n_ctx, params.n_parallel, params.warmup = rows * 512, rows, False
 params.hostnames, params.port, params.n_threads_http = ["127.0.0.1"], int(sys.argv[2]), rows + 2
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
 server = xllamacpp.Server(params)
 print("ready", flush=True)
 time.sleep(36000)
@@ -219,24 +222,27 @@ time.sleep(36000)
 
 
 @contextmanager
-def llama_side(path: Path, folder: Path, options: argparse.Namespace) -> Iterator[Llama]:
-    export_model(path, folder / "gguf", "gguf", engines=[])
+def llama_side(file: Path, options: argparse.Namespace) -> Iterator[Llama]:
     more = (str(options.rows), str(options.threads))
-    server = LlamaCpp(folder / "gguf" / "model.gguf", folder / "log", LLAMA, more)
-    try:
-        server.wait()
-        yield Llama(server, options.rows)
-    finally:
-        server.process.kill()
-        server.process.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        server = LlamaCpp(file, Path(folder) / "log", LLAMA, more)
+        try:
+            server.wait(600)
+            yield Llama(server, options.rows)
+        finally:
+            server.process.kill()
+            server.process.wait()
 
 
 @contextmanager
-def vllm_side(path: Path, options: argparse.Namespace) -> Iterator[Vllm]:
-    command = [str(options.vllm), "-c", VLLM, str(path), str(options.rows), str(options.threads)]
-    pipe = subprocess.PIPE
+def vllm_side(path: Path, dtype: str, options: argparse.Namespace) -> Iterator[Vllm]:
+    words = [str(path), str(options.rows), str(options.threads), dtype]
     process = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        [str(options.vllm), "-c", VLLM, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
         yield Vllm(process)
@@ -248,61 +254,80 @@ def vllm_side(path: Path, options: argparse.Namespace) -> Iterator[Vllm]:
 def run(options: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if "vLLM" in " ".join(options.sides) and not options.vllm.is_file():
+        print(f"vLLM: {options.vllm} is missing (make venv-vllm)", file=sys.stderr)
+        options.sides = [side for side in options.sides if "vLLM" not in side]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        changes = options.shape | (TOY if options.smoke else {})
-        path = options.model or random_model(folder / "model", changes)
-        sides = dict(open_sides(stack, path, folder, options))
+        path = given = random_model(folder / "toy") if options.smoke else options.model or smollm2()
+        if given.is_file():
+            options.gguf, path = options.gguf or given, folder / "model"
+            export_model(given, path, "hf", check=False)
+        opened = {side: open_side(side, path, folder, options) for side in options.sides}
+        sides = {k: stack.enter_context(side) for k, side in opened.items() if side is not None}
         vocab = json.loads((path / "config.json").read_text())["vocab_size"]
+        warm_up = Workload("", [[1] * options.prompt], [8])
+        alternate({name: partial(side.run, warm_up) for name, side in sides.items()}, 1)
         rows = [measure(sides, work, options.rounds) for work in workloads(vocab, options)]
-    name = options.model.name if options.model else f"random {options.shape or '6M'}"
     table(
         sum(rows, []),
-        f"{name}: transformers {transformers.__version__}; {options.prompt} prompt + {options.new} "
-        f"new tokens, {options.rounds} rounds",
+        f"{given.name}: transformers {transformers.__version__}; {options.prompt} prompt + "
+        f"{options.new} new tokens, {options.rounds} rounds",
     )
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: random 6M)")
-    parser.add_argument(
-        "--shape", type=json.loads, default={}, help="changes to the 6M shape, JSON"
-    )
+    parser.add_argument("--model", type=Path, help="a Hugging Face directory or a GGUF file")
+    parser.add_argument("--gguf", type=Path, help="a side of its own: llama.cpp runs it as it is")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--queue", type=int, default=128, help="ragged requests; 0 for no queue")
+    parser.add_argument("--queue", type=int, default=64, help="ragged requests; 0 for no queue")
     parser.add_argument("--rows", type=int, default=32, help="that run at a time")
     parser.add_argument("--prompt", type=int, default=64, help="tokens a prompt")
-    parser.add_argument("--new", type=int, default=128, help="new tokens a prompt")
-    parser.add_argument("--int8", action="store_true", help="also tessera with int8 weights")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--new", type=int, default=64, help="new tokens a prompt")
+    parser.add_argument("--sides", nargs="*", choices=SIDES, default=SIDES)
     parser.add_argument("--vllm", type=Path, default=Path(VLLM_PYTHON))
 
 
-def random_model(directory: Path, changes: dict[str, Any]) -> Path:
+def random_model(directory: Path) -> Path:
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE | changes)).save_pretrained(directory)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(directory)
     write_byte_tokenizer(directory)
     return directory
 
 
-def open_sides(
-    stack: ExitStack, path: Path, folder: Path, options: argparse.Namespace
-) -> Iterator[tuple[str, Any]]:
-    """Ours first: the others are compared with it."""
-    yield "tessera", Ours(path, options.rows)
-    yield "tessera, batch by batch", Ours(path, options.rows, batches=True)
-    if options.int8:
-        yield "tessera int8", Ours(path, options.rows, int8=True)
-    if "transformers" in options.peers:
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
-        yield "transformers", Transformers(model, options.rows)
-        yield "transformers, oracle", Transformers(model, options.rows, oracle=True)
-    if "llama.cpp" in options.peers:
-        yield "llama.cpp", stack.enter_context(llama_side(path, folder, options))
-    if "vllm" in options.peers and options.vllm.is_file():
-        yield "vLLM", stack.enter_context(vllm_side(path, options))
-    elif "vllm" in options.peers:
-        print(f"vLLM: {options.vllm} is missing (make venv-vllm)", file=sys.stderr)
+def open_side(
+    side: str, path: Path, folder: Path, options: argparse.Namespace
+) -> AbstractContextManager[Any] | None:
+    """None for the original file where there is none."""
+    name, _, kind = side.partition(" ")
+    dtype = torch.bfloat16 if kind in ("bfloat16", "int8") else torch.float32
+    if name == "tessera":
+        return nullcontext(Ours(path, options.rows, dtype, int8=kind == "int8"))
+    if name == "transformers":
+        return nullcontext(Transformers(path, options.rows, dtype))
+    if name == "vLLM":
+        return vllm_side(path, kind or "float32", options)
+    if kind == "original":
+        return llama_side(options.gguf, options) if options.gguf else None
+    written = folder / kind
+    if not written.exists():
+        dtype = "bfloat16" if kind == "BF16" else "float32"
+        export_model(path, written, "gguf", engines=[], dtype=dtype, check=False)
+        if kind == "Q8_0":
+            quantise(written / "model.gguf")
+    return llama_side(written / "model.gguf", options)
+
+
+def quantise(file: Path) -> None:
+    """Round the matrices of a GGUF file in float32 to Q8_0."""
+    reader, kind = gguf.GGUFReader(file), gguf.GGMLQuantizationType.Q8_0
+    for index, one in enumerate(reader.tensors):
+        if one.data.ndim == 2:
+            data = gguf.quants.quantize(one.data, kind)
+            reader.tensors[index] = one._replace(data=data, n_bytes=data.nbytes, tensor_type=kind)
+    writer = gguf.GGUFWriter(file.with_suffix(".new"), "llama")
+    copy_with_new_metadata(reader, writer, {}, ())
+    file.with_suffix(".new").replace(file)
 
 
 def workloads(vocab: int, options: argparse.Namespace) -> Iterator[Workload]:
@@ -316,40 +341,36 @@ def workloads(vocab: int, options: argparse.Namespace) -> Iterator[Workload]:
         yield Workload(str(batch), prompts, [options.new] * batch)
     if options.queue:
         # A few long answers among many short ones, as with a model that thinks when it must.
-        new = [round(2 ** draw.uniform(3, 8.3)) for _ in range(options.queue)]
+        new = [round(options.new * 2 ** draw.uniform(-3, 1.3)) for _ in range(options.queue)]
         prompts = [prompt(draw.randint(8, 2 * options.prompt)) for _ in new]
         yield Workload(f"queue of {options.queue}", prompts, new)
 
 
 def measure(sides: dict[str, Any], work: Workload, rounds: int) -> list[Figures]:
-    """A row a side: tokens a second, its time to ours, and how many of our completions it repeats.
-
-    One round more comes first, to warm up.
-    """
-    one_batch = len(set(work.new)) == 1
-    queue_alone = ("oracle", "batch by batch")
-    sides = {k: v for k, v in sides.items() if not (one_batch and k.endswith(queue_alone))}
-    found = alternate({k: partial(side.run, work) for k, side in sides.items()}, rounds + 1)
-    first = {name: figures.pop(0)["tokens"] for name, figures in found.items()}
+    """A row a side: tokens a second, its time to the first side's, and how many of its completions
+    it repeats."""
+    found = alternate({k: partial(side.run, work) for k, side in sides.items()}, rounds)
+    first = {name: figures[0]["tokens"] for name, figures in found.items()}
+    ours = next(iter(sides))
     for tokens in first.values():
         assert [len(one) for one in tokens] == work.new
     count, rows = sum(work.new), []
     for name, figures in found.items():
         speed = [f"{count / median(figures, key):,.0f}" for key in ("wall", "cpu")]
-        ratios = [f"{ratio(figures, found['tessera'], key):.2f}" for key in ("wall", "cpu")]
-        equal = [a == b for a, b in zip(first[name], first["tessera"], strict=True)]
+        ratios = [f"{ratio(figures, found[ours], key):.2f}" for key in ("wall", "cpu")]
+        equal = [a == b for a, b in zip(first[name], first[ours], strict=True)]
         rows.append(
             {
                 "requests": work.name,
                 "engine": name,
                 "tokens/s wall (CPU)": "{} ({})".format(*speed),
-                "its time to tessera's, wall (CPU)": "{} ({})".format(*ratios),
-                "completions equal to tessera's": f"{sum(equal) / len(equal):.0%}",
+                f"its time to {ours}'s, wall (CPU)": "{} ({})".format(*ratios),
+                f"completions equal to {ours}'s": f"{sum(equal) / len(equal):.0%}",
             }
         )
     return rows
 
 
 if __name__ == "__main__":
-    toy = {"batch": [1, 2], "queue": 6, "rows": 4, "prompt": 8, "new": 8, "int8": True}
-    harness.main(__doc__, Command(run, arguments, toy, rounds=5))
+    toy = {"batch": [1, 2], "queue": 6, "rows": 4, "prompt": 8, "new": 8}
+    harness.main(__doc__, Command(run, arguments, toy, rounds=2))

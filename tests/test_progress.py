@@ -109,5 +109,23 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "loss 0.5" in screen.getvalue()
 
 
+def test_work_inside_of_a_bar_prints_lines_and_quiet_work_nothing(monkeypatch, time_at):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+
+    def inner() -> None:
+        with Progress("inner", 2) as bar:
+            time_at(11)
+            bar.advance(2)
+
+    with Progress("outer", 1):
+        inner()
+    assert "inner  2/2" in screen.getvalue()
+    screen.truncate(0)
+    with progress.quietly(True):
+        inner()
+    assert not screen.getvalue()
+
+
 def test_durations():
     assert [clock(s) for s in (0, 42, 61, 4000)] == ["0:00", "0:42", "1:01", "1:06:40"]

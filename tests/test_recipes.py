@@ -23,6 +23,8 @@ def test_a_recipe_resolves(recipe: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("math500", "gsm8k"):
         (tmp_path / "BENCHMARKS" / name).mkdir(parents=True)
         (tmp_path / "BENCHMARKS" / name / "test.jsonl").touch()
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "prompts.jsonl").touch()
     text = tmp_path / "stories.txt"
     text.write_text("Once upon a time.<|endoftext|>The end.")
     overrides = []
@@ -30,7 +32,8 @@ def test_a_recipe_resolves(recipe: Path, tmp_path: Path, monkeypatch: pytest.Mon
         tiny.saved(tmp_path / "model")
         overrides.append(f"parent.path={tmp_path / 'model'}")
     told = recipe.read_text()
-    if ("tasks" not in told and "SFT/" not in told) or "data.paths" in told:
+    reads = ("tasks", "SFT/", "[curate")
+    if not any(one in told for one in reads) or "data.paths" in told:
         overrides.append(f'data.paths=["{text}"]')
     steps = plan(load(recipe, overrides), tmp_path / "runs", (), STAGES)
     assert [step.action for step in steps] == ["run"] * len(steps)

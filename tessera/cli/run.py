@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,9 +24,12 @@ from tessera.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from tessera.planning.stages import Line
     from tessera.runs.plan import Step
+    from tessera.runs.recipe import Recipe
 
 RUNS = Path("runs")
+WORTH_MEASURING = 5e7  # parameters of a parent for which `run` measures the machine unasked
 Redo = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,7 +65,14 @@ def run(
 
     plan = load(recipe, overrides or ())
     with computing(device):
-        steps = pipeline.run_recipe(plan, runs, only=only, redo=redo or (), quiet=quiet)
+        steps = pipeline.run_recipe(
+            plan,
+            runs,
+            only=only,
+            redo=redo or (),
+            quiet=quiet,
+            expect=partial(_expected, plan, runs, quiet),
+        )
     if not dist.is_main():
         return
     shown = ("table", "frontier")
@@ -79,20 +90,23 @@ def run(
 def check(
     recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, as_json: Json = False
 ) -> None:
-    """Resolve a recipe and say what running it would do; runs nothing.
+    """Resolve a recipe and say what running it would do, and what it takes on this machine.
 
-    What it prints is a recipe too, every default spelled out.
+    What it prints is a recipe too, every default spelled out. The first check on a machine measures
+    it for up to a minute; nothing of the recipe is run.
     """
     from tessera import pipeline
     from tessera.model.source import model_config
-    from tessera.planning.training import stage_memory
+    from tessera.planning.stages import told_here, total_here
     from tessera.runs.plan import plan, table_text
     from tessera.runs.recipe import load
 
-    steps = plan(load(recipe, overrides or ()), runs, (), pipeline.STAGES)
+    read = load(recipe, overrides or ())
+    steps = plan(read, runs, (), pipeline.STAGES)
+    lines = _estimate(read, runs)
     found = []
     for step in steps:
-        memory, path = stage_memory(step, steps), step.files.get("path")
+        path, line = step.files.get("path"), lines.get(step.name)
         counted = None
         if step.stage.name == "parent" and isinstance(path, Path):
             counted = model_config(path).num_params()
@@ -103,7 +117,7 @@ def check(
             "inputs": step.inputs,
             "config": step.resolved,
             "num_params": counted,
-            "memory": memory.as_json() if memory else None,
+            "estimate": line.as_json() if line else None,
             "warnings": step.warnings(steps),
         }
         found.append(row)
@@ -112,15 +126,44 @@ def check(
         print(f"# {step.name}: {_what_would_happen(step)}")
         if counted:
             print(f"# {counted:,} parameters in {path}")
-        if memory:
-            print(f"# {memory}")
-        for note in step.notes():
+        for note in [*(told_here(line) if line else ()), *step.notes()]:
             print(f"# {note}")
         for warning in row["warnings"]:
             print(f"# WARNING: {warning}")
         print(table_text(step))
     if as_json:
         print_json(found)
+    elif lines:
+        print(f"# {total_here([lines[one.name] for one in steps if one.action != 'skip'])}")
+
+
+def _estimate(recipe: Recipe, runs: Path) -> dict[str, Line]:
+    """What each stage takes on this machine; nothing where that cannot be known, and why."""
+    from tessera import pipeline
+    from tessera.model.config import ConfigError
+    from tessera.planning.here import estimate
+
+    try:
+        lines = estimate(recipe, pipeline.STAGES, runs)
+    except ConfigError:  # words or layers that do not fit the parent
+        raise
+    except ValueError as error:  # of a model or a file that is not here yet, say
+        complain(f"What it takes on this machine is not known: {error}")
+        return {}
+    return {line.name: line for line in lines}
+
+
+def _expected(recipe: Recipe, runs: Path, quiet: bool) -> dict[str, tuple[float, str]]:
+    """The seconds of each stage, and what is told before it. A toy is not worth a measurement."""
+    from tessera import pipeline
+    from tessera.planning.here import estimate
+    from tessera.planning.stages import told_here
+
+    try:
+        lines = estimate(recipe, pipeline.STAGES, runs, smallest=WORTH_MEASURING, quiet=quiet)
+    except ValueError:  # what is wrong is the stages' own to tell
+        return {}
+    return {line.name: (line.seconds, told_here(line)[0]) for line in lines if line.phases}
 
 
 def _what_would_happen(step: Step) -> str:
@@ -180,11 +223,17 @@ def plan(
 def quickstart(
     overrides: Overrides = None,
     runs: Runs = RUNS,
+    model: Annotated[
+        str, typer.Option(help="toy, or smollm2: a real model of 135M, fetched by pip.")
+    ] = "toy",
+    part: Annotated[
+        str | None, typer.Option(help="Of smollm2's: search or reasoning alone.")
+    ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Less of everything: the path in 2 to 5 minutes.")
     ] = False,
     task: Annotated[
-        str, typer.Option(help="The problems: calc (arithmetic) or hop (a chain of lookups).")
+        str, typer.Option(help="The toy's problems: calc (arithmetic) or hop (a chain of lookups).")
     ] = "calc",
     redo: Redo = None,
     quiet: Quiet = False,
@@ -192,29 +241,46 @@ def quickstart(
 ) -> None:
     """Run the whole path on a toy, in minutes on a CPU, and print its results.
 
-    Ctrl-C and the same command again: it goes on.
+    With --model smollm2 on a real model, in about 2 hours on two cores. Ctrl-C and the same command
+    again: it goes on.
     """
-    from tessera import pipeline
-    from tessera.cli import quickstart as results
+    from tessera import dist, pipeline
+    from tessera.cli import quickstart as known
+    from tessera.cli.fetched import fetched_model
     from tessera.report import page
     from tessera.runs.files import atomic_write
     from tessera.table import terminal_width
 
-    plan = results.recipe(task, fast, overrides or ())
-    results.use_one_thread()
+    choose("--model", model, *known.MODELS)
+    given = list(overrides or ())
+    if model == "toy":
+        if part:
+            raise typer.BadParameter("--part is of --model smollm2; the toy's is run whole")
+        plan = known.recipe(task, fast, given)
+    else:
+        choose("--part", part or known.PARTS[0], *known.PARTS)
+        if not any(one.startswith("parent.path=") for one in given):
+            given.append(f"parent.path={dist.on_main(lambda: str(fetched_model(quiet)))}")
+        plan = known.real(part, fast, given)
+    of = known.MODELS[model]
+    of.use_threads()
     pipeline.run_recipe(plan, runs, redo=redo or (), quiet=quiet)
+    if not dist.is_main():
+        return
     home = runs / plan.name
-    rows, report = results.table(home), home / "report.html"
+    rows, report = of.table(home), home / "report.html"
     text = page.html(home.name, "What the quickstart made.", page.sections(home)[1])
     atomic_write(report, text)
     if as_json:
         print_json(rows)
         return
-    print(f"\n{results.rendered(rows, terminal_width())}\n")
+    print(f"\n{of.rendered(rows, terminal_width())}\n")
+    question = known.EXAMPLES[task] if model == "toy" else known.QUESTION
+    last = home / next(s.table["model"] for s in reversed(plan.stages) if s.stage == "eval")
     complain(
         f"The report is {report}, everything else in {home}. Next:\n"
-        f"tessera chat {home / 'grpo'}        and ask: {results.EXAMPLES[task]}\n"
-        f"tessera serve {home / 'grpo'} --web\n"
+        f"tessera chat {last}        and ask: {question}\n"
+        f"tessera serve {last} --web\n"
         "tessera run recipes/checkpoint.toml parent.path=MODEL data.paths='[\"DOCUMENTS.jsonl\"]'"
     )
 
@@ -250,7 +316,7 @@ def curate_data(
 @command("tasks", data)
 def write_tasks(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare or gym/NAME.")
+        str, typer.Argument(metavar="NAME", help="calc, hop, sort, compare, story or gym/NAME.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
     count: Annotated[int, typer.Option(min=1, help="Problems; each gives two rows.")] = 1000,

@@ -11,30 +11,41 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from tessera.data.conversation import Chat, SchemaError, check
 from tessera.data.dialects import read_row
+from tessera.data.problems import family, problem
 from tessera.data.readers import EXCERPT, Bad, expand, is_lines, read_rows
 from tessera.runs.recipe import Config
 
 
 class SourceConfig(Config):
     """Files of rows: chats of any dialect (schema.py), or `question` names the key of the text.
+    tasks: instead, numbers of problems by name (data/problems.py), as questions without answers.
 
     question, answer: keys whose texts become the user's and the assistant's turn. expected: the key
     of the known answer. license: of rows that name none. labels: more keys for every row.
     """
 
-    paths: str | list[str]
+    paths: str | list[str] = []
+    tasks: dict[str, Annotated[int, Field(ge=1)]] = {}
     name: str | None = None
     license: str | None = None
     question: str | None = None
     answer: str | None = None
     expected: str | None = None
     labels: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _something_to_read(self) -> SourceConfig:
+        if bool(self.paths) == bool(self.tasks):
+            raise ValueError("name either `paths` of files or `tasks` to draw")
+        for name in self.tasks:
+            family(name)
+        return self
 
     @model_validator(mode="after")
     def _answers_have_questions(self) -> SourceConfig:
@@ -49,7 +60,9 @@ class SourceConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Bytes `start` to `stop` of a file, or all of it (`stop` is None); line: of its first row."""
+    """Bytes `start` to `stop` of a file, or all of it (`stop` is None); line: of its first row.
+    Of a task, which `path` names, problems `start` to `stop`.
+    """
 
     source: int
     path: str
@@ -62,6 +75,7 @@ def plan_shards(sources: Sequence[SourceConfig], shard_mb: float) -> list[Shard]
     """The shards of all files, in order."""
     found: list[Shard] = []
     for index, source in enumerate(sources):
+        found += [Shard(index, name, 0, count) for name, count in source.tasks.items()]
         for path in source.files():
             if is_lines(path):
                 found += _cut(index, path, max(1, int(shard_mb * 1e6)))
@@ -85,6 +99,9 @@ def _cut(index: int, path: Path, size: int) -> Iterator[Shard]:
 
 def read_shard(shard: Shard, source: SourceConfig) -> Iterator[Chat | Bad]:
     """The rows of a shard; a record that is no row is `Bad`."""
+    if source.tasks:
+        yield from _drawn(shard, source)
+        return
     path = Path(shard.path)
     name = source.name or path.stem
     for number, row in read_rows(path, shard.start, shard.stop, shard.line):
@@ -96,6 +113,17 @@ def read_shard(shard: Shard, source: SourceConfig) -> Iterator[Chat | Bad]:
         except SchemaError as error:
             excerpt = json.dumps(row, ensure_ascii=True, default=str)[:EXCERPT]
             yield Bad(shard.path, number, str(error), excerpt)
+
+
+def _drawn(shard: Shard, source: SourceConfig) -> Iterator[Chat]:
+    """Problems of the training split, each question once."""
+    drawn = (problem(shard.path, 0, index) for index in range(shard.start, shard.stop or 0))
+    for number, one in enumerate({one.question: one for one in drawn}.values(), 1):
+        extra = {"category": one.name, "level": one.level, **one.fields}
+        if one.answer:
+            extra["expected_answer"] = one.answer
+        chat = Chat([{"role": "user", "content": one.question}], None, [], extra)
+        yield _placed(chat, source, source.name or one.name, f"{one.name}:{number}")
 
 
 def _chat(row: Any, source: SourceConfig) -> Chat:

@@ -151,35 +151,25 @@ def hop(rng: np.random.Generator, level: int) -> Problem:
     return Problem("hop", question, work, str(ring[level % size]), level, results)
 
 
-NAMES = (
-    "Anna Ben Clara David Emma Felix Grace Henry Ines Jonas Lena Marco Nora Oscar Paula Tom".split()
-)
-THINGS = "apples books buttons cards coins eggs keys marbles nuts pencils shells stamps".split()
-GAINS = ("buys {} more", "finds {} more", "gets {} from a friend", "picks up {} others")
-LOSSES = ("gives {} away", "loses {}", "sells {}", "puts {} back")
+THINGS = "apples books buttons cards coins eggs keys nuts pens shells stamps stones".split()
+GAINS = ("buy {}", "find {}", "get {} more", "win {}")
+LOSSES = ("lose {}", "sell {}", "give away {}", "break {}")
 
 
 def story(rng: np.random.Generator, level: int) -> Problem:
-    """How many things somebody has after `level` events, in words; numbers below 100."""
-    name, things = NAMES[int(rng.integers(len(NAMES)))], THINGS[int(rng.integers(len(THINGS)))]
-    value = start = int(rng.integers(10, 50))
+    """How many things somebody has after `level` events, in words; numbers to 20."""
+    things = THINGS[int(rng.integers(len(THINGS)))]
+    value = start = int(rng.integers(3, 13))
     told, steps, results = [], [], []
     for _ in range(level):
-        chance, gain = rng.random(), value < 15 or (value < 80 and rng.random() < 0.5)
-        if chance < 0.15 and value < 50:
-            event, step, value = "doubles what is there", "*2", value * 2
-        elif chance < 0.3 and value % 2 == 0:
-            event, step, value = "gives half away", "/2", value // 2
-        else:
-            n = int(rng.integers(2, min(30, 100 - value if gain else value)))
-            texts, sign = (GAINS, "+") if gain else (LOSSES, "-")
-            event, step = texts[int(rng.integers(4))].format(n), f"{sign}{n}"
-            value += n if gain else -n
-        told.append(f"Then {name} {event}.")
-        steps.append(step)
+        gain = value < 6 or (value < 16 and rng.random() < 0.5)
+        n, (texts, sign) = int(rng.integers(1, 6)), (GAINS, "+") if gain else (LOSSES, "-")
+        value += n if gain else -n
+        told.append(f"I {texts[int(rng.integers(4))].format(n)}.")
+        steps.append(f"{sign}{n}")
         results.append(f"={value}")
     work = " ".join([str(start), *map("".join, zip(steps, results, strict=True))])
-    question = f"{name} has {start} {things}. {' '.join(told)} How many {things} are there now?"
+    question = f"I have {start} {things}. {' '.join(told)} How many {things} do I have?"
     return Problem("story", question, work, str(value), level, tuple(results))
 
 

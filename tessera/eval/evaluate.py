@@ -27,6 +27,7 @@ from tessera.eval.answers import Asker, Conversation, Sampling, Thinking, answer
 from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
 from tessera.model.placed import PlacedConfig
+from tessera.progress import Progress
 from tessera.rl.rewards import require_fields
 from tessera.runs.files import AnyJournal, FailureError, Journal, SharedJournal
 from tessera.runs.plan import Step
@@ -64,16 +65,15 @@ def perplexity(
     engine = TorchEngine(module)
     window = min(WINDOW, module.config.max_position_embeddings)
     found: dict[int, tuple[float, int, int]] = {}  # of each document: log-prob, tokens, bytes
-    documents = 0
-    for path in expand([place]):
-        readable = (one for one in read(path) if not isinstance(one, Bad))
-        for one in itertools.islice(readable, None if limit is None else limit - documents):
-            documents += 1
+    readable = (one for path in expand([place]) for one in read(path) if not isinstance(one, Bad))
+    texts = [one.content for one in itertools.islice(readable, limit)]
+    with Progress(PERPLEXITY, len(texts), "tokens") as bar:
+        for documents, text in enumerate(texts, 1):
             if documents % layout.data_world == layout.data_rank:
-                ids = tokenizer.encode(one.content, bos=True)
+                ids = tokenizer.encode(text, bos=True)
                 logprobs = _logprobs(engine, ids, window) if len(ids) > 1 else []
-                size = len(one.content.encode())
-                found[documents] = math.fsum(logprobs), len(logprobs), size
+                found[documents] = math.fsum(logprobs), len(logprobs), len(text.encode())
+                bar.advance(1, len(ids))
     rows = sorted(layout.joined(found).items())
     total, tokens, size = (sum(row[i] for _, row in rows) for i in range(3))
     if not tokens:
@@ -84,7 +84,7 @@ def perplexity(
         "metric": "perplexity",
         "value": math.exp(-total / tokens),
         "bits_per_byte": -total / math.log(2) / size,
-        "items": documents,
+        "items": len(texts),
         "tokens": tokens,
     }
 

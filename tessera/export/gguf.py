@@ -27,6 +27,7 @@ from tessera.model.checkpoint import Checkpoint
 from tessera.model.config import GQA, Linear, ModelConfig
 from tessera.model.layers import rope_frequencies
 from tessera.model.tensors import LazyTensor, raw
+from tessera.progress import Progress
 
 _TYPES = {
     torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -68,8 +69,10 @@ def write(model: Checkpoint, path: Path, vocabulary: Vocabulary, name: str) -> N
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for one in tensors.values():
-        writer.write_tensor_data(raw(one.read()))
+    with Progress(f"writing {path.name}", len(tensors), "MB") as bar:
+        for one in tensors.values():
+            writer.write_tensor_data(raw(one.read()))
+            bar.advance(1, one.nbytes / 1e6)
     writer.close()
 
 

@@ -48,6 +48,7 @@ from tessera.model.families import FAMILIES, config_dict
 from tessera.model.source import ancestors, resolve
 from tessera.model.tensors import FileDtype, in_gguf
 from tessera.model.transformer import Transformer
+from tessera.progress import Progress
 from tessera.runs.files import replacing
 from tessera.runs.recipe import Config
 from tessera.runs.run import Run, find_manifest
@@ -296,10 +297,12 @@ def _hidden(model: Checkpoint, tokens: Tensor) -> Tensor:
         module = Transformer(model.config)
     context = module.prepare(Context.rows(tokens.to(device)))
     x = F.embedding(tokens, model.tensors["embed_tokens.weight"].read()).to(device, torch.float32)
-    for layer, block in enumerate(module.blocks):
-        model.fill(block, torch.float32, device, f"layers.{layer}.")
-        x = block(x, context)
-        block.to("meta")
+    with Progress("reading the files back", len(module.blocks), "layers") as bar:
+        for layer, block in enumerate(module.blocks):
+            model.fill(block, torch.float32, device, f"layers.{layer}.")
+            x = block(x, context)
+            block.to("meta")
+            bar.advance()
     model.fill(module.norm, torch.float32, device, "norm.")
     return module.norm(x)
 

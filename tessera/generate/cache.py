@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tessera.generate.packed import Packed
-from tessera.model.attention import attend_decode, attend_last
+from tessera.model.attention import attend_decode, attend_last, decodes_by_products
 
 MIN_SHARED = 16  # tokens that prompts must have in common for the prefix cache to be worth a copy
 
@@ -158,7 +158,7 @@ class Slots:
     """Keys and values `(slots, K, D, columns)` of layers with attention, and the live rows.
 
     In memory values are `(slots, K, columns, D)`, so that both products of attention read rows
-    (keys in that order cost a fifth more); keys are too where SDPA wants them so. max_tokens: rows
+    (keys in that order cost a fifth more); keys are too where SDPA reads them. max_tokens: rows
     times columns held at most, as far as the live rows allow.
     """
 
@@ -282,7 +282,7 @@ class Slots:
                     torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(2, 3)
                     for _ in range(2)
                 )
-                keys = keys.contiguous() if self.dtype == torch.float32 else keys
+                keys = keys.contiguous() if decodes_by_products(self.device, self.dtype) else keys
                 self.caches[layer] = keys, values
             for cache, new in zip(old, self.caches[layer], strict=False):
                 past = cache[:live, ..., low : self.cursor]

@@ -27,7 +27,7 @@ from tessera.generate.engine import GenerationError
 from tessera.generate.sampling import Chosen
 from tessera.model.checkpoint import whole
 from tessera.model.config import NoOp
-from tessera.model.cpu import onednn_product, onednn_rows, prefers_onednn, reordered
+from tessera.model.cpu import keep_freed_memory, onednn_product, onednn_rows, reordered
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.parallel import splits, tensor_group
 from tessera.model.placement import Placement
@@ -44,9 +44,8 @@ class Matrix:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
         self.transposed = weight.t()
-        self.onednn_rows = sys.maxsize
-        if prefers_onednn(weight):
-            self.onednn_rows = onednn_rows(weight.numel())
+        self.onednn_rows = onednn_rows(weight)
+        if self.onednn_rows < sys.maxsize:
             self.blocked = reordered(weight)
             # Left for few rows, if any; for those, (I, O) order streams faster than (O, I).
             few = self.transposed[:, : weight.shape[0] if self.onednn_rows > 1 else 0]
@@ -80,7 +79,7 @@ class Int8Matrix:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.bias = bias
+        self.bias, weight = bias, weight.float()
         largest = weight.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
         quantised = (weight * (127 / largest)).round_().to(torch.int8)
         self.scale = (largest[:, 0] / 127).contiguous()
@@ -88,11 +87,12 @@ class Int8Matrix:
         self.packed = torch.ops.onednn.qlinear_prepack(quantised.contiguous(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
+        dtype, x = x.dtype, x.float()
         largest = x.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
         # oneDNN wants unsigned activations, and takes 128 off again.
         rows = (x * (127 / largest)).round_().add_(128).to(torch.uint8)
         y = _product(rows, self.packed, self.scale, self.zero).mul_(largest / 127)
-        return y if self.bias is None else y.add_(self.bias)
+        return (y if self.bias is None else y.add_(self.bias)).to(dtype)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         residual.add_(self(x))
@@ -117,10 +117,10 @@ def _exact() -> bool:
 
 def check_int8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise GenerationError where int8 weights cannot be used."""
-    if device.type != "cpu" or dtype != torch.float32:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         raise GenerationError(
-            f"int8 weights are for float32 on a CPU, and this model is {dtype} on {device.type}: "
-            "say device cpu and dtype float32, or leave int8 off"
+            f"int8 weights are for a CPU, and this model is {dtype} on {device.type}: say device "
+            "cpu and dtype float32 or bfloat16, or leave int8 off"
         )
     if not _exact():
         raise GenerationError(
@@ -176,9 +176,10 @@ class Parts:
         return torch.cat(parts) if parts else None
 
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Matrix | Int8Matrix:
-        large = self.int8 and weight.numel() >= INT8_FROM
         bias = None if bias is None else bias.to(self.dtype)
-        return (Int8Matrix if large else Matrix)(weight.to(self.dtype), bias)
+        if self.int8 and weight.numel() >= INT8_FROM:
+            return Int8Matrix(weight, bias)
+        return Matrix(weight.to(self.dtype), bias)
 
     def output(self, linear: torch.nn.Linear, split: bool) -> Matrix | Int8Matrix | Summed:
         """A matrix that writes into the residual stream."""
@@ -278,6 +279,7 @@ class Packed:
         part = Parts(self.mesh, self.dtype, int8)
         table = part(module.embed_tokens.weight)
         self.device = table.device
+        keep_freed_memory()
         if int8:
             check_int8(self.device, self.dtype)
         epsilon = (config.hidden_size * config.rms_norm_eps) ** 0.5

@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tessera import dist
 from tessera.generate.engine import SamplingParams
 
 MIN_TEMPERATURE = 1e-30  # dividing by less overflows float32
+BLOCK = 128  # weights that `draw` sums at once
 
 
 def uniforms(seed: int, key: int, sample: int, count: int) -> list[float]:
@@ -57,10 +59,21 @@ class Chosen(NamedTuple):
     top: tuple[Tensor, Tensor] | None
 
 
+def joined(parts: Sequence[Chosen]) -> Chosen:
+    """Of the rows of all parts, in order; as many of the likeliest in each."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens, logprobs, tops = zip(*parts, strict=True)
+    top = None if tops[0] is None else tuple(map(torch.cat, zip(*tops, strict=True)))
+    return Chosen(torch.cat(tokens), torch.cat(logprobs), top)
+
+
 class Sampler:
     """Chooses the next token of each row of a batch; made anew where the rows change."""
 
-    def __init__(self, rows: Sequence[SamplingParams], device: torch.device | None = None) -> None:
+    def __init__(
+        self, rows: Sequence[SamplingParams], device: torch.device | None = None, top: int = 0
+    ) -> None:
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
@@ -99,13 +112,12 @@ class Sampler:
             where, ids, values = zip(*biased, strict=True)
             places = torch.tensor([where, ids], device=device)
             self.bias = places[0], places[1], torch.tensor(values, device=device)
-        self.top = max((p.logprobs for p in rows), default=0)
+        self.top = max([top, *(p.logprobs for p in rows)])
 
     def choose(
         self,
         logits: Tensor,
         noise: Tensor | None = None,
-        *,
         seen: Tensor | None = None,
         counts: Tensor | None = None,
         forced: Tensor | None = None,
@@ -192,10 +204,23 @@ def drop_unlikely(weights: Tensor, min_p: Tensor | None) -> Tensor:
 def draw(weights: Tensor, noise: Tensor) -> Tensor:
     """Index `(R,)` by inverse CDF of non-negative weights `(R,V)`, not necessarily normalised.
 
-    In the widest float: over a large vocabulary a float32 sum is off by more than its rare tokens
-    weigh.
+    First among blocks of BLOCK weights, then inside the block: a running sum over a whole row takes
+    three times as long. In the widest float: over a large vocabulary a float32 sum is off by more
+    than its rare tokens weigh.
     """
-    cdf = weights.to(dist.widest_float(weights.device)).cumsum(-1)
-    target = noise.to(cdf.dtype)[:, None] * cdf[:, -1:]
-    found = torch.searchsorted(cdf, target, right=True)
-    return found.clamp_(max=weights.shape[-1] - 1)[:, 0]
+    wide = dist.widest_float(weights.device)
+    padded = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block, rest = _first_above(padded.sum(-1, dtype=wide), noise.to(wide)[:, None])
+    inside = padded.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(wide)
+    token, _ = _first_above(inside, rest)
+    return (block * BLOCK + token)[:, 0]
+
+
+def _first_above(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index `(R,1)` whose running sum is above `share` `(R,1)` of all, never one that
+    weighs nothing, and the share of its own weight that is left."""
+    cdf = weights.cumsum(-1)
+    target = cdf[:, -1:] * share.clamp(0, 1 - torch.finfo(share.dtype).eps)
+    index = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1)
+    own = weights.gather(-1, index)
+    return index, (target - (cdf.gather(-1, index) - own)) / own

@@ -22,7 +22,8 @@ from tessera.generate.cache import Prefill, Prefix, PrefixCache, Slots, common
 from tessera.generate.engine import FinishReason
 from tessera.generate.packed import Packed
 from tessera.generate.requests import Sample, Waiting, end_expired
-from tessera.generate.sampling import Chosen, Sampler, uniforms
+from tessera.generate.sampling import Chosen, Sampler, joined, uniforms
+from tessera.model.cpu import rows_together
 
 PREFILL_TOKENS = 2**14  # in one pass, padding included: bounds the activations' memory
 SIMILAR = 0.75  # prompts at least this long, relative to the longest, share a pass
@@ -61,18 +62,21 @@ class _Rows:
     def __init__(self, samples: Sequence[Sample], vocab_size: int, packed: Packed) -> None:
         self.samples, self.packed = tuple(samples), packed
         self.device = device = packed.device
-        self.sampler = Sampler([sample.params for sample in samples], device)
+        self.size = rows_together(len(samples), vocab_size, device)
+        params = [sample.params for sample in samples]
+        starts, top = range(0, len(params), self.size), max(one.logprobs for one in params)
+        self.samplers = [Sampler(params[i : i + self.size], device, top) for i in starts]
         self.thoughts = any(sample.thought is not None for sample in samples)
         self.grammars = any(sample.grammar is not None for sample in samples)
         self.seen: Tensor | None = None
-        if self.sampler.penalty is not None:
+        if any(one.repetition_penalty != 1 for one in params):
             self.seen = torch.zeros(len(samples), vocab_size, dtype=torch.bool, device=device)
             for row, sample in zip(self.seen, samples, strict=True):
                 if sample.params.repetition_penalty != 1:
                     held = [*sample.tokens, *sample.completion.token_ids]
                     row[torch.tensor(held, device=device)] = True
         self.counts: Tensor | None = None
-        if self.sampler.frequency is not None or self.sampler.presence is not None:
+        if any(one.frequency_penalty or one.presence_penalty for one in params):
             self.counts = torch.zeros(len(samples), vocab_size, device=device)
             for row, sample in zip(self.counts, samples, strict=True):
                 said = torch.tensor(sample.completion.token_ids, dtype=torch.long, device=device)
@@ -80,7 +84,7 @@ class _Rows:
 
     def choose(self, logits: Tensor) -> Chosen:
         noise = forced = None
-        if self.sampler.groups:
+        if any(sampler.groups for sampler in self.samplers):
             drawn = [s.noise[len(s.completion.token_ids)] if s.noise else 0.0 for s in self.samples]
             wide = dist.widest_float(self.device)
             noise = torch.tensor(drawn, dtype=wide, device=self.device)
@@ -89,15 +93,11 @@ class _Rows:
             if any(token is not None for token in wanted):
                 ids = [-1 if token is None else token for token in wanted]
                 forced = torch.tensor(ids, device=self.device)
-        chosen = self.sampler.choose(
-            logits,
-            noise,
-            seen=self.seen,
-            counts=self.counts,
-            forced=forced,
-            allowed=self._allowed(logits.shape[-1]),
-        )
-        chosen = self.packed.agreed(chosen)
+        given = (logits, noise, self.seen, self.counts, forced, self._allowed(logits.shape[-1]))
+        none = [None] * len(self.samplers)
+        portions = [none if x is None else x.split(self.size) for x in given]
+        parts = [one.choose(*of) for one, *of in zip(self.samplers, *portions, strict=True)]
+        chosen = self.packed.agreed(joined(parts))
         if self.seen is not None:
             self.seen.scatter_(1, chosen.tokens[:, None], True)
         if self.counts is not None:

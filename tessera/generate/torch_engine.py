@@ -50,7 +50,7 @@ class TorchEngine:
     length, to bound the cache; None for no cap. max_queue: samples that may wait for a row before
     `submit` raises QueueFullError. chunk_tokens: of prompts, read between two decode steps.
     prefix_cache_tokens: of prompts, whose KV is kept for later ones that begin alike. int8: large
-    weights rounded to int8, on a CPU: a quarter of the memory, and faster. placement: see `Packed`;
+    weights rounded to int8, on a CPU, best with the rest in bfloat16. placement: see `Packed`;
     the processes of a tensor group make the same calls, and get the same.
 
     The engine holds a snapshot of the weights: after a training step, `sync`. The cache is kept

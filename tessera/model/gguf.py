@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +37,7 @@ from tessera.model.pre_tokenizers import (
     PUNCTUATION,
     WHOLE_WORDS,
 )
-from tessera.runs.files import WriteError, replacing
+from tessera.runs.files import WriteError, cache_home, replacing
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -101,8 +100,7 @@ def directory_of(path: Path) -> Path:
     files = _files(path)
     known = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     digest = hashlib.blake2b(json.dumps([VERSION, known]).encode(), digest_size=8).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tessera" / "gguf"
-    directory = home / f"{path.stem}-{digest}"
+    directory = cache_home() / "gguf" / f"{path.stem}-{digest}"
     if (directory / INDEX).is_file():
         return directory
     content = _content(files)

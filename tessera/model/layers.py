@@ -19,7 +19,7 @@ from torch.func import functional_call
 from tessera.model.attention import attend
 from tessera.model.config import GQA, Chain, ModelConfig, NoOp, SwiGLU, Variant
 from tessera.model.context import Context
-from tessera.model.cpu import Projection, gated_down, linear, rms_norm
+from tessera.model.cpu import Projection, by_tiles, gated_down, linear, rms_norm, rope
 from tessera.model.sequence import summed_gradient
 
 
@@ -62,6 +62,8 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` `(…, heads, D)` rotated by its positions' angles, in float32 and back in x's dtype."""
+    if by_tiles(x):
+        return rope(x, cos, sin)
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x * cos + rotated * sin).type_as(x)

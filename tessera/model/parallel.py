@@ -151,6 +151,15 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+def sync_gradients(module: nn.Module, now: bool) -> None:
+    """Whether the next backward pass reduces gradients and lets go of what was gathered; else both
+    stay, summed in float32 and rounded, for the next microbatch. For modules that FSDP holds."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(now, recurse=False)
+            part.set_reshard_after_backward(now, recurse=False)
+
+
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:
     """The grid that a tensor is spread over, None for a plain one."""
     return tensor.device_mesh if isinstance(tensor, DTensor) else None

@@ -226,10 +226,10 @@ class Placement:
         """The processes that split heads and channels with this one, if there are others."""
         return self.layout.mesh()["tensor"] if self.config.tensor > 1 else None
 
-    @property
-    def needed(self) -> bool:
-        """Whether FSDP is: not in one process that computes in float32 with what it holds."""
-        plain = self.dtype == torch.float32 and not self.config.offload
+    def needed(self, module: nn.Module) -> bool:
+        """Whether FSDP is: not in one process that computes with the weights as it holds them."""
+        frozen = not any(weight.requires_grad for weight in module.parameters())
+        plain = (frozen or self.dtype == torch.float32) and not self.config.offload
         return self.shards and (dist.world() > 1 or not plain)
 
     def load(
@@ -258,9 +258,10 @@ class Placement:
         if self.config.compile:
             for block in module.blocks:
                 block.compile()
-        if self.needed:
+        if self.needed(module):
             for block in module.blocks:
-                self._shard(block)
+                # Where nothing is sharded, to gather means to round: once a forward pass is enough.
+                self._shard(block, reshard_after_forward=self.layout.shard > 1)
             self._shard(module, reshard_after_forward=False)
         return module
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tessera import dist
 from tessera.model import gguf
 from tessera.model.source import CheckpointError, no_weights
+from tessera.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -237,10 +238,13 @@ def _write_file(tensors: Mapping[str, LazyTensor], file: Path | None) -> None:
         out = stack.enter_context(file.open("wb")) if file else None
         if out:
             out.write(len(text).to_bytes(8, "little") + text)
+        label = f"writing {file.name}" if file else ""
+        bar = stack.enter_context(Progress(label, len(order), "MB", quiet=file is None))
         for name in order:
             tensor = tensors[name].read()
             if out:
                 out.write(raw(tensor).data)
+            bar.advance(1, tensors[name].nbytes / 1e6)
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tessera.data.batch import Batch
 from tessera.model.checkpoint import save_model
-from tessera.model.source import resolve
+from tessera.model.source import load_config, resolve
 from tessera.model.transformer import Transformer
 from tessera.objectives.lm import LM, Heldout, training_documents
 from tessera.runs.files import RunError
@@ -27,7 +27,7 @@ from tessera.runs.recipe import Config
 from tessera.runs.run import Run, is_done, read_json
 from tessera.train.engine import Objective, Passed, Stats, Trainer, context_of
 from tessera.train.losses import cross_entropy, hidden_cosine, kl_divergence
-from tessera.train.optim import DocumentTrainConfig
+from tessera.train.optim import DocumentTrainConfig, TrainConfig
 
 
 class KDConfig(Config):
@@ -91,6 +91,17 @@ class KD(Objective):
         return hidden, parent, cosine
 
 
+def load_teacher(source: Path, train: TrainConfig, child: Transformer) -> Transformer:
+    """A frozen teacher, beside the child. Raises RunError where their vocabularies differ."""
+    ours, theirs = child.config.vocab_size, load_config(source).vocab_size
+    if ours != theirs:
+        raise RunError(
+            f"{source} has a vocabulary of {theirs:,} tokens and the model one of {ours:,}: "
+            "distributions are compared token by token; give a teacher with the same tokenizer"
+        )
+    return train.placement.load(source, frozen=True, beside=child)
+
+
 def raced(config: KDConfig, model: Path) -> KDConfig:
     """The config, with `lr_from` at the rate of the race that chose `model`, else RunError."""
     if config.lr_from is None:
@@ -111,7 +122,7 @@ def stage(config: KDConfig, run: Run, inputs: dict[str, Path]) -> None:
     if config.lr_from:
         run.say(f"lr {config.train.lr:g}, from {config.lr_from}; train.lr = {own:g} is not used")
     child = config.train.placement.load(inputs["model"])
-    parent = config.train.placement.load(inputs["teacher"], frozen=True, beside=child)
+    parent = load_teacher(inputs["teacher"], config.train, child)
     source = training_documents(inputs["data"], config.train, run)
     heldout = Heldout(LM(), child, inputs["data"], config.train, run.seed)
     Trainer(child, KD(parent, config), source, config.train, run, heldout).fit()

@@ -24,6 +24,7 @@ from tessera.model.checkpoint import save_model
 from tessera.model.parallel import gathered
 from tessera.model.source import resolve
 from tessera.model.transformer import Transformer
+from tessera.progress import Progress
 from tessera.runs.files import RunError
 from tessera.runs.plan import Step
 from tessera.runs.recipe import Config
@@ -141,8 +142,9 @@ def loss_sums(objective: Objective, module: Transformer, batches: Sequence[Batch
     """(Σ w·ℓ, Σ w) over the batches, `(3, 2)`: of all tokens, and by mode if known."""
     wide = dist.widest_float(module.device)
     sums = torch.zeros(1 + len(MODES), 2, dtype=wide, device=module.device)
-    with gathered(module):
+    with gathered(module), Progress("held-out text", len(batches), "tokens") as bar:
         for batch in (batch.to(module.device) for batch in batches):
+            bar.advance(1, int((batch.segments >= 0).sum()))
             for loss, stats in losses_here(objective, module, batch):
                 sums[0] += torch.stack([loss.to(wide), objective.weight(batch).to(wide)])
                 for row, name in enumerate(MODES, 1):

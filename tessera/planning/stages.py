@@ -1,6 +1,7 @@
 """What every stage of a recipe takes on a cluster: a line each, of phases that follow each other.
 
 training     planning/training.py, in the layout that the recipe says
+tokenising   bytes of the files, by what was measured here
 reading      forward passes: scores, tables, calibration
 answering    prefill and decode of an engine's batches, by the roofline of puzzle/roofline.py
 judging      checkers on the machines' CPUs; what an endpoint takes is not known
@@ -11,30 +12,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from tessera.ask.local import EngineConfig
+from tessera.curate.config import CurateConfig
+from tessera.curate.steps.arrange import Blend
+from tessera.curate.steps.rows import AskStep
 from tessera.data.config import DataConfig
+from tessera.data.readers import expand, is_lines, read_rows, without_chats
 from tessera.devices import GB
-from tessera.eval.evaluate import EvalConfig
+from tessera.eval.evaluate import PERPLEXITY, EvalConfig
+from tessera.eval.tasks import find
 from tessera.export.write import ExportConfig
-from tessera.model.config import GQA, ModelConfig
+from tessera.generate.scheduler import PREFILL_TOKENS
+from tessera.model.config import GQA, BlockConfig, ModelConfig, NoOp, parse_kind
 from tessera.model.parallel import held_params, split_params, splits
+from tessera.model.placed import PlacedConfig
 from tessera.model.placement import ROOM, TRAINED_BYTES, LayoutError, ParallelConfig, fewest
 from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
 from tessera.planning.training import (
     BYTES,
-    CONTEXT,
     MOMENTS,
     NAMES,
     PROMPT,
-    SPLIT,
     Cluster,
     Job,
     Layout,
@@ -48,24 +56,25 @@ from tessera.planning.training import (
 )
 from tessera.puzzle.bld import BLDConfig, CoupleConfig, largest_pairs, unit_params, units_of
 from tessera.puzzle.compare import CompareConfig
+from tessera.puzzle.constraints import COLUMNS
+from tessera.puzzle.cost import PREFILLS, CostConfig, offered_words
 from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.frontier import FrontierConfig
 from tessera.puzzle.fuse import FuseConfig
-from tessera.puzzle.library import ChildConfig
+from tessera.puzzle.library import ChildConfig, MergeConfig, trainable_units, union
 from tessera.puzzle.parent import ArchitectureConfig, ParentConfig
 from tessera.puzzle.race import RaceConfig
 from tessera.puzzle.roofline import Serving, layer_seconds, model_seconds
 from tessera.puzzle.score import ConditionalConfig, HeldoutConfig, ScoreConfig
 from tessera.puzzle.search import SearchConfig
-from tessera.puzzle.space import Unit
-from tessera.rl.policy import PolicyConfig
+from tessera.puzzle.space import Space, Unit, read_space
 from tessera.rl.preference import RPOConfig
 from tessera.rl.profile import ProfileConfig
 from tessera.rl.rewards import AskedReward, CodeReward, MathReward
 from tessera.rl.rollouts import RolloutConfig
 from tessera.runs.plan import Stage, stage_of
 from tessera.runs.recipe import Recipe, RecipeError, StageSpec, validate
-from tessera.runs.run import is_done, read_json
+from tessera.runs.run import is_done, read_json, read_table
 from tessera.table import clock, count
 from tessera.train.flops import working
 from tessera.train.optim import TrainConfig
@@ -77,6 +86,11 @@ COPY = 1 * GB
 CHECKED = {MathReward: 16.0, CodeReward: 22.0}
 CHECKED_ELSE = 5000.0
 ITEMS = 500
+DRAWN = 400.0  # bytes of a problem with its work, or of an answer
+FILTERED = 5000.0  # rows a second that steps of programs pass (`benchmarks/results/curate-cpu.md`)
+MAKERS = ("parent", "child", "fuse", "kd", "cpt", "sft", "grpo", "rloo", "rpo")  # of models
+HAVE_DTYPE = (TrainConfig, PlacedConfig)  # computing in the type that they say
+WORTH_ROUNDING = 1.5  # products in bfloat16 over those in float32, from which on it is told
 PACKED = 0.7  # share of a model's weights that an engine lays out anew (generate/packed.py)
 TOKENISED = 4.6e6  # bytes of text a CPU second (`benchmarks/results/data-cpu.md`, Llama 3)
 
@@ -97,7 +111,7 @@ class Line:
     parts of a model are there.
 
     unknown: what takes time that is not counted. undivided: why its layout cannot be had. advice:
-    what would make it fit.
+    what would make it fit. hint: what would make it faster on this machine.
     """
 
     name: str
@@ -110,6 +124,7 @@ class Line:
     unknown: str = ""
     undivided: str = ""
     advice: tuple[str, ...] = ()
+    hint: str = ""
 
     @property
     def parts(self) -> Parts:
@@ -154,6 +169,7 @@ class Line:
             "unknown": self.unknown,
             "undivided": self.undivided,
             "advice": list(self.advice),
+            "hint": self.hint,
         }
         if (plan := self.training) is not None:
             found |= {
@@ -170,6 +186,8 @@ class Planner:
     """A recipe, its parent's and its child's shape, and where it runs.
 
     child: None stands for a child that is not known yet: the parent is taken, an upper bound.
+    runs: where the recipe's runs are, on the machine at hand: what is done there is known, and a
+    child that is not there has as many of the parent's layers as its search's budget lets it.
     """
 
     recipe: Recipe
@@ -177,6 +195,7 @@ class Planner:
     cluster: Cluster
     parent: ModelConfig
     child: ModelConfig | None = None
+    runs: Path | None = None
     _configs: dict[str, BaseModel] = field(default_factory=dict)
 
     def lines(self) -> list[Line]:
@@ -187,7 +206,8 @@ class Planner:
         if spec.name not in self._configs:
             stage = stage_of(spec, self.stages)
             imported = stage.name == "parent" and "architecture" not in spec.table
-            if imported or stage.name == "data":  # the files need not be here
+            elsewhere = self.runs is None
+            if elsewhere and (imported or stage.name == "data"):  # the files need not be here
                 config = stage.load(stage.config).model_construct()
             else:
                 config = stage.validate(spec)
@@ -197,12 +217,29 @@ class Planner:
     def line(self, spec: StageSpec) -> Line:
         """A stage as the recipe says it, and what would make it fit where it does not."""
         config = self.config(spec)
-        line = self._line(spec, config)
+        line = replace(self._line(spec, config), hint=self._hint(config))
         return line if line.fits else replace(line, advice=tuple(self._remedies(spec, config)))
 
+    def _hint(self, config: Any) -> str:
+        """Whether a CPU is faster in the other type, by products of the model's own shape."""
+        train, rates = getattr(config, "train", None), self.cluster.rates
+        if rates is None or not self.cluster.on_cpu or not isinstance(train or config, HAVE_DTYPE):
+            return ""
+        key = "train.dtype" if train else "dtype"
+        dtype = train.dtype if train else self._dtype(config)
+        ratio = rates.peak("bfloat16") / rates.peak("float32")
+        if dtype == "bfloat16" and ratio < 1:
+            return (
+                f"WARNING: this CPU computes bfloat16 slowly: its products take {1 / ratio:.1f} "
+                f'times as long as in float32; {key} = "float32" is faster'
+            )
+        if dtype == "float32" and ratio >= WORTH_ROUNDING:
+            return f'{key} = "bfloat16" has products {ratio:.1f} times as fast as float32 here'
+        return ""
+
     def _line(self, spec: StageSpec, config: Any) -> Line:
-        line = Line(spec.name, spec.stage, self.cluster, disk=self._disk(config))
-        line = replace(line, host=self._host(config))
+        disk, host = self._disk(spec, config), self._host(spec, config)
+        line = Line(spec.name, spec.stage, self.cluster, disk=disk, host=host)
         if (job := self.job(spec, config)) is not None:
             return self._trained(line, config, job)
         phases, unknown = self._phases(spec, config)
@@ -210,7 +247,7 @@ class Planner:
 
     def job(self, spec: StageSpec, config: Any) -> Job | None:
         """The training of a stage; None for one that trains nothing."""
-        child, parent = self.child or self.parent, self.parent
+        child, parent = self._model(spec), self.parent
         match config:
             case ParentConfig(train=TrainConfig() as train):
                 return Job(spec.name, train, student=parent)
@@ -226,11 +263,13 @@ class Planner:
                 return Job(spec.name, config.train, child, parent, config.cosine > 0)
             case CPTConfig() | SFTConfig():
                 return Job(spec.name, config.train, student=child)
-            case PolicyConfig() | RPOConfig():
+            case RolloutConfig():
                 own = experience(config)
                 if own.engine:
                     own = replace(own, engine=self._ways([child], config))
-                reference = child if isinstance(config, RPOConfig) or config.kl else None
+                refers = isinstance(config, RPOConfig) or getattr(config, "kl", 0)
+                taught = "teacher" in self.stages[spec.stage].needs
+                reference = parent if taught else child if refers else None
                 train = own.train(config.train)
                 return Job(spec.name, train, child, reference, experience=own)
         return None
@@ -238,20 +277,67 @@ class Planner:
     def _units(self, spec: StageSpec, config: BLDConfig | CoupleConfig) -> list[Unit]:
         if isinstance(config, BLDConfig):
             return units_of(config, self.parent, spec.name)[1]
-        space = units_of(self._library(spec), self.parent, spec.name)[0]
-        return largest_pairs(config, space, self.parent, spec.name)
+        return largest_pairs(config, self._space(spec), self.parent, spec.name)
 
-    def _library(self, spec: StageSpec) -> BLDConfig:
-        """Of the nearest library above a stage, or the one that it names."""
-        found = None
-        for one in self.recipe.stages:
-            if one.name == spec.name:
-                break
-            if one.stage == "bld" and spec.table.get("library", one.name) == one.name:
-                found = self.config(one)
-        if found is None:
-            raise RecipeError(f"[{spec.name}]: no [bld] above it says what its library holds")
-        return found
+    def _space(self, spec: StageSpec) -> Space:
+        """What the library offers that a stage takes: the nearest above, or the one it names."""
+        return self._offered(self._above(spec, "library", ("bld", "merge", "couple")), spec)
+
+    def _offered(self, library: StageSpec | Path | None, user: StageSpec) -> Space:
+        if isinstance(library, Path):
+            return read_space(library)
+        if library is None:
+            raise RecipeError(f"[{user.name}]: no [bld] above it says what its library holds")
+        if self.runs and is_done(run := self.runs / library.name):
+            return read_space(run)
+        if library.stage == "bld":
+            return units_of(self.config(library), self.parent, library.name)[0]
+        if library.stage == "couple":
+            return self._space(library)
+        named = {one.name: one for one in self.recipe.stages}
+        parts = (named.get(n) or Path(n) for n in library.table["libraries"])
+        return union([self._offered(one, user) for one in parts])
+
+    def _above(
+        self, spec: StageSpec, need: str, stages: Collection[str]
+    ) -> StageSpec | Path | None:
+        """What a stage takes for a need: the run or path that it names, or the nearest above."""
+        before = self.recipe.stages[: self.recipe.stages.index(spec)]
+        if isinstance(given := spec.table.get(need), str):
+            return next((one for one in before if one.name == given), Path(given))
+        return next((one for one in reversed(before) if one.stage in stages), None)
+
+    def _model(self, spec: StageSpec) -> ModelConfig:
+        """The model that a stage takes or makes of what it takes."""
+        if self.runs is None or self.child is not None:
+            return self.child or self.parent
+        made = self._above(spec, "model", MAKERS)
+        if spec.stage == "child":
+            return self._allowed(spec)
+        if isinstance(made, Path):
+            return load_config(made)
+        if made is None or made.stage == "parent":
+            return self.parent
+        run = self.runs / made.name
+        return load_config(run) if is_done(run) else self._model(made)
+
+    def _allowed(self, child: StageSpec) -> ModelConfig:
+        """The parent with as many layers as a search's budget leaves of its parameters or seconds,
+        which stands for the child until that is there."""
+        share, at = 1.0, self._above(child, "architecture", ("search", "race", "frontier"))
+        if isinstance(at, StageSpec) and at.stage == "race":
+            names = at.table.get("searches", [])
+            at = next((one for one in self.recipe.stages if one.name in names), None)
+        if isinstance(at, StageSpec) and at.stage == "search":
+            for name, given in self.config(at).constraints.items():
+                text = str(given).strip()
+                if text.endswith("x") and name in COLUMNS and (value := float(text[:-1])) > 0:
+                    share = min(share, 1 / value if name == "throughput" else value)
+        whole = self.parent.num_params()
+        layers = whole - replace(self.parent, blocks=()).num_params()
+        kept = max(0.0, layers - (1 - share) * whole) / max(1, layers)
+        blocks = self.parent.blocks
+        return replace(self.parent, blocks=blocks[: max(1, round(kept * len(blocks)))])
 
     def _found(self, name: str) -> int:
         """How many architectures a search has at most: what it is asked for, or has found."""
@@ -275,6 +361,9 @@ class Planner:
             return replace(line, undivided=str(error))
         plan = planned(job, self.cluster, layout)
         phases, unknown = [_phase(plan)], ""
+        if self.cluster.rates and job.student:
+            phases += [*self._heldout_losses(_spec(self.recipe, line.name), config, job)]
+            phases += [self._copying(job.student)]
         if isinstance(config, BLDConfig | CoupleConfig):
             phases.insert(0, self._calibration(config, plan))
         if isinstance(config, RolloutConfig) and job.experience and job.experience.written:
@@ -282,14 +371,42 @@ class Planner:
             phases = [*more, *phases]
         return replace(line, phases=tuple(phases), training=plan, unknown=unknown)
 
+    def _heldout_losses(self, spec: StageSpec, config: Any, job: Job) -> Iterator[Phase]:
+        """At the end of a training, or around every heat of a race, on text that is there."""
+        tokens = self._heldout(spec)
+        times = 2 * len(job.heats) if isinstance(config, RaceConfig) else 1
+        tokens = min(tokens, config.tokens) if isinstance(config, RaceConfig) else tokens
+        if not 0 < tokens < math.inf or job.experience or job.student is None:
+            return
+        n, length = job.train.microbatch_tokens, job.train.sequence_length
+        models = [job.student, job.teacher] if isinstance(config, RaceConfig) else [job.student]
+        one = sum(self._pass(m, n, length, 1, job.train.dtype) for m in models if m is not None)
+        yield Phase("held out", times * one * tokens / n, told=f"{count(tokens)} tokens")
+
+    def _heldout(self, spec: StageSpec) -> float:
+        """Tokens that are held out; infinite where the data are not there yet."""
+        data = self._above(spec, "data", ("data",))
+        place = data if isinstance(data, Path) else self.runs and data and self.runs / data.name
+        if not place or not is_done(place):
+            return math.inf
+        rows = read_table(place, "summary")
+        return sum(row["tokens"] for row in rows if row["split"] == "heldout")
+
     def _calibration(self, config: BLDConfig | CoupleConfig, plan: Plan) -> Phase:
         """Batches pass through the ranges of layers one behind the other, twice; every group of
         processes has all of them."""
         train, tokens = config.train, config.calibration_tokens
+        parts = replace(plan.parts, gradients=0.0, moments=0.0, units_whole=0.0, weights=0.0)
+        if rates := self.cluster.rates:
+            held = self._heldout(_spec(self.recipe, plan.job.name))
+            own = config.model_copy(update={"calibration_tokens": int(min(tokens, held))})
+            importance = config.importance if isinstance(config, BLDConfig) else "independent"
+            layers = len({unit.layer for unit in plan.job.units})
+            seconds = rates.calibration(own, importance, layers)
+            return Phase("calibration", seconds, parts, f"{count(tokens)} tokens")
         one = self._pass(self.parent, train.microbatch_tokens, train.sequence_length, 1)
         batches = math.ceil(tokens / train.microbatch_tokens)
         seconds = 2 * one * (1 + (batches - 1) / plan.layout.shard)
-        parts = replace(plan.parts, gradients=0.0, moments=0.0, units_whole=0.0, weights=0.0)
         return Phase("calibration", seconds, parts, f"{count(tokens)} tokens")
 
     def _rollouts(self, config: RolloutConfig, plan: Plan) -> tuple[list[Phase], str]:
@@ -345,16 +462,25 @@ class Planner:
         given = getattr(config, "dtype", "auto")
         if isinstance(config, RolloutConfig) and given == "auto":
             return config.train.dtype
-        return given if given in BYTES else "bfloat16"
+        return given if given in BYTES else "float32" if self.cluster.on_cpu else "bfloat16"
+
+    def _forward(
+        self, model: ModelConfig, tokens: int, length: int, ways: int, dtype: str
+    ) -> tuple[list[float], float]:
+        """Seconds of each layer, and of the head on every token, of one microbatch."""
+        if self.cluster.rates:
+            return self.cluster.rates.forward(model, tokens, min(length, tokens), dtype)
+        rows = Scenario(batch=max(1, tokens // length), prompt=min(length, tokens), new=2)
+        serving = self._serving(dtype, ways, training=True)
+        layers = [prefill for prefill, _ in layer_seconds(model, rows, serving)]
+        return layers, serving.product(tokens, model.hidden_size, -(-model.vocab_size // ways))
 
     def _pass(
         self, model: ModelConfig, tokens: int, length: int, ways: int, dtype: str = "bfloat16"
     ) -> float:
         """Seconds of a forward pass of one microbatch, the head on every token included."""
-        rows = Scenario(batch=max(1, tokens // length), prompt=min(length, tokens), new=2)
-        serving = self._serving(dtype, ways, training=True)
-        layers = math.fsum(prefill for prefill, _ in layer_seconds(model, rows, serving))
-        return layers + serving.product(tokens, model.hidden_size, -(-model.vocab_size // ways))
+        layers, head = self._forward(model, tokens, length, ways, dtype)
+        return math.fsum(layers) + head
 
     def _read(self, models: Sequence[ModelConfig], config: HeldoutConfig, held: float) -> Parts:
         """Memory of forward passes. held: bytes of other things on a device."""
@@ -362,37 +488,43 @@ class Planner:
         n = config.microbatch_tokens
         widest = max(models, key=lambda model: model.hidden_size)
         variants = [variant for block in widest.blocks for variant in (block.attention, block.ffn)]
+        loss = loss_bytes(widest, n, size, len(models) > 1, not self.cluster.on_cpu)
+        if (rates := self.cluster.rates) is not None:
+            length, dtype = config.sequence_length, self._dtype(config)
+            loss = max(loss, rates.head_memory(n, min(n, length), dtype))
         return self._reserved(
             weights=size * sum(held_params(model, ways) for model in models),
             beside=held,
             activations=size * n * working(widest, variants, ways),
-            loss=loss_bytes(widest, n, size, len(models) > 1, True),
+            loss=loss,
         )
 
     def _reserved(self, **parts: float) -> Parts:
-        return Parts(**parts, reserve=CONTEXT + SPLIT * self.cluster.device.memory)
+        return Parts(**parts, reserve=self.cluster.reserve)
 
     def _scoring(self, spec: StageSpec, config: ScoreConfig | ConditionalConfig, rounds: int):
         """Every unit alone in the parent: it, the layers behind it and the head (score.py)."""
-        space, units = units_of(self._library(spec), self.parent, spec.name)
-        parent, ways = self.parent, self._ways([self.parent], config)
+        space, parent = self._space(spec), self.parent
+        units, ways = trainable_units(space), self._ways([parent], config)
         dtype, size = self._dtype(config), BYTES[self._dtype(config)]
-        n, length = config.microbatch_tokens, config.sequence_length
-        rows = Scenario(batch=max(1, n // length), prompt=min(length, n), new=2)
-        serving = self._serving(dtype, ways, training=True)
-        layers = [prefill for prefill, _ in layer_seconds(parent, rows, serving)]
-        head = serving.product(n, parent.hidden_size, -(-parent.vocab_size // ways))
+        tokens = int(min(config.tokens, self._heldout(spec)))
+        n, length = min(config.microbatch_tokens, tokens), config.sequence_length
+        layers, head = self._forward(parent, n, length, ways, dtype)
         offered = [*space.replacements(), *space.pairs]
         own = sum(head + math.fsum(layers[unit.layer :]) for unit in offered)
-        groups, batches = self.cluster.world // ways, math.ceil(config.tokens / n)
+        groups, batches = (
+            self.cluster.world // ways,
+            tokens / n if self.runs else math.ceil(tokens / n),
+        )
         seconds = batches * own / groups + batches * (math.fsum(layers) + 2 * head)
         largest = max(
             (sum(unit_params(parent, u.kind, u.word) for u in units if u.layer == layer))
             for layer in {unit.layer for unit in units}
         )
-        states = config.tokens * parent.hidden_size * (4 + 3 * size)
+        states = tokens * parent.hidden_size * (4 + 3 * size)
         parts = self._read([parent], config, size * largest / ways)
-        told = f"{len(offered):,} words on {count(config.tokens)} tokens, {groups} shares"
+        told = f"{len(offered):,} words on {count(tokens)} tokens"
+        told += f", {groups} shares" if groups > 1 else ""
         return Phase("reading", rounds * seconds, replace(parts, states=states), told)
 
     def _answering(
@@ -404,6 +536,7 @@ class Planner:
         ways: int,
         dtype: str,
         loaded: bool = True,
+        prompt: int = PROMPT,
     ) -> Phase:
         """An engine of `ways` devices in every group of them, at most `most` answers at a time.
 
@@ -411,9 +544,9 @@ class Planner:
         """
         own = math.ceil(answers / max(1, self.cluster.world // ways))
         batch = min(own, most)
-        serving = self._serving(dtype, ways)
-        scenario = Scenario(batch=batch, prompt=PROMPT, new=max(2, length))
-        prefill, step = model_seconds(model, scenario, serving)
+        scenario = Scenario(batch=batch, prompt=prompt, new=max(2, length))
+        read = min(batch * prompt, PREFILL_TOKENS if self.cluster.rates else sys.maxsize)
+        prefill, step = self._generation(model, scenario, ways, dtype)
         size = BYTES[dtype]
         heads = sum(
             kept.num_key_value_heads / (ways if splits(model, kept, ways) else 1)
@@ -422,15 +555,29 @@ class Planner:
         )
         variants = [variant for block in model.blocks for variant in (block.attention, block.ffn)]
         parts = self._reserved(
-            weights=size * held_params(model, ways),
+            weights=size * _packed(model, ways),
             cache=size * scenario.cached_tokens * 2 * model.head_dim * heads,
-            activations=size * batch * PROMPT * working(model, variants, ways),
+            activations=size * read * working(model, variants, ways),
         )
         # An engine lays the weights out while the model that it takes them from is there.
-        both = replace(parts, cache=0.0, activations=0.0, beside=PACKED * parts.weights)
+        beside = PACKED * parts.weights
+        if self.cluster.on_cpu:  # and the head, whose norm is folded into it in float32
+            beside = size * held_params(model, ways) + 6.0 * model.vocab_size * model.hidden_size
+        both = replace(parts, cache=0.0, activations=0.0, beside=beside)
         parts = max(parts, both, key=lambda one: one.total) if loaded else parts
-        told = f"{length:,} tokens each, {batch} at a time on {ways} GPU{'s' * (ways > 1)}"
+        where = f" on {ways} GPU{'s' * (ways > 1)}"
+        told = f"{length:,} tokens each, {batch} at a time{where}"
+        if self.cluster.rates:
+            told = f"at most {length:,} tokens each, {batch} at a time"
         return Phase("answering", own / batch * (prefill + length * step), parts, told)
+
+    def _generation(
+        self, model: ModelConfig, scenario: Scenario, ways: int, dtype: str
+    ) -> tuple[float, float]:
+        """Seconds of (prefill, one decode step)."""
+        if self.cluster.rates:
+            return self.cluster.rates.generation(model, scenario, dtype)
+        return model_seconds(model, scenario, self._serving(dtype, ways))
 
     def _judging(self, config: Any, samples: int) -> tuple[list[Phase], str]:
         """Checkers run beside every process; what a server takes is its own."""
@@ -444,16 +591,23 @@ class Planner:
 
     def _phases(self, spec: StageSpec, config: Any) -> tuple[list[Phase], str]:
         """Of a stage that trains nothing, and what is not known of it."""
-        child, parent = self.child or self.parent, self.parent
+        child, parent = self._model(spec), self.parent
         match config:
             case DataConfig():
-                return [], f"tokenising, {TOKENISED / 1e6:.1f} MB of text a CPU second"
+                return self._tokenising(spec, config)
             case ParentConfig():
                 return [self._copying(parent)], ""
             case ScoreConfig():
                 return [self._scoring(spec, config, 1)], ""
             case SearchConfig(conditional=ConditionalConfig() as own):
-                return [self._scoring(spec, own, own.rounds + own.polish)], ""
+                scored = self._scoring(spec, own, own.rounds + own.polish)
+                return [scored, self._solving(config)], ""
+            case SearchConfig():
+                return [self._solving(config)], ""
+            case CostConfig(source="measured"):
+                return [self._timing(spec, config)], ""
+            case MergeConfig() | CostConfig():
+                return [Phase("copying", 0.0)], ""
             case ChildConfig():
                 return [self._copying(child)], ""
             case FuseConfig():
@@ -462,30 +616,134 @@ class Planner:
                 models = len(spec.table.get("models", [])) * [child]
                 return [self._comparing(config, [parent, *models])], ""
             case ProfileConfig(samples=0):
-                return [], ""
+                return [Phase("copying", 0.0)], ""
             case ProfileConfig():
-                prompts = config.limit or 0
-                ways = self._ways([child], config)
-                told = "" if prompts else "as many prompts as the files hold; `limit` bounds them"
-                answers, dtype = prompts * config.samples, self._dtype(config)
-                if not prompts:
-                    return [], told
-                answered = self._answering(
-                    child, answers, config.max_tokens, config.batch, ways, dtype
-                )
-                judged, unknown = self._judging(config, answers)
-                return [answered, *judged], unknown
+                return self._profiling(spec, config, child)
             case EvalConfig():
-                ways, modes = self._ways([child], config), 2
-                asked = len(config.tasks) * (config.limit or ITEMS) * modes
-                length = config.max_tokens or 4096
-                phase = self._answering(
-                    child, asked, length, config.batch, ways, self._dtype(config)
-                )
-                return [phase], ""
+                return self._evaluating(config, child)
+            case CurateConfig():
+                return self._curating(spec, config)
             case ExportConfig():
                 return [self._copying(child, 2 if config.check else 1)], ""
-        return [], "" if spec.stage in ("search", "cost") else "what it takes"
+        return [], "no model of it yet"
+
+    def _tokenising(self, spec: StageSpec, config: DataConfig) -> tuple[list[Phase], str]:
+        """Of files that are here, with the tokenizer of a model that is here."""
+        rates, model = self.cluster.rates, self._above(spec, "model", ())
+        if rates is None:
+            return [], f"tokenising, {TOKENISED / 1e6:.1f} MB of text a CPU second"
+        known = config.tokenizer if isinstance(config.tokenizer, str) else None
+        if isinstance(model, StageSpec):
+            known = model.table.get("path")
+        files = [path for path in config.files if path.is_file()]
+        drawn = sum(sum(one.tasks.values()) for one in config.readings.values())
+        drawn += self._curated(spec)
+        size = sum(path.stat().st_size for path in files) + DRAWN * drawn
+        unknown = [one.dataset for one in config.readings.values() if one.dataset]
+        rate = TOKENISED
+        if known and known != "byte" and Path(known).exists():
+            rate = rates.tokenised(Path(known))
+        told = f"{size / 1e6:.3g} MB of text"
+        parts = self._reserved(beside=4.0 * size)
+        phase = Phase("tokenising", size / rate, parts, told)
+        return [phase], f"the dataset {unknown[0]}" if unknown else ""
+
+    def _timing(self, spec: StageSpec, config: CostConfig) -> Phase:
+        """Rounds of every probe: each word in `depth` layers, and whole architectures; all of their
+        engines are there at once."""
+        parent = self.parent
+        words = [word for word in offered_words(self._space(spec)) if word[1] != "noop"]
+        depth = config.depth or len(parent.blocks)
+        empty = BlockConfig(NoOp(), NoOp())
+        models = [replace(parent, blocks=())]
+        for kind, word in words:
+            block = empty.with_(kind, parse_kind(kind, word))
+            models.append(replace(parent, blocks=(block,) * depth))
+        models += [parent] * (1 + config.wholes) * bool(config.wholes)
+        dtype = "bfloat16" if config.dtype == "bf16" else "float32"
+        dtype = self._dtype(config) if config.dtype == "auto" else dtype
+        seconds = 0.0
+        for _, scenario in config.priced():
+            found = [self._generation(model, scenario, 1, dtype) for model in models]
+            each = sum(PREFILLS * prefill + scenario.new * step for prefill, step in found)
+            seconds += (config.rounds + 1) * each
+        size = BYTES[dtype]
+        largest = max(models, key=lambda model: model.num_params())
+        parts = self._reserved(
+            weights=size * sum(_packed(model, 1) for model in models),
+            beside=float(4 * largest.num_params()),  # one that an engine is made of
+        )
+        told = f"{config.rounds + 1} rounds of {len(models)} models"
+        return Phase("timing", seconds, parts, told)
+
+    def _profiling(
+        self, spec: StageSpec, config: ProfileConfig, child: ModelConfig
+    ) -> tuple[list[Phase], str]:
+        prompts = config.limit or sum(config.tasks.values())
+        if config.paths and self.cluster.rates:
+            rows = sum(_rows(path) for path in expand(without_chats(config.paths)))
+            rows += self._curated(spec)
+            prompts = min(config.limit or sys.maxsize, sum(config.tasks.values()) + rows)
+        elif config.paths and not config.limit:
+            prompts = 0
+        if not prompts:
+            return [], "as many prompts as the files hold; `limit` bounds them"
+        ways, answers = self._ways([child], config), prompts * config.samples
+        dtype = self._dtype(config)
+        answered = self._answering(child, answers, config.max_tokens, config.batch, ways, dtype)
+        judged, unknown = self._judging(config, answers)
+        return [answered, *judged], unknown
+
+    def _evaluating(self, config: EvalConfig, child: ModelConfig) -> tuple[list[Phase], str]:
+        if config.endpoint:
+            return [], f"what {config.endpoint.model} answers"
+        ways, modes = self._ways([child], config), 2
+        if self.cluster.rates and (config.asking == "text" or config.thinking != "both"):
+            modes = 1
+        phases = []
+        for task in config.tasks:
+            items = (find(task).limit if self.cluster.rates and task != PERPLEXITY else 0) or ITEMS
+            length = config.max_tokens or 4096
+            asked = min(config.limit or items, items) * modes
+            dtype = self._dtype(config)
+            phase = self._answering(child, asked, length, config.batch, ways, dtype)
+            phases.append(replace(phase, told=f"{asked:,} answers, {phase.told}"))
+        most = max(phases, key=lambda phase: phase.parts.total)
+        seconds = sum(phase.seconds for phase in phases)
+        told = phases[0].told if len(phases) == 1 else f"{len(phases)} tasks"
+        judge = f"what {config.judge.model} judges" if config.judge else ""
+        return [Phase("answering", seconds, most.parts, told)], judge
+
+    def _curating(self, spec: StageSpec, config: CurateConfig) -> tuple[list[Phase], str]:
+        """What a teacher of this process answers: as many rows as the files hold, at the longest;
+        what the steps before leave out is not known."""
+        phases, unknown, rows = [], [], 0
+        for step, rows in _rows_before(config):
+            if not isinstance(step, AskStep):
+                continue
+            teacher = config.teachers[step.teacher]
+            if not isinstance(teacher, EngineConfig):
+                unknown.append(f"what {step.teacher} answers")
+                continue
+            answers = rows * getattr(step, "n", 1)
+            length, model = getattr(step, "max_tokens", 1), self._model(spec)
+            ways, dtype = self._ways([model], teacher), self._dtype(teacher)
+            phase = self._answering(model, answers, length, teacher.batch, ways, dtype)
+            phases.append(replace(phase, told=f"{answers:,} answers, {phase.told}"))
+        parts = self._reserved(beside=2e3 * rows)
+        return [*phases, Phase("filtering", rows / FILTERED, parts)], ", ".join(unknown)
+
+    def _curated(self, spec: StageSpec) -> int:
+        """Rows that the stage's `chats` gives at most."""
+        chats = self._above(spec, "chats", ())
+        if isinstance(chats, StageSpec):
+            *_, (_, rows) = _rows_before(self.config(chats))
+            return rows
+        return 0
+
+    def _solving(self, config: SearchConfig) -> Phase:
+        told = f"integer programs, mostly a second each, at most {clock(config.time_limit)}"
+        return Phase("solving", float(config.solutions), self._reserved(), told)
 
     def _fusing(self, config: FuseConfig, model: ModelConfig) -> Phase:
         """The dependency matrix: each FFN-only block left out, and all behind it again. What could
@@ -502,42 +760,49 @@ class Planner:
     def _comparing(self, config: CompareConfig, models: list[ModelConfig]) -> Phase:
         ways, size = self._ways(models, config), BYTES[self._dtype(config)]
         one = sum(
-            self._pass(model, config.microbatch_tokens, config.sequence_length, ways)
+            self._pass(
+                model, config.microbatch_tokens, config.sequence_length, ways, self._dtype(config)
+            )
             for model in models
         )
         batches = math.ceil(config.tokens / config.microbatch_tokens)
-        serving = self._serving("bfloat16", ways)
-        rounds = [model_seconds(model, config.scenario, serving) for model in models]
+        dtype = self._dtype(config) if self.cluster.rates else "bfloat16"
+        rounds = [self._generation(model, config.scenario, ways, dtype) for model in models]
         timed = sum(prefill + config.scenario.new * step for prefill, step in rounds)
         seconds = batches * 2 * one * ways / self.cluster.world + (config.rounds + 1) * 2 * timed
         packed = size * PACKED * max(held_params(model, ways) for model in models)
         return Phase("reading", seconds, self._read(models, config, packed))
 
     def _copying(self, model: ModelConfig, times: int = 2) -> Phase:
-        return Phase("copying", times * self._bytes(model) / COPY)
+        rate = self.cluster.rates.copied() if self.cluster.rates else COPY
+        size = self._bytes(model)
+        embedding = 4.0 * model.vocab_size * model.hidden_size  # the largest tensor, read and cast
+        parts = self._reserved(beside=2 * embedding) if self.cluster.rates else Parts()
+        return Phase("copying", times * size / rate, parts)
 
     def _bytes(self, model: ModelConfig) -> float:
-        return BYTES["bfloat16"] * float(model.num_params())
+        """Of its files; of one that was trained here float32."""
+        return BYTES["float32" if self.runs else "bfloat16"] * float(model.num_params())
 
-    def _host(self, config: Any) -> float:
+    def _host(self, spec: StageSpec, config: Any) -> float:
         """Bytes in one machine's memory: of a fused model, which is made there whole, and of state
         that waits there."""
         match config:
             case FuseConfig():
-                return self._bytes(self.child or self.parent)
+                return self._bytes(self._model(spec))
             case BaseModel(train=TrainConfig(parallel=ParallelConfig(offload=True)) as train):
                 state = 4 + 4 + MOMENTS[train.optimizer]
-                return state * (self.child or self.parent).num_params() / self.cluster.nodes
+                return state * self._model(spec).num_params() / self.cluster.nodes
         return 0.0
 
-    def _disk(self, config: Any) -> float:
+    def _disk(self, spec: StageSpec, config: Any) -> float:
         """Bytes that a stage leaves, or holds at its end: a training its resume states, too."""
-        child = self.child or self.parent
+        child = self._model(spec)
         match config:
             case ParentConfig():
                 return self._bytes(self.parent)
-            case BLDConfig():
-                units = units_of(config, self.parent, "bld")[1]
+            case BLDConfig() | CoupleConfig():
+                units = self._units(spec, config)
                 return 4.0 * sum(unit_params(self.parent, u.kind, u.word) for u in units)
             case ChildConfig() | FuseConfig() | ExportConfig():
                 return self._bytes(child)
@@ -591,7 +856,7 @@ class Planner:
             layers = config.layers_at_once or len(self.parent.blocks)
             found["layers_at_once"] = _halves(layers, 1)
         if "tensor" in type(config).model_fields:
-            least = self._ways([self.child or self.parent], config)
+            least = self._ways([self._model(spec)], config)
             found["tensor"] = [n for n in (2, 4, 8, 16) if n > least]
         for key in ("batch", "engine_batch", *([] if train else ["tokens", "microbatch_tokens"])):
             if key in type(config).model_fields:
@@ -627,6 +892,34 @@ def _phase(plan: Plan) -> Phase:
         f"{count(plan.job.tokens)} tokens, {plan.time.total:.3g} s a step, MFU {plan.time.mfu:.0%}"
     )
     return Phase("training", plan.seconds, plan.parts, told)
+
+
+def _packed(model: ModelConfig, ways: int) -> float:
+    """Numbers that an engine holds of a model: a tied head is there twice."""
+    tied = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
+    return held_params(model, ways) + tied
+
+
+def _spec(recipe: Recipe, name: str) -> StageSpec:
+    return next(spec for spec in recipe.stages if spec.name == name)
+
+
+def _rows_before(config: CurateConfig) -> Iterator[tuple[Any, int]]:
+    """Every step with the rows that it gets at most; None is the end."""
+    rows = sum(_rows(path) for one in config.sources for path in one.files())
+    rows += sum(sum(one.tasks.values()) for one in config.sources)
+    for step in config.steps:
+        yield step, rows
+        rows *= getattr(step, "n", 1) if isinstance(step, AskStep) else 1
+        rows = step.rows if isinstance(step, Blend) and step.rows else rows
+    yield None, rows
+
+
+def _rows(path: Path) -> int:
+    if not is_lines(path):
+        return sum(1 for _ in read_rows(path))
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def parent_of(recipe: Recipe, config: Path | None) -> ModelConfig:
@@ -687,3 +980,33 @@ def _rendered(line: Line) -> str:
     if line.unknown:
         told.append(f"  not known {line.unknown}")
     return "\n".join(told)
+
+
+def told_here(line: Line) -> list[str]:
+    """What a stage takes on this machine: time, memory, disk; then what it is made of."""
+    parts = {k.replace("_", " "): v for k, v in asdict(line.parts).items() if v >= 0.005 * GB}
+    named = ", ".join(f"{key} {value / GB:.2g}" for key, value in parts.items())
+    memory = f", {line.parts.total / GB:.2g} GB of memory ({named})" if line.parts.total else ""
+    disk = f", {line.disk / GB:.2g} GB on disk" if line.disk >= 0.005 * GB else ""
+    told = [f"about {clock(line.seconds)}{memory}{disk}"] if line.phases else []
+    for one in line.phases:
+        if one.told and (len(line.phases) > 1 or one.name != "training"):
+            told.append(f"{one.name} {clock(one.seconds)}: {one.told}")
+    told += [f"WARNING: {line.undivided}"] if line.undivided else []
+    told += [f"WARNING: it does not fit; {one}" for one in line.advice]
+    told += [line.hint] if line.hint else []
+    return told + ([f"not known: {line.unknown}"] if line.unknown else [])
+
+
+def total_here(lines: Sequence[Line]) -> str:
+    """The sum of the stages that are to be run."""
+    if not lines:
+        return "all is done"
+    most = max(lines, key=lambda line: line.parts.total)
+    seconds = clock(sum(line.seconds for line in lines))
+    unknown = [line.name for line in lines if line.unknown or not line.phases]
+    rest = f"; not all of {', '.join(unknown)} is known" if unknown else ""
+    return (
+        f"in all about {seconds}, at most {most.parts.total / GB:.2g} GB of memory ({most.name}), "
+        f"{sum(line.disk for line in lines) / GB:.2g} GB on disk{rest}"
+    )

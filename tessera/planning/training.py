@@ -12,92 +12,61 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from tessera import dist
-from tessera.devices import GB, Device, DeviceError, find_device
+from tessera.devices import CPU, GB, Device, DeviceError, find_device
 from tessera.model.config import GQA, BlockConfig, Chain, ModelConfig, NoOp, SwiGLU, Variant, parse
 from tessera.model.parallel import held_params, root_params, split_params
 from tessera.model.placement import LayoutError, ParallelConfig
-from tessera.model.source import load_config
 from tessera.puzzle.bld import (
-    BLDConfig,
-    CoupleConfig,
     LocalConfig,
     Memory,
-    largest_pairs,
     training_memory,
     unit_params,
-    units_of,
 )
-from tessera.puzzle.library import union
+from tessera.puzzle.cost_table import Scenario
 from tessera.puzzle.ranges import by_range, layer_ranges, units_cost
-from tessera.puzzle.space import Space, Unit, read_space
+from tessera.puzzle.space import Unit
+from tessera.rl.policy import GKDConfig
 from tessera.rl.preference import RPOConfig
 from tessera.rl.rollouts import RolloutConfig
-from tessera.runs.plan import Input, Step, maker
-from tessera.runs.run import is_done
+from tessera.train.checkpoint import LEAST
 from tessera.train.flops import Work, block_cost, kept, model_cost, working
 from tessera.train.losses import PORTIONS
 from tessera.train.optim import TrainConfig
 
-
-def stage_memory(step: Step, steps: Sequence[Step]) -> Memory | None:
-    """Of a stage that trains units. None for others, and while the parent is not known.
-
-    `couple` is bounded by the largest pairs its searches could choose. Raises ConfigError where
-    the words or layers asked for do not fit the parent.
-    """
-    config = step.config
-    if not isinstance(config, LocalConfig) or (parent := _parent(step, steps)) is None:
-        return None
-    if isinstance(config, BLDConfig):
-        _, keys = units_of(config, parent, step.name)
-    else:
-        assert isinstance(config, CoupleConfig)
-        if (space := _library_space(step.inputs["library"], steps)) is None:
-            return None
-        keys = largest_pairs(config, space, parent, step.name)
-    shard = config.train.parallel.shard or 1
-    processes = dist.world() if dist.world() % shard == 0 else shard  # those it needs at least
-    return training_memory(parent, keys, config, processes)
-
-
-def _parent(step: Step, steps: Sequence[Step]) -> ModelConfig | None:
-    """The parent's config, from its run or from the checkpoint that is to be imported."""
-    path = step.inputs["parent"]
-    assert isinstance(path, Path)
-    planned = maker(path, steps)
-    if planned is None or is_done(path):
-        return load_config(path)
-    imported = planned.files.get("path")
-    return load_config(imported) if isinstance(imported, Path) else None
-
-
-def _library_space(path: Input, steps: Sequence[Step]) -> Space | None:
-    """The space of a library run, finished or planned."""
-    assert isinstance(path, Path)
-    if is_done(path):
-        return read_space(path)
-    step = maker(path, steps)
-    assert step is not None
-    if isinstance(step.config, BLDConfig):
-        parent = _parent(step, steps)
-        return None if parent is None else units_of(step.config, parent, step.name)[0]
-    if "libraries" not in step.inputs:
-        return _library_space(step.inputs["library"], steps)
-    libraries = step.inputs["libraries"]
-    assert isinstance(libraries, list)
-    spaces = [_library_space(one, steps) for one in libraries]
-    known = [space for space in spaces if space is not None]
-    return union(known) if len(known) == len(spaces) else None
-
-
 # What one GPU sends to another machine in one direction: a 400 Gb/s port each, as DGX H100 has.
 NETWORK = 50 * GB
 _CLUSTER = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?([A-Za-z].*)")
+
+
+class Rates(Protocol):
+    """Seconds that were measured (`here.py`), instead of a data sheet's."""
+
+    resident: float  # bytes that a process holds before its stage begins
+
+    def step(self, job: Job) -> StepTime: ...
+
+    def forward(
+        self, model: ModelConfig, tokens: int, length: int, dtype: str
+    ) -> tuple[list[float], float]: ...
+
+    def head_memory(self, tokens: int, length: int, dtype: str) -> float: ...
+
+    def calibration(self, config: LocalConfig, importance: str, layers: int) -> float: ...
+
+    def generation(
+        self, model: ModelConfig, scenario: Scenario, dtype: str
+    ) -> tuple[float, float]: ...
+
+    def copied(self) -> float: ...
+
+    def tokenised(self, tokenizer: Path) -> float: ...
+
+    def peak(self, dtype: str) -> float: ...
 
 
 class ClusterError(ValueError):
@@ -106,16 +75,29 @@ class ClusterError(ValueError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes` machines of `gpus` devices; network: bytes a second a device, one direction."""
+    """`nodes` machines of `gpus` devices; network: bytes a second a device, one direction. rates:
+    of the machine at hand, where they were measured."""
 
     nodes: int
     gpus: int
     device: Device
     network: float = NETWORK
+    rates: Rates | None = None
 
     @property
     def world(self) -> int:
         return self.nodes * self.gpus
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.name == CPU
+
+    @property
+    def reserve(self) -> float:
+        """Bytes that a device keeps for what is no tensor of ours."""
+        if self.on_cpu:
+            return self.rates.resident if self.rates else 0.0
+        return CONTEXT + SPLIT * self.device.memory
 
     def link(self, ranks: int) -> float:
         """Bytes a second between `ranks` neighbours: the slower network where machines differ."""
@@ -152,7 +134,7 @@ class Experience:
 
     engine: processes that hold weights to answer with together, 0 where vLLM or files do; it sleeps
     while the policy trains, but where it answers `ahead`. written: answers of a rollout, 0 from
-    files.
+    files. distilled: the teacher's logits stand beside the policy's.
     """
 
     groups: int
@@ -162,6 +144,7 @@ class Experience:
     engine: int
     written: int
     ahead: bool
+    distilled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -186,7 +169,7 @@ class Experience:
 
 
 def experience(config: RolloutConfig) -> Experience:
-    """Of a step of `grpo`, `rloo` or `rpo`; of files, pairs as long as `max_tokens` says."""
+    """Of a step of `grpo`, `rloo`, `gkd` or `rpo`; of files, pairs as long as `max_tokens` says."""
     groups, answers = -(-config.prompts_per_rollout // config.updates_per_rollout), config.samples
     written = config.prompts_per_rollout * config.samples * (1 + config.dynamic_sampling)
     if isinstance(config, RPOConfig):
@@ -197,7 +180,8 @@ def experience(config: RolloutConfig) -> Experience:
     length = min(config.max_tokens, row)
     prompt = max(1, min(PROMPT, row - length + 1))
     engine = int(bool(written) and config.engine == "tessera")
-    return Experience(groups, answers, length, prompt, engine, written, bool(config.staleness))
+    ahead, distilled = bool(config.staleness), isinstance(config, GKDConfig)
+    return Experience(groups, answers, length, prompt, engine, written, ahead, distilled)
 
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -257,6 +241,7 @@ class Parts:
     states: float = 0.0
     units_whole: float = 0.0
     beside: float = 0.0
+    state: float = 0.0
     reserve: float = 0.0
 
     @property
@@ -307,7 +292,9 @@ def _model(job: Job, layout: Layout, accelerator: bool) -> Parts:
         gathered=gathered,
         activations=size * n * numbers,
         # A reference's log-probs are taken before the policy's: its logits are gone by then.
-        loss=loss_bytes(student, n, size, bool(job.teacher and not job.experience), accelerator),
+        loss=loss_bytes(
+            student, n, size, bool(job.teacher and (own is None or own.distilled)), accelerator
+        ),
         engine=size * held_params(student, engine) if engine else 0.0,
     )
 
@@ -419,7 +406,9 @@ def microbatches(job: Job, layout: Layout) -> int:
 
 
 def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
-    """The roofline of one optimizer step."""
+    """The roofline of one optimizer step, or what was measured."""
+    if cluster.rates is not None:
+        return cluster.rates.step(job)
     if job.units:
         return _library_time(job, layout, cluster)
     device, train = cluster.device, job.train
@@ -643,8 +632,11 @@ class Plan:
 def planned(job: Job, cluster: Cluster, layout: Layout) -> Plan:
     if job.units:
         job = replace(job, passes=_library(job, layout).passes)
-    parts = memory(job, layout, cluster.device.memory)
-    return Plan(job, cluster, layout, parts, step_time(job, layout, cluster))
+    parts = memory(job, layout, cluster.device.memory, not cluster.on_cpu)
+    parts, time = replace(parts, reserve=cluster.reserve), step_time(job, layout, cluster)
+    if cluster.on_cpu and job.steps * time.total > LEAST:  # a state is copied while it is written
+        parts = replace(parts, state=parts.weights + parts.moments)
+    return Plan(job, cluster, layout, parts, time)
 
 
 def layout_of(job: Job, cluster: Cluster) -> Layout:

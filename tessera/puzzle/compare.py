@@ -74,11 +74,13 @@ def quality(
 
         found = token_statistics(own, module.head, logits, batch.labels.flatten())
         weight = batch.weight.flatten()
+        bar.advance(1, int((batch.segments >= 0).sum()))
         return {key: float(values @ weight) for key, values in found.items()} | {
             "weight": float(weight.sum())
         }
 
-    with gathered(parent, module):
+    mine = layout.mine(batches)
+    with gathered(parent, module), Progress("held-out text", len(mine), "tokens") as bar:
         rows = layout.share(len(batches), sums)
     total = {key: sum(row[key] for row in rows) for key in rows[0]}
     weight = total.pop("weight")

@@ -68,6 +68,8 @@ class CostConfig(PricedConfig):
     def _defaults(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        names = {"float32": "fp32", "bfloat16": "bf16"}  # as every other table calls them
+        given = {k: names.get(str(v), v) if k == "dtype" else v for k, v in given.items()}
         own = {"roofline": "fp32" if str(given.get("device")).lower() == CPU else "bf16"}
         own["counted"] = "fp32"
         table = {"dtype": own.get(str(given.get("source")), "auto"), **given}

@@ -82,7 +82,7 @@ def sweep(
 
     def search(method: Method, share: float) -> Row:
         try:
-            rows, solver, _ = find(config.at(method, share), inputs)
+            rows, solver, _ = find(config.at(method, share), inputs, run=run)
         except SearchError as error:
             return {"found": {}, "reason": str(error)}
         first: dict[str, tuple[Row, float]] = {}

@@ -40,7 +40,7 @@ from tessera.puzzle.cost_table import Words
 from tessera.puzzle.library import assemble, load_unit
 from tessera.puzzle.space import Space, Unit, read_space, write_space
 from tessera.puzzle.surgery import walk
-from tessera.runs.files import SharedJournal
+from tessera.runs.files import SharedJournal, fingerprint
 from tessera.runs.run import Run, read_json
 from tessera.train.losses import chunks
 
@@ -326,18 +326,21 @@ def score_given(
     answers: Sequence[Answers] = (),
     run: Run | None = None,
     layout: Layout = ALONE,
+    part: str = "",
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(`current`'s own metrics against the parent; rows {layer, kind, word, kl, …, task.…, tokens},
     the changes that each unit alone makes to them, agreement as it is).
 
     The tensor groups of the layout share the work. With a run, what is finished is kept in its
-    state, so a killed scoring goes on where it was, in any number of processes.
+    state, so a killed scoring goes on where it was, in any number of processes. part: of a run
+    that scores several times, which of them.
     """
     work = [*batches, *answers]
     counts = Counter(unit.layer for unit in units)
     places = itertools.product([*sorted(counts), len(current.blocks)], range(len(work)))
     cells = {f"{layer}/{item}": (layer, item) for layer, item in places}
-    with nullcontext() if run is None else SharedJournal(run.state_path / "scores.jsonl") as kept:
+    file = run and run.state_path / f"scores{part}.jsonl"
+    with nullcontext() if file is None else SharedJournal(file) as kept:
         found = {} if kept is None else {key: kept.get(key)["found"] for key in kept}
         mine = layout.mine([cell for key, cell in cells.items() if key not in found])
         known = sum(counts[cells[key][0]] for key in found)
@@ -387,9 +390,18 @@ class ConditionalConfig(HeldoutConfig):
 
 
 class Rescorer:
+    """What replacements do to an architecture; measured once, if there is a run to keep it in."""
+
     def __init__(
-        self, config: ConditionalConfig, parent: Path, library: Path, data: Path, space: Space
+        self,
+        config: ConditionalConfig,
+        parent: Path,
+        library: Path,
+        data: Path,
+        space: Space,
+        run: Run | None = None,
     ) -> None:
+        self.run = run
         self.path, self.library, self.space = parent, library / "library", space
         self.placement = config.placement(parent, parent)  # the second: an architecture
         self.parent = self.placement.load(parent, frozen=True)
@@ -404,7 +416,10 @@ class Rescorer:
         units = LibraryUnits.of(self.library, self.parent, self.space, self.placement)
         others = replace(units, units=[one for one in (*units, *self.own) if one not in held])
         layout = self.placement.layout
-        own, rows = score_given(self.parent, current, others, self.batches, layout=layout)
+        part = f"-{fingerprint([list(pair) for pair in words])[:12]}"
+        own, rows = score_given(
+            self.parent, current, others, self.batches, run=self.run, layout=layout, part=part
+        )
         unchanged = dict.fromkeys(own, 0.0)
         rows += [{**unit._asdict(), **unchanged} for unit in held]
         return own, rows

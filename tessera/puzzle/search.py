@@ -450,7 +450,7 @@ def polish(
     return words
 
 
-def conditional_search(read: Read, inputs: Mapping) -> Found:
+def conditional_search(read: Read, inputs: Mapping, run: Run | None) -> Found:
     config, parent, space, scores, costs = read
     conditional = config.conditional
     assert conditional is not None
@@ -462,7 +462,8 @@ def conditional_search(read: Read, inputs: Mapping) -> Found:
             f"search.conditional measures {', '.join(METRICS[:3])} anew, and no {config.minimize}; "
             "minimise one of those, or leave conditional out"
         )
-    rescorer = Rescorer(conditional, inputs["parent"], inputs["library"], inputs["data"], space)
+    parent_run, library, data = (inputs[need] for need in ("parent", "library", "data"))
+    rescorer = Rescorer(conditional, parent_run, library, data, space, run)
     found: dict[tuple, Found] = {}
 
     def solve_at(rows: Rows, share: float, near: Near | None = None) -> Architecture:
@@ -532,11 +533,15 @@ def optimality(solution: Solution) -> str:
 
 
 def find(
-    config: SearchConfig, inputs: Mapping, say: Callable[[str], None] = lambda _: None
+    config: SearchConfig,
+    inputs: Mapping,
+    say: Callable[[str], None] = lambda _: None,
+    run: Run | None = None,
 ) -> tuple[list[Row], Solver, Found]:
     """(rows of `tables/architectures.json`, best first; the solver; what the first row is of).
     Every process calls it: the main one solves, all of them score for a conditional search.
-    inputs: paths of the runs parent, scores, costs, and library and data or None."""
+    inputs: paths of the runs parent, scores, costs, and library and data or None. run: whose state
+    keeps what a conditional search has measured."""
     read = (
         config,
         load_config(inputs["parent"]),
@@ -549,7 +554,7 @@ def find(
     if config.method == "mip":
         found = [("mip", one) for one in dist.on_main(solver.architectures)]
         if config.conditional:
-            found.append(("conditional", conditional_search(read, inputs)))
+            found.append(("conditional", conditional_search(read, inputs, run)))
     else:
         methods: dict[str, Callable[..., Found]] = {
             "uniform": baselines.uniform,
@@ -569,7 +574,7 @@ def find(
 
 def stage(config: SearchConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `search`: write `tables/architecture.json`, the child's words and what is promised."""
-    rows, solver, best = find(config, inputs, run.say)
+    rows, solver, best = find(config, inputs, run.say, run)
     run.write_json("architecture", rows[0])
     run.write_json("architectures", rows)
     if best.solution is not None and config.prices and dist.is_main():

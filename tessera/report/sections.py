@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -274,12 +274,12 @@ def samples(runs: Runs) -> Iterator[Block]:
         for word, file in (("first", files[0]), ("last", files[-1])):
             rows = run.lines(f"samples/{file.name}")[: 2 * SHOWN]
             yield Text(f"{run.name}: the {word} samples it kept (step {int(file.stem)}).")
-            yield Samples(
-                [
-                    (r["prompt"], [(f"{r['kind']}, reward {r['reward']:.2f}", _cut(r["text"]))])
-                    for r in rows
-                ]
-            )
+            yield Samples([(r["prompt"], [(_worth(r), _cut(r["text"]))]) for r in rows])
+
+
+def _worth(row: Mapping[str, Any]) -> str:
+    """Of a kept sample; without a reward where none was asked for, or it could not be judged."""
+    return row["kind"] if row["reward"] is None else f"{row['kind']}, reward {row['reward']:.2f}"
 
 
 def _answers(runs: Runs) -> Iterator[Block]:

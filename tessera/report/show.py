@@ -227,7 +227,9 @@ def samples(path: Path) -> list[dict[str, Any]]:
         return _judged(file)
     files = sorted((path / "samples").glob("*.jsonl"))
     if not files:
-        raise RunError(f"{path} keeps no samples; runs of grpo, rloo, rpo, eval and profile do")
+        raise RunError(
+            f"{path} keeps no samples; runs of grpo, rloo, gkd, rpo, eval and profile do"
+        )
     ends = [files[0], *files[-1:]] if len(files) > 1 else files
     return [row for file in ends for row in _lines(file)]
 
@@ -258,7 +260,8 @@ def _sample(row: Mapping[str, Any]) -> str:
         for name, score in row["parts"].items()
     )
     worth = "left out" if row["reward"] is None else f"reward {row['reward']:.3g}"
-    head = f"rollout {row['rollout']}, {row['kind']}: {worth} ({parts}), {row['tokens']} tokens"
+    worth = f"{worth} ({parts}), " if parts else ""  # of `gkd` nothing is judged
+    head = f"rollout {row['rollout']}, {row['kind']}: {worth}{row['tokens']} tokens"
     mode = f", thinking {row['mode']}" if row["mode"] else ""
     return f"{head}{mode}\n> {row['prompt']}\n{row['text']}"
 

@@ -1,23 +1,28 @@
-"""Stages `grpo` and `rloo`: learning from the policy's own answers (Llama-Nemotron §5)."""
+"""Stages `grpo`, `rloo` (Llama-Nemotron §5) and `gkd`: learning from the policy's own answers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
 from tessera.model.checkpoint import save_model
 from tessera.model.source import resolve
+from tessera.model.transformer import Transformer
+from tessera.objectives.gkd import GKD, GKDLossConfig
 from tessera.objectives.grpo import PolicyGradient, PolicyLossConfig
+from tessera.objectives.kd import load_teacher
 from tessera.rl import advantages
 from tessera.rl.advantages import Advantages
 from tessera.rl.rewards import Reward
 from tessera.rl.rollouts import RolloutConfig, Rollouts
 from tessera.runs.files import FailureError
 from tessera.runs.run import Run, read_metrics
-from tessera.train.engine import Trainer
+from tessera.train.engine import Objective, Trainer
 
 
 class Guard:
@@ -96,18 +101,42 @@ class RLOOConfig(PolicyConfig):
     kl: float = Field(default=0.01, ge=0)
 
 
+class GKDConfig(RolloutConfig, GKDLossConfig):
+    """No answer is judged, so what is about rewards is left out."""
+
+    samples: int = Field(default=1, ge=1)
+    rewards: ClassVar[tuple[Reward, ...]] = ()
+    workers: ClassVar[int] = 0
+    overlong: ClassVar[str] = "keep"
+    overlong_buffer: ClassVar[int] = 0
+    dynamic_sampling: ClassVar[int] = 0
+
+
+def _fit(
+    module: Transformer,
+    objective: Objective,
+    config: RolloutConfig,
+    rule: Advantages | None,
+    run: Run,
+    inputs: Mapping[str, Path],
+    gap_limit: float,
+) -> None:
+    """Trains `module` on its own answers to the prompts, and saves it."""
+    with Rollouts.open(module, config, rule, run, inputs) as source:
+        if config.curriculum.order == "curriculum":
+            eighth = max(1, len(source.order.batches) // 8)
+            run.write_table("curriculum", source.order.table(eighth))
+        guard = Guard(run, gap_limit)
+        Trainer(module, objective, source, config.train, run, check=guard).fit()
+    save_model(module, run.model_path, tokenizer_from=resolve(inputs["model"]))
+
+
 def train(config: PolicyConfig, rule: Advantages, run: Run, inputs: Mapping[str, Path]) -> None:
     """Trains `model` on `prompts` with the advantages of `rule`."""
     model, placement = inputs["model"], config.train.placement
     module = placement.load(model)
     objective = PolicyGradient(config, placement.load(model, frozen=True) if config.kl else None)
-    with Rollouts.open(module, config, rule, run, inputs) as source:
-        if config.curriculum.order == "curriculum":
-            eighth = max(1, len(source.order.batches) // 8)
-            run.write_table("curriculum", source.order.table(eighth))
-        guard = Guard(run, config.gap_limit)
-        Trainer(module, objective, source, config.train, run, check=guard).fit()
-    save_model(module, run.model_path, tokenizer_from=resolve(model))
+    _fit(module, objective, config, rule, run, inputs, config.gap_limit)
 
 
 def grpo(config: GRPOConfig, run: Run, inputs: dict[str, Path]) -> None:
@@ -118,3 +147,11 @@ def grpo(config: GRPOConfig, run: Run, inputs: dict[str, Path]) -> None:
 def rloo(config: RLOOConfig, run: Run, inputs: dict[str, Path]) -> None:
     """Stage `rloo`."""
     train(config, advantages.rloo, run, inputs)
+
+
+def gkd(config: GKDConfig, run: Run, inputs: dict[str, Path]) -> None:
+    """Stage `gkd`: `teacher` corrects every token of what `model` answers to `prompts`."""
+    module = config.train.placement.load(inputs["model"])
+    teacher = load_teacher(inputs["teacher"], config.train, module)
+    _fit(module, GKD(teacher, config), config, None, run, inputs, math.inf)
+    run.inherit(inputs["model"], "architecture")

@@ -258,7 +258,7 @@ class Rubric:
             if outcome.score is None:
                 return Judged(None, parts)
             total += reward.weight * outcome.score
-        return Judged(total, parts)
+        return Judged(total if parts else None, parts)
 
 
 def serve(descriptor: int, parent: int, memory_bytes: int) -> None:

@@ -130,14 +130,17 @@ class Rollout:
 
 @dataclass(eq=False)
 class Rollouts:
-    """A `Source` of what the policy itself writes. rule: rewards of a group -> advantages."""
+    """A `Source` of what the policy itself writes.
+
+    rule: rewards of a group -> advantages; None, nothing is judged and every answer counts alike.
+    """
 
     module: Transformer
     engine: Engine
     encoder: ChatEncoder
     prompts: Sequence[Prompt]
     config: RolloutConfig
-    rule: Advantages
+    rule: Advantages | None
     run: Run
     rubric: Rubric
     together: DeviceMesh | None = None  # the processes that hold the engine's weights
@@ -165,7 +168,7 @@ class Rollouts:
         cls,
         module: Transformer,
         config: RolloutConfig,
-        rule: Advantages,
+        rule: Advantages | None,
         run: Run,
         inputs: Mapping[str, Path | None],
     ) -> Iterator[Self]:
@@ -272,7 +275,8 @@ class Rollouts:
             versions = (answer.version for group in groups for answer in group.answers)
             self._metrics["staleness"] = float(number - min(versions, default=0))
         if self.config.updates_per_rollout > 1:
-            self._score_old(groups)
+            if self.rule is not None:
+                self._score_old(groups)
             self._keep(number, groups)
         if number % self.config.samples_every == 0:
             keep_samples(groups, self.prompts, number, self.run)
@@ -323,7 +327,8 @@ class Rollouts:
         groups = []
         for i in mine:
             answers = [self._answer(prompts[i], one, *next(judged)) for one in completions[i]]
-            values = of_group([answer.reward for answer in answers], self.rule)
+            rewards = [answer.reward for answer in answers]
+            values = of_group(rewards, self.rule) if self.rule else [1.0] * n
             for one, value in zip(answers, values, strict=True):
                 one.advantage = value
             groups.append(Group(numbers[i], prompts[i].mode, ids[i], answers))
@@ -436,10 +441,12 @@ def measured(groups: Sequence[Group], names: Sequence[str], layout: Layout) -> d
     answers = [answer for group in groups for answer in group.answers]
     values: dict[str, list[float | None]] = {"reward": [one.reward for one in answers]}
     values |= {f"reward/{name}": [one.parts[name] for one in answers] for name in names}
-    values["no_signal"] = [not group.has_signal for group in groups]
+    if names:
+        values["no_signal"] = [not group.has_signal for group in groups]
     values["length"] = [len(one.ids) for one in answers]
     values["truncated"] = [one.truncated for one in answers]
-    values["unjudged"] = [None in one.parts.values() for one in answers]
+    if names:
+        values["unjudged"] = [None in one.parts.values() for one in answers]
     values["obedience"] = [one.obedient for one in answers]
     known = [[one for one in column if one is not None] for column in values.values()]
     own = [(sum(column), len(column)) for column in known]
@@ -460,7 +467,7 @@ def keep_samples(
         "best": ranked[::-1][:KEPT],
         "worst": ranked[:KEPT],
         "random": chance.sample(every, min(KEPT, len(every))),
-        "unjudged": [pair for pair in every if pair[1].reward is None][:KEPT],
+        "unjudged": [pair for pair in every if pair[1].parts and pair[1].reward is None][:KEPT],
     }
     rows = [
         {

@@ -79,6 +79,11 @@ def resumable(file: Path, compute: Callable[[], Any]) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def cache_home() -> Path:
+    """Where what can be made again is kept for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tessera"
+
+
 def sync(*paths: Path) -> None:
     """Files and directories put through to the disk; a rename holds once its directory is."""
     for path in paths:

@@ -134,7 +134,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
         raise RecipeError(
             f"{override!r} is no override; write STAGE.KEY=VALUE, e.g. kd.train.lr=3e-4"
         )
-    tables = [key for key, value in document.items() if isinstance(value, dict)]
+    tables = [*(key for key, value in document.items() if isinstance(value, dict)), "defaults"]
     kind, known = ("key", ["name", "seed"]) if len(keys) == 1 else ("stage", tables)
     if keys[0] not in known:
         raise RecipeError(f"{override}: no {kind} {keys[0]!r}; {nearest(keys[0], known)}")

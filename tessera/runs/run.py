@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime as dt
+import gc
 import importlib.metadata
 import json
 import math
@@ -21,7 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -39,6 +41,7 @@ from tessera.runs.files import (
 )
 
 Status = Literal["running", "done", "failed", "interrupted"]
+LARGE = 1e9  # bytes of a process that is worth a collection
 LOGS = ("metrics.jsonl", "timings.jsonl")  # one object a step
 NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock"}
 InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
@@ -60,6 +63,7 @@ class Manifest:
     finished: str | None = None
     seconds: float = 0.0
     cpu_seconds: float = 0.0  # of the main process and the children it has waited for
+    peak_memory: int = 0  # bytes that the main process held at most, of all that has run in it
     error: str | None = None
 
 
@@ -191,6 +195,7 @@ class Run:
         self._afterwards: list[Callable[[], object]] = []
         self._opened, self._opened_cpu = time.monotonic(), _cpu_seconds()
         self._spent, self._spent_cpu = manifest.seconds, manifest.cpu_seconds
+        begin_peak()
 
     @classmethod
     def open(
@@ -317,6 +322,7 @@ class Run:
         """Lets another process open this directory."""
         if self._lock:
             self._lock.release()
+        release_memory()
 
     def _end(self, status: Status, error: str | None = None) -> None:
         if self.manifest.status == "done":  # a Ctrl-C that lands after the end does not undo it
@@ -328,6 +334,7 @@ class Run:
             finished=dt.datetime.now(dt.UTC).isoformat(),
             seconds=round(self._spent + time.monotonic() - self._opened, 3),
             cpu_seconds=round(self._spent_cpu + _cpu_seconds() - self._opened_cpu, 3),
+            peak_memory=max(self.manifest.peak_memory, resident_memory(True)),
         )
         self._save()
 
@@ -412,6 +419,34 @@ def _plain(value: Any) -> Any:
 def _cpu_seconds() -> float:
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
+
+
+def release_memory() -> None:
+    """Gives the system back what memory is free; glibc keeps gigabytes for the next stage else.
+    Models that refer to themselves wait for a collection, which takes longer than a toy's stage."""
+    if resident_memory() > LARGE:
+        gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def begin_peak() -> None:
+    """Makes Linux count the peak anew; elsewhere it is that of all stages so far."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_memory(peak: bool = False) -> int:
+    """Bytes of memory that this process holds, or has held at most since `begin_peak`; where that
+    is not known, the most that it ever held."""
+    key = "VmHWM" if peak else "VmRSS"
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((1024 * int(x.split()[1]) for x in lines if x.startswith(key)), 0)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def aside(path: Path) -> Path:

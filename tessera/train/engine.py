@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from tessera import dist
 from tessera.data.batch import Batch, MeasuredSource, Source
 from tessera.model.context import Context
-from tessera.model.parallel import clip
+from tessera.model.cpu import keep_freed_memory
+from tessera.model.parallel import clip, sync_gradients
 from tessera.model.pipelining import one_forward_one_backward, receive, send
 from tessera.model.placement import PIPELINED, LayoutError
 from tessera.model.transformer import Transformer
@@ -157,6 +158,7 @@ class Trainer:
 
         Ctrl-C and SIGTERM, in any process, finish the step, save, and raise KeyboardInterrupt.
         """
+        keep_freed_memory()
         with self.watch:
             self.watch.at("reading the resume state")
             start = load_state(self.states, self)
@@ -266,6 +268,8 @@ class Trainer:
 
         if self.stage is None:
             for number in range(len(batches)):
+                if self.layout.shard == 1:  # every process has room for whole gradients
+                    sync_gradients(self.module, number + 1 == len(batches))
                 learn(number)
         else:
             one_forward_one_backward(self.models, [batch.tokens for batch in batches], learn)

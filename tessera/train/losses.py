@@ -3,16 +3,18 @@
     cross entropy   -log q(y_t)
     KL              sum_v p(v) (log p(v) - log q(v))        p the parent, q the child
 
-The gradient of both with respect to the child's logits is known in closed form (q - onehot(y),
+The gradient of each with respect to the child's logits is known in closed form (q - onehot(y),
 q - p), so each chunk's logits are turned into gradients at once and forgotten: `(N, V)` is
 never held, and nothing is computed twice. Everything here is a weighted *sum*; dividing by the
-global weight is the trainer's work. Logits are float32 whatever the model's dtype.
+global weight is the trainer's work. Softmaxes are float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +61,8 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-# (logits (n, V), the tokens' slice, where to write slopes (n, V)) -> losses (n,)
+# (logits (n, V), the tokens' slice, where to write slopes (n, V)) -> losses (n,); both of the
+# model's dtype, and in float32 a tile at a time
 ChunkLoss = Callable[[Tensor, slice, Tensor], Tensor]
 
 
@@ -75,17 +78,15 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head) if needs_head else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        slab = max(portions(hidden.device).slab, portions(hidden.device).chunk // len(head))
-        buffer = hidden.new_empty((min(slab, len(hidden)), len(head)), dtype=torch.float32)
+        size = max(1, 4 * portions(hidden.device).chunk // (len(head) * head.itemsize))
+        slab = -(-portions(hidden.device).slab // size) * size
+        buffer = head.new_empty((min(slab, len(hidden)), len(head)))
         for at in _slices(len(hidden), slab):
             own, weights = hidden[at], weight[at]
-            slopes = buffer[: len(own)]
-            for part in chunks(own, len(head)):
-                losses = chunk_loss(
-                    multiply(own[part], head).float(), _within(at, part), slopes[part]
-                )
-                total += losses @ weights[part]
-            slope, scale = slopes.to(head.dtype), weights[:, None].to(hidden.dtype)
+            slope, scale = buffer[: len(own)], weights[:, None].to(hidden.dtype)
+            for part in _slices(len(own), size):
+                logits = multiply(own[part], head)
+                total += chunk_loss(logits, _within(at, part), slope[part]) @ weights[part]
             if grad_hidden is not None:
                 torch.mul(multiply(slope, head.t()), scale, out=grad_hidden[at])
             if grad_head is not None:
@@ -112,6 +113,23 @@ def _scaled(ctx, upstream: Tensor) -> list[Tensor | None]:
     return [None if x is None else x.mul_(upstream) for x in gradients]
 
 
+def _tiles(logits: Tensor) -> Iterator[slice]:
+    return _slices(len(logits), portions(logits.device).tile // logits.shape[1])
+
+
+def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of logits `(n, V)` into `out`; `(n,)` log Σ exp and the entropy."""
+    log_sums, entropies = [], []
+    for tile in _tiles(logits):
+        z = logits[tile].float()
+        p = torch.softmax(z, -1, out=out[tile]) if out.dtype == z.dtype else torch.softmax(z, -1)
+        log_sums.append(_log_sum_exp(z, p))
+        entropies.append(log_sums[-1] - torch.linalg.vecdot(p, z))
+        if out.dtype != z.dtype:
+            out[tile] = p
+    return torch.cat(log_sums), torch.cat(entropies)
+
+
 def _log_sum_exp(logits: Tensor, probabilities: Tensor) -> Tensor:
     """`(n,)` log Σ exp of logits `(n, V)` from their softmax: max z = lse + log max p."""
     return logits.amax(-1) - probabilities.amax(-1).log()
@@ -125,10 +143,9 @@ def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor) 
 
     def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
         index = labels[part, None]
-        torch.softmax(logits, -1, out=slope)
-        losses = _log_sum_exp(logits, slope) - logits.gather(1, index).squeeze(1)
+        log_sum, _ = _softmax(logits, slope)
         slope.scatter_add_(1, index, slope.new_full(index.shape, -1.0))
-        return losses
+        return log_sum - logits.gather(1, index).squeeze(1)
 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
 
@@ -147,12 +164,10 @@ def log_prob_loss(
 
     def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
         index = labels[part, None]
-        torch.softmax(logits, -1, out=slope)
-        log_sum = _log_sum_exp(logits, slope)
-        log_q = logits.gather(1, index).squeeze(1) - log_sum
-        entropy = log_sum - torch.linalg.vecdot(slope, logits)
-        losses, slopes = curve(log_q, entropy, part)
-        slope.mul_(-slopes[:, None]).scatter_add_(1, index, slopes[:, None])
+        log_sum, entropy = _softmax(logits, slope)
+        losses, slopes = curve(logits.gather(1, index).squeeze(1) - log_sum, entropy, part)
+        slopes = slopes[:, None].to(slope.dtype)
+        slope.mul_(-slopes).scatter_add_(1, index, slopes)
         return losses
 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
@@ -169,31 +184,65 @@ def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_divergence(
-    hidden: Tensor, head: Tensor, parent_hidden: Tensor, parent_head: Tensor, weight: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    parent_hidden: Tensor,
+    parent_head: Tensor,
+    weight: Tensor,
+    beta: float = 0.0,
 ) -> Tensor:
     """Σ w·KL(parent ‖ child); hidden `(N, C)` each through its own head `(V, C)`.
 
+    beta: 1 is KL(child ‖ parent), between is the generalised Jensen-Shannon divergence (TRL's).
     The parent's side carries no gradient (Puzzle §2.7: forward KL, temperature 1). With logits a
     and b, KL = Σ p (a - b) - lse(a) + lse(b): one exponential an element and side, not two.
     """
     parent_hidden, parent_head = parent_hidden.detach(), parent_head.detach()
+    between = partial(_between, beta=beta)
+    divergence = {0.0: _kl, 1.0: _reverse_kl}.get(beta, between)
 
     def loss(logits: Tensor, part: slice, slope: Tensor) -> Tensor:
-        parent = multiply(parent_hidden[part], parent_head).float()
-        tiles = _slices(len(logits), portions(logits.device).tile // logits.shape[1])
-        return torch.cat([_kl_of_logits(parent[t], logits[t], slope[t]) for t in tiles])
+        parent = multiply(parent_hidden[part], parent_head)
+        return torch.cat(
+            [divergence(parent[t].float(), logits[t].float(), slope[t]) for t in _tiles(logits)]
+        )
 
     return _HeadLoss.apply(hidden, head, weight, loss)  # type: ignore[return-value]
 
 
-def _kl_of_logits(parent: Tensor, child: Tensor, slope: Tensor) -> Tensor:
-    """`(n,)` KL of logits `(n, V)`; q - p goes into `slope`, and `parent` is used up."""
-    p = torch.softmax(parent, -1)
-    torch.softmax(child, -1, out=slope)
-    losses = _log_sum_exp(child, slope) - _log_sum_exp(parent, p)
+def _kl(parent: Tensor, child: Tensor, slope: Tensor) -> Tensor:
+    """`(n,)` KL of float32 logits `(n, V)`; q - p goes into `slope`, and `parent` is used up."""
+    p, q = torch.softmax(parent, -1), torch.softmax(child, -1)
+    losses = _log_sum_exp(child, q) - _log_sum_exp(parent, p)
     losses += parent.sub_(child).mul_(p).sum(-1)
-    slope.sub_(p)
+    torch.sub(q, p, out=slope) if slope.dtype == q.dtype else slope.copy_(q.sub_(p))
     return losses
+
+
+def _reverse_kl(parent: Tensor, child: Tensor, slope: Tensor) -> Tensor:
+    """As `_kl`, of KL(q ‖ p), whose slope is q (log q - log p - KL)."""
+    q = torch.softmax(child, -1)
+    log_sum = _log_sum_exp(parent, torch.softmax(parent, -1)) - _log_sum_exp(child, q)
+    apart = torch.sub(child, parent, out=parent)
+    mean = torch.linalg.vecdot(q, apart)
+    slope.copy_(q.mul_(apart.sub_(mean[:, None])))
+    return log_sum + mean
+
+
+def _between(parent: Tensor, child: Tensor, slope: Tensor, beta: float) -> Tensor:
+    """As `_kl`, of β KL(p ‖ m) + (1-β) KL(q ‖ m), where m = βp + (1-β)q.
+
+    Its slope is (1-β) q (log(q/m) - KL(q ‖ m)).
+    """
+    p, q = torch.softmax(parent, -1), torch.softmax(child, -1)
+    log_sum = _log_sum_exp(parent, p) - _log_sum_exp(child, q)
+    log_p_q = parent.sub_(child).sub_(log_sum[:, None])
+    log_q_m = torch.logaddexp(log_p_q + math.log(beta), log_p_q.new_tensor(math.log(1 - beta)))
+    log_q_m.neg_()
+    of_p = torch.linalg.vecdot(p, log_p_q.add_(log_q_m))
+    of_q = torch.linalg.vecdot(q, log_q_m)
+    slope.copy_(q.mul_(log_q_m.sub_(of_q[:, None])).mul_(1 - beta))
+    return beta * of_p + (1 - beta) * of_q
 
 
 class _Cosine(torch.autograd.Function):
@@ -204,18 +253,30 @@ class _Cosine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, weight: Tensor):  # type: ignore[override]
-        x, y = x.float(), y.float()
-        inverse = torch.linalg.vector_norm(x, dim=-1).clamp_min_(1e-8).reciprocal_()
-        inverses = torch.linalg.vector_norm(y, dim=-1).clamp_min_(1e-8).reciprocal_().mul_(inverse)
-        cosine = torch.linalg.vecdot(x, y).mul_(inverses)
-        if ctx.needs_input_grad[0]:
-            along = x * (weight * cosine * inverse.square())[..., None]
-            ctx.gradients = (along.sub_(y * (weight * inverses)[..., None]),)
+        cosine = torch.empty_like(weight)
+        slope = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        rows, others = x.flatten(0, -2), y.flatten(0, -2)
+        for at in _slices(len(rows), portions(x.device).tile // x.shape[-1]):
+            to = None if slope is None else slope.view_as(rows)[at]
+            found = _cosine(rows[at].float(), others[at].float(), weight.flatten()[at], to)
+            cosine.view(-1)[at] = found
+        ctx.gradients = (slope,)
         return ((1 - cosine) * weight).sum()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
         return *_scaled(ctx, upstream), None, None
+
+
+def _cosine(x: Tensor, y: Tensor, weight: Tensor, slope: Tensor | None) -> Tensor:
+    """`(n,)` cosines of states `(n, C)`; the gradient of x goes into `slope`."""
+    inverse = torch.linalg.vector_norm(x, dim=-1).clamp_min_(1e-8).reciprocal_()
+    inverses = torch.linalg.vector_norm(y, dim=-1).clamp_min_(1e-8).reciprocal_().mul_(inverse)
+    cosine = torch.linalg.vecdot(x, y).mul_(inverses)
+    if slope is not None:
+        along = x * (weight * cosine * inverse.square())[..., None]
+        slope.copy_(along.sub_(y * (weight * inverses)[..., None]))
+    return cosine
 
 
 def hidden_cosine(child: Tensor, parent: Tensor, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from tessera.data.problems import problem
 from tessera.pipeline import STAGES
 from tessera.runs.plan import plan
 from tessera.runs.recipe import RecipeError
+from tests.cases.answering import saved
 
 
 @pytest.mark.parametrize("task", quickstart.EXAMPLES)
@@ -22,10 +23,10 @@ from tessera.runs.recipe import RecipeError
 def test_the_recipe_holds_every_stage_that_the_table_speaks_of(tmp_path: Path, fast, task):
     steps = plan(quickstart.recipe(task, fast), tmp_path, (), STAGES)
     names = {step.name for step in steps}
-    assert {run for _, run, _, _ in quickstart.ROWS} | {"compare", "grpo", "export"} <= names
+    assert {run for _, run, _, _ in quickstart.TOY.rows} | {"compare", "grpo", "export"} <= names
     compared = next(step for step in steps if step.name == "compare")
     models = {path.name for path in (compared.inputs["parent"], *compared.inputs["models"])}
-    assert {speed for _, _, speed, _ in quickstart.ROWS} == models
+    assert {speed for _, _, speed, _ in quickstart.TOY.rows} == models
 
 
 def test_the_families_differ_in_their_problems_and_words_alone():
@@ -41,6 +42,21 @@ def test_the_families_differ_in_their_problems_and_words_alone():
     assert quickstart.recipe("hop", overrides=["name=mine"]).name == "mine"
     with pytest.raises(RecipeError, match="calc.*hop"):
         quickstart.recipe("sort")
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["whole", "fast"])
+@pytest.mark.parametrize("part", [None, *quickstart.PARTS])
+def test_the_real_models_recipe_resolves_whole_and_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, part: str | None
+):
+    monkeypatch.chdir(tmp_path)  # where no recipes/ is
+    model = f"parent.path={saved(tmp_path / 'model')}"
+    steps = plan(quickstart.real(part, fast, [model]), tmp_path, (), STAGES)
+    names = {step.name for step in steps}
+    assert {"parent", "eval-parent"} <= names
+    assert (part == "reasoning") != ({"kd", "compare", "export-child"} <= names)
+    rows = {run for _, run, _, mode in quickstart.SMOLLM2.rows if mode == "none"}
+    assert part == "reasoning" or rows <= names
 
 
 @pytest.mark.parametrize(
@@ -65,9 +81,9 @@ def _written(home: Path, run: str, table: str, rows: list) -> None:
 def test_the_table_is_read_from_the_runs(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(quickstart, "is_done", lambda path: path.is_dir())
     speed = {"decode_tokens_per_second": 9.0, "parameters": 5, "kv_bytes_per_token": 3}
-    names = {speed for _, _, speed, _ in quickstart.ROWS}
+    names = {speed for _, _, speed, _ in quickstart.TOY.rows}
     _written(tmp_path, "compare", "compare", [{"model": n, "speedup": 2.0, **speed} for n in names])
-    for number, (_, run, _, mode) in enumerate(quickstart.ROWS):
+    for number, (_, run, _, mode) in enumerate(quickstart.TOY.rows):
         file = tmp_path / run / "tables" / "eval.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         before = list(map(json.loads, lines))
@@ -76,10 +92,10 @@ def test_the_table_is_read_from_the_runs(tmp_path: Path, monkeypatch):
         _written(
             tmp_path, run, "eval", [*before, {**one, "task": "calc@3", "value": 1.0}, one | hard]
         )
-    found = quickstart.table(tmp_path)
-    assert [row["hard"] for row in found] == [n / 10 for n in range(len(quickstart.ROWS))]
+    found = quickstart.TOY.table(tmp_path)
+    assert [row["hard"] for row in found] == [n / 10 for n in range(len(quickstart.TOY.rows))]
     assert found[0]["obedience"] is None and found[-1]["obedience"] == 1.0
-    assert "100.0 ±1.0%" in quickstart.rendered(found)
+    assert "100.0 ±1.0%" in quickstart.TOY.rendered(found)
 
 
 @pytest.mark.slow

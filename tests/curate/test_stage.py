@@ -157,6 +157,17 @@ def test_shards_cover_every_line_once(tmp_path: Path):
     assert sum(1 for shard in shards for _ in read_shard(shard, source)) == 500
 
 
+def test_problems_are_rows_each_question_once():
+    source = SourceConfig(tasks={"wish": 40, "calc": 10})
+    wish, calc = (list(read_shard(shard, source)) for shard in plan_shards([source], 1))
+    assert len(calc) == 10 and all(one.extra["expected_answer"].isdigit() for one in calc)
+    assert len({one.messages[0]["content"] for one in wish}) == len(wish) <= 40
+    assert not wish[0].answered and wish[0].extra["instruction_id_list"]
+    assert wish[1].extra["lineage"] == ["wish:2"]
+    with pytest.raises(ValueError, match="either `paths` of files or `tasks` to draw"):
+        SourceConfig()
+
+
 def test_a_run_killed_again_and_again_equals_an_undisturbed_one(tmp_path: Path):
     file = write_lines(tmp_path / "rows.jsonl", rows(20_000))
     undisturbed = run_stage(tmp_path / "whole", table(file, shard_mb=0.2))

@@ -11,7 +11,6 @@ from tessera.cli.main import app
 from tessera.data.conversation import Chat, fault
 from tessera.data.dialects import read_chats
 from tessera.data.problems import (
-    TASKS,
     Problem,
     completion,
     document,
@@ -20,6 +19,7 @@ from tessera.data.problems import (
     split_of,
 )
 from tessera.data.thought import Thought, split_message
+from tessera.rl.verifiers.instructions import read_instructions
 
 
 def check_calc(drawn: Problem) -> bool:
@@ -58,10 +58,25 @@ def check_hop(drawn: Problem) -> bool:
     return ring and (drawn.work, drawn.answer) == (" ".join(work), at) and len(work) == drawn.level
 
 
-CHECKS = {"calc": check_calc, "hop": check_hop, "sort": check_sort, "compare": check_compare}
+def check_story(drawn: Problem) -> bool:
+    """Works the events out from their words alone."""
+    start, *told = map(int, re.findall(r"\d+", drawn.question))
+    events = drawn.question.split(". ")[1:-1]
+    signs = [1 if event.split()[1] in ("buy", "find", "get", "win") else -1 for event in events]
+    value = start + sum(sign * n for sign, n in zip(signs, told, strict=True))
+    return drawn.answer == str(value) and len(events) == drawn.level and 0 < value <= 20
 
 
-@pytest.mark.parametrize("name", TASKS)
+CHECKS = {
+    "calc": check_calc,
+    "hop": check_hop,
+    "sort": check_sort,
+    "compare": check_compare,
+    "story": check_story,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
 def test_answers_are_right_at_every_level(name: str) -> None:
     for level in range(1, 9):
         for index in range(30):
@@ -80,7 +95,7 @@ def test_the_document_of_calc() -> None:
     assert drawn.text(work=False) == "start 6 m+3 n*3 o-3 p-3 mod 10\nAnswer: 1"
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", CHECKS)
 def test_no_question_stands_in_both_splits(name: str) -> None:
     train = {document(name, 0, i).split("\n")[0] for i in range(2000)}
     heldout = {document(name, 1, i, "heldout").split("\n")[0] for i in range(300)}
@@ -89,7 +104,7 @@ def test_no_question_stands_in_both_splits(name: str) -> None:
     assert {split_of(q) for q in heldout} == {"heldout"}
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", CHECKS)
 def test_a_document_is_a_function_of_seed_and_index(name: str) -> None:
     documents = [document(name, 0, i) for i in range(300)]
     assert documents == [document(name, 0, i) for i in reversed(range(300))][::-1]
@@ -105,6 +120,28 @@ def test_three_documents_in_four_show_their_work_and_all_letters_occur() -> None
     assert len({step[0] for d in documents for step in d.split(" mod")[0].split()[2:]}) == 26
 
 
+def test_wishes_are_ones_that_the_checkers_know_and_held_out_with_their_constraints() -> None:
+    train = [problem("wish", 0, i, "train", 1 + i % 4) for i in range(2000)]
+    held = [problem("wish", 1, i, "heldout", 1 + i % 4) for i in range(400)]
+    said: list[set[str]] = []
+    for drawn in (train, held):
+        found = [
+            (asked.name, str(asked.arguments))
+            for one in drawn
+            for asked in read_instructions(one.fields["instruction_id_list"], one.fields["kwargs"])
+        ]
+        assert len({name for name, _ in found}) == 15
+        assert all(len(one.fields["kwargs"]) == one.level for one in drawn)
+        assert all(len(set(one.fields["instruction_id_list"])) == one.level for one in drawn)
+        said.append(
+            {f"{name} {given}" for name, given in found if given != "{}" and "P.S." not in given}
+        )
+    assert not said[0] & said[1] and len(said[1]) > 60
+    assert not {one.question for one in train} & {one.question for one in held}
+    with pytest.raises(ValueError, match="wish has no answer to train on: let a model answer it"):
+        document("wish", 0, 0)
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="no task \"clac\"; did you mean 'calc'"):
         document("clac", 0, 0)
@@ -112,7 +149,7 @@ def test_errors() -> None:
         problem("calc", 0, 0, level=0)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", CHECKS)
 def test_a_problem_as_a_chat_in_both_variants(name: str) -> None:
     drawn = problem(name, 0, 3)
     on, off = drawn.chat("on"), drawn.chat("off")

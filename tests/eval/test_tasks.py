@@ -217,6 +217,13 @@ def test_procedural_questions_are_held_out_and_each_asked_once():
     assert {split_of(question) for question in questions} == {"heldout"}
 
 
+def test_wishes_are_judged_as_ifeval_is():
+    task = find("wish@2")
+    items = list(islice(task.read(Data("wish@2")), 5))
+    assert [one.name for one in task.measures] == [one.name for one in TASKS["ifeval"].measures]
+    assert all(item.fields["instructions"] == 2 for item in items)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [("gms8k", "gsm8k"), ("calc@six", "number"), ("sortt", "sort")],

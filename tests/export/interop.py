@@ -141,13 +141,13 @@ class LlamaCpp:
                 stderr=errors,
             )
 
-    def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(self, route: str, body: dict[str, Any], seconds: float = 60) -> dict[str, Any]:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{route}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=seconds) as response:
             return json.load(response)
 
     def wait(self, seconds: float = 60) -> None:

@@ -526,9 +526,8 @@ def test_scores_of_an_architecture_are_changes_to_it_and_what_was_taken_may_come
     save_model(parent, tmp_path / "parent")
     save_library(library, tmp_path / "library")
     monkeypatch.setattr(ConditionalConfig, "heldout", lambda self, data: batches)
-    rescorer = Rescorer(
-        ConditionalConfig(), tmp_path / "parent", tmp_path, tmp_path / "data", space
-    )
+    made = ConditionalConfig(), tmp_path / "parent", tmp_path, tmp_path / "data", space
+    rescorer = Rescorer(*made)
     words = [("gqa-2", "swiglu-6"), ("gqa-1", "swiglu-6"), ("gqa-2", "swiglu-6")]
     current = swapped(parent, taken := Unit(1, "attention", "gqa-1"), library[str(taken)])  # type: ignore[arg-type]
     expected = metrics(parent, current, batches)
@@ -547,6 +546,11 @@ def test_scores_of_an_architecture_are_changes_to_it_and_what_was_taken_may_come
     both = metrics(parent, current, batches)
     found = table[Unit(2, "ffn", "linear")]
     assert found["kl"] == pytest.approx(both["kl"] - expected["kl"], rel=1e-2)
+    told: dict[str, Any] = {"stage": "search", "config": {}, "inputs": {}, "seed": 0}
+    with Run.open(tmp_path / "run", quiet=True, **told) as run:
+        assert Rescorer(*made, run).measure(words) == (own, rows)
+        monkeypatch.setattr(Target, "of", None)  # a search that goes on measures nothing again
+        assert Rescorer(*made, run).measure(words) == (own, rows)
     defaults = ConditionalConfig()
     assert (defaults.rounds, defaults.polish, defaults.changes) == (4, 4, 0.25)
 

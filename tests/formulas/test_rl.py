@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tessera.eval.scores import pass_at
+from tessera.objectives.gkd import GKD, GKDLossConfig
 from tessera.objectives.grpo import PolicyGradient, PolicyLossConfig
 from tessera.objectives.rpo import RPO, RPOLossConfig, distance
 from tessera.puzzle import compare
@@ -195,6 +196,37 @@ def test_the_policys_defaults_are_those_of_nemo_rl():
         with pytest.raises(ValueError, match=f"{bad:g}"):
             PolicyLossConfig(dual_clip=bad)
     assert PolicyLossConfig(dual_clip=1.01).dual_clip == 1.01
+
+
+# On-policy distillation (GKD, arXiv 2306.13649): D(teacher, student) at each token of an answer.
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_a_teacher_corrects_every_token_of_an_answer(beta: float):
+    """Of packed answers to one prompt as of each alone, the prompt's tokens left out."""
+    student, teacher = tiny.model(tiny.PARENT, seed=1), tiny.model(tiny.PARENT, seed=2)
+    ids, prompt = tiny.tokens(29, 6, seed=5).tolist(), [4, 7, 2]
+    answers = [
+        Answer(own, [0.0] * len(own), "stop", "", None, {}, True, 1.0) for own in (ids[:4], ids[4:])
+    ]
+    expected = 0.0
+    for answer in answers:
+        whole = torch.tensor([prompt + answer.ids])
+        at = slice(len(prompt) - 1, -1)
+        p, q = (
+            one.logits(one(whole))[0, at].double().softmax(-1).detach().numpy()
+            for one in (teacher, student)
+        )
+        m = {0.0: q, 1.0: p}.get(beta, beta * p + (1 - beta) * q)
+        share = {0.0: 1.0, 1.0: 0.0}.get(beta, beta)
+        expected += share * (p * np.log(p / m)).sum() + (1 - share) * (q * np.log(q / m)).sum()
+    (row,) = rows([Group(0, "on", prompt, answers)], 64, "token")
+    ((loss, told),) = GKD(teacher, GKDLossConfig(beta=beta)).losses(student, row)
+    assert loss.item() == pytest.approx(expected, rel=1e-4) and told == {}
+    ((same, _),) = GKD(tiny.model(tiny.PARENT, seed=1), GKDLossConfig(beta=beta)).losses(
+        student, row
+    )
+    assert same.item() == pytest.approx(0.0, abs=1e-5)
 
 
 # RPO (§8.3): a distance of the gap D = β[Δ(chosen) - Δ(rejected)] from D* = η(r_c - r_r).

@@ -204,9 +204,8 @@ def test_a_race_is_planned_with_every_heat():
 
 
 def policy(table: str, recipe: str = "grpo") -> Job:
-    return planned_jobs(
-        f"{RACE}[{recipe}]\nrewards = [{{ kind = 'exact', answer = 'a' }}]\n{table}"
-    )[-1]
+    rewards = "" if recipe == "gkd" else "rewards = [{ kind = 'exact', answer = 'a' }]\n"
+    return planned_jobs(f"{RACE}[{recipe}]\n{rewards}{table}")[-1]
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -227,6 +226,10 @@ def test_a_policy_is_planned_with_its_reference_and_its_engine():
     held = memory(policy(train + "staleness = 1"), Layout(1, 8, 1, False), 80e9)
     assert held.engine == 4 * plain.config.num_params() == 8 * held.weights
     assert policy(train + "updates_per_rollout = 4").tokens == plain.tokens // 4
+    own = policy(train, "gkd")  # one answer a prompt, and the logits of both models
+    assert own.tokens == 7 * 64 * (255 + 1000) and own.teacher == plain.config
+    ours, theirs = (memory(one, Layout(1, 8, 1, False), 80e9).loss for one in (own, kl))
+    assert ours > 1.3 * theirs
     pairs = policy(train + "paths = ['P']\npairs_per_step = 10", "rpo")
     assert pairs.tokens == 7 * 10 * (255 + 2 * 1000) and pairs.teacher is not None
     assert memory(pairs, Layout(1, 1, 1, False), 80e9).engine == 0

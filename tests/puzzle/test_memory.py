@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tessera.devices import CPU, Device
 from tessera.model.context import Context
 from tessera.model.placement import LayoutError, ParallelConfig
 from tessera.pipeline import STAGES
+from tessera.planning.stages import Line
 from tessera.puzzle.bld import BLD, TRAINED, BLDConfig, kept_numbers, training_memory, unit_params
 from tessera.puzzle.library import BlockLibrary, trainable_units
 from tessera.puzzle.ranges import layer_ranges
@@ -116,29 +118,36 @@ def test_activations_are_near_what_autograd_keeps():
 
 @pytest.fixture
 def planned(tmp_path: Path):
-    from tessera.planning.training import stage_memory
-    from tessera.runs.plan import plan
+    from tessera.planning.stages import Planner, parent_of
+    from tessera.planning.training import Cluster
     from tessera.runs.recipe import loads
 
     tiny.saved(tmp_path / "model")
     (tmp_path / "text.txt").write_text("one<|endoftext|>two")
+    here = Cluster(1, 1, Device(CPU, 1e9, 1e9, {"fp32": 1e9, "bf16": 1e9}, 1e9))
 
-    def memories(text: str) -> dict:
+    def lines(text: str) -> dict[str, Line]:
         head = f"[parent]\npath = '{tmp_path}/model'\n[data]\npaths = ['{tmp_path}/text.txt']\n"
-        steps = plan(loads(head + text), tmp_path / "runs", (), STAGES)
-        return {step.name: stage_memory(step, steps) for step in steps}
+        recipe = loads(head + text)
+        planner = Planner(recipe, STAGES, here, parent_of(recipe, None), None, tmp_path / "runs")
+        return {line.name: line for line in planner.lines()}
 
-    return memories
+    return lines
+
+
+def layers(line: Line) -> int:
+    assert line.training is not None
+    return len({unit.layer for unit in line.training.job.units})
 
 
 def test_check_knows_it_before_anything_has_run(planned):
     found = planned(UNITS + COUPLE + 'searches = ["search"]\ntrain = { steps = 1 }')
-    assert found["parent"] is None and found["search"] is None
-    assert found["bld"].layers == 3 and found["couple"].states > 0
+    assert found["parent"].training is None and found["search"].training is None
+    assert layers(found["bld"]) == 3 and found["couple"].parts.moments > 0
     apart = UNITS.replace("{ steps", "{ parallel = { shard = 3 }, steps")
-    assert "in each of 3 processes: parent" in str(planned(apart)["bld"])
+    assert "shard = 3" in planned(apart)["bld"].undivided
     single = planned(UNITS + "layers_at_once = 1")["bld"]
-    assert single.states * 3 == found["bld"].states and "1 of 3 layers at once" in str(single)
+    assert single.parts.moments * 3 == found["bld"].parts.moments
 
 
 def test_check_hears_of_words_that_do_not_fit_the_parent(planned):
@@ -149,4 +158,4 @@ def test_check_hears_of_words_that_do_not_fit_the_parent(planned):
 def test_a_merged_library_is_bounded_too(planned):
     text = UNITS + '[bld-2]\ntrain = { steps = 1 }\n[merge]\nlibraries = ["bld", "bld-2"]\n'
     found = planned(text + COUPLE + 'searches = ["search"]\ntrain = { steps = 1 }')
-    assert found["couple"].layers == 3
+    assert layers(found["couple"]) == 3

@@ -14,7 +14,7 @@ from typing import Any
 from tessera import dist
 from tessera.pipeline import run_recipe
 from tessera.rl import rollouts
-from tessera.rl.policy import GRPOConfig, grpo
+from tessera.rl.policy import GKDConfig, GRPOConfig, gkd, grpo
 from tessera.runs.recipe import loads
 from tessera.runs.run import Run
 
@@ -22,15 +22,21 @@ RECIPE = """
 [data]
 tokenizer = { bpe = 290, chat = true }
 tasks = { calc = 60 }
+[defaults]
+train = { tokens_per_step = 480, microbatch_tokens = 160, sequence_length = 160 }
 [parent]
 architecture = { hidden_size = 16, num_hidden_layers = 2, intermediate_size = 16 }
-train = { steps = 3, tokens_per_step = 480, microbatch_tokens = 160, sequence_length = 160 }
+train.steps = 3
+[cpt]
+train.steps = 9
+train.lr = 2e-2
 [profile]
 switch = "detailed thinking"
 tasks = { "calc@2" = 9 }
 off = 0.4
 samples = 0
 """
+INPUTS = {"model": "parent", "prompts": "profile", "teacher": "cpt"}
 REWARDS = [{"kind": "function", "function": "tests.rl.letters:variety"}]
 
 
@@ -40,19 +46,25 @@ def made(home: Path) -> Path:
     return home / "recipe"
 
 
-def train(home: str, run: str, stop: int | None = None, within: bool = False, **more: Any) -> None:
+def train(
+    home: str,
+    run: str,
+    stop: int | None = None,
+    within: bool = False,
+    stage: str = "grpo",
+    **more: Any,
+) -> None:
     """Train in run directory `run`, interrupted before rollout `stop`, or while it is made."""
     table = {
         "prompts_per_rollout": 4,
         "samples": 3,
         "max_tokens": 8,
-        "rewards": REWARDS,
-        "workers": 1,
+        **({"rewards": REWARDS, "workers": 1} if stage == "grpo" else {}),
         "samples_every": 2,
         "train": {"steps": 6, "lr": 1e-3, "microbatch_tokens": 256, "save_seconds": 1e-9},
         **more,
     }
-    inputs: Any = {"model": Path(home) / "parent", "prompts": Path(home) / "profile"}
+    inputs: Any = {name: Path(home) / run for name, run in INPUTS.items()}
     plain = rollouts.Rollouts.batches
     judged = rollouts.Rollouts._answered
 
@@ -69,10 +81,10 @@ def train(home: str, run: str, stop: int | None = None, within: bool = False, **
 
     rollouts.Rollouts.batches, rollouts.Rollouts._answered = stopping, breaking  # type: ignore
     try:
-        config = GRPOConfig(**table)
-        opened = Run.open(Path(run), stage="grpo", config=table, inputs=inputs, seed=0, quiet=True)
+        config, function = {"grpo": (GRPOConfig, grpo), "gkd": (GKDConfig, gkd)}[stage]
+        opened = Run.open(Path(run), stage=stage, config=table, inputs=inputs, seed=0, quiet=True)
         with contextlib.suppress(KeyboardInterrupt), opened:
-            grpo(config, opened, inputs)
+            function(config(**table), opened, inputs)  # type: ignore[arg-type]
     finally:
         rollouts.Rollouts.batches, rollouts.Rollouts._answered = plain, judged  # type: ignore
     dist.barrier()

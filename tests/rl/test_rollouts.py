@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,11 @@ from tessera.model.checkpoint import load_model
 from tessera.model.parallel import held_params
 from tessera.model.placement import LayoutError, ParallelConfig
 from tessera.model.source import load_config
+from tessera.objectives.kd import load_teacher
 from tessera.rl.policy import GRPOConfig, Guard
 from tessera.rl.rewards import FormatReward
 from tessera.rl.rollouts import RolloutConfig, joined, share
-from tessera.runs.files import FailureError
+from tessera.runs.files import FailureError, RunError
 from tessera.runs.run import Run, read_metrics
 from tessera.train.optim import TrainConfig
 from tests.rl.policy_runs import made, train
@@ -29,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 CODE = "from tests.rl.policy_runs import main; main()"
 TWICE = {"updates_per_rollout": 2}
 STALE = {"staleness": 1}
+DISTIL = {"stage": "gkd"}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,7 @@ def assert_equal(run: Path, other: Path) -> None:
         *[(3, False, {}), (2, True, {}), (3, False, TWICE), (2, True, TWICE), (5, False, TWICE)],
         *[(3, False, STALE), (2, True, STALE), (1, False, STALE), (5, False, STALE)],
         *[(3, False, STALE | TWICE), (2, False, STALE | TWICE), (2, True, STALE | TWICE)],
+        *[(3, False, DISTIL), (2, True, DISTIL | STALE | TWICE)],
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
@@ -73,10 +77,13 @@ def test_two_processes_are_one(home: Path):
         train(str(home), str(home / f"one-{number}"), **job | {"tensor": 1})
     settings = {"steps": 6, "lr": 1e-3, "microbatch_tokens": 256, "save_seconds": 1e-9}
     jobs.append(TWICE | {"train": settings | {"parallel": {"context": 2}}})
+    jobs += [DISTIL | STALE, DISTIL | {"tensor": 2}]
+    for number, job in enumerate(jobs[4:], 4):
+        train(str(home), str(home / f"one-{number}"), **job | {"tensor": 1})
     asked = [{"home": str(home), "run": str(home / f"two-{n}"), **j} for n, j in enumerate(jobs)]
     run_ranks(CODE, json.dumps(asked))
     for number in range(len(jobs)):
-        one, two = home / f"one-{min(number, 2)}", home / f"two-{number}"
+        one, two = home / f"one-{2 if number == 3 else number}", home / f"two-{number}"
         for row, other in zip(read_metrics(one), read_metrics(two), strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
         torch.testing.assert_close(weights(one), weights(two), rtol=1e-3, atol=1e-4)
@@ -176,6 +183,24 @@ def test_a_policy_learns_what_it_is_rewarded_for(home: Path):
     train(str(home), str(run), prompts_per_rollout=8, samples=8, train=settings)
     rewards = [row["reward"] for row in read_metrics(run)]
     assert sum(rewards[-5:]) / 5 > 1.15 * sum(rewards[:5]) / 5
+
+
+def test_a_teacher_is_followed_on_the_policys_own_answers(home: Path):
+    """Reverse KL on its own samples; nothing is judged, so nothing of rewards is told."""
+    run = home / "distils"
+    settings = {"steps": 40, "lr": 1e-2, "microbatch_tokens": 512}
+    train(str(home), str(run), **DISTIL, prompts_per_rollout=8, samples=1, train=settings)
+    (first, *_, last) = rows = read_metrics(run)
+    assert sum(row["loss"] for row in rows[-5:]) / 5 < 0.5 * first["loss"]
+    assert {"length", "truncated", "obedience"} <= set(last)
+    assert not {"reward", "no_signal", "unjudged", "gap"} & set(last)
+    kept = (run / "samples/00000000.jsonl").read_text().splitlines()
+    assert {json.loads(row)["kind"] for row in kept} == {"random"}
+    told = CliRunner().invoke(app, ["show", str(run), "--samples"])
+    assert told.exit_code == 0 and "rollout 0, random: 8 tokens" in told.stdout
+    child: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=7))
+    with pytest.raises(RunError, match="of 295 tokens and the model one of 7"):
+        load_teacher(home / "cpt", TrainConfig(steps=1), child)
 
 
 def test_an_engine_of_other_weights_stops_the_run(tmp_path: Path):

@@ -65,9 +65,9 @@ def test_tables_are_stages_in_order():
     ],
 )
 def test_an_override_is_toml_or_a_bare_string(text: str, value: Any):
-    recipe = loads(TEXT, [f"kd-long.train.lr={text}", "seed=3"])
+    recipe = loads(TEXT, [f"kd-long.train.lr={text}", "seed=3", f"defaults.lr={text}"])
     assert recipe.stages[1].table["train"] == {"lr": value, "steps": 10}
-    assert recipe.seed == 3
+    assert (recipe.seed, recipe.defaults["lr"]) == (3, value)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tessera.data.preferences import Pair
 from tessera.model.checkpoint import save_model, whole
 from tessera.model.config import uniform
 from tessera.model.transformer import Transformer
+from tessera.objectives.gkd import GKD, GKDLossConfig
 from tessera.objectives.grpo import PolicyGradient, PolicyLossConfig
 from tessera.objectives.kd import KD, KDConfig
 from tessera.objectives.lm import LM, SFT
@@ -45,7 +46,7 @@ class Ranks(ToySource):
         super().__init__()
         layout = config.placement.layout
         self.rank, self.world = layout.data_rank, layout.data_world
-        self.rows = {"rpo": pairs, "grpo": answers}.get(objective, documents)
+        self.rows = {"rpo": pairs, "grpo": answers, "gkd": answers}.get(objective, documents)
 
     def batches(self, step: int) -> list[Batch]:
         return self.rows(step)[self.rank :: self.world]
@@ -111,7 +112,11 @@ def grpo(config: TrainConfig) -> tuple[nn.Module, Objective]:
     return lm(config, sliding_window=5)[0], PolicyGradient(PolicyLossConfig(kl=0.1), frozen(config))
 
 
-MAKE = {"lm": lm, "wide": wide, "sft": sft, "kd": kd, "rpo": rpo, "grpo": grpo}
+def gkd(config: TrainConfig) -> tuple[nn.Module, Objective]:
+    return lm(config, sliding_window=5)[0], GKD(frozen(config), GKDLossConfig(beta=0.5))
+
+
+MAKE = {"lm": lm, "wide": wide, "sft": sft, "kd": kd, "rpo": rpo, "grpo": grpo, "gkd": gkd}
 
 
 def train(objective: str, run: str, out: str, stop: int | None = None, **settings: Any) -> None:

@@ -41,20 +41,29 @@ def test_cross_entropy_is_the_plain_one():
     _same(losses.cross_entropy(hidden, head, labels, weight), plain, hidden, head)
 
 
-def test_kl_is_the_plain_one():
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_divergences_are_the_plain_ones(beta: float):
+    """GKD (arXiv 2306.13649): β = 0 is KL(p ‖ q), 1 KL(q ‖ p), between is Jensen-Shannon's."""
     hidden, head, _, weight = _inputs()
     parent, parent_head, *_ = _inputs(1)
-    log_p = F.log_softmax(parent.detach() @ parent_head.detach().T, -1)
-    log_q = F.log_softmax(hidden @ head.T, -1)
-    plain = (F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * weight).sum()
-    _same(losses.kl_divergence(hidden, head, parent, parent_head, weight), plain, hidden, head)
+    log_p = F.log_softmax((parent.detach() @ parent_head.detach().T).double(), -1)
+    log_q = F.log_softmax((hidden @ head.T).double(), -1)
+    mixed = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    of_p = F.kl_div(log_q if beta in (0, 1) else mixed, log_p, reduction="none", log_target=True)
+    of_q = F.kl_div(log_p if beta in (0, 1) else mixed, log_q, reduction="none", log_target=True)
+    one = 1 - beta if beta in (0, 1) else beta
+    plain = (((one * of_p + (1 - one) * of_q).sum(-1)) * weight).sum().float()
+    ours = losses.kl_divergence(hidden, head, parent, parent_head, weight, beta)
+    _same(ours, plain, hidden, head)
 
 
-def test_kl_of_self_is_zero_with_zero_gradient():
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_a_divergence_of_self_is_zero_with_zero_gradient(beta: float):
     hidden, head, _, weight = _inputs()
-    loss = losses.kl_divergence(hidden, head, hidden, head, weight)
-    assert loss.item() == 0
-    assert all(not g.any() for g in torch.autograd.grad(loss, (hidden, head)))
+    loss = losses.kl_divergence(hidden, head, hidden, head, weight, beta)
+    assert abs(loss.item()) < (1e-6 if beta == 0.3 else 1e-30)
+    for gradient in torch.autograd.grad(loss, (hidden, head)):
+        assert gradient.abs().max() < (1e-6 if beta == 0.3 else 1e-30)
 
 
 def test_token_statistics_agree_with_the_losses():

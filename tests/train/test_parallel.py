@@ -32,7 +32,7 @@ PIPELINE = {"parallel": {"pipeline": 2}}
 # Rows that two processes share: documents and answers cross the cut, and RPO's losses are of pairs.
 CONTEXT, BOTH = {"parallel": {"context": 2}}, {"parallel": {"context": 2, "tensor": 2}}
 LAYOUTS = ("2-lm-tensor", "2-kd-tensor", "2-kd-offload", "2-kd-context", "2-rpo-context")
-LAYOUTS += ("2-grpo-context", "2-kd-pipeline", "2-sft-pipeline")
+LAYOUTS += ("2-grpo-context", "2-gkd-context", "2-kd-pipeline", "2-sft-pipeline")
 
 
 def _job(home: Path, name: str, objective: str, **settings: Any) -> dict[str, Any]:
@@ -71,9 +71,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         two += [_job(home, f"2-{name}-resumed", name, stop=stop) for stop in (3, None)]
         two.append(_job(home, f"21-{name}", name, stop=3))
         two.append(_job(home, f"12-{name}", name))
-    for name in ("rpo", "grpo"):
+    for name in ("rpo", "grpo", "gkd"):
         train(**_job(home, f"1-{name}", name))
-    two += [_job(home, f"2-{name}-context", name, **CONTEXT) for name in ("kd", "rpo", "grpo")]
+    two += [
+        _job(home, f"2-{name}-context", name, **CONTEXT) for name in ("kd", "rpo", "grpo", "gkd")
+    ]
     run_ranks(CODE, json.dumps(two))
     train(**_job(home, "21-kd-pipeline", "kd"))
     for name in NAMES:
