@@ -238,8 +238,8 @@ class Planner:
         return ""
 
     def _line(self, spec: StageSpec, config: Any) -> Line:
-        held = {"disk": self._disk(spec, config), "host": self._host(spec, config)}
-        line = Line(spec.name, spec.stage, self.cluster, **held)
+        disk, host = self._disk(spec, config), self._host(spec, config)
+        line = Line(spec.name, spec.stage, self.cluster, disk=disk, host=host)
         if (job := self.job(spec, config)) is not None:
             return self._trained(line, config, job)
         phases, unknown = self._phases(spec, config)

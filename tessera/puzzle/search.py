@@ -462,8 +462,8 @@ def conditional_search(read: Read, inputs: Mapping, run: Run | None) -> Found:
             f"search.conditional measures {', '.join(METRICS[:3])} anew, and no {config.minimize}; "
             "minimise one of those, or leave conditional out"
         )
-    made = (inputs[need] for need in ("parent", "library", "data"))
-    rescorer = Rescorer(conditional, *made, space, run)
+    parent_run, library, data = (inputs[need] for need in ("parent", "library", "data"))
+    rescorer = Rescorer(conditional, parent_run, library, data, space, run)
     found: dict[tuple, Found] = {}
 
     def solve_at(rows: Rows, share: float, near: Near | None = None) -> Architecture:

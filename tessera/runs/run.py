@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime as dt
+import gc
 import importlib.metadata
 import json
 import math
@@ -40,6 +41,7 @@ from tessera.runs.files import (
 )
 
 Status = Literal["running", "done", "failed", "interrupted"]
+LARGE = 1e9  # bytes of a process that is worth a collection
 LOGS = ("metrics.jsonl", "timings.jsonl")  # one object a step
 NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock"}
 InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
@@ -420,7 +422,10 @@ def _cpu_seconds() -> float:
 
 
 def release_memory() -> None:
-    """Gives the system back what memory is free; glibc keeps gigabytes for the next stage else."""
+    """Gives the system back what memory is free; glibc keeps gigabytes for the next stage else.
+    Models that refer to themselves wait for a collection, which takes longer than a toy's stage."""
+    if resident_memory() > LARGE:
+        gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
