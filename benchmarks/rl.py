@@ -1,12 +1,12 @@
 """A GRPO step: against TRL's GRPOTrainer, with our engine and with vLLM's, in turn.
 
-    python benchmarks/rl.py trl [--baselines DIR] [--peer PYTHON] [--steps 3]
-    python benchmarks/rl.py engines [--steps 3]
+    python benchmarks/rl.py trl [--model PATH] [--peer PYTHON] [--steps 1] [--threads-of 1 2]
+    python benchmarks/rl.py engines [--model PATH] [--steps 1]
 
-trl: DIR (../shared/baselines) holds trl_grpo.py: a random Llama of 6M parameters, 16 prompts of 67
-tokens, 8 completions of exactly 64 tokens each, temperature 1, one update a rollout, no reference.
-Ours runs the real `Rollouts`, `PolicyGradient` and `Trainer` on the same model, prompts of the same
-lengths, and a reward as cheap (the share of even tokens).
+trl: SmolLM2-135M-Instruct, or another model: 8 prompts (arithmetic problems), 8 completions of
+exactly 128 tokens each, temperature 1, one update a rollout, no reference, in float32 and bfloat16;
+TRL as in training.py, 8 completions a backward pass. Ours runs the real `Rollouts`,
+`PolicyGradient` and `Trainer`, and a reward as cheap (the share of even tokens).
 
 engines: our step with our engine and with vLLM's CPU build (`make venv-vllm`), each with the
 rollout before the step and one ahead of it, where the engine has the second core.
@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import closing
@@ -28,7 +27,6 @@ from typing import Any
 
 import harness
 from harness import (
-    BASELINES,
     TRL,
     VLLM,
     Command,
@@ -41,10 +39,11 @@ from harness import (
     ratio,
     table,
 )
-from training import SIZES, conversations, draw, initial, open_run, peak, shape, spans
+from training import SETTINGS, TRL_SIDE, open_run, peak, spans, yardstick
 
 from tessera.data.batch import Batch
-from tessera.model.transformer import Transformer
+from tessera.data.problems import problem
+from tessera.data.tokenizer import load_tokenizer
 from tessera.objectives.grpo import PolicyGradient
 from tessera.rl import advantages
 from tessera.rl.policy import GRPOConfig
@@ -58,7 +57,7 @@ from tessera.train.engine import Trainer
 from tessera.train.flops import Work, model_cost
 from tessera.vllm.config import open_engine
 
-PROMPTS, SAMPLES, NEW, PROMPT_TOKENS = 16, 8, 64, 67
+PROMPTS, SAMPLES, NEW = 8, 8, 128
 
 
 class Text:
@@ -102,20 +101,22 @@ class Clocked(Rollouts):
         return found
 
 
+def questions(options: argparse.Namespace) -> list[str]:
+    count = (options.steps + 1) * PROMPTS
+    return [problem("calc", 0, number).question for number in range(count)]
+
+
 def ours(options: argparse.Namespace) -> Figures:
-    steps, model = options.steps + 1, shape(SIZES[options.size])
-    if options.smoke:
-        drawn = [list(map(int, one)) for one in draw(model.vocab_size, 600 * steps * PROMPTS)]
-    else:
-        drawn = conversations(options.baselines, 4 * steps * PROMPTS)
-    ids = [one[:PROMPT_TOKENS] for one in drawn if len(one) >= PROMPT_TOKENS][: steps * PROMPTS]
-    train = {"steps": steps, "lr": 3e-4, "schedule": "constant", "warmup": 0.0}
+    tokenizer = load_tokenizer(options.model)
+    ids = [tokenizer.encode(one) for one in questions(options)]
+    train = {"steps": options.steps + 1, "lr": 1e-5, "schedule": "constant", "warmup": 0.0}
     train |= {"microbatch_tokens": options.microbatch, "save_seconds": 1e9}
+    train |= {"sequence_length": options.microbatch, "dtype": options.setting}
     settings = {"prompts_per_rollout": PROMPTS, "samples": SAMPLES, "max_tokens": options.new}
     rewards = [{"kind": "format"}]
     settings |= {"engine": options.engine, "staleness": options.staleness, "gap_limit": 9.0}
     config = GRPOConfig(train=train, rewards=rewards, engine_batch=PROMPTS * SAMPLES, **settings)  # type: ignore[arg-type]
-    module = initial(Transformer(model))
+    module = config.train.placement.load(options.model)
     before = memory_mb()
     prompts = [
         Prompt(str(n), [{"role": "user", "content": str(n)}], "off") for n in range(len(ids))
@@ -150,103 +151,90 @@ def ours(options: argparse.Namespace) -> Figures:
         "train": wall - generate - judge,
         "peak": memory_mb(),
         "grown": memory_mb() - before,
+        "matmul": peak(config.train.placement.dtype),
         "flops": statistics.median(source.flops[1:]),
         "tokens": statistics.median(source.tokens[1:]),
     }
 
 
-def theirs(options: argparse.Namespace) -> Figures:
-    script = options.baselines / "trl_grpo.py"
-    words = ["--threads", "1", "--steps", str(options.steps), "--warmup", "1"]
-    words += [
-        "--prompts",
-        str(PROMPTS),
-        "--completions",
-        str(SAMPLES),
-        "--new-tokens",
-        str(options.new),
-    ]
-    with tempfile.TemporaryDirectory() as out:
-        found = fresh(script, [*words, "--out", out], 1, options.peer)
-    return {
-        "wall": found["update_seconds"]["median"],
-        "cpu": found["cpu_seconds_per_rollout_step"],
-        "generate": found["generate_seconds"]["median"],
-        "judge": found["score_seconds"]["median"],
-        "train": found["train_seconds"],
-        "peak": found["peak_rss_mb"],
-        "grown": found["peak_rss_mb"] - found["peak_rss_mb_before_training"],
-    }
+def theirs(options: argparse.Namespace, setting: str) -> Figures:
+    work = {"prompts": questions(options), "new": options.new}
+    work |= {"prompts_per_step": PROMPTS, "samples": SAMPLES}
+    words = ["--dtype", setting, "--batch", str(SAMPLES), "--steps", str(options.steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        (path := Path(folder) / "work.json").write_text(json.dumps(work))
+        words = ["grpo", str(options.model), str(path), *words, "--threads", str(options.threads)]
+        return fresh(TRL_SIDE, words, options.threads, options.peer)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--baselines", type=Path, default=BASELINES)
+    parser.add_argument("--model", type=Path, help="HF directory or GGUF; SmolLM2-135M otherwise")
     parser.add_argument("--peer", default=TRL, help="a Python that has TRL")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="timed, after one")
     parser.add_argument("--microbatch", type=int, default=2048, help="ours: tokens of a row")
     parser.add_argument("--new", type=int, default=NEW, help="tokens of a completion")
-    parser.add_argument("--size", choices=SIZES, default="6M", help=argparse.SUPPRESS)
+    parser.add_argument("--dtypes", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--threads-of", nargs="+", type=int, default=[1, 2], metavar="N")
     parser.add_argument(
         "--engine", choices=["tessera", "vllm"], default="tessera", help=argparse.SUPPRESS
     )
     parser.add_argument("--staleness", type=int, choices=[0, 1], default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--setting", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--side", help=argparse.SUPPRESS)
 
 
 def side(options: argparse.Namespace, *more: str) -> Figures:
     """Our figures from a fresh process with the same options."""
-    words = sys.argv[1:]
-    words = words[1:] if words and words[0] in ("trl", "engines") else words
-    return fresh(__file__, ["trl", *words, *more, "--side", "ours"], 1)
+    words = ["trl", "--side", "ours", *more]
+    for key in ("model", "steps", "microbatch", "new", "threads"):
+        words += [f"--{key}", str(getattr(options, key))]
+    return fresh(__file__, words, options.threads)
 
 
 def trl(options: argparse.Namespace) -> None:
     if options.side:
         print(json.dumps(ours(options)))
         return
-    ways: dict[str, Any] = {"tessera": lambda: {**side(options), "matmul": peak()}}
-    if not options.smoke:
-        need(
-            options.baselines / "trl_grpo.py",
-            options.peer,
-            hint="--baselines, --peer; make venv-trl",
+    need(options.peer, hint="--peer; make venv-trl")
+    with tempfile.TemporaryDirectory() as folder:
+        options.model = yardstick(options, Path(folder) / "model")
+        for threads, dtype in itertools.product(options.threads_of, options.dtypes):
+            options.threads = threads
+            ways: dict[str, Any] = {"tessera": partial(side, options, "--setting", dtype)}
+            for setting in SETTINGS[dtype]:
+                ways[f"TRL GRPOTrainer, {setting}"] = partial(theirs, options, setting)
+            found = alternate(ways, options.rounds)
+            rows = [grpo_row(way, rows, found["tessera"]) for way, rows in found.items()]
+            table(rows, f"grpo, {dtype}, {threads} thread(s)")
+
+
+def grpo_row(name: str, rows: list[Figures], mine: list[Figures]) -> Figures:
+    row = {
+        "": name,
+        "seconds a step": f"{median(rows, 'wall'):.1f}",
+        "CPU-s": f"{median(rows, 'cpu'):.1f}",
+        "peak MB": f"{median(rows, 'peak'):,.0f}",
+    }
+    if rows is mine:
+        row |= {f"{key} s": f"{median(rows, key):.1f}" for key in ("generate", "judge", "train")}
+        share = statistics.median(
+            one["flops"] / (one["train"] / one["wall"] * one["cpu"]) / one["matmul"] for one in mine
         )
-        ways["TRL GRPOTrainer"] = partial(theirs, options)
-    found = alternate(ways, options.rounds)
-    samples, mine = PROMPTS * SAMPLES, found["tessera"]
-    table(
-        [
-            {
-                "": name,
-                "samples/s": f"{samples / median(rows, 'wall'):.2f}",
-                "samples/CPU-s": f"{samples / median(rows, 'cpu'):.2f}",
-                **{
-                    f"{key} s": f"{median(rows, key):.2f}" for key in ("generate", "judge", "train")
-                },
-                **{f"{key} MB": f"{median(rows, key):,.0f}" for key in ("peak", "grown")},
-            }
-            for name, rows in found.items()
-        ]
-    )
-    if not options.smoke:
-        told = (
-            f"{ratio(found['TRL GRPOTrainer'], mine, key):.2f}" for key in ("wall", "cpu", "peak")
-        )
-        print("\nTRL / tessera, medians of pairs: wall {}, CPU {}, peak memory {}.".format(*told))
-    share = statistics.median(
-        own["flops"] / (own["train"] / own["wall"] * own["cpu"]) / own["matmul"] for own in mine
-    )
-    print(
-        f"A step trains on {median(mine, 'tokens'):,.0f} tokens, prompts computed once, instead of "
-        f"{samples * (PROMPT_TOKENS + options.new):,}; training runs at "
-        f"{share:.0%} of the matmul peak."
-    )
+        return {**row, "training, of the products' peak": f"{share:.0%}"}
+    row["tessera / it, wall"] = f"{ratio(rows, mine, 'wall'):.2f}"
+    return {**row, "CPU": f"{ratio(rows, mine, 'cpu'):.2f}"}
 
 
 def engines(options: argparse.Namespace) -> None:
     """A row an engine and staleness, medians of rounds in which they take turns."""
     if not options.smoke:
         need(VLLM, hint="make venv-vllm")
+    with tempfile.TemporaryDirectory() as folder:
+        options.model = yardstick(options, Path(folder) / "model")
+        ways_of_engines(options)
+
+
+def ways_of_engines(options: argparse.Namespace) -> None:
     names = ["tessera", "vllm"] if Path(VLLM).exists() else ["tessera"]
     ways = {
         f"{engine}, {'one ahead' if staleness else 'before the step'}": partial(
@@ -271,7 +259,7 @@ def engines(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    TOY = {"steps": 2, "new": 8, "size": "toy"}
+    TOY = {"steps": 1, "new": 8, "threads_of": [1]}
     harness.main(
         __doc__, {"trl": Command(trl, arguments, TOY), "engines": Command(engines, arguments, TOY)}
     )

@@ -1,22 +1,19 @@
 """Training speed and memory: against TRL, a plain distillation loop, and the machine's own peak.
 
-    python benchmarks/training.py trl [--baselines DIR] [--peer PYTHON] [--steps 10]
-    python benchmarks/training.py kd [--steps 5]
+    python benchmarks/training.py lm [--model PATH] [--peer PYTHON] [--steps 2] [--threads-of 1 2]
+    python benchmarks/training.py sft [the same]
+    python benchmarks/training.py kd [the same]
     python benchmarks/training.py step [--sizes 6M 45M 160M] [--steps 4]
     python benchmarks/training.py processes [--sizes 6M 45M 160M] [--steps 4]
 
-trl: the LM objective on packed documents against TRL's SFTTrainer. DIR (../shared/baselines) holds
-trl_sft.py and _trl_common.py: a random Llama of 6M parameters, conversations of arithmetic, steps
-of 4096 positions, AdamW at a constant 1e-3, float32. Both read the same conversations through the
-same tokenizer. TRL runs at its best setting (one row of 512 at a time) and at its obvious one (8
-rows at once). A rate counts predictions: positions with a label, which both share.
-
-kd: the KD objective in the Trainer against the loop that one writes over transformers' models:
-both models' logits, `kl_div` of their log-softmaxes, backward. Random Llamas of one shape, float32,
-AdamW. Two works have rows of one document of 512 tokens, 2048 a step, so that packing is no part of
-the comparison; the third has documents of 32 to 512 tokens, which we pack and the loop pads. The
-loop runs with four documents at once and with one (least memory, no padding). Memory is the
-process's peak less what it held before a model was built.
+lm, sft, kd: SmolLM2-135M-Instruct, or another model, takes steps of 4096 positions with AdamW, in
+float32 and in bfloat16, on arithmetic problems of which lm and kd have rows of 512 tokens and sft
+the answers to learn, packed into such rows. TRL's SFTTrainer has its best setting (one row at a
+time, best-fit packing, no gradient checkpointing), and in bfloat16 both of its ways: autocast, with
+weights and moments in float32 as ours, and all of them in bfloat16. kd's peer is the loop that one
+writes over transformers' models: both models' logits, `kl_div` of their log-softmaxes, backward;
+parent and child are the same model. A rate counts predictions: positions with a label. Memory is
+the process's peak.
 
 step: the Trainer with the LM loss at three sizes, documents of 32 to 512 tokens packed into rows of
 1024. Operations are counted (`train/flops.py`: no recomputation), CPU seconds measured; the peak is
@@ -31,10 +28,9 @@ Sides alternate, each in a fresh process; ratios are medians of pairs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import math
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -49,7 +45,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from harness import (
-    BASELINES,
     TRL,
     Command,
     Figures,
@@ -59,28 +54,32 @@ from harness import (
     memory_mb,
     need,
     ratio,
+    smollm2,
     table,
 )
-from torch.nn.utils.rnn import pad_sequence
 
 from tessera import dist
-from tessera.data.batch import Batch, Ids
+from tessera.data.batch import OFF, Batch, Ids
 from tessera.data.documents import Documents
+from tessera.data.problems import problem
 from tessera.data.store import TokenWriter
+from tessera.data.tokenizer import load_tokenizer
+from tessera.export.write import export_model
 from tessera.model.config import ModelConfig, uniform
 from tessera.model.cpu import multiply
+from tessera.model.placement import DTYPES
+from tessera.model.source import load_config
 from tessera.model.transformer import Transformer
 from tessera.objectives.kd import KD, KDConfig
-from tessera.objectives.lm import LM
+from tessera.objectives.lm import LM, SFT
 from tessera.runs.run import Run, read_metrics
-from tessera.train.engine import Trainer
-from tessera.train.flops import Work, model_cost
+from tessera.train.engine import Objective, Trainer
 from tessera.train.optim import TrainConfig
 
-ROW, STEP_TOKENS, MEAN_CHARS = 512, 4096, 150
-SETTINGS = {"best (1 row x 8)": ("1", "8"), "obvious (8 rows)": ("8", "1")}
-LENGTH, KD_TOKENS, SHORTEST = 512, 2048, 32
-PACKED = 1024  # positions of a row of kd and step
+STEP_TOKENS, LENGTH, SHORTEST = 4096, 512, 32
+PACKED = 1024  # positions of a row of step
+SETTINGS = {"float32": ["float32"], "bfloat16": ["autocast", "bfloat16"]}  # of a peer
+TRL_SIDE = Path(__file__).parent / "peers" / "trl_side.py"
 SIZES = {  # vocabulary, hidden, FFN, layers, heads, KV heads
     "6M": (320, 256, 688, 8, 4, 2),
     "45M": (8192, 512, 1376, 12, 8, 2),
@@ -88,13 +87,6 @@ SIZES = {  # vocabulary, hidden, FFN, layers, heads, KV heads
     "toy": (320, 32, 64, 2, 4, 2),
 }
 LARGE = [size for size in SIZES if size != "toy"]
-WORKS = {  # shape; shortest document
-    "V 4,096, full rows": ((4096, 256, 688, 8, 4, 2), LENGTH),
-    "V 4,096, 32 to 512 tokens": ((4096, 256, 688, 8, 4, 2), 32),
-    "V 128,256, full rows": ((128_256, 256, 688, 4, 4, 2), LENGTH),
-    "toy": (SIZES["toy"], 32),
-}
-PLAIN = {"plain, 4 at once": 4, "plain, 1 at a time": 1}
 KINDS = {  # words in a kernel's name, in the order they are tried
     "attention": ("scaled_dot_product",),
     "matrix products": ("linear_pointwise", "aten::mm", "addmm", "bmm"),
@@ -134,12 +126,18 @@ def open_run(path: Path, stage: str) -> Run:
     return Run.open(path, stage=stage, config={}, inputs={}, seed=0, quiet=True)
 
 
-def write_data(path: Path, ids: Sequence[Ids | list[int]], vocab_size: int) -> Path:
-    """A finished data run that holds these documents."""
+def write_data(
+    path: Path,
+    ids: Sequence[Ids | list[int]],
+    vocab_size: int,
+    trained: Sequence[list[int]] | None = None,
+) -> Path:
+    """A finished data run that holds these documents; trained: the mode of each id to learn."""
+    marks = None if trained is None else np.concatenate(trained).astype(np.uint8)
     with open_run(path, "data") as run:
-        with TokenWriter(path / "tokens", "train", vocab_size) as writer:
+        with TokenWriter(path / "tokens", "train", vocab_size, masked=marks is not None) as writer:
             lengths = np.array([len(document) for document in ids])
-            writer.add(np.concatenate(ids), lengths)
+            writer.add(np.concatenate(ids), lengths, marks)
             writer.finish()
         run.write_json("data", {"splits": ["train"], "vocab_size": vocab_size, "pad_id": 0})
         run.finish()
@@ -186,32 +184,12 @@ def draw(vocab: int, tokens: int) -> list[np.ndarray]:
     return found
 
 
-@torch.no_grad()
-def initial(module: Transformer) -> Transformer:
-    """The peer's distribution of first weights, so that the losses fall alike."""
-    torch.manual_seed(0)
-    for weight in module.parameters():
-        if weight.ndim == 2:
-            weight.normal_(0.0, 0.02)
-    return module
-
-
-def conversations(baselines: Path, count: int) -> list[list[int]]:
-    """The peer's conversations through its own tokenizer and template, cut to a row as it does."""
-    sys.path.insert(0, str(baselines))
-    import _trl_common as common  # type: ignore[import-not-found]
-
-    tokenizer = common.make_tokenizer(SIZES["6M"][0])
-    texts = (
-        tokenizer.apply_chat_template(messages, tokenize=False)
-        for messages in common.sums_conversations(count, 0, MEAN_CHARS)
-    )
-    return [tokenizer(text, add_special_tokens=False)["input_ids"][:ROW] for text in texts]
-
-
-def matmul_flops(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
-    """Operations a CPU second of a float32 1024^3 product: the best of 20."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+def matmul_flops(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Operations a CPU second of a 1024^3 product: the best of 20."""
+    a, b = torch.randn(2, 1024, 1024).to(dtype)
     seconds = []
     for _ in range(20):
         begun = time.process_time()
@@ -220,9 +198,9 @@ def matmul_flops(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) 
     return 2 * 1024**3 / min(seconds)
 
 
-def peak() -> float:
+def peak(dtype: torch.dtype = torch.float32) -> float:
     """The faster of torch's two libraries, in operations a CPU second."""
-    return max(matmul_flops(torch.matmul), matmul_flops(multiply))
+    return max(matmul_flops(torch.matmul, dtype), matmul_flops(multiply, dtype))
 
 
 def spans(marks: list[tuple[float, float]], skip: int = 1) -> list[tuple[float, float]]:
@@ -230,286 +208,174 @@ def spans(marks: list[tuple[float, float]], skip: int = 1) -> list[tuple[float, 
     return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks)][skip:]
 
 
-# Against TRL
+# Against TRL and a plain loop, on a real model
 
 
-def trl(options: argparse.Namespace) -> None:
+def compare(what: str, options: argparse.Namespace) -> None:
+    """Our Trainer and its peer on the same documents, for each number of threads and precision."""
     if options.side:
-        print(json.dumps(train_ours(options)))
+        side = plain_kd if options.side == "plain" else train_ours
+        print(json.dumps(side(what, options)))
         return
-    if not options.smoke:
-        need(
-            options.baselines / "trl_sft.py",
-            options.peer,
-            hint="--baselines, --peer; make venv-trl",
-        )
-    words = ["trl", *sys.argv[2 if sys.argv[1:2] == ["trl"] else 1 :], "--side", "ours"]
-    ours = partial(fresh, __file__, words, options.threads)
-    peaks = [(matmul_flops(torch.matmul), matmul_flops(multiply))]
-    pairs = {}
-    for name, setting in SETTINGS.items():
-        ways: dict[str, Any] = {"ours": ours}
-        if not options.smoke:
-            ways["peer"] = partial(run_peer, options, setting)
-        pairs[name] = alternate(ways, options.rounds)
-        peaks.append((matmul_flops(torch.matmul), matmul_flops(multiply)))
-    best = tuple(max(one) for one in zip(*peaks, strict=True))
-    print(
-        f"a float32 1024^3 product: torch.matmul {best[0] / 1e9:.0f}, oneDNN {best[1] / 1e9:.0f} "
-        "GFLOP a CPU second"
-    )
-    mine = [one for found in pairs.values() for one in found["ours"]]
-    rows = [trl_row(f"tessera, {options.microbatch} positions at once", options.size, mine, best)]
-    rows += [
-        trl_row(f"TRL, {n}", options.size, found["peer"], best)
-        for n, found in pairs.items()
-        if "peer" in found
-    ]
-    table(rows)
-    if not options.smoke:
-        table(
-            [
-                {
-                    "tessera / TRL, median of pairs": name,
-                    **{
-                        key: f"{ratio(found['ours'], found['peer'], f'per_{key}'):.2f}"
-                        for key in ("wall", "cpu")
-                    },
-                }
-                for name, found in pairs.items()
-            ]
-        )
+    if what != "kd":
+        need(options.peer, hint="--peer; make venv-trl")
+    with tempfile.TemporaryDirectory() as folder:
+        model = yardstick(options, Path(folder) / "model")
+        work = Path(folder) / "work.json"
+        work.write_text(json.dumps(documents(what, model, options.steps)))
+        options.model, options.work = model, work
+        for threads, dtype in itertools.product(options.threads_of, options.dtypes):
+            options.threads = threads
+            peer = partial(run_plain if what == "kd" else run_trl, options)
+            name = "plain loop" if what == "kd" else "TRL"
+            ways: dict[str, Any] = {"tessera": partial(run_ours, what, options, dtype)}
+            for setting in SETTINGS[dtype]:
+                ways[f"{name}, {setting}"] = partial(peer, setting)
+            found = alternate(ways, options.rounds)
+            table(
+                [rate_row(way, rows, found["tessera"]) for way, rows in found.items()],
+                f"{what}, {dtype}, {threads} thread(s)",
+            )
 
 
-def trl_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--baselines", type=Path, default=BASELINES)
+def compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="HF directory or GGUF; SmolLM2-135M otherwise")
     parser.add_argument("--peer", default=TRL, help="a Python that has TRL")
-    parser.add_argument("--steps", type=int, default=10, help="timed optimizer steps")
-    parser.add_argument("--warmup", type=int, default=2, help="untimed steps before them")
-    parser.add_argument("--microbatch", type=int, default=1024, help="ours: positions at once")
-    parser.add_argument("--size", choices=SIZES, default="6M", help=argparse.SUPPRESS)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps, after one")
+    parser.add_argument("--dtypes", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--threads-of", nargs="+", type=int, default=[1, 2], metavar="N")
+    parser.add_argument("--microbatch", type=int, default=2048, help="ours: positions at once")
+    parser.add_argument("--batch", type=int, default=1, help="the peer's: rows at once")
+    for hidden in ("--side", "--setting", "--work"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
 
 
-def run_peer(options: argparse.Namespace, setting: tuple[str, str]) -> Figures:
-    batch, accumulation = setting
-    words = ["--batch", batch, "--accum", accumulation, "--steps", str(options.steps)]
-    words += ["--warmup", str(options.warmup), "--threads", str(options.threads)]
-    script = options.baselines / "trl_sft.py"
-    with tempfile.TemporaryDirectory() as out:
-        found = fresh(script, [*words, "--out", out], options.threads, options.peer)
-    predictions, cpu = found["trained_tokens_per_second"], found["cpu_seconds_per_step"]
-    wall = found["step_seconds"]["mean"]
-    return {
-        "wall": wall,
-        "cpu": cpu,
-        "predictions": predictions * wall,
-        "per_wall": predictions,
-        "per_cpu": predictions * wall / cpu,
-        "positions": found["fed_positions_per_step"],
-        "loss_first": found["loss_first"],
-        "loss_last": found["loss_last"],
-        "peak": found["peak_rss_mb"],
-        "grown": found["peak_rss_mb"] - found["peak_rss_mb_before_training"],
-    }
+def yardstick(options: argparse.Namespace, folder: Path) -> Path:
+    """The model as a Hugging Face directory."""
+    if options.smoke:
+        return harness.tiny_model(folder)
+    given = options.model or smollm2()
+    if not given.is_dir():
+        export_model(given, folder, "hf", check=False)
+    return folder if folder.is_dir() else given
 
 
-def train_ours(options: argparse.Namespace) -> Figures:
-    """The Trainer on a data run made of the same conversations; per step, after the warm-up."""
-    total = options.steps + options.warmup
-    changes = {"microbatch_tokens": options.microbatch, "lr": 1e-3, "betas": (0.9, 0.999)}
-    config = settings(total, **changes)
-    model = shape(SIZES[options.size])
+def documents(what: str, model: Path, steps: int) -> dict[str, Any]:
+    """Ids, and labels of which sft has those of answers alone: of problems and their answers, as
+    long as they are (sft), or joined and cut to rows."""
+    tokenizer, length = load_tokenizer(model), LENGTH if load_config(model).hidden_size > 32 else 64
+    wanted = (steps + 3) * STEP_TOKENS
+    rows, labels, left = [], [], wanted
+    for number in itertools.count():
+        one = problem("calc", 0, number)
+        asked = tokenizer.encode(f"{one.question}\n")
+        answer = tokenizer.encode(f"{one.work}\nAnswer: {one.answer}\n")
+        rows.append((asked + answer)[:length])
+        labels.append(([-100] * len(asked) + answer)[:length])
+        left -= len(rows[-1])
+        if left <= 0:
+            break
+    if what != "sft":
+        flat = list(itertools.chain.from_iterable(rows))
+        rows = labels = [flat[at : at + length] for at in range(0, len(flat) - length, length)]
+    return {"length": length, "documents": rows, "labels": labels}
+
+
+def run_ours(what: str, options: argparse.Namespace, dtype: str) -> Figures:
+    return fresh(__file__, side_words(what, options, "ours", dtype), options.threads)
+
+
+def run_plain(options: argparse.Namespace, setting: str) -> Figures:
+    return fresh(__file__, side_words("kd", options, "plain", setting), options.threads)
+
+
+def side_words(what: str, options: argparse.Namespace, side: str, setting: str) -> list[str]:
+    words = [what, "--side", side, "--setting", setting]
+    for key in ("model", "work", "steps", "threads", "microbatch", "batch"):
+        words += [f"--{key}", str(getattr(options, key))]
+    return words
+
+
+def run_trl(options: argparse.Namespace, setting: str) -> Figures:
+    accumulation = STEP_TOKENS // (options.batch * LENGTH)
+    words = ["sft", str(options.model), str(options.work), "--dtype", setting]
+    words += ["--batch", str(options.batch), "--accum", str(accumulation)]
+    words += ["--steps", str(options.steps), "--threads", str(options.threads)]
+    return fresh(TRL_SIDE, words, options.threads, options.peer)
+
+
+def train_ours(what: str, options: argparse.Namespace) -> Figures:
+    """The Trainer on a data run of the documents; per step, after the first."""
+    work, model = json.loads(Path(options.work).read_text()), options.model
+    changes = {"microbatch_tokens": options.microbatch, "lr": 1e-5, "dtype": options.setting}
+    train = settings(options.steps + 1, **changes)
     with tempfile.TemporaryDirectory() as folder:
-        if options.smoke:
-            ids = draw(model.vocab_size, total * STEP_TOKENS)
-        else:
-            ids = conversations(options.baselines, total * STEP_TOKENS // 110 + 64)
-        data = write_data(Path(folder) / "data", ids, model.vocab_size)
-        source = Clocked(packed(data, config, config.microbatch_tokens))
-        module = initial(Transformer(model))
-        before = memory_mb()
-        with open_run(Path(folder) / "run", "cpt") as run:
-            Trainer(module, LM(), source, config, run).fit()
-            source.mark()
-            losses = [row["loss"] for row in read_metrics(run.path)]
-    times = spans(source.marks, options.warmup)
-    wall, cpu = (statistics.fmean(x) for x in zip(*times, strict=True))
-    predictions = statistics.fmean(source.predictions[options.warmup :])
-    return {
-        "wall": wall,
-        "cpu": cpu,
-        "predictions": predictions,
-        "per_wall": predictions / wall,
-        "per_cpu": predictions / cpu,
-        "positions": STEP_TOKENS,
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-        "peak": memory_mb(),
-        "grown": memory_mb() - before,
-    }
-
-
-def step_flops(positions: float, size: str, predictions_a_document: float = 110) -> float:
-    """6 operations a matrix parameter and position, and causal attention inside documents."""
-    vocab, hidden, width, layers, heads, kv_heads = SIZES[size]
-    kv = hidden * kv_heads // heads
-    matrices = layers * (2 * hidden * (hidden + kv) + 3 * hidden * width) + vocab * hidden
-    attention = layers * 6 * hidden * predictions_a_document
-    return positions * (6 * matrices + attention)
-
-
-def trl_row(name: str, size: str, sides: list[Figures], peaks: tuple[float, ...]) -> Figures:
-    of = partial(median, sides)
-    flops = step_flops(of("predictions"), size) / of("cpu")
-    return {
-        "": name,
-        "wall s a step": f"{of('wall'):.2f}",
-        "CPU s a step": f"{of('cpu'):.2f}",
-        "predictions/s": f"{of('per_wall'):,.0f}",
-        "predictions/CPU-s": f"{of('per_cpu'):,.0f}",
-        "fed positions that predict": f"{of('predictions') / of('positions'):.1%}",
-        "share of torch.matmul's peak": f"{flops / peaks[0]:.0%}",
-        "of oneDNN's": f"{flops / peaks[1]:.0%}",
-        "loss, first → last": f"{of('loss_first'):.2f} → {of('loss_last'):.2f}",
-        "peak MB": f"{of('peak'):,.0f}",
-        "MB beyond the built model": f"{of('grown'):,.0f}",
-    }
-
-
-# Distillation against a plain loop
-
-
-def kd(options: argparse.Namespace) -> None:
-    if options.side:
-        side = kd_ours if options.side == "ours" else partial(kd_plain, at_once=PLAIN[options.side])
-        print(json.dumps(side(options.work, options.steps)))
-        return
-    rows = []
-    for work in [options.work] if options.work else [name for name in WORKS if name != "toy"]:
-        words = ["kd", "--work", work, "--steps", str(options.steps), "--side"]
-        sides = {
-            name: partial(fresh, __file__, [*words, name], options.threads)
-            for name in ("ours", *PLAIN)
-        }
-        pairs = {
-            name: alternate({n: sides[n] for n in ("ours", name)}, options.rounds) for name in PLAIN
-        }
-        rows.append(
-            kd_row(work, "tessera", [mine for found in pairs.values() for mine in found["ours"]])
-        )
-        for name, found in pairs.items():
-            row = kd_row(work, name, found[name])
-            for head, key in (("CPU, plain / ours", "cpu"), ("wall", "wall"), ("memory", "peak")):
-                row[head] = f"{ratio(found[name], found['ours'], key):.2f}"
-            rows.append(row)
-    table(rows)
-
-
-def kd_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--work", choices=WORKS)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-
-
-def kd_row(work: str, name: str, sides: list[Figures]) -> Figures:
-    return {
-        "work": work,
-        "": name,
-        "tokens/CPU-s": f"{1 / median(sides, 'cpu'):,.0f}",
-        "tokens/s": f"{1 / median(sides, 'wall'):,.0f}",
-        "peak MB": f"{median(sides, 'peak'):,.0f}",
-    }
-
-
-def documents(work: str, steps: int) -> list[np.ndarray]:
-    """Documents for `steps` steps, each of T + 1 ids, the same on both sides."""
-    (vocab, *_), shortest = WORKS[work]
-    draw, left, found = np.random.default_rng(0), (steps + 1) * KD_TOKENS, []
-    while left > 0:
-        length = round(math.exp(draw.uniform(math.log(shortest), math.log(LENGTH))))
-        found.append(draw.integers(0, vocab, length + 1))
-        left -= length
-    return found
-
-
-def figures(marks: list[tuple[float, float]], counts: list[float], peak: float) -> dict:
-    """Seconds a prediction over all steps but the first, and MB beyond those before a model."""
-    wall, cpu = (b - a for a, b in zip(marks[1], marks[-1], strict=True))
-    done = sum(counts[1:])
-    return {"wall": wall / done, "cpu": cpu / done, "peak": peak}
-
-
-def kd_ours(work: str, steps: int) -> Figures:
-    """The Trainer with KD on a data run, microbatches of one row of 1024."""
-    config = shape(WORKS[work][0])
-    train = settings(steps, lr=1e-3, tokens_per_step=KD_TOKENS)
-    with tempfile.TemporaryDirectory() as folder:
-        data = write_data(Path(folder) / "data", documents(work, steps), config.vocab_size)
-        source = Clocked(packed(data, train, PACKED))
-        before = memory_mb("VmRSS")
-        teacher = Transformer(config).init_weights(0).requires_grad_(False)
-        student = Transformer(config).init_weights(1)
-        with open_run(Path(folder) / "run", "kd") as run:
+        trained = None
+        if what == "sft":
+            trained = [[OFF if one >= 0 else 0 for one in row] for row in work["labels"]]
+        vocab = load_config(model).vocab_size
+        data = write_data(Path(folder) / "data", work["documents"], vocab, trained)
+        source = Measured(packed(data, train, options.microbatch))
+        module = train.placement.load(model)
+        objective: Objective = SFT() if what == "sft" else LM()
+        if what == "kd":
+            teacher = train.placement.load(model, frozen=True, beside=module)
             objective = KD(teacher, KDConfig(train=train, cosine=0.0))
-            Trainer(student, objective, source, train, run).fit()
+        with open_run(Path(folder) / "run", what) as run:
+            source.count(Trainer(module, objective, source, train, run)).fit()
             source.mark()
-    return figures(source.marks, source.predictions, memory_mb() - before)
+    wall, cpu = (statistics.fmean(x) for x in zip(*spans(source.marks), strict=True))
+    share = statistics.fmean(source.flops[1:]) / cpu / peak(DTYPES[options.setting])
+    done = statistics.fmean(source.predictions[1:])
+    return {"done": done, "wall": wall, "cpu": cpu, "peak": memory_mb(), "share": share}
 
 
-def kd_plain(work: str, steps: int, at_once: int) -> Figures:
-    """The loop that one writes over transformers' models, `at_once` documents a backward."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def plain_kd(what: str, options: argparse.Namespace) -> Figures:
+    """The loop that one writes over transformers' models, `batch` rows a backward."""
+    from transformers import AutoModelForCausalLM
 
-    vocab, hidden, width, layers, heads, kv = WORKS[work][0]
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        attn_implementation="sdpa",
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    before, marks, counts = memory_mb("VmRSS"), [], []
-    torch.manual_seed(0)
-    teacher = LlamaForCausalLM(config).requires_grad_(False).eval()
-    student = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
-    unread = documents(work, steps)
-    for _ in range(steps):
+    rows = torch.tensor(json.loads(Path(options.work).read_text())["documents"])
+    dtype = torch.bfloat16 if options.setting == "bfloat16" else torch.float32
+    read = partial(AutoModelForCausalLM.from_pretrained, options.model, dtype=dtype)
+    teacher, student = read().requires_grad_(False).eval(), read().train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
+    cast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=options.setting == "autocast")
+    marks, at = [], 0
+    for _ in range(options.steps + 1):
         marks.append((time.perf_counter(), time.process_time()))
-        total = 0
-        while total < KD_TOKENS:
-            ids, mask = padded([unread.pop() for _ in range(at_once)])
-            attention = None if mask.all() else mask
-            with torch.no_grad():
-                target = F.log_softmax(teacher(ids, attention_mask=attention).logits, -1)
-            found = F.log_softmax(student(ids, attention_mask=attention).logits, -1)
-            if attention is None:
-                loss = F.kl_div(found, target, log_target=True, reduction="sum")
-            else:
-                kl = F.kl_div(found, target, log_target=True, reduction="none").sum(-1)
-                loss = (kl * mask).sum()
-            loss = loss / KD_TOKENS
+        for _ in range(STEP_TOKENS // (options.batch * rows.shape[1])):
+            ids = rows[at : at + options.batch]
+            at += options.batch
+            with cast():
+                with torch.no_grad():
+                    target = teacher(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+                found = student(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+                loss = F.kl_div(found, target, log_target=True, reduction="sum") / STEP_TOKENS
             loss.backward()
-            total += int(mask.sum())
             del target, found, loss
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        counts.append(total)
     marks.append((time.perf_counter(), time.process_time()))
-    return figures(marks, counts, memory_mb() - before)
+    wall, cpu = (statistics.fmean(x) for x in zip(*spans(marks), strict=True))
+    done = STEP_TOKENS // rows.shape[1] * (rows.shape[1] - 1)
+    return {"done": done, "wall": wall, "cpu": cpu, "peak": memory_mb()}
 
 
-def padded(documents: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask `(N, T)`."""
-    rows = [torch.from_numpy(ids[:-1]) for ids in documents]
-    ones = [torch.ones_like(row) for row in rows]
-    return pad_sequence(rows, batch_first=True), pad_sequence(ones, batch_first=True)
+def rate_row(name: str, rows: list[Figures], mine: list[Figures]) -> Figures:
+    """Predictions a second: positions with a label, which both sides share."""
+    for one in (*rows, *mine):
+        one |= {f"per_{key}": one["done"] / one[key] for key in ("wall", "cpu")}
+    row = {
+        "": name,
+        "tokens/s": f"{median(rows, 'per_wall'):,.0f}",
+        "tokens/CPU-s": f"{median(rows, 'per_cpu'):,.0f}",
+        "peak MB": f"{median(rows, 'peak'):,.0f}",
+    }
+    if rows is mine:
+        return {**row, "of the products' peak": f"{median(rows, 'share'):.0%}"}
+    row["tessera / it, wall"] = f"{ratio(mine, rows, 'per_wall'):.2f}"
+    return {**row, "CPU": f"{ratio(mine, rows, 'per_cpu'):.2f}"}
 
 
 # A step against the machine
@@ -528,14 +394,17 @@ def step_options(parser: argparse.ArgumentParser) -> None:
 class Measured(Clocked):
     """A clocked source that counts its batches' operations too."""
 
-    def __init__(self, source: Documents, config: ModelConfig) -> None:
+    def __init__(self, source: Documents) -> None:
         super().__init__(source)
-        self.config, self.flops = config, []
+        self.flops: list[float] = []
 
-    def batches(self, step: int) -> list[Any]:
-        batches = super().batches(step)
-        cost = model_cost(self.config)
-        self.flops.append(sum(cost.training(Work.of(batch)) for batch in batches))
+    def count(self, trainer: Trainer) -> Trainer:
+        self.trainer = trainer
+        return trainer
+
+    def batches(self, step: int) -> list[Batch]:
+        batches, trainer = super().batches(step), self.trainer
+        self.flops.append(sum(trainer.objective.flops(trainer.module, b) for b in batches))
         return batches
 
 
@@ -548,10 +417,10 @@ def trained(size: str, steps: int, folder: Path) -> tuple[Trainer, Measured]:
     dist.barrier()
     layout = train.placement.layout
     shard = (layout.data_rank, layout.data_world)
-    source = Measured(packed(data, train, PACKED, shard), config)
+    source = Measured(packed(data, train, PACKED, shard))
     module = train.placement.transformer(Transformer(config).init_weights(0))
     with open_run(folder / f"run-{dist.rank()}", "cpt") as run:
-        trainer = Trainer(module, LM(), source, train, run)
+        trainer = source.count(Trainer(module, LM(), source, train, run))
         trainer.fit()
         source.mark()
     return trainer, source
@@ -634,11 +503,13 @@ def process_side(size: str, steps: int) -> None:
 
 if __name__ == "__main__":
     TOY = {"steps": 2, "sizes": ["toy"]}
+    SMALL = {"steps": 1, "threads_of": [1]}
     harness.main(
         __doc__,
         {
-            "trl": Command(trl, trl_options, {"steps": 2, "warmup": 1, "size": "toy"}),
-            "kd": Command(kd, kd_options, {"steps": 2, "work": "toy"}),
+            "lm": Command(partial(compare, "lm"), compare_options, SMALL),
+            "sft": Command(partial(compare, "sft"), compare_options, SMALL),
+            "kd": Command(partial(compare, "kd"), compare_options, SMALL),
             "step": Command(step, step_options, TOY),
             "processes": Command(processes, step_options, TOY),
         },

@@ -151,7 +151,7 @@ TOY = Quickstart(
 )
 SMOLLM2 = Quickstart(
     recipe="smollm2-135m.toml",
-    reasoning="data-chat",
+    reasoning="answers",
     fast=(
         "defaults.scenario={batch=8,prompt=32,new=16}",
         "defaults.max_tokens=32",
@@ -171,7 +171,19 @@ SMOLLM2 = Quickstart(
         "kd-dropped.train.steps=3",
         "compare.rounds=3",
         "compare.tokens=1024",
-        *(f"eval-{one}.limit=8" for one in ("parent", "child", "kd", "dropped")),
+        "answers.sources=[{tasks={wish=16}}]",
+        "data-chat.sources.on={tasks={story=60},format='chat',reasoning='on',heldout=4}",
+        "data-chat.sources.off={tasks={story=60},format='chat',reasoning='off',heldout=4}",
+        "data-chat.sources.open.heldout=2",
+        "sft.train.steps=3",
+        "profile.tasks={story=8}",
+        "profile.samples=2",
+        "profile.drop_to=-1.0",
+        "grpo.prompts_per_rollout=2",
+        "grpo.samples=4",
+        "grpo.train.steps=2",
+        *(f"eval-{one}.limit=8" for one in ("parent", "child", "kd", "dropped", "sft", "grpo")),
+        *(f"rest-{one}.limit=8" for one in ("sft", "grpo")),
     ),
     rows=(
         ("parent", "eval-parent", "parent", "none"),

@@ -152,18 +152,18 @@ def hop(rng: np.random.Generator, level: int) -> Problem:
 
 
 THINGS = "apples books buttons cards coins eggs keys nuts pens shells stamps stones".split()
-GAINS = ("buy {}", "find {}", "get {} more", "pick up {}")
-LOSSES = ("lose {}", "sell {}", "give {} away", "put {} back")
+GAINS = ("buy {}", "find {}", "get {} more", "win {}")
+LOSSES = ("lose {}", "sell {}", "give away {}", "break {}")
 
 
 def story(rng: np.random.Generator, level: int) -> Problem:
-    """How many things somebody has after `level` events, in words; numbers below 60."""
+    """How many things somebody has after `level` events, in words; numbers to 20."""
     things = THINGS[int(rng.integers(len(THINGS)))]
-    value = start = int(rng.integers(10, 40))
+    value = start = int(rng.integers(3, 13))
     told, steps, results = [], [], []
     for _ in range(level):
-        gain = value < 12 or (value < 48 and rng.random() < 0.5)
-        n, (texts, sign) = int(rng.integers(2, 12)), (GAINS, "+") if gain else (LOSSES, "-")
+        gain = value < 6 or (value < 16 and rng.random() < 0.5)
+        n, (texts, sign) = int(rng.integers(1, 6)), (GAINS, "+") if gain else (LOSSES, "-")
         value += n if gain else -n
         told.append(f"I {texts[int(rng.integers(4))].format(n)}.")
         steps.append(f"{sign}{n}")

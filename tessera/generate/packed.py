@@ -27,7 +27,7 @@ from tessera.generate.engine import GenerationError
 from tessera.generate.sampling import Chosen
 from tessera.model.checkpoint import whole
 from tessera.model.config import NoOp
-from tessera.model.cpu import onednn_product, onednn_rows, reordered
+from tessera.model.cpu import keep_freed_memory, onednn_product, onednn_rows, reordered
 from tessera.model.layers import Attention, FeedForward, LinearMap, Subblock
 from tessera.model.parallel import splits, tensor_group
 from tessera.model.placement import Placement
@@ -279,6 +279,7 @@ class Packed:
         part = Parts(self.mesh, self.dtype, int8)
         table = part(module.embed_tokens.weight)
         self.device = table.device
+        keep_freed_memory()
         if int8:
             check_int8(self.device, self.dtype)
         epsilon = (config.hidden_size * config.rms_norm_eps) ** 0.5

@@ -22,7 +22,6 @@ ONEDNN_FROM = 2**21  # multiply-adds; below, oneDNN's longer call is not repaid
 # The same for a weight that oneDNN has reordered once: 8 us more than MKL a call, but it reads such
 # a weight from memory 1.1 to 1.5 times as fast.
 REORDERED_FROM = 2**18
-CACHED = 2**19  # float32 numbers that a core's cache holds, with some copies of them
 TILE = 2**18  # elements that stay in a core's L2 while several operations go over them
 SHORTEST = 32  # queries of a tile of attention
 
@@ -63,7 +62,7 @@ def onednn_rows(weight: Tensor) -> int:
 def rows_together(rows: int, width: int, device: torch.device) -> int:
     """How many of so many float32 rows are to be worked on at once: on a CPU what its caches hold,
     as several passes over more of them take up to eight times as long."""
-    return max(1, CACHED // width) if device.type == "cpu" else rows
+    return max(1, TILE // width) if device.type == "cpu" else rows
 
 
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,8 +5,9 @@
                            trainer.json     the step and the source's position
 
 A state is copied when the step ends and written by a thread while training goes on: into the run's
-directory, or to any storage that fsspec knows. `trainer.json` is written when every process has
-written its part; a state without it is none. Only then older ones go.
+directory, or to any storage that fsspec knows. A CPU copies nothing and waits for the run's
+directory. `trainer.json` is written when every process has written its part; a state without it is
+none. Only then older ones go.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -150,8 +151,8 @@ COPYING, WRITING = 0.05, 0.25  # of the time, at most
 class Saver:
     """Writes resume states, one at a time, keeping the last `keep` of them.
 
-    seconds: from one to the next. Unless given, a minute, or so much longer that copying, which
-    training waits for, is 5 % of the time, and writing, which loads the storage, 25 %.
+    seconds: from one to the next. Unless given, a minute, or so much longer that what training
+    waits for, copying or writing, is 5 % of the time, and writing, which loads the storage, 25 %.
     """
 
     def __init__(self, states: States, keep: int = 1, seconds: float | None = None) -> None:
@@ -178,19 +179,26 @@ class Saver:
         return idle and waited > max(LEAST, self.copying / COPYING, self.writing / WRITING)
 
     def save(self, step: int, trainer: Trainer) -> None:
-        """Begin to write the state after `step` steps, copied before this returns.
+        """Begin to write the state after `step` steps, copied or written before this returns.
 
         Raises WriteError where the one before could not be written.
         """
         self.wait()
         begun = time.monotonic()
-        with torch.no_grad():
-            tensors = {
-                key: value.clone() if value.device.type == "cpu" else value.to("cpu")
-                for key, value in _tensors(trainer).items()
-            }
+        tensors = _tensors(trainer)
+        # A copy would add three quarters to the memory of what is trained, so that training goes on
+        # meanwhile; here the writer would take its cores.
+        in_place = self.states.local and dist.device().type == dist.HOST
+        if not in_place:
+            with torch.no_grad():
+                tensors = {
+                    key: value.clone() if value.device.type == dist.HOST else value.to(dist.HOST)
+                    for key, value in tensors.items()
+                }
         meta = json.dumps({"step": step, "source": trainer.source.state_dict()})
         self._pending = self._pool.submit(self._write, f"step-{step:08}", tensors, meta)
+        if in_place:
+            wait([self._pending])
         self._saved = time.monotonic()
         self.copying = self._saved - begun
 

@@ -106,3 +106,44 @@ def test_a_layer_keeps_x_gate_and_up_alone():
         gated_down(inputs["gate"], inputs["up"], torch.eye(6))
         rms_norm(inputs["x"], ones, 1e-5)
     assert sorted(kept) == [4, 6, 24, 24, 24, 36]  # 1/rms, weights; x, gate, up
+
+
+@pytest.mark.parametrize("tile", [64, 2**18])  # many tiles, one
+def test_tiles_in_bfloat16_are_the_operations_in_float32(monkeypatch, tile: int):
+    monkeypatch.setattr(cpu, "TILE", tile)
+    monkeypatch.setattr(cpu, "SHORTEST", 3)
+    mask = torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask[..., -1] = True
+    angles = torch.randn(2, 7, 1, 4).repeat(1, 1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        heads = (one.transpose(1, 2) for one in (q, k, v))
+        mask = torch.ones(7, 9, dtype=torch.bool).tril(2) if seen is None else seen
+        found = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)
+        return found.transpose(1, 2)
+
+    def turned(x: Tensor) -> Tensor:
+        return x * cos + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin
+
+    heads = {"q": (2, 7, 6, 8), "k": (2, 9, 3, 8), "v": (2, 9, 3, 8)}
+    for shapes, ours, theirs in (
+        (heads, lambda *x: cpu.attention(*x, None, None), lambda *x: sdpa(*x, None)),
+        (heads, lambda *x: cpu.attention(*x, mask, None), lambda *x: sdpa(*x, mask)),
+        ({"x": (2, 7, 6, 8)}, lambda x: cpu.rope(x, cos, sin), turned),
+        (
+            {"x": (2, 50, 12), "weight": (12,)},
+            lambda *x: rms_norm(*x, 1e-5),
+            lambda x, weight: F.rms_norm(x, (12,), weight, 1e-5),
+        ),
+    ):
+        rounded = [x.bfloat16() for x in tensors("", **shapes).values()]
+        half = [x.clone().requires_grad_() for x in rounded]
+        full = [x.float().requires_grad_() for x in rounded]
+        found, wanted = ours(*half), theirs(*full)
+        upstream = torch.randn(wanted.shape).bfloat16()
+        gradients = torch.autograd.grad(found, half, upstream)
+        others = torch.autograd.grad(wanted, full, upstream.float())
+        for a, b in zip((found, *gradients), (wanted, *others), strict=True):
+            assert a.dtype == torch.bfloat16
+            assert (a - b).norm() <= 0.01 * b.norm()
