@@ -4,8 +4,8 @@
 
 The runs are to be finished, each in one process on this machine with as many threads as now. What a
 stage takes is estimated from what is there when it begins. Memory is the most that the process
-held, disk what the run has kept; resume states, which an estimate counts, are gone by then. --cpu:
-CPU seconds over threads instead of the wall's, where other work ran beside it.
+held, disk what the run has kept, without resume states. --cpu: CPU
+seconds over threads instead of the wall's, where other work ran beside it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run(given: argparse.Namespace) -> None:
                 "ratio": f"{line.seconds / took:.2f}" if took >= LEAST else "",
                 "memory, GB": f"{line.parts.total / 1e9:.2f}",
                 "held": f"{made.peak_memory / 1e9:.2f}",
-                "disk, GB": f"{line.disk / 1e9:.2f}",
+                "disk, GB": f"{line.left / 1e9:.2f}",
                 "kept": f"{kept / 1e9:.2f}",
                 "not known": line.unknown,
             }

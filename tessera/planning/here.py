@@ -11,6 +11,7 @@ piece is measured once and kept in a file, by machine, torch, threads, arithmeti
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -81,7 +82,7 @@ class Measured(Rates):
     def __init__(self, parent: ModelConfig, file: Path | None = None) -> None:
         self.parent, self.file = parent, file or cache_file()
         self.missing: dict[str, Callable[[], list[float]]] = {}
-        self.resident = resident_memory() + WARM
+        self.resident = _resident()
         self.words: dict[str, Variant] = {}  # the largest of each kind
         for kind, variant in (one for block in parent.blocks for one in block):
             size = parent.subblock_params(kind, variant)
@@ -434,6 +435,12 @@ def _alone(train: TrainConfig) -> TrainConfig:
 def cache_file() -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "tessera" / "rates.json"
+
+
+@functools.cache
+def _resident() -> float:
+    """Of this process before its first stage: what a later one finds more is mostly free to use."""
+    return resident_memory() + WARM
 
 
 def _machine() -> list[str]:

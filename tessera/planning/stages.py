@@ -140,6 +140,14 @@ class Line:
         return sum(one.seconds for one in self.phases)
 
     @property
+    def left(self) -> float:
+        """Bytes on disk once it is done: of a training the model, of a race tables alone."""
+        job = self.training and self.training.job
+        if job is None or job.student is None:
+            return self.disk
+        return 0.0 if job.heats else min(self.disk, 4.0 * job.student.num_params())
+
+    @property
     def gpu_hours(self) -> float:
         """Of the whole cluster, which waits where one process works."""
         return self.seconds * self.cluster.world / 3600
@@ -165,6 +173,7 @@ class Line:
             "seconds": self.seconds,
             "gpu_hours": self.gpu_hours,
             "disk": self.disk,
+            "left": self.left,
             "host": self.host,
             "unknown": self.unknown,
             "undivided": self.undivided,
@@ -1006,7 +1015,8 @@ def total_here(lines: Sequence[Line]) -> str:
     seconds = clock(sum(line.seconds for line in lines))
     unknown = [line.name for line in lines if line.unknown or not line.phases]
     rest = f"; not all of {', '.join(unknown)} is known" if unknown else ""
+    disk = sum(line.left for line in lines) + max(line.disk - line.left for line in lines)
     return (
         f"in all about {seconds}, at most {most.parts.total / GB:.2g} GB of memory ({most.name}), "
-        f"{sum(line.disk for line in lines) / GB:.2g} GB on disk{rest}"
+        f"{disk / GB:.2g} GB on disk{rest}"
     )
