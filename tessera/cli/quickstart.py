@@ -172,6 +172,8 @@ SMOLLM2 = Quickstart(
         "compare.rounds=3",
         "compare.tokens=1024",
         "answers.sources=[{tasks={wish=16}}]",
+        'answers.steps=[{step="generate",teacher="parent",mode="off",max_tokens=48,'
+        'truncated="keep"}]',
         "data-chat.sources.on={tasks={story=60},format='chat',reasoning='on',heldout=4}",
         "data-chat.sources.off={tasks={story=60},format='chat',reasoning='off',heldout=4}",
         "data-chat.sources.open.heldout=2",

@@ -276,7 +276,7 @@ def quickstart(
         return
     print(f"\n{of.rendered(rows, terminal_width())}\n")
     question = known.EXAMPLES[task] if model == "toy" else known.QUESTION
-    last = home / next(s.table["model"] for s in reversed(plan.stages) if s.stage == "eval")
+    last = home / ("grpo" if any(one.name == "grpo" for one in plan.stages) else of.child)
     complain(
         f"The report is {report}, everything else in {home}. Next:\n"
         f"tessera chat {last}        and ask: {question}\n"

@@ -268,7 +268,7 @@ class Trainer:
 
         if self.stage is None:
             for number in range(len(batches)):
-                if self.layout.shard == 1:  # every process has room for whole gradients
+                if self.layout.shard == 1 and isinstance(self.module, Transformer):
                     sync_gradients(self.module, number + 1 == len(batches))
                 learn(number)
         else:

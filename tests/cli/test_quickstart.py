@@ -10,9 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tessera.cli import quickstart
+from tessera.cli.fetched import FILE
 from tessera.cli.main import app
 from tessera.data.problems import problem
 from tessera.pipeline import STAGES
+from tessera.runs.files import cache_home
 from tessera.runs.plan import plan
 from tessera.runs.recipe import RecipeError
 from tests.cases.answering import saved
@@ -107,6 +109,20 @@ def test_the_short_quickstart_runs_and_every_stage_moves_its_number(tmp_path: Pa
     assert rows["child, distilled"]["speedup"] > 2.0
     assert rows["child, distilled"]["easy"] > rows["child, as assembled"]["easy"]
     assert rows["after RL, thinking on"]["obedience"] > 0.9
+
+
+@pytest.mark.slow
+def test_the_real_model_goes_through_every_stage(tmp_path: Path):
+    model = cache_home() / "models" / Path(FILE).name
+    if not model.is_file():
+        pytest.skip("the model is not in this user's cache; `make real` fetches it")
+    words = ["quickstart", "--model", "smollm2", "--fast", "--runs", str(tmp_path), "--json"]
+    done = CliRunner().invoke(app, [*words, f"parent.path={model}"])
+    assert done.exit_code == 0, done.output
+    rows = {row["model"]: row for row in json.loads(done.stdout)}
+    assert list(rows) == [name for name, *_ in quickstart.SMOLLM2.rows]
+    assert rows["child, distilled"]["kl"] < rows["child, as assembled"]["kl"]
+    assert rows["child, distilled"]["speedup"] > 1.2
 
 
 def test_the_help_and_the_first_hour_agree_on_how_long_it_takes():
