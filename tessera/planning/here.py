@@ -101,10 +101,14 @@ class Measured(Rates):
         return self.kept.get(name, UNKNOWN)
 
     def measure(self, quiet: bool = False) -> None:
-        """Measures what is missing, and keeps it."""
+        """Measures what is missing, and keeps it in the file unless the machine is busy."""
+        busy = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
         with Progress("measuring this machine", len(self.missing), "pieces", quiet=quiet) as bar:
             for name, piece in self.missing.items():
                 self.kept[name] = piece()
+                if busy:
+                    bar.advance()
+                    continue
                 with suppress(OSError, WriteError):  # it is measured again the next time
                     self.file.parent.mkdir(parents=True, exist_ok=True)
                     atomic_write(self.file, json.dumps(self.kept, indent=0))
