@@ -310,6 +310,17 @@ class Placement:
 HERE = Placement()  # in one process, in float32
 
 
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an optimizer steps, by name.
+
+    After a forward pass FSDP leaves in their place what it gathered, which no gradient reaches.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return {key: one for key, one in module.named_parameters() if one.requires_grad}
+
+
 def inference_dtype(name: DtypeName = "auto") -> torch.dtype:
     """What a model computes in that is not trained; "auto" follows the device."""
     auto = "float32" if dist.device().type == dist.HOST else "bfloat16"

@@ -27,7 +27,7 @@ from tessera.model.context import Context
 from tessera.model.cpu import keep_freed_memory
 from tessera.model.parallel import clip, sync_gradients
 from tessera.model.pipelining import one_forward_one_backward, receive, send
-from tessera.model.placement import PIPELINED, LayoutError
+from tessera.model.placement import PIPELINED, LayoutError, trainable
 from tessera.model.transformer import Transformer
 from tessera.progress import Progress
 from tessera.runs.files import FailureError
@@ -129,7 +129,7 @@ class Trainer:
             raise LayoutError(PIPELINED)
         self.models = [m for m in (module, objective.frozen) if isinstance(m, Transformer)]
         self.stages = None if self.stage is None else self.layout.mesh()["pipeline"]
-        self.trainable = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        self.trainable = trainable(module)
         plain = [key for key, p in self.trainable.items() if not isinstance(p, DTensor)]
         assert self.layout.data_world == 1 or not plain, f"not spread over the data: {plain[:3]}"
         self.groups = objective.groups(module)

@@ -15,12 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tessera import dist
 from tessera.model.checkpoint import load_model
 from tessera.model.pipelining import split_layers
-from tessera.model.placement import Layout, LayoutError, ParallelConfig
+from tessera.model.placement import Layout, LayoutError, ParallelConfig, Placement, trainable
+from tessera.model.transformer import Transformer
 from tessera.runs.run import read_metrics
+from tessera.train.engine import context_of
 from tests.test_dist import run_ranks
-from tests.toy import toy_config
+from tests.toy import toy_batch, toy_config
 from tests.train.ranks import gradients, train
 
 CODE = "from tests.train.ranks import main; main()"
@@ -214,3 +217,15 @@ def test_neighbours_of_a_context_group_read_the_same_rows(monkeypatch):
         layout = Layout.of(ParallelConfig(tensor=2, context=3, shard=2))
         ranks.append((layout.data_rank, layout.data_world))
     assert ranks == [(rank // 6, 2) for rank in range(12)]
+
+
+def test_what_is_stepped_is_what_is_held_behind_a_forward_pass_too():
+    placement = Placement(dtype=torch.bfloat16)
+    with dist.processes():
+        module = placement.transformer(Transformer(toy_config()))
+        batch = toy_batch(0)
+        with torch.no_grad():
+            module(batch.tokens, context_of(batch))
+        held = trainable(module)
+        assert {one.dtype for one in held.values()} == {torch.float32}
+        assert held.keys() == {key for key, _ in Transformer(toy_config()).named_parameters()}
