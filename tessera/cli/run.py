@@ -264,7 +264,8 @@ def quickstart(
         plan = known.real(part, fast, given)
     of = known.MODELS[model]
     of.use_threads()
-    pipeline.run_recipe(plan, runs, redo=redo or (), quiet=quiet)
+    expect = partial(_expected, plan, runs, quiet)
+    pipeline.run_recipe(plan, runs, redo=redo or (), quiet=quiet, expect=expect)
     if not dist.is_main():
         return
     home = runs / plan.name
