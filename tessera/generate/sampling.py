@@ -64,7 +64,10 @@ def joined(parts: Sequence[Chosen]) -> Chosen:
     if len(parts) == 1:
         return parts[0]
     tokens, logprobs, tops = zip(*parts, strict=True)
-    top = None if tops[0] is None else tuple(map(torch.cat, zip(*tops, strict=True)))
+    top = None
+    if tops[0] is not None:
+        ids, theirs = zip(*tops, strict=True)
+        top = torch.cat(ids), torch.cat(theirs)
     return Chosen(torch.cat(tokens), torch.cat(logprobs), top)
 
 

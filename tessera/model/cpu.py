@@ -273,7 +273,7 @@ class _TiledAttention(torch.autograd.Function):
         for own, rows, keys, scores in _score_tiles(q, k, ctx.queries, seen):
             slope = torch.bmm(grad[own, rows], v[own, keys].transpose(1, 2))
             d_v[own, keys].baddbmm_(scores.transpose(1, 2), grad[own, rows])
-            slope = torch._softmax_backward_data(slope, scores, -1, slope.dtype)
+            slope = torch.ops.aten._softmax_backward_data(slope, scores, -1, slope.dtype)
             torch.bmm(slope, k[own, keys], out=d_q[own, rows])
             d_k[own, keys].baddbmm_(slope.transpose(1, 2), q[own, rows])
         return d_q, d_k, d_v, None, None
