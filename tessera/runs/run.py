@@ -41,7 +41,7 @@ from tessera.runs.files import (
 )
 
 Status = Literal["running", "done", "failed", "interrupted"]
-LARGE = 1e9  # bytes of a process that is worth a collection
+LARGE = 0.5e9  # bytes that a stage took and that are worth a collection, which takes seconds
 LOGS = ("metrics.jsonl", "timings.jsonl")  # one object a step
 NO_WORK = {"run.json", "recipe.toml", "log.txt", "quarantine.jsonl", ".lock"}
 InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
@@ -195,6 +195,7 @@ class Run:
         self._afterwards: list[Callable[[], object]] = []
         self._opened, self._opened_cpu = time.monotonic(), _cpu_seconds()
         self._spent, self._spent_cpu = manifest.seconds, manifest.cpu_seconds
+        self._resident = resident_memory()
         begin_peak()
 
     @classmethod
@@ -322,7 +323,9 @@ class Run:
         """Lets another process open this directory."""
         if self._lock:
             self._lock.release()
-        release_memory()
+        if resident_memory(peak=True) - self._resident > LARGE:
+            release_memory()
+            begin_peak()
 
     def _end(self, status: Status, error: str | None = None) -> None:
         if self.manifest.status == "done":  # a Ctrl-C that lands after the end does not undo it
@@ -422,10 +425,8 @@ def _cpu_seconds() -> float:
 
 
 def release_memory() -> None:
-    """Gives the system back what memory is free; glibc keeps gigabytes for the next stage else.
-    Models that refer to themselves wait for a collection, which takes longer than a toy's stage."""
-    if resident_memory() > LARGE:
-        gc.collect()
+    """Gives the system back what memory is free; glibc keeps gigabytes for the next stage else."""
+    gc.collect()  # models that refer to themselves
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
