@@ -219,7 +219,7 @@ def test_the_first_hour_speaks_of_the_recipe_that_is_run():
     assert tables["search"]["constraints"] == {"throughput": "2x"}
     numbers = [int(n) for n in re.findall(r"^\[\d+/(\d+)\]", page("first-hour"), re.MULTILINE)]
     assert set(numbers) == {len(tables)}
-    assert 'constraints = { throughput = "3.2x" }' in quickstart.TOY.path.read_text()
+    assert 'constraints = { throughput = "3x" }' in quickstart.TOY.path.read_text()
 
 
 def test_the_first_hours_chats_are_what_the_page_prints(
