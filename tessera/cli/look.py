@@ -1,4 +1,4 @@
-"""Commands that look at what is there: show, diff, report, judge, data audit."""
+"""Commands that look at what is there: show, verify, diff, report, judge, data audit."""
 
 from __future__ import annotations
 
@@ -60,6 +60,33 @@ def show(
     except RunError:
         config = None
     print(view.render(found, config))
+
+
+@command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a recipe's runs.")],
+    as_json: Json = False,
+) -> None:
+    """Read every file of finished runs and compare its checksum with the one in the manifest.
+
+    Exits with 1 where a file is damaged, missing or new, and where a run cannot be verified.
+    """
+    from tessera.runs import run as runs
+    from tessera.runs.files import RunError
+
+    found: dict[str, list[str]] = {}
+    for one in [path] if (path / "run.json").exists() else runs.runs_in(path) or [path]:
+        try:
+            found[str(one)] = runs.verify(one)
+        except RunError as error:
+            found[str(one)] = [str(error)]
+    if as_json:
+        print_json(found)
+    else:
+        for name, problems in found.items():
+            print("\n".join(problems) or f"{name}: every file is as it was when the run ended")
+    if any(found.values()):
+        raise typer.Exit(1)
 
 
 @command()
