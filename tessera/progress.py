@@ -1,5 +1,5 @@
-"""What is said while work goes on, and its progress: a bar with rate and time left on a terminal, elsewhere a line every ten
-seconds, and nothing for work that takes less.
+"""What is said while work goes on, and its progress: a bar with rate and time left on a terminal,
+elsewhere a line every ten seconds, and nothing for work that takes less.
 """
 
 from __future__ import annotations

@@ -104,13 +104,11 @@ def parse(data: str | bytes, where: object) -> Any:
         raise RunError(f"{where} is not valid JSON: {error}") from None
 
 
-# Checksums. CRC-32 tells every flipped bit and runs at 7 GB/s where SHA-256 makes 2, so that saving
-# and loading wait for the disk and not for it. It proves nothing against people: whoever can write a
-# file of a run can write its manifest too.
+# Checksums. CRC-32 tells every flipped bit, and runs at 7 GB/s where SHA-256 makes 2, so that saving
+# and loading wait for the disk and not for it. It proves nothing against people: whoever can write
+# a file of a run can write its manifest too.
 
-_sums: dict[
-    tuple[int, int, int], str
-] = {}  # by inode, size and time: of files written or read here
+_sums: dict[tuple[int, int, int], str] = {}  # by inode, size and time
 
 
 def checksum(path: Path) -> str:
@@ -132,7 +130,7 @@ def _state_of(descriptor: int) -> tuple[int, int, int]:
 
 @contextmanager
 def summed(path: Path) -> Iterator[Callable[[Any], None]]:
-    """A new file, synced at the end, and what writes to it; a thread makes its checksum meanwhile."""
+    """A new file, synced at the end, and what writes to it. A thread makes its checksum."""
     done: Future[int] = Future()
     done.set_result(0)
     descriptor = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)

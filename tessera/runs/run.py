@@ -211,9 +211,8 @@ def _contents(path: Path) -> list[Path]:
     for folder, names, files in os.walk(path):
         top = Path(folder) == path
         names[:] = [n for n in names if not n.startswith(".") and not (top and n == "state")]
-        found += [
-            Path(folder, n) for n in files if not (n.startswith(".") or (top and n == "run.json"))
-        ]
+        mine = [n for n in files if not (n.startswith(".") or (top and n == "run.json"))]
+        found += [Path(folder, n) for n in mine]
     return sorted(file for file in found if not file.is_symlink() and file.is_file())
 
 
@@ -459,9 +458,7 @@ def _refuse_links(path: Path) -> None:
     for folder, names, files in os.walk(path):
         for one in (Path(folder, name) for name in (*names, *files)):
             if one.is_symlink():
-                raise RunError(
-                    f"{one} is a link; a run holds plain files and directories. Remove it"
-                )
+                raise RunError(f"{one} is a link, and a run holds plain files; remove it")
 
 
 def _begin(
