@@ -152,12 +152,13 @@ def _read_index(index: Path) -> dict[str, str]:
     """The file of every tensor."""
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        assert all(Path(shard).name == shard for shard in places.values())
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise CheckpointError(
-            f"{index} is not an index of shards: its weight_map names a file for every tensor"
-        ) from None
-    return places
+        if all(shard and Path(shard).name == shard for shard in places.values()):
+            return places
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise CheckpointError(
+        f"{index} is not an index of shards: its weight_map names a file for every tensor"
+    )
 
 
 def _find_sharded(directory: Path) -> dict[str, LazyTensor]:

@@ -104,8 +104,8 @@ def parse(data: str | bytes, where: object) -> Any:
         raise RunError(f"{where} is not valid JSON: {error}") from None
 
 
-# Checksums. CRC-32 tells every flipped bit, and runs at 7 GB/s where SHA-256 makes 2, so that saving
-# and loading wait for the disk and not for it. It proves nothing against people: whoever can write
+# Checksums. CRC-32 tells every flipped bit and runs at 7 GB/s where SHA-256 makes 2: saving and
+# loading wait for the disk and not for it. It proves nothing against people: whoever can write
 # a file of a run can write its manifest too.
 
 _sums: dict[tuple[int, int, int], str] = {}  # by inode, size and time
