@@ -59,7 +59,7 @@ class Reply:
     def read(cls, row: Any) -> Reply | None:
         """The reply that `asdict` made a row of; None where the row holds other types."""
         try:
-            return _replies().validate_python(row, strict=True)
+            return _replies().validate_python(row)
         except ValueError:
             return None
 

@@ -7,6 +7,7 @@ a retry cannot fix is an error of the one request, or an AskError where key or m
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import json
 import math
@@ -24,7 +25,6 @@ from tessera.runs.files import FailureError
 from tessera.runs.recipe import Config
 
 if TYPE_CHECKING:
-    import httpx
     from openai import AsyncOpenAI
 
 REFUSED = {401: "the key is refused", 403: "access is refused", 404: "no such model or path"}
@@ -179,9 +179,12 @@ def _client(config: EndpointConfig) -> AsyncOpenAI:
     )
 
 
-def _bounds(seconds: float) -> Callable[[httpx.Response], Awaitable[None]]:
+def _bounds(seconds: float) -> Callable[[Any], Awaitable[None]]:
     """A hook that ends a response `seconds` after its head and after LARGEST_BODY bytes."""
-    import httpx
+    import openai
+
+    client = openai.DefaultAsyncHttpxClient.__bases__[0]  # httpx's, of later releases httpx2's
+    httpx: Any = importlib.import_module(client.__module__.partition(".")[0])
 
     class Body(httpx.AsyncByteStream):
         def __init__(self, stream: Any) -> None:
@@ -204,7 +207,7 @@ def _bounds(seconds: float) -> Callable[[httpx.Response], Awaitable[None]]:
         async def aclose(self) -> None:
             await self.stream.aclose()
 
-    async def bound(response: httpx.Response) -> None:
+    async def bound(response: Any) -> None:
         response.stream = Body(response.stream)
         # Nothing is unpacked, and no codec of the server's choice is taken.
         response.headers.pop("content-encoding", None)

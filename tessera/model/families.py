@@ -130,7 +130,7 @@ def _token_ids(values: JSON) -> dict[str, Any]:
         given = values.get(key)
         ids = [] if given is None else given if isinstance(given, list) else [given]
         if not all(type(one) is int and abs(one) < LARGEST["vocab_size"] for one in ids):
-            raise ConfigError(f"{key} is {str(given)[:40]}; it must be the number of a token")
+            raise ConfigError(f"{key} is {given!r:.40}; it must be the number of a token")
         found[key] = tuple(ids) if key == "eos_token_id" else ids[0] if ids else None
     return found
 
@@ -186,9 +186,7 @@ def integer(values: JSON, key: str, default: float | None = None, kind: Any = in
     most = LARGEST.get(key, LARGEST_NUMBER)
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= most:
         what = "a whole number" if kind is int else "a number"
-        raise ConfigError(
-            f"{key} is {str(value)[:40]}; it must be {what} above 0, {most:,} at most"
-        )
+        raise ConfigError(f"{key} is {value!r:.40}; it must be {what} above 0, {most:,} at most")
     return value
 
 

@@ -141,10 +141,11 @@ def test_odd_replies_leave_their_rows_out_and_are_never_kept(
     monkeypatch.setattr(endpoint, "LARGEST_BODY", 1_000_000)
     server = serve(solve)
     server.faults = dict(enumerate(ODD))
-    teacher = server.teacher(tries=1, timeout=0.5)
+    teacher = server.teacher(tries=1, timeout=2.0)
     begun = time.monotonic()
     made = curate(QUESTIONS, [{"step": "generate"}], source=SOURCE, teachers={"teacher": teacher})
-    assert len(made.rows) == 40 - len(ODD) and time.monotonic() - begun < 10
+    assert len(made.rows) == 40 - len(ODD), made.removed
+    assert time.monotonic() - begun < 10
     assert {row["reason"][:9] for row in made.removed} == {"teacher: "}
 
 
@@ -160,7 +161,7 @@ def test_token_counts_and_vectors_of_other_kinds_are_not_believed():
 def test_a_poisoned_journal_is_read_past_and_asked_again(tmp_path: Path, serve: Serve):
     server = serve(solve)
     file = write_lines(tmp_path / "q.jsonl", QUESTIONS)
-    server.faults = {n: 500 for n in range(20, 10_000)}
+    server.faults = {n: 500 for n in range(10, 10_000)}
     table = {
         "sources": [{"paths": str(file), **SOURCE}],
         "steps": [{"step": "generate"}],
