@@ -44,6 +44,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print the mosaic, parameters, KV bytes a token, lineage and tables."""
+    from tessera.model.config import ConfigError
     from tessera.report import show as view
     from tessera.runs.files import RunError
 
@@ -57,7 +58,7 @@ def show(
         return
     try:
         config = None if "runs" in found else view.model_config(path)
-    except RunError:
+    except (RunError, ConfigError):  # of a damaged config.json, which `found` tells
         config = None
     print(view.render(found, config))
 
@@ -124,6 +125,8 @@ def report(
     from tessera.runs.files import atomic_write
 
     runs, found = page.sections(path)
+    for problem in dict.fromkeys(runs.problems):
+        complain(problem)
     name = path.resolve().name
     done = sum(run.manifest.status == "done" for run in runs.all)
     summary = f"{done} of {len(runs.all)} stages done; begun {runs.all[0].manifest.started[:10]}."
