@@ -112,8 +112,9 @@ _sums: dict[tuple[int, int, int], str] = {}  # by inode, size and time
 
 
 def checksum(path: Path) -> str:
-    """The CRC-32 of a file; not computed again while the file is unchanged. Raises OSError."""
-    with path.open("rb", buffering=0) as file:
+    """The CRC-32 of a plain file; not computed again while the file is unchanged. Raises RunError,
+    OSError."""
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb", buffering=0) as file:
         key = _state_of(file.fileno())
         if key not in _sums:
             found, buffer = 0, bytearray(MEBIBYTE)

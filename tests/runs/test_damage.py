@@ -106,7 +106,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path):
     assert target.read_text() == "mine" and (run / "table").read_text() == "ours"
 
 
-DEEP = b"[" * 100_000
+DEEP = b"[" * 100_000 + b"\n"
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a FIFO": os.mkfifo,
     "a link": lambda file: file.symlink_to("/dev/zero"),
@@ -155,7 +155,7 @@ def test_work_goes_on_without_a_reader_and_a_failure_keeps_its_exit_code(tmp_pat
     flip(run / "log.txt", 0)
     assert command(f"verify {run}", pipe) == 1
     assert command(f"show {run}", pipe) == 0
-    assert command(f"show {run}", "> /dev/full") == 1
+    assert command(f"show {run}", "> /dev/full") != 0  # what was asked for is lost
 
 
 def test_a_recipe_of_any_depth_or_length_is_one_sentence(tmp_path: Path):
