@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -152,7 +153,7 @@ def _read_index(index: Path) -> dict[str, str]:
     """The file of every tensor."""
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        if all(shard and Path(shard).name == shard for shard in places.values()):
+        if all(re.fullmatch(r"[^/\0]{1,200}", shard) for shard in places.values()):
             return places
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
