@@ -7,7 +7,6 @@ stage that changed under an existing run stops everything with a diff, before an
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera import dist
-from tessera.progress import quietly
+from tessera.progress import quietly, tell
 from tessera.runs.files import FailureError, Lock, RunError, remove_directories
 from tessera.runs.plan import Stage, Step, explain_change, plan, table_text
 from tessera.runs.recipe import Recipe, RecipeError, identity
@@ -211,7 +210,7 @@ def _printer(quiet: bool) -> Callable[[str], None]:
     """Prints a line on stderr, in the main process, unless `quiet`."""
     if quiet or not dist.is_main():
         return lambda text: None
-    return lambda text: print(text, file=sys.stderr, flush=True)
+    return tell
 
 
 @contextmanager

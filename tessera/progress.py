@@ -1,5 +1,5 @@
-"""Progress of long work: a bar with rate and time left on a terminal, elsewhere a line every ten
-seconds, and nothing for work that takes less.
+"""What is said while work goes on, and its progress: a bar with rate and time left on a terminal,
+elsewhere a line every ten seconds, and nothing for work that takes less.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from tessera import dist
@@ -21,6 +21,13 @@ _live: list[object] = []  # on the terminal, which has room for one: work inside
 _quiet: list[bool] = []
 
 
+def tell(text: str) -> None:
+    """Prints a line on stderr. Where that cannot be, work goes on: its result is elsewhere."""
+    with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk; a closed stream
+        if sys.stderr is not None:
+            print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def quietly(quiet: bool) -> Iterator[None]:
     """Nothing is shown while the body runs, where `quiet`."""
@@ -29,6 +36,10 @@ def quietly(quiet: bool) -> Iterator[None]:
         yield
     finally:
         _quiet.pop()
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 class Progress:
@@ -56,7 +67,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._begun = self._printed = time.monotonic()
-        if self._shown and sys.stderr.isatty() and not _live:
+        if self._shown and _on_terminal() and not _live:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
@@ -128,5 +139,4 @@ class Progress:
         self._printed, self._last = time.monotonic(), self.done
         if self._shown:
             done = f"{self.done}/{self.total} {self.steps}".rstrip()
-            line = f"{self.label}  {done}  {self.text()}"
-            print(line, file=sys.stderr, flush=True)
+            tell(f"{self.label}  {done}  {self.text()}")

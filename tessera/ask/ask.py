@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
+
+from pydantic import TypeAdapter
 
 from tessera.data.conversation import Message, Mode
 from tessera.data.thought import CLOSE, OPEN, split
@@ -52,6 +55,14 @@ class Reply:
     error: str | None = None
     prompt: str | None = None
 
+    @classmethod
+    def read(cls, row: Any) -> Reply | None:
+        """The reply that `asdict` made a row of; None where the row holds other types."""
+        try:
+            return _replies().validate_python(row)
+        except ValueError:
+            return None
+
     @property
     def answer(self) -> str:
         """The text behind the thought, also where a server left the thought in the text."""
@@ -64,6 +75,11 @@ class Reply:
             return {"role": "assistant", "content": self.text}
         text = f"{OPEN}\n{self.thought.strip()}\n{CLOSE}\n\n{self.text.lstrip()}"
         return {"role": "assistant", "content": text}
+
+
+@functools.cache
+def _replies() -> TypeAdapter[Reply]:
+    return TypeAdapter(Reply)
 
 
 Receive = Callable[[Request, Reply], None]

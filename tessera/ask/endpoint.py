@@ -7,10 +7,13 @@ a retry cannot fix is an error of the one request, or an AskError where key or m
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 REFUSED = {401: "the key is refused", 403: "access is refused", 404: "no such model or path"}
+LARGEST_BODY = 64 << 20  # bytes of a response
+LARGEST_COUNT = 1 << 31  # of tokens
 EMBED_BATCH = 32  # texts of one request to /embeddings
 ALLOWED_FAILURES = 20  # whatever their share
 # What a template opened and a server left in the text: its end stands at the end of a line, while
@@ -36,8 +41,9 @@ class EndpointConfig(Config):
     """A server at `url` (up to and with /v1) and the model asked for there.
 
     key_file: holds the API key. concurrency: requests under way at a time. timeout: seconds of one
-    try. tries: of one request. max_failed: the share of requests that may fail for good. extra:
-    fields added to every request as they are, e.g. `chat_template_kwargs`.
+    try, to the last byte of its response. tries: of one request. max_failed: the share of requests
+    that may fail for good. extra: fields added to every request as they are, e.g.
+    `chat_template_kwargs`.
     """
 
     kind: Literal["openai"] = "openai"
@@ -52,11 +58,12 @@ class EndpointConfig(Config):
 
 
 class Endpoint:
-    """An `Answerer` behind HTTP. deadline: seconds for all tries of a request; None: no limit."""
+    """An `Answerer` behind HTTP. deadline: seconds for all tries of a request; None: as many as
+    they may take one after another."""
 
     def __init__(self, config: EndpointConfig, seed: int, deadline: float | None = None) -> None:
         self.config, self.model, self.seed = config, config.model, seed
-        self.deadline = deadline
+        self.deadline = deadline or config.timeout * config.tries
         self.sent = self.failed = self.under_way = 0
 
     def ask(
@@ -113,7 +120,7 @@ class Endpoint:
             error = f"no answer within {self.deadline:g} s"
         except openai.APIStatusError as failure:
             status = failure.status_code
-            error = f"{status}: {failure.response.text[:200]}"
+            error = f"{status}: {failure.response.content[:200].decode(errors='replace')}"
             if status in REFUSED:
                 raise AskError(
                     f"{self.config.url}: {REFUSED[status]} ({error}); correct url, model or "
@@ -125,7 +132,7 @@ class Endpoint:
             error = f"{type(failure).__name__}: {failure}"
         return [Reply(error=error)] * len(batch)
 
-    async def _send(self, client: AsyncOpenAI, batch: list[Request]) -> str:
+    async def _send(self, client: AsyncOpenAI, batch: list[Request]) -> bytes:
         """The body of the response."""
         first, extra = batch[0], self.config.extra
         if first.embed:
@@ -139,7 +146,7 @@ class Endpoint:
             response = await client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, extra_body=body
             )
-        return response.text
+        return response.content
 
 
 def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
@@ -161,11 +168,55 @@ def _client(config: EndpointConfig) -> AsyncOpenAI:
         except OSError as error:
             raise AskError(f"key_file {config.key_file}: {error.strerror}") from None
     return openai.AsyncOpenAI(
-        api_key=key, base_url=config.url, timeout=config.timeout, max_retries=config.tries - 1
+        api_key=key,
+        base_url=config.url,
+        timeout=config.timeout,
+        max_retries=config.tries - 1,
+        default_headers={"Accept-Encoding": "identity"},  # what is packed has no known size
+        http_client=openai.DefaultAsyncHttpxClient(
+            event_hooks={"response": [_bounds(config.timeout)]}
+        ),
     )
 
 
-def _parse(text: str, count: int) -> list[Reply] | None:
+def _bounds(seconds: float) -> Callable[[Any], Awaitable[None]]:
+    """A hook that ends a response `seconds` after its head and after LARGEST_BODY bytes."""
+    import openai
+
+    client = openai.DefaultAsyncHttpxClient.__bases__[0]  # httpx's, of later releases httpx2's
+    httpx: Any = importlib.import_module(client.__module__.partition(".")[0])
+
+    class Body(httpx.AsyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self.stream, self.end = stream, time.monotonic() + seconds
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size, parts = 0, aiter(self.stream)
+            while True:
+                try:
+                    async with asyncio.timeout(self.end - time.monotonic()):
+                        part = await anext(parts, None)
+                except TimeoutError:
+                    raise httpx.ReadTimeout(f"no whole response within {seconds:g} s") from None
+                if part is None:
+                    return
+                if (size := size + len(part)) > LARGEST_BODY:
+                    raise httpx.ReadError(f"a response of more than {LARGEST_BODY:,} bytes")
+                yield part
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    async def bound(response: Any) -> None:
+        response.stream = Body(response.stream)
+        # Nothing is unpacked, and no codec of the server's choice is taken.
+        response.headers.pop("content-encoding", None)
+        response.headers["content-type"] = "application/json"
+
+    return bound
+
+
+def _parse(text: bytes, count: int) -> list[Reply] | None:
     """The replies in a response's body; None where it has another form than the API's."""
     try:
         match json.loads(text):
@@ -174,14 +225,19 @@ def _parse(text: str, count: int) -> list[Reply] | None:
                 thought = message.get("reasoning_content") or message.get("reasoning")
                 if not isinstance(answer, str) or not isinstance(thought, str | None):
                     return None
+                f"{answer}{thought}".encode()  # half a surrogate could not be written again
                 if thought is None and (left := _THOUGHT_LEFT.match(answer)):
                     thought, answer = left[1].strip(), left[2]
-                reason = str(choice.get("finish_reason") or "stop")
-                tokens = int((more.get("usage") or {}).get("completion_tokens") or 0)
-                return [Reply(answer, thought, reason, tokens)]
+                reason = choice.get("finish_reason") or "stop"
+                tokens = (more.get("usage") or {}).get("completion_tokens") or 0
+                if type(tokens) is not int or not 0 <= tokens < LARGEST_COUNT:
+                    tokens = 0
+                return [Reply(answer, thought, str(reason)[:40], tokens)]
             case {"data": list(rows)} if len(rows) == count:
                 rows = sorted(rows, key=lambda row: row.get("index", 0))
-                return [Reply(vector=[float(x) for x in row["embedding"]]) for row in rows]
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
+                vectors = [[float(x) for x in row["embedding"]] for row in rows]
+                if all(vector and all(map(math.isfinite, vector)) for vector in vectors):
+                    return [Reply(vector=vector) for vector in vectors]
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
         pass
     return None

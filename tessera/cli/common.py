@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tessera.progress import tell
 from tessera.runs.files import advice_on
 
 MODEL = "a run directory, a Hugging Face directory or a hub id"
@@ -86,8 +89,9 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             complain("interrupted; what was done is kept, the same command goes on from there")
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader, `head` say, has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except MemoryError:
+            complain("error: no memory is left; use smaller batches or a smaller model")
+            raise typer.Exit(1) from None
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             complain(f"error: {where}{error.strerror or error}{advice_on(error)}")
@@ -141,7 +145,38 @@ def template_kwargs(value: str) -> dict[str, Any]:
 
 
 def complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    tell(text)
+
+
+class _Output(io.FileIO):
+    """Stdout or stderr. What nobody reads is dropped: the work goes on, and has its exit code."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EPIPE and self.fileno() != STDERR:
+                raise
+            return len(data)
+
+
+STDOUT, STDERR = 1, 2
+
+
+def open_streams() -> None:
+    """Makes stdout and stderr such that a closed one, or a closed pipe, ends no work."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        os.set_inheritable(opened, True)  # else the next file opened would be what is printed to
+    os.close(opened)
+    for number, name in ((STDOUT, "stdout"), (STDERR, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None or type(stream) is io.TextIOWrapper:  # a test's capture is neither
+            out = io.BufferedWriter(_Output(number, "w", closefd=False))
+            encoding = stream.encoding if stream else "utf-8"
+            lines = number == STDERR or out.raw.isatty()
+            # A mosaic's bars on a Latin-1 terminal are replaced.
+            made = io.TextIOWrapper(out, encoding, "replace", line_buffering=lines)
+            setattr(sys, name, made)
 
 
 def print_json(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Commands that look at what is there: show, diff, report, judge, data audit."""
+"""Commands that look at what is there: show, verify, diff, report, judge, data audit."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print the mosaic, parameters, KV bytes a token, lineage and tables."""
+    from tessera.model.config import ConfigError
     from tessera.report import show as view
     from tessera.runs.files import RunError
 
@@ -57,9 +58,36 @@ def show(
         return
     try:
         config = None if "runs" in found else view.model_config(path)
-    except RunError:
+    except (RunError, ConfigError):  # of a damaged config.json, which `found` tells
         config = None
     print(view.render(found, config))
+
+
+@command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a recipe's runs.")],
+    as_json: Json = False,
+) -> None:
+    """Read every file of finished runs and compare its checksum with the one in the manifest.
+
+    Exits with 1 where a file is damaged, missing or new, and where a run cannot be verified.
+    """
+    from tessera.runs import run as runs
+    from tessera.runs.files import RunError
+
+    found: dict[str, list[str]] = {}
+    for one in [path] if (path / "run.json").exists() else runs.runs_in(path) or [path]:
+        try:
+            found[str(one)] = runs.verify(one)
+        except RunError as error:
+            found[str(one)] = [str(error)]
+    if as_json:
+        print_json(found)
+    else:
+        for name, problems in found.items():
+            print("\n".join(problems) or f"{name}: every file is as it was when the run ended")
+    if any(found.values()):
+        raise typer.Exit(1)
 
 
 @command()
@@ -97,6 +125,8 @@ def report(
     from tessera.runs.files import atomic_write
 
     runs, found = page.sections(path)
+    for problem in dict.fromkeys(runs.problems):
+        complain(problem)
     name = path.resolve().name
     done = sum(run.manifest.status == "done" for run in runs.all)
     summary = f"{done} of {len(runs.all)} stages done; begun {runs.all[0].manifest.started[:10]}."

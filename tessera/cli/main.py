@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
 import tessera.cli.run  # noqa: F401  (its commands are first in the help)
 from tessera.cli import look, use  # noqa: F401
-from tessera.cli.common import app, data
+from tessera.cli.common import app, data, open_streams
 
 app.add_typer(data, name="data")
 
 
 def main() -> None:
     """The entry point of the `tessera` command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a mosaic's bars on a Latin-1 terminal
+    open_streams()
     app()
 
 

@@ -342,7 +342,7 @@ class Pipeline:
             yield from _arrivals(writer, one, before, writer.note)
             return
         name, step = one.ask
-        with Journal(writer.path("journal", "jsonl")) as journal:
+        with _journal(writer.path("journal", "jsonl")) as journal:
             chats = _arrivals(writer, one, before, _uncounted)
             coming = (request for chat in chats for request in step.requests(chat))
             reply = self._ask(journal, self._teacher(step.teacher), coming, name)
@@ -356,6 +356,8 @@ class Pipeline:
     ) -> Callable[[Request], Reply]:
         """Asks for what the journal lacks; returns what gives the reply to a request."""
         failed: dict[str, Reply] = {}
+        if journal.skipped:
+            self.run.say(f"{journal.path}: {journal.skipped} lines are no replies; asked again")
         missing = list(_missing(requests, journal, teacher.model))
         known = len(journal)
         total, quiet = known + len(missing), self.run.quiet
@@ -379,7 +381,9 @@ class Pipeline:
             key = request.key(teacher.model)
             if key in failed:
                 return failed[key]
-            return Reply(**journal.get(key)["reply"])
+            found = Reply.read(journal.get(key)["reply"])
+            assert found is not None  # the journal accepts no others
+            return found
 
         return reply
 
@@ -388,7 +392,7 @@ class Pipeline:
         teacher, requests = self._teacher(step.teacher), step.problems()
         for asks in (True, False):
             if dist.is_main() == asks:
-                with Journal(self._home(index) / "problems.jsonl") as journal:
+                with _journal(self._home(index) / "problems.jsonl") as journal:
                     reply = self._ask(journal, teacher, iter(requests), "problems")
                     step.learn([reply(one) for one in requests])
             dist.barrier()
@@ -449,6 +453,11 @@ def _uncounted(name: str, chat: Chat, result: Any) -> Iterator[Chat]:
     """As `ShardWriter.note`, and counts nothing."""
     several = result if isinstance(result, list) else [result]
     yield from (one for one in several if isinstance(one, Chat))
+
+
+def _journal(path: Path) -> Journal:
+    """Replies by key, without those of other types, which an odd server may have given."""
+    return Journal(path, accepts=lambda row: Reply.read(row.get("reply")) is not None)
 
 
 def _missing(requests: Iterator[Request], journal: Journal, model: str) -> Iterator[Request]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +26,7 @@ from tessera.eval.answers import Asker, Conversation, Sampling, Thinking, answer
 from tessera.eval.task import Data, EvalError, Item, Task
 from tessera.eval.tasks import find
 from tessera.model.placed import PlacedConfig
-from tessera.progress import Progress
+from tessera.progress import Progress, tell
 from tessera.rl.rewards import require_fields
 from tessera.runs.files import AnyJournal, FailureError, Journal, SharedJournal
 from tessera.runs.plan import Step
@@ -227,7 +226,7 @@ def _asker(config: EvalConfig, model: Path | None, seed: int, quiet: bool) -> As
     asker = _teacher(config, model, seed)
     if config.modes(asker.switch) == (None,) and not quiet and dist.is_main():
         what = "no switch was given for the endpoint" if config.endpoint else "the model has none"
-        print(f"no reasoning switch ({what}): each item is asked once, as it is", file=sys.stderr)
+        tell(f"no reasoning switch ({what}): each item is asked once, as it is")
     return asker
 
 

@@ -84,7 +84,7 @@ KINDS = ("attention", "ffn")
 
 # What a word begins with; the number behind it is the class's one field, where it has one.
 WORDS: dict[str, type[Variant]] = {"gqa": GQA, "swiglu": SwiGLU, "linear": Linear, "noop": NoOp}
-_WORD = re.compile(r"([a-z]+)(?:-([1-9][0-9]*))?")
+_WORD = re.compile(r"([a-z]+)(?:-([1-9][0-9]{0,8}))?")
 
 
 def name(variant: Variant) -> str:

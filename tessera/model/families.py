@@ -27,8 +27,11 @@ from tessera.model.config import (
     SwiGLU,
     Variant,
 )
+from tessera.runs.files import parse
+from tessera.runs.run import require_intact
 
 JSON = Mapping[str, Any]  # an object of a config.json
+LARGEST_FILE = 16 << 20  # bytes of a config.json
 
 # What the config class of each stock family takes for keys that a file leaves out.
 _LLAMA = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
@@ -64,18 +67,19 @@ BARE_DEFAULTS: dict[str, Any] = {
 def read_config(path: Path) -> ModelConfig:
     """The config of a Hugging Face directory or of a `config.json`. Raises ConfigError."""
     file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; a model directory holds one")
+    require_intact(file)
+    if (size := file.stat().st_size) > LARGEST_FILE:
+        raise ConfigError(f"{file} has {size:,} bytes; a config.json has {LARGEST_FILE:,} at most")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist; a model directory holds one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} holds a {type(values).__name__}, not a JSON object")
-    try:
-        return parse_config(values)
-    except ConfigError as error:
+        return parse_config(parse(file.read_bytes(), "it"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: {error}") from None
+    except (TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
+        raise ConfigError(
+            f"{file}: a key of it holds another kind of value than models have ({error!r})"
+        ) from None
 
 
 def parse_config(values: JSON) -> ModelConfig:
@@ -83,6 +87,8 @@ def parse_config(values: JSON) -> ModelConfig:
 
     Raises ConfigError for what we cannot run, naming what is supported.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"is a {type(values).__name__}, not a JSON object")
     if values.get("model_type") is None and "block_configs" in values:
         values = {**BARE_DEFAULTS, **values, "model_type": "nemotron-nas"}
     _refuse_unsupported(values)
@@ -90,34 +96,43 @@ def parse_config(values: JSON) -> ModelConfig:
         return _parse_tessera(values)
     family = "llama" if values["model_type"] == "nemotron-nas" else values["model_type"]
     values = {**FAMILIES[family], **values}
-    hidden, heads = _integer(values, "hidden_size"), _integer(values, "num_attention_heads")
+    hidden, heads = integer(values, "hidden_size"), integer(values, "num_attention_heads")
     if values.get("head_dim") is None and hidden % heads:
         raise ConfigError(
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give head_dim"
         )
     theta, scaling = _rope(values)
-    bias, eos = bool(values.get("attention_bias")), values.get("eos_token_id")
+    bias = bool(values.get("attention_bias"))
     return ModelConfig(
-        vocab_size=_integer(values, "vocab_size"),
+        vocab_size=integer(values, "vocab_size"),
         hidden_size=hidden,
         num_attention_heads=heads,
-        head_dim=_integer(values, "head_dim", hidden // heads),
+        head_dim=integer(values, "head_dim", hidden // heads),
         blocks=_blocks(values),
         family=family,
         rms_norm_eps=_number(values, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=_integer(values, "max_position_embeddings", 2048),
+        max_position_embeddings=integer(values, "max_position_embeddings", 2048),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or (family != "mistral" and bias),
         o_bias=family in ("llama", "qwen3") and bias,
         mlp_bias=family == "llama" and bool(values.get("mlp_bias")),
         qk_norm=family == "qwen3",
         sliding_window=_sliding_window(family, values),
-        bos_token_id=values.get("bos_token_id"),
-        eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        pad_token_id=values.get("pad_token_id"),
+        **_token_ids(values),
     )
+
+
+def _token_ids(values: JSON) -> dict[str, Any]:
+    found = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = values.get(key)
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        if not all(type(one) is int and abs(one) < LARGEST["vocab_size"] for one in ids):
+            raise ConfigError(f"{key} is {given!r:.40}; it must be the number of a token")
+        found[key] = tuple(ids) if key == "eos_token_id" else ids[0] if ids else None
+    return found
 
 
 def _refuse_unsupported(values: JSON) -> None:
@@ -152,19 +167,31 @@ def _refuse_unsupported(values: JSON) -> None:
             )
 
 
-def _integer(values: JSON, key: str, default: float | None = None, kind: Any = int) -> Any:
+# Beyond any model; a file that asks for more is damaged, or made to take all memory.
+LARGEST_NUMBER = 1 << 40
+LARGEST = {
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+}
+LARGEST |= {"head_dim": 1 << 16, "hidden_size": 1 << 20, "intermediate_size": 1 << 24}
+LARGEST |= {"vocab_size": 1 << 26}
+
+
+def integer(values: JSON, key: str, default: float | None = None, kind: Any = int) -> Any:
     """A whole number above 0. Raises ConfigError: missing without a default, or another value."""
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise ConfigError(f"{key!r} is missing")
-    if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
+    most = LARGEST.get(key, LARGEST_NUMBER)
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= most:
         what = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{key} is {value!r}; it must be {what} above 0")
+        raise ConfigError(f"{key} is {value!r:.40}; it must be {what} above 0, {most:,} at most")
     return value
 
 
 def _number(values: JSON, key: str, default: float | None = None) -> float:
-    return float(_integer(values, key, default, int | float))
+    return float(integer(values, key, default, int | float))
 
 
 def _sliding_window(family: str, values: JSON) -> int | None:
@@ -185,7 +212,7 @@ def _sliding_window(family: str, values: JSON) -> int | None:
             "layers with and without a sliding window in one model are not supported "
             f"(sliding_window {window} on {kinds.count('sliding_attention')} of {layers} layers)"
         )
-    return _integer(values, "sliding_window") if "sliding_attention" in kinds else None
+    return integer(values, "sliding_window") if "sliding_attention" in kinds else None
 
 
 def _rope(values: JSON) -> tuple[float, RopeScaling | None]:
@@ -205,13 +232,13 @@ def _rope(values: JSON) -> tuple[float, RopeScaling | None]:
     factor = _number(rope, "factor")
     if kind == "linear":
         return theta, RopeScaling(rope_type=kind, factor=factor)
-    limit = _integer(values, "max_position_embeddings", 2048)
+    limit = integer(values, "max_position_embeddings", 2048)
     return theta, RopeScaling(
         rope_type=kind,
         factor=factor,
         low_freq_factor=_number(rope, "low_freq_factor", 1.0),
         high_freq_factor=_number(rope, "high_freq_factor", 4.0),
-        original_max_position_embeddings=_integer(rope, "original_max_position_embeddings", limit),
+        original_max_position_embeddings=integer(rope, "original_max_position_embeddings", limit),
     )
 
 
@@ -220,12 +247,13 @@ def _rope(values: JSON) -> tuple[float, RopeScaling | None]:
 
 def _blocks(values: JSON) -> tuple[BlockConfig, ...]:
     if not (values.get("block_configs") or values["model_type"] == "nemotron-nas"):
-        heads = _integer(values, "num_key_value_heads", _integer(values, "num_attention_heads"))
-        block = BlockConfig(GQA(heads), SwiGLU(_integer(values, "intermediate_size")))
+        heads = integer(values, "num_key_value_heads", integer(values, "num_attention_heads"))
+        block = BlockConfig(GQA(heads), SwiGLU(integer(values, "intermediate_size")))
         return _overridden_blocks(block, values)
     entries = values.get("block_configs")
     if not isinstance(entries, list) or not entries:
         raise ConfigError("'block_configs' is missing; a nemotron-nas config holds one a layer")
+    integer({"num_hidden_layers": len(entries)}, "num_hidden_layers")
     blocks = []
     for layer, entry in enumerate(entries):
         try:
@@ -254,11 +282,11 @@ def _listed(kind: str, block: JSON, values: JSON) -> Variant:
         return Linear()
     if kind == "ffn":
         if entry.get("intermediate_size"):
-            return SwiGLU(_integer(entry, "intermediate_size"))
-        return SwiGLU(ffn_mult_width(_number(entry, "ffn_mult"), _integer(values, "hidden_size")))
+            return SwiGLU(integer(entry, "intermediate_size"))
+        return SwiGLU(ffn_mult_width(_number(entry, "ffn_mult"), integer(values, "hidden_size")))
     if entry.get("num_key_value_heads"):
-        return GQA(_integer(entry, "num_key_value_heads"))
-    group, heads = _integer(entry, "n_heads_in_group"), _integer(values, "num_attention_heads")
+        return GQA(integer(entry, "num_key_value_heads"))
+    group, heads = integer(entry, "n_heads_in_group"), integer(values, "num_attention_heads")
     if heads % group:
         raise ConfigError(f"n_heads_in_group {group} does not divide the {heads} query heads")
     return GQA(heads // group)
@@ -275,7 +303,7 @@ _OVERRIDES = ("intermediate_size", "num_key_value_heads", "skip")
 
 def _overridden_blocks(common: BlockConfig, values: JSON) -> tuple[BlockConfig, ...]:
     """Each block `common` but for what `per_layer_config` says of it."""
-    blocks = [common] * _integer(values, "num_hidden_layers")
+    blocks = [common] * integer(values, "num_hidden_layers")
     for key, overrides in (values.get("per_layer_config") or {}).items():
         if not str(key).isdigit() or int(key) >= len(blocks):
             raise ConfigError(f"per_layer_config names layer {key!r}; there are {len(blocks)}")
@@ -288,9 +316,9 @@ def _overridden_blocks(common: BlockConfig, values: JSON) -> tuple[BlockConfig, 
             )
         block = common
         if "num_key_value_heads" in overrides:
-            block = block.with_("attention", GQA(_integer(overrides, "num_key_value_heads")))
+            block = block.with_("attention", GQA(integer(overrides, "num_key_value_heads")))
         if "intermediate_size" in overrides:
-            block = block.with_("ffn", SwiGLU(_integer(overrides, "intermediate_size")))
+            block = block.with_("ffn", SwiGLU(integer(overrides, "intermediate_size")))
         for name in skipped:
             block = block.with_(SKIPPED[name], NoOp())
         blocks[int(key)] = block
@@ -304,12 +332,18 @@ def _parse_tessera(values: JSON) -> ModelConfig:
     known = {f.name for f in dataclasses.fields(ModelConfig)} - {"blocks"}
     given = {key: value for key, value in values.items() if key in known}
     given["rope_theta"], given["rope_scaling"] = _rope(values)
-    given["eos_token_id"] = tuple(given.get("eos_token_id") or ())
+    given |= _token_ids(values)
     for key in ("vocab_size", "hidden_size", "num_attention_heads", "head_dim"):
-        _integer(values, key)
+        integer(values, key)
+    for key in ("max_position_embeddings", "sliding_window"):
+        integer(values, key, 1)
+    _number(values, "rms_norm_eps", 1.0)
+    if not isinstance(values.get("family", ""), str):
+        raise ConfigError(f"family is {values['family']!r}; it must be a name")
     blocks = values.get("blocks")
     if not isinstance(blocks, list):
         raise ConfigError("'blocks' is missing: a list of [attention, ffn] words, one a layer")
+    integer({"num_hidden_layers": len(blocks)}, "num_hidden_layers")
     for layer, words in enumerate(blocks):
         if not isinstance(words, list) or [type(word) for word in words] != [str, str]:
             raise ConfigError(f"blocks[{layer}] is {words!r}; it must be [attention, ffn] words")

@@ -27,7 +27,7 @@ from tessera.model.config import (
     RopeScaling,
     SwiGLU,
 )
-from tessera.model.families import config_dict, config_json
+from tessera.model.families import config_dict, config_json, integer
 from tessera.model.pre_tokenizers import (
     DIGIT,
     DIGITS,
@@ -103,7 +103,14 @@ def directory_of(path: Path) -> Path:
     directory = cache_home() / "gguf" / f"{path.stem}-{digest}"
     if (directory / INDEX).is_file():
         return directory
-    content = _content(files)
+    try:
+        content = _content(files)
+    except GGUFError:
+        raise
+    except ConfigError as error:
+        raise GGUFError(f"{path}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - a key of another kind than llama.cpp writes
+        raise GGUFError(f"{path} holds keys that describe no model ({error!r})") from None
     try:
         _write(directory, files, content)
     except WriteError:  # a home that nobody may write in
@@ -215,9 +222,9 @@ def _opened(file: Path) -> GGUFReader:
     try:
         reader = GGUFReader(file)
         end = max((int(one.data_offset + one.n_bytes) for one in reader.tensors), default=0)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+    except Exception as error:  # noqa: BLE001 - the package checks nothing that it reads
         raise GGUFError(
-            f"{file} is truncated or corrupt, {file.stat().st_size} bytes ({error}); copy or "
+            f"{file} is truncated or corrupt, {file.stat().st_size} bytes ({error!r}); copy or "
             "download it again"
         ) from None
     if end > file.stat().st_size:
@@ -281,6 +288,7 @@ def _index(header: Header, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 def _config(header: Header) -> ModelConfig:
     layers, hidden = header.need(".block_count"), header.need(".embedding_length")
+    integer({"num_hidden_layers": layers}, "num_hidden_layers")
     if header.get(".expert_count"):
         raise GGUFError(f"{header.path} is a mixture of experts; supported are dense models")
     heads = _each(header.need(".attention.head_count"), layers)
@@ -288,6 +296,9 @@ def _config(header: Header) -> ModelConfig:
     widths = _each(header.need(".feed_forward_length"), layers)
     query = max(heads)
     head_dim = header.get(".attention.key_length", hidden // query)
+    sizes = {"hidden_size": hidden, "head_dim": head_dim}
+    for key in sizes:
+        integer(sizes, key)
     rotated = header.get(".rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise GGUFError(f"{header.path} rotates {rotated} of {head_dim} numbers of a head, not all")

@@ -217,7 +217,10 @@ def ancestors(
     if key in found:
         return found
     inputs: dict[str, Any] = {}
-    manifest = find_manifest(path)
+    try:
+        manifest = find_manifest(path)
+    except RunError:  # a damaged one is told of where it is shown itself
+        manifest = None
     for need, reference in manifest.inputs.items() if manifest else ():
         references = reference if isinstance(reference, list) else [reference]
         given = [one["path"] for one in references if one]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,6 +24,8 @@ from tessera import dist
 from tessera.model import gguf
 from tessera.model.source import CheckpointError, no_weights
 from tessera.progress import Progress
+from tessera.runs.files import summed
+from tessera.runs.run import require_intact
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +115,7 @@ def in_gguf(directory: Path, tensors: Mapping[str, gguf.Tensor]) -> dict[str, La
         dtype = halves.get(one.type, torch.float32)
 
         def read() -> Tensor:
+            require_intact((directory / one.file).resolve())
             return torch.from_numpy(gguf.read_tensor(directory, one)).view(dtype)
 
         return LazyTensor(one.shape, dtype, read, directory / one.file)
@@ -121,6 +125,7 @@ def in_gguf(directory: Path, tensors: Mapping[str, gguf.Tensor]) -> dict[str, La
 
 def _read_tensor(file: Path, name: str) -> Tensor:
     """A view of the file, which is mapped as long as the view is held."""
+    require_intact(file)
     with _opened(file) as shard:
         return shard.get_tensor(name)
 
@@ -148,12 +153,13 @@ def _read_index(index: Path) -> dict[str, str]:
     """The file of every tensor."""
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        assert all(Path(shard).name == shard for shard in places.values())
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise CheckpointError(
-            f"{index} is not an index of shards: its weight_map names a file for every tensor"
-        ) from None
-    return places
+        if all(re.fullmatch(r"[^/\0]{1,200}", shard) for shard in places.values()):
+            return places
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise CheckpointError(
+        f"{index} is not an index of shards: its weight_map names a file for every tensor"
+    )
 
 
 def _find_sharded(directory: Path) -> dict[str, LazyTensor]:
@@ -235,15 +241,15 @@ def _write_file(tensors: Mapping[str, LazyTensor], file: Path | None) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with ExitStack() as stack:
-        out = stack.enter_context(file.open("wb")) if file else None
-        if out:
-            out.write(len(text).to_bytes(8, "little") + text)
+        write = stack.enter_context(summed(file)) if file else None
+        if write:
+            write(len(text).to_bytes(8, "little") + text)
         label = f"writing {file.name}" if file else ""
         bar = stack.enter_context(Progress(label, len(order), "MB", quiet=file is None))
         for name in order:
             tensor = tensors[name].read()
-            if out:
-                out.write(raw(tensor).data)
+            if write:
+                write(raw(tensor).data)
             bar.advance(1, tensors[name].nbytes / 1e6)
 
 

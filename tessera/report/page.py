@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
@@ -36,8 +36,16 @@ def sections(path: Path) -> tuple[Runs, list[Section]]:
     Raises RunError where there are no runs.
     """
     runs = found.read_runs(path)
-    made = [Section(title, list(blocks(runs))) for title, blocks in SECTIONS]
+    made = [Section(title, [*_whole(title, blocks, runs)]) for title, blocks in SECTIONS]
     return runs, [one for one in made if any(not isinstance(b, Text) for b in one.blocks)]
+
+
+def _whole(title: str, blocks: Callable[[Runs], Iterable[Block]], runs: Runs) -> Iterator[Block]:
+    """The blocks of a section, up to where a damaged run stops it."""
+    try:
+        yield from blocks(runs)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        runs.problems.append(f"{title}: a run of it is damaged ({error!r})")
 
 
 class Cells(NamedTuple):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,7 @@ from tessera.model.config import FFN, GQA, Attention, Chain, ModelConfig, SwiGLU
 from tessera.model.source import ancestors, model_config, origin
 from tessera.report.charts import Series, chart
 from tessera.report.explain import explain, headline
-from tessera.report.show import largest, status, tables
+from tessera.report.show import largest, status
 from tessera.runs.files import RunError
 from tessera.runs.plan import flat
 from tessera.runs.run import (
@@ -22,6 +22,7 @@ from tessera.runs.run import (
     read_json,
     read_manifest,
     read_metrics,
+    read_table,
     read_timings,
     runs_in,
     whole_lines,
@@ -33,10 +34,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunData:
-    """One run; what it lacks reads as empty."""
+    """One run; what it lacks reads as empty, and so does what is damaged, which is told of in
+    `problems`."""
 
     path: Path
     manifest: Manifest
+    problems: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -44,15 +47,25 @@ class RunData:
 
     @cached_property
     def metrics(self) -> list[Row]:
-        return read_metrics(self.path)
+        return self._whole(read_metrics)
 
     @cached_property
     def timings(self) -> list[Row]:
-        return read_timings(self.path)
+        return self._whole(read_timings)
 
     @cached_property
     def tables(self) -> dict[str, list[Row]]:
-        return tables(self.path)
+        found = {}
+        for file in sorted((self.path / "tables").glob("*.jsonl")):
+            found[file.stem] = self._whole(lambda path, name=file.stem: read_table(path, name))
+        return found
+
+    def _whole(self, read: Callable[[Path], list[Row]]) -> list[Row]:
+        try:
+            return read(self.path)
+        except RunError as error:
+            self.problems.append(str(error))
+            return []
 
     @property
     def tokens(self) -> float:
@@ -62,7 +75,7 @@ class RunData:
 
     def lines(self, name: str) -> list[Row]:
         """A file of JSON lines beside the tables; a torn last line is none."""
-        return whole_lines(self.path / name)[0]
+        return self._whole(lambda path: whole_lines(path / name)[0])
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,7 @@ class Runs:
 
     path: Path
     all: tuple[RunData, ...]
+    problems: list[str] = field(default_factory=list)  # what is damaged, and so left out
 
     def having(self, table: str) -> list[RunData]:
         """The runs that hold a table of this name."""
@@ -88,8 +102,15 @@ def read_runs(path: Path) -> Runs:
         found = runs_in(path)
     if not found:
         raise RunError(f"{path} holds no runs; give a recipe's runs (runs/NAME) or one of them")
-    runs = [RunData(one, read_manifest(one)) for one in found]
-    return Runs(path, tuple(sorted(runs, key=lambda run: run.manifest.started)))
+    runs, problems = [], []
+    for one in found:
+        try:
+            runs.append(RunData(one, read_manifest(one), problems))
+        except RunError as error:
+            problems.append(str(error))
+    if not runs:
+        raise RunError(problems[0])
+    return Runs(path, tuple(sorted(runs, key=lambda run: run.manifest.started)), problems)
 
 
 @dataclass(frozen=True)
@@ -185,6 +206,7 @@ def lineage(runs: Runs) -> Iterator[Block]:
         }
         for run in runs.all
     ]
+    yield from map(Text, dict.fromkeys(runs.problems))
     yield Table("runs", rows)
     software = {tuple(sorted(run.manifest.versions.items())) for run in runs.all}
     for one in sorted(software):

@@ -6,9 +6,9 @@ layer  attention            ffn
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tessera.model.config import (
     Attention,
     BlockConfig,
     Chain,
+    ConfigError,
     ModelConfig,
     NoOp,
     SwiGLU,
@@ -25,7 +26,7 @@ from tessera.model.config import (
 from tessera.model.source import ancestors, model_config
 from tessera.report.explain import explain, headline, render_changes
 from tessera.runs.files import RunError, in_use
-from tessera.runs.run import Manifest, read_json, read_manifest, read_table, runs_in
+from tessera.runs.run import Manifest, read_json, read_manifest, read_table, runs_in, whole_lines
 from tessera.table import VIEWS, clock, render_table, terminal_width
 
 ATTENTION_BAR, FFN_BAR = 8, 24
@@ -44,19 +45,21 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _describe_run(path)
     for depth in ("*", "*/*"):  # the runs of a recipe, those of several
         if runs := runs_in(path, depth):
-            began = [(str(run.parent), read_manifest(run), run) for run in runs]
-            began.sort(key=lambda one: (one[0], one[1].started))
-            found = [
-                _summary(one, run) | {"name": str(run.relative_to(path))} for _, one, run in began
-            ]
+            found = [_listed(run) | {"name": str(run.relative_to(path))} for run in runs]
+            found.sort(key=lambda one: (str(Path(one["name"]).parent), one["started"]))
             return {"path": str(path), "runs": found}
     return {"path": str(path), "model": describe_model(model_config(path))}
 
 
 def tables(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every table of a run, by name."""
-    files = sorted((path / "tables").glob("*.jsonl"))
-    return {file.stem: read_table(path, file.stem) for file in files}
+    """Every table of a run, by name; of a damaged one a row that tells it."""
+    found = {}
+    for file in sorted((path / "tables").glob("*.jsonl")):
+        try:
+            found[file.stem] = read_table(path, file.stem)
+        except RunError as error:
+            found[file.stem] = [{"told": str(error)}]
+    return found
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
@@ -65,13 +68,24 @@ def _describe_run(path: Path) -> dict[str, Any]:
     found["lineage"] = list(ancestors(path).values())
     try:
         found["model"] = describe_model(model_config(path))
-    except RunError:
-        found["model"] = None
-    found["taken"] = explain(path)
+        found["taken"] = explain(path)
+    except (RunError, ConfigError) as error:
+        found["model"] = found["taken"] = None
+        if (path / "model").exists():
+            found["error"] = found["error"] or str(error)
     found["tables"] = tables(path)
     if (path / "tables" / "dependency.json").is_file():
-        found["dependency"] = read_json(path, "dependency")
+        with suppress(RunError):
+            found["dependency"] = read_json(path, "dependency")
     return found
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    try:
+        return _summary(read_manifest(path), path)
+    except RunError as error:
+        unknown = dict.fromkeys(("stage", "started"), "")
+        return unknown | {"status": "damaged", "seconds": 0.0, "error": str(error)}
 
 
 def _summary(manifest: Manifest, path: Path) -> dict[str, Any]:
@@ -104,6 +118,7 @@ def render(found: dict[str, Any], config: ModelConfig | None) -> str:
         rows = [{key: run[key] for key in ("name", "stage", "status")} for run in found["runs"]]
         times = [clock(r["seconds"]) if r["status"] == "done" else "-" for r in found["runs"]]
         listed = render_table([row | {"took": t} for row, t in zip(rows, times, strict=True)])
+        listed += "".join(f"\n\n{r['error']}" for r in found["runs"] if r["status"] == "damaged")
         return listed + (f"\n\n{STOPPED}" if any(r["status"] == "stopped" for r in rows) else "")
     parts = []
     if "status" in found:
@@ -236,7 +251,7 @@ def samples(path: Path) -> list[dict[str, Any]]:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The rows of a file that may still be written: half a line at its end is left out."""
-    return [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]]
+    return whole_lines(file)[0]
 
 
 def _judged(file: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tessera.table import nearest
 
 Model = TypeVar("Model", bound=BaseModel)
+LARGEST = 4 << 20  # bytes of a recipe
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -37,7 +38,7 @@ class RecipeError(ValueError):
 class Config(BaseModel):
     """Base of every stage's config: frozen, and strict about keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def identity(config: BaseModel) -> dict[str, Any]:
@@ -73,6 +74,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies `KEY=VALUE` overrides. Raises RecipeError."""
     file = Path(path)
     try:
+        if file.exists() and (
+            file.stat().st_size > LARGEST or not (file.is_file() or file.is_dir())
+        ):
+            raise RecipeError(f"{file} is no recipe: those are files of {LARGEST:,} bytes at most")
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {file}{_recipes_near(file)}") from None
@@ -99,6 +104,8 @@ def loads(
         at = re.search(r"at line (\d+)", str(error))
         line = f"\n  {text.split(chr(10))[int(at[1]) - 1].strip()}" if at else ""
         raise RecipeError(f"{where}: not valid TOML: {error}{line}") from None
+    except (ValueError, RecursionError) as error:  # too long a number, too deep
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
     for override in overrides:
         _apply(document, override)
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
@@ -146,7 +153,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value = text.strip()  # TOML where it parses as such, else a string
     try:
         parsed = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return
     if len(parsed) == 1 and isinstance(parsed["value"], str | int | float | bool | list | dict):
         table[keys[-1]] = parsed["value"]

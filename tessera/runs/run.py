@@ -6,13 +6,15 @@
     tables/        NAME.jsonl, NAME.json
     model/         Hugging Face layout             state/         for resuming, gone when done
 
-`status = "done"` is written last, by rename; a run without it is resumed or refused, never read.
+`status = "done"` is written last, by rename, with the checksum of every file; a run without it is
+resumed or refused, never read.
 """
 
 from __future__ import annotations
 
 import ctypes
 import datetime as dt
+import functools
 import gc
 import importlib.metadata
 import json
@@ -26,16 +28,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from tessera import dist
+from tessera.progress import tell
 from tessera.runs.files import (
     Lock,
     RunError,
     WriteError,
     atomic_write,
+    checksum,
     file_identity,
     fingerprint,
+    open_plain,
+    parse,
+    read_plain,
     remove_directories,
     writing,
 )
@@ -49,7 +58,10 @@ InputPaths = Mapping[str, "Path | Sequence[Path] | None"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The contents of `run.json`. An input is its path, fingerprint and, of a run, its start."""
+    """The contents of `run.json`. An input is its path, fingerprint and, of a run, its start.
+
+    files: of a finished run, the checksum of each; own: that of all else in the manifest.
+    """
 
     name: str
     stage: str
@@ -65,6 +77,8 @@ class Manifest:
     cpu_seconds: float = 0.0  # of the main process and the children it has waited for
     peak_memory: int = 0  # bytes that the main process held at most, of all that has run in it
     error: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    own: str = ""
 
 
 def fingerprint_path(path: Path) -> str:
@@ -97,15 +111,27 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a run directory. Raises RunError when there is none or it is not one."""
     file = path / "run.json"
     try:
-        manifest = Manifest(**json.loads(file.read_text()))
-    except FileNotFoundError:
+        manifest = _manifests().validate_json(read_plain(file))
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path} is no run directory: it holds no run.json") from None
-    except (json.JSONDecodeError, TypeError) as error:
-        raise RunError(f"{file} is not a manifest of tessera's: {error}") from None
-    if manifest.status not in get_args(Status):
-        allowed = ", ".join(get_args(Status))
-        raise RunError(f"{file}: status {manifest.status!r} is none of {allowed}")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RunError(f"{file} is no manifest of tessera's: {where} {first['msg']}") from None
+    for one in manifest.inputs.values():
+        for reference in one if isinstance(one, list) else [one]:
+            if not (reference is None or {"path", "fingerprint"} <= _texts(reference)):
+                raise RunError(f"{file} is no manifest of tessera's: inputs name no path")
     return manifest
+
+
+@functools.cache
+def _manifests() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
+
+
+def _texts(value: Any) -> set[str]:
+    return {k for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else set()
 
 
 def find_manifest(path: Path) -> Manifest | None:
@@ -127,20 +153,25 @@ def is_done(path: Path) -> bool:
 
 def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     """The rows of `tables/NAME.jsonl`. Raises RunError naming the tables there are."""
-    return [json.loads(line) for line in _table(path, f"{name}.jsonl").split("\n") if line]
+    file = path / "tables" / f"{name}.jsonl"
+    rows = [parse(line, file) for line in _table(path, file.name).split(b"\n") if line]
+    if not all(isinstance(row, dict) for row in rows):
+        raise RunError(f"{file} holds a line that is no row; make the run anew with --redo")
+    return rows
 
 
 def read_json(path: Path, name: str) -> Any:
     """The value of `tables/NAME.json`. Raises RunError naming the tables there are."""
-    return json.loads(_table(path, f"{name}.json"))
+    return parse(_table(path, f"{name}.json"), path / "tables" / f"{name}.json")
 
 
-def _table(path: Path, name: str) -> str:
+def _table(path: Path, name: str) -> bytes:
     file = path / "tables" / name
-    if not file.is_file():
+    if not os.path.lexists(file):
         names = sorted(p.name for p in file.parent.glob("*.json*"))
         raise RunError(f"{path} has no {name}; it has: {', '.join(names) or 'none'}")
-    return file.read_text()
+    require_intact(file)
+    return read_plain(file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -155,13 +186,79 @@ def read_timings(path: Path) -> list[dict[str, Any]]:
 
 def whole_lines(file: Path) -> tuple[list[dict[str, Any]], bool]:
     """The complete records of a JSON-lines file, and whether the file ends in half of one."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return [], False
-    *lines, tail = file.read_bytes().split(b"\n")
-    try:
-        return [json.loads(line) for line in lines], tail != b""
-    except json.JSONDecodeError as error:
-        raise RunError(f"{file} holds a line that is not JSON ({error}); delete the run") from None
+    *lines, tail = read_plain(file).split(b"\n")
+    rows = [parse(line, f"a line of {file}") for line in lines]
+    if not all(isinstance(row, dict) for row in rows):
+        raise RunError(f"{file} holds a line that is no record; delete the run")
+    return rows, tail != b""
+
+
+# Checksums of finished runs.
+
+DEPTH = 4  # directories of a run above a file: library/03/ffn/swiglu-256.safetensors
+
+
+def checksums(path: Path) -> dict[str, str]:
+    """The checksum of every file of a run, by its name there; of what is written while a run goes
+    on (`state/`, hidden files, the manifest) none."""
+    return {str(file.relative_to(path)): checksum(file) for file in _contents(path)}
+
+
+def _contents(path: Path) -> list[Path]:
+    found = []
+    for folder, names, files in os.walk(path):
+        top = Path(folder) == path
+        names[:] = [n for n in names if not n.startswith(".") and not (top and n == "state")]
+        mine = [n for n in files if not (n.startswith(".") or (top and n == "run.json"))]
+        found += [Path(folder, n) for n in mine]
+    return sorted(file for file in found if not file.is_symlink() and file.is_file())
+
+
+def require_intact(file: Path) -> None:
+    """Raises RunError for a file of a finished run that is not as it was when the run ended."""
+    above = file.absolute().parents[:DEPTH]
+    for path in above:
+        try:
+            stamp = (path / "run.json").stat().st_mtime_ns
+        except OSError:
+            continue
+        expected = _finished(path, stamp).get(file.absolute().relative_to(path).as_posix())
+        if expected and checksum(file) != expected:
+            raise RunError(f"{file} {CHANGED}")
+        return
+
+
+CHANGED = (
+    "has changed since its run was finished: the disk, a copy or a person has damaged it. Copy it "
+    "again, or make the run anew with --redo"
+)
+
+
+@functools.lru_cache
+def _finished(path: Path, stamp: int) -> dict[str, str]:
+    return read_manifest(path).files
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with the files of a run, a sentence each. Raises RunError for no manifest."""
+    manifest = read_manifest(path)
+    if manifest.status != "done" or not manifest.own:
+        why = "is not finished" if manifest.status != "done" else "was finished without checksums"
+        return [f"{path} {why}: nothing tells whether its files are whole"]
+    problems = [] if _own(manifest) == manifest.own else [f"{path / 'run.json'} {CHANGED}"]
+    there = {str(file.relative_to(path)): file for file in _contents(path)}
+    for name, expected in manifest.files.items():
+        if name not in there:
+            problems.append(f"{path / name} is missing, or no plain file any more")
+        elif checksum(there[name]) != expected:
+            problems.append(f"{path / name} {CHANGED}")
+    return problems + [f"{path / n} came after the run" for n in there if n not in manifest.files]
+
+
+def _own(manifest: Manifest) -> str:
+    return fingerprint(asdict(replace(manifest, own="")))
 
 
 def versions() -> dict[str, str]:
@@ -216,6 +313,7 @@ class Run:
         """
         lock = Lock(path) if dist.is_main() else None
         try:
+            _refuse_links(path)
             made = config if identity is None else identity
             manifest = _begin(path, stage, dict(config), made, inputs, seed)
             run = cls(path, manifest, lock, quiet)
@@ -258,14 +356,14 @@ class Run:
         """Drops the logged steps after `last`, and half a line that a killed process left."""
         for file in (self.path / name for name in LOGS):
             rows, torn = whole_lines(file) if self._writes else ([], False)
-            kept = [row for row in rows if row["step"] <= last]
+            kept = [row for row in rows if row.get("step", last) <= last]
             if torn or len(kept) < len(rows):
                 atomic_write(file, _lines(kept))
 
     def say(self, text: str) -> None:
         """Prints a line for the user and keeps it in `log.txt`."""
         if self._writes and not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
         self._append("log.txt", f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S} {text}")
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -342,14 +440,25 @@ class Run:
         self._save()
 
     def _save(self) -> None:
+        if self.manifest.status == "done" and self._writes:
+            self.manifest = replace(self.manifest, files=checksums(self.path))
+            self.manifest = replace(self.manifest, own=_own(self.manifest))
         text = json.dumps(asdict(self.manifest), indent=1, default=_plain)
         self.write_file("run.json", text + "\n")
 
     def _append(self, name: str, line: str) -> None:
-        if self._writes:
-            file = self.path / name
-            with writing(file), file.open("ab", buffering=0) as handle:
-                handle.write(line.encode() + b"\n")
+        if self._writes and self.manifest.status != "done":
+            file, flags = self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            with writing(file), os.fdopen(open_plain(file, flags), "ab", buffering=0) as handle:
+                handle.write(line.encode(errors="replace") + b"\n")
+
+
+def _refuse_links(path: Path) -> None:
+    """Raises RunError for a link in a run, through which its files would be written elsewhere."""
+    for folder, names, files in os.walk(path):
+        for one in (Path(folder, name) for name in (*names, *files)):
+            if one.is_symlink():
+                raise RunError(f"{one} is a link, and a run holds plain files; remove it")
 
 
 def _begin(

@@ -77,7 +77,6 @@ def _written(home: Path, run: str, table: str, rows: list) -> None:
     folder = home / run / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{table}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (home / run / "run.json").write_text(json.dumps({"status": "done"}))
 
 
 def test_the_table_is_read_from_the_runs(tmp_path: Path, monkeypatch):

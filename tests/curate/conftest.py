@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def curate(tmp_path: Path) -> Callable[..., Curated]:
 class Server:
     """`answer(body)` makes the reply of a chat; `faults[n]` is what the n-th request meets instead.
 
-    A fault is a status, "cut" for a connection that ends, or "odd" for JSON of another form.
+    A fault is a status, "cut" for a connection that ends, "odd" for JSON of another form, bytes for
+    a body, or "drip" for one that never ends.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Any]) -> None:
@@ -132,16 +134,31 @@ class Server:
                     self._send(fault, {"error": {"message": "as asked"}})
                 elif fault == "odd":
                     self._send(200, {"choices": []})
+                elif fault == "drip":
+                    self._drip()
+                elif isinstance(fault, bytes):
+                    self._body(200, fault)
                 else:
                     found = server.answer(body)
                     with server.lock:
                         server.answered[json.dumps(body, sort_keys=True)] += 1
                     self._send(200, found if isinstance(found, dict) else _completion(found))
 
+            def _drip(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.close_connection = True
+                with contextlib.suppress(OSError):
+                    for _ in range(1000):
+                        self.wfile.write(b" ")
+                        time.sleep(0.02)
+
             def _send(self, status: int, value: Any) -> None:
-                data = json.dumps(value).encode()
+                self._body(status, json.dumps(value).encode())
+
+            def _body(self, status: int, data: bytes) -> None:
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "application/json; charset=zlib_codec")
                 self.send_header("Content-Length", str(len(data)))
                 if status == 429:
                     self.send_header("Retry-After", "0.01")

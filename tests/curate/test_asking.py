@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tessera.ask import judge
+from tessera.ask import endpoint, judge
 from tessera.ask.ask import AskError
 from tessera.curate.steps import ask
 from tessera.runs.files import FailureError, Journal
@@ -113,6 +115,70 @@ def test_killed_while_asking_no_answered_request_is_asked_again(tmp_path: Path, 
     assert made.rows == undisturbed.rows and len(made.rows) == 240
     again = {key: n - 2 for key, n in server.answered.items() if n > 2}  # once for each run
     assert sum(again.values()) <= 2 * 4  # those under way when it was killed
+
+
+def _chat(**more: Any) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": "4", **more}}], **more}).encode()
+
+
+ODD = [
+    _chat(content=["4"]),
+    _chat(content="\ud800"),
+    _chat(usage={"completion_tokens": "many"}, content=4),
+    b"[" * 100_000 + b"]" * 100_000,
+    b'{"choices": [{"message": ' + b'{"a": ' * 100_000,
+    b"\xff\xfe",
+    b"\x1f\x8b" + bytes(100),
+    b"null",
+    b" " * 2_000_000,  # more than the test allows
+    "drip",
+]
+
+
+def test_odd_replies_leave_their_rows_out_and_are_never_kept(
+    curate: Curate, serve: Serve, monkeypatch
+):
+    monkeypatch.setattr(endpoint, "LARGEST_BODY", 1_000_000)
+    server = serve(solve)
+    server.faults = dict(enumerate(ODD))
+    teacher = server.teacher(tries=1, timeout=2.0)
+    begun = time.monotonic()
+    made = curate(QUESTIONS, [{"step": "generate"}], source=SOURCE, teachers={"teacher": teacher})
+    assert len(made.rows) == 40 - len(ODD), made.removed
+    assert time.monotonic() - begun < 10
+    assert {row["reason"][:9] for row in made.removed} == {"teacher: "}
+
+
+def test_token_counts_and_vectors_of_other_kinds_are_not_believed():
+    for count in ("1e999", "-3", '"many"', "9" * 400, "true"):
+        text = b'{"choices": [{"message": {"content": "4"}}], "usage": {"completion_tokens": %s}}'
+        found = endpoint._parse(text % count.encode(), 1)
+        assert found and found[0].tokens == 0
+    for vector in ("[NaN]", "[1e999]", "[]", '"ab"', "[[1]]"):
+        assert endpoint._parse(b'{"data": [{"embedding": %s}]}' % vector.encode(), 1) is None
+
+
+def test_a_poisoned_journal_is_read_past_and_asked_again(tmp_path: Path, serve: Serve):
+    server = serve(solve)
+    file = write_lines(tmp_path / "q.jsonl", QUESTIONS)
+    server.faults = {n: 500 for n in range(10, 10_000)}
+    table = {
+        "sources": [{"paths": str(file), **SOURCE}],
+        "steps": [{"step": "generate"}],
+        "teachers": {"teacher": server.teacher(tries=1)},
+    }
+    with pytest.raises(FailureError):
+        run_stage(tmp_path / "run", table)
+    (journal,) = (tmp_path / "run").rglob("*journal*.jsonl")
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    rows[0]["reply"]["text"] = ["a list"]
+    rows[1]["reply"]["tokens"] = "many"
+    lines = [*map(json.dumps, rows), "[" * 100_000, "{}", "\x00", '{"key": 3}']
+    journal.write_text("\n".join(lines) + "\n")
+    server.faults, asked = {}, len(server.asked)
+    made = run_stage(tmp_path / "run", table)
+    assert len(made.rows) == 40 and len(server.asked) - asked == 40 - len(rows) + 2
+    assert "6 lines are no replies" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_torn_journal_gives_what_is_whole(tmp_path: Path):

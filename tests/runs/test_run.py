@@ -139,7 +139,7 @@ def test_a_full_disk_while_logging(tmp_path: Path, monkeypatch):
         pytest.raises(WriteError, match=os.strerror(errno.ENOSPC)),
         run,
     ):
-        patch.setattr(Path, "open", full)
+        patch.setattr(os, "fdopen", full)
         patch.setattr(os, "write", full)
         run.log(2, loss=0.5)
     assert read_metrics(run.path) == [{"step": 1, "loss": 1.0}]
