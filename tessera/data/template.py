@@ -193,7 +193,7 @@ class Template:
         """
         try:
             tree = _environment().parse(self.source)
-        except jinja2.TemplateError:
+        except (jinja2.TemplateError, RecursionError):
             return []
         asking = (*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter))
         tests = [one.node for one in asking if one.name in _DEFINED]

@@ -8,6 +8,7 @@ process of their own: they do not wait behind large ones.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +19,11 @@ from pathlib import Path
 from pydantic import ValidationError
 from tokenizers import models
 
-from tessera.data.bounded import Bounded
+from tessera.data.bounded import Bounded, LimitError
 from tessera.data.chat import ChatEncoder
 from tessera.data.conversation import Message, Mode, SchemaError, tidy
 from tessera.data.switch import is_variable, requested
+from tessera.data.template import TemplateError
 from tessera.data.thought import Splitter
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.engine import GenerationError, QueueFullError, check_sequences
@@ -68,6 +70,8 @@ class Preparer:
     def __init__(self, home: Path, switch: str | None, limits: Limits, nice: int) -> None:
         os.nice(nice)
         self.tokenizer, self.switch, self.limits = load_tokenizer(home), switch, limits
+        with contextlib.suppress(TemplateError):  # said where a conversation is to be answered
+            _ = self.encoder
 
     @cached_property
     def encoder(self) -> ChatEncoder:
@@ -190,6 +194,8 @@ class Preparers:
         self.waiting += len(body)
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, bounded, kind, body)
+        except LimitError as error:
+            raise LimitError(f"reading the request was stopped: {error}") from None
         finally:
             self.waiting -= len(body)
 
