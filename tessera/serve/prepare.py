@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 
 from pydantic import ValidationError
-from tokenizers import models
 
 from tessera.data.bounded import Bounded, LimitError
 from tessera.data.chat import ChatEncoder
@@ -112,16 +111,9 @@ class Preparer:
         opened = self._opened(request, messages[-1]["content"], ids)
         return Prepared(request.model_copy(update={"messages": []}), [ids], [], mode, opened)
 
-    @cached_property
-    def _longest(self) -> int:
-        """Characters of the longest token, where none stands for more than it spells; else 0."""
-        inside = self.tokenizer.tokenizer
-        plain = isinstance(inside.model, models.BPE) and not inside.model.fuse_unk
-        return max(map(len, inside.get_vocab())) if plain and inside.normalizer is None else 0
-
     def _check_length(self, text: str | Ids, what: str) -> None:
         """Refuse a text that cannot fit, before it is rendered and tokenised."""
-        most = self.limits.room * (self._longest if isinstance(text, str) else 1)
+        most = self.limits.room * (self.tokenizer.longest if isinstance(text, str) else 1)
         if most and len(text) > most:
             unit = "characters" if isinstance(text, str) else "tokens"
             raise GenerationError(

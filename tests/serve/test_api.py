@@ -279,14 +279,14 @@ def sent(port: int, data: bytes) -> socket.socket:
     return client
 
 
-@pytest.mark.parametrize(
-    "data", [b"", HEAD, HEAD + b"Content-Length: 9\r\n\r\n{", HEAD.replace(b"/v1", b"/no")]
-)
-def test_a_client_that_does_not_go_on_is_let_go(attacked: int, data: bytes):
-    with sent(attacked, data) as client:
-        begun = time.monotonic()
-        assert not client.recv(10)  # closed
-        assert time.monotonic() - begun < 8
+def test_a_client_that_does_not_go_on_is_let_go(attacked: int):
+    half = HEAD + b"Content-Length: 9\r\n\r\n{"
+    begun = time.monotonic()
+    for client in [sent(attacked, data) for data in (b"", HEAD, half, half.replace(b"/v1", b"/"))]:
+        while client.recv(1000):
+            pass
+        client.close()
+    assert time.monotonic() - begun < 10  # 2 where nothing else runs
 
 
 def test_more_connections_than_allowed_are_closed_and_the_others_answered(attacked: int):
@@ -370,34 +370,34 @@ def test_what_a_server_logs_is_short():
 
 def test_weights_that_are_no_numbers_end_requests_and_turn_health_red(model: Path, tmp_path: Path):
     home = tmp_path / "damaged"
+    from starlette.testclient import TestClient
+
+    from tessera.serve.app import build, serving
+
     damaged = load_model(model)
     with torch.no_grad():
         next(p for name, p in damaged.named_parameters() if "norm" in name).fill_(float("nan"))
     save_model(damaged, home)
     load_tokenizer(model).save(home)
-    with served(home) as (_, url):
-        health = url.removesuffix("/v1") + "/health"
-        assert httpx.get(health).status_code == 200
+    with serving(str(home), ServeConfig()) as one:
+        client = TestClient(build(one), base_url="http://localhost")
+        assert client.get("/health").status_code == 200
         body = {"prompt": [5, 6], "max_tokens": 4}
-        for more in (
-            {},
-            {"temperature": 0, "n": 2},
-            {"echo": True, "logprobs": 1, "max_tokens": 0},
-        ):
-            reply = httpx.post(f"{url}/completions", json={**body, **more}, timeout=30)
+        score = {"echo": True, "logprobs": 1, "max_tokens": 0}
+        for more in ({}, {"temperature": 0, "n": 2}, score):
+            reply = client.post("/v1/completions", json={**body, **more})
             assert reply.status_code == 503 and "NaN" in reply.json()["error"]["message"]
-        assert "NaN" in httpx.post(f"{url}/completions", json={**body, "stream": True}).text
-        assert httpx.get(health).status_code == 503
+        assert "NaN" in client.post("/v1/completions", json={**body, "stream": True}).text
+        assert client.get("/health").status_code == 503
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_lets_what_is_under_way_end(model: Path, number: int):
+def test_a_signal_lets_what_is_under_way_end(model: Path):
     with served(model) as (process, url):
         body = {"prompt": [5], "max_tokens": 100_000, "stream": True, "n": 4}
         with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as reply:
             lines = reply.iter_lines()
             next(lines)
-            process.send_signal(number)
+            process.send_signal(signal.SIGHUP)
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(30) == 0
 
