@@ -70,7 +70,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], seen: Seen, leave
                     if leave:
                         seen.ended["left"] += 1
                         return
-                if '"usage"' in line:
+                if '"usage": {' in line:  # null but in the last event
                     told = json.loads(line.removeprefix("data: "))
                     seen.tokens += told["usage"]["completion_tokens"]
             seen.ended["whole" if last == "data: [DONE]" else "cut"] += 1

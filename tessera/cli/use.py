@@ -332,6 +332,14 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Pages of this site may ask; again for more, or '*'."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="A name of this server beside localhost, or '*'."),
+    ] = None,
+    max_connections: Annotated[int, typer.Option(min=1, help="More are closed.")] = 1024,
+    patience: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a request to come, a piece to be read.")
+    ] = 30.0,
     switch: Switch = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -343,6 +351,7 @@ def serve(
     none does, the model's template stands. Loopback alone unless a key is given.
     """
     switch, allow_origin = checked_switch(switch), allow_origin or []
+    allow_host = allow_host or []
     settings = dict(locals())
     del settings["model"], settings["engine"], settings["device"]
     _serve(model, engine, device, settings)

@@ -31,6 +31,7 @@ from tessera.data.tokenizer import Tokenizer
 Turns = Literal["last", "all"]
 Ending = Literal["generation prompt", "open", "closed"]
 _END = "\U0010fff2"  # a private character at the end of a message that stays open
+MAX_TURNS = 1000  # that are trained of one conversation: each is rendered with all before it
 RULES = "chat-2"  # changed whenever a conversation becomes other ids than before
 _OPENED = re.compile(rf"{OPEN}\s*({CLOSE}\s*)?\Z")  # a thought that a prompt begins, or shuts
 _Pairs = list[tuple[str, str]]
@@ -162,6 +163,11 @@ class ChatEncoder:
             chosen = [index for index in chosen if index == last]
         if not chosen:
             return [], 'the last answer has weight 0, and turns = "last" trains no other'
+        if len(chosen) > MAX_TURNS:
+            return [], (
+                f"{len(chosen):,} answers to train in one conversation; at most {MAX_TURNS:,} are: "
+                'split it, or set turns = "last"'
+            )
         before = turns.before(chosen[-1])
         try:
             if reason := _left_out(turns, chosen[-1]):

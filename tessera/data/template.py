@@ -1,5 +1,8 @@
 """Chat templates: Jinja as Hugging Face's tokenizers carry it, rendered in a sandbox.
 
+A template of others is rendered in a process of its own, which may take SECONDS and MIB of memory
+for a conversation and write MAX_CHARACTERS.
+
 A template sees what transformers gives it. Of several by name, `tool_use` is taken where tools are
 given. The date is today's where somebody is answered, and fixed in runs, which are repeatable.
 The built-in template is Llama 3's with Llama-Nemotron's additions: an answer of the history loses
@@ -11,8 +14,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -24,17 +28,20 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tessera.data.bounded import INSIDE, Bounded, LimitError
 from tessera.data.conversation import Message
 from tessera.data.tokenizer import TEMPLATES, Tokenizer
 from tessera.runs.files import atomic_write
 
 FILE = "chat_template.jinja"
+SECONDS, MIB, MAX_CHARACTERS = 20.0, 1024, 2**26  # that one conversation may take
 RUN_DATE = datetime(2024, 7, 26)  # what Llama 3.1's own template falls back to
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a message's thought
 RESERVED = ("messages", "add_generation_prompt", "tools")  # no variables of a request
 # Private characters around what stands in {% generation %}; they are taken out of the text again.
 _BEGIN, _END = "\U0010fff0", "\U0010fff1"
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+_WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _DEFINED = ("defined", "undefined", "default", "d")
 _NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 LLAMA3 = """\
@@ -135,6 +142,28 @@ def _compiled(source: str) -> jinja2.Template:
         raise TemplateError(f"the chat template is no Jinja: {error}") from error
 
 
+def _render(source: str, given: dict[str, Any]) -> str:
+    try:
+        pieces, size = [], 0
+        for piece in _compiled(source).generate(**given):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_CHARACTERS:
+                raise LimitError(f"it writes over {MAX_CHARACTERS:,} characters")
+        return "".join(pieces)
+    except LimitError:
+        raise
+    except (jinja2.TemplateError, *_WRONG) as error:
+        raise TemplateError(f"the chat template refuses the conversation: {error}") from error
+
+
+def renderer() -> Callable[[str, dict[str, Any]], str]:
+    return _render
+
+
+_elsewhere = Bounded(f"{__name__}:renderer", (), SECONDS, MIB)
+
+
 @dataclass(frozen=True)
 class Template:
     """One template with the special tokens it may name.
@@ -164,7 +193,7 @@ class Template:
         """
         try:
             tree = _environment().parse(self.source)
-        except jinja2.TemplateError:
+        except (jinja2.TemplateError, RecursionError):
             return []
         asking = (*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter))
         tests = [one.node for one in asking if one.name in _DEFINED]
@@ -190,10 +219,12 @@ class Template:
         source = self.named.get("tool_use", self.source) if tools else self.source
         given = {"documents": None, "strftime_now": self._strftime, **variables, "tools": tools}
         given["messages"] = [_with_thought(message) for message in messages]
+        given = {**self.specials, **given}
         try:
-            marked = _compiled(source).render(**{**self.specials, **given})
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
-            raise TemplateError(f"the chat template refuses the conversation: {error}") from error
+            ours = source == LLAMA3 or INSIDE in os.environ
+            marked = _render(source, given) if ours else _elsewhere(source, given)
+        except LimitError as error:
+            raise TemplateError(f"the chat template was stopped: {error}") from None
         if not _GENERATION.search(source):
             return marked, []
         text, spans, start = "", [], 0

@@ -87,6 +87,13 @@ class Tokenizer:
         """The padding id, else the end token, else 0. `Batch.segments` marks padding, not this."""
         return next(i for i in (self.own_pad_id, *self.eos_ids, 0) if i is not None)
 
+    @functools.cached_property
+    def longest(self) -> int:
+        """Characters of the longest token; 0 where a token may stand for more than it spells."""
+        plain = isinstance(self.tokenizer.model, models.BPE) and not self.tokenizer.model.fuse_unk
+        known = plain and self.tokenizer.normalizer is None
+        return max(map(len, self.tokenizer.get_vocab()), default=0) if known else 0
+
     def special_names(self) -> dict[str, str]:
         """bos_token, eos_token, pad_token and what its files name (unk_token …), for templates."""
         return self.names or self._own_names()

@@ -50,6 +50,13 @@ class EngineError(RuntimeError):
     """A step failed while this request was in it; the cause says how."""
 
 
+NOT_FINITE = "the model's logits are NaN: its weights are damaged, or too large for its dtype"
+
+
+class NotFiniteError(EngineError):
+    """Logits that are NaN, of which no token can be chosen."""
+
+
 class ThoughtBudget:
     """Enforces the budget of one completion's thought: `push` each token; `forced` is the next."""
 
@@ -297,6 +304,8 @@ class Handle:
 
     def check(self) -> None:
         """Raise EngineError where a step failed."""
+        if isinstance(self.error, NotFiniteError):
+            raise NotFiniteError(str(self.error))
         if self.error is not None:
             raise EngineError(f"the request failed in the engine: {self.error!r}") from self.error
 

@@ -216,7 +216,8 @@ def draw(weights: Tensor, noise: Tensor) -> Tensor:
     block, rest = _first_above(padded.sum(-1, dtype=wide), noise.to(wide)[:, None])
     inside = padded.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(wide)
     token, _ = _first_above(inside, rest)
-    return (block * BLOCK + token)[:, 0]
+    # Weights that are NaN have no order: still a token, for `logprobs` to say what is wrong.
+    return (block * BLOCK + token)[:, 0].clamp(max=weights.shape[-1] - 1)
 
 
 def _first_above(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

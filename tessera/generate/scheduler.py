@@ -21,7 +21,7 @@ from tessera import dist
 from tessera.generate.cache import Prefill, Prefix, PrefixCache, Slots, common
 from tessera.generate.engine import FinishReason
 from tessera.generate.packed import Packed
-from tessera.generate.requests import Sample, Waiting, end_expired
+from tessera.generate.requests import NOT_FINITE, NotFiniteError, Sample, Waiting, end_expired
 from tessera.generate.sampling import Chosen, Sampler, joined, uniforms
 from tessera.model.cpu import rows_together
 
@@ -43,8 +43,8 @@ def clock(device: torch.device) -> float:
 class Stats:
     """Counts since an engine was made or `reset_stats`, seconds by `clock`; a prompt counts once.
 
-    cached_tokens: of prompts, found in the prefix cache. each_step: a list that gets the seconds
-    of every decode step.
+    cached_tokens: of prompts, found in the prefix cache. not_finite: samples that ended because
+    their logits were NaN. each_step: a list that gets the seconds of every decode step.
     """
 
     prefill_tokens: int = 0
@@ -53,6 +53,7 @@ class Stats:
     decode_steps: int = 0
     decode_seconds: float = 0.0
     cached_tokens: int = 0
+    not_finite: int = 0
     each_step: list[float] | None = None
 
 
@@ -230,6 +231,12 @@ class Scheduler:
         )
         for row, (sample, token, logprob, top) in enumerate(rows, first):
             completion = sample.completion
+            if logprob != logprob:  # NaN: the logits are
+                sample.handle.error = NotFiniteError(NOT_FINITE)
+                sample.handle.cancel()  # its other samples, too
+                self.stats.not_finite += 1
+                ended.append((row, "cancelled"))
+                continue
             if sample.params.logprobs:
                 completion.top_logprobs.append(top[: sample.params.logprobs])
             completion.logprobs.append(logprob)

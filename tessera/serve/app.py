@@ -1,20 +1,18 @@
 """The server of the OpenAI API: routes, API keys, limits, metrics, and its process.
 
-Refusals are JSON in the API's form; `MEANINGS` lists their statuses. SIGTERM and Ctrl-C drain: new
-requests get 503, those under way may end for `drain_seconds`.
+Refusals are JSON in the API's form; `MEANINGS` lists their statuses. SIGTERM, SIGHUP and Ctrl-C
+drain: new requests get 503, those under way may end for `drain_seconds`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
-import ipaddress
 import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,16 @@ from typing import Any
 import prometheus_client
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from prometheus_client import Counter, Gauge
 from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
+from tessera.data.bounded import LimitError
 from tessera.data.conversation import SchemaError
 from tessera.data.switch import Switch, SwitchError
 from tessera.data.template import TemplateError
@@ -41,14 +41,19 @@ from tessera.model.placed import DtypeName
 from tessera.model.placement import for_inference
 from tessera.model.source import resolve
 from tessera.runs.recipe import Config
+from tessera.serve import limits
 from tessera.serve.fields import ChatRequest, CompletionRequest
+from tessera.serve.prepare import FieldError, Limits, Preparers
 from tessera.serve.replies import Session
 from tessera.serve.session import ServedModel
 
 KEY_VARIABLE = "TESSERA_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
-PUBLIC_PATHS = ("/health", "/metrics", "/")  # for load balancers and browsers, without a key
-WRONG = (GenerationError, SchemaError, SwitchError, TemplateError, TokenizerError)
+MAX_MESSAGE = 2000  # characters of what an error says
+WRONG = (
+    *(GenerationError, SchemaError, SwitchError, TemplateError, TokenizerError),
+    *(FieldError, LimitError),
+)
 STATUSES: dict[type[Exception], int] = {
     **dict.fromkeys(WRONG, 400),
     QueueFullError: 429,
@@ -59,6 +64,7 @@ MEANINGS = {
     200: "The reply, or its events where stream is true.",
     400: "a bad request",
     401: "no key",
+    403: "a Host or an Origin that is not allowed",
     404: "no such model",
     413: "a body too large",
     429: "the queue is full",
@@ -91,6 +97,9 @@ class ServeConfig(Config):
     int8: bool = False
     web: bool = False
     allow_origin: list[str] = Field(default_factory=list)
+    allow_host: list[str] = Field(default_factory=list)
+    max_connections: int = Field(default=1024, ge=1)
+    patience: float = Field(default=30.0, gt=0)
     switch: Switch | None = None
     dtype: DtypeName = "auto"
 
@@ -111,10 +120,7 @@ def api_keys(config: ServeConfig) -> tuple[str, ...]:
         raise ServeError(f"--key-file {path} holds no key; write one on each line")
     if key := os.environ.get(KEY_VARIABLE, "").strip():
         return (key,)
-    loopback = config.host == "localhost"
-    with contextlib.suppress(ValueError):  # another name than localhost
-        loopback = loopback or ipaddress.ip_address(config.host).is_loopback
-    if not loopback:
+    if not limits.is_loopback(config.host):
         raise ServeError(
             f"--host {config.host} can be reached by others, and there is no key: give --key-file "
             f"FILE or {KEY_VARIABLE}, or serve on 127.0.0.1"
@@ -155,6 +161,7 @@ class Serving:
     name: str
     model: ServedModel
     thread: EngineThread
+    prepare: Preparers
     metrics: Metrics
     keys: tuple[str, ...]
     config: ServeConfig
@@ -171,21 +178,34 @@ def serving(model: str, config: ServeConfig) -> Iterator[Serving]:
         prefix_cache_tokens=config.prefix_cache,
         int8=config.int8,
     )
+    config_of = engine.config
+    room = Limits(config_of.max_position_embeddings, config_of.vocab_size, config.queue)
+    prepare = Preparers(directory, config.switch, room)
     served = ServedModel(engine, load_tokenizer(directory), config.timeout, config.switch)
     served.prepare()
     name = config.name or (path.resolve().name if path.exists() else model)
 
     def report(error: Exception) -> None:
-        print(f"a step of the engine failed: {type(error).__name__}: {error}", file=sys.stderr)
+        text = f"a step of the engine failed: {type(error).__name__}: {error}"
+        print(limits.shortened(text, limits.MAX_LINE), file=sys.stderr)
 
-    with EngineThread(engine, report) as thread:
-        yield Serving(name, served, thread, Metrics(engine), keys, config)
+    with contextlib.closing(prepare), EngineThread(engine, report) as thread:
+        yield Serving(name, served, thread, prepare, Metrics(engine), keys, config)
 
 
 def build(serving: Serving) -> FastAPI:
     """The application of a served model."""
     app = FastAPI(title="tessera", version="1", docs_url=None, redoc_url=None)
-    app.add_middleware(RequestGuard, serving=serving)
+    config = serving.config
+    app.add_middleware(
+        limits.Guard,
+        refusal=_refusal,
+        too_large=HTTPException(413, limits.too_large(config.max_body_kib * 1024)),
+        keys=serving.keys,
+        max_bytes=config.max_body_kib * 1024,
+        hosts=config.allow_host,
+        origins=config.allow_origin,
+    )
     if origins := serving.config.allow_origin:  # outside of the guard: preflights carry no key
         app.add_middleware(
             CORSMiddleware,
@@ -198,13 +218,14 @@ def build(serving: Serving) -> FastAPI:
     async def refuse(_: Request, error: Exception) -> JSONResponse:
         return _refusal(*_status(error))
 
-    for kind in (*STATUSES, RequestValidationError, HTTPException, Exception):
+    for kind in (*STATUSES, HTTPException, Exception):
         app.add_exception_handler(kind, refuse)
 
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether requests are answered."""
-        alive = serving.thread.alive and serving.thread.error is None
+        finite = serving.model.engine.stats.not_finite == 0
+        alive = finite and serving.thread.alive and serving.thread.error is None
         return JSONResponse({"status": "ok" if alive else "broken"}, 200 if alive else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -223,18 +244,18 @@ def build(serving: Serving) -> FastAPI:
         _check_name(serving, name)
         return _model(serving)
 
+    # The bodies are read by `_Raw`; the fields of a request are named for the schema's sake.
+    app.router.route_class = _raw_route(serving)
+
     @app.post("/v1/chat/completions", response_model=None, responses=RESPONSES)
-    async def chat(request: ChatRequest, http: Request) -> JSONResponse | StreamingResponse:
+    async def chat(request: ChatRequest) -> None:
         """Answer a conversation."""
-        return await _answer(serving, request, http)
 
     @app.post("/v1/completions", response_model=None, responses=RESPONSES)
-    async def complete(
-        request: CompletionRequest, http: Request
-    ) -> JSONResponse | StreamingResponse:
+    async def text(request: CompletionRequest) -> None:
         """Continue a text."""
-        return await _answer(serving, request, http)
 
+    app.router.route_class = APIRoute
     if serving.config.web:
 
         @app.get("/", include_in_schema=False)
@@ -256,12 +277,35 @@ def _check_name(serving: Serving, name: str) -> None:
         raise HTTPException(404, text)
 
 
-async def _answer(
-    serving: Serving, request: ChatRequest | CompletionRequest, http: Request
-) -> JSONResponse | StreamingResponse:
+def _raw_route(serving: Serving) -> type[APIRoute]:
+    """Routes whose bodies are read as they are, and validated in another process."""
+
+    class Raw(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            kind = self.name  # of KINDS in prepare.py
+
+            async def handle(http: Request) -> Response:
+                return await _answer(serving, kind, http)
+
+            return handle
+
+    return Raw
+
+
+async def _answer(serving: Serving, kind: str, http: Request) -> Response:
+    media = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media != "application/json" and not media.endswith("+json"):
+        raise FieldError("send a JSON object with Content-Type: application/json", None)
+    try:
+        body = b"".join([piece async for piece in http.stream()])
+    except ClientDisconnect:
+        return Response(status_code=400)  # nobody reads it
+    asked = await serving.prepare(kind, body)
+    request = asked.request
     _check_name(serving, request.model)
-    # Templates, tokenizers, grammars and prompts' log-probs take time that others must not wait.
-    session = await asyncio.to_thread(serving.model.submit, request)
+    # Grammars and prompts' log-probs take time that others must not wait.
+    session = await asyncio.to_thread(serving.model.submit, asked)
+    del body, asked
 
     async def stream() -> AsyncIterator[str]:
         """A client that hangs up ends this generator, which ends the request."""
@@ -299,6 +343,7 @@ def _event(value: dict[str, Any]) -> str:
 def _error(status: int, text: str, param: str | None = None) -> dict[str, Any]:
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    text = limits.shortened(text, MAX_MESSAGE)
     return {"error": {"message": text, "type": kind, "param": param, "code": status}}
 
 
@@ -309,59 +354,14 @@ def _refusal(status: int, text: str, param: str | None = None) -> JSONResponse:
 
 def _status(error: Exception) -> tuple[int, str, str | None]:
     """The status of a request that raised `error`, what is said of it, and of which field."""
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        if first["loc"] == ("body",) or first["type"] == "json_invalid":
-            text = "the body is no JSON object; send one with Content-Type: application/json"
-            own = first["type"] == "value_error"
-            return 400, str(first["ctx"]["error"]) if own else text, None
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return 400, f"{where}: {first['msg'].removeprefix('Value error, ')}", where
+    if isinstance(error, FieldError):
+        return 400, *error.args
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail), None
     for kind, status in STATUSES.items():
         if isinstance(error, kind):
             return status, str(error), None
     return 500, f"a mistake in the server: {type(error).__name__}", None
-
-
-class RequestGuard:
-    """Middleware that checks key and size before a body is read."""
-
-    def __init__(self, app: ASGIApp, serving: Serving) -> None:
-        self.app, self.keys = app, serving.keys
-        self.max_bytes = serving.config.max_body_kib * 1024
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers, most, read = dict(scope["headers"]), self.max_bytes, 0
-        too_large = f"the body is larger than {most:,} bytes; shorten it, or raise --max-body-kib"
-        key, declared = headers.get(b"authorization", b""), headers.get(b"content-length", b"0")
-        if scope["path"] not in PUBLIC_PATHS and not self._is_known(key):
-            refusal = _refusal(401, "give an API key: Authorization: Bearer KEY")
-            await refusal(scope, receive, send)
-            return
-        if not declared.isdigit() or int(declared) > most:
-            await _refusal(413, too_large)(scope, receive, send)
-            return
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > most:
-                raise HTTPException(413, too_large)
-            return message
-
-        await self.app(scope, counted, send)
-
-    def _is_known(self, header: bytes) -> bool:
-        """Compares in constant time."""
-        scheme, _, key = header.partition(b" ")
-        same = [hmac.compare_digest(key.strip(), known.encode()) for known in self.keys]
-        return not self.keys or (scheme.lower() == b"bearer" and any(same))
 
 
 class _Server(uvicorn.Server):
@@ -374,7 +374,9 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Unlike uvicorn's, does not raise the signal again: a drained server exits with 0."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
@@ -383,6 +385,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(limits.AcceptErrors())
         await super().startup(sockets)
         for server in self.servers if self.started else ():
             host, port = server.sockets[0].getsockname()[:2]
@@ -403,8 +406,11 @@ def serve(model: str, config: ServeConfig) -> None:
             build(one),
             host=config.host,
             port=config.port,
-            log_level="warning",
+            http=limits.protocol(config.max_connections, config.patience),
+            ws="none",
+            log_config=limits.LOGGING,
             access_log=False,
+            backlog=limits.BACKLOG,
             timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
             h11_max_incomplete_event_size=64 * 1024,
         )

@@ -31,6 +31,16 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "web_search_options", "chat_template"), ()),
     **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "prompt_embeds"), ()),
     **dict.fromkeys(("allowed_token_ids", "repetition_detection", "guided_grammar"), ()),
+    # Of other servers (llama.cpp, TGI, SGLang, Ollama, OpenRouter, Anthropic).
+    **dict.fromkeys(("structural_tag", "guided_whitespace_pattern", "grammar", "ebnf"), ()),
+    **dict.fromkeys(("regex", "json_schema", "format", "options", "instructions", "input"), ()),
+    **dict.fromkeys(("typical_p", "top_a", "tfs_z", "top_n_sigma", "mirostat"), (1, 0)),
+    **dict.fromkeys(("dry_multiplier", "xtc_probability", "no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("max_new_tokens", "n_predict", "max_length", "num_predict"), ()),
+    **dict.fromkeys(("min_new_tokens",), (0,)),
+    **dict.fromkeys(("enable_thinking", "think", "thinking", "reasoning"), ()),
+    **dict.fromkeys(("lora_path", "lora_request", "adapter_id", "models", "system"), ()),
+    **dict.fromkeys(("logits_processors", "custom_logit_processor", "num_beams"), ([], 1)),
     **dict.fromkeys(("functions", "documents", "bad_words", "logprob_token_ids"), ([],)),
     **dict.fromkeys(("mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"), ({},)),
     **dict.fromkeys(("use_beam_search", "include_stop_str_in_output", "watermarking"), (False,)),
@@ -44,7 +54,16 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "verbosity": ("medium",),
 }
-INSTEAD = {"functions": "; give tools", "function_call": "; give tool_choice"}
+INSTEAD = {
+    "functions": "; give tools",
+    "function_call": "; give tool_choice",
+    **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "; give max_tokens"),
+    **dict.fromkeys(
+        ("enable_thinking", "think", "thinking", "reasoning"), "; give reasoning_effort"
+    ),
+    **dict.fromkeys(("regex", "json_schema", "format"), "; give response_format"),
+    **dict.fromkeys(("instructions", "system"), "; give a message of role system"),
+}
 Ids = list[int]
 PROMPTS = ({str}, {int}, {list})  # the types in a list of prompts
 _Penalty = Annotated[float, Field(ge=-2, le=2)]

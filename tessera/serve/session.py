@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from tessera.data.calls import MARKED, CallReader, Dialect, template_dialects
 from tessera.data.chat import ChatEncoder
-from tessera.data.conversation import Message, Mode, SchemaError, tidy
-from tessera.data.switch import NONE, is_variable, requested
-from tessera.data.thought import CLOSE, OPEN, Splitter
+from tessera.data.switch import NONE
+from tessera.data.thought import CLOSE, OPEN
 from tessera.data.tokenizer import Tokenizer
-from tessera.generate.engine import SamplingParams, check_sequences
+from tessera.generate.engine import SamplingParams
 from tessera.generate.grammar import Grammars, calls_rule
-from tessera.generate.requests import Grammar, Handle
-from tessera.generate.text import TextStream, opens_thought, stop_criterion, thinking_budget
+from tessera.generate.requests import NOT_FINITE, Grammar, Handle, NotFiniteError
+from tessera.generate.text import TextStream, stop_criterion, thinking_budget
 from tessera.generate.token_bytes import TokenBytes
 from tessera.generate.torch_engine import TorchEngine
 from tessera.serve.fields import ChatRequest, CompletionRequest, Ids, SamplingRequest
+from tessera.serve.prepare import Prepared
 from tessera.serve.replies import Choice, Echo, Session, entries_of
 
 
@@ -65,18 +66,22 @@ class ServedModel:
         _ = self.token_bytes
         self._grammars.prepare()
 
-    def submit(self, request: ChatRequest | CompletionRequest) -> Session:
+    def submit(self, asked: Prepared) -> Session:
         """Queue a request. May take long: it is called outside of the event loop.
 
-        Raises what the template, the sampling and the queue raise.
+        Raises what the sampling, the grammars and the queue raise.
         """
-        found = self._chat(request) if isinstance(request, ChatRequest) else self._texts(request)
+        request = asked.request
+        if isinstance(request, ChatRequest):
+            found = self._chat(request, asked)
+        else:
+            found = self._texts(request, asked)
         self.engine.queue(found.handles)
         return found
 
-    def _chat(self, request: ChatRequest) -> Session:
-        prompt, mode = self._chat_prompt(request)
-        opened, params = self._opened(request, prompt), self._params(request)
+    def _chat(self, request: ChatRequest, asked: Prepared) -> Session:
+        (prompt,), mode, opened = asked.prompts, asked.mode, asked.opened
+        params = self._params(request)
         if request.thinking_budget is not None:
             budget = thinking_budget(self.tokenizer, request.thinking_budget, bool(opened))
             params = replace(params, thinking=budget)
@@ -95,11 +100,9 @@ class ServedModel:
         ]
         return Session([self._handle(request, prompt, params, grammar)], choices, [prompt], True)
 
-    def _texts(self, request: CompletionRequest) -> Session:
-        prompts = [self._ids(prompt, request) for prompt in request.prompts]
-        config = self.engine.config
-        check_sequences(prompts, "prompt", config.vocab_size, config.max_position_embeddings)
-        echoes = self._echoes(request, prompts) if request.echo else [Echo() for _ in prompts]
+    def _texts(self, request: CompletionRequest, asked: Prepared) -> Session:
+        prompts = asked.prompts
+        echoes = self._echoes(request, asked) if request.echo else [Echo() for _ in prompts]
         stop, handles = request.stop or (), []
         if request.limit:
             params, grammar = self._params(request), self._grammar(request, "none")
@@ -169,27 +172,16 @@ class ServedModel:
         rules = [rule for rule in (None if must else form, calls) if rule]
         return self._grammars.compile(rules, thought) if rules else None
 
-    def _opened(self, request: ChatRequest, prompt: Ids) -> bool | None:
-        """Whether the answer begins inside of a thought; None: it can hold none any more."""
-        if request.ending == "open":
-            splitter = Splitter()
-            splitter.push(_messages(request)[-1]["content"])
-            if splitter.thinking or splitter.answering:
-                return True if splitter.thinking else None
-        return opens_thought(self.tokenizer, prompt)
-
-    def _ids(self, prompt: str | Ids, request: CompletionRequest) -> Ids:
-        if not isinstance(prompt, str):
-            return prompt
-        return self.tokenizer.encode(prompt, request.add_special_tokens, special=True)
-
-    def _echoes(self, request: CompletionRequest, prompts: Sequence[Ids]) -> list[Echo]:
+    def _echoes(self, request: CompletionRequest, asked: Prepared) -> list[Echo]:
         """What is repeated of each prompt, with its log-probs where they are asked for."""
+        prompts = asked.prompts
         empty = [([0.0] * (len(ids) - 1), [[]] * (len(ids) - 1)) for ids in prompts]
         count = request.num_logprobs
         scores = empty if count is None else self.engine.score_top(prompts, count)
+        if any(math.isnan(value) for logprobs, _ in scores for value in logprobs):
+            raise NotFiniteError(NOT_FINITE)
         found = []
-        for given, ids, score in zip(request.prompts, prompts, scores, strict=True):
+        for given, ids, score in zip(asked.texts, prompts, scores, strict=True):
             begun = isinstance(given, str) and request.add_special_tokens
             hidden = len(self.tokenizer.begin) if begun else 0
             entries = entries_of(self.tokenizer, ids, *score, hidden)
@@ -198,28 +190,3 @@ class ServedModel:
             text = given if isinstance(given, str) and count is None else joined
             found.append(Echo(text, () if count is None else entries))
         return found
-
-    def _chat_prompt(self, request: ChatRequest) -> tuple[Ids, Mode | None]:
-        messages = _messages(request)
-        variables, effort = dict(request.chat_template_kwargs or {}), request.reasoning_effort
-        own = variables.get(self.encoder.switch)
-        asked = variables.get("enable_thinking", own if isinstance(own, bool) else None)
-        mode = requested(
-            messages, self.encoder.switch, enable_thinking=asked, reasoning_effort=effort
-        )
-        if effort is not None:
-            variables.setdefault("reasoning_effort", effort)
-        tools = request.shown_tools
-        if mode and is_variable(self.encoder.switch):  # the text stays, whatever it says
-            variables, said = {self.encoder.switch: mode == "on", **variables}, None
-        else:
-            mode = said = mode or self.encoder.default
-        ids = self.encoder.prompt(messages, said, tools, variables, ending=request.ending)
-        return ids, mode
-
-
-def _messages(request: ChatRequest) -> list[Message]:
-    found = tidy([message.model_dump(exclude_none=True) for message in request.messages])
-    if not found:
-        raise SchemaError("messages hold no text to answer")
-    return found

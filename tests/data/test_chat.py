@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tessera.data import template as templates
+from tessera.data.bounded import Bounded
 from tessera.data.chat import ChatEncoder, ChatError, Document
 from tessera.data.conversation import Chat
 from tessera.data.dialects import read_row
@@ -294,6 +297,40 @@ def test_a_tokenizer_without_marks_is_told_what_it_lacks(tmp_path: Path) -> None
 def test_bad_and_hostile_templates_are_refused(source: str, reason: str) -> None:
     with pytest.raises(TemplateError, match=reason):
         Template(source, {}).render(ON.messages)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (
+            "{% for a in range(9**5) %}{% for b in range(9**5) %}{% endfor %}{% endfor %}",
+            "over 1 s",
+        ),
+        (
+            "{% set n = namespace(x='xx') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}"
+            "{% endfor %}{{ n.x | length }}",
+            "200 MiB",
+        ),
+        ("{{ 'x' * 10**11 }}", "200 MiB"),
+        ("{% for a in range(9**5) %}{{ 'x' * 9**5 }}{% endfor %}", "67,108,864 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself"),
+    ],
+)
+def test_templates_have_limits(source: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded = Bounded("tessera.data.template:renderer", (), 1.0, 200)
+    monkeypatch.setattr(templates, "_elsewhere", bounded)
+    with pytest.raises(TemplateError, match=reason):
+        Template(source, {}).render(ON.messages)
+    assert Template("{{ messages | length }}", {}).render(ON.messages) == str(len(ON.messages))
+    bounded.close()
+
+
+def test_a_conversation_of_40_000_messages_takes_linear_time() -> None:
+    long, begun = chat(*["a", "b"] * 20_000), time.monotonic()
+    with pytest.raises(ChatError, match="20,000 answers to train in one conversation; at most"):
+        ChatEncoder.of(BPE).encode(long)
+    (document,) = ChatEncoder.of(BPE, "last").encode(long)
+    assert len(document.ids) > 40_000 and time.monotonic() - begun < 30  # 3 where idle
 
 
 def _peer(tokenizer: Tokenizer, directory: Path) -> Any:

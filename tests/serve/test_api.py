@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tessera.data.chat import ChatEncoder
 from tessera.data.switch import DETAILED, record_switch
@@ -25,7 +28,7 @@ from tessera.data.tokenizer import load_tokenizer, train_bpe
 from tessera.export import decilm
 from tessera.generate.engine import SamplingParams
 from tessera.generate.torch_engine import TorchEngine
-from tessera.model.checkpoint import load_model
+from tessera.model.checkpoint import load_model, save_model
 from tessera.vllm import worker
 from tests import tiny
 from tests.rl.policy_runs import made
@@ -259,13 +262,142 @@ def test_keys_are_asked_for_where_there_are_any(model: Path, tmp_path: Path):
         assert httpx.get(url.removesuffix("/v1") + "/health").json() == {"status": "ok"}
 
 
-def test_sigterm_lets_what_is_under_way_end(model: Path):
+@pytest.fixture(scope="module")
+def attacked(model: Path) -> Iterator[int]:
+    """The port of a server with short patience."""
+    with served(model, "--patience", "2", "--max-connections", "60") as (_, url):
+        yield int(url.split(":")[2].removesuffix("/v1"))
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def sent(port: int, data: bytes) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port))
+    client.sendall(data)
+    client.settimeout(20)
+    return client
+
+
+def test_a_client_that_does_not_go_on_is_let_go(attacked: int):
+    half = HEAD + b"Content-Length: 9\r\n\r\n{"
+    begun = time.monotonic()
+    for client in [sent(attacked, data) for data in (b"", HEAD, half, half.replace(b"/v1", b"/"))]:
+        while client.recv(1000):
+            pass
+        client.close()
+    assert time.monotonic() - begun < 10  # 2 where nothing else runs
+
+
+def test_more_connections_than_allowed_are_closed_and_the_others_answered(attacked: int):
+    clients = [sent(attacked, b"") for _ in range(60)]
+    with sent(attacked, b"") as more:
+        assert more.recv(100).startswith(b"HTTP/1.1 503") and not more.recv(100)
+    for client in clients:
+        client.close()
+    wait_until(lambda: httpx.get(f"http://127.0.0.1:{attacked}/health").status_code == 200)
+
+
+def test_large_bodies_delay_no_stream(attacked: int):
+    url, text = f"http://127.0.0.1:{attacked}/v1", "start 6 " * 125_000
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 12_000
+    bodies = [{"messages": messages}, {"messages": [{"role": "user", "content": text}]}] * 2
+    statuses: list[int] = []
+
+    def post(body: dict[str, Any]) -> None:
+        statuses.append(httpx.post(f"{url}/chat/completions", json=body, timeout=60).status_code)
+
+    threads = [threading.Thread(target=post, args=(body,)) for body in bodies]
+    body = {"prompt": [5], "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+    gaps, last = [], None
+    while not statuses or any(thread.is_alive() for thread in threads):
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as reply:
+            for _ in reply.iter_lines():
+                if last is None:
+                    for thread in threads:
+                        thread.start()
+                gaps.append(time.monotonic() - (last or time.monotonic()))
+                last = time.monotonic()
+    assert statuses == [400] * 4  # too many tokens
+    assert max(gaps) < 0.5  # 0.04 where nothing else runs
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "[bad"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+    ],
+)
+def test_pages_of_others_do_not_reach_a_server_without_keys(attacked: int, headers: dict[str, str]):
+    url = f"http://127.0.0.1:{attacked}"
+    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 403
+    own = {"Host": f"localhost:{attacked}", "Origin": f"http://localhost:{attacked}"}
+    assert httpx.get(f"{url}/v1/models", headers=own).status_code == 200
+
+
+def test_fields_of_other_servers_that_change_answers_are_refused(attacked: int):
+    url = f"http://127.0.0.1:{attacked}/v1/chat/completions"
+    for name, value in (("enable_thinking", False), ("max_new_tokens", 3), ("mirostat", 2)):
+        reply = httpx.post(url, json={"messages": ASKED, "max_tokens": 1, name: value})
+        assert reply.status_code == 400 and name in reply.json()["error"]["message"]
+    ignored = {"user": "me", "metadata": {}, "typical_p": 1, "unknown": 1}
+    assert httpx.post(url, json={"messages": ASKED, "max_tokens": 1, **ignored}).is_success
+    long = httpx.post(url, json={"messages": ASKED, "model": "x" * 900_000})
+    assert long.status_code == 404 and len(long.content) < 4096
+
+
+def test_what_a_server_logs_is_short():
+    from tessera.serve import limits
+
+    record = logging.LogRecord("uvicorn", logging.ERROR, "", 0, "a" + "x" * 10**6 + "b", None, None)
+    line = limits._Short().format(record)
+    assert len(line) <= 8192 and line.startswith("ax") and line.endswith("xb")
+    loop, quiet, said = asyncio.new_event_loop(), limits.AcceptErrors(), []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    logging.getLogger("uvicorn.error").addHandler(handler)
+    for _ in range(1000):
+        quiet(loop, {"message": "socket.accept() out of system resource"})
+    logging.getLogger("uvicorn.error").removeHandler(handler)
+    loop.close()
+    assert len(said) == 1
+
+
+def test_weights_that_are_no_numbers_end_requests_and_turn_health_red(model: Path, tmp_path: Path):
+    home = tmp_path / "damaged"
+    from starlette.testclient import TestClient
+
+    from tessera.serve.app import build, serving
+
+    damaged = load_model(model)
+    with torch.no_grad():
+        next(p for name, p in damaged.named_parameters() if "norm" in name).fill_(float("nan"))
+    save_model(damaged, home)
+    load_tokenizer(model).save(home)
+    with serving(str(home), ServeConfig()) as one:
+        client = TestClient(build(one), base_url="http://localhost")
+        assert client.get("/health").status_code == 200
+        body = {"prompt": [5, 6], "max_tokens": 4}
+        score = {"echo": True, "logprobs": 1, "max_tokens": 0}
+        for more in ({}, {"temperature": 0, "n": 2}, score):
+            reply = client.post("/v1/completions", json={**body, **more})
+            assert reply.status_code == 503 and "NaN" in reply.json()["error"]["message"]
+        assert "NaN" in client.post("/v1/completions", json={**body, "stream": True}).text
+        assert client.get("/health").status_code == 503
+
+
+def test_a_signal_lets_what_is_under_way_end(model: Path):
     with served(model) as (process, url):
         body = {"prompt": [5], "max_tokens": 100_000, "stream": True, "n": 4}
         with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as reply:
             lines = reply.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGHUP)
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(30) == 0
 
