@@ -5,8 +5,9 @@
 HOME is what `make real` made (PART=search is enough); its parent, library, scores, costs and texts
 are used as they are, and runs go to HOME-frontier. At each point the simple methods come first;
 the search is then held to the highest speed that one of them promises there, so that the child is
-as fast as any. All are distilled as [kd] says, timed in pairs with the parent, and asked: IFEval
-(with shared/data), requests and word problems that no training has seen.
+as fast as any; `--at 1.268` adds a child of that promised speed, of one simple method alone. All
+are distilled as [kd] says, timed in pairs with the parent, and asked: IFEval (with shared/data),
+requests and word problems that no training has seen.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def tell(home: Path, options: argparse.Namespace) -> None:
         promised = [share_of(read_json(one, "architectures")[0], "throughput") for one in found]
         share = round(max(filter(None, promised)), 3)
         stages.append(search(home, f"mip-{round(100 * point)}", "mip", share))
-    models = {**names(options, ("mip",)), **simple}
+    further = {f"mip-{share}": ("mip", share) for share in options.at}
+    stages += [search(home, key, *one) for key, one in further.items()]
+    models = {**names(options, ("mip",)), **further, **simple}
     for key in models:
         stages += trained(home, key, options)
     stages.append(asked("parent", str(home / "parent"), home, options))
@@ -135,6 +138,7 @@ def tell(home: Path, options: argparse.Namespace) -> None:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--home", type=Path, default=Path("runs/smollm2-135m"))
     parser.add_argument("--points", type=float, nargs="+", default=[1.25, 1.5])
+    parser.add_argument("--at", type=float, nargs="*", default=[], help="of further children")
     parser.add_argument("--steps", type=int, help="of distillation, instead of the recipe's")
     parser.add_argument("--limit", type=int, default=433, help="items of each task")
     parser.add_argument("--data", type=Path, default=DATA, help="holds ifeval/")
