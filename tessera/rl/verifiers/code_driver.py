@@ -168,7 +168,9 @@ def ask(what: str, *arguments: Any) -> Any:
     except Ended:
         raise
     except Exception as error:
-        raise Ended("unjudged", f"the tests pass the solution what cannot be sent: {error}") from None
+        raise Ended(
+            "unjudged", f"the tests pass the solution what cannot be sent: {error}"
+        ) from None
     try:
         send(channel[1], buffer.getvalue())
         message = Values(io.BytesIO(receive(channel[0]))).load()
