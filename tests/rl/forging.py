@@ -131,7 +131,7 @@ OBJECTS = [
     "def f(): yield 5\n" + ANSWER.format("f()"),
     ANSWER.format("lambda: 4"),
     ANSWER.format("[4]"),
-    ANSWER.format("'4'"),
+    ANSWER.format("'04'"),
     ANSWER.format("float('nan')"),
     "a = []\na.append(a)\n" + ANSWER.format("a"),
     "a = 1\nfor _ in range(5000): a = [a]\n" + ANSWER.format("a"),
@@ -139,7 +139,8 @@ OBJECTS = [
     "from fractions import Fraction\n" + ANSWER.format("Fraction(9, 2)"),
 ]
 FRAMES = [
-    f"import sys\ndef double(x):\n f = sys._getframe()\n while f:\n  {what}\n  f = f.f_back\n return 5\n"
+    "import sys\ndef double(x):\n f = sys._getframe()\n while f:\n"
+    f"  {what}\n  f = f.f_back\n return 5\n"
     for what in (
         "f.f_globals['ask'] = f.f_globals['require_exact'] = lambda *a: 4",
         "f.f_globals.get('__builtins__') and f.f_globals.update(AssertionError=ValueError)",

@@ -5,10 +5,10 @@ for tests that assert, and then a second one, {"setup", "tests", "token"}; or {"
 "inputs", "seconds", "together", "clock", "output_bytes", "filter"} for programs that read and
 print, whose outputs `code.py` compares.
 
-The solution runs in a process of its own, made before the tests are read. The tests call it through
-two pipes, and take from it only values of exact built-in types and exceptions of built-in classes;
-what is anything else stays there, and the tests hold a Handle. So nothing that the solution patches,
-shadows or overloads is in the process that decides.
+The solution runs in a process of its own, made before the tests are read. The tests call it
+through two pipes, and take from it only values of exact built-in types and exceptions of built-in classes;
+what is anything else stays there, and the tests hold a Handle. So nothing that the solution
+patches, shadows or overloads is in the process that decides.
 """
 
 from __future__ import annotations
@@ -295,7 +295,9 @@ class Solution:
         self.numbers: dict[int, int] = {}
 
     def serve(self, job: dict[str, Any]) -> NoReturn:
-        namespace: dict[str, Any] = {"__name__": "__solution__"}
+        module = types.ModuleType("__solution__")
+        sys.modules[module.__name__] = module  # dataclasses look for it
+        namespace = vars(module)
         failed: BaseException | None = None
         try:
             exec(compile(job["solution"], SOLUTION, "exec"), namespace)
