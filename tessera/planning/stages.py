@@ -39,6 +39,7 @@ from tessera.model.source import is_hub_id, load_config, model_config
 from tessera.objectives.kd import KDConfig
 from tessera.objectives.lm import CPTConfig, SFTConfig
 from tessera.planning.training import (
+    ANSWERED,
     BYTES,
     MOMENTS,
     NAMES,
@@ -428,7 +429,7 @@ class Planner:
         answered = self._answering(
             job.student,
             own.written,
-            own.length,
+            min(config.max_tokens, job.train.microbatch_tokens),
             config.engine_batch,
             own.engine,
             job.train.dtype,
@@ -549,13 +550,16 @@ class Planner:
     ) -> Phase:
         """An engine of `ways` devices in every group of them, at most `most` answers at a time.
 
-        loaded: from disk, not from the policy.
+        Seconds are of answers of average length, memory is of the longest. loaded: from disk, not
+        from the policy.
         """
         own = math.ceil(answers / max(1, self.cluster.world // ways))
         batch = min(own, most)
         scenario = Scenario(batch=batch, prompt=prompt, new=max(2, length))
         read = min(batch * prompt, PREFILL_TOKENS if self.cluster.rates else sys.maxsize)
-        prefill, step = self._generation(model, scenario, ways, dtype)
+        tokens = max(2, round(ANSWERED * length))
+        average = scenario.model_copy(update={"new": tokens})
+        prefill, step = self._generation(model, average, ways, dtype)
         size = BYTES[dtype]
         heads = sum(
             kept.num_key_value_heads / (ways if splits(model, kept, ways) else 1)
@@ -578,7 +582,7 @@ class Planner:
         told = f"{length:,} tokens each, {batch} at a time{where}"
         if self.cluster.rates:
             told = f"at most {length:,} tokens each, {batch} at a time"
-        return Phase("answering", own / batch * (prefill + length * step), parts, told)
+        return Phase("answering", own / batch * (prefill + tokens * step), parts, told)
 
     def _generation(
         self, model: ModelConfig, scenario: Scenario, ways: int, dtype: str

@@ -211,7 +211,7 @@ def policy(table: str, recipe: str = "grpo") -> Job:
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_policy_learns_from_its_answers_and_from_each_prompt_once(window: int | None):
     own = experience(RolloutConfig(train=TRAIN, prompts_per_rollout=6, samples=3, max_tokens=5))
-    own = replace(own, prompt=4)
+    own = replace(own, prompt=4, length=5)
     answers = [Answer([0] * 5, [0.0] * 5, "stop", "", 1.0, {}, True, advantage=1.0)] * 3
     (batch,) = rows([Group(i, "on", [0] * 4, answers) for i in range(6)], 200, "token")
     assert own.work(window) == Work.of(batch, window)
@@ -220,18 +220,18 @@ def test_a_policy_learns_from_its_answers_and_from_each_prompt_once(window: int 
 def test_a_policy_is_planned_with_its_reference_and_its_engine():
     train = "train = { steps = 7, microbatch_tokens = 4096 }\nmax_tokens = 1000\n"
     plain, kl = policy(train), policy(train + "kl = 0.1")
-    assert plain.tokens == 7 * 64 * (255 + 16 * 1000)
+    assert plain.tokens == 7 * 64 * (127 + 16 * 667)
     assert plain.teacher is None and kl.teacher == kl.student
     assert memory(plain, Layout(1, 8, 1, False), 80e9).engine == 0  # it sleeps
     held = memory(policy(train + "staleness = 1"), Layout(1, 8, 1, False), 80e9)
     assert held.engine == 4 * plain.config.num_params() == 8 * held.weights
     assert policy(train + "updates_per_rollout = 4").tokens == plain.tokens // 4
     own = policy(train, "gkd")  # one answer a prompt, and the logits of both models
-    assert own.tokens == 7 * 64 * (255 + 1000) and own.teacher == plain.config
+    assert own.tokens == 7 * 64 * (127 + 667) and own.teacher == plain.config
     ours, theirs = (memory(one, Layout(1, 8, 1, False), 80e9).loss for one in (own, kl))
     assert ours > 1.3 * theirs
     pairs = policy(train + "paths = ['P']\npairs_per_step = 10", "rpo")
-    assert pairs.tokens == 7 * 10 * (255 + 2 * 1000) and pairs.teacher is not None
+    assert pairs.tokens == 7 * 10 * (127 + 2 * 667) and pairs.teacher is not None
     assert memory(pairs, Layout(1, 1, 1, False), 80e9).engine == 0
 
 
@@ -245,7 +245,7 @@ LONG = 'dtype = "bfloat16", tokens_per_step = 2097152, microbatch_tokens = 65536
         ("[kd]\ntrain = { steps = 9 }", "8xH100", 'train.dtype = "bfloat16" fits'),
         ("[kd]\ntrain = { steps = 9 }", "H100", "fits on 4x1xH100"),
         ("[grpo]\nengine_batch = 4096\nsamples = 512\nREWARD\nTRAIN", "8xH100", "engine_batch = "),
-        ("[profile]\nlimit = 999\nREWARD\nbatch = 4096", "H100", "batch = 256 fits"),
+        ("[profile]\nlimit = 999\nREWARD\nbatch = 4096", "H100", "batch = 512 fits"),
         ("[sft]\ntrain = { steps = 9, parallel = { tensor = 3 } }", "8xH100", "train.parallel = {"),
     ],
 )
