@@ -1,8 +1,9 @@
 """The system calls that a jailed program may not make, as a classic BPF program (seccomp(2)).
 
 Namespaces hide what is outside; this closes what they leave open: memory that no limit counts
-(memfd, System V segments, pages lent to pipes), new namespaces, tracing, keyrings, and the parts of the
-kernel where most escapes were found (io_uring, bpf, userfaultfd, user namespaces, all sockets but Unix ones).
+(memfd, System V segments, pages lent to pipes), new namespaces, tracing, keyrings, and the parts
+of the kernel where most escapes were found (io_uring, bpf, userfaultfd, user namespaces, all
+sockets but Unix ones).
 A call refused here fails with EPERM; the program goes on.
 """
 

@@ -6,9 +6,9 @@ for tests that assert, and then a second one, {"setup", "tests", "token"}; or {"
 print, whose outputs `code.py` compares.
 
 The solution runs in a process of its own, made before the tests are read. The tests call it
-through two pipes, and take from it only values of exact built-in types and exceptions of built-in classes;
-what is anything else stays there, and the tests hold a Handle. So nothing that the solution
-patches, shadows or overloads is in the process that decides.
+through two pipes, and take from it only values of exact built-in types and exceptions of built-in
+classes; what is anything else stays there, and the tests hold a Handle. So nothing that the
+solution patches, shadows or overloads is in the process that decides.
 """
 
 from __future__ import annotations
