@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from tessera.rl.jail.run import JailError, Limits, require_isolation
 from tessera.rl.verifiers.blocks import extract_code
 from tessera.rl.verifiers.code import verify_asserts, verify_outputs
+from tessera.rl.verifiers.outcome import Outcome
+from tests.rl.forging import FAMILIES
 
 try:
     require_isolation()
@@ -72,12 +75,67 @@ def test_tricks_do_not_pass(code: str):
     assert verify_asserts(fenced(code), TESTS, limits=LIMITS).verdict == "wrong"
 
 
+CHECK = "def check(candidate):\n assert {}\ncheck(double)"
+STYLES = {
+    "equal": "assert double(2) == 4\nassert double(0) == 0",
+    "difference": "import math\nassert abs(double(2) - 4) < 1e-6 and math.isclose(double(3), 6)",
+    "check": CHECK.format("all(map(lambda x: candidate(x) == 2 * x, (1, 2)))"),
+    "printed": "",
+}
+
+
+@jailed
+@pytest.mark.parametrize(
+    "style", [pytest.param(one, marks=[pytest.mark.slow] * (one != "equal")) for one in STYLES]
+)
+def test_nothing_is_forged(style: str):
+    assert len(FAMILIES) == 10 and sum(map(len, FAMILIES.values())) >= 100
+
+    def judged(code: str) -> Outcome:
+        if STYLES[style]:
+            return verify_asserts(code, STYLES[style], limits=LIMITS)
+        return verify_outputs(f"{code}\nprint(double(int(input())))", ["2"], ["4"], limits=LIMITS)
+
+    programs = [(name, code) for name, family in FAMILIES.items() for code in family]
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(judged, [code for _, code in programs]))
+    both = zip(programs, outcomes, strict=True)
+    assert [(one, outcome) for one, outcome in both if outcome.verdict != "wrong"] == []
+
+
+@jailed
+@pytest.mark.parametrize(
+    ("code", "test"),
+    [
+        ("import numpy as np\ndef f(): return np.arange(3)", "assert f() == [0, 1, 2]"),
+        ("import numpy as np\ndef f(): return np.float64(2)", "assert abs(f() - 2) < 1e-9"),
+        ("def f():\n x = 0\n while True: yield x", "g = f()\nassert next(g) == 0 == next(g)"),
+        ("from collections import Counter\ndef f(): return Counter('a')", "assert f() == {'a': 1}"),
+        ("def f(a): a.sort()", "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
+        ("def f(a): return lambda b: a + b", "assert f(1)(2) == 3"),
+        ("def f(a): return [1][a]", "try: f(4)\nexcept IndexError: r = 0\nassert r == 0"),
+        ("def sum(a, b): return a * b", "assert sum(2, 3) == 6"),
+    ],
+)
+def test_what_honest_programs_return_is_converted(code: str, test: str):
+    limits = LIMITS.model_copy(update={"memory_mib": 1024})
+    assert verify_asserts(fenced(code), test, limits=limits).verdict == "right"
+
+
+@jailed
+def test_what_cannot_be_compared_is_told():
+    code = "import dataclasses\n@dataclasses.dataclass\nclass D:\n x: int\ndef f(): return D(1)"
+    outcome = verify_asserts(fenced(code), "assert f() == 1", limits=LIMITS)
+    assert outcome.reason.startswith("returned a D, which is compared with nothing: return")
+
+
 @jailed
 def test_a_trick_within_a_list_does_not_pass_and_own_classes_do():
     yes = "class Yes:\n def __eq__(self, other): return True\n"
     code = fenced(yes + "def double(x): return [Yes()]")
     assert verify_asserts(code, "assert double(1) == [2]", limits=LIMITS).verdict == "wrong"
-    assert verify_asserts(code, "assert double(1) == [Yes()]", limits=LIMITS).verdict == "right"
+    own = fenced(yes + "def double(x): return x.value == 1\nclass Box:\n value = 1")
+    assert verify_asserts(own, "b = Box(); b.value = 1\nassert double(b)").verdict == "right"
 
 
 @jailed

@@ -191,7 +191,7 @@ def use_of_memory() -> tuple[int, int]:
             continue
         processes += 1
         try:
-            with open(f"/proc/{name}/status") as file:
+            with open(f"/proc/{name}/status", errors="replace") as file:
                 lines = file.read().splitlines()
         except OSError:
             continue  # it has ended
@@ -208,7 +208,7 @@ def use_of_cpu() -> float:
     for name in os.listdir("/proc"):
         if name.isdigit() and name != "1":
             try:
-                with open(f"/proc/{name}/stat") as file:
+                with open(f"/proc/{name}/stat", errors="replace") as file:
                     ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
             except OSError:
                 continue  # it has ended
@@ -253,6 +253,7 @@ def process_one(setup: dict[str, Any], privileged: bool, alive: int) -> NoReturn
         if select.select([alive], [], [], 0)[0]:
             os._exit(1)  # the parent died before PR_SET_PDEATHSIG was set
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a program may send it
         build_root(setup)
         prctl(PR_SET_DUMPABLE, 0)
         errors, channel = os.pipe()
@@ -272,12 +273,14 @@ def process_one(setup: dict[str, Any], privileged: bool, alive: int) -> NoReturn
 
 def start(setup: dict[str, Any], privileged: bool, channel: int) -> NoReturn:
     """`become_program`, sending process 1 the error if the program could not begin."""
-    os.dup2(channel, 1023, inheritable=False)
-    os.closerange(3, 1023)
+    if channel != 3:
+        os.dup2(channel, 3)
+    os.set_inheritable(3, False)
+    os.closerange(4, 1 << 20)
     try:
         become_program(setup, privileged)
     except BaseException as error:
-        os.write(1023, f"{error}".encode())
+        os.write(3, f"{error}".encode())
         os._exit(1)
 
 

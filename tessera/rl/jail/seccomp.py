@@ -1,14 +1,16 @@
 """The system calls that a jailed program may not make, as a classic BPF program (seccomp(2)).
 
 Namespaces hide what is outside; this closes what they leave open: memory that no limit counts
-(memfd, System V segments), new namespaces, tracing, keyrings, and the parts of the kernel where
-most escapes were found (io_uring, bpf, userfaultfd, user namespaces, all sockets but Unix ones).
+(memfd, System V segments, pages lent to pipes), new namespaces, tracing, keyrings, and the parts
+of the kernel where most escapes were found (io_uring, bpf, userfaultfd, user namespaces, all
+sockets but Unix ones).
 A call refused here fails with EPERM; the program goes on.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import platform
 import struct
 
@@ -63,8 +65,9 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "umount2": (166, 39),
     "unshare": (272, 97),
     "userfaultfd": (323, 282),
+    "vmsplice": (278, 75),
 }
-CLONE, SOCKET, CLONE3 = (56, 220), (41, 198), 435
+CLONE, SOCKET, SOCKETPAIR, CLONE3 = (56, 220), (41, 198), (53, 199), 435
 NEW_NAMESPACES = 0x7E020080  # every CLONE_NEW* flag
 AF_UNIX = 1
 X32 = 0x40000000  # calls of x86_64's third ABI, whose numbers the table does not hold
@@ -103,12 +106,42 @@ def program() -> bytes:
         refuse,
         # Here A may hold clone's flags, not a number: look at the number again.
         (_LOAD, 0, 0, _NUMBER),
+        (_EQUAL, 1, 0, SOCKETPAIR[column]),
         (_EQUAL, 0, 3, SOCKET[column]),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
         (_EQUAL, 1, 0, AF_UNIX),
         refuse,
         (_RETURN, 0, 0, _ALLOW),
     ]
+    return b"".join(struct.pack("<HBBI", *step) for step in steps)
+
+
+# What would reach the processes around a solution, or make new ones: (x86_64, aarch64).
+SIGNALS = ((62, 129), (200, 130), (234, 131), (129, 138), (297, 240))  # kill, tkill, tgkill, ...
+ALONE = ((57, None), (58, None), (59, 221), (322, 281), (424, 424), (434, 434))  # fork, exec, pidfd
+SETS_OTHERS = ((302, 261), (203, 122), (144, 119), (142, 118), (314, 274), (141, 140))
+CLONE_THREAD = 0x10000
+FIRST_PID = 3  # of a solution: before it come the watcher and the process of the tests
+
+
+@functools.cache
+def solution() -> bytes:
+    """A second filter, for a solution next to its tests: no new process, no signal to another."""
+    column, _ = MACHINES[platform.machine()]
+    refuse = _RETURN, 0, 0, 0x00050000 | errno.EPERM
+    steps = [(_LOAD, 0, 0, _NUMBER)]
+    for numbers in ALONE:
+        number = numbers[column]
+        steps += [] if number is None else [(_EQUAL, 0, 1, number), refuse]
+    allow = _RETURN, 0, 0, _ALLOW
+    for numbers in SETS_OTHERS:  # only its own, which is 0
+        steps += [(_EQUAL, 0, 4, numbers[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
+        steps += [(_EQUAL, 0, 1, 0), allow, refuse]
+    for numbers in SIGNALS:  # a negative number is a group
+        steps += [(_EQUAL, 0, 5, numbers[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
+        steps += [(_AT_LEAST, 1, 0, 1 << 31), (_AT_LEAST, 1, 0, FIRST_PID), refuse, allow]
+    steps += [(_EQUAL, 0, 3, CLONE[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
+    steps += [(_ANY_BIT, 1, 0, CLONE_THREAD), refuse, allow]
     return b"".join(struct.pack("<HBBI", *step) for step in steps)
 
 

@@ -9,12 +9,15 @@ never a verdict.
 from __future__ import annotations
 
 import ast
+import builtins
 import json
+import marshal
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from tessera.rl.jail.run import Ended, Isolation, Limits, python, run
+from tessera.rl.jail.seccomp import solution
 from tessera.rl.verifiers.blocks import extract_code, used_names
 from tessera.rl.verifiers.outcome import Outcome, right, unjudged, wrong
 
@@ -53,12 +56,22 @@ def verify_asserts(
     if code is None:
         return wrong("no code in the answer")
     token = secrets.token_hex(16)
-    job = {"solution": code, "setup": setup, "tests": text, "token": token}
+    job = {"solution": code, "names": _names(setup, text, entry_point)}
+    rest = {"setup": setup, "tests": text, "token": token}
     limits = limits or Limits()
-    ended = _drive(job, _timed(limits), isolation)
-    if ended.succeeded and ended.stdout.decode("ascii", "replace") == token:
-        return right()
-    return _failed(ended, limits.seconds)
+    ended = _drive([job, rest], _timed(limits), isolation)
+    told, _, why = ended.stdout.decode(errors="replace").partition(" ")
+    verdict, _, why = why.partition(" ")
+    if not ended.succeeded or told != token:
+        return _failed(ended, limits.seconds)
+    return right() if verdict == "right" else (unjudged if verdict == "unjudged" else wrong)(why)
+
+
+def _names(setup: str, tests: str, entry_point: str) -> list[str]:
+    """What the tests take from the solution: a built-in's name only if they take nothing else."""
+    used = used_names(f"{setup}\n{tests}")
+    own = used - set(dir(builtins))
+    return sorted((own or used) | ({entry_point} - {""}))
 
 
 def _timed(limits: Limits, cases: int = 1) -> Limits:
@@ -136,10 +149,10 @@ def verify_outputs(
     job = {"solution": code, "inputs": list(inputs), "seconds": limits.seconds}
     job |= {"together": whole.cpu_seconds, "clock": whole.seconds, "output_bytes": length}
     grace = {"seconds": whole.seconds + 2, "output_kib": room}  # what was judged is told first
-    ended = _drive(job, whole.model_copy(update=grace), isolation)
+    ended = _drive([job], whole.model_copy(update=grace), isolation)
     try:
         results = json.loads(ended.stdout) if ended.succeeded else []
-    except ValueError:
+    except (ValueError, RecursionError):
         results = []
     if not results:
         return _failed(ended, limits.seconds * CASES_TOGETHER)
@@ -164,10 +177,12 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def _drive(job: dict, limits: Limits, isolation: Isolation) -> Ended:
+def _drive(jobs: Sequence[dict], limits: Limits, isolation: Isolation) -> Ended:
     driver = Path(__file__).with_name("code_driver.py").read_text(encoding="utf-8")
     argv = [python(), "-I", "-c", driver]
-    stdin = json.dumps(job).encode("utf-8", "surrogatepass")
+    jobs[0]["filter"] = solution() if isolation == "namespaces" else b""
+    parts = [marshal.dumps(job) for job in jobs]
+    stdin = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
     return run(argv, stdin=stdin, limits=limits, isolation=isolation)
 
 
