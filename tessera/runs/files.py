@@ -69,7 +69,7 @@ def open_plain(path: Path, flags: int) -> int:
     """
     with suppress(FileNotFoundError):
         _require_plain(path, path.lstat().st_mode)
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
         _require_plain(path, os.fstat(descriptor).st_mode)
     except RunError:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from tessera.data.template import Template
 from tessera.data.tokenizer import load_tokenizer
 from tessera.generate.grammar import choice_rule
 from tessera.generate.token_bytes import TokenBytes
@@ -472,25 +471,6 @@ def test_an_answer_that_was_begun_goes_on(address: str, tmp_path: Path, monkeypa
     with answering(saved(tmp_path / "model", SMALL["all kept"])) as url:
         said = ask(url, messages=thinking, max_tokens=40, **more).json()["choices"][0]["message"]
     assert (said["reasoning"], said["content"]) == ("it.", "Three")
-
-
-def test_a_slow_template_keeps_nobody_waiting(address: str, monkeypatch: Any):
-    """It renders until another request is answered: a loop that prepares itself would stop both."""
-    render, begun, answered, waited = Template.render, threading.Event(), threading.Event(), []
-
-    def slow(self: Template, messages: Any, **more: Any) -> str:
-        begun.set()
-        waited.append(answered.wait(20))
-        return render(self, messages, **more)
-
-    monkeypatch.setattr(Template, "render", slow)
-    thread = threading.Thread(target=lambda: ask(address, max_tokens=1))
-    thread.start()
-    assert begun.wait(20)
-    go_on(address)
-    answered.set()
-    thread.join()
-    assert all(waited)
 
 
 def test_two_tokens_of_one_text_are_told_apart(model: Path):

@@ -24,7 +24,8 @@ from tessera.data.switch import (
 )
 from tessera.data.template import Template, TemplateError, template_of
 from tessera.data.tokenizer import load_tokenizer, train_bpe
-from tessera.serve.session import ChatRequest, ServedModel
+from tessera.serve.prepare import Limits, Preparer
+from tessera.serve.session import ChatRequest
 from tests.cases.prompt_templates import QWEN3, TEMPLATES
 
 transformers = pytest.importorskip("transformers")
@@ -435,9 +436,11 @@ def test_a_server_asks_as_transformers_does(
     name: str, request_: dict[str, Any], given: dict[str, Any], models: Any
 ) -> None:
     encoder, peer = models[name]
-    served = ServedModel(None, encoder.tokenizer, 1.0)  # type: ignore[arg-type]
+    served = object.__new__(Preparer)  # its own reads the tokenizer of a directory
+    served.tokenizer, served.switch = encoder.tokenizer, None
+    served.limits = Limits(room=1 << 20, vocab_size=1 << 20, queue=1)
     asked = ChatRequest.model_validate(copy.deepcopy(request_))
-    assert served._chat_prompt(asked)[0] == theirs(peer, given)
+    assert served._chat(asked).prompts == [theirs(peer, given)]
 
 
 def test_variables_of_a_request_cannot_be_messages(models: Any) -> None:
