@@ -22,7 +22,7 @@ OWN = next(iter(EXAMPLES))
 # Tokens of a family's questions that the recipe's own do without.
 TOKENS = {"hop": ("table", " stop")}
 HARD = "@6"  # steps, behind the family's name
-QUESTION = "Anna has 12 apples. Then Anna buys 7 more. How many apples are there now?"
+QUESTION = "I have 6 eggs. I buy 4. I sell 3. I find 2. How many eggs do I have?"
 PARTS = ("search", "reasoning")
 QUALITY = ("kl", "heldout_loss", "agreement")  # of a comparison, which is about text
 

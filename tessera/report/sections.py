@@ -458,15 +458,16 @@ def _speeds(runs: Runs) -> Iterator[Row]:
 
 
 def _answer_findings(runs: Runs) -> Iterator[Row]:
-    """What the last model that was asked in chats said, with the error of each share."""
+    """What the last model that was asked each task in chats said, with the error of each share."""
     evaluations = [
         run
         for run in runs.having("eval")
         if any(row.get("mode") in ("on", "off", "none") for row in run.tables["eval"])
     ]
-    for run in evaluations[-1:]:
+    last = {row["task"]: run for run in evaluations for row in run.tables["eval"]}
+    for run in evaluations:
         for row in run.tables["eval"]:
-            if row.get("value") is None:
+            if row.get("value") is None or last[row["task"]] is not run:
                 continue
             error = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
             value = f"{row['value']:.3f}{error}"
