@@ -1,5 +1,5 @@
 # make quickstart   a parent, a search and a faster child, on a CPU, from a fresh clone
-# make real         the same of SmolLM2-135M-Instruct, in 2 hours on two cores; PART=search or reasoning: a half
+# make real         the same of SmolLM2-135M-Instruct, in about an hour on two cores; PART=search or reasoning: a half
 # make test         the tests that take seconds; make test-slow: those that take minutes
 # make rehearse     the recipes of whole models, each to its end on a toy parent
 # make fuzz         damaged and hostile files for every reader, 3 minutes; FUZZ=20000: examples for each

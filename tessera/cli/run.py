@@ -241,7 +241,7 @@ def quickstart(
 ) -> None:
     """Run the whole path on a toy, in minutes on a CPU, and print its results.
 
-    With --model smollm2 on a real model, in about 2 hours on two cores. Ctrl-C and the same command
+    With --model smollm2 on a real model, in about an hour on two cores. Ctrl-C and the same command
     again: it goes on.
     """
     from tessera import dist, pipeline
