@@ -89,7 +89,7 @@ def served(model: Path) -> None:
 
     with (
         serving(str(model), ServeConfig(prefix_cache=64)) as one,
-        TestClient(build(one)) as client,
+        TestClient(build(one), base_url="http://127.0.0.1") as client,
     ):
         own = {"model": one.name, "max_tokens": 3}
         text = {**own, "prompt": "start 6", "logprobs": 2, "echo": True}

@@ -343,7 +343,7 @@ def _parse_tessera(values: JSON) -> ModelConfig:
     blocks = values.get("blocks")
     if not isinstance(blocks, list):
         raise ConfigError("'blocks' is missing: a list of [attention, ffn] words, one a layer")
-    integer({"num_hidden_layers": len(blocks)}, "num_hidden_layers")
+    integer({"num_hidden_layers": len(blocks) or 1}, "num_hidden_layers")  # none may be left
     for layer, words in enumerate(blocks):
         if not isinstance(words, list) or [type(word) for word in words] != [str, str]:
             raise ConfigError(f"blocks[{layer}] is {words!r}; it must be [attention, ffn] words")
