@@ -35,6 +35,7 @@ MOST_ITEMS = 10_000  # that are taken from an iterator
 MOST_BYTES = 1 << 28  # of one message
 PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, range)
 SEQUENCES = (list, tuple, set, frozenset)
+BASES: tuple[Any, ...] = (*SEQUENCES, str, int, float, complex, bytes, bytearray)
 LISTED = (collections.deque, type({}.keys()), type({}.values()), type({}.items()))
 CONSTRUCTORS = {"complex": complex, "range": range, "bytearray": bytearray, "set": set}
 CONSTRUCTORS |= {"frozenset": frozenset}
@@ -253,7 +254,7 @@ def run_tests(job: dict[str, Any]) -> NoReturn:
         namespace = {"__name__": "__main__", "_in_place": in_place}
         namespace |= named(ask("names"), job["names"])
         for part in ("setup", "tests"):
-            tree = compile(rest[part], f"<{part}>", "exec", _ast.PyCF_ONLY_AST)
+            tree: Any = compile(rest[part], f"<{part}>", "exec", _ast.PyCF_ONLY_AST)
             mark_in_place(tree.body)
             exec(compile(tree, f"<{part}>", "exec"), namespace)
         verdict, why = "right", ""
@@ -272,7 +273,7 @@ def named(found: Any, names: list[str]) -> dict[str, Any]:
     for name, (module, value) in found.items():
         if name in names:
             known = module in (name, {"np": "numpy", "pd": "pandas"}.get(name))
-            kept[name] = __import__(module) if known else value
+            kept[name] = __import__(str(module)) if known else value
     return kept
 
 
@@ -357,7 +358,7 @@ class Solution:
             return self.plain(value.tolist())
         if kind in LISTED:
             return self.plain(list(value))
-        for base in (*SEQUENCES, str, int, float, complex, bytes, bytearray):
+        for base in BASES:
             if isinstance(value, base):
                 return self.plain(base.__new__(base, value) if base in PLAIN else base(value))
         number = self.numbers.setdefault(id(value), len(self.objects))
