@@ -360,7 +360,8 @@ class Solution:
             return self.plain(list(value))
         for base in BASES:
             if isinstance(value, base):
-                return self.plain(base.__new__(base, value) if base in PLAIN else base(value))
+                made: Any = base.__new__ if base in PLAIN else None
+                return self.plain(made(base, value) if made else base(value))
         number = self.numbers.setdefault(id(value), len(self.objects))
         if number == len(self.objects):
             self.objects.append(value)
