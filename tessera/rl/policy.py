@@ -24,9 +24,11 @@ from tessera.runs.files import FailureError
 from tessera.runs.run import Run, read_metrics
 from tessera.train.engine import Objective, Trainer
 
+MOST_UNJUDGED = 0.5  # share of a step's answers
+
 
 class Guard:
-    """Looks at each step's metrics: warns once of what looks wrong, and stops a wrong engine.
+    """Looks at each step's metrics: warns once of what looks wrong, and stops what is wrong.
 
     gap_limit: of the mean distance between the engine's and the trainer's log-prob of a token.
     """
@@ -38,7 +40,8 @@ class Guard:
         self._first_length: float | None = next((one for one in before if one is not None), None)
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raises FailureError where engine and trainer disagree on what was sampled."""
+        """Raises FailureError where engine and trainer disagree on what was sampled, or where most
+        answers cannot be judged."""
         gap = metrics.get("gap", 0.0)
         if gap > self.gap_limit:
             raise FailureError(
@@ -46,6 +49,12 @@ class Guard:
                 f"token, over gap_limit = {self.gap_limit:g}. Check the engine's dtype and "
                 "quantisation, and with staleness the learning rate; or correct for it with "
                 "importance_cap and raise gap_limit"
+            )
+        if (share := metrics.get("unjudged", 0.0)) > MOST_UNJUDGED:
+            raise FailureError(
+                f"step {step + 1}: {share:.0%} of the answers could not be judged; the reasons are "
+                f"in {self.run.path / 'samples'}. What is learnt from the rest is not what the "
+                "rewards ask for"
             )
         if self._first_length is None:
             self._first_length = metrics.get("length")

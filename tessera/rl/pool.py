@@ -33,6 +33,7 @@ from tessera.ask.endpoint import Endpoint
 from tessera.rl.rewards import (
     AskedReward,
     CheckedReward,
+    CodeReward,
     JudgeReward,
     Reward,
     RewardError,
@@ -82,12 +83,22 @@ class Pool:
                 self._workers.remove(worker)
 
     def check(self, tasks: Sequence[tuple[int, Sample]]) -> list[Outcome]:
-        """The outcome of each task (index of a reward, sample), in order. Raises RewardError."""
+        """The outcome of each task (index of a reward, sample), in order. Raises RewardError.
+
+        A program that could not be judged is judged again, alone, for others may have slowed it.
+        """
+        outcomes = self._check(tasks, self.size)
+        for index, (part, _) in enumerate(tasks):
+            if outcomes[index].score is None and isinstance(self.rewards[part], CodeReward):
+                outcomes[index : index + 1] = self._check([tasks[index]], 1)
+        return outcomes
+
+    def _check(self, tasks: Sequence[tuple[int, Sample]], size: int) -> list[Outcome]:
         results: list[Outcome | None] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         try:
             while (waiting or self._busy()) and not self._closed:
-                while len(self._workers) < min(self.size, len(waiting) + self._busy()):
+                while len(self._workers) < min(size, len(waiting) + self._busy()):
                     self._workers.append(_Worker(REWARDS.dump_json(self.rewards)))
                 for worker in self._workers:
                     if waiting and worker.ready and worker.task is None:

@@ -150,8 +150,8 @@ class InstructionsReward(RewardConfig):
 class CodeReward(RewardConfig):
     """Asserts where a row has `tests`; else its `inputs` and `outputs`. isolation: see `jail`.
 
-    limits.seconds: CPU time of a program, and of one input; by the clock it may take eight
-    times as long, and what has not ended then could not be judged.
+    limits.seconds: CPU time of a program, and of one input, and as long it may sleep; by the clock
+    it may take eight times as long, and what has not ended then could not be judged.
     """
 
     kind: Literal["code"]

@@ -209,6 +209,8 @@ def test_an_engine_of_other_weights_stops_the_run(tmp_path: Path):
         guard(0, {"gap": 0.04, "length": 10.0})
         with pytest.raises(FailureError, match=r"\b0\.2\b.*gap_limit"):
             guard(1, {"gap": 0.2})
+        with pytest.raises(FailureError, match="60% of the answers could not be judged"):
+            guard(1, {"unjudged": 0.6})
         guard(2, {"length": 25.0, "truncated": 0.5, "unjudged": 0.2, "obedience": 0.5})
         guard(3, {"length": 25.0, "truncated": 0.5, "unjudged": 0.2, "obedience": 0.5})
     said = (tmp_path / "r" / "log.txt").read_text().splitlines()

@@ -183,9 +183,10 @@ def install_filter(code: bytes) -> None:
     prctl(PR_SET_SECCOMP, 2, ctypes.byref(held))
 
 
-def use_of_memory() -> tuple[int, int]:
-    """Processes of the namespace but this one, and the bytes that they hold and share."""
-    processes = total = 0
+def use_of_memory() -> tuple[int, int, bool]:
+    """Processes of the namespace but this one, the bytes that they hold and share, and whether one
+    of their threads computes, waits for a core or waits for the disk."""
+    processes, total, awake = 0, 0, False
     for name in os.listdir("/proc"):
         if not name.isdigit() or name == "1":
             continue
@@ -198,7 +199,19 @@ def use_of_memory() -> tuple[int, int]:
         for line in lines:
             if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
                 total += int(line.split()[1]) * 1024
-    return processes, total
+        awake = awake or is_awake(name)
+    return processes, total, awake
+
+
+def is_awake(process: str) -> bool:
+    try:
+        for thread in os.listdir(f"/proc/{process}/task"):
+            with open(f"/proc/{process}/task/{thread}/stat", errors="replace") as file:
+                if file.read().rpartition(")")[2].split()[0] in "RD":
+                    return True
+    except OSError:
+        return True  # one has just ended
+    return False
 
 
 def use_of_cpu() -> float:
@@ -226,7 +239,8 @@ def how_it_exited(setup: dict[str, Any], status: int) -> dict[str, Any]:
 
 def watch(setup: dict[str, Any], program: int) -> dict[str, Any]:
     """Waits for the program, or for the first limit that it breaks, and reaps what it leaves."""
-    deadline = time.monotonic() + setup["seconds"]
+    last, asleep = time.monotonic(), 0.0
+    deadline = last + setup["seconds"]
     while True:
         signal.sigtimedwait([signal.SIGCHLD], LOOK_SECONDS)
         while True:
@@ -238,7 +252,12 @@ def watch(setup: dict[str, Any], program: int) -> dict[str, Any]:
         if time.monotonic() > deadline:
             spent = use_of_cpu() >= setup["cpu_seconds"]
             return {"reason": "cpu" if spent else "time"}
-        processes, memory = use_of_memory()
+        processes, memory, awake = use_of_memory()
+        now = time.monotonic()
+        # Between two looks of a busy machine much time passes, and a little of it is known of.
+        asleep, last = asleep + (not awake) * min(now - last, LOOK_SECONDS), now
+        if asleep > setup["asleep_seconds"]:
+            return {"reason": "asleep"}
         if memory > setup["memory_bytes"]:
             return {"reason": "memory"}
         if processes > setup["processes"] + 2:

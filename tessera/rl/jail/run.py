@@ -45,7 +45,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-Reason = Literal["exited", "time", "cpu", "memory", "processes", "output"]
+Reason = Literal["exited", "time", "asleep", "cpu", "memory", "processes", "output"]
 
 
 # How code is judged; the second is a sentence so that nobody sets it by accident.
@@ -60,13 +60,15 @@ class Limits(Config):
     """What a jailed program may use before it is killed.
 
     seconds: wall time. cpu_seconds: CPU time of each process, rounded up to whole seconds; by
-    default as much as the wall time and one second more.
+    default as much as the wall time and one second more. asleep_seconds: wall time in which none of
+    its threads computes or could; by default all of it. Without isolation it is not counted.
     memory_mib: of all its processes together, and of address space for each of them.
     processes: at once, threads included. output_kib: of stdout and of stderr each.
     """
 
     seconds: float = Field(default=10.0, gt=0)
     cpu_seconds: float | None = Field(default=None, gt=0)
+    asleep_seconds: float | None = Field(default=None, gt=0)
     memory_mib: int = Field(default=1024, ge=64)
     processes: int = Field(default=16, ge=1)
     output_kib: int = Field(default=1024, ge=1)
@@ -198,6 +200,7 @@ def _setup(argv: Sequence[str], limits: Limits, status: int) -> dict[str, Any]:
         "status": status,
         "seconds": limits.seconds,
         "cpu_seconds": math.ceil(limits.cpu_seconds or int(limits.seconds) + 1),
+        "asleep_seconds": limits.asleep_seconds or limits.seconds,
         "memory_bytes": limits.memory_mib * MEBIBYTE,
         "tmp_bytes": limits.tmp_mib * MEBIBYTE,
         "processes": limits.processes,

@@ -1,9 +1,9 @@
 """Whether a program passes its tests, in the jail: asserts (HumanEval, MBPP), or stdin to stdout.
 
-The program is what `blocks.py` finds in the answer. One that fails, crashes, or uses up its CPU
-time is wrong; one that has not ended when the clock has run for much longer could not be judged: a
-busy machine is no fault of its own. A jail that cannot be built is an error (`JailError`), and
-never a verdict.
+The program is what `blocks.py` finds in the answer. One that fails, crashes, uses up its CPU time
+or sleeps for as long is wrong; one that has not ended when the clock has run for much longer could
+not be judged: a busy machine is no fault of its own. A jail that cannot be built is an error
+(`JailError`), and never a verdict.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def _names(setup: str, tests: str, entry_point: str) -> list[str]:
 
 
 def _timed(limits: Limits, cases: int = 1) -> Limits:
-    """seconds of CPU time for each of so many cases, and several times as much by the clock."""
+    """seconds of CPU time and as many asleep for each case; several times as many by the clock."""
     cpu, clock = limits.seconds * cases, limits.seconds * CLOCK_TIMES
-    return limits.model_copy(update={"cpu_seconds": cpu, "seconds": clock})
+    return limits.model_copy(update={"cpu_seconds": cpu, "asleep_seconds": cpu, "seconds": clock})
 
 
 def _tests_something(tree: ast.Module) -> bool:
@@ -191,6 +191,8 @@ def _failed(ended: Ended, seconds: float) -> Outcome:
         return unjudged(f"it had not ended after {ended.seconds:.0f} s by the clock")
     if ended.reason == "cpu":
         return wrong(f"it used up its {seconds:g} s of CPU time")
+    if ended.reason == "asleep":
+        return wrong(f"it slept for {seconds:g} s")
     if ended.reason != "exited":
         return wrong(f"ended by its limit of {ended.reason}")
     lines = ended.stderr.decode(errors="replace").strip().splitlines()
