@@ -82,6 +82,7 @@ max_tokens = 16
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))  # a busy machine keeps nothing
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "say a"}\n{"prompt": "say b"}\n')
     file = tmp_path / "toy.toml"
     file.write_text(RECIPE.replace("PROMPTS", str(tmp_path / "prompts.jsonl")))
