@@ -218,3 +218,13 @@ def test_a_manifest_counts_the_cpu_of_its_children_too(tmp_path: Path):
         assert run.manifest.cpu_seconds > 0.29  # clocks tick in hundredths
         spent.append(run.manifest.cpu_seconds)
     assert spent[1] > spent[0] + 0.29
+
+
+def test_a_run_within_a_run_takes_no_peak_from_it(tmp_path):
+    given = {"stage": "data", "config": {}, "inputs": {}, "seed": 0, "quiet": True}
+    with Run.open(tmp_path / "outer", **given) as outer:
+        held = len(b"x" * 300_000_000)
+        with Run.open(tmp_path / "outer" / "inner", **given):
+            pass
+        outer.interrupted()
+    assert outer.manifest.peak_memory > held
